@@ -1,0 +1,1 @@
+"""The language between the processes of Sparse, and the line it travels on."""

@@ -1,0 +1,247 @@
+"""What processes say to one another: frozen values, legal on construction, that know nothing of bytes.
+
+Task        a source (or any MQTT client) asks the first stage
+Activation  a stage passes its part of the work on to the next
+Result      the last stage answers the source
+Failure     any stage answers the source that it could not
+Control     a worker tells the one who sent it work that it has room again
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+from brokers.errors import BadProperty
+from brokers.tensors import Tensor
+from brokers.transport import Buffer
+
+REQUEST_ID_BYTES = 16
+# What a Message Expiry Interval can still say, in seconds of four bytes (MQTT 5.0 section 3.3.2.3.3).
+DEADLINE_LIMIT_MS = 1000.0 * 0xFFFF_FFFF
+# What a foreign client may have as Correlation Data: it goes along from stage to stage, twice as long in hexadecimal.
+ECHO_LIMIT_BYTES = 256
+# The key under which hops travel in the metadata of a body; all keys that begin like this are ours.
+HOPS = "sparse.hops"
+
+SAFETENSORS = "application/x-safetensors"
+JSON = "application/json"
+JPEG = "image/jpeg"
+PNG = "image/png"
+
+
+def new_request_id() -> bytes:
+    """Sixteen random bytes: unique without anybody to ask."""
+    return secrets.token_bytes(REQUEST_ID_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """Named tensors, and string metadata that travels with them from stage to stage."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.data.nbytes for tensor in self.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """Bytes that are decoded only by the stage that takes them: a JPEG, a PNG, JSON readings."""
+
+    content_type: str
+    data: Buffer
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+Content = Body | Blob
+
+
+# Brokers end the connection of a client that publishes deeper than this: Mosquitto from 200 levels on.
+_TOPIC_LEVELS = 64
+_TOPIC_BYTES = 1024
+
+
+def check_topic(topic: str) -> None:
+    """Raise `BadProperty` for a topic that is not one to answer on: its owner's mistake must not cost us our broker."""
+    if "+" in topic or "#" in topic or "\0" in topic:
+        raise BadProperty("Response Topic", "must be a topic to publish to, without '+', '#' and null characters")
+    if topic.count("/") >= _TOPIC_LEVELS or len(topic.encode()) > _TOPIC_BYTES:
+        raise BadProperty("Response Topic", f"must have at most {_TOPIC_LEVELS} levels and {_TOPIC_BYTES} bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTo:
+    """Where the answer goes and in which form; a foreign client's own Correlation Data comes back as `echo`."""
+
+    topic: str
+    accept: Literal["safetensors", "json"] = "safetensors"
+    echo: bytes = b""
+
+    def __post_init__(self) -> None:
+        check_topic(self.topic)
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """What one stage did for one request, by its own monotonic clock (durations only: no clocks need agree)."""
+
+    stage: str
+    worker: str
+    queue_ms: float = 0.0
+    decode_ms: float = 0.0
+    compute_ms: float = 0.0
+    encode_ms: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    batch: int = 1
+
+    @property
+    def total_ms(self) -> float:
+        return self.queue_ms + self.decode_ms + self.compute_ms + self.encode_ms
+
+
+def _check_request(request: bytes, attempt: int) -> None:
+    if len(request) != REQUEST_ID_BYTES:
+        raise BadProperty("Correlation Data", f"must be {REQUEST_ID_BYTES} bytes, is {len(request)}")
+    if attempt < 1:
+        raise BadProperty("attempt", f"must be 1 or more, is {attempt}")
+
+
+def _check_content(content: Content, hops: tuple[Hop, ...]) -> None:
+    if isinstance(content, Blob):
+        if hops:
+            raise BadProperty(HOPS, f"travels with tensors only, not with {content.content_type}")
+    elif HOPS in content.metadata:
+        raise BadProperty(HOPS, "is written by the stages themselves, not by those who use them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """The first hop of a request. `sender` is where its worker reports that it has room again."""
+
+    request: bytes
+    content: Content
+    reply: ReplyTo
+    sender: str = ""
+    source: str = ""
+    attempt: int = 1
+    deadline_ms: float | None = None
+    hops: tuple[Hop, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_request(self.request, self.attempt)
+        _check_content(self.content, self.hops)
+        check_topic(self.sender)
+        if len(self.reply.echo) > ECHO_LIMIT_BYTES:
+            problem = f"of a foreign client must be at most {ECHO_LIMIT_BYTES} bytes, is {len(self.reply.echo)}"
+            raise BadProperty("Correlation Data", problem)
+        if self.deadline_ms is not None and not 0 <= self.deadline_ms <= DEADLINE_LIMIT_MS:
+            raise BadProperty("deadline-ms", f"must be 0 to {DEADLINE_LIMIT_MS:.0f}, is {self.deadline_ms}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation(Task):
+    """A further hop: the values that crossed the cut. Its `sender` is the inbox of the worker that has the forward."""
+
+    def __post_init__(self) -> None:
+        Task.__post_init__(self)
+        if not isinstance(self.content, Body):
+            raise BadProperty("Content Type", f"of an activation must be {SAFETENSORS}, is {self.content.content_type}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The answer, with what each hop took."""
+
+    request: bytes
+    content: Content
+    attempt: int = 1
+    hops: tuple[Hop, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_request(self.request, self.attempt)
+        _check_content(self.content, self.hops)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A stage could not do its part: `error` is the class of the failure, `reason` one line for a person.
+
+    `retry` says that another worker, or this one later, may well succeed (it was full, it is leaving).
+    """
+
+    request: bytes
+    stage: str
+    worker: str
+    error: str
+    reason: str
+    attempt: int = 1
+    retry: bool = False
+
+    def __post_init__(self) -> None:
+        _check_request(self.request, self.attempt)
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "request": self.request.hex(),
+            "error": self.error,
+            "reason": self.reason,
+            "stage": self.stage,
+            "worker": self.worker,
+            "retry": self.retry,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """`done`: the worker has finished with this request and has room for another."""
+
+    request: bytes
+    worker: str
+    verb: Literal["done"] = "done"
+    attempt: int = 1
+
+    def __post_init__(self) -> None:
+        _check_request(self.request, self.attempt)
+
+
+Message = Task | Activation | Result | Failure | Control
+
+
+def hops_to_json(hops: tuple[Hop, ...]) -> str:
+    """The form in which hops travel in the metadata of a body."""
+    keys = Hop.__dataclass_fields__
+    return json.dumps([{key: getattr(hop, key) for key in keys} for hop in hops], separators=(",", ":"))
+
+
+def hops_from_json(text: str) -> tuple[Hop, ...]:
+    """The inverse; fields that a later version may add are read over."""
+    try:
+        hops = json.loads(text)
+    except (ValueError, RecursionError):
+        hops = None
+    if not isinstance(hops, list) or not all(_is_hop(hop) for hop in hops):
+        raise BadProperty(HOPS, "must be a JSON list of hops as docs/protocol.md describes them")
+    return tuple(Hop(**{key: hop[key] for key in Hop.__dataclass_fields__ if key in hop}) for hop in hops)
+
+
+def _is_hop(hop: object) -> bool:
+    def fits(key: str, value: object) -> bool:
+        if key in ("stage", "worker"):
+            return isinstance(value, str)
+        kinds = (int, float) if key.endswith("_ms") else (int,)
+        # What a float counts exactly: far more than any duration or size, and safe to add up.
+        return type(value) in kinds and 0 <= cast(float, value) <= 1 << 53
+
+    if not isinstance(hop, dict) or "stage" not in hop or "worker" not in hop:
+        return False
+    return all(fits(key, hop[key]) for key in Hop.__dataclass_fields__ if key in hop)

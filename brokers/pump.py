@@ -1,0 +1,157 @@
+"""A connected socket on the asyncio loop: packets leave it, packets arrive from it, and its end is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import socket
+import ssl
+import sys
+import termios
+from collections import deque
+from collections.abc import Sequence
+
+from brokers.errors import WireError
+from brokers.stream import OutQueue, PacketReader, Sink
+
+READ_BUDGET_BYTES = 4 << 20  # then the loop's other tasks have their turn
+TICK_S = 1.0
+PING_AFTER_TICKS = 2  # quiet ticks until we ask whether the broker is there
+DEAD_AFTER_TICKS = 6  # quiet ticks until it is not; ticks, not seconds: a loop that was blocked blames nobody else
+
+_PINGREQ = memoryview(b"\xc0\x00")
+
+
+class ConnectionLost(Exception):
+    """The connection ended before what was awaited on it; the text says why. `MqttTransport` reconnects."""
+
+
+class Pump:
+    """Moves packets between one socket and one sink until the connection ends; then `lost` is done, with the reason."""
+
+    def __init__(self, sock: socket.socket, sink: Sink, max_packet_bytes: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._socket = sock
+        self._descriptor = sock.fileno()
+        self._out = OutQueue(sock)
+        self._reader = PacketReader(sock, sink, max_packet_bytes)
+        self._writing = False
+        self._leaving: deque[tuple[int, asyncio.Future[None]]] = deque()  # (sent bytes at which it has left, who waits)
+        self._watching: asyncio.Task[None] | None = None
+        self.lost: asyncio.Future[str] = self._loop.create_future()
+
+    def start(self) -> None:
+        self._loop.add_reader(self._descriptor, self._on_readable)
+
+    def push(self, pieces: Sequence[memoryview]) -> int:
+        """Queue one packet, send what the socket takes; return the count of sent bytes at which the packet has left."""
+        self.check()
+        end = self._out.push(pieces)
+        if not self._writing:
+            self._on_writable()
+        return end
+
+    async def left(self, end: int | None = None) -> None:
+        """Return when that many bytes have left, by default all that were queued; raise `ConnectionLost`."""
+        end = self._out.taken_bytes if end is None else end
+        if self._out.sent_bytes < end:
+            self.check()
+            future: asyncio.Future[None] = self._loop.create_future()
+            self._leaving.append((end, future))
+            await future
+
+    def check(self) -> None:
+        """Raise `ConnectionLost` when the connection has ended."""
+        if self.lost.done():
+            raise ConnectionLost(self.lost.result())
+
+    async def finish(self, timeout_s: float) -> None:
+        """Close our side, and wait a little for the broker to close its own.
+
+        Closing a socket with unread bytes resets the connection, and the reset may overtake our last packet.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        await asyncio.wait((self.lost,), timeout=timeout_s)
+
+    def end(self, reason: str) -> None:
+        """Close at once; whoever waits gets `ConnectionLost`."""
+        if self.lost.done():
+            return
+        self.lost.set_result(reason)
+        self._loop.remove_reader(self._descriptor)
+        self._loop.remove_writer(self._descriptor)
+        self._socket.close()
+        for _, future in self._leaving:
+            if not future.done():
+                future.set_exception(ConnectionLost(reason))
+        self._leaving.clear()
+
+    async def stop(self) -> None:
+        """End the task that watches; the connection must have ended."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait((self._watching,))
+
+    def _on_readable(self) -> None:
+        try:
+            more = self._reader.read(READ_BUDGET_BYTES)
+        except (OSError, WireError) as error:
+            self.end(_reason(error))
+            return
+        if more and isinstance(self._socket, ssl.SSLSocket):  # decrypted bytes do not make the socket readable again
+            self._loop.call_soon(self._on_readable)
+
+    def _on_writable(self) -> None:
+        try:
+            empty = self._out.flush()
+        except OSError as error:
+            self.end(_reason(error))
+            return
+        while self._leaving and self._leaving[0][0] <= self._out.sent_bytes:
+            future = self._leaving.popleft()[1]
+            if not future.done():
+                future.set_result(None)
+        if empty == self._writing:  # a writer is registered exactly while bytes wait
+            self._writing = not empty
+            if self._writing:
+                self._loop.add_writer(self._descriptor, self._on_writable)
+            else:
+                self._loop.remove_writer(self._descriptor)
+
+    def watch(self, ping_after_ticks: int, name: str) -> None:
+        """Begin to look for signs of life."""
+        self._watching = asyncio.create_task(self._watch(ping_after_ticks), name=name)
+
+    async def _watch(self, ping_after_ticks: int) -> None:
+        """Ping a quiet broker; end the connection when it stays quiet.
+
+        Signs of life are bytes that came, and bytes that the other side's kernel took while more of them wait: on a
+        slow uplink a ping stands behind megabytes. The last bytes of all prove nothing: a kernel acknowledges a ping
+        for a program that hangs.
+        """
+        quiet, received, taken = 0, 0, 0
+        while not self.lost.done():
+            await asyncio.sleep(TICK_S)
+            waiting = self._out.taken_bytes - self._out.sent_bytes + _unacknowledged_bytes(self._socket)
+            alive = self._reader.received_bytes > received or (waiting and self._out.taken_bytes - waiting > taken)
+            received, taken = self._reader.received_bytes, self._out.taken_bytes - waiting
+            quiet = 0 if alive else quiet + 1
+            if quiet >= DEAD_AFTER_TICKS:
+                self.end(f"the broker has been silent for {quiet * TICK_S:g} s")
+            elif quiet == ping_after_ticks:
+                with contextlib.suppress(ConnectionLost):
+                    self.push((_PINGREQ,))
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _unacknowledged_bytes(sock: socket.socket) -> int:
+    """Return how many bytes the kernel still holds for the other side; 0 where it cannot tell."""
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0

@@ -1,0 +1,82 @@
+"""The topic grammar: the only place where a topic is put together or taken apart.
+
+The site that comes first is the site of the one who *reads* the topic, so that a bridge needs only prefixes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from brokers.errors import BadName
+
+ROOT = "sparse"
+# The second level of a topic that is not a pipeline; a pipeline of such a name could not be told apart.
+RESERVED = frozenset({"ingress", "results", "source"})
+NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
+_NAME = re.compile(NAME_PATTERN)
+
+
+def checked_name(what: str, name: str) -> str:
+    """`name`, if it can be one level of a topic; `what` says in the error what was being named."""
+    if not _NAME.fullmatch(name) or (what == "pipeline" and name in RESERVED):
+        raise BadName(what, name)
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class StageTopics:
+    """Where one stage of one pipeline at one site is reached."""
+
+    site: str
+    pipeline: str
+    stage: str
+
+    @property
+    def _base(self) -> str:
+        return f"{ROOT}/{self.site}/{self.pipeline}/{self.stage}"
+
+    @property
+    def front_door(self) -> str:
+        """Whole messages from any MQTT 5 client."""
+        return f"{self._base}/tasks"
+
+    @property
+    def shared_front_door(self) -> str:
+        """The subscription of the workers: each message goes to one of them."""
+        return f"$share/{self.pipeline}.{self.stage}/{self.front_door}"
+
+    def inbox(self, worker: str) -> str:
+        return f"{self._base}/in/{worker}"
+
+    def presence(self, worker: str) -> str:
+        return f"{self._base}/up/{worker}"
+
+    @property
+    def all_presence(self) -> str:
+        return self.presence("+")
+
+
+def ingress(site: str, source: str = "+") -> str:
+    """Raw frames and readings, from any MQTT client."""
+    return f"{ROOT}/{site}/ingress/{source}"
+
+
+def results(site: str, source: str = "+") -> str:
+    """Results as JSON, for any MQTT client."""
+    return f"{ROOT}/{site}/results/{source}"
+
+
+def source_inbox(site: str, source: str) -> str:
+    """Replies to one source."""
+    return f"{ROOT}/{site}/source/{source}/inbox"
+
+
+def every_presence(site: str = "+", pipeline: str = "+") -> str:
+    """The births of all workers."""
+    return f"{ROOT}/{site}/{pipeline}/+/up/+"
+
+
+def last_level(topic: str) -> str:
+    """The name at the end: the source of an ingress or results topic, the worker of a presence topic."""
+    return topic.rsplit("/", 1)[-1]
