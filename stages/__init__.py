@@ -1,0 +1,1 @@
+"""One part of a network (or one function) served by workers."""

@@ -1,0 +1,98 @@
+"""`sparse stage FILE NAME`: one worker of one stage, in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from brokers.errors import NoBroker
+from brokers.parent import STOPPED, Leaving, end_with_parent
+from brokers.pipeline import LOCAL, Pipeline, StageTable, blaming, broker_address, load_pipeline
+from brokers.topics import checked_name
+from stages.executor import TaskExecutor, load_executor
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The pipeline file.")],
+    name: Annotated[str, typer.Argument(help="The stage to serve.")],
+    broker: Annotated[str | None, typer.Option(help="Its address, mqtt://HOST:PORT, if the file has none.")] = None,
+    worker: Annotated[
+        str | None, typer.Option(help="This worker's id; left out: the host's name and the process id.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Compute threads; left out: the file's, or one.")] = None,
+    with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> int:
+    """Serve one stage of a pipeline with one worker, until told to leave.
+
+    At SIGTERM or Ctrl-C it finishes what it holds first; at a second one it does not.
+
+    Start as many as you like, anywhere the broker can be reached: each is used as soon as it is up.
+
+    Example: sparse stage examples/street.toml body --broker mqtt://127.0.0.1:1883
+    """
+    pipeline = load_pipeline(file)
+    stage = pipeline.find_stage(name)
+    address = broker_address(pipeline, stage.site, broker, handed=with_parent)
+    if address is None:
+        raise NoBroker(str(file), stage.site)
+    worker_id = checked_name("worker", worker or f"{platform.node()[:40] or LOCAL}-{os.getpid()}")
+    with blaming(pipeline):
+        executor, device = make_executor(pipeline, stage, threads or stage.threads or 1)
+        return asyncio.run(_serve(pipeline, stage, executor, address, worker_id, device, with_parent))
+
+
+def make_executor(pipeline: Pipeline, stage: StageTable, threads: int) -> tuple[TaskExecutor, str]:
+    """The stage's own executor, or its part of the model; and the device it runs on."""
+    if stage.executor is not None:
+        # `auto` would have to ask torch; an executor that uses it can do so itself.
+        device = "cpu" if stage.device == "auto" else stage.device
+        return load_executor(stage.executor, stage.settings, str(pipeline.folder)), device
+    # Only here: a stage of plain functions starts, and stays small, without torch.
+    from stages.inference import ModelExecutor, resolve_device
+
+    device = resolve_device(stage.device)
+    return ModelExecutor(pipeline, stage, device=device, threads=threads), device
+
+
+async def _serve(
+    pipeline: Pipeline,
+    stage: StageTable,
+    executor: TaskExecutor,
+    address: str,
+    worker_id: str,
+    device: str,
+    with_parent: bool,
+) -> int:
+    from brokers.mqtt import MqttTransport
+    from stages.worker import Worker
+
+    # The ending is another each time: a broker ends the connection of a client whose id comes again, and a worker that
+    # is up would be thrown out by its twin before that can be refused.
+    client_id = f"{pipeline.name}.{stage.name}.{worker_id}.{secrets.token_hex(4)}"
+    transport = MqttTransport(address, client_id=client_id)
+    worker = Worker(transport, pipeline, stage, executor, worker_id, device)
+    leaving = Leaving()
+    leaving.heed_signals()
+    if with_parent:
+        end_with_parent(leaving)
+    try:
+        await worker.start()
+        if not with_parent:
+            where = f"stage {stage.name!r} of {pipeline.name!r} at {transport.address}"
+            print(f"worker {worker_id} serves {where}; Ctrl-C ends it", file=sys.stderr)  # noqa: T201 - for a person
+        serving = asyncio.create_task(worker.run(), name="serve")
+        left = asyncio.create_task(leaving.wait(), name="leaving")
+        await asyncio.wait({serving, left}, return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
+        await worker.drain()
+        await serving
+    finally:
+        await worker.stop()
+    return STOPPED if leaving.interrupted else 0

@@ -1,0 +1,132 @@
+"""One part of a network with its weights: only this part takes memory, only its own tensors are read from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from brokers.errors import BadFile
+from stages.errors import PickledWeights, WeightsDoNotFit
+from stages.models.registry import ModelSpec
+from stages.partition import Part, partition
+
+PICKLED = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
+BATCH_COUNT = ".num_batches_tracked"  # torch's own count in batch norms: no result depends on it, older files lack it
+META = torch.device("meta")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Contents:
+    """A weights file: the shapes of all that is in it, and a way to read some of it into memory of its own.
+
+    Views of the mapped file would do, but they start at any byte, where torch's kernels add up in another order: two
+    workers with the same weights would differ in their last bits.
+    """
+
+    shapes: Mapping[str, Shape]
+    read: Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+def load_part(
+    spec: ModelSpec,
+    cuts: Sequence[int],
+    index: int,
+    weights: Path | None,
+    seed: int,
+    device: str | torch.device,
+    training: bool = False,
+) -> Part:
+    """Part `index` of the network, on `device`, for evaluation unless `training`.
+
+    Without a file the whole network gets the random weights of `seed`, so that all parts together are that network.
+    Raises what `partition` raises, `PickledWeights`, `WeightsDoNotFit`, and `BadFile` for a file that cannot be read.
+    """
+    example = None if spec.input_shape is None else {spec.input_name: torch.empty(spec.input_shape, device=META)}
+    if weights is None:
+        with torch.random.fork_rng(devices=[]):  # networks are built on the CPU: leave the generators of GPUs alone
+            torch.default_generator.manual_seed(seed)
+            model = spec.build()
+        return partition(model.train(training), cuts, example)[index].to(device)
+    _check_kind(weights)
+    model = _skeleton(spec).train(training)
+    part = partition(model, cuts, example)[index]
+    contents = _safetensors(weights) if weights.suffix != ".weights" else _darknet(model, weights)
+    _check_fit(weights, model.state_dict(), contents.shapes)
+    expected = part.state_dict()
+    state = contents.read([name for name in expected if name in contents.shapes])
+    for name, tensor in expected.items():
+        loaded = state[name] if name in state else torch.zeros(tensor.shape, dtype=tensor.dtype)
+        state[name] = loaded.to(tensor.dtype)
+    part.load_state_dict(state, assign=True)
+    assert not _on_meta(part), "a part would be left without some of its numbers"
+    return part.to(device)
+
+
+def _skeleton(spec: ModelSpec) -> nn.Module:
+    """The network without numbers; built in full where some are in no file, or are looked at while it is built."""
+    try:
+        with META:
+            model = spec.build()
+    except (NotImplementedError, RuntimeError):  # it looked at a value, of which there is none on the meta device
+        return spec.build()
+    kept = model.state_dict().keys()
+    in_no_file = any(name not in kept for name, _ in model.named_buffers())
+    return spec.build() if in_no_file or _has_bare_tensors(model) else model
+
+
+def _has_bare_tensors(model: nn.Module) -> bool:
+    return any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+
+
+def _on_meta(part: Part) -> bool:
+    return any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
+
+
+def _check_kind(path: Path) -> None:
+    if path.suffix in PICKLED:
+        raise PickledWeights(str(path))
+    if path.suffix not in (".safetensors", ".weights"):
+        raise BadFile(str(path), f"expected .safetensors or .weights, got {path.suffix or 'no ending'}")
+    if not path.is_file():
+        raise BadFile(str(path), "there is no such file")
+
+
+def _check_fit(path: Path, expected: Mapping[str, Tensor], actual: Mapping[str, Shape]) -> None:
+    """The file is compared with the whole network, so that every worker says the same of a wrong one."""
+    for name, tensor in expected.items():
+        if actual.get(name) != tuple(tensor.shape) and not (name not in actual and name.endswith(BATCH_COUNT)):
+            raise WeightsDoNotFit(str(path), name, tuple(tensor.shape), actual.get(name))
+    for name, shape in actual.items():
+        if name not in expected:
+            raise WeightsDoNotFit(str(path), name, None, shape)
+
+
+def _safetensors(path: Path) -> _Contents:
+    def read(names: Sequence[str]) -> dict[str, Tensor]:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in names}
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names: list[str] = list(file.keys())
+            return _Contents({name: tuple(file.get_slice(name).get_shape()) for name in names}, read)
+    except (SafetensorError, OSError) as problem:
+        raise BadFile(str(path), f"is no safetensors file: {problem}") from problem
+
+
+def _darknet(model: nn.Module, path: Path) -> _Contents:
+    from stages.darknet import darknet_state
+    from stages.models.darknet import Darknet
+
+    if not isinstance(model, Darknet):
+        raise BadFile(str(path), f"holds weights for Darknet's networks, the model is {type(model).__name__}")
+    state = darknet_state(model, path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return _Contents(shapes, lambda names: {name: state[name].clone() for name in names})
