@@ -1,0 +1,140 @@
+"""`sparse source FILE`: the source of a pipeline, in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import json as jsonlib
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from brokers.errors import NoBroker
+from brokers.parent import STOPPED, Leaving, end_with_parent
+from brokers.pipeline import Pipeline, blaming, broker_address, load_pipeline, new_run_folder
+from sources.factory import make_source
+from sources.feed import Feed, draw
+from sources.gateway import Gateway
+from sources.intake import Intake
+from sources.offload import Offloader
+from sources.record import RunFolder
+from sources.source import Source
+
+log = logging.getLogger(__name__)
+
+_LEAVE_S = 10.0  # what is in flight may take, once told to end; then it is given up
+_CLOSE_S = 5.0  # for a source to end once it is closed; one that blocks for longer is not waited for
+_CAMERA_FRAMES_PER_S = 10.0  # of the clip, where the source does not say how fast its pictures are
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The pipeline file.")],
+    broker: Annotated[str | None, typer.Option(help="Its address, mqtt://HOST:PORT, if the file has none.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where results are kept; left out: a new folder below runs/.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="End with the summary as one line of JSON.")] = False,
+    pictures: Annotated[bool, typer.Option(help="Keep annotated pictures of what was found.")] = True,
+    with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> int:
+    """Feed a pipeline from its source: a video, pictures, a camera, any MQTT client.
+
+    Results appear as JSON on sparse/SITE/results/SOURCE, and in the folder of the run.
+
+    Example: sparse source examples/street.toml --broker mqtt://127.0.0.1:1883
+    """
+    pipeline = load_pipeline(file)
+    address = broker_address(pipeline, pipeline.source.site, broker, handed=with_parent)
+    if address is None:
+        raise NoBroker(str(file), pipeline.source.site)
+    source = None if pipeline.source.kind == "ingress" else _make_source(pipeline)
+    folder = RunFolder(
+        out or new_run_folder(Path("runs"), pipeline.name),
+        title=pipeline.name,
+        frames_per_s=getattr(source, "frames_per_s", _CAMERA_FRAMES_PER_S),
+        pictures=pictures,
+    )
+    summary, stopped = asyncio.run(_feed(pipeline, address, source, folder, with_parent))
+    if json:
+        print(jsonlib.dumps(summary))  # noqa: T201 - the answer of the command
+    else:
+        said = f"{summary['results']} results of {summary['requests']} requests, in {summary['outputs']}"
+        print(said, file=sys.stderr)  # noqa: T201 - the same for a person
+    if stopped:
+        return STOPPED
+    return 0 if summary["results"] == summary["requests"] else 1
+
+
+def _make_source(pipeline: Pipeline) -> Source:
+    with blaming(pipeline):
+        return make_source(pipeline.source, pipeline.folder)
+
+
+async def _feed(
+    pipeline: Pipeline, address: str, source: Source | None, folder: RunFolder, with_parent: bool
+) -> tuple[dict[str, Any], bool]:
+    """Feed until the source ends or somebody says stop; the summary, and whether somebody did."""
+    leaving = Leaving()
+    leaving.heed_signals()
+    if with_parent:
+        end_with_parent(leaving)
+    intake = Intake(pipeline.source.keep or ("latest" if source is None or source.live else "all"))
+    trouble: Exception | None = None
+    async with Offloader(pipeline, broker=address) as offloader:
+        feed = Feed(offloader, intake, folder.add)
+        async with asyncio.TaskGroup() as tasks:
+            feeding = tasks.create_task(feed.run(), name="feed")
+            try:
+                if source is None:
+                    await _listen(pipeline, offloader, feed, intake, leaving)
+                else:
+                    await _draw(source, intake, leaving)
+            except Exception as error:  # noqa: BLE001 - raised below, when what was sent is answered and written down
+                trouble = error
+                intake.end()
+            if leaving.is_set():
+                await asyncio.wait({feeding}, timeout=_LEAVE_S)
+                await offloader.give_up("its source was told to end")
+        counters = offloader.counters
+    summary = {
+        "pipeline": pipeline.name,
+        "broker": offloader.line.transport.address,
+        **feed.tally.summary([stage.name for stage in pipeline.stage]),
+        "unreadable": source.unreadable if source else 0,
+        "dropped": intake.dropped.total() + (source.dropped if source else 0),
+        "retries": counters["retries"],
+        "twins": counters["twins"],
+    }
+    summary = await asyncio.to_thread(folder.finish, summary)
+    if trouble is not None:
+        raise trouble
+    return summary, leaving.is_set()
+
+
+async def _listen(pipeline: Pipeline, offloader: Offloader, feed: Feed, intake: Intake, leaving: asyncio.Event) -> None:
+    """Be the ingress gateway of the site until told to leave."""
+    gateway = Gateway(offloader.line.transport, pipeline.source.site, intake, feed.refuse)
+    await gateway.open()
+    log.info("publish pictures or readings to sparse/%s/ingress/NAME", pipeline.source.site)
+    await leaving.wait()
+    await gateway.close()
+
+
+async def _draw(source: Source, intake: Intake, leaving: asyncio.Event) -> None:
+    """Draw samples from the source until it has no more, or until told to leave."""
+    drawing = asyncio.create_task(draw(source, intake), name="draw")
+    left = asyncio.create_task(leaving.wait(), name="leaving")
+    try:
+        await asyncio.wait({drawing, left}, return_when=asyncio.FIRST_COMPLETED)
+        source.close()
+        intake.end()
+        await asyncio.wait({drawing}, timeout=_CLOSE_S)
+        if drawing.done():
+            drawing.result()
+        else:
+            log.warning("source %s does not end when it is closed: it is left behind", source.name)
+    finally:
+        left.cancel()
+        drawing.cancel()

@@ -1,0 +1,118 @@
+"""What can be wrong with where samples come from: all are a person's to put right, each is one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from brokers.errors import UsageError
+
+
+@dataclass(eq=False)
+class NoSuchFile(UsageError):
+    """A source's file or folder that is not there."""
+
+    key = "source.path"
+
+    path: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: no such file or folder; expected {self.expected}"
+
+
+@dataclass(eq=False)
+class NotAVideo(UsageError):
+    """A file that cannot be read as a video."""
+
+    key = "source.path"
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: not a video that can be read: {self.reason}"
+
+
+@dataclass(eq=False)
+class NoVideoStream(UsageError):
+    """A media file without pictures that move: a song, subtitles."""
+
+    key = "source.path"
+
+    path: str
+    streams: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.path}: has no video stream, only: {', '.join(self.streams) or 'nothing'}"
+
+
+@dataclass(eq=False)
+class NoPictures(UsageError):
+    """A folder in which no picture can be sent."""
+
+    key = "source.path"
+
+    path: str
+    pattern: str
+    unreadable: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.unreadable:
+            return f"{self.path}: no file matches {self.pattern!r}"
+        names = ", ".join(self.unreadable[:3]) + (", ..." if len(self.unreadable) > 3 else "")
+        return f"{self.path}: none of its {len(self.unreadable)} files is a JPEG or PNG picture: {names}"
+
+
+@dataclass(eq=False)
+class CameraUnavailable(UsageError):
+    """A camera that could not be opened when the source began."""
+
+    key = "source.device"
+
+    device: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"camera {self.device}: {self.reason}"
+
+
+@dataclass(eq=False)
+class UnknownSource(UsageError):
+    """A kind of source that Sparse does not have."""
+
+    key = "source.kind"
+
+    kind: str
+    known: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"source kind {self.kind!r}: expected one of {', '.join(self.known)}, or a class as 'package.module:Class'"
+        )
+
+
+@dataclass(eq=False)
+class BadSourceClass(UsageError):
+    """A source class of the user's own that could not be loaded or made."""
+
+    key = "source.kind"
+
+    target: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"source {self.target!r}: {self.reason}"
+
+
+@dataclass(eq=False)
+class BadSetting(UsageError):
+    """A setting of a source that is missing or has a value it cannot have."""
+
+    key = "source"
+
+    setting: str
+    value: object
+    expected: str
+
+    def __str__(self) -> str:
+        return f"source setting {self.setting!r} is {self.value!r}, expected {self.expected}"

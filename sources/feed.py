@@ -1,0 +1,177 @@
+"""From samples to published results: keeps the pipeline full, reports in order, and never lets a backlog grow."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from brokers.errors import DeadlinePassed, RequestFailed, SparseError
+from brokers.messages import JSON, Blob, Content
+from brokers.results import describe, time_spent, to_bytes
+from brokers.topics import results
+from brokers.transport import Properties
+from sources.intake import Intake
+from sources.offload import Answer, Offloader
+from sources.samples import Sample
+from sources.source import Source
+from sources.tally import Tally
+from sources.values import to_content
+
+log = logging.getLogger(__name__)
+
+# Reports that wait for the recorder; when it is slower than the pipeline, the pipeline waits for it from here on.
+_UNRECORDED_LIMIT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What became of one sample: the JSON that was published for it."""
+
+    sample: Sample
+    result: dict[str, Any]
+
+
+class Feed:
+    """Sends what an intake gives through an offloader. `record` gets each report, in order, in a thread of its own."""
+
+    def __init__(self, offloader: Offloader, intake: Intake, record: Callable[[Report], None] | None = None) -> None:
+        self.tally = Tally()
+        self._offload = offloader
+        self._intake = intake
+        self._record = record
+        self._room = asyncio.Semaphore(offloader.pipeline.window)
+        self._unrecorded: asyncio.Queue[asyncio.Task[Report]] = asyncio.Queue(_UNRECORDED_LIMIT)
+
+    async def run(self) -> None:
+        """Work until the intake ends, and everything that was sent is answered and recorded."""
+        recording = asyncio.create_task(self._record_all(), name="recording")
+        try:
+            while (await self._room.acquire()) and (sample := await self._intake.take()) is not None:
+                working = asyncio.create_task(self._serve(sample), name=f"sample-{sample.source}-{sample.index}")
+                await self._unrecorded.put(working)
+            await self._unrecorded.join()
+        finally:
+            recording.cancel()
+            await asyncio.gather(recording, return_exceptions=True)
+
+    async def _serve(self, sample: Sample) -> Report:
+        self.tally.asked(time.monotonic())
+        try:
+            answer = await self._offload.ask(content_of(sample), source=sample.source)
+            found = self._found(answer)
+        except SparseError as error:
+            found = _refusal(error)
+            self.tally.failed(found["error"], time.monotonic())
+        else:
+            self.tally.answered(answer.latency_ms, answer.hops, time.monotonic())
+        finally:
+            self._room.release()
+        result = {
+            "source": sample.source,
+            "index": sample.index,
+            "pipeline": self._offload.pipeline.name,
+            **found,
+            "age_ms": round(1000 * (time.monotonic() - sample.timestamp_s), 1),
+            "dropped": self._intake.dropped.total(),
+        }
+        await self.publish(sample.source, result)
+        return Report(sample, result)
+
+    async def refuse(self, source: str, refusal: dict[str, Any]) -> None:
+        """What a client published is nothing to work on: it counts as a request that failed, and is told so."""
+        now_s = time.monotonic()
+        self.tally.asked(now_s)
+        self.tally.failed(str(refusal["error"]), now_s)
+        await self.publish(source, refusal)
+
+        async def report() -> Report:
+            return Report(Sample(source, int(refusal["index"]), b"", ""), refusal)
+
+        await self._unrecorded.put(asyncio.create_task(report(), name=f"refused-{source}"))
+
+    async def publish(self, source: str, result: dict[str, Any]) -> None:
+        """One JSON object on the results topic of `source`, for any MQTT client."""
+        topic = results(self._offload.pipeline.source.site, source)
+        try:
+            await self._offload.line.transport.publish(topic, to_bytes(result), Properties(JSON), qos=1)
+        except SparseError as error:
+            log.warning("could not publish a result of %s: %s", source, error)
+
+    def _found(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "request": answer.request.hex(),
+            **describe(answer.content),
+            "latency_ms": round(answer.latency_ms, 1),
+            "attempts": answer.attempts,
+            "time": time_spent(answer.hops, answer.latency_ms),
+        }
+
+    async def _record_all(self) -> None:
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, thread_name_prefix="recorder") as thread:
+            while True:
+                working = await self._unrecorded.get()
+                try:
+                    report = await working
+                    if self._record:
+                        await loop.run_in_executor(thread, self._record, report)
+                except Exception:  # one sample's trouble is not the next one's
+                    log.exception("could not record a result")
+                finally:
+                    self._unrecorded.task_done()
+
+
+def content_of(sample: Sample) -> Content:
+    """The sample's payload as it travels."""
+    if isinstance(sample.payload, bytes):
+        return Blob(sample.content_type, sample.payload)
+    return to_content(sample.payload)
+
+
+def _refusal(error: SparseError) -> dict[str, Any]:
+    if isinstance(error, RequestFailed):
+        told = {"request": error.request, "error": error.error, "stage": error.stage, "worker": error.worker}
+        return {**told, "reason": error.reason}
+    told = {"request": error.request} if isinstance(error, DeadlinePassed) else {}
+    return {**told, "error": type(error).__name__, "reason": str(error)}
+
+
+async def draw(source: Source, intake: Intake) -> None:
+    """Run a source's generator in a thread of its own, into the intake, until it ends; its errors are raised here."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def finish(error: BaseException | None) -> None:
+        intake.end()
+        if ended.done():
+            return
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)
+
+    def pump() -> None:
+        error: BaseException | None = None
+        try:
+            for sample in source.samples():
+                if source.live:
+                    loop.call_soon_threadsafe(intake.offer, sample)
+                else:
+                    asyncio.run_coroutine_threadsafe(intake.put(sample), loop).result()
+        except BaseException as problem:  # noqa: BLE001 - handed to the loop, which raises it
+            error = problem
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for this source any more
+            loop.call_soon_threadsafe(finish, error)
+
+    threading.Thread(target=pump, name=f"source-{source.name}", daemon=True).start()
+    try:
+        await ended
+    finally:
+        source.close()

@@ -1,0 +1,87 @@
+"""The ingress gateway: any MQTT client is a camera: what it sends to `sparse/{site}/ingress/{source}` is worked on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from brokers.errors import WireError
+from brokers.messages import JPEG, PNG, SAFETENSORS
+from brokers.topics import ingress, last_level
+from brokers.transport import Delivery, Transport
+from brokers.wire import content_type_of, decode_content
+from sources.intake import Intake
+from sources.samples import Sample, decode_picture
+
+log = logging.getLogger(__name__)
+
+# Whoever may publish may invent names of sources, and send what is none: neither may cost memory without end.
+SOURCES_LIMIT = 10_000
+REFUSALS_LIMIT = 64
+
+
+class Gateway:
+    """Turns what is published to a site's ingress into samples; what is none is answered on the results topic."""
+
+    def __init__(
+        self, transport: Transport, site: str, intake: Intake, refuse: Callable[[str, dict[str, Any]], Awaitable[None]]
+    ) -> None:
+        self.counters: Counter[str] = Counter()
+        self._next_index: OrderedDict[str, int] = OrderedDict()
+        self._transport = transport
+        self._site = site
+        self._intake = intake
+        self._refuse = refuse
+        self._refusals: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        await self._transport.subscribe(ingress(self._site), self._heard, qos=1)
+
+    async def close(self) -> None:
+        """Take no more; those that wait in the intake are still worked on."""
+        await self._transport.unsubscribe(ingress(self._site))
+        self._intake.end()
+
+    def _heard(self, delivery: Delivery) -> None:
+        if delivery.retain:
+            self.counters["retained"] += (
+                1  # an old frame that the broker kept: it would come again at each reconnection
+            )
+            return
+        source = last_level(delivery.topic)
+        index = self._index(source)
+        try:
+            self._intake.offer(sample_of(source, index, delivery))
+        except WireError as error:
+            self.counters["refused"] += 1
+            log.warning("refused a frame of %s: %s: %s", source, type(error).__name__, error)
+            if len(self._refusals) >= REFUSALS_LIMIT:
+                return
+            refusal = {"source": source, "index": index, "error": type(error).__name__, "reason": str(error)}
+            task = asyncio.get_running_loop().create_task(self._tell(source, refusal), name=f"refuse-{source}")
+            self._refusals.add(task)
+            task.add_done_callback(self._refusals.discard)
+
+    def _index(self, source: str) -> int:
+        """The number of this sample among those of its source."""
+        index = self._next_index.pop(source, 0)
+        self._next_index[source] = index + 1
+        if len(self._next_index) > SOURCES_LIMIT:
+            self._next_index.popitem(last=False)
+        return index
+
+    async def _tell(self, source: str, refusal: dict[str, Any]) -> None:
+        await self._refuse(source, refusal)
+
+
+def sample_of(source: str, index: int, delivery: Delivery) -> Sample:
+    """The sample in a publication. It stays the bytes it came as: a picture is decoded by the stage that takes it."""
+    content_type = content_type_of(delivery.properties.content_type, delivery.payload)
+    if content_type == SAFETENSORS:
+        decode_content(content_type, delivery.payload)  # what is broken is refused here, where its source is known
+    data = bytes(delivery.payload)
+    picture = (lambda: decode_picture(data)) if content_type in (JPEG, PNG) else None
+    return Sample(source, index, data, content_type, picture)

@@ -1,0 +1,261 @@
+"""The Python way in: `async with Offloader("street.toml") as offload: result = await offload(x)`.
+
+The source owns its requests: each is held here until its result is in, and is sent again when the worker that had it
+died, was full or was leaving, when the connection broke, or when nothing came for a lease. Results are matched by id;
+the first one counts, later twins are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from brokers.errors import (
+    DeadlinePassed,
+    Disconnected,
+    NoBroker,
+    NoWorker,
+    RequestFailed,
+    WireError,
+)
+from brokers.line import Line
+from brokers.messages import (
+    Content,
+    Control,
+    Failure,
+    Hop,
+    Message,
+    ReplyTo,
+    Result,
+    Task,
+    new_request_id,
+)
+from brokers.mqtt import MqttTransport
+from brokers.outbox import Lost, Outbox
+from brokers.pipeline import LOCAL, Pipeline, broker_address, load_pipeline
+from brokers.topics import source_inbox
+from brokers.transport import Properties, Transport
+from sources.flight import Flight
+from sources.values import like, to_content
+
+log = logging.getLogger(__name__)
+
+# A request that nothing was heard of for so long is lost somewhere: it is sent again.
+LEASE_S = 60.0
+# How often a request may fail in a way that another worker might not, before its owner is told.
+RETRY_LIMIT = 3
+# A worker that turns a task away has not failed at it: such attempts are not counted, only spaced.
+_TURNED_AWAY = frozenset({"Busy", "Draining"})
+_TURNED_AWAY_WAIT_S = 0.05
+# The wait for a worker with room ends at the deadline by itself, and says why; this is for the sending after it.
+_SEND_GRACE_S = 0.05
+# How long a request without a deadline waits for any worker to be up and have room.
+ROOM_WAIT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A result, and how it came about. `latency_ms` is the round trip, from `ask` to the result."""
+
+    request: bytes
+    content: Content
+    hops: tuple[Hop, ...]
+    latency_ms: float
+    attempts: int
+
+
+class Offloader:
+    """Offloads work to a pipeline. At most `window` requests are in flight; further ones wait their turn.
+
+    `pipeline` is a pipeline file, or one that has been read. The broker is the one the file names for the source's
+    site, or `SPARSE_BROKER`, unless `broker` (an address such as `mqtt://127.0.0.1:1883`) or `transport` says
+    otherwise.
+    """
+
+    def __init__(
+        self,
+        pipeline: str | Path | Pipeline,
+        *,
+        broker: str | None = None,
+        transport: Transport | None = None,
+        name: str | None = None,
+        window: int | None = None,
+    ) -> None:
+        self.pipeline = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline)
+        self.name = name or f"{self.pipeline.source.name}-{new_request_id()[:4].hex()}"
+        self.counters: Counter[str] = Counter()
+        # Two sources of one name must not take each other's place at the broker.
+        client_id = f"source.{self.name}.{new_request_id()[:4].hex()}"
+        self.line = Line(transport or MqttTransport(self._address(broker), client_id=client_id))
+        self._inbox = source_inbox(self.pipeline.source.site or LOCAL, self.name)
+        self._outbox = Outbox(self.line, self.pipeline.topics(self.pipeline.stage[0]), self._lost)
+        self._room = asyncio.Semaphore(window or self.pipeline.window)
+        self._flights: dict[bytes, Flight] = {}
+
+    def _address(self, broker: str | None) -> str:
+        address = broker_address(self.pipeline, self.pipeline.source.site, broker)
+        if address is None:
+            raise NoBroker(self.pipeline.path, self.pipeline.source.site)
+        return address
+
+    async def __aenter__(self) -> Offloader:
+        await self.line.open()
+        self.line.transport.on_reconnect(self._reconnected)
+        try:
+            await self.line.listen(self._inbox, self._heard, self._garbage)
+            await self._outbox.open()
+        except BaseException:
+            await self._outbox.close()
+            await self.line.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.give_up("the offloader was closed")
+        await self.line.close()
+
+    async def give_up(self, reason: str) -> None:
+        """Have all requests that are in flight raise `Disconnected`, and all to come."""
+        for flight in self._flights.values():
+            flight.heard.put_nowait(Disconnected(self.line.transport.address, reason))
+        await self._outbox.close()
+
+    # Ask ----------------------------------------------------------------------------------------------------------
+
+    async def __call__(self, value: Any, *, deadline_ms: float | None = None) -> Any:
+        """Offload one value and return its result.
+
+        A tensor or array gives a tensor or array of the same library (a dict of them, if the pipeline gives several); a
+        dict of them gives a dict; the bytes of a JPEG or PNG give what was found in it, as a dict.
+
+        Raises `RequestFailed` (which stage, which worker, why), `DeadlinePassed`, `NoWorker`, or `TooLarge`.
+        """
+        answer = await self.ask(to_content(value), deadline_ms=deadline_ms)
+        return like(value, answer.content)
+
+    async def ask(self, content: Content, *, source: str = "", deadline_ms: float | None = None) -> Answer:
+        """Offload encoded content, and return the result as it came, with its hops."""
+        if deadline_ms is None:
+            deadline_ms = self.pipeline.source.deadline_ms
+        flight = Flight(new_request_id(), time.monotonic(), deadline_ms)
+        self.counters["requests"] += 1
+        try:
+            async with asyncio.timeout(None if deadline_ms is None else deadline_ms / 1000):
+                await self._room.acquire()
+        except TimeoutError:
+            raise DeadlinePassed(flight.request.hex(), deadline_ms or 0.0, "the source, before its turn came") from None
+        self._flights[flight.request] = flight
+        try:
+            result = await self._settle(flight, content, source or self.name)
+        finally:
+            self._room.release()
+            del self._flights[flight.request]
+            self._outbox.done(flight.worker, flight.request)
+        self.counters["results"] += 1
+        latency_ms = 1000 * (time.monotonic() - flight.begun_s)
+        return Answer(flight.request, result.content, result.hops, latency_ms, flight.attempt)
+
+    async def _settle(self, flight: Flight, content: Content, source: str) -> Result:
+        """Send the request until a result is in; raise when no further attempt would help."""
+        while True:
+            flight.begin_attempt()
+            if flight.attempt > 1:
+                self.counters["retries"] += 1
+            await self._send(flight, content, source)
+            try:
+                async with asyncio.timeout(flight.left_s(LEASE_S)):
+                    word = await flight.heard.get()
+            except TimeoutError:
+                if flight.left_s(LEASE_S) <= 0:
+                    where = f"the source, after {flight.attempt} attempts"
+                    raise DeadlinePassed(flight.request.hex(), flight.deadline_ms or 0.0, where) from None
+                flight.fail("", flight.worker, "NoAnswer", f"nothing was heard of it for {LEASE_S:g} s")
+                word = flight.heard.get_nowait()
+            if isinstance(word, Result):
+                return word
+            if isinstance(word, Disconnected):
+                raise word
+            if isinstance(word, Failure):
+                await self._weigh(flight, word)
+            # The next attempt is another task: what the last one's worker had in hand says nothing of it.
+            self._outbox.done(flight.worker, flight.request)
+
+    async def _send(self, flight: Flight, content: Content, source: str) -> None:
+        left_s = flight.left_s(ROOM_WAIT_S)
+        if left_s <= 0:
+            raise DeadlinePassed(flight.request.hex(), flight.deadline_ms or 0.0, "the source, before it was sent")
+        task = Task(
+            request=flight.request,
+            content=content,
+            reply=ReplyTo(self._inbox),
+            sender=self._inbox,
+            source=source,
+            attempt=flight.attempt,
+            deadline_ms=None if flight.deadline_ms is None else 1000 * left_s,
+        )
+        try:
+            # While the broker is away sending waits for it: with a deadline, no longer than that.
+            async with asyncio.timeout(None if flight.deadline_ms is None else left_s + _SEND_GRACE_S):
+                flight.worker = await self._outbox.send(task, wait_s=left_s, avoid=frozenset(flight.avoid))
+        except TimeoutError:
+            where = f"the source, on the way to {self.line.transport.address}"
+            raise DeadlinePassed(flight.request.hex(), flight.deadline_ms or 0.0, where) from None
+        except NoWorker:
+            if flight.deadline_ms is not None and len(self._outbox):
+                where = f"the door of stage {self.pipeline.stage[0].name!r}, whose workers are all full"
+                raise DeadlinePassed(flight.request.hex(), flight.deadline_ms, where) from None
+            raise
+
+    async def _weigh(self, flight: Flight, failure: Failure) -> None:
+        """Raise if the failure is final; else note it, for another attempt elsewhere."""
+        flight.avoid.add(failure.worker)
+        if failure.error in _TURNED_AWAY:
+            await asyncio.sleep(_TURNED_AWAY_WAIT_S)
+            return
+        flight.failures += 1
+        if failure.retry and flight.failures < RETRY_LIMIT:
+            log.info("request %s: %s at %s: again", flight.request.hex(), failure.error, failure.worker)
+            return
+        self.counters["failed"] += 1
+        request = flight.request.hex()
+        raise RequestFailed(request, failure.stage, failure.worker, failure.error, failure.reason)
+
+    # Heard --------------------------------------------------------------------------------------------------------
+
+    def _heard(self, topic: str, message: Message) -> None:
+        if isinstance(message, Control):
+            self._outbox.done(message.worker, message.request)
+            return
+        flight = self._flights.get(message.request)
+        if flight is None:
+            # The result of an attempt that was thought lost, after another attempt's.
+            self.counters["twins"] += 1
+        elif isinstance(message, Result) or (isinstance(message, Failure) and message.attempt == flight.attempt):
+            flight.heard.put_nowait(message)
+        else:
+            self.counters["unexpected"] += 1
+
+    def _garbage(self, error: WireError, properties: Properties) -> None:
+        if flight := self._flights.get(properties.correlation):
+            flight.fail("?", "?", type(error).__name__, f"its result: {error}")
+
+    def _lost(self, lost: Lost) -> None:
+        if lost.why == "disconnected":
+            return  # `_reconnected` sends everything again
+        if (flight := self._flights.get(lost.request)) and lost.attempt == flight.attempt:
+            reason = f"worker {lost.worker!r} died with the request in hand"
+            flight.fail(lost.stage, lost.worker, "WorkerLost", reason)
+
+    async def _reconnected(self) -> None:
+        """What was in flight when the connection broke may be lost: send it all again."""
+        for flight in self._flights.values():
+            if flight.attempt and flight.heard.empty():
+                flight.heard.put_nowait(None)
