@@ -1,0 +1,1 @@
+"""What happened: live views, records, figures."""

@@ -1,0 +1,48 @@
+"""What can go wrong while watching and running."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from brokers.errors import SparseError, UsageError
+
+
+@dataclass(eq=False)
+class ProcessRefused(UsageError):
+    """A process of a run that found a mistake in what it was given, in its own words."""
+
+    STATUS: ClassVar[int] = 2
+
+    said: str
+
+    def __str__(self) -> str:
+        return self.said
+
+
+@dataclass(eq=False)
+class BrokerGone(SparseError):
+    """The broker of a run that ended before its time and cannot be had back."""
+
+    kind: str
+    address: str
+    said: str
+    problem: str
+
+    def __str__(self) -> str:
+        said = f" ({self.said})" if self.said else ""
+        return f"the {self.kind} broker at {self.address} ended{said} and cannot be started again: {self.problem}"
+
+
+@dataclass(eq=False)
+class ProcessEnded(SparseError):
+    """A process of a run that ended before its time, and the last thing it said."""
+
+    name: str
+    status: int
+    said: str
+    log: str
+
+    def __str__(self) -> str:
+        how = f"signal {-self.status}" if self.status < 0 else f"status {self.status}"
+        return f"{self.name} ended with {how}: {self.said or 'it said nothing'} (its log: {self.log})"

@@ -1,0 +1,126 @@
+"""The live view of a run on a terminal; one line now and then where there is none."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from brokers.pipeline import Pipeline
+from brokers.presence import Birth
+from monitor.scoreboard import Scoreboard
+
+REFRESH_PER_S = 5
+_LINE_EVERY_S = 2.0
+# Where there is no terminal, nothing is said before the first result or this time: a mistake is then one line, its own.
+_QUIET_S = 10.0
+
+
+class LiveView:
+    """Draws a scoreboard to standard error until closed; call `update` as often as you like."""
+
+    def __init__(self, pipeline: Pipeline, broker: str, board: Scoreboard) -> None:
+        self.status = "starting"
+        self.broker_restarts = 0
+        self._pipeline, self._broker, self._board = pipeline, broker, board
+        self._begun_s = time.monotonic()
+        self._console = Console(stderr=True)
+        self._live = Live(console=self._console, refresh_per_second=REFRESH_PER_S, transient=False, auto_refresh=False)
+        self._next_s = 0.0
+
+    def __enter__(self) -> LiveView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self.update(force=True)
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """One line above the view."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def update(self, *, force: bool = False) -> None:
+        """Draw what has changed, no more often than a person can read."""
+        now_s = time.monotonic()
+        if now_s < self._next_s and not force:
+            return
+        if self._console.is_terminal:
+            self._next_s = now_s + 1 / REFRESH_PER_S
+            self._live.update(self._render(now_s), refresh=True)
+        elif self._board.heard or now_s - self._begun_s >= _QUIET_S:
+            self._next_s = now_s + _LINE_EVERY_S
+            self.say(self._line(now_s))
+
+    @property
+    def _status(self) -> str:
+        return self.status + (f" (broker restarts: {self.broker_restarts})" if self.broker_restarts else "")
+
+    def _line(self, now_s: float) -> str:
+        board = self._board
+        stages = " ".join(f"{birth.stage} {state or f'{birth.load.busy:.0%}'}" for birth, state in self._ordered(now_s))
+        found = f"  last: {board.finds[-1].text}" if board.finds else ""
+        return (
+            f"{now_s - self._begun_s:6.1f} s  {self._status}  {board.results} results  {board.rate(now_s):.1f}/s  "
+            f"{board.latency_ms(50):.0f} ms  {stages}{found}"
+        )
+
+    def _render(self, now_s: float) -> RenderableType:
+        board = self._board
+        head = Table.grid(padding=(0, 3))
+        head.add_row(
+            Text(f"{board.rate(now_s):5.1f} frames/s", style="bold green"),
+            Text(f"latency {board.latency_ms(50):.0f} ms, p95 {board.latency_ms(95):.0f} ms"),
+            Text(f"{board.results} results"),
+            Text(f"{board.dropped} dropped", style="yellow" if board.dropped else "dim"),
+            Text(f"{board.failures.total()} failed", style="red" if board.failures else "dim"),
+        )
+        finds = Table.grid(padding=(0, 2))
+        for find in list(board.finds):
+            finds.add_row(
+                Text(f"{find.source} {find.index}", style="dim"), Text(find.text, overflow="ellipsis", no_wrap=True)
+            )
+        title = f"[bold]{self._pipeline.name}[/]  {self._broker}  {now_s - self._begun_s:.0f} s  {self._status}"
+        return Panel(
+            Group(head, Text(), self._stages(now_s), Text(), finds), title=title, title_align="left", border_style="dim"
+        )
+
+    def _stages(self, now_s: float) -> Table:
+        table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=False)
+        for column in ("stage", "worker", "device"):
+            table.add_column(column)
+        table.add_column("load", width=20)
+        for column in ("busy", "queue", "tasks/s", "ms/task", "done"):
+            table.add_column(column, justify="right")
+        up = {birth.stage for birth in self._board.workers.values()}
+        for birth, state in self._ordered(now_s):
+            load = birth.load
+            bar = ProgressBar(total=1.0, completed=load.busy, width=20)
+            worker = Text(
+                f"{birth.worker} ({state})" if state else birth.worker, style="red" if state == "lost" else ""
+            )
+            table.add_row(
+                birth.stage, worker, birth.device, bar, f"{load.busy:.0%}", str(load.queue),
+                f"{load.rate:.1f}", f"{load.task_ms:.1f}", str(load.done),
+            )  # fmt: skip
+        for stage in self._pipeline.stage:
+            if stage.name not in up:
+                table.add_row(stage.name, Text("starting ...", style="dim"))
+        return table
+
+    def _ordered(self, now_s: float) -> list[tuple[Birth, str]]:
+        """The workers in the pipeline's order, each with what is to be said of it: nothing of one that is up."""
+        order = [stage.name for stage in self._pipeline.stage]
+        found = []
+        for topic, birth in self._board.workers.items():
+            if birth.stage in order:
+                state = "" if birth.state == "up" else birth.state
+                found.append((birth, "lost" if self._board.is_lost(topic, now_s) else state))
+        return sorted(found, key=lambda item: (order.index(item[0].stage), item[0].worker, item[0].site))

@@ -1,0 +1,230 @@
+"""`sparse run FILE`: everything of a pipeline on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json as jsonlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from brokers.errors import SparseError
+from brokers.mqtt import MqttTransport
+from brokers.parent import STOPPED
+from brokers.pipeline import BROKER_VARIABLE, Pipeline, load_pipeline, new_run_folder
+from brokers.topics import every_presence, ingress, results
+from brokers.transport import Delivery
+from monitor.children import Child, end_all, kill_all
+from monitor.errors import ProcessEnded, ProcessRefused
+from monitor.live import LiveView
+from monitor.run_broker import RunBroker, find_broker
+from monitor.scoreboard import Scoreboard
+from monitor.summary import print_summary
+
+_POLL_S = 0.05
+# From the first Ctrl-C to the source's end: it waits for what is in flight, which may never come back.
+END_S = 20.0
+# A worker that was up and died is started again so often; a crash at each start would go on for ever.
+_RESTART_LIMIT = 20
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The pipeline file.")],
+    broker: Annotated[
+        str | None, typer.Option(help="mosquitto, embedded, or the address of one that runs: mqtt://HOST:PORT.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Where the broker that is started listens.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where results are kept; left out: a new folder below runs/.")
+    ] = None,
+    pictures: Annotated[bool, typer.Option(help="Keep annotated pictures of what was found.")] = True,
+    json: Annotated[bool, typer.Option("--json", help="End with the summary as one line of JSON.")] = False,
+) -> int:
+    """Run a whole pipeline on this machine: broker, stages and source, with a live view.
+
+    The broker is the one that the file names, else Mosquitto if it is installed, else the embedded one.
+
+    Example: sparse run examples/street.toml
+    """
+    pipeline = load_pipeline(file)
+    with find_broker(pipeline, broker, port) as site:
+        run = Run(pipeline, site, out or new_run_folder(Path("runs"), pipeline.name), pictures)
+        status, summary = asyncio.run(run.go())
+    if summary is None:
+        return status
+    summary["broker"] = site.label
+    if json:
+        print(jsonlib.dumps(summary))  # noqa: T201 - the answer of the command
+    else:
+        print_summary(summary)
+    return status
+
+
+class Run:
+    """The stages and the source of one pipeline as processes, and what is seen of them."""
+
+    def __init__(self, pipeline: Pipeline, broker: RunBroker, folder: Path, pictures: bool) -> None:
+        self._pipeline, self._broker, self._folder = pipeline, broker, folder
+        self._board = Scoreboard(pipeline.name)
+        named = broker.shown if broker.own is None else f"{broker.label} {broker.shown}"
+        self._view = LiveView(pipeline, named, self._board)
+        logs = folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        file = pipeline.path
+        workers = sum(stage.workers for stage in pipeline.stage)
+        handed = {BROKER_VARIABLE: broker.address}
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        self._stages = [
+            Child(
+                f"stage {stage.name}",
+                (
+                    "stage",
+                    file,
+                    stage.name,
+                    "--worker",
+                    f"{stage.name}-{number}",
+                    "--threads",
+                    str(stage.threads or threads),
+                ),
+                logs / f"{stage.name}-{number}.log",
+                environment=handed,
+            )
+            for stage in pipeline.stage
+            for number in range(1, stage.workers + 1)
+        ]
+        album = () if pictures else ("--no-pictures",)
+        arguments = ("source", file, "--out", str(folder), "--json", *album)
+        self._source = Child("source", arguments, logs / "source.log", answers=True, environment=handed)
+        self._leaving = asyncio.Event()
+        self._end_s = float("inf")  # when the source, told to end, is waited for no longer
+
+    async def go(self) -> tuple[int, dict[str, Any] | None]:
+        """Run it all; the exit status, and the source's summary if it came to one."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._leave)
+        transport = MqttTransport(self._broker.address)
+        try:
+            for child in self._stages:
+                child.start()
+            with self._view:
+                await self._listen(transport)
+                if await self._await_stages():
+                    return STOPPED, None
+                status, summary = await self._await_source()
+        finally:
+            await transport.close()
+            await asyncio.to_thread(end_all, [self._source])
+            await asyncio.to_thread(end_all, self._stages)
+        return STOPPED if self._leaving.is_set() else status, summary
+
+    def _leave(self) -> None:
+        """The first Ctrl-C ends the run in good order; at a second one nothing is waited for."""
+        if self._leaving.is_set():
+            kill_all([self._source, *self._stages])
+        self._leaving.set()
+
+    async def _listen(self, transport: MqttTransport) -> None:
+        await transport.connect()
+
+        def birth(delivery: Delivery) -> None:
+            now_s = time.monotonic()
+            self._board.heard_birth(delivery.topic, bytes(delivery.payload), now_s, retained=delivery.retain)
+
+        def result(delivery: Delivery) -> None:
+            self._board.heard_result(bytes(delivery.payload), time.monotonic())
+
+        await transport.subscribe(every_presence(pipeline=self._pipeline.name), birth, qos=1)
+        await transport.subscribe(results(self._pipeline.source.site), result, qos=1)
+
+    async def _await_stages(self) -> bool:
+        """Wait until every stage has a worker; True when told to leave meanwhile."""
+        wanted = {stage.name for stage in self._pipeline.stage}
+        while not wanted <= self._board.stages_up():
+            # A Ctrl-C that reaches the children as well must not be taken for their failure.
+            if self._leaving.is_set() or any(child.status == -signal.SIGINT for child in self._stages):
+                return True
+            for child in self._stages:
+                if child.status is not None:
+                    raise _ended(child, child.status)
+            await self._keep_broker()
+            self._view.update()
+            await asyncio.sleep(_POLL_S)
+        return False
+
+    async def _await_source(self) -> tuple[int, dict[str, Any] | None]:
+        """Start the source, keep the stages up, and wait for the source's end."""
+        self._view.status = "running"
+        if self._pipeline.source.kind == "ingress":
+            topic = ingress(self._pipeline.source.site, "NAME")
+            self._view.say(f"publish pictures or readings to {topic} at {self._broker.shown}; Ctrl-C ends it")
+        self._source.start()
+        answer = asyncio.create_task(asyncio.to_thread(self._source.output.read), name="source-output")
+        while not answer.done() or self._source.status is None:
+            if self._leaving.is_set():
+                self._end_source()
+            else:
+                self._keep_stages()
+            await self._keep_broker()
+            self._view.update()
+            await asyncio.wait({answer}, timeout=_POLL_S)
+        self._view.status = "done"
+        summary = _summary_in(await answer)
+        status = self._source.status
+        if summary is not None:
+            return status, summary
+        if self._leaving.is_set():  # it had not begun to listen to signals, or was asked twice
+            return STOPPED, None
+        raise _ended(self._source, status)
+
+    def _end_source(self) -> None:
+        """Ask the source to end what it holds, and to be done within some time."""
+        if self._end_s == float("inf"):
+            self._view.status, self._end_s = "ending", time.monotonic() + END_S
+            self._source.interrupt()
+        elif time.monotonic() > self._end_s and self._source.status is None:
+            self._view.say(
+                f"the source did not end within {END_S:g} s and was killed: there is no summary, "
+                f"the results so far are in {self._folder / 'results.jsonl'}"
+            )
+            kill_all([self._source])
+            self._source.process.wait()
+
+    def _keep_stages(self) -> None:
+        for child in self._stages:
+            if child.status is not None:
+                if child.starts > _RESTART_LIMIT or child.status == ProcessRefused.STATUS:
+                    raise _ended(child, child.status)
+                child.start()
+
+    async def _keep_broker(self) -> None:
+        """Start a broker of ours that died again; the others find it by themselves, it is where it was."""
+        if self._broker.ended:
+            await asyncio.to_thread(self._broker.restart)
+            self._view.say(f"the {self._broker.label} broker ended by itself, and was started again")
+            self._view.broker_restarts = self._broker.restarts
+
+
+def _summary_in(said: bytes) -> dict[str, Any] | None:
+    """The source's summary, if it came to one; a source of the user's own may print whatever it likes before it."""
+    for line in reversed(said.decode(errors="replace").splitlines()):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = jsonlib.loads(line)
+            if isinstance(found, dict) and "outputs" in found:
+                return found
+    return None
+
+
+def _ended(child: Child, status: int) -> SparseError:
+    """Why a process of the run ended, in its own words if the reason is a mistake of the user's."""
+    said = child.last_line()
+    if status == ProcessRefused.STATUS and said:
+        return ProcessRefused(said)
+    return ProcessEnded(child.name, status, said, str(child.log))

@@ -1,0 +1,148 @@
+"""What is known of a pipeline that runs, from what anybody may hear: presence records and published results. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from brokers.errors import WireError
+from brokers.presence import Birth
+
+# Rates and percentiles are of the last so many seconds and results: what a person calls "now".
+WINDOW_S = 5.0
+# Workers report every second.
+LOST_S = 10.0
+_RECENT_RESULTS = 256
+_RECENT_FINDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Find:
+    """One line of the live view: what was found in one sample."""
+
+    source: str
+    index: int
+    text: str
+
+
+@dataclass(slots=True)
+class Scoreboard:
+    """The latest of each worker and the recent results. Times are monotonic seconds of the listener.
+
+    Of results, those of `pipeline` count, and those that name none: what never became a request of any.
+    """
+
+    pipeline: str = ""  # empty: any
+    workers: dict[str, Birth] = field(default_factory=dict)  # by presence topic: an id is one stage's own
+    results: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0
+    garbage: int = 0
+    finds: deque[Find] = field(default_factory=lambda: deque(maxlen=_RECENT_FINDS))
+    first_result_s: float | None = None
+    _heard_s: dict[str, float] = field(default_factory=dict)  # by presence topic
+    _alive: set[str] = field(default_factory=set)  # presence topics
+    _times_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    _latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_RESULTS))
+
+    def heard_birth(self, topic: str, payload: bytes, now_s: float, *, retained: bool = False) -> None:
+        """A presence topic changed: a record, or nothing when the worker is gone; what is neither is counted.
+
+        `retained`: the broker had kept it, from whenever it was; no sign of life.
+        """
+        try:
+            birth = Birth.from_bytes(payload) if payload else None
+        except WireError:
+            self.garbage += 1
+            return
+        if birth:
+            self.workers[topic] = birth
+            self._heard_s[topic] = now_s
+            if not retained:
+                self._alive.add(topic)
+        else:
+            self.workers.pop(topic, None)
+            self._heard_s.pop(topic, None)
+            self._alive.discard(topic)
+
+    def is_lost(self, topic: str, now_s: float) -> bool:
+        """Whether a worker has missed ten reports in a row: it is frozen, or its line is."""
+        return now_s - self._heard_s[topic] > LOST_S
+
+    @property
+    def silent(self) -> set[str]:
+        """The topics of workers of which there is a record and nothing else, so far."""
+        return self.workers.keys() - self._alive
+
+    def heard_result(self, payload: bytes, now_s: float) -> None:
+        """A result was published; anybody may publish there, so what cannot be read is counted."""
+        try:
+            self._note_result(json.loads(payload), now_s)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            self.garbage += 1
+
+    @property
+    def heard(self) -> int:
+        """How many requests have ended, one way or the other."""
+        return self.results + self.failures.total()
+
+    def _note_result(self, result: dict[str, Any], now_s: float) -> None:
+        if self.pipeline and result.get("pipeline", self.pipeline) != self.pipeline:
+            return
+        text = found_text(result)
+        latency_ms = float(result.get("latency_ms", 0.0))
+        self.dropped = max(self.dropped, int(result.get("dropped", 0)))
+        if "error" in result:
+            self.failures[str(result["error"])] += 1
+            self._note(result, f"{result['error']}: {result.get('reason', '')}")
+            return
+        self.results += 1
+        self.first_result_s = now_s if self.first_result_s is None else self.first_result_s
+        self._times_s.append(now_s)
+        self._latencies_ms.append(latency_ms)
+        if text:
+            self._note(result, text)
+
+    def stages_up(self) -> set[str]:
+        """The stages that have a worker."""
+        return {birth.stage for birth in self.workers.values() if birth.state == "up"}
+
+    def rate(self, now_s: float) -> float:
+        """Results a second, lately."""
+        recent = [time_s for time_s in self._times_s if now_s - time_s <= WINDOW_S]
+        since_s = now_s - WINDOW_S if self.first_result_s is None else max(now_s - WINDOW_S, self.first_result_s)
+        return len(recent) / max(now_s - since_s, 0.2) if recent else 0.0
+
+    def latency_ms(self, percent: float) -> float:
+        """A percentile of the recent latencies; 0 before there are any."""
+        ordered = sorted(self._latencies_ms)
+        return ordered[round((len(ordered) - 1) * percent / 100)] if ordered else 0.0
+
+    def _note(self, result: dict[str, Any], text: str) -> None:
+        self.finds.append(Find(str(result.get("source", "")), int(result.get("index", 0)), text))
+
+
+def found_text(result: dict[str, Any]) -> str:
+    """`2 person 0.91 0.80, car 0.75`: the objects by label, or the likeliest class; empty when nothing was found."""
+    if classes := result.get("classes"):
+        return f"{classes[0]['label']} {classes[0]['score']:.2f}"
+    by_label: dict[str, list[float]] = {}
+    for item in result.get("objects", ()):
+        by_label.setdefault(item["label"], []).append(item["score"])
+    parts = []
+    for label, scores in by_label.items():
+        count = f"{len(scores)} " if len(scores) > 1 else ""
+        parts.append(f"{count}{label} {' '.join(f'{score:.2f}' for score in scores)}")
+    if not parts and "values" in result:
+        return ", ".join(f"{name} {_short(value)}" for name, value in result["values"].items())
+    return ", ".join(parts)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['dtype']} {value['shape']}"
+    if isinstance(value, list):
+        return f"[{len(value)} values]" if len(value) > 4 else str([_short(item) for item in value]).replace("'", "")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
