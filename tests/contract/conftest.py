@@ -1,0 +1,37 @@
+"""Every transport that must keep the contract: within the process, over the embedded broker, over two Mosquittos."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from brokers import mosquitto
+from tests.support.lines import BrokerPlace, MemoryPlace, Place
+
+# What Mosquitto 2.1 and later allow by default.
+SMALL_PACKETS_BYTES = 2_000_000
+
+
+def need_mosquitto() -> None:
+    """Skip a test that needs Mosquitto where it is not installed; in CI that is a failure, not a green skip."""
+    if mosquitto.find() is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("Mosquitto is not installed, and CI must test with it")
+        pytest.skip("Mosquitto is not installed (Debian: apt-get install mosquitto)")
+
+
+@pytest.fixture(params=["memory", "embedded", "mosquitto", "mosquitto-2MB"])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    if request.param == "memory":
+        yield MemoryPlace()
+        return
+    if request.param == "embedded":
+        pytest.importorskip("iotcore", reason="the embedded broker has no wheel for this machine")
+        made = BrokerPlace("embedded")
+    else:
+        need_mosquitto()
+        made = BrokerPlace("mosquitto", SMALL_PACKETS_BYTES if request.param == "mosquitto-2MB" else None)
+    yield made
+    made.stop()

@@ -1,0 +1,85 @@
+"""Two processes with the id of one worker: the second is refused while the first is alive, and takes over if not."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from brokers.mqtt import MqttTransport
+from brokers.presence import Birth
+from brokers.site import LocalBroker
+from brokers.topics import StageTopics
+from tests.support.pipelines import pipeline_file, stage
+from tests.support.presence import await_workers, watch_workers
+from tests.support.processes import Machine
+
+SLOW = stage("slow", "Slow", settings={"seconds": 0.1})
+TOPIC = StageTopics("local", "test", "slow").presence("w")
+STALE = Birth(
+    worker="w",
+    stage="slow",
+    pipeline="test",
+    site="local",
+    node="gone",
+    pid=1,
+    instance="former",
+    device="cpu",
+    fingerprint="",
+    capacity=3,
+)
+
+
+def test_a_twin_of_a_worker_that_is_up_is_refused_and_the_first_goes_on(box: Machine, broker: LocalBroker) -> None:
+    path = pipeline_file(box.folder, [SLOW])
+    first = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+    before = await_workers(broker.address, lambda workers: TOPIC in workers)[TOPIC]
+
+    async def meanwhile() -> tuple[int, str, list[dict[str, Birth]]]:
+        ended = asyncio.Event()
+        watching = asyncio.create_task(watch_workers(broker.address, lambda workers: ended.is_set()))
+        twin = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+        said = await asyncio.get_running_loop().run_in_executor(None, twin.end)
+        ended.set()
+        return said.status, said.err, (await watching)[1:]
+
+    status, err, states = asyncio.run(meanwhile())
+    assert status == 2, err
+    assert err.startswith(f"sparse: worker 'w' cannot join: another worker of this id (process {first.pid} on ")
+    assert err.count("\n") == 1
+    assert {state[TOPIC].instance for state in states} == {before.instance}  # and its record was never away
+    assert {state[TOPIC].state for state in states} == {"up"}
+    assert "lost" not in first.said()
+    assert first.end(signal.SIGTERM).status == 0
+    box.nothing_is_left()
+
+
+def test_a_worker_that_was_killed_comes_back_under_its_id(box: Machine, broker: LocalBroker) -> None:
+    path = pipeline_file(box.folder, [SLOW])
+    first = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+    before = await_workers(broker.address, lambda workers: TOPIC in workers)[TOPIC]
+    first.end(signal.SIGKILL)
+    second = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+    after = await_workers(broker.address, lambda workers: TOPIC in workers and workers[TOPIC].pid == second.pid)[TOPIC]
+    assert after.instance
+    assert after.instance != before.instance
+    assert second.end(signal.SIGTERM).status == 0
+
+
+def test_a_record_that_outlived_its_worker_keeps_nobody_out(box: Machine, broker: LocalBroker) -> None:
+    """As when the broker was away while the worker died: no last will has cleared it."""
+
+    async def leave_behind(record: bytes) -> None:
+        transport = MqttTransport(broker.address)
+        await transport.connect()
+        await transport.publish(TOPIC, record, qos=1, retain=True)
+        await transport.close()
+
+    path = pipeline_file(box.folder, [SLOW])
+    asyncio.run(leave_behind(STALE.to_bytes()))
+    try:
+        heir = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+        workers = await_workers(broker.address, lambda workers: TOPIC in workers and workers[TOPIC].pid == heir.pid)
+        assert workers[TOPIC].instance != STALE.instance
+        assert heir.end(signal.SIGTERM).status == 0
+    finally:
+        asyncio.run(leave_behind(b""))

@@ -1,0 +1,115 @@
+"""A worker whose broker is gone, or does not let it speak: it leaves when it is told to, and it goes on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from brokers.connection import Refused
+from brokers.memory import MemoryHub, MemoryTransport
+from brokers.pipeline import load_pipeline
+from brokers.site import Kind, start_broker
+from brokers.transport import Buffer, Delivery, Properties
+from stages import worker as worker_module
+from stages.command import make_executor
+from stages.worker import Worker
+from tests.pipeline.conftest import KINDS
+from tests.support.lines import run
+from tests.support.parts import need
+from tests.support.pipelines import pipeline_file, stage
+from tests.support.presence import await_workers
+from tests.support.processes import Machine
+
+SLOW = stage("slow", "Slow", settings={"seconds": 0.1})
+
+
+class Strict(MemoryTransport):
+    """A broker that lets a client say a little about itself, and then refuses."""
+
+    allowed = 1
+
+    async def publish(
+        self,
+        topic: str,
+        payload: list[Buffer] | Buffer = b"",  # type: ignore[override]
+        properties: Properties = Properties(),
+        *,
+        qos: int = 0,
+        retain: bool = False,
+    ) -> None:
+        if "/up/" in topic:
+            self.allowed -= 1
+            if self.allowed < 0:
+                raise Refused("publication to", topic, "Not authorized")
+        await super().publish(topic, payload, properties, qos=qos, retain=retain)
+
+
+def _worker(folder: Path, transport: MemoryTransport) -> Worker:
+    pipeline = load_pipeline(pipeline_file(folder, [SLOW]))
+    table = pipeline.find_stage("slow")
+    executor, device = make_executor(pipeline, table, 1)
+    return Worker(transport, pipeline, table, executor, "w", device)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_is_told_to_leave_while_its_broker_is_gone(box: Machine, kind: Kind) -> None:
+    need({"embedded": "iotcore"}.get(kind, kind))
+    path = pipeline_file(box.folder, [SLOW])
+    with start_broker(kind=kind) as broker:
+        stranded = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "stranded")
+        await_workers(broker.address, lambda workers: len(workers) == 1)
+    begin_s = time.monotonic()
+    said = stranded.end(signal.SIGTERM, timeout_s=20)
+    assert said.status == 0, said.err
+    assert "Traceback" not in said.err
+    assert time.monotonic() - begin_s < 8
+    box.nothing_is_left()
+
+
+def test_a_worker_whose_reports_are_refused_says_so_once_and_works_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker_module, "_REPORT_EVERY_S", 0.02)
+    caplog.set_level(logging.WARNING)
+
+    async def test() -> None:
+        hub = MemoryHub()
+        transport = Strict(hub)
+        worker = _worker(tmp_path, transport)
+        await worker.start()
+        running = asyncio.create_task(worker.run(), name="run")
+        await asyncio.sleep(0.2)
+        topic = "sparse/local/test/slow/up/w"
+        assert [record.message for record in caplog.records] == [
+            f"worker w could not report: the broker refused the publication to {topic!r}: Not authorized"
+        ]
+        reports: list[Delivery] = []
+        listener = MemoryTransport(hub)
+        await listener.connect()
+        await listener.subscribe(topic, reports.append)
+        transport.allowed = 1000
+        await asyncio.sleep(0.2)
+        assert len(reports) > 1
+        await worker.drain()
+        await running
+        await worker.stop()
+        await listener.close()
+
+    run(test())
+
+
+def test_a_worker_that_may_not_say_goodbye_leaves(tmp_path: Path) -> None:
+    async def test() -> None:
+        worker = _worker(tmp_path, Strict(MemoryHub()))
+        await worker.start()
+        running = asyncio.create_task(worker.run(), name="run")
+        await worker.drain()
+        await running
+        await worker.stop()
+
+    run(test())

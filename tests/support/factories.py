@@ -1,0 +1,39 @@
+"""Networks that tests name in their pipeline files as `package.module:factory`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Tiny(nn.Module):
+    """Four layers of numbers with a way around the second and third: (B, 6) -> (B, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 8)
+        self.third = nn.ReLU()
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + self.third(self.second(x)))  # type: ignore[no-any-return]
+
+
+def tiny() -> nn.Module:
+    return Tiny()
+
+
+tiny.input_shape = (1, 6)  # type: ignore[attr-defined]
+
+
+class Doors(nn.Module):
+    """Goes one way or the other by a value, which torch.fx cannot follow, and has no children to cut between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if bool(torch.sum(x) > 0) else x - 1
+
+
+def doors() -> nn.Module:
+    return Doors()

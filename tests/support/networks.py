@@ -1,0 +1,35 @@
+"""Networks whose every layer matters: small enough to compute quickly, with numbers that no two layers share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def fill(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and statistic its own numbers, of a size at which values neither vanish nor explode.
+
+    Initial weights will not do: the layer scales of ConvNeXt (1e-6), or the means of batch norms (0), hide mistakes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def between(tensor: Tensor, low: float, high: float) -> None:
+        with torch.no_grad():
+            tensor.uniform_(low, high, generator=generator)
+
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dim() >= 2:
+            reach = 1.5 * math.sqrt(3 * tensor.shape[0] / tensor.numel())
+            between(tensor, -reach, reach)
+        elif name.endswith(("weight", "running_var")):
+            between(tensor, 0.5, 1.5)
+        else:
+            between(tensor, -0.2, 0.2)
+    for name, tensor in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            tensor.zero_()
+    return model

@@ -1,0 +1,153 @@
+"""A client of our protocol that knows nothing of our code: paho, JSON, and docs/protocol.md."""
+
+from __future__ import annotations
+
+import json
+import queue
+import secrets
+import struct
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+WAIT_S = 20.0
+
+
+@dataclass
+class Heard:
+    """A message: its topic, its properties, its payload (put together, if it came in chunks)."""
+
+    topic: str
+    payload: bytes
+    user: dict[str, str]
+    correlation: bytes
+    content_type: str
+    response_topic: str
+    retain: bool
+
+
+@dataclass
+class Stranger:
+    """Connects, hears everything on the topics it is told, and puts chunks together as the page says."""
+
+    address: str
+    topics: list[tuple[str, int]]
+    _heard: queue.Queue[Heard] = field(default_factory=queue.Queue)
+    _parts: dict[Any, bytes] = field(default_factory=dict)
+    _passed_over: list[Heard] = field(default_factory=list)
+
+    def __enter__(self) -> Stranger:
+        url = urlsplit(self.address)
+        self._client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
+        self._client.on_message = self._on_message
+        subscribed: queue.Queue[None] = queue.Queue()
+        self._client.on_subscribe = lambda *_: subscribed.put(None)
+        self._client.connect(url.hostname or "", url.port or 1883)
+        self._client.loop_start()
+        for topic, qos in self.topics:
+            self._client.subscribe(topic, qos)
+            subscribed.get(timeout=WAIT_S)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def say(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        user: dict[str, str] | None = None,
+        correlation: bytes = b"",
+        response_topic: str = "",
+        content_type: str = "",
+        qos: int = 0,
+    ) -> None:
+        properties: Any = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        if correlation:
+            properties.CorrelationData = correlation
+        if response_topic:
+            properties.ResponseTopic = response_topic
+        if content_type:
+            properties.ContentType = content_type
+        if user:
+            properties.UserProperty = list(user.items())
+        self._client.publish(topic, payload, qos, properties=properties).wait_for_publish(WAIT_S)
+
+    def hear(self, kind: str | None = None) -> Heard:
+        """The next message; with `kind`, the next of that kind: others are kept for later."""
+        for heard in self._passed_over:
+            if kind is None or heard.user.get("kind") == kind:
+                self._passed_over.remove(heard)
+                return heard
+        end_s = time.monotonic() + WAIT_S
+        while True:
+            heard = self._heard.get(timeout=max(0.001, end_s - time.monotonic()))
+            if kind is None or heard.user.get("kind") == kind:
+                return heard
+            self._passed_over.append(heard)
+
+    def nothing(self, for_s: float = 0.3) -> bool:
+        try:
+            self._heard.get(timeout=for_s)
+        except queue.Empty:
+            return True
+        return False
+
+    def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
+        properties = message.properties
+        user = dict(getattr(properties, "UserProperty", []))
+        correlation = getattr(properties, "CorrelationData", b"")
+        response_topic = getattr(properties, "ResponseTopic", "")
+        payload: bytes | None = bytes(message.payload)
+        if "chunk" in user:
+            names = (user.get(name) for name in ("message", "kind", "attempt"))
+            key = (message.topic, correlation, response_topic, *names)
+            payload = self._put_together(key, user["chunk"], bytes(message.payload))
+        if payload is not None:
+            content_type = getattr(properties, "ContentType", "")
+            self._heard.put(
+                Heard(message.topic, payload, user, correlation, content_type, response_topic, message.retain)
+            )
+
+    def _put_together(self, key: Any, place: str, part: bytes) -> bytes | None:
+        offset, total = map(int, place.split("/"))
+        so_far = self._parts.get(key, b"")
+        assert offset == len(so_far), "chunks come in order"
+        self._parts[key] = so_far + part
+        return self._parts.pop(key) if len(self._parts[key]) == total else None
+
+
+def write_body(name: str, values: list[float]) -> bytes:
+    """A safetensors body with one tensor of float32."""
+    entry = {"dtype": "F32", "shape": [len(values)], "data_offsets": [0, 4 * len(values)]}
+    header = json.dumps({name: entry}).encode()
+    return struct.pack("<Q", len(header)) + header + struct.pack(f"<{len(values)}f", *values)
+
+
+def read_body(body: bytes) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """The float32 tensors of a body, flat, and its metadata."""
+    (length,) = struct.unpack_from("<Q", body)
+    header = json.loads(body[8 : 8 + length])
+    metadata = header.pop("__metadata__", {})
+    data = body[8 + length :]
+    found = {}
+    for name, entry in header.items():
+        assert entry["dtype"] == "F32"
+        begin, end = entry["data_offsets"]
+        found[name] = list(struct.unpack(f"<{(end - begin) // 4}f", data[begin:end]))
+    return found, metadata
+
+
+def new_request() -> bytes:
+    return secrets.token_bytes(16)

@@ -1,0 +1,143 @@
+"""What a run looks like from outside: births, results, and whatever else anybody publishes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from brokers.presence import Birth, Load
+from monitor.scoreboard import Scoreboard, found_text
+
+
+def birth(worker: str, stage: str, state: Any = "up", **load: Any) -> bytes:
+    return Birth(
+        worker=worker, stage=stage, pipeline="street", site="local", node="here", pid=1, device="cpu", fingerprint="",
+        capacity=3, state=state, load=Load(**load),
+    ).to_bytes()  # fmt: skip
+
+
+def result(**fields: Any) -> bytes:
+    return json.dumps({"source": "door", "index": 7, "latency_ms": 50.0, "dropped": 0, **fields}).encode()
+
+
+def objects(*found: tuple[str, float]) -> list[dict[str, Any]]:
+    return [{"label": label, "score": score, "box": [0, 0, 1, 1]} for label, score in found]
+
+
+def test_workers_come_report_and_go() -> None:
+    board = Scoreboard()
+    board.heard_birth("a", birth("a", "head"), 0.0)
+    board.heard_birth("b", birth("b", "tail", state="draining"), 0.0)
+    assert board.stages_up() == {"head"}
+    board.heard_birth("a", birth("a", "head", done=4), 0.0)
+    assert board.workers["a"].load.done == 4
+    board.heard_birth("a", b"", 0.0)
+    board.heard_birth("unknown", b"", 0.0)
+    assert set(board.workers) == {"b"}
+
+
+def test_workers_of_one_name_in_two_pipelines_are_two() -> None:
+    board = Scoreboard()
+    board.heard_birth("sparse/local/street/head/up/head-1", birth("head-1", "head"), 0.0)
+    board.heard_birth("sparse/local/yard/head/up/head-1", birth("head-1", "head"), 0.0)
+    board.heard_birth("sparse/local/yard/head/up/head-1", b"", 1.0)
+    assert list(board.workers) == ["sparse/local/street/head/up/head-1"]
+
+
+def test_a_worker_that_has_not_reported_for_long_is_lost() -> None:
+    board = Scoreboard()
+    board.heard_birth("a", birth("a", "head"), 0.0)
+    assert not board.is_lost("a", 10.0)
+    assert board.is_lost("a", 10.1)
+    board.heard_birth("a", birth("a", "head"), 11.0)
+    assert not board.is_lost("a", 12.0)
+
+
+def test_a_record_that_the_broker_had_kept_is_no_sign_of_life() -> None:
+    board = Scoreboard()
+    board.heard_birth("a", birth("a", "head"), 0.0, retained=True)
+    board.heard_birth("b", birth("b", "head"), 0.0, retained=True)
+    assert board.silent == {"a", "b"}
+    board.heard_birth("a", birth("a", "head"), 1.0)
+    assert board.silent == {"b"}
+    board.heard_birth("b", b"", 1.0)
+    assert board.silent == set()
+
+
+def test_only_results_of_the_pipeline_count_and_what_is_of_none() -> None:
+    board = Scoreboard("street")
+    board.heard_result(result(pipeline="street"), 0.0)
+    board.heard_result(result(pipeline="yard", error="BadPayload", dropped=9), 0.0)
+    board.heard_result(result(error="BadPayload"), 0.0)  # a gateway's refusal
+    assert (board.results, board.failures.total(), board.dropped, board.garbage) == (1, 1, 0, 0)
+
+
+def test_results_and_failures_are_counted_apart() -> None:
+    board = Scoreboard()
+    board.heard_result(result(objects=objects(("dog", 0.9)), dropped=3), 1.0)
+    board.heard_result(result(error="BadPayload", reason="no picture", dropped=2), 2.0)
+    assert (board.results, dict(board.failures), board.heard, board.dropped) == (1, {"BadPayload": 1}, 2, 3)
+    assert [find.text for find in board.finds] == ["dog 0.90", "BadPayload: no picture"]
+
+
+def test_the_rate_is_of_the_last_seconds() -> None:
+    board = Scoreboard()
+    assert board.rate(0.0) == 0.0
+    for index in range(100):
+        board.heard_result(result(), index / 10)  # ten a second
+    assert board.rate(10.0) == pytest.approx(10.0, rel=0.05)
+    assert board.rate(100.0) == 0.0
+
+
+def test_percentiles_are_of_recent_results() -> None:
+    board = Scoreboard()
+    assert board.latency_ms(50) == 0.0
+    for latency_ms in [1000.0] * 10 + [float(number) for number in range(256)]:
+        board.heard_result(result(latency_ms=latency_ms), 0.0)
+    assert board.latency_ms(0) == 0.0
+    assert board.latency_ms(100) == 255.0
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(
+            b"",
+            b"?",
+            b"[1]",
+            b"null",
+            b"\xff",
+            b'{"latency_ms": "soon"}',
+            b'{"objects": [1]}',
+            b'{"classes": {"a": 1}}',
+        ),
+        *(b'{"dropped": []}', b'{"values": 3}', b'{"index": "x", "error": 1}', b"[" * 100_000),
+    ],
+)
+def test_what_anybody_else_publishes_is_counted_and_does_no_harm(garbage: bytes) -> None:
+    board = Scoreboard()
+    board.heard_result(garbage, 1.0)
+    assert (board.garbage, board.results, board.finds) == (1, 0, board.finds)
+    if garbage:
+        board.heard_birth("a", garbage, 0.0)
+        assert board.garbage == 2
+    assert board.workers == {}
+    board.heard_result(result(), 2.0)
+    assert board.results == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"objects": objects(("person", 0.91), ("car", 0.75), ("person", 0.8))}, "2 person 0.91 0.80, car 0.75"),
+        ({"objects": []}, ""),
+        ({"classes": [{"label": "tabby", "score": 0.5}, {"label": "lynx", "score": 0.2}]}, "tabby 0.50"),
+        ({"values": {"celsius": 21.53219, "alarm": True, "on": 1}}, "celsius 21.53, alarm True, on 1"),
+        ({"values": {"x": [1, 2], "y": list(range(9))}}, "x [1, 2], y [9 values]"),
+        ({"values": {"z": {"dtype": "float32", "shape": [3]}}}, "z float32 [3]"),
+    ],
+)
+def test_a_find_is_one_short_line(fields: dict[str, Any], text: str) -> None:
+    assert found_text(fields) == text
