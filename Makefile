@@ -20,7 +20,7 @@ PROJECT := $(INSTALL) --no-build-isolation --editable
 BENCHMARKS := $(filter-out __init__ conftest,$(basename $(notdir $(wildcard tests/bench/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lock clean
+.PHONY: help demo test soak check bench lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -33,6 +33,9 @@ demo: .venv/.stamp-run ## a live detector, cut in three, on a street video; pict
 
 test: .venv/.stamp-dev ## all tests
 	@$(BIN)/python -m pytest
+
+soak: .venv/.stamp-dev ## the long form of tests/soak, with its figures; takes about half an hour
+	@$(BIN)/python -m pytest tests/soak --long
 
 check: .venv/.stamp-dev ## style, types and the import rule
 	$(BIN)/ruff check
