@@ -33,6 +33,11 @@ JPEG = "image/jpeg"
 PNG = "image/png"
 
 
+Priority = Literal["interactive", "background"]
+# What somebody waits for goes before what nobody does, wherever the two wait together.
+PRIORITIES: tuple[Priority, ...] = ("interactive", "background")
+
+
 def new_request_id() -> bytes:
     """Sixteen random bytes: unique without anybody to ask."""
     return secrets.token_bytes(REQUEST_ID_BYTES)
@@ -135,6 +140,7 @@ class Task:
     source: str = ""
     attempt: int = 1
     deadline_ms: float | None = None
+    priority: Priority = "interactive"
     hops: tuple[Hop, ...] = ()
 
     def __post_init__(self) -> None:
@@ -146,6 +152,8 @@ class Task:
             raise BadProperty("Correlation Data", problem)
         if self.deadline_ms is not None and not 0 <= self.deadline_ms <= DEADLINE_LIMIT_MS:
             raise BadProperty("deadline-ms", f"must be 0 to {DEADLINE_LIMIT_MS:.0f}, is {self.deadline_ms}")
+        if self.priority not in PRIORITIES:
+            raise BadProperty("priority", f"must be {' or '.join(PRIORITIES)}, is {self.priority!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from brokers import tensors as codec
+from brokers.content import decode_content
 from brokers.errors import BadPayload, BadProperty, VersionMismatch, WireError
 from brokers.messages import (
     HOPS,
-    JPEG,
     JSON,
-    PNG,
+    PRIORITIES,
     REQUEST_ID_BYTES,
     SAFETENSORS,
     Activation,
@@ -31,6 +31,7 @@ from brokers.messages import (
     Failure,
     Hop,
     Message,
+    Priority,
     ReplyTo,
     Result,
     Task,
@@ -42,9 +43,6 @@ from brokers.transport import Buffer, Properties
 
 VERSION = "1"
 
-_JPEG_MAGIC = b"\xff\xd8\xff"
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_JSON_START = re.compile(rb"[ \t\r\n]*[\[{0-9-]")
 _COUNT = re.compile(r"[0-9]{1,9}")
 _MILLISECONDS = re.compile(r"[0-9]{1,13}(\.[0-9]{1,9})?")
 # The finest deadline that the wire can say.
@@ -100,6 +98,8 @@ def _task_properties(task: Task, response_topic: str) -> list[tuple[str, str]]:
         user.append(("echo", task.reply.echo.hex()))
     if task.source:
         user.append(("source", task.source))
+    if task.priority != "interactive":
+        user.append(("priority", task.priority))
     if task.deadline_ms is not None:
         user.append(("deadline-ms", f"{max(task.deadline_ms, _SHORTEST_MS):.3f}"))
     return user
@@ -163,32 +163,6 @@ def refusal(error: WireError, properties: Properties, stage: str, worker: str) -
     return reply, failure
 
 
-def content_type_of(declared: str, payload: memoryview) -> str:
-    """The declared content type without its parameters, or what the first bytes say."""
-    if declared:
-        plain = declared.partition(";")[0].strip().lower()
-        return {"image/jpg": JPEG}.get(plain, plain)
-    head = bytes(payload[:16])
-    if head.startswith(_JPEG_MAGIC):
-        return JPEG
-    if head.startswith(_PNG_MAGIC):
-        return PNG
-    # A safetensors body begins with the length of its header, whose first byte is always an opening brace.
-    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= codec.HEADER_LIMIT_BYTES:
-        return SAFETENSORS
-    if _JSON_START.match(head):
-        return JSON
-    raise BadPayload("unknown", f"expected JPEG, PNG, safetensors or JSON, the first bytes are {head[:8].hex(' ')!r}")
-
-
-def decode_content(declared: str, payload: memoryview) -> Content:
-    """A body if the bytes are safetensors, else a blob of the type they declare or show."""
-    content_type = content_type_of(declared, payload)
-    if content_type == SAFETENSORS:
-        return Body(*codec.unpack(payload))
-    return Blob(content_type, payload)
-
-
 def _decode_foreign(properties: Properties, payload: memoryview) -> Task:
     reply = _foreign_reply(properties, {})
     content = decode_content(properties.content_type, payload)
@@ -220,6 +194,7 @@ def _decode_task(properties: Properties, user: Mapping[str, str], payload: memor
         source=user.get("source", ""),
         attempt=_whole(user, "attempt"),
         deadline_ms=_milliseconds(user, "deadline-ms"),
+        priority=_decode_priority(user),
         hops=hops,
     )
 
@@ -236,6 +211,13 @@ def _decode_reply(properties: Properties, user: Mapping[str, str]) -> ReplyTo:
     if not topic:
         raise BadProperty("Response Topic", "is missing: there is nowhere to answer")
     return ReplyTo(topic, cast(Literal["safetensors", "json"], accept), echo)
+
+
+def _decode_priority(user: Mapping[str, str]) -> Priority:
+    priority = user.get("priority", PRIORITIES[0])
+    if priority not in PRIORITIES:
+        raise BadProperty("priority", f"must be {' or '.join(PRIORITIES)}, is {priority!r}")
+    return priority
 
 
 def _decode_result(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Result:

@@ -8,11 +8,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from brokers.content import content_type_of, decode_content
 from brokers.errors import WireError
 from brokers.messages import JPEG, PNG, SAFETENSORS
 from brokers.topics import ingress, last_level
 from brokers.transport import Delivery, Transport
-from brokers.wire import content_type_of, decode_content
 from sources.intake import Intake
 from sources.samples import Sample, decode_picture
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from brokers import tensors as codec
+from brokers.content import content_type_of
 from brokers.errors import BadPayload, SparseError
 from brokers.messages import Blob, Body, Content
 from brokers.results import describe
-from brokers.wire import content_type_of
 
 
 def to_content(value: Any) -> Content:

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brokers import messages
+from brokers.content import content_type_of
 from brokers.errors import (
     BadChunk,
     BadPayload,
@@ -38,7 +39,7 @@ from brokers.messages import (
 )
 from brokers.tensors import from_numpy
 from brokers.transport import Properties
-from brokers.wire import Packet, answer_address, content_type_of, decode, encode, refusal
+from brokers.wire import Packet, answer_address, decode, encode, refusal
 from tests.unit.test_tensors import METADATA, NAMES, wire_tensors
 
 REQUEST = bytes(range(16))
