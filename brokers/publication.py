@@ -39,7 +39,10 @@ class BadPacket(WireError):
 
 @dataclass(frozen=True, slots=True)
 class PublishHead:
-    """A PUBLISH without its payload; `head_bytes` is where the payload begins, `payload_bytes` how long it is."""
+    """A PUBLISH without its payload; `head_bytes` is where the payload begins, `payload_bytes` how long it is.
+
+    Without a topic it is to be read over: its properties, which count as payload then, are too large to be read.
+    """
 
     topic: str
     properties: Properties
@@ -72,7 +75,8 @@ def encode_head(
 def parse_head(data: memoryview) -> PublishHead | None:
     """Return the head that `data` begins with, or None while more bytes are needed to tell.
 
-    Raises `BadPacket` for bytes that no longer can become a PUBLISH.
+    Raises `BadPacket` for bytes that no longer can become a PUBLISH. Properties of gigantic size break nothing: whoever
+    may publish could end the connections of all who listen, and with a retained message do so for ever.
     """
     length = parse_length(data, 1)
     if length is None:
@@ -97,11 +101,11 @@ def parse_head(data: memoryview) -> PublishHead | None:
     head_bytes = properties_at + properties_bytes
     if head_bytes > end:
         raise BadPacket("a PUBLISH that ends inside its properties")
+    packet_id = _short(data, topic_end, end) if qos else 0
     if head_bytes > MAX_HEAD_BYTES:
-        raise BadPacket(f"a PUBLISH whose head has {head_bytes} bytes, at most {MAX_HEAD_BYTES} are read")
+        return PublishHead("", _NO_PROPERTIES, properties_at, end - properties_at, qos, bool(flags & 1), packet_id)
     if len(data) < head_bytes:
         return None
-    packet_id = _short(data, topic_end, end) if qos else 0
     properties = _parse_properties(data[properties_at:head_bytes]) if properties_bytes else _NO_PROPERTIES
     topic = _text(data[topic_at:topic_end])
     if not topic:

@@ -36,7 +36,7 @@ class Sink(Protocol):
         ...
 
     def published(self, head: PublishHead, payload: memoryview) -> None:
-        """Take a whole PUBLISH."""
+        """Take a whole PUBLISH; one that was read over has no topic and no payload, and wants its acknowledgement."""
         ...
 
     def packet(self, data: bytes) -> None:
@@ -100,6 +100,8 @@ class PacketReader:
         self._head: PublishHead | None = None  # set while its payload is on the way
         self._payload = memoryview(b"")
         self._filled = 0
+        self._passing: PublishHead | None = None  # set while a PUBLISH is read over
+        self._passing_bytes = 0  # what is still to come of it
         self.received_bytes = 0
 
     def read(self, budget_bytes: int) -> bool:
@@ -152,6 +154,9 @@ class PacketReader:
                     return
                 head, payload, self._head, self._payload = self._head, self._payload, None, memoryview(b"")
                 self._sink.published(head, payload)
+            elif self._passing is not None:
+                if not self._pass_over(self._passing):
+                    return
             elif self._start == self._end:
                 self._start = self._end = 0
                 return
@@ -165,11 +170,26 @@ class PacketReader:
             return False
         self._check_size(head.head_bytes + head.payload_bytes)
         self._start += head.head_bytes
+        if not head.topic:
+            self._passing, self._passing_bytes = head, head.payload_bytes
+            return True
         self._head = head
         self._payload = self._place(head)
         self._filled = min(head.payload_bytes, self._end - self._start)
         self._payload[: self._filled] = self._buffer[self._start : self._start + self._filled]
         self._start += self._filled
+        return True
+
+    def _pass_over(self, head: PublishHead) -> bool:
+        """Throw away what came of a PUBLISH that nobody can read; return whether that was all of it."""
+        taken = min(self._passing_bytes, self._end - self._start)
+        self._start += taken
+        self._passing_bytes -= taken
+        if self._passing_bytes:
+            self._start = self._end = 0
+            return False
+        self._passing = None
+        self._sink.published(head, memoryview(b""))
         return True
 
     def _place(self, head: PublishHead) -> memoryview:

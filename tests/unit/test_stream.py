@@ -109,6 +109,21 @@ def test_a_head_larger_than_the_buffer_is_read(pair: tuple[socket.socket, socket
     assert kept.publications == [("a", b"x")] * 2
 
 
+def test_a_publication_of_gigantic_properties_is_read_over_and_handed_out_for_its_acknowledgement(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    kept = Kept()
+    reader = PacketReader(ours, kept, 1 << 22)
+    gigantic = publish("a", b"x" * 100_000, Properties(user=(("a", "b" * 60_000),) * 20))
+    assert len(gigantic) > MAX_HEAD_BYTES
+    rest = memoryview(publish("a", b"1") + gigantic + publish("a", b"2") + gigantic * 2 + publish("a", b"3"))
+    while rest:
+        rest = rest[theirs.send(rest[:50_000]) :]
+        reader.read(1 << 20)
+    assert kept.publications == [("a", b"1"), ("", b""), ("a", b"2"), ("", b""), ("", b""), ("a", b"3")]
+
+
 @pytest.mark.parametrize(
     ("data", "error"),
     [
