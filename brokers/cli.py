@@ -27,6 +27,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 from brokers.errors import SparseError, UsageError
+from brokers.sparing import Sparing
 
 GROUP = "sparse.commands"
 USAGE = "usage: sparse [-v] COMMAND ..."
@@ -139,7 +140,9 @@ def _run(invocation: Invocation) -> int:
     if invocation.command not in commands:
         raise UnknownCommand(invocation.command, tuple(commands))
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(invocation.verbosity, 2)]
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    said = logging.StreamHandler(sys.stderr)
+    said.addFilter(Sparing())
+    logging.basicConfig(handlers=[said], level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return _invoke(commands[invocation.command], invocation.arguments)
 
 
