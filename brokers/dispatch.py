@@ -15,6 +15,8 @@ LEASE_S = 60.0
 # Workers renew their records every second. One that has not for so long is frozen, cut off, or died unnoticed while the
 # broker was away; it counts as gone until it is heard again.
 SILENT_S = 10.0
+# A worker's capacity is a batch that it computes, and so many more on their way to it and from it.
+SPARE = 2
 
 
 @dataclass(slots=True)
@@ -23,11 +25,24 @@ class _Worker:
     heard_s: float
     # request id -> when it was sent, in seconds
     in_hand: dict[bytes, float] = field(default_factory=dict)
+    kept_for: bytes | None = None  # the one request that it may have, by itself
 
-    def has_room(self, now_s: float) -> bool:
-        for request in [request for request, sent_s in self.in_hand.items() if now_s - sent_s > LEASE_S]:
-            del self.in_hand[request]
-        return self.birth.state == "up" and len(self.in_hand) < self.birth.capacity
+    @property
+    def is_up(self) -> bool:
+        return self.birth.state == "up"
+
+    @property
+    def has_room(self) -> bool:
+        return self.is_up and self.kept_for is None and len(self.in_hand) < self.birth.capacity
+
+    def end_leases(self, now_s: float, lease_s: float) -> None:
+        for request in [request for request, sent_s in self.in_hand.items() if now_s - sent_s > lease_s]:
+            self.done(request)
+
+    def done(self, request: bytes) -> None:
+        self.in_hand.pop(request, None)
+        if self.kept_for == request:
+            self.kept_for = None
 
     @property
     def wait_ms(self) -> float:
@@ -39,10 +54,16 @@ class _Worker:
 class Dispatcher:
     """Keeps who is up and what each has in hand of this sender's requests."""
 
-    _workers: dict[str, _Worker] = field(default_factory=dict)
+    lease_s: float = LEASE_S
+    _workers: dict[str, _Worker] = field(default_factory=dict)  # the one that was heard of first comes first
 
     def __len__(self) -> int:
-        return sum(worker.birth.state == "up" for worker in self._workers.values())
+        return sum(worker.is_up for worker in self._workers.values())
+
+    @property
+    def batches(self) -> int:
+        """How many tasks the workers that are up compute at once."""
+        return sum(max(1, worker.birth.capacity - SPARE) for worker in self._workers.values() if worker.is_up)
 
     def seen(self, birth: Birth, now_s: float) -> set[bytes]:
         """A worker was born or reported its load; the requests in the hands of its former life, if it had one."""
@@ -51,6 +72,7 @@ class Dispatcher:
         if worker is not None and (worker.birth.pid, worker.birth.instance) == (birth.pid, birth.instance):
             worker.birth, worker.heard_s = birth, now_s
             return set()
+        self._workers.pop(birth.worker, None)
         self._workers[birth.worker] = _Worker(birth, now_s)
         return set(worker.in_hand) if worker else set()
 
@@ -69,19 +91,58 @@ class Dispatcher:
         lost = self._workers.pop(worker, None)
         return set(lost.in_hand) if lost else set()
 
-    def pick(self, now_s: float, avoid: frozenset[str] = frozenset()) -> str | None:
-        """The worker with room that would be done first, one not to be avoided if there is a choice."""
-        ready = [worker for worker in self._workers.values() if worker.has_room(now_s)]
-        fitting = [worker for worker in ready if worker.birth.worker not in avoid] or ready
-        if not fitting:
-            return None
-        return min(fitting, key=lambda worker: (worker.wait_ms, worker.birth.worker)).birth.worker
+    def pick(self, now_s: float, avoid: frozenset[str] = frozenset(), alone: bytes | None = None) -> str | None:
+        """The worker with room that would be done first, one not to be avoided if there is a choice.
+
+        `alone` is a request that must have a worker to itself: one is kept free for it until it has ended.
+        """
+        for worker in self._workers.values():
+            worker.end_leases(now_s, self.lease_s)
+        if alone is not None:
+            return self._empty_one(avoid, alone)
+        picked = _soonest([worker for worker in self._alike() if worker.has_room], avoid)
+        return picked.birth.worker if picked else None
+
+    def _alike(self) -> list[_Worker]:
+        """Those that are up with the same model as the one that was there first: a request gets one model's answer."""
+        up = [worker for worker in self._workers.values() if worker.is_up]
+        return [worker for worker in up if worker.birth.fingerprint == up[0].birth.fingerprint]
+
+    def _empty_one(self, avoid: frozenset[str], request: bytes) -> str | None:
+        up = self._alike()
+        kept = next((worker for worker in up if worker.kept_for == request), None)
+        if kept is None:
+            self.release(request)  # it was one that is no longer up
+            kept = _soonest([worker for worker in up if worker.kept_for is None], avoid)
+            if kept is None:
+                return None
+            kept.kept_for = request
+        return None if kept.in_hand else kept.birth.worker
+
+    def release(self, request: bytes) -> None:
+        """The request that a worker was kept free for will not come."""
+        for worker in self._workers.values():
+            if worker.kept_for == request:
+                worker.kept_for = None
+
+    def limit_bytes(self, worker: str) -> int | None:
+        """The largest message that this worker takes; None of one that is not known."""
+        return self._workers[worker].birth.max_message_bytes if worker in self._workers else None
 
     def sent(self, worker: str, request: bytes, now_s: float) -> None:
         if worker in self._workers:
             self._workers[worker].in_hand[request] = now_s
 
+    def holds(self, worker: str, request: bytes) -> bool:
+        """Whether this worker has this request in hand, as far as is known."""
+        return worker in self._workers and request in self._workers[worker].in_hand
+
     def done(self, worker: str, request: bytes) -> None:
         """The worker has room again."""
         if worker in self._workers:
-            self._workers[worker].in_hand.pop(request, None)
+            self._workers[worker].done(request)
+
+
+def _soonest(workers: list[_Worker], avoid: frozenset[str]) -> _Worker | None:
+    fitting = [worker for worker in workers if worker.birth.worker not in avoid] or workers
+    return min(fitting, key=lambda worker: (worker.wait_ms, worker.birth.worker), default=None)

@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from brokers.dispatch import Dispatcher
-from brokers.errors import Disconnected, NoWorker, WireError
+from brokers.dispatch import LEASE_S, Dispatcher
+from brokers.errors import Disconnected, NoWorker, TooLarge, WireError
 from brokers.line import Line
-from brokers.messages import ReplyTo, Task
+from brokers.messages import PRIORITIES, ReplyTo, Task
 from brokers.presence import Birth
 from brokers.topics import StageTopics, last_level
 from brokers.transport import Delivery
+from brokers.turns import Turns
 
 log = logging.getLogger(__name__)
 
 _WATCH_EVERY_S = 1.0
 _PATIENT_S = 3.0  # of waiting for a worker in silence
+# A request that is sent for the third time may be what its workers die of: it has the next one to itself, so that none
+# is blamed for another's fault.
+ALONE_FROM = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,15 @@ class Outbox:
     That is so when its worker dies or falls silent, and when our own connection breaks and comes back.
     """
 
-    def __init__(self, line: Line, topics: StageTopics, on_lost: Callable[[Lost], None]) -> None:
+    def __init__(
+        self, line: Line, topics: StageTopics, on_lost: Callable[[Lost], None], *, lease_s: float = LEASE_S
+    ) -> None:
         self.topics = topics
         self._line = line
         self._on_lost = on_lost
-        self._dispatcher = Dispatcher()
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._dispatcher = Dispatcher(lease_s)
+        self._turns = Turns()
+        self._alone = Turns()  # those who wait for a worker to be empty: room for one more is nothing to them
         self._owners: dict[bytes, Lost] = {}
         self._watching: asyncio.Task[None] | None = None
         # At first a record that the broker has kept is welcome: work begins at once. Once the connection has broken it
@@ -60,6 +65,11 @@ class Outbox:
         """How many workers are up."""
         return len(self._dispatcher)
 
+    @property
+    def batches(self) -> int:
+        """How many tasks those workers compute at once."""
+        return self._dispatcher.batches
+
     async def open(self) -> None:
         await self._line.transport.subscribe(self.topics.all_presence, self._heard, qos=1)
         self._line.transport.on_reconnect(self._reconnected)
@@ -68,8 +78,7 @@ class Outbox:
     async def close(self) -> None:
         """End what watches for silence, and all waiting for a worker; may be called twice."""
         self._closed = True
-        for _ in range(len(self._waiting)):
-            self._wake()
+        self._call_all()
         if self._watching:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
@@ -80,7 +89,10 @@ class Outbox:
 
         Raises `NoWorker` when none had room for `wait_s`, `TooLarge` for what cannot go.
         """
-        worker = await self._pick(wait_s, avoid)
+        worker = await self._pick(task, wait_s, avoid)
+        limit_bytes = self._dispatcher.limit_bytes(worker)
+        if limit_bytes is not None and task.content.nbytes > limit_bytes:
+            raise TooLarge(f"request {task.request.hex()} to worker {worker!r}", limit_bytes, task.content.nbytes)
         self._dispatcher.sent(worker, task.request, time.monotonic())
         self._owners[task.request] = Lost(task.request, task.attempt, task.reply, self.topics.stage, worker)
         try:
@@ -96,38 +108,41 @@ class Outbox:
         owner = self._owners.get(request)
         if owner is not None and owner.worker == worker:  # a late word of an earlier attempt says nothing of this one
             del self._owners[request]
-        self._wake()
+        self._turns.call()
+        self._alone.call_all()
 
-    async def _pick(self, wait_s: float, avoid: frozenset[str]) -> str:
+    async def _pick(self, task: Task, wait_s: float, avoid: frozenset[str]) -> str:
         begin_s = time.monotonic()
         deadline_s = begin_s + wait_s
-        while not self._closed:
-            now_s = time.monotonic()
-            if worker := self._dispatcher.pick(now_s, avoid):
-                return worker
-            if now_s - begin_s > _PATIENT_S and not len(self) and not self._complained:
-                self._complained = True  # once, until somebody comes up
-                log.warning(
-                    "waiting for a worker of stage %s of %s: none is up", self.topics.stage, self.topics.pipeline
-                )
-            if now_s >= deadline_s:
-                raise NoWorker(self.topics.pipeline, self.topics.stage, wait_s)
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
+        alone = task.request if task.attempt >= ALONE_FROM else None
+        try:
+            while not self._closed:
+                now_s = time.monotonic()
+                if worker := self._dispatcher.pick(now_s, avoid, alone):
+                    return worker
+                if now_s - begin_s > _PATIENT_S:
+                    self._complain()
+                if now_s >= deadline_s:
+                    raise NoWorker(self.topics.pipeline, self.topics.stage, wait_s)
                 # A lease may run out meanwhile without anybody saying so: look again each second.
-                await asyncio.wait_for(turn, min(1.0, deadline_s - now_s))
-            except TimeoutError:
-                with suppress(ValueError):  # a wake that came together with the timeout has taken it out
-                    self._waiting.remove(turn)
+                turns = self._alone if alone else self._turns
+                await turns.wait(min(1.0, deadline_s - now_s), PRIORITIES.index(task.priority))
+        except BaseException:
+            if alone:
+                self._dispatcher.release(alone)
+                self._call_all()
+            raise
         raise Disconnected(self._line.transport.address, "nobody waits for its workers any more")
 
-    def _wake(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
+    def _call_all(self) -> None:
+        self._turns.call_all()
+        self._alone.call_all()
+
+    def _complain(self) -> None:
+        """Say that nobody is up: once, until somebody comes."""
+        if not len(self) and not self._complained:
+            self._complained = True
+            log.warning("waiting for a worker of stage %s of %s: none is up", self.topics.stage, self.topics.pipeline)
 
     def _heard(self, delivery: Delivery) -> None:
         worker = last_level(delivery.topic)
@@ -146,8 +161,7 @@ class Outbox:
             return
         self._tell_lost(worker, self._dispatcher.seen(birth, time.monotonic()))
         self._complained = False
-        for _ in range(len(self._waiting)):  # it may have room for them all
-            self._wake()
+        self._call_all()  # it may have room for them all
 
     def _tell_lost(self, worker: str, requests: set[bytes]) -> None:
         for request in requests:
@@ -156,9 +170,12 @@ class Outbox:
                 self._on_lost(self._owners.pop(request))
 
     async def _watch(self) -> None:
-        """Give up the workers that have fallen silent."""
+        """Give up the workers that have fallen silent, and what is in nobody's hands since its lease has run out."""
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
+            for request, owner in list(self._owners.items()):
+                if not self._dispatcher.holds(owner.worker, request):
+                    del self._owners[request]
             for worker in self._dispatcher.silent(time.monotonic()):
                 log.warning("worker %s of stage %s has fallen silent", worker, self.topics.stage)
                 self._tell_lost(worker, self._dispatcher.gone(worker))

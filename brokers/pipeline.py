@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from brokers.dispatch import LEASE_S
 from brokers.errors import BadFile, BadName, UsageError
-from brokers.messages import DEADLINE_LIMIT_MS
+from brokers.messages import DEADLINE_LIMIT_MS, Priority
 from brokers.topics import StageTopics, checked_name
 
 LOCAL = "local"
@@ -45,6 +46,9 @@ class PipelineTable(_Table):
     cuts: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), strict=False)
     seed: int = 0
     threshold: float = Field(default=0.5, ge=0, le=1, description="of a detection's score")
+    lease_s: float = Field(
+        default=LEASE_S, gt=0, le=86_400, description="a request of which nothing is heard for so long is sent again"
+    )
     nms: float = Field(default=0.45, ge=0, le=1, description="overlap above which the weaker of two boxes goes")
 
 
@@ -88,9 +92,10 @@ class SourceTable(_Table):
         default=None, description="what waits for room; default: latest for what is live (camera, ingress), else all"
     )
     window: int | None = Field(
-        default=None, ge=1, le=1024, description="requests in flight; default: a batch for each worker, and 2"
+        default=None, ge=1, le=1024, description="requests in flight; default: as many as the workers that are up hold"
     )
     deadline_ms: float | None = Field(default=None, gt=0, le=DEADLINE_LIMIT_MS)
+    priority: Priority = Field(default="interactive", description="background: after all that is interactive")
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -140,11 +145,6 @@ class Pipeline(_Table):
     def folder(self) -> Path:
         """What relative paths in the file are relative to."""
         return Path(self.path).resolve().parent
-
-    @property
-    def window(self) -> int:
-        """Requests in flight: enough for every worker to have a whole batch in hand, and two on their way."""
-        return self.source.window or sum(stage.workers * stage.max_batch for stage in self.stage) + 2
 
     def find_stage(self, name: str) -> StageTable:
         for stage in self.stage:

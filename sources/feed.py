@@ -46,14 +46,13 @@ class Feed:
         self._offload = offloader
         self._intake = intake
         self._record = record
-        self._room = asyncio.Semaphore(offloader.pipeline.window)
         self._unrecorded: asyncio.Queue[asyncio.Task[Report]] = asyncio.Queue(_UNRECORDED_LIMIT)
 
     async def run(self) -> None:
         """Work until the intake ends, and everything that was sent is answered and recorded."""
         recording = asyncio.create_task(self._record_all(), name="recording")
         try:
-            while (await self._room.acquire()) and (sample := await self._intake.take()) is not None:
+            while (sample := await self._next()) is not None:
                 working = asyncio.create_task(self._serve(sample), name=f"sample-{sample.source}-{sample.index}")
                 await self._unrecorded.put(working)
             await self._unrecorded.join()
@@ -61,18 +60,28 @@ class Feed:
             recording.cancel()
             await asyncio.gather(recording, return_exceptions=True)
 
+    async def _next(self) -> Sample | None:
+        """The next sample, once there is room for it: the newest of a live source is then what is sent."""
+        window = self._offload.window
+        await window.enter(self._offload.pipeline.source.priority)
+        sample = None
+        try:
+            sample = await self._intake.take()
+        finally:
+            if sample is None:
+                window.leave()
+        return sample
+
     async def _serve(self, sample: Sample) -> Report:
         self.tally.asked(time.monotonic())
         try:
-            answer = await self._offload.ask(content_of(sample), source=sample.source)
+            answer = await self._ask(sample)
             found = self._found(answer)
         except SparseError as error:
             found = _refusal(error)
             self.tally.failed(found["error"], time.monotonic())
         else:
             self.tally.answered(answer.latency_ms, answer.hops, time.monotonic())
-        finally:
-            self._room.release()
         result = {
             "source": sample.source,
             "index": sample.index,
@@ -83,6 +92,14 @@ class Feed:
         }
         await self.publish(sample.source, result)
         return Report(sample, result)
+
+    async def _ask(self, sample: Sample) -> Answer:
+        try:
+            content = content_of(sample)
+        except BaseException:
+            self._offload.window.leave()
+            raise
+        return await self._offload.ask(content, source=sample.source, entered=True)
 
     async def refuse(self, source: str, refusal: dict[str, Any]) -> None:
         """What a client published is nothing to work on: it counts as a request that failed, and is told so."""

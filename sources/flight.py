@@ -6,8 +6,26 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from brokers.errors import Disconnected
-from brokers.messages import Failure, Result
+from brokers.errors import Disconnected, RequestFailed
+from brokers.messages import Failure, Priority, Result
+
+# How often a request may fail in a way that another worker might not, before its owner is told.
+RETRY_LIMIT = 3
+# A worker that turns a task away has not failed at it: such attempts are not counted, only spaced.
+_TURNED_AWAY = frozenset({"Busy", "Draining"})
+_TURNED_AWAY_WAIT_S = (0.05, 1.0)  # the first, doubled each time, and the longest
+# What is said of a request when the worker that had it did not come to an answer.
+_NOT_ANSWERED = frozenset({"WorkerLost", "NoAnswer"})
+
+
+@dataclass(eq=False)
+class PoisonRequest(RequestFailed):
+    """A request that several workers in turn died of, or never came back from: it is not given to yet another."""
+
+    workers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"request {self.request} failed at stage {self.stage!r}: {self.error}: {self.reason}"
 
 
 @dataclass(slots=True, eq=False)
@@ -17,11 +35,13 @@ class Flight:
     request: bytes
     begun_s: float
     deadline_ms: float | None
+    priority: Priority = "interactive"
     attempt: int = 0
-    failures: int = 0
     worker: str = ""
     avoid: set[str] = field(default_factory=set)
     heard: asyncio.Queue[Result | Failure | Disconnected | None] = field(default_factory=asyncio.Queue)
+    _failures: list[Failure] = field(default_factory=list)
+    _turned_away: int = 0
 
     def begin_attempt(self) -> None:
         """Count it; what was said of earlier attempts is forgotten, unless it ends the request."""
@@ -44,6 +64,23 @@ class Flight:
                 retry=True,
             )
         )
+
+    def weigh(self, failure: Failure) -> float:
+        """How long to wait, in seconds, before another attempt elsewhere; raise where none would help."""
+        self.avoid.add(failure.worker)
+        if failure.error in _TURNED_AWAY:
+            first_s, longest_s = _TURNED_AWAY_WAIT_S
+            self._turned_away += 1
+            return float(min(longest_s, first_s * 2 ** min(self._turned_away - 1, 10)))
+        self._failures.append(failure)
+        if failure.retry and len(self._failures) < RETRY_LIMIT:
+            return 0.0
+        request = self.request.hex()
+        if failure.retry and all(each.error in _NOT_ANSWERED for each in self._failures):
+            workers = tuple(each.worker for each in self._failures)
+            reason = f"{len(workers)} workers in turn did not come back from it: {', '.join(workers)}"
+            raise PoisonRequest(request, failure.stage, failure.worker, PoisonRequest.__name__, reason, workers)
+        raise RequestFailed(request, failure.stage, failure.worker, failure.error, failure.reason)
 
     def left_s(self, limit_s: float) -> float:
         """Seconds until the deadline, at most `limit_s`."""

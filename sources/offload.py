@@ -21,7 +21,7 @@ from brokers.errors import (
     Disconnected,
     NoBroker,
     NoWorker,
-    RequestFailed,
+    RequestError,
     WireError,
 )
 from brokers.line import Line
@@ -31,6 +31,7 @@ from brokers.messages import (
     Failure,
     Hop,
     Message,
+    Priority,
     ReplyTo,
     Result,
     Task,
@@ -42,21 +43,18 @@ from brokers.pipeline import LOCAL, Pipeline, broker_address, load_pipeline
 from brokers.topics import source_inbox
 from brokers.transport import Properties, Transport
 from sources.flight import Flight
+from sources.places import Places
 from sources.values import like, to_content
+from sources.window import Window
 
 log = logging.getLogger(__name__)
 
-# A request that nothing was heard of for so long is lost somewhere: it is sent again.
-LEASE_S = 60.0
-# How often a request may fail in a way that another worker might not, before its owner is told.
-RETRY_LIMIT = 3
-# A worker that turns a task away has not failed at it: such attempts are not counted, only spaced.
-_TURNED_AWAY = frozenset({"Busy", "Draining"})
-_TURNED_AWAY_WAIT_S = 0.05
 # The wait for a worker with room ends at the deadline by itself, and says why; this is for the sending after it.
 _SEND_GRACE_S = 0.05
 # How long a request without a deadline waits for any worker to be up and have room.
 ROOM_WAIT_S = 60.0
+# Beyond what is being computed, so many are on their way, so that no worker waits for its next task.
+ON_THEIR_WAY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,8 @@ class Answer:
 
 class Offloader:
     """Offloads work to a pipeline. At most `window` requests are in flight; further ones wait their turn.
+
+    Left out, the window follows the workers that are up: start another, and more is in flight.
 
     `pipeline` is a pipeline file, or one that has been read. The broker is the one the file names for the source's
     site, or `SPARSE_BROKER`, unless `broker` (an address such as `mqtt://127.0.0.1:1883`) or `transport` says
@@ -90,12 +90,18 @@ class Offloader:
         self.pipeline = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline)
         self.name = name or f"{self.pipeline.source.name}-{new_request_id()[:4].hex()}"
         self.counters: Counter[str] = Counter()
+        self.retried: Counter[str] = Counter()  # by reason
+        self.failed: Counter[str] = Counter()  # by error
         # Two sources of one name must not take each other's place at the broker.
         client_id = f"source.{self.name}.{new_request_id()[:4].hex()}"
         self.line = Line(transport or MqttTransport(self._address(broker), client_id=client_id))
         self._inbox = source_inbox(self.pipeline.source.site or LOCAL, self.name)
-        self._outbox = Outbox(self.line, self.pipeline.topics(self.pipeline.stage[0]), self._lost)
-        self._room = asyncio.Semaphore(window or self.pipeline.window)
+        self._lease_s = self.pipeline.pipeline.lease_s
+        first = self.pipeline.topics(self.pipeline.stage[0])
+        self._outbox = Outbox(self.line, first, self._lost, lease_s=self._lease_s)
+        fixed = window or self.pipeline.source.window
+        self.window = Window(lambda: fixed or self._places.count + ON_THEIR_WAY)
+        self._places = Places(self.line, self.pipeline, self._outbox, self.window.resized)
         self._flights: dict[bytes, Flight] = {}
 
     def _address(self, broker: str | None) -> str:
@@ -110,6 +116,7 @@ class Offloader:
         try:
             await self.line.listen(self._inbox, self._heard, self._garbage)
             await self._outbox.open()
+            await self._places.open()
         except BaseException:
             await self._outbox.close()
             await self.line.close()
@@ -130,61 +137,89 @@ class Offloader:
 
     # Ask ----------------------------------------------------------------------------------------------------------
 
-    async def __call__(self, value: Any, *, deadline_ms: float | None = None) -> Any:
+    async def __call__(self, value: Any, *, deadline_ms: float | None = None, priority: Priority | None = None) -> Any:
         """Offload one value and return its result.
 
         A tensor or array gives a tensor or array of the same library (a dict of them, if the pipeline gives several); a
-        dict of them gives a dict; the bytes of a JPEG or PNG give what was found in it, as a dict.
+        dict of them gives a dict; the bytes of a JPEG or PNG give what was found in it, as a dict. A `background`
+        request goes after all that are `interactive`, here and at every worker.
 
-        Raises `RequestFailed` (which stage, which worker, why), `DeadlinePassed`, `NoWorker`, or `TooLarge`.
+        Raises `RequestFailed` (which stage, which worker, why), `PoisonRequest`, `DeadlinePassed`, `NoWorker`, or
+        `TooLarge`.
         """
-        answer = await self.ask(to_content(value), deadline_ms=deadline_ms)
+        answer = await self.ask(to_content(value), deadline_ms=deadline_ms, priority=priority)
         return like(value, answer.content)
 
-    async def ask(self, content: Content, *, source: str = "", deadline_ms: float | None = None) -> Answer:
-        """Offload encoded content, and return the result as it came, with its hops."""
-        if deadline_ms is None:
-            deadline_ms = self.pipeline.source.deadline_ms
-        flight = Flight(new_request_id(), time.monotonic(), deadline_ms)
+    async def ask(
+        self,
+        content: Content,
+        *,
+        source: str = "",
+        deadline_ms: float | None = None,
+        priority: Priority | None = None,
+        entered: bool = False,
+    ) -> Answer:
+        """Offload encoded content, and return the result as it came, with its hops.
+
+        `entered`: the caller has entered the window already, with `window.enter`; it is left here.
+        """
+        table = self.pipeline.source
+        deadline_ms = table.deadline_ms if deadline_ms is None else deadline_ms
+        flight = Flight(new_request_id(), time.monotonic(), deadline_ms, priority or table.priority)
         self.counters["requests"] += 1
         try:
-            async with asyncio.timeout(None if deadline_ms is None else deadline_ms / 1000):
-                await self._room.acquire()
-        except TimeoutError:
-            raise DeadlinePassed(flight.request.hex(), deadline_ms or 0.0, "the source, before its turn came") from None
-        self._flights[flight.request] = flight
-        try:
-            result = await self._settle(flight, content, source or self.name)
-        finally:
-            self._room.release()
-            del self._flights[flight.request]
-            self._outbox.done(flight.worker, flight.request)
+            if not entered:
+                await self._enter(flight)
+            result = await self._fly(flight, content, source or self.name)
+        except RequestError as error:
+            self.failed[getattr(error, "error", type(error).__name__)] += 1
+            raise
         self.counters["results"] += 1
         latency_ms = 1000 * (time.monotonic() - flight.begun_s)
         return Answer(flight.request, result.content, result.hops, latency_ms, flight.attempt)
+
+    async def _enter(self, flight: Flight) -> None:
+        try:
+            async with asyncio.timeout(None if flight.deadline_ms is None else flight.deadline_ms / 1000):
+                await self.window.enter(flight.priority)
+        except TimeoutError:
+            where = "the source, before its turn came"
+            raise DeadlinePassed(flight.request.hex(), flight.deadline_ms or 0.0, where) from None
+
+    async def _fly(self, flight: Flight, content: Content, source: str) -> Result:
+        """What is in the window, until it has settled one way or the other."""
+        self._flights[flight.request] = flight
+        self.window.hold(content.nbytes)
+        try:
+            return await self._settle(flight, content, source)
+        finally:
+            self.window.leave(content.nbytes)
+            del self._flights[flight.request]
+            self._outbox.done(flight.worker, flight.request)
 
     async def _settle(self, flight: Flight, content: Content, source: str) -> Result:
         """Send the request until a result is in; raise when no further attempt would help."""
         while True:
             flight.begin_attempt()
-            if flight.attempt > 1:
-                self.counters["retries"] += 1
             await self._send(flight, content, source)
             try:
-                async with asyncio.timeout(flight.left_s(LEASE_S)):
+                async with asyncio.timeout(flight.left_s(self._lease_s)):
                     word = await flight.heard.get()
             except TimeoutError:
-                if flight.left_s(LEASE_S) <= 0:
+                if flight.left_s(self._lease_s) <= 0:
                     where = f"the source, after {flight.attempt} attempts"
                     raise DeadlinePassed(flight.request.hex(), flight.deadline_ms or 0.0, where) from None
-                flight.fail("", flight.worker, "NoAnswer", f"nothing was heard of it for {LEASE_S:g} s")
+                flight.fail("", flight.worker, "NoAnswer", f"nothing was heard of it for {self._lease_s:g} s")
                 word = flight.heard.get_nowait()
             if isinstance(word, Result):
                 return word
             if isinstance(word, Disconnected):
                 raise word
-            if isinstance(word, Failure):
-                await self._weigh(flight, word)
+            if word is not None:
+                await asyncio.sleep(flight.weigh(word))
+                log.info("request %s: %s at %s: again", flight.request.hex(), word.error, word.worker)
+            self.counters["retries"] += 1
+            self.retried["Reconnected" if word is None else word.error] += 1
             # The next attempt is another task: what the last one's worker had in hand says nothing of it.
             self._outbox.done(flight.worker, flight.request)
 
@@ -200,6 +235,7 @@ class Offloader:
             source=source,
             attempt=flight.attempt,
             deadline_ms=None if flight.deadline_ms is None else 1000 * left_s,
+            priority=flight.priority,
         )
         try:
             # While the broker is away sending waits for it: with a deadline, no longer than that.
@@ -213,20 +249,6 @@ class Offloader:
                 where = f"the door of stage {self.pipeline.stage[0].name!r}, whose workers are all full"
                 raise DeadlinePassed(flight.request.hex(), flight.deadline_ms, where) from None
             raise
-
-    async def _weigh(self, flight: Flight, failure: Failure) -> None:
-        """Raise if the failure is final; else note it, for another attempt elsewhere."""
-        flight.avoid.add(failure.worker)
-        if failure.error in _TURNED_AWAY:
-            await asyncio.sleep(_TURNED_AWAY_WAIT_S)
-            return
-        flight.failures += 1
-        if failure.retry and flight.failures < RETRY_LIMIT:
-            log.info("request %s: %s at %s: again", flight.request.hex(), failure.error, failure.worker)
-            return
-        self.counters["failed"] += 1
-        request = flight.request.hex()
-        raise RequestFailed(request, failure.stage, failure.worker, failure.error, failure.reason)
 
     # Heard --------------------------------------------------------------------------------------------------------
 

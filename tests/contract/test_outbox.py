@@ -195,7 +195,7 @@ def test_a_wait_that_ends_as_it_is_woken_ends_in_good_order() -> None:
         async with Yard() as yard:
             sending = asyncio.create_task(yard.outbox.send(task(), wait_s=0.05))
             await asyncio.sleep(0.01)
-            [turn] = yard.outbox._waiting
+            [turn] = yard.outbox._turns._lines[0]
             turn.add_done_callback(lambda _: yard.outbox.done("nobody", b""))  # wakes as the wait is cancelled
             with pytest.raises(NoWorker):
                 await sending

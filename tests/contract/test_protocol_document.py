@@ -21,7 +21,7 @@ from brokers.publication import encode_head, parse_head
 from brokers.tensors import from_numpy, to_numpy
 from brokers.topics import StageTopics
 from brokers.wire import VERSION, decode, encode
-from sources import offload
+from sources import flight
 from stages import inference, outlet, worker
 from stages.models import registry
 from tests.support.ears import INBOX, RecordingTransport, listening
@@ -98,7 +98,7 @@ def test_the_topics_are_those_of_the_code() -> None:
 
 def sent_user_properties() -> set[str]:
     """Every user property that our code ever sends: those of all kinds, and those of a chunk."""
-    full = dataclasses.replace(TASK, reply=ReplyTo("elsewhere", "json", b"1"), attempt=2)
+    full = dataclasses.replace(TASK, reply=ReplyTo("elsewhere", "json", b"1"), attempt=2, priority="background")
     found = {
         name for each in (full, Control(request=TASK.request, worker="w")) for name, _ in encode(each).properties.user
     }
@@ -236,7 +236,7 @@ LIMITS = {
     "levels of a Response Topic": brokers.messages._TOPIC_LEVELS,
     "room at the next stage": outlet.ROOM_WAIT_S,
     "deadline": brokers.messages.DEADLINE_LIMIT_MS,
-    "attempts that fail before the owner gives up": offload.RETRY_LIMIT,
+    "attempts that fail before the owner gives up": flight.RETRY_LIMIT,
     "queue of a worker": worker.QUEUE_LIMIT,
     "values spelled out in JSON": results._SPELLED_VALUES,
 }
@@ -244,7 +244,6 @@ LIMITS = {
 
 def test_the_limits_are_those_of_the_code() -> None:
     assert {row[0]: float(row[1]) for row in tables("Limits")[0]} == LIMITS
-    assert offload.LEASE_S == dispatch.LEASE_S  # one number on the page
 
 
 def test_every_large_number_in_the_text_is_a_limit() -> None:

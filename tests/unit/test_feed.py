@@ -23,6 +23,7 @@ from sources.intake import Intake
 from sources.offload import Answer
 from sources.samples import Sample
 from sources.source import Source
+from sources.window import Window
 from tests.support.pipelines import pipeline_file, stage
 
 Ask = Callable[[int], Any]
@@ -48,9 +49,17 @@ class Offload:
         self.line = Line()
         self.flying = self.most = 0
         self.go = asyncio.Event()
+        self.window = Window(lambda: window)
         self._ask = ask
 
-    async def ask(self, content: Content, *, source: str) -> Answer:
+    async def ask(self, content: Content, *, source: str, entered: bool) -> Answer:
+        assert entered
+        try:
+            return await self._answer(content)
+        finally:
+            self.window.leave()
+
+    async def _answer(self, content: Content) -> Answer:
         assert isinstance(content, Blob)
         self.flying += 1
         self.most = max(self.most, self.flying)

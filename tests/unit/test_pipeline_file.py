@@ -70,12 +70,11 @@ def test_stages_follow_one_another_and_know_their_parts(file: Path) -> None:
     assert [found.after(stage) for stage in found.stage] == [body, blur, tail, None]
     assert [found.part_index(stage) for stage in (head, body, tail)] == [0, 1, 2]
     assert found.topics(blur) == StageTopics(LOCAL, "street", "blur")
-    assert found.window == 6
 
 
 def test_the_window_can_be_said(file: Path) -> None:
     file.write_text(GOOD + "window = 3\n", encoding="utf-8")
-    assert load_pipeline(file).window == 3
+    assert load_pipeline(file).source.window == 3
 
 
 def test_a_site_has_the_broker_it_states_else_the_one_of_the_environment(
