@@ -51,6 +51,14 @@ class Job:
             return None
         return self.task.deadline_ms - 1000 * (now_s - self.arrived_s)
 
+    def is_late(self, now_s: float) -> bool:
+        left_ms = self.left_ms(now_s)
+        return left_ms is not None and left_ms <= 0
+
+    def late(self, stage: str) -> DeadlinePassed:
+        """What is told of it then."""
+        return DeadlinePassed(self.task.request.hex(), self.task.deadline_ms or 0.0, f"stage {stage!r}")
+
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -102,9 +110,8 @@ class Compute:
 
     def _prepare(self, job: Job) -> None:
         begin_s = time.monotonic()
-        left_ms = job.left_ms(begin_s)
-        if left_ms is not None and left_ms <= 0:
-            raise DeadlinePassed(job.task.request.hex(), job.task.deadline_ms or 0.0, f"stage {self.stage!r}")
+        if job.is_late(begin_s):
+            raise job.late(self.stage)
         job.queue_ms = 1000 * (begin_s - job.arrived_s)
         job.prepared = self.executor.prepare(job.task.content, job.context)
         job.decode_ms = 1000 * (time.monotonic() - begin_s)

@@ -42,6 +42,7 @@ class Outlet:
 
     def __init__(self, line: Line, pipeline: Pipeline, stage: StageTable, worker: str) -> None:
         self.failed = 0
+        self.turned_away = 0
         self._line, self._pipeline, self._stage, self._worker = line, pipeline, stage, worker
         self._inbox = pipeline.topics(stage).inbox(worker)
         self._following = pipeline.after(stage)
@@ -94,7 +95,7 @@ class Outlet:
         try:
             await self._pass_on_or_tell(outcome, detour)
         finally:
-            await self._make_room(task.sender, task.request, task.attempt)
+            await self.make_room(task)
 
     async def _pass_on_or_tell(self, outcome: Outcome, detour: Detour | None) -> None:
         task = outcome.job.task
@@ -133,6 +134,7 @@ class Outlet:
             source=task.source,
             attempt=task.attempt,
             deadline_ms=None if left_ms is None else max(0.001, left_ms),
+            priority=task.priority,
             hops=hops,
         )
         outbox = await self._outbox(target)
@@ -141,7 +143,7 @@ class Outlet:
     async def _outbox(self, stage: str) -> Outbox:
         if stage not in self._outboxes:
             topics = self._pipeline.topics(self._pipeline.find_stage(stage))
-            self._outboxes[stage] = Outbox(self._line, topics, self._lost)
+            self._outboxes[stage] = Outbox(self._line, topics, self._lost, lease_s=self._pipeline.pipeline.lease_s)
             await self._outboxes[stage].open()
         return self._outboxes[stage]
 
@@ -159,18 +161,24 @@ class Outlet:
 
     async def turn_away(self, task: Task, error: str, reason: str) -> None:
         """Answer a task that this worker does not take: another one may."""
+        self.turned_away += 1
         try:
             await self.tell(task, error, reason, retry=True)
         finally:
-            await self._make_room(task.sender, task.request, task.attempt)
+            await self.make_room(task)
 
     async def refuse(self, error: WireError, properties: Properties) -> None:
         """Answer what could not be read, if it says whom to answer."""
         if found := refusal(error, properties, self._stage.name, self._worker):
             reply, failure = found
             await self._answer(reply, failure)
-            if reply.accept != "json":
+            # A foreign client has no sender that waits for room.
+            if reply.accept != "json" or reply.topic != properties.response_topic:
                 await self._make_room(properties.response_topic, failure.request, failure.attempt)
+
+    async def make_room(self, task: Task) -> None:
+        """Tell whoever sent a task that it is done with here."""
+        await self._make_room(task.sender, task.request, task.attempt)
 
     async def _make_room(self, sender: str, request: bytes, attempt: int) -> None:
         if sender:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,15 +21,14 @@ from brokers.messages import Body, Control, Message, Task
 from brokers.pipeline import Pipeline, StageTable
 from brokers.tensors import from_array
 from brokers.transport import Properties, Transport, Will
-from stages.compute import Compute, Job, Outcome
+from stages.backlog import Backlog
+from stages.compute import Compute, Failed, Job, Outcome
 from stages.executor import TaskContext, TaskExecutor
 from stages.outlet import ROOM_WAIT_S, Detour, Outlet
 from stages.vitals import Vitals
 
 log = logging.getLogger(__name__)
 
-# Beyond what senders were promised (capacity each), foreign clients may fill the queue up to here; then they are told.
-QUEUE_LIMIT = 256
 # Outcomes that wait for a way out while the next batch is computed; more would be a backlog behind a slow successor.
 _UNSENT_LIMIT = 2
 _REPORT_EVERY_S = 1.0
@@ -57,11 +56,12 @@ class Worker:
         self._line = Line(transport)
         self._compute = Compute(executor, stage.name, worker)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{stage.name}")
-        self._queue: deque[Job] = deque()
+        self._queue = Backlog()
         self._arrived = asyncio.Event()
         self._draining = asyncio.Event()
         self._unsent = asyncio.Semaphore(_UNSENT_LIMIT)
         self._outlet = Outlet(self._line, pipeline, stage, worker)
+        self._expired = 0
         self._detours: dict[bytes, Detour] = {}
         self._loaded = False
         self._vitals = Vitals(self._line, self._topics, pipeline, stage, worker, device)
@@ -165,11 +165,13 @@ class Worker:
             log.warning("dropped a task without a Response Topic")
         elif self._draining.is_set():
             self._outlet.begin(self._outlet.turn_away(task, "Draining", "the worker is leaving"))
-        elif len(self._queue) >= QUEUE_LIMIT:
-            self._outlet.begin(self._outlet.turn_away(task, "Busy", f"{QUEUE_LIMIT} tasks wait already"))
         else:
             context = TaskContext(task.request, task.source, task.attempt)
-            self._queue.append(Job(task, time.monotonic(), context))
+            job = Job(task, time.monotonic(), context)
+            if twin := self._queue.give_way(job):
+                self._outlet.begin(self._outlet.make_room(twin.task))
+            elif why := self._queue.add(job):
+                self._outlet.begin(self._outlet.turn_away(task, "Busy", why))
             self._arrived.set()
 
     def _garbage(self, error: WireError, properties: Properties) -> None:
@@ -181,18 +183,28 @@ class Worker:
     async def _collect(self) -> list[Job]:
         """The next tasks: as many as wait, up to `max_batch`, after at most `max_wait_ms` for more."""
         size = self._table.max_batch if self._executor.batchable else 1
-        deadline_s = self._queue[0].arrived_s + self._table.max_wait_ms / 1000
+        deadline_s = self._queue.first.arrived_s + self._table.max_wait_ms / 1000
         while len(self._queue) < size and not self._draining.is_set() and (left_s := deadline_s - time.monotonic()) > 0:
             self._arrived.clear()
             try:
                 await asyncio.wait_for(self._arrived.wait(), left_s)
             except TimeoutError:
                 break
-        jobs = [self._queue.popleft() for _ in range(min(size, len(self._queue)))]
+        self._drop_expired()
+        jobs = self._queue.take(size)
         self._arrived.clear()
         return jobs
 
+    def _drop_expired(self) -> None:
+        """Give up the tasks that nobody waits for any more, whoever asked for them may be gone."""
+        for job in self._queue.expired(time.monotonic()):
+            self._expired += 1
+            self._outlet.begin(self._outlet.deliver(Failed(job, job.late(self.stage)), None))
+
     async def _work(self, jobs: list[Job]) -> None:
+        if not jobs:  # all that waited were late
+            self._unsent.release()
+            return
         begin_s = time.monotonic()
         loop = asyncio.get_running_loop()
         outcomes = await loop.run_in_executor(self._thread, self._compute.work, jobs)
@@ -226,6 +238,7 @@ class Worker:
         told = False
         while True:
             await asyncio.sleep(_REPORT_EVERY_S)
+            self._drop_expired()
             try:
                 await self._report()
             except SparseError as error:

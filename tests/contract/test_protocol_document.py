@@ -22,7 +22,7 @@ from brokers.tensors import from_numpy, to_numpy
 from brokers.topics import StageTopics
 from brokers.wire import VERSION, decode, encode
 from sources import flight
-from stages import inference, outlet, worker
+from stages import backlog, inference, outlet
 from stages.models import registry
 from tests.support.ears import INBOX, RecordingTransport, listening
 from tests.support.lines import run
@@ -237,7 +237,7 @@ LIMITS = {
     "room at the next stage": outlet.ROOM_WAIT_S,
     "deadline": brokers.messages.DEADLINE_LIMIT_MS,
     "attempts that fail before the owner gives up": flight.RETRY_LIMIT,
-    "queue of a worker": worker.QUEUE_LIMIT,
+    "queue of a worker": backlog.QUEUE_LIMIT,
     "values spelled out in JSON": results._SPELLED_VALUES,
 }
 
