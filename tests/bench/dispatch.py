@@ -280,7 +280,7 @@ def show(found: dict[str, Any], kind: Kind) -> None:
     ways = {"ours": "ours", "plain": "$share"}
     for each in found["rows"]:
         of_one = "" if each["of_one"] is None else f"{each['of_one']:.3f}"
-        figures = (f"{each['per_s']:.2f}", f"{each['of_bound']:.3f}", of_one)
+        figures = (f"{each['per_s']:.2f}", f"{each['of_linear']:.3f}", of_one)
         table.add_row(
             each["workers"], ways[each["way"]], *figures, *(f"{each[key]:.0f}" for key in ("p50_ms", "p95_ms"))
         )
