@@ -17,6 +17,8 @@ LEASE_S = 60.0
 SILENT_S = 10.0
 # A worker's capacity is a batch that it computes, and so many more on their way to it and from it.
 SPARE = 2
+# Anybody who may publish presence records may invent workers: so many are kept at most.
+WORKERS_LIMIT = 1024
 
 
 @dataclass(slots=True)
@@ -72,9 +74,15 @@ class Dispatcher:
         if worker is not None and (worker.birth.pid, worker.birth.instance) == (birth.pid, birth.instance):
             worker.birth, worker.heard_s = birth, now_s
             return set()
+        if worker is None and len(self._workers) >= WORKERS_LIMIT:
+            return set()
         self._workers.pop(birth.worker, None)
         self._workers[birth.worker] = _Worker(birth, now_s)
         return set(worker.in_hand) if worker else set()
+
+    def is_at_work(self, worker: str) -> bool:
+        """Whether this worker is known and has not said that it has stopped."""
+        return worker in self._workers and self._workers[worker].birth.state != "stopped"
 
     def silent(self, now_s: float) -> list[str]:
         """The workers that have not been heard of for too long."""

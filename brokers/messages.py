@@ -17,6 +17,7 @@ from typing import Literal, cast
 
 from brokers.errors import BadProperty
 from brokers.tensors import Tensor
+from brokers.topics import is_answerable
 from brokers.transport import Buffer
 
 REQUEST_ID_BYTES = 16
@@ -81,6 +82,10 @@ def check_topic(topic: str) -> None:
         raise BadProperty("Response Topic", "must be a topic to publish to, without '+', '#' and null characters")
     if topic.count("/") >= _TOPIC_LEVELS or len(topic.encode()) > _TOPIC_BYTES:
         raise BadProperty("Response Topic", f"must have at most {_TOPIC_LEVELS} levels and {_TOPIC_BYTES} bytes")
+    if not is_answerable(topic):
+        raise BadProperty(
+            "Response Topic", "must not be a presence topic, a front door or an ingress: none takes answers"
+        )
 
 
 @dataclass(frozen=True, slots=True)

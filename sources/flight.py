@@ -30,7 +30,7 @@ class PoisonRequest(RequestFailed):
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A request that its owner holds. Words about it arrive in `heard`; an empty word says: send it again."""
+    """A request that its owner holds. Words about it arrive in `heard`; a text says why to send it again."""
 
     request: bytes
     begun_s: float
@@ -39,7 +39,7 @@ class Flight:
     attempt: int = 0
     worker: str = ""
     avoid: set[str] = field(default_factory=set)
-    heard: asyncio.Queue[Result | Failure | Disconnected | None] = field(default_factory=asyncio.Queue)
+    heard: asyncio.Queue[Result | Failure | Disconnected | str] = field(default_factory=asyncio.Queue)
     _failures: list[Failure] = field(default_factory=list)
     _turned_away: int = 0
 
@@ -64,6 +64,11 @@ class Flight:
                 retry=True,
             )
         )
+
+    def send_again(self, why: str) -> None:
+        """Have it sent once more, with nobody to blame, unless something has been heard of it."""
+        if self.attempt and self.heard.empty():
+            self.heard.put_nowait(why)
 
     def weigh(self, failure: Failure) -> float:
         """How long to wait, in seconds, before another attempt elsewhere; raise where none would help."""

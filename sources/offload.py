@@ -22,7 +22,6 @@ from brokers.errors import (
     NoBroker,
     NoWorker,
     RequestError,
-    WireError,
 )
 from brokers.line import Line
 from brokers.messages import (
@@ -38,12 +37,14 @@ from brokers.messages import (
     new_request_id,
 )
 from brokers.mqtt import MqttTransport
-from brokers.outbox import Lost, Outbox
+from brokers.outbox import Outbox
 from brokers.pipeline import LOCAL, Pipeline, broker_address, load_pipeline
 from brokers.topics import source_inbox
-from brokers.transport import Properties, Transport
+from brokers.transport import Transport
 from sources.flight import Flight
+from sources.flights import Flights
 from sources.places import Places
+from sources.saturation import Saturation
 from sources.values import like, to_content
 from sources.window import Window
 
@@ -71,7 +72,8 @@ class Answer:
 class Offloader:
     """Offloads work to a pipeline. At most `window` requests are in flight; further ones wait their turn.
 
-    Left out, the window follows the workers that are up: start another, and more is in flight.
+    Left out, the window follows the workers that are up: start another, and more is in flight. Of a `live` source it is
+    no larger than keeps them busy, since what waits gets old.
 
     `pipeline` is a pipeline file, or one that has been read. The broker is the one the file names for the source's
     site, or `SPARSE_BROKER`, unless `broker` (an address such as `mqtt://127.0.0.1:1883`) or `transport` says
@@ -86,10 +88,10 @@ class Offloader:
         transport: Transport | None = None,
         name: str | None = None,
         window: int | None = None,
+        live: bool = False,
     ) -> None:
         self.pipeline = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline)
         self.name = name or f"{self.pipeline.source.name}-{new_request_id()[:4].hex()}"
-        self.counters: Counter[str] = Counter()
         self.retried: Counter[str] = Counter()  # by reason
         self.failed: Counter[str] = Counter()  # by error
         # Two sources of one name must not take each other's place at the broker.
@@ -98,11 +100,20 @@ class Offloader:
         self._inbox = source_inbox(self.pipeline.source.site or LOCAL, self.name)
         self._lease_s = self.pipeline.pipeline.lease_s
         first = self.pipeline.topics(self.pipeline.stage[0])
-        self._outbox = Outbox(self.line, first, self._lost, lease_s=self._lease_s)
+        self._flights = Flights(self._lease_s)
+        self.counters = self._flights.counters
+        self._outbox = Outbox(self.line, first, self._flights.lost, lease_s=self._lease_s)
         fixed = window or self.pipeline.source.window
-        self.window = Window(lambda: fixed or self._places.count + ON_THEIR_WAY)
-        self._places = Places(self.line, self.pipeline, self._outbox, self.window.resized)
-        self._flights: dict[bytes, Flight] = {}
+        self.window = Window(lambda: fixed or self._open_window(live))
+        self._places = Places(
+            self.line, self.pipeline, self._outbox, changed=self.window.resized, died=self._flights.worker_died
+        )
+        self._saturation = Saturation(self._places.workers)
+
+    def _open_window(self, live: bool) -> int:
+        if live:
+            return self._saturation.window(self._places.count + 1)
+        return self._places.count + ON_THEIR_WAY
 
     def _address(self, broker: str | None) -> str:
         address = broker_address(self.pipeline, self.pipeline.source.site, broker)
@@ -112,9 +123,9 @@ class Offloader:
 
     async def __aenter__(self) -> Offloader:
         await self.line.open()
-        self.line.transport.on_reconnect(self._reconnected)
+        self.line.transport.on_reconnect(self._flights.reconnected)
         try:
-            await self.line.listen(self._inbox, self._heard, self._garbage)
+            await self.line.listen(self._inbox, self._heard, self._flights.garbage)
             await self._outbox.open()
             await self._places.open()
         except BaseException:
@@ -131,8 +142,7 @@ class Offloader:
 
     async def give_up(self, reason: str) -> None:
         """Have all requests that are in flight raise `Disconnected`, and all to come."""
-        for flight in self._flights.values():
-            flight.heard.put_nowait(Disconnected(self.line.transport.address, reason))
+        self._flights.give_up(Disconnected(self.line.transport.address, reason))
         await self._outbox.close()
 
     # Ask ----------------------------------------------------------------------------------------------------------
@@ -176,6 +186,9 @@ class Offloader:
             raise
         self.counters["results"] += 1
         latency_ms = 1000 * (time.monotonic() - flight.begun_s)
+        self._flights.took(latency_ms / 1000)
+        if flight.attempt == 1:
+            self._saturation.learn(result.hops, latency_ms)
         return Answer(flight.request, result.content, result.hops, latency_ms, flight.attempt)
 
     async def _enter(self, flight: Flight) -> None:
@@ -188,13 +201,13 @@ class Offloader:
 
     async def _fly(self, flight: Flight, content: Content, source: str) -> Result:
         """What is in the window, until it has settled one way or the other."""
-        self._flights[flight.request] = flight
+        self._flights.begin(flight)
         self.window.hold(content.nbytes)
         try:
             return await self._settle(flight, content, source)
         finally:
             self.window.leave(content.nbytes)
-            del self._flights[flight.request]
+            self._flights.end(flight)
             self._outbox.done(flight.worker, flight.request)
 
     async def _settle(self, flight: Flight, content: Content, source: str) -> Result:
@@ -215,11 +228,11 @@ class Offloader:
                 return word
             if isinstance(word, Disconnected):
                 raise word
-            if word is not None:
+            if isinstance(word, Failure):
                 await asyncio.sleep(flight.weigh(word))
                 log.info("request %s: %s at %s: again", flight.request.hex(), word.error, word.worker)
             self.counters["retries"] += 1
-            self.retried["Reconnected" if word is None else word.error] += 1
+            self.retried[word if isinstance(word, str) else word.error] += 1
             # The next attempt is another task: what the last one's worker had in hand says nothing of it.
             self._outbox.done(flight.worker, flight.request)
 
@@ -256,28 +269,4 @@ class Offloader:
         if isinstance(message, Control):
             self._outbox.done(message.worker, message.request)
             return
-        flight = self._flights.get(message.request)
-        if flight is None:
-            # The result of an attempt that was thought lost, after another attempt's.
-            self.counters["twins"] += 1
-        elif isinstance(message, Result) or (isinstance(message, Failure) and message.attempt == flight.attempt):
-            flight.heard.put_nowait(message)
-        else:
-            self.counters["unexpected"] += 1
-
-    def _garbage(self, error: WireError, properties: Properties) -> None:
-        if flight := self._flights.get(properties.correlation):
-            flight.fail("?", "?", type(error).__name__, f"its result: {error}")
-
-    def _lost(self, lost: Lost) -> None:
-        if lost.why == "disconnected":
-            return  # `_reconnected` sends everything again
-        if (flight := self._flights.get(lost.request)) and lost.attempt == flight.attempt:
-            reason = f"worker {lost.worker!r} died with the request in hand"
-            flight.fail(lost.stage, lost.worker, "WorkerLost", reason)
-
-    async def _reconnected(self) -> None:
-        """What was in flight when the connection broke may be lost: send it all again."""
-        for flight in self._flights.values():
-            if flight.attempt and flight.heard.empty():
-                flight.heard.put_nowait(None)
+        self._flights.heard(message)

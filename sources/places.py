@@ -1,4 +1,4 @@
-"""How many requests a pipeline works on at once, from the presence of its workers: what a window follows."""
+"""The workers of all stages, as a source hears of them: how many requests they work on at once, and who has died."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ from brokers.transport import Delivery
 
 
 class Places:
-    """Counts the workers of all stages. The first stage's are known to `first`; of the others we hear for ourselves."""
+    """Counts the workers. Those of the first stage are known to `first`; of the others we hear for ourselves.
 
-    def __init__(self, line: Line, pipeline: Pipeline, first: Outbox, changed: Callable[[], None]) -> None:
-        self._line, self._pipeline, self._first, self._changed = line, pipeline, first, changed
+    `died` is called when a worker of a later stage has died or fallen silent: it may have had requests of ours that
+    nobody tells us of, since whoever passed them on to it may have died with it.
+    """
+
+    def __init__(
+        self, line: Line, pipeline: Pipeline, first: Outbox, *, changed: Callable[[], None], died: Callable[[], None]
+    ) -> None:
+        self._line, self._pipeline, self._first = line, pipeline, first
+        self._changed, self._died = changed, died
         self._later = {stage.name: Dispatcher() for stage in pipeline.stage[1:]}
 
     async def open(self) -> None:
@@ -34,12 +41,17 @@ class Places:
         found = self._first.batches + sum(stage.batches for stage in self._later.values())
         return found or sum(stage.workers * stage.max_batch for stage in self._pipeline.stage)
 
+    def workers(self, stage: str) -> int:
+        """How many workers of a stage are up."""
+        return len(self._later.get(stage, self._first))
+
     def _heard(self, stage: str, delivery: Delivery) -> None:
         known, worker, now_s = self._later[stage], last_level(delivery.topic), time.monotonic()
-        for silent in known.silent(now_s):
-            known.gone(silent)
+        for each in self._later.values():
+            for silent in each.silent(now_s):
+                self._forget(each, silent)
         if not delivery.payload:
-            known.gone(worker)
+            self._forget(known, worker)
             return
         try:
             birth = Birth.from_bytes(bytes(delivery.payload))
@@ -48,3 +60,9 @@ class Places:
         if birth.worker == worker:
             known.seen(birth, now_s)
             self._changed()
+
+    def _forget(self, known: Dispatcher, worker: str) -> None:
+        died = known.is_at_work(worker)
+        known.gone(worker)
+        if died:
+            self._died()
