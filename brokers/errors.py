@@ -93,10 +93,11 @@ class BadName(UsageError):
     name: str
 
     def __str__(self) -> str:
+        taken = {"pipeline": "; ingress, results and source are taken", "stage": "; source is taken"}
         return (
             f"{self.what} {self.name!r} is not a name: "
             "1 to 64 letters, digits, '_', '-' or '.', none of them '/', '+' or '#'"
-            f"{'; ingress, results and source are taken' if self.what == 'pipeline' else ''}"
+            f"{taken.get(self.what, '')}"
         )
 
 

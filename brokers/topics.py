@@ -13,13 +13,16 @@ from brokers.errors import BadName
 ROOT = "sparse"
 # The second level of a topic that is not a pipeline; a pipeline of such a name could not be told apart.
 RESERVED = frozenset({"ingress", "results", "source"})
+# The level of a stage in the presence of a source; a stage of this name could not be told apart.
+SOURCE = "source"
 NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 _NAME = re.compile(NAME_PATTERN)
 
 
 def checked_name(what: str, name: str) -> str:
     """`name`, if it can be one level of a topic; `what` says in the error what was being named."""
-    if not _NAME.fullmatch(name) or (what == "pipeline" and name in RESERVED):
+    taken = {"pipeline": RESERVED, "stage": {SOURCE}}.get(what, ())
+    if not _NAME.fullmatch(name) or name in taken:
         raise BadName(what, name)
     return name
 
@@ -56,6 +59,11 @@ class StageTopics:
     def all_presence(self) -> str:
         return self.presence("+")
 
+    @property
+    def presence_of_peers(self) -> str:
+        """The same topics in other words: a client that sends to its own stage listens there twice, by two filters."""
+        return f"{self._base}/up/#"
+
 
 def ingress(site: str, source: str = "+") -> str:
     """Raw frames and readings, from any MQTT client."""
@@ -72,9 +80,30 @@ def source_inbox(site: str, source: str) -> str:
     return f"{ROOT}/{site}/source/{source}/inbox"
 
 
+def source_presence(site: str, pipeline: str, source: str) -> str:
+    """The record of one source: where a bridge that carries presence finds it too."""
+    return StageTopics(site, pipeline, SOURCE).presence(source)
+
+
 def every_presence(site: str = "+", pipeline: str = "+") -> str:
-    """The births of all workers."""
+    """The records of all workers and sources."""
     return f"{ROOT}/{site}/{pipeline}/+/up/+"
+
+
+def tells_of_source(topic: str) -> bool:
+    """Whether a presence topic is that of a source, not of a worker."""
+    return topic.split("/")[3:4] == [SOURCE]
+
+
+def is_answerable(topic: str) -> bool:
+    """Whether an answer may go there; of our own topics, not those whose readers would take it for something else.
+
+    A worker answers where it is told to, with its own rights: it must not be made to speak for others.
+    """
+    levels = topic.split("/")
+    if levels[0] != ROOT:
+        return True
+    return "ingress" not in levels[2:3] and not {"up", "tasks"} & set(levels[4:5])
 
 
 def last_level(topic: str) -> str:

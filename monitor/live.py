@@ -13,7 +13,7 @@ from rich.text import Text
 
 from brokers.pipeline import Pipeline
 from brokers.presence import Birth
-from monitor.scoreboard import Scoreboard
+from monitor.scoreboard import Scoreboard, by_count, plain
 
 REFRESH_PER_S = 5
 _LINE_EVERY_S = 2.0
@@ -67,9 +67,10 @@ class LiveView:
         board = self._board
         stages = " ".join(f"{birth.stage} {state or f'{birth.load.busy:.0%}'}" for birth, state in self._ordered(now_s))
         found = f"  last: {board.finds[-1].text}" if board.finds else ""
+        troubles = "".join(f"  {what} {by_count(counts)}" for what, counts in board.troubles().items() if counts)
         return (
             f"{now_s - self._begun_s:6.1f} s  {self._status}  {board.results} results  {board.rate(now_s):.1f}/s  "
-            f"{board.latency_ms(50):.0f} ms  {stages}{found}"
+            f"{board.latency_ms(50):.0f} ms  {stages}{troubles}{found}"
         )
 
     def _render(self, now_s: float) -> RenderableType:
@@ -89,8 +90,20 @@ class LiveView:
             )
         title = f"[bold]{self._pipeline.name}[/]  {self._broker}  {now_s - self._begun_s:.0f} s  {self._status}"
         return Panel(
-            Group(head, Text(), self._stages(now_s), Text(), finds), title=title, title_align="left", border_style="dim"
+            Group(head, *self._troubles(), Text(), self._stages(now_s), Text(), finds),
+            title=title,
+            title_align="left",
+            border_style="dim",
         )
+
+    def _troubles(self) -> list[Text]:
+        """What was sent again, dropped or given up, and why, as its source says; no line while all goes well."""
+        found = self._board.troubles()
+        said = [(what, by_count(counts)) for what, counts in found.items() if counts]
+        styled = [Text(f"{what} {reasons}", style="red" if what == "failed" else "yellow") for what, reasons in said]
+        line = Text("   ").join(styled)
+        line.no_wrap, line.overflow = True, "ellipsis"
+        return [line] if said else []
 
     def _stages(self, now_s: float) -> Table:
         table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=False)
@@ -107,7 +120,7 @@ class LiveView:
                 f"{birth.worker} ({state})" if state else birth.worker, style="red" if state == "lost" else ""
             )
             table.add_row(
-                birth.stage, worker, birth.device, bar, f"{load.busy:.0%}", str(load.queue),
+                birth.stage, worker, Text(plain(birth.device)), bar, f"{load.busy:.0%}", str(load.queue),
                 f"{load.rate:.1f}", f"{load.task_ms:.1f}", str(load.done),
             )  # fmt: skip
         for stage in self._pipeline.stage:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from brokers.errors import WireError
-from brokers.presence import Birth
+from brokers.presence import Birth, SourceBirth
+from brokers.topics import tells_of_source
 
 # Rates and percentiles are of the last so many seconds and results: what a person calls "now".
 WINDOW_S = 5.0
-# Workers report every second.
+# Workers and sources report every second.
 LOST_S = 10.0
+# Records that are kept of each kind: more than anybody runs, and an end to what a hostile client can make us hold.
+RECORDS_LIMIT = 4096
+TEXT_LIMIT = 400
 _RECENT_RESULTS = 256
 _RECENT_FINDS = 8
+_RECENT_SOURCES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +42,14 @@ class Scoreboard:
 
     pipeline: str = ""  # empty: any
     workers: dict[str, Birth] = field(default_factory=dict)  # by presence topic: an id is one stage's own
+    sources: dict[str, SourceBirth] = field(default_factory=dict)  # by presence topic
     results: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     dropped: int = 0
     garbage: int = 0
     finds: deque[Find] = field(default_factory=lambda: deque(maxlen=_RECENT_FINDS))
     first_result_s: float | None = None
+    _left: deque[SourceBirth] = field(default_factory=lambda: deque(maxlen=_RECENT_SOURCES))
     _heard_s: dict[str, float] = field(default_factory=dict)  # by presence topic
     _alive: set[str] = field(default_factory=set)  # presence topics
     _times_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
@@ -52,29 +60,45 @@ class Scoreboard:
 
         `retained`: the broker had kept it, from whenever it was; no sign of life.
         """
+        kept: dict[str, Birth] | dict[str, SourceBirth]
+        kept, kind = (self.sources, SourceBirth) if tells_of_source(topic) else (self.workers, Birth)
+        if not payload:
+            left = kept.pop(topic, None)
+            if isinstance(left, SourceBirth):
+                self._left.append(left)
+            self._heard_s.pop(topic, None)
+            self._alive.discard(topic)
+            return
         try:
-            birth = Birth.from_bytes(payload) if payload else None
+            record: Any = kind.from_bytes(payload)
         except WireError:
             self.garbage += 1
             return
-        if birth:
-            self.workers[topic] = birth
-            self._heard_s[topic] = now_s
-            if not retained:
-                self._alive.add(topic)
-        else:
-            self.workers.pop(topic, None)
-            self._heard_s.pop(topic, None)
-            self._alive.discard(topic)
+        if topic not in kept and len(kept) >= RECORDS_LIMIT:
+            self.garbage += 1
+            return
+        kept[topic] = record
+        self._heard_s[topic] = now_s
+        if not retained:
+            self._alive.add(topic)
 
     def is_lost(self, topic: str, now_s: float) -> bool:
-        """Whether a worker has missed ten reports in a row: it is frozen, or its line is."""
+        """Whether a worker or source has missed ten reports in a row: it is frozen, or its line is."""
         return now_s - self._heard_s[topic] > LOST_S
 
     @property
     def silent(self) -> set[str]:
-        """The topics of workers of which there is a record and nothing else, so far."""
-        return self.workers.keys() - self._alive
+        """The topics of workers and sources of which there is a record and nothing else, so far."""
+        return (self.workers.keys() | self.sources.keys()) - self._alive
+
+    def troubles(self) -> dict[str, Counter[str]]:
+        """What the sources, those that have left too, say was `retried`, `dropped` and `failed`, by reason, in sum."""
+        found: dict[str, Counter[str]] = {"retried": Counter(), "dropped": Counter(), "failed": Counter()}
+        for birth in (*self._left, *self.sources.values()):
+            found["retried"].update(birth.load.retries)
+            found["dropped"].update(birth.load.dropped)
+            found["failed"].update(birth.load.failed)
+        return found
 
     def heard_result(self, payload: bytes, now_s: float) -> None:
         """A result was published; anybody may publish there, so what cannot be read is counted."""
@@ -121,7 +145,18 @@ class Scoreboard:
         return ordered[round((len(ordered) - 1) * percent / 100)] if ordered else 0.0
 
     def _note(self, result: dict[str, Any], text: str) -> None:
-        self.finds.append(Find(str(result.get("source", "")), int(result.get("index", 0)), text))
+        source, index = str(result.get("source", "")), int(result.get("index", 0))
+        self.finds.append(Find(plain(source), index, plain(text)))
+
+
+def plain(text: str) -> str:
+    """Text of others as a terminal may have it: one short line, nothing that moves the cursor or changes colours."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:TEXT_LIMIT])
+
+
+def by_count(counts: Mapping[str, int]) -> str:
+    """`newer_came 12, expired 3`: the most frequent first; empty when there is nothing to say."""
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def found_text(result: dict[str, Any]) -> str:

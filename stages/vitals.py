@@ -10,13 +10,14 @@ import time
 from contextlib import suppress
 from typing import Literal
 
-from brokers.errors import WireError
+from brokers.errors import SparseError
 from brokers.line import Line
 from brokers.pipeline import Pipeline, StageTable
 from brokers.presence import Birth, Load
-from brokers.topics import StageTopics, last_level
+from brokers.topics import StageTopics
 from brokers.transport import Delivery
 from stages.errors import WorkerTwin
+from stages.peers import PROBATION_S, Peers
 
 # The broker sends retained records right after it confirms the subscription; ample on one machine and on a fog link.
 _RETAINED_WAIT_S = 0.1
@@ -24,32 +25,6 @@ _RETAINED_WAIT_S = 0.1
 _RENEWAL_WAIT_S = 2.5
 # Weight of the newest task in the mean time of a task.
 _NEWEST = 0.2
-
-
-class _Namesake:
-    """Whether another process lives under an id. A retained record alone does not say so: it may have outlived it."""
-
-    def __init__(self) -> None:
-        self._records = 0
-        self._told = asyncio.Event()  # set once another record, or the end of the first, says which it is
-
-    def heard(self, delivery: Delivery) -> None:
-        if not delivery.payload.nbytes:
-            self._records = 0
-            self._told.set()
-        elif delivery.retain:
-            self._records = max(self._records, 1)  # comes once more when the connection broke meanwhile
-        else:
-            self._records += 1
-            if self._records > 1:
-                self._told.set()
-
-    async def lives(self) -> bool:
-        """Whether it renews its record; waits for that only if there is one."""
-        if self._records:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._told.wait(), _RENEWAL_WAIT_S)
-        return self._records > 1
 
 
 class Vitals:
@@ -61,6 +36,8 @@ class Vitals:
         self.state: Literal["up", "draining", "stopped"] = "up"
         self.failed = 0
         self.refused = 0
+        self.turned_away = 0
+        self.expired = 0
         self._line, self._topics = line, topics
         self._birth = Birth(
             worker=worker,
@@ -74,7 +51,10 @@ class Vitals:
             fingerprint="",
             capacity=stage.max_batch + 2,
         )
-        self._joined = False
+        self._peers: Peers | None = None
+        self._twin: WorkerTwin | None = None
+        self._must_leave = asyncio.Event()
+        self._joined_s: float | None = None
         self._done = 0
         self._task_ms = 0.0
         self._interval_begin_s = time.monotonic()
@@ -84,35 +64,53 @@ class Vitals:
     async def check(self, fingerprint: str) -> None:
         """Raise `WorkerTwin` if a worker of this id is up, or one of this stage with another model."""
         self._birth = self._birth.model_copy(update={"fingerprint": fingerprint})
-        others: dict[str, Birth] = {}
-        namesake = _Namesake()
-
-        def heard(delivery: Delivery) -> None:
-            worker = last_level(delivery.topic)
-            if worker == self._birth.worker:
-                namesake.heard(delivery)
-            try:
-                others[worker] = Birth.from_bytes(bytes(delivery.payload))
-            except WireError:
-                others.pop(worker, None)
-
-        await self._line.transport.subscribe(self._topics.all_presence, heard, qos=1)
+        self._peers = Peers(self._birth)
+        await self._line.transport.subscribe(self._topics.presence_of_peers, self._heard, qos=1)
         await asyncio.sleep(_RETAINED_WAIT_S)
-        twin = await namesake.lives()
-        await self._line.transport.unsubscribe(self._topics.all_presence)
-        if twin:
-            other = others.get(self._birth.worker)
-            place = f" (process {other.pid} on {other.node!r})" if other else ""
-            raise WorkerTwin(
-                self._birth.worker, f"another worker of this id{place} is up: stop it, or choose another with --worker"
-            )
-        for other in others.values():
-            if other.worker != self._birth.worker and other.fingerprint != fingerprint:
-                raise WorkerTwin(
-                    self._birth.worker,
-                    f"worker {other.worker!r} serves stage {other.stage!r} with the model {other.fingerprint!r}, "
-                    f"this one has {fingerprint!r}: same weights and cuts for all, or another pipeline name",
-                )
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_RENEWAL_WAIT_S):
+                while self._peers.in_doubt:
+                    self._peers.changed.clear()
+                    await self._peers.changed.wait()
+        if twin := self._peers.objection():
+            raise twin
+
+    async def probation(self) -> None:
+        """Raise `WorkerTwin` when this worker, which has joined, must leave again; else wait until cancelled.
+
+        Two that start together pass each other's `check`: neither has told of itself yet.
+        """
+        over = asyncio.create_task(asyncio.sleep(PROBATION_S), name="probation over")
+        leave = asyncio.create_task(self._must_leave.wait(), name="must leave")
+        try:
+            await asyncio.wait({over, leave}, return_when=asyncio.FIRST_COMPLETED)
+            if not leave.done():
+                with suppress(SparseError):  # heard or not, nothing of it counts any more
+                    await self._line.transport.unsubscribe(self._topics.presence_of_peers)
+            await leave
+        finally:
+            over.cancel()
+            leave.cancel()
+        assert self._twin is not None
+        raise self._twin
+
+    def _heard(self, delivery: Delivery) -> None:
+        assert self._peers is not None
+        other = self._peers.heard(delivery)
+        # By the very figure that others read of us: who is past probation in their eyes does not leave for them.
+        up_s = self._up_s
+        if other is None or up_s is None or up_s >= PROBATION_S or self._twin:
+            return
+        if twin := self._peers.must_leave(other):
+            self._twin = twin
+            if other.worker == self._birth.worker:
+                self._joined_s = None  # the record is the other's from now on
+            self._must_leave.set()
+
+    @property
+    def _up_s(self) -> float | None:
+        """Seconds since the worker joined; None before, and after another has taken its place."""
+        return None if self._joined_s is None else round(time.monotonic() - self._joined_s, 3)
 
     def worked(self, tasks: int, seconds: float) -> None:
         """So many tasks kept the compute thread busy for so long."""
@@ -123,7 +121,9 @@ class Vitals:
         self._interval_busy_s += seconds
 
     async def report(self, queue: int) -> None:
-        """Publish the record with the load of the interval that ends now."""
+        """Publish the record with the load of the interval that ends now; the first time, join."""
+        if self._twin:
+            return  # it has lost its place
         now_s = time.monotonic()
         interval_s = max(now_s - self._interval_begin_s, 1e-3)
         load = Load(
@@ -131,18 +131,21 @@ class Vitals:
             done=self._done,
             failed=self.failed,
             refused=self.refused,
+            turned_away=self.turned_away,
+            expired=self.expired,
             busy=round(min(1.0, self._interval_busy_s / interval_s), 3),
             rate=round(self._interval_done / interval_s, 2),
             task_ms=round(self._task_ms, 3),
         )
         self._interval_begin_s, self._interval_busy_s, self._interval_done = now_s, 0.0, 0
-        self._birth = self._birth.model_copy(update={"load": load, "state": self.state})
-        self._joined = True
+        if self._joined_s is None:
+            self._joined_s = now_s
+        self._birth = self._birth.model_copy(update={"load": load, "state": self.state, "up_s": self._up_s})
         await self._publish(self._birth.to_bytes())
 
     async def farewell(self) -> None:
         """Say that the worker has stopped, and take its record away; the record of a twin stays."""
-        if not self._joined:
+        if self._joined_s is None:
             return
         self.state = "stopped"
         await self._publish(self._birth.model_copy(update={"state": "stopped"}).to_bytes())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from brokers.mqtt import MqttTransport
 from brokers.presence import Birth
-from brokers.topics import every_presence
+from brokers.topics import every_presence, tells_of_source
 from brokers.transport import Delivery
 from tests.support.processes import PATIENCE_S
 
@@ -27,6 +27,8 @@ async def watch_workers(address: str, wanted: Callable[[Workers], object]) -> li
     reached = asyncio.Event()
 
     def heard(delivery: Delivery) -> None:
+        if tells_of_source(delivery.topic):
+            return
         if delivery.payload:
             workers[delivery.topic] = Birth.from_bytes(bytes(delivery.payload))
         else:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from brokers.presence import Birth, Load
-from monitor.scoreboard import Scoreboard, found_text
+from brokers.presence import RECORD_LIMIT_BYTES, Birth, Load, SourceBirth, SourceLoad
+from monitor.scoreboard import RECORDS_LIMIT, Scoreboard, by_count, found_text
+
+CAMERA = "sparse/local/street/source/up/cam"
 
 
 def birth(worker: str, stage: str, state: Any = "up", **load: Any) -> bytes:
@@ -16,6 +18,12 @@ def birth(worker: str, stage: str, state: Any = "up", **load: Any) -> bytes:
         worker=worker, stage=stage, pipeline="street", site="local", node="here", pid=1, device="cpu", fingerprint="",
         capacity=3, state=state, load=Load(**load),
     ).to_bytes()  # fmt: skip
+
+
+def source(name: str = "cam", **load: Any) -> bytes:
+    return SourceBirth(
+        source=name, pipeline="street", site="local", node="here", pid=1, load=SourceLoad(**load)
+    ).to_bytes()
 
 
 def result(**fields: Any) -> bytes:
@@ -64,6 +72,57 @@ def test_a_record_that_the_broker_had_kept_is_no_sign_of_life() -> None:
     assert board.silent == {"b"}
     board.heard_birth("b", b"", 1.0)
     assert board.silent == set()
+
+
+def test_a_source_is_no_worker_and_its_stage_is_none() -> None:
+    board = Scoreboard()
+    board.heard_birth(CAMERA, source(results=3), 0.0, retained=True)
+    assert (board.workers, board.stages_up(), board.garbage) == ({}, set(), 0)
+    assert board.sources[CAMERA].load.results == 3
+    assert board.silent == {CAMERA}
+    board.heard_birth(CAMERA, source(results=4), 1.0)
+    assert board.silent == set()
+    assert [board.is_lost(CAMERA, now_s) for now_s in (11.0, 11.1)] == [False, True]
+    board.heard_birth(CAMERA, b"", 12.0)
+    assert board.sources == {}
+
+
+def test_neither_kind_of_record_passes_for_the_other() -> None:
+    board = Scoreboard()
+    board.heard_birth(CAMERA, birth("cam", "source"), 0.0)
+    board.heard_birth("sparse/local/street/head/up/cam", source(), 0.0)
+    assert (board.workers, board.sources, board.garbage) == ({}, {}, 2)
+
+
+def test_what_was_retried_and_dropped_is_the_sum_of_all_sources_and_outlives_them() -> None:
+    board = Scoreboard()
+    board.heard_birth(CAMERA, source(retries={"WorkerLost": 1}), 0.0)
+    board.heard_birth(CAMERA, source(retries={"WorkerLost": 2}, dropped={"newer_came": 5}), 0.0)
+    other = "sparse/local/street/source/up/door"
+    board.heard_birth(other, source("door", retries={"WorkerLost": 1, "Busy": 1}, failed={"Poison": 1}), 0.0)
+    wanted = {"retried": {"WorkerLost": 3, "Busy": 1}, "dropped": {"newer_came": 5}, "failed": {"Poison": 1}}
+    assert board.troubles() == wanted
+    board.heard_birth(CAMERA, b"", 1.0)
+    board.heard_birth(CAMERA, b"", 1.0)
+    assert board.troubles() == wanted
+    assert by_count(wanted["retried"]) == "WorkerLost 3, Busy 1"
+
+
+def test_records_of_many_topics_or_of_many_bytes_are_not_kept() -> None:
+    board = Scoreboard()
+    for number in range(RECORDS_LIMIT + 10):
+        board.heard_birth(f"sparse/local/street/head/up/{number}", birth(str(number), "head"), 0.0)
+    assert (len(board.workers), board.garbage) == (RECORDS_LIMIT, 10)
+    large = birth("0", "head").replace(b"here", b"h" * RECORD_LIMIT_BYTES)
+    board.heard_birth("sparse/local/street/head/up/0", large, 0.0)
+    assert (board.workers["sparse/local/street/head/up/0"].node, board.garbage) == ("here", 11)
+
+
+def test_a_find_does_not_command_the_terminal() -> None:
+    board = Scoreboard()
+    board.heard_result(result(error="Bad\x1b[2J", reason="\r\n" + "x" * 10_000), 0.0)
+    assert board.finds[0].text.startswith("Bad?[2J: ??xxx")
+    assert len(board.finds[0].text) < 1000
 
 
 def test_only_results_of_the_pipeline_count_and_what_is_of_none() -> None:

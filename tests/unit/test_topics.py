@@ -28,10 +28,15 @@ def test_every_topic_is_where_the_protocol_says() -> None:
     assert topics.results("cloud") == "sparse/cloud/results/+"
     assert topics.results("cloud", "door") == "sparse/cloud/results/door"
     assert topics.source_inbox("cloud", "door") == "sparse/cloud/source/door/inbox"
+    assert STAGE.presence_of_peers == "sparse/cloud/street/head/up/#"
+    assert topics.source_presence("cloud", "street", "door") == "sparse/cloud/street/source/up/door"
     assert topics.every_presence() == "sparse/+/+/+/up/+"
 
 
-@given(NAMES, NAMES.filter(lambda name: name not in RESERVED), NAMES, NAMES)
+STAGES = NAMES.filter(lambda name: name != "source")
+
+
+@given(NAMES, NAMES.filter(lambda name: name not in RESERVED), STAGES, NAMES)
 def test_no_two_things_share_a_topic_whatever_their_names(site: str, pipeline: str, stage: str, other: str) -> None:
     one = StageTopics(site, pipeline, stage)
     found = [
@@ -41,11 +46,15 @@ def test_no_two_things_share_a_topic_whatever_their_names(site: str, pipeline: s
         topics.ingress(site, other),
         topics.results(site, other),
         topics.source_inbox(site, other),
+        topics.source_presence(site, pipeline, other),
     ]
     assert len(set(found)) == len(found)
     filters = [topics.ingress(site), topics.results(site), one.all_presence, topics.every_presence(site)]
     heard = {topic: [each for each in filters if matches(each, topic)] for topic in found}
     assert heard[one.presence(other)] == [one.all_presence, topics.every_presence(site)]
+    assert heard[topics.source_presence(site, pipeline, other)] == [topics.every_presence(site)]
+    assert [topic for topic in found if topics.tells_of_source(topic)] == [found[-1]]
+    assert all(matches(one.presence_of_peers, topic) == (topic == one.presence(other)) for topic in found)
     assert heard[topics.ingress(site, other)] == [topics.ingress(site)]
     assert heard[topics.results(site, other)] == [topics.results(site)]
     for topic in (one.front_door, one.inbox(other), topics.source_inbox(site, other)):
@@ -57,7 +66,8 @@ def test_a_bridge_needs_the_prefix_of_a_site_and_no_more(site: str, pipeline: st
     one = StageTopics(site, pipeline, stage)
     for topic in (one.front_door, one.inbox("w"), one.presence("w"), topics.source_inbox(site, "s")):
         assert matches(f"sparse/{site}/#", topic)
-    assert matches(f"sparse/{site}/+/+/up/+", one.presence("w"))
+    for topic in (one.presence("w"), topics.source_presence(site, pipeline, "s")):
+        assert matches(f"sparse/{site}/+/+/up/+", topic)
 
 
 def test_the_last_level_is_the_name() -> None:
@@ -67,7 +77,7 @@ def test_the_last_level_is_the_name() -> None:
 
 @given(NAMES)
 def test_a_name_is_one_level(name: str) -> None:
-    assert checked_name("stage", name) == name
+    assert checked_name("worker", name) == name
 
 
 @pytest.mark.parametrize("what", ["site", "pipeline", "stage", "source", "worker"])
@@ -77,8 +87,13 @@ def test_what_is_no_name_is_told_with_what_it_should_name(what: str, name: str) 
         checked_name(what, name)
 
 
-def test_words_of_the_grammar_are_no_pipelines_but_may_be_stages() -> None:
-    for name, what in itertools.product(sorted(RESERVED), ["site", "stage", "source", "worker"]):
+def test_a_stage_is_not_named_source_where_the_presence_of_sources_is() -> None:
+    with pytest.raises(BadName, match=r"^stage 'source' .*; source is taken$"):
+        checked_name("stage", "source")
+
+
+def test_words_of_the_grammar_are_no_pipelines_but_may_be_anything_else() -> None:
+    for name, what in itertools.product(sorted(RESERVED), ["site", "source", "worker"]):
         assert checked_name(what, name) == name
     for name in RESERVED:
         with pytest.raises(BadName, match="ingress, results and source are taken"):

@@ -1,0 +1,152 @@
+"""Workers and sources as tables for a person. Text in them is from the network: never markup, never control codes.
+
+On a terminal a stage is a heading, so that the table fits; in a file or a pipe each line says all of one worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from brokers.pipeline import Pipeline
+from brokers.presence import Birth, SourceBirth
+from monitor.scoreboard import by_count, plain
+
+_STYLES = {"lost": "red", "none up": "red", "failed": "red", "draining": "yellow", "stopped": "dim", "-": "dim"}
+_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
+
+
+def age(seconds: float | None) -> str:
+    """`12 s`, `3 min`, `5 h`, `2 d`; `?` where nobody says."""
+    if seconds is None:
+        return "?"
+    for unit_s, unit in ((_DAY_S, "d"), (_HOUR_S, "h"), (_MINUTE_S, "min")):
+        if seconds >= unit_s:
+            return f"{seconds // unit_s:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def workers_table(
+    workers: Sequence[tuple[Birth, bool]], pipeline: Pipeline | None = None, *, headings: bool = False
+) -> RenderableType:
+    """A row for each worker (and whether it is lost), and for each stage of `pipeline` that has none."""
+    rows = [((birth.site, birth.pipeline, birth.stage), birth.worker, _worker(birth, lost)) for birth, lost in workers]
+    served = {where for where, _, _ in rows}
+    for stage in pipeline.stage if pipeline else ():
+        where = (stage.site, pipeline.name if pipeline else "", stage.name)
+        if where not in served:
+            rows.append((where, "none up", []))
+    if not rows:
+        return Text("no worker is up")
+    words = ("worker", "node", "device", "model", "state")
+    numbers = ("age", "queue", "tasks/s", "ms/task", "done")
+    table = _table(("site", "pipeline", "stage"), words, numbers, headings=headings)
+    table.add_column("troubles")
+    _fill(table, rows, headings=headings)
+    return table
+
+
+def sources_table(sources: Sequence[tuple[SourceBirth, bool]], *, headings: bool = False) -> RenderableType:
+    """A row for each source (and whether it is lost); with headings, what went wrong is in lines below."""
+    if not sources:
+        return Text("no source is up")
+    rows = [((birth.site, birth.pipeline), birth.source, _source(birth, lost)) for birth, lost in sources]
+    words = ("source", "node", "state")
+    numbers = ("age", "in flight", "results/s", "p50 ms", "p99 ms", "results")
+    table = _table(("site", "pipeline"), words, numbers, headings=headings)
+    troubles = [(birth.source, troubles_of(birth)) for birth, _ in sources]
+    if not headings:
+        for column in ("dropped", "retried", "failed", "twins"):
+            table.add_column(column)
+        for (_, _, cells), (_, found) in zip(rows, troubles, strict=True):
+            cells += [_said(found.get(what) or "-") for what in ("dropped", "retried", "failed", "twins")]
+    _fill(table, rows, headings=headings)
+    if not headings:
+        return table
+    lines = [
+        Text.assemble(
+            f"  {name}  ", *((f"{what} {said}  ", _STYLES.get(what, "yellow")) for what, said in found.items())
+        )
+        for name, found in troubles
+        if found
+    ]
+    return Group(table, *lines)
+
+
+def troubles_of(birth: SourceBirth) -> dict[str, str]:
+    """What was dropped, retried and failed, each with its reasons, and how many twins; without what never happened."""
+    load = birth.load
+    found = {
+        "dropped": by_count(load.dropped),
+        "retried": by_count(load.retries),
+        "failed": by_count(load.failed),
+        "twins": str(load.twins or ""),
+    }
+    return {what: said for what, said in found.items() if said}
+
+
+def _worker(birth: Birth, lost: bool) -> list[Text | str]:
+    load = birth.load
+    troubles = {
+        "failed": load.failed,
+        "refused": load.refused,
+        "turned away": load.turned_away,
+        "expired": load.expired,
+    }
+    return [
+        _foreign(birth.node),
+        _foreign(birth.device),
+        _foreign(birth.fingerprint),
+        _said("lost" if lost else birth.state),
+        age(birth.up_s),
+        str(load.queue),
+        f"{load.rate:.1f}",
+        f"{load.task_ms:.1f}",
+        str(load.done),
+        _said(by_count({what: count for what, count in troubles.items() if count}) or "-"),
+    ]
+
+
+def _source(birth: SourceBirth, lost: bool) -> list[Text | str]:
+    load = birth.load
+    return [
+        _foreign(birth.node),
+        _said("lost" if lost else birth.state),
+        age(birth.up_s),
+        f"{load.in_flight}/{load.window}",
+        f"{load.rate:.1f}",
+        f"{load.latency_ms.p50:.0f}",
+        f"{load.latency_ms.p99:.0f}",
+        str(load.results),
+    ]
+
+
+def _table(where: Sequence[str], words: Sequence[str], numbers: Sequence[str], *, headings: bool) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in words if headings else (*where, *words):
+        table.add_column(column)
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _fill(table: Table, rows: Sequence[tuple[tuple[str, ...], str, Sequence[Text | str]]], *, headings: bool) -> None:
+    before: tuple[str, ...] = ()
+    for where, name, cells in rows:
+        if headings and where != before:
+            table.add_row(Text(" ".join(where), style="bold", no_wrap=True))
+        before = where
+        shown = Text(f"  {name}" if headings else name, style=_STYLES.get(name, ""))
+        table.add_row(*([] if headings else where), shown, *cells)
+
+
+def _foreign(text: str) -> Text:
+    """What may be of any length gives way to what may not."""
+    return Text(plain(text) or "-", no_wrap=True, overflow="ellipsis")
+
+
+def _said(word: str) -> Text:
+    return Text(word, style=_STYLES.get(word, ""))
