@@ -23,6 +23,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from brokers.address import BrokerAddress
 from brokers.errors import BrokerUnreachable, RequestError, TooLarge
+from brokers.paho_socket import PahoSocket
 from brokers.publication import MAX_REMAINING_BYTES, BadPacket, PublishHead, encode_head
 from brokers.pump import PING_AFTER_TICKS, ConnectionLost, Pump
 from brokers.transport import Limits, Properties, Will
@@ -55,49 +56,21 @@ class Greeting:
     max_packet_bytes: int
     receive_maximum: int
     will: Will | None = None
+    session_expiry_s: int = 0  # how long the broker keeps the session when we are away; 0: it begins anew
 
 
 _Connack = tuple[ReasonCode, PahoProperties | None]
 
 
-class _PahoSocket:
-    """What paho takes for its socket: it sends into our queue, and receives only the packets set aside for it."""
-
-    def __init__(self, pump: Pump, descriptor: int) -> None:
-        self._pump = pump
-        self._descriptor = descriptor
-        self.inbox = bytearray()
-
-    def send(self, data: bytes) -> int:
-        self._pump.push((memoryview(bytes(data)),))
-        return len(data)
-
-    def recv(self, count: int) -> bytes:
-        if not self.inbox:
-            raise BlockingIOError
-        data = bytes(self.inbox[:count])
-        del self.inbox[:count]
-        return data
-
-    def fileno(self) -> int:
-        return self._descriptor
-
-    def setblocking(self, flag: bool) -> None:
-        """It never blocks."""
-
-    def close(self) -> None:
-        """Nothing: the connection closes the real socket when its queue has left."""
-
-
 class _Paho(Client):
     """paho, made to use a socket that is connected already."""
 
-    def __init__(self, client_id: str, sock: _PahoSocket) -> None:
+    def __init__(self, client_id: str, sock: PahoSocket) -> None:
         super().__init__(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5, manual_ack=True)
         self.suppress_exceptions = True
         self._ours = sock
 
-    def _create_socket(self) -> _PahoSocket:  # type: ignore[override]
+    def _create_socket(self) -> PahoSocket:  # type: ignore[override]
         return self._ours
 
 
@@ -110,16 +83,20 @@ class Connection:
         address: BrokerAddress,
         greeting: Greeting,
         place: Callable[[PublishHead], memoryview | None],
-        published: Callable[[PublishHead, memoryview], None],
+        published: Callable[[PublishHead, memoryview], bool],
+        greeted: Callable[[Connection, bool], None],
     ) -> None:
+        """`published` returns whether to acknowledge at once; `greeted` hears, first of all, of a kept session."""
         self._address = address
         self._greeting = greeting
         self._pump = Pump(sock, self, greeting.max_packet_bytes)
         self._take = published
+        self._greeted = greeted
+        self.resumed = False  # the broker had kept the session, with its subscriptions
         self.place = place
         self._answers: dict[tuple[str, int], asyncio.Future[int]] = {}  # (packet, its id) -> the reason code
         self._next_id = FIRST_PACKET_ID
-        self._paho_socket = _PahoSocket(self._pump, sock.fileno())
+        self._paho_socket = PahoSocket(self._pump, sock.fileno())
         self._paho = _Paho(greeting.client_id, self._paho_socket)
         self._connected: asyncio.Future[_Connack] = asyncio.get_running_loop().create_future()
         self._in_flight = asyncio.Semaphore(1)  # as many as the broker's Receive Maximum, once that is known
@@ -143,7 +120,10 @@ class Connection:
         ours = PahoProperties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         ours.MaximumPacketSize = self._greeting.max_packet_bytes
         ours.ReceiveMaximum = self._greeting.receive_maximum
-        self._paho.connect_async("broker", keepalive=self._greeting.keepalive_s, clean_start=True, properties=ours)
+        if kept_s := self._greeting.session_expiry_s:
+            ours.SessionExpiryInterval = kept_s
+        keepalive_s = self._greeting.keepalive_s
+        self._paho.connect_async("broker", keepalive=keepalive_s, clean_start=not kept_s, properties=ours)
         self._pump.start()
         self._paho.reconnect()
         await asyncio.wait((self._connected, self.lost), return_when=asyncio.FIRST_COMPLETED)
@@ -210,16 +190,35 @@ class Connection:
         _, packet_id = self._paho.subscribe(topic_filter, options=SubscribeOptions(qos=qos))
         await self._confirmed("subscription to", topic_filter, "SUBACK", packet_id)
 
+    def renew(self, topic_filter: str, qos: int) -> None:
+        """Subscribe to what a kept session has; its answer, after all that was kept, is not waited for."""
+
+        def answered(answer: asyncio.Future[int]) -> None:
+            if answer.exception() is None and answer.result() >= _REFUSED:
+                self._pump.end(f"the broker no longer grants the subscription to {topic_filter!r}")
+
+        _, packet_id = self._paho.subscribe(topic_filter, options=SubscribeOptions(qos=qos))
+        self._answer("SUBACK", packet_id or 0).add_done_callback(answered)
+
     async def unsubscribe(self, topic_filter: str) -> None:
         """Unsubscribe; raise `Refused` or `ConnectionLost`."""
         _, packet_id = self._paho.unsubscribe(topic_filter)
         await self._confirmed("end of the subscription to", topic_filter, "UNSUBACK", packet_id)
 
     def published(self, head: PublishHead, payload: memoryview) -> None:
-        """Take a PUBLISH from the reader; acknowledge it when whoever takes it has returned."""
-        self._take(head, payload)
-        if head.qos == 1 and not self.lost.done():
-            self._pump.push((memoryview(b"\x40\x02" + head.packet_id.to_bytes(2, "big")),))
+        """Take a PUBLISH from the reader; acknowledge it when whoever takes it has returned, or later."""
+        if self._take(head, payload) and head.qos == 1:
+            self.acknowledge(head.packet_id)
+
+    def acknowledge(self, packet_id: int) -> bool:
+        """Send a PUBACK; False when the connection has ended."""
+        with contextlib.suppress(ConnectionLost):
+            self._pump.push((memoryview(b"\x40\x02" + packet_id.to_bytes(2, "big")),))
+        return not self.lost.done()
+
+    def hold(self, full: bool) -> None:
+        """Read nothing from now on, or read on."""
+        self._pump.hold(full)
 
     def packet(self, data: bytes) -> None:
         """Take any other packet from the reader: a PUBACK is ours, the rest is paho's."""
@@ -241,6 +240,9 @@ class Connection:
         self, client: Client, data: object, flags: ConnectFlags, reason: ReasonCode, properties: PahoProperties | None
     ) -> None:
         self._connected.set_result((reason, properties))
+        if reason.value < _REFUSED:
+            self.resumed = flags.session_present
+            self._greeted(self, self.resumed)
 
     def _on_subscribe(
         self, client: Client, data: object, packet_id: int, reasons: list[ReasonCode], properties: PahoProperties | None

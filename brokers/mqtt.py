@@ -11,6 +11,8 @@ import secrets
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from brokers.address import parse_address
 from brokers.connection import Connection, Greeting
@@ -18,28 +20,29 @@ from brokers.dial import Tls, dial
 from brokers.errors import BrokerUnreachable, Disconnected, SparseError
 from brokers.publication import PublishHead
 from brokers.pump import ConnectionLost
+from brokers.receipts import Receipt, Receipts
 from brokers.subscriptions import Subscription, Subscriptions
 from brokers.transport import Buffer, Delivery, Handler, Limits, Placer, Properties, Will
 
 log = logging.getLogger(__name__)
 
 KEEPALIVE_S = 20  # the broker publishes the will of a machine that fell silent after 1.5 times this: section 3.1.2.10
-RECEIVE_MAXIMUM = (
-    64  # QoS 1 publications that a broker may have on the way to us; each is acknowledged as it is handled
-)
-MAX_PACKET_BYTES = (
-    256 << 20
-) - 1  # what we take in one packet; memory is paid for as the bytes come, not when they are announced
-BACKOFF_S = (
-    0.1,
-    5.0,
-)  # first and longest wait between attempts to reconnect, each doubled and then shortened by chance
+RECEIVE_MAXIMUM = 64  # QoS 1 publications that a broker may have on the way to us, and that we may have in hand
+# What we take in one packet; memory is paid for as the bytes come, not when they are announced.
+MAX_PACKET_BYTES = (256 << 20) - 1
+# First and longest wait between attempts to reconnect, each doubled and then shortened by chance.
+BACKOFF_S = (0.1, 5.0)
 STABLE_S = 5.0  # a connection that lived this long was a good one: the next wait is the first again
 RECONNECT_TIMEOUT_S = 10.0
 
 
 class MqttTransport:
-    """A `Transport` over MQTT 5 to the broker at `address`; its client id is a random one unless given."""
+    """A `Transport` over MQTT 5 to the broker at `address`; its client id is a random one unless given.
+
+    With `session_expiry_s` and a `client_id` that stays the same, the broker keeps the subscriptions of QoS 1 and what
+    comes for them, that long after this client went away, and gives it to the next one of that name. Two that run at
+    once under one name take each other's place again and again: each warns, and nothing is lost, but much comes twice.
+    """
 
     def __init__(
         self,
@@ -49,13 +52,20 @@ class MqttTransport:
         tls: Tls = Tls(),
         keepalive_s: int = KEEPALIVE_S,
         max_packet_bytes: int = MAX_PACKET_BYTES,
+        session_expiry_s: int = 0,
     ) -> None:
         """Raise `BadAddress` for an address that cannot be read; nothing is sent before `connect`."""
+        if session_expiry_s and client_id is None:
+            raise ValueError("a session belongs to a name: expected a client_id")
         self._address = parse_address(address)
         self._tls = tls
         name = client_id or f"sparse-{secrets.token_hex(6)}"
-        self._greeting = Greeting(name, keepalive_s, max_packet_bytes, RECEIVE_MAXIMUM)
+        self._greeting = Greeting(
+            name, keepalive_s, max_packet_bytes, RECEIVE_MAXIMUM, session_expiry_s=session_expiry_s
+        )
         self._subscriptions = Subscriptions()
+        self._receipts = Receipts(RECEIVE_MAXIMUM)
+        self._settling = bool(session_expiry_s)  # whether anything is acknowledged later than it comes
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._connection: Connection | None = None  # set while one stands and is subscribed
         self._changed = asyncio.Event()  # set and replaced whenever `_connection` or `_closed` changes
@@ -79,10 +89,7 @@ class MqttTransport:
     async def connect(self, *, will: Will | None = None, timeout_s: float = 10.0) -> None:
         if self._running is not None or self._closing is not None:
             raise RuntimeError("a transport is connected once")
-        first = self._greeting
-        self._greeting = Greeting(
-            first.client_id, first.keepalive_s, first.max_packet_bytes, first.receive_maximum, will
-        )
+        self._greeting = replace(self._greeting, will=will)
         connection = await self._open(timeout_s)
         self._set(connection)
         self._running = asyncio.create_task(self._run(connection), name=f"connection to {self.address}")
@@ -116,6 +123,8 @@ class MqttTransport:
             await connection.abort(reason)
             if loop.time() - since_s >= STABLE_S:
                 wait_s = first_s
+            elif connection.resumed:
+                reason += f"; does another client call itself {self._greeting.client_id}?"
             log.warning("connection to %s lost: %s; reconnecting", self.address, reason)
             again: Connection | None = None
             while again is None:
@@ -146,10 +155,15 @@ class MqttTransport:
         try:
             async with asyncio.timeout(timeout_s):
                 sock = await dial(self._address, self._tls)
-                connection = Connection(sock, self._address, self._greeting, self._place, self._published)
+                connection = Connection(
+                    sock, self._address, self._greeting, self._place, self._published, self._greeted
+                )
                 await connection.start()
                 for each in self._subscriptions:
-                    await connection.subscribe(each.topic_filter, each.qos)
+                    if connection.resumed:
+                        connection.renew(each.topic_filter, each.qos)
+                    else:
+                        await connection.subscribe(each.topic_filter, each.qos)
                 return connection
         except BaseException as error:
             if connection is not None:
@@ -179,9 +193,10 @@ class MqttTransport:
     # What travels -------------------------------------------------------------------------------------------------
 
     async def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None
+        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None, settle: bool = False
     ) -> None:
-        self._subscriptions.add(Subscription(topic_filter, handler, qos, placer))
+        self._subscriptions.add(Subscription(topic_filter, handler, qos, placer, settle))
+        self._settling = self._settling or settle
         if self._running is None:
             return  # `connect` will
         try:
@@ -248,13 +263,31 @@ class MqttTransport:
                 return place
         return None
 
-    def _published(self, head: PublishHead, payload: memoryview) -> None:
-        delivery = Delivery(head.topic, head.properties, payload, head.retain)
-        for each in self._subscriptions.matching(head.topic):
+    def _greeted(self, connection: Connection, resumed: bool) -> None:
+        if self._running is not None and self._greeting.session_expiry_s and not resumed:
+            log.warning(
+                "%s has forgotten the session %s, and what it kept for it", self.address, self._greeting.client_id
+            )
+        self._receipts.begin(connection, resumed)
+
+    def _published(self, head: PublishHead, payload: memoryview) -> bool:
+        """Hand out what has come; return whether it is to be acknowledged at once."""
+        matching = self._subscriptions.matching(head.topic)
+        receipt: Receipt | None = None
+        if self._settling and head.qos == 1:
+            receipt = self._receipts.take(head, payload, sum(each.settle for each in matching))
+            if receipt is None:  # in hand already
+                return False
+        delivery = Delivery(head.topic, head.properties, payload, head.retain, head.again)
+        for each in matching:
+            settle = partial(self._receipts.settle, receipt) if receipt is not None and each.settle else None
             try:
-                each.handler(delivery)
+                each.handler(replace(delivery, settle=settle) if settle else delivery)
             except Exception:
                 log.exception("the handler of %s failed on %d bytes", each.topic_filter, payload.nbytes)
+                if settle:
+                    settle()
+        return receipt is None
 
 
 def _plain(error: Exception) -> str:

@@ -51,6 +51,7 @@ class PublishHead:
     qos: int = 0
     retain: bool = False
     packet_id: int = 0
+    again: bool = False  # DUP: the broker has sent it before, and it was not acknowledged
 
 
 def encode_head(
@@ -110,7 +111,8 @@ def parse_head(data: memoryview) -> PublishHead | None:
     topic = _text(data[topic_at:topic_end])
     if not topic:
         raise BadPacket("a PUBLISH without a topic")
-    return PublishHead(topic, properties, head_bytes, end - head_bytes, qos, bool(flags & 1), packet_id)
+    again = bool(flags & 8)
+    return PublishHead(topic, properties, head_bytes, end - head_bytes, qos, bool(flags & 1), packet_id, again)
 
 
 def encode_length(number: int) -> bytes:

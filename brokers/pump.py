@@ -37,12 +37,24 @@ class Pump:
         self._out = OutQueue(sock)
         self._reader = PacketReader(sock, sink, max_packet_bytes)
         self._writing = False
+        self._held = False
         self._leaving: deque[tuple[int, asyncio.Future[None]]] = deque()  # (sent bytes at which it has left, who waits)
         self._watching: asyncio.Task[None] | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
 
     def start(self) -> None:
         self._loop.add_reader(self._descriptor, self._on_readable)
+
+    def hold(self, full: bool) -> None:
+        """Read nothing from now on, or read on; whoever sends then waits in its turn."""
+        if self.lost.done() or full == self._held:
+            return
+        self._held = full
+        if full:
+            self._loop.remove_reader(self._descriptor)
+        else:
+            self._loop.add_reader(self._descriptor, self._on_readable)
+            self._loop.call_soon(self._on_readable)  # what TLS has decrypted already makes no socket readable
 
     def push(self, pieces: Sequence[memoryview]) -> int:
         """Queue one packet, send what the socket takes; return the count of sent bytes at which the packet has left."""
@@ -95,6 +107,8 @@ class Pump:
             await asyncio.wait((self._watching,))
 
     def _on_readable(self) -> None:
+        if self._held or self.lost.done():
+            return
         try:
             more = self._reader.read(READ_BUDGET_BYTES)
         except (OSError, WireError) as error:
@@ -129,7 +143,7 @@ class Pump:
 
         Signs of life are bytes that came, and bytes that the other side's kernel took while more of them wait: on a
         slow uplink a ping stands behind megabytes. The last bytes of all prove nothing: a kernel acknowledges a ping
-        for a program that hangs.
+        for a program that hangs. One that we do not listen to is pinged, and not called silent.
         """
         quiet, received, taken = 0, 0, 0
         while not self.lost.done():
@@ -137,7 +151,7 @@ class Pump:
             waiting = self._out.taken_bytes - self._out.sent_bytes + _unacknowledged_bytes(self._socket)
             alive = self._reader.received_bytes > received or (waiting and self._out.taken_bytes - waiting > taken)
             received, taken = self._reader.received_bytes, self._out.taken_bytes - waiting
-            quiet = 0 if alive else quiet + 1
+            quiet = 0 if alive or (self._held and quiet >= ping_after_ticks) else quiet + 1
             if quiet >= DEAD_AFTER_TICKS:
                 self.end(f"the broker has been silent for {quiet * TICK_S:g} s")
             elif quiet == ping_after_ticks:

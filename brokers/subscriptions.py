@@ -18,6 +18,7 @@ class Subscription:
     handler: Handler
     qos: int = 0
     placer: Placer | None = None
+    settle: bool = False
 
 
 class Subscriptions:

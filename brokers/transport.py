@@ -26,12 +26,18 @@ class Properties:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One PUBLISH that came in. `payload` belongs to the receiver: nobody writes to it afterwards."""
+    """One PUBLISH that came in. `payload` belongs to the receiver: nobody writes to it afterwards.
+
+    `again`: the broker has sent it before, to this client or to one that had its name, and was not told that it was
+    done with. `settle`, where there is one, tells it so; to be called once.
+    """
 
     topic: str
     properties: Properties
     payload: memoryview
     retain: bool = False
+    again: bool = False
+    settle: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +83,16 @@ class Transport(Protocol):
         ...
 
     async def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None
+        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None, settle: bool = False
     ) -> None:
         """Have `handler` called, on the loop, for each PUBLISH that matches; return when the broker has confirmed it.
 
         `$share/{group}/{filter}` is allowed. A handler must not block and must not raise.
+
+        With `settle`, the broker keeps each publication of QoS 1 until the handler's `Delivery.settle` has been called
+        (and those before it have, since MQTT wants this in order). A transport with a session that loses its
+        connection and gets another does not hand out again what is still in hand. While too much is, nothing is read.
+        Subscribe before `connect`: what the session kept may come first thing.
         """
         ...
 

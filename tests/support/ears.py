@@ -61,9 +61,10 @@ class RecordingTransport(MemoryTransport):
         self._with_placer = with_placer
 
     async def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None
+        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None, settle: bool = False
     ) -> None:
-        await super().subscribe(topic_filter, handler, qos=qos, placer=placer if self._with_placer else None)
+        kept = placer if self._with_placer else None
+        await super().subscribe(topic_filter, handler, qos=qos, placer=kept, settle=settle)
 
     async def publish(
         self,

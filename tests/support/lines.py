@@ -33,8 +33,8 @@ asyncio.run(main())
 class Place(Protocol):
     """A broker under test."""
 
-    def transport(self) -> Transport:
-        """A new transport to it, not yet connected."""
+    def transport(self, session: str = "") -> Transport:
+        """A new transport to it, not yet connected; with the session of that name."""
         ...
 
     async def die(self, will: Will) -> None:
@@ -52,8 +52,8 @@ class MemoryPlace:
     def __init__(self) -> None:
         self._hub = MemoryHub(max_packet_bytes=100_000_000)
 
-    def transport(self) -> Transport:
-        return MemoryTransport(self._hub)
+    def transport(self, session: str = "") -> Transport:
+        return MemoryTransport(self._hub, session=session)
 
     async def die(self, will: Will) -> None:
         doomed = MemoryTransport(self._hub)
@@ -74,8 +74,8 @@ class BrokerPlace:
         self._max_packet_bytes = max_packet_bytes
         self.broker: LocalBroker = start_broker(kind=kind, max_packet_bytes=max_packet_bytes)
 
-    def transport(self) -> Transport:
-        return MqttTransport(self.broker.address)
+    def transport(self, session: str = "") -> Transport:
+        return MqttTransport(self.broker.address, client_id=session or None, session_expiry_s=600 if session else 0)
 
     async def die(self, will: Will) -> None:
         command = [sys.executable, "-c", _DOOMED, self.broker.address, will.topic, will.payload.decode()]
