@@ -80,7 +80,8 @@ class Flights:
 
     def worker_died(self) -> None:
         """A worker of a later stage died: whatever is then not answered in a while is sent again."""
-        patience_s = max(SUSPICION_S, SUSPICION_TIMES * max(self._latencies_s, default=self._lease_s / 4))
+        slowest_s = max(self._latencies_s, default=None)
+        patience_s = self._lease_s / 4 if slowest_s is None else max(SUSPICION_S, SUSPICION_TIMES * slowest_s)
         loop = asyncio.get_running_loop()
         for flight in self:
             loop.call_later(patience_s, self._suspect, flight.request, flight.attempt)
