@@ -89,8 +89,14 @@ async def _serve(
             print(f"worker {worker_id} serves {where}; Ctrl-C ends it", file=sys.stderr)  # noqa: T201 - for a person
         serving = asyncio.create_task(worker.run(), name="serve")
         left = asyncio.create_task(leaving.wait(), name="leaving")
-        await asyncio.wait({serving, left}, return_when=asyncio.FIRST_COMPLETED)
+        objection = asyncio.create_task(worker.objection(), name="objection")
+        await asyncio.wait({serving, left, objection}, return_when=asyncio.FIRST_COMPLETED)
         left.cancel()
+        if objection.done():  # what it has in hand is sent again to those that stay
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            objection.result()
+        objection.cancel()
         await worker.drain()
         await serving
     finally:

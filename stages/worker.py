@@ -82,6 +82,10 @@ class Worker:
         self._line.transport.on_reconnect(self._report)
         await self._report()
 
+    async def objection(self) -> None:
+        """Raise `WorkerTwin` should the world object only after `start`; else wait until cancelled."""
+        await self._vitals.probation()
+
     async def run(self) -> None:
         """Work until `drain` is called, then finish what is in hand."""
         reporting = asyncio.create_task(self._keep_reporting(), name="report")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
+
+import pytest
 
 from brokers.mqtt import MqttTransport
 from brokers.presence import Birth
 from brokers.site import LocalBroker
 from brokers.topics import StageTopics
+from stages.peers import PROBATION_S
 from tests.support.pipelines import pipeline_file, stage
 from tests.support.presence import await_workers, watch_workers
-from tests.support.processes import Machine
+from tests.support.processes import Machine, Running, eventually
 
 SLOW = stage("slow", "Slow", settings={"seconds": 0.1})
 TOPIC = StageTopics("local", "test", "slow").presence("w")
@@ -83,3 +87,46 @@ def test_a_record_that_outlived_its_worker_keeps_nobody_out(box: Machine, broker
         assert heir.end(signal.SIGTERM).status == 0
     finally:
         asyncio.run(leave_behind(b""))
+
+
+def started_together(box: Machine, address: str, *marks: tuple[str, str]) -> list[Running]:
+    """Workers of one stage, of each its id and the fingerprint of its model, that join at the same instant."""
+    ready = box.folder / "ready"
+    started, there = [], [box.folder / f"there-{place}" for place in range(len(marks))]
+    for (worker, fingerprint), sign in zip(marks, there, strict=True):
+        folder = box.folder / f"of-{sign.name}"
+        folder.mkdir()
+        settings = {"fingerprint": fingerprint, "there": str(sign), "ready": str(ready)}
+        path = pipeline_file(folder, [stage("slow", "Marked", settings=settings)])
+        started.append(box.sparse("stage", path, "slow", "--broker", address, "--worker", worker))
+    eventually("all to be loaded", lambda: all(sign.exists() for sign in there))
+    ready.touch()
+    return started
+
+
+@pytest.mark.parametrize(
+    ("marks", "reason"),
+    [
+        ((("a", "one"), ("b", "two")), r"worker '[ab]' serves stage 'slow' with the model '(one|two)', this one has"),
+        ((("w", "one"), ("w", "one")), r"another worker of this id \(process \d+ on "),
+    ],
+    ids=["of two models", "of one id"],
+)
+def test_of_two_that_join_at_the_same_instant_exactly_one_stays(
+    box: Machine, broker: LocalBroker, marks: tuple[tuple[str, str], ...], reason: str
+) -> None:
+    workers = started_together(box, broker.address, *marks)
+    eventually("one to leave", lambda: any(worker.process.poll() is not None for worker in workers))
+    (gone,) = [worker for worker in workers if worker.process.poll() is not None]
+    (stays,) = [worker for worker in workers if worker is not gone]
+    said = gone.end()
+    assert said.status == 2, said.err
+    assert re.fullmatch(rf"sparse: worker '\w' cannot join: {reason}.*", said.err.splitlines()[-1]), said.err
+
+    def settled(seen: dict[str, Birth]) -> bool:
+        return [birth.pid for birth in seen.values() if (birth.up_s or 0) > PROBATION_S] == [stays.pid]
+
+    (birth,) = await_workers(broker.address, settled).values()
+    assert birth.state == "up"
+    assert stays.end(signal.SIGTERM).status == 0
+    box.nothing_is_left()
