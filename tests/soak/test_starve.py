@@ -1,0 +1,165 @@
+"""A pipeline at a tenth of the speed of its camera: results are fresh, drops are counted, and no process grows."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from brokers.site import Kind, LocalBroker, start_broker
+from tests.soak.camera import Camera, frame
+from tests.soak.conftest import Tell
+from tests.soak.measure import MIB, Trend, Watch
+from tests.support.parts import need
+from tests.support.pipelines import counter, pipeline_file, stage
+from tests.support.presence import await_workers
+from tests.support.processes import Machine, Running, eventually
+
+# Samples for each that the pipeline has time for.
+SPEED = 10
+# The promise: so many service times old, at most, is a result. The service time is what one sample takes in all stages
+# of a pipeline that does nothing else.
+SERVICE_TIMES = 3
+# The first share of the time, in which programs settle.
+WARM_UP = 0.15
+# Ten frames too many a service time, of 50 kB, would be 25 MB in the minute; a process that does nothing has been seen
+# to differ by 1 MiB.
+LIMIT_BYTES = 6 * MIB
+SHORT_LIMIT_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True)
+class Form:
+    """How long a stage sleeps over a sample, for how long all this goes on, and which percentile must be fresh."""
+
+    stage_s: float
+    seconds: float
+    percentile: int
+    limit_bytes: int
+
+    @property
+    def every_s(self) -> float:
+        return self.stage_s / SPEED
+
+    @property
+    def count(self) -> int:
+        return round(self.seconds / self.every_s)
+
+
+LONG = Form(0.1, 60.0, 99, LIMIT_BYTES)
+# Of few results the 99th percentile is the worst, and on a machine that does other things that is its affair, not ours.
+SHORT = Form(0.15, 5.0, 50, SHORT_LIMIT_BYTES)
+
+
+@pytest.mark.timeout(900)
+def test_a_live_source_ten_times_too_fast_shows_fresh_results_and_counts_what_it_drops(
+    box: Machine, mosquitto: None, long: bool, tell: Tell
+) -> None:
+    source_starves(box, "mosquitto", 1, LONG if long else SHORT, tell if long else None)
+
+
+@pytest.mark.timeout(900)
+def test_a_chain_of_stages_shows_results_as_fresh(box: Machine, long: bool, tell: Tell) -> None:
+    form = LONG if long else Form(0.1, 4.0, 50, SHORT_LIMIT_BYTES)
+    source_starves(box, "embedded", 3, form, tell if long else None)
+
+
+@pytest.mark.timeout(900)
+def test_a_camera_at_the_ingress_ten_times_too_fast_sees_fresh_results_of_its_frames(
+    box: Machine, mosquitto: None, long: bool, tell: Tell
+) -> None:
+    form = LONG if long else SHORT
+    table = {"name": "glance", "executor": "tests.soak.camera:Glance", "settings": {"seconds": form.stage_s}}
+    path = pipeline_file(box.folder, [table])
+    with pipeline(box, path, ["glance"], "mosquitto") as (broker, workers):
+        source = box.sparse("source", path, "--broker", broker.address, "--json", "--out", box.folder, "--no-pictures")
+        with Camera(broker.port, "probe") as probe:
+            eventually("the gateway", lambda: probe.publish(frame()).results)
+        with Camera(broker.port, "camera") as camera:
+            with Watch({"broker": broker.pid, "source": source.pid, **workers}, form.every_s) as watch:
+                camera.film(frame(), form.every_s, form.count)
+            last = len(camera.published_s) - 1
+            eventually("the last result", lambda: camera.results and camera.results[-1][1]["index"] == last)
+        said = source.end(signal.SIGINT)
+    rows = [result for _, result in camera.results]
+    taken = said.answer["requests"] + said.answer["dropped"]
+    # All of the camera's frames; of the probe's those that came once the gateway was there.
+    assert 0 < taken - len(camera.published_s) <= len(probe.published_s)
+    check_rows(rows)
+    check_ages(camera.ages_ms(), rows, form, tell if long else None)
+    check_memory(watch.trends(WARM_UP), form.limit_bytes, tell if long else None)
+
+
+def source_starves(box: Machine, kind: Kind, stages: int, form: Form, tell: Tell | None) -> None:
+    """A live source in front of a chain of equal stages."""
+    tables = [stage(f"stage-{number}", "Slow", settings={"seconds": form.stage_s}) for number in range(stages)]
+    path = pipeline_file(box.folder, tables, counter(form.count, every_s=form.every_s, live=True))
+    with pipeline(box, path, [table["name"] for table in tables], kind) as (broker, workers):
+        source = box.sparse("source", path, "--broker", broker.address, "--json", "--out", box.folder)
+        results = box.folder / "results.jsonl"
+        eventually("the first result", lambda: results.exists() and results.stat().st_size)
+        with Watch({"broker": broker.pid, "source": source.pid, **workers}, form.every_s) as watch:
+            said = source.end(timeout_s=10 * form.seconds)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    told = said.answer
+    assert told["results"] == told["requests"] == len(rows)
+    assert told["results"] + told["dropped"] == form.count
+    check_rows(rows)
+    check_ages([row["age_ms"] for row in rows], rows, form, tell)
+    check_memory(watch.trends(WARM_UP), form.limit_bytes, tell)
+    if tell:
+        tell(f"{told['throughput_per_s']} results a second of {1 / form.stage_s:g}, {told['dropped']} dropped")
+
+
+@contextmanager
+def pipeline(
+    box: Machine, path: Path, names: Sequence[str], kind: Kind
+) -> Iterator[tuple[LocalBroker, dict[str, int]]]:
+    """A broker, and a worker of each stage: its process id by the name of its stage."""
+    need({"embedded": "iotcore"}.get(kind, kind))
+    with start_broker(kind=kind) as broker:
+        workers: dict[str, Running] = {
+            name: box.sparse("stage", path, name, "--broker", broker.address) for name in names
+        }
+        await_workers(broker.address, lambda found: len(found) == len(names))
+        yield broker, {name: worker.pid for name, worker in workers.items()}
+
+
+def check_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Each result is of a newer sample than the one before; it counts at least those between the two as dropped."""
+    assert not [row for row in rows if "error" in row]
+    indexes = [row["index"] for row in rows]
+    assert indexes == sorted(set(indexes))
+    for taken, row in enumerate(rows):
+        assert row["dropped"] >= row["index"] - taken, row
+    assert rows[-1]["dropped"] >= len(rows), "the source was not much faster than the pipeline"
+
+
+def check_ages(ages_ms: Sequence[float], rows: Sequence[dict[str, Any]], form: Form, tell: Tell | None) -> None:
+    """The ages without those of the first results, which find an empty pipeline, in service times as measured."""
+    service_ms = statistics.median(
+        sum(each["decode_ms"] + each["compute_ms"] + each["encode_ms"] for each in row["time"]["stages"])
+        for row in rows
+    )
+    ordered = sorted(ages_ms)
+    found = {percent: ordered[round((len(ordered) - 1) * percent / 100)] for percent in (50, 99, 100)}
+    if tell:
+        ages = ", ".join(f"p{percent} {age_ms:.0f} ms" for percent, age_ms in found.items())
+        tell(f"{len(ordered)} results, service time {service_ms:.0f} ms, age {ages}")
+    assert found[form.percentile] < SERVICE_TIMES * service_ms, (service_ms, found)
+
+
+def check_memory(trends: Sequence[Trend], limit_bytes: int, tell: Tell | None) -> None:
+    for trend in trends:
+        if tell:
+            tell(str(trend))
+        assert trend.grown_bytes <= limit_bytes, str(trend)
+        assert trend.descriptors[-1] <= trend.descriptors[0], str(trend)
+        assert trend.threads[-1] <= trend.threads[0], str(trend)
