@@ -13,10 +13,10 @@ import torch
 import brokers.errors
 import brokers.messages
 import stages.errors
-from brokers import chunks, dispatch, line, results, tensors, topics, wire
+from brokers import chunks, dispatch, line, presence, results, tensors, topics, wire
 from brokers.memory import MemoryHub
 from brokers.messages import Blob, Body, Control, Failure, Hop, ReplyTo, Result, Task
-from brokers.presence import Birth, Load
+from brokers.presence import Birth, Latency, Load, SourceBirth, SourceLoad
 from brokers.publication import encode_head, parse_head
 from brokers.tensors import from_numpy, to_numpy
 from brokers.topics import StageTopics
@@ -24,6 +24,7 @@ from brokers.wire import VERSION, decode, encode
 from sources import flight
 from stages import backlog, inference, outlet
 from stages.models import registry
+from stages.peers import PROBATION_S
 from tests.support.ears import INBOX, RecordingTransport, listening
 from tests.support.lines import run
 from tests.support.protocol_document import TEXT, column, names, packet, section, tables
@@ -89,7 +90,10 @@ def test_the_topics_are_those_of_the_code() -> None:
         STAGE.front_door,
         STAGE.inbox("{worker}"),
         STAGE.presence("{worker}"),
+        topics.source_presence("{site}", "{pipeline}", "{source}"),
     ]
+    assert names(table[-1][2]) == [topics.every_presence()]
+    assert f"no stage `{topics.SOURCE}`" in section("Topics")
     [shared] = names(table[3][2])
     assert shared.replace("...", STAGE.front_door) == STAGE.shared_front_door
     for reserved in topics.RESERVED:
@@ -180,6 +184,19 @@ def test_the_presence_record_is_that_of_the_code() -> None:
     assert names(state) == ["up", "draining", "stopped"]
 
 
+def test_the_record_of_a_source_is_that_of_the_code() -> None:
+    record, load = tables("Sources")
+    assert sorted(column(record)) == sorted(SourceBirth.model_fields)
+    assert column(load) == list(SourceLoad.model_fields)
+    [latency] = [row[1] for row in load if row[0] == "`latency_ms`"]
+    assert names(latency) == list(Latency.model_fields)
+
+
+def test_the_time_on_probation_is_that_of_the_code() -> None:
+    assert f"for {PROBATION_S:g} s\nmore" in section("Two that join at once")
+    assert f"its `up_s` is {PROBATION_S:g} or more" in section("Two that join at once")
+
+
 def test_the_fields_of_a_failure_are_those_of_the_code() -> None:
     failure = Failure(request=TASK.request, stage="s", worker="w", error="e", reason="r")
     assert set(column(tables("Failures, retries and deadlines")[0])) == set(failure.as_dict())
@@ -232,6 +249,8 @@ LIMITS = {
     "patience with a message whose chunks do not come": chunks.PATIENCE_S,
     "a word from a worker about a request": dispatch.LEASE_S,
     "a record of a worker": dispatch.SILENT_S,
+    "a record, of a worker or a source": presence.RECORD_LIMIT_BYTES,
+    "reasons in an object of counts": presence.REASON_LIMIT,
     "Response Topic": brokers.messages._TOPIC_BYTES,
     "levels of a Response Topic": brokers.messages._TOPIC_LEVELS,
     "room at the next stage": outlet.ROOM_WAIT_S,
