@@ -21,8 +21,9 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         f"[bold]{summary['results']}[/] results of {summary['requests']} requests in {summary['elapsed_s']:.1f} s: "
         f"[bold green]{summary['throughput_per_s']:.1f}/s[/], latency {latencies} ms"
     )
-    counts = ", ".join(f"{name} {summary[name]}" for name in ("lost", "dropped", "failed", "retries"))
-    console.print(counts)
+    reasons = {"dropped": summary["drops"], "retries": summary["retried"]}
+    counts = (f"{name} {summary[name]}{_why(reasons.get(name))}" for name in ("lost", "dropped", "failed", "retries"))
+    console.print(", ".join(counts))
     if count := summary["unreadable"]:
         console.print(f"[yellow]{count} samples could not be read: logs/source.log names them[/]")
     for error, count in summary["failures"].items():
@@ -33,6 +34,12 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for what, name in summary["files"].items():
         if name:
             console.print(f"  {what:<8} {folder}/{'frames/' if isinstance(name, list) else name}")
+
+
+def _why(reasons: Mapping[str, int] | None) -> str:
+    """` (WorkerLost 3, Busy 1)`, or nothing where there are none."""
+    told = ", ".join(f"{reason} {count}" for reason, count in (reasons or {}).items() if count)
+    return f" ({told})" if told else ""
 
 
 def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,12 +40,14 @@ from brokers.messages import (
 from brokers.mqtt import MqttTransport
 from brokers.outbox import Outbox
 from brokers.pipeline import LOCAL, Pipeline, broker_address, load_pipeline
+from brokers.presence import SourceLoad
 from brokers.topics import source_inbox
 from brokers.transport import Transport
 from sources.flight import Flight
 from sources.flights import Flights
 from sources.places import Places
 from sources.saturation import Saturation
+from sources.standing import Pace, Standing
 from sources.values import like, to_content
 from sources.window import Window
 
@@ -94,6 +97,8 @@ class Offloader:
         self.name = name or f"{self.pipeline.source.name}-{new_request_id()[:4].hex()}"
         self.retried: Counter[str] = Counter()  # by reason
         self.failed: Counter[str] = Counter()  # by error
+        # By reason: what whoever feeds us let go before it became a request. Theirs to say.
+        self.drops: Callable[[], Mapping[str, int]] = dict
         # Two sources of one name must not take each other's place at the broker.
         client_id = f"source.{self.name}.{new_request_id()[:4].hex()}"
         self.line = Line(transport or MqttTransport(self._address(broker), client_id=client_id))
@@ -109,6 +114,23 @@ class Offloader:
             self.line, self.pipeline, self._outbox, changed=self.window.resized, died=self._flights.worker_died
         )
         self._saturation = Saturation(self._places.workers)
+        self._standing = Standing(self.line, self.pipeline, self.name, self._load)
+        self._pace = Pace()
+
+    def _load(self) -> SourceLoad:
+        return SourceLoad(
+            requests=self.counters["requests"],
+            results=self.counters["results"],
+            in_flight=len(self._flights),
+            waiting=self.window.waiting,
+            window=self.window.size,
+            rate=self._pace.rate(time.monotonic()),
+            latency_ms=self._pace.latency_ms(),
+            dropped=dict(self.drops()),
+            retries=dict(self.retried),
+            failed=dict(self.failed),
+            twins=self.counters["twins"],
+        )
 
     def _open_window(self, live: bool) -> int:
         if live:
@@ -122,12 +144,13 @@ class Offloader:
         return address
 
     async def __aenter__(self) -> Offloader:
-        await self.line.open()
+        await self.line.open(will=self._standing.will)
         self.line.transport.on_reconnect(self._flights.reconnected)
         try:
             await self.line.listen(self._inbox, self._heard, self._flights.garbage)
             await self._outbox.open()
             await self._places.open()
+            self._standing.open()
         except BaseException:
             await self._outbox.close()
             await self.line.close()
@@ -138,6 +161,7 @@ class Offloader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.give_up("the offloader was closed")
+        await self._standing.close()
         await self.line.close()
 
     async def give_up(self, reason: str) -> None:
@@ -187,6 +211,7 @@ class Offloader:
         self.counters["results"] += 1
         latency_ms = 1000 * (time.monotonic() - flight.begun_s)
         self._flights.took(latency_ms / 1000)
+        self._pace.answered(latency_ms, time.monotonic())
         if flight.attempt == 1:
             self._saturation.learn(result.hops, latency_ms)
         return Answer(flight.request, result.content, result.hops, latency_ms, flight.attempt)

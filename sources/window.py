@@ -22,6 +22,11 @@ class Window:
         self.in_flight = 0
 
     @property
+    def size(self) -> int:
+        """How many may be in flight now."""
+        return max(1, self._size())
+
+    @property
     def waiting(self) -> int:
         """How many wait to be let in."""
         return len(self._turns)
@@ -39,7 +44,7 @@ class Window:
 
     @property
     def _has_room(self) -> bool:
-        return self.in_flight < max(1, self._size()) and self._bytes < self._limit_bytes
+        return self.in_flight < self.size and self._bytes < self._limit_bytes
 
     def hold(self, nbytes: int) -> None:
         """Say how much it is that was let in: known only once a live source has been asked for its newest."""
