@@ -72,9 +72,9 @@ class Backlog:
         return found
 
     @property
-    def first(self) -> Job:
+    def first(self) -> Job | None:
         """The task whose turn is next."""
-        return next(job for line in self._lines.values() for job in line.values())
+        return next((job for line in self._lines.values() for job in line.values()), None)
 
     def _remove(self, line: dict[_Key, Job], key: _Key) -> Job:
         job = line.pop(key)

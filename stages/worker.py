@@ -61,7 +61,6 @@ class Worker:
         self._draining = asyncio.Event()
         self._unsent = asyncio.Semaphore(_UNSENT_LIMIT)
         self._outlet = Outlet(self._line, pipeline, stage, worker)
-        self._expired = 0
         self._detours: dict[bytes, Detour] = {}
         self._loaded = False
         self._vitals = Vitals(self._line, self._topics, pipeline, stage, worker, device)
@@ -187,7 +186,10 @@ class Worker:
     async def _collect(self) -> list[Job]:
         """The next tasks: as many as wait, up to `max_batch`, after at most `max_wait_ms` for more."""
         size = self._table.max_batch if self._executor.batchable else 1
-        deadline_s = self._queue.first.arrived_s + self._table.max_wait_ms / 1000
+        first = self._queue.first
+        if first is None:  # it was late before there was leave to work
+            return []
+        deadline_s = first.arrived_s + self._table.max_wait_ms / 1000
         while len(self._queue) < size and not self._draining.is_set() and (left_s := deadline_s - time.monotonic()) > 0:
             self._arrived.clear()
             try:
@@ -202,7 +204,7 @@ class Worker:
     def _drop_expired(self) -> None:
         """Give up the tasks that nobody waits for any more, whoever asked for them may be gone."""
         for job in self._queue.expired(time.monotonic()):
-            self._expired += 1
+            self._vitals.expired += 1
             self._outlet.begin(self._outlet.deliver(Failed(job, job.late(self.stage)), None))
 
     async def _work(self, jobs: list[Job]) -> None:
@@ -235,6 +237,7 @@ class Worker:
     async def _report(self) -> None:
         self._vitals.refused = self.counters["refused"]
         self._vitals.failed = self._outlet.failed
+        self._vitals.turned_away = self._outlet.turned_away
         await self._vitals.report(len(self._queue))
 
     async def _keep_reporting(self) -> None:

@@ -33,10 +33,11 @@ def test_the_interactive_go_first_and_among_equals_who_came_first() -> None:
     backlog = Backlog()
     for number, priority in enumerate(("background", "interactive", "background", "interactive")):
         assert backlog.add(job(number, priority)) is None  # type: ignore[arg-type]
-    assert backlog.first.task.request[0] == 1
+    first = backlog.first
+    assert first is not None and first.task.request[0] == 1
     assert numbers(backlog.take(3)) == [1, 3, 0]
     assert numbers(backlog.take(3)) == [2]
-    assert (len(backlog), backlog.nbytes) == (0, 0)
+    assert (len(backlog), backlog.nbytes, backlog.first) == (0, 0, None)
 
 
 def test_no_more_tasks_wait_than_may() -> None:
