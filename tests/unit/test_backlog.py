@@ -34,7 +34,8 @@ def test_the_interactive_go_first_and_among_equals_who_came_first() -> None:
     for number, priority in enumerate(("background", "interactive", "background", "interactive")):
         assert backlog.add(job(number, priority)) is None  # type: ignore[arg-type]
     first = backlog.first
-    assert first is not None and first.task.request[0] == 1
+    assert first is not None
+    assert first.task.request[0] == 1
     assert numbers(backlog.take(3)) == [1, 3, 0]
     assert numbers(backlog.take(3)) == [2]
     assert (len(backlog), backlog.nbytes, backlog.first) == (0, 0, None)
