@@ -6,6 +6,8 @@ import asyncio
 import json as jsonlib
 import logging
 import sys
+from collections import Counter
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,7 @@ from brokers.parent import STOPPED, Leaving, end_with_parent
 from brokers.pipeline import Pipeline, blaming, broker_address, load_pipeline, new_run_folder
 from sources.factory import make_source
 from sources.feed import Feed, draw
-from sources.gateway import Gateway
+from sources.gateway import Gateway, session
 from sources.intake import Intake
 from sources.offload import Offloader
 from sources.record import RunFolder
@@ -80,31 +82,29 @@ async def _feed(
     leaving.heed_signals()
     if with_parent:
         end_with_parent(leaving)
-    intake = Intake(pipeline.source.keep or ("latest" if source is None or source.live else "all"))
-    trouble: Exception | None = None
-    async with Offloader(pipeline, broker=address) as offloader:
+    keep = pipeline.source.keep or ("latest" if source is None or source.live else "all")
+    intake = Intake(keep)
+    async with Offloader(pipeline, broker=address, live=keep == "latest") as offloader:
         feed = Feed(offloader, intake, folder.add)
-        async with asyncio.TaskGroup() as tasks:
-            feeding = tasks.create_task(feed.run(), name="feed")
+        drops = offloader.drops = lambda: intake.dropped + Counter(newer_came=source.dropped if source else 0)
+        if source is not None:
+            trouble = await _work(_draw(source, intake, leaving), feed, intake, offloader, leaving)
+        else:
+            gateway = _gateway(pipeline, address, offloader, feed, intake)
             try:
-                if source is None:
-                    await _listen(pipeline, offloader, feed, intake, leaving)
-                else:
-                    await _draw(source, intake, leaving)
-            except Exception as error:  # noqa: BLE001 - raised below, when what was sent is answered and written down
-                trouble = error
-                intake.end()
-            if leaving.is_set():
-                await asyncio.wait({feeding}, timeout=_LEAVE_S)
-                await offloader.give_up("its source was told to end")
+                trouble = await _work(_listen(pipeline, gateway, leaving), feed, intake, offloader, leaving)
+            finally:
+                await gateway.leave()
         counters = offloader.counters
     summary = {
         "pipeline": pipeline.name,
         "broker": offloader.line.transport.address,
         **feed.tally.summary([stage.name for stage in pipeline.stage]),
         "unreadable": source.unreadable if source else 0,
-        "dropped": intake.dropped.total() + (source.dropped if source else 0),
+        "dropped": drops().total(),
+        "drops": dict(drops()),
         "retries": counters["retries"],
+        "retried": dict(offloader.retried),
         "twins": counters["twins"],
     }
     summary = await asyncio.to_thread(folder.finish, summary)
@@ -113,9 +113,33 @@ async def _feed(
     return summary, leaving.is_set()
 
 
-async def _listen(pipeline: Pipeline, offloader: Offloader, feed: Feed, intake: Intake, leaving: asyncio.Event) -> None:
+async def _work(
+    giving: Coroutine[Any, Any, None], feed: Feed, intake: Intake, offloader: Offloader, leaving: asyncio.Event
+) -> Exception | None:
+    """Feed what is given until no more is; return what went wrong with it, when what was sent is answered."""
+    trouble: Exception | None = None
+    async with asyncio.TaskGroup() as tasks:
+        feeding = tasks.create_task(feed.run(), name="feed")
+        try:
+            await giving
+        except Exception as error:  # noqa: BLE001 - for the caller to raise, when the results are written down
+            trouble = error
+            intake.end()
+        if leaving.is_set():
+            await asyncio.wait({feeding}, timeout=_LEAVE_S)
+            await offloader.give_up("its source was told to end")
+    return trouble
+
+
+def _gateway(pipeline: Pipeline, address: str, offloader: Offloader, feed: Feed, intake: Intake) -> Gateway:
+    """The ingress gateway of the site: a complete one for who asks for it."""
+    complete = pipeline.source.keep == "all"
+    transport = session(pipeline, address) if complete else offloader.line.transport
+    return Gateway(transport, pipeline.source.site, intake, feed.refuse, complete=complete)
+
+
+async def _listen(pipeline: Pipeline, gateway: Gateway, leaving: asyncio.Event) -> None:
     """Be the ingress gateway of the site until told to leave."""
-    gateway = Gateway(offloader.line.transport, pipeline.source.site, intake, feed.refuse)
     await gateway.open()
     log.info("publish pictures or readings to sparse/%s/ingress/NAME", pipeline.source.site)
     await leaving.wait()

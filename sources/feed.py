@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from brokers.errors import DeadlinePassed, RequestFailed, SparseError
+from brokers.errors import DeadlinePassed, Disconnected, RequestFailed, SparseError
 from brokers.messages import JSON, Blob, Content
 from brokers.results import describe, time_spent, to_bytes
 from brokers.topics import results
@@ -73,13 +73,27 @@ class Feed:
         return sample
 
     async def _serve(self, sample: Sample) -> Report:
+        """Work on a sample until its answer is published; only then is it settled."""
+        try:
+            report, answered = await self._work(sample)
+        except Exception:  # a mistake of ours, which would meet this sample again and again
+            if sample.settle:
+                sample.settle()
+            raise
+        if sample.settle and answered:
+            sample.settle()
+        return report
+
+    async def _work(self, sample: Sample) -> tuple[Report, bool]:
         self.tally.asked(time.monotonic())
+        left = False
         try:
             answer = await self._ask(sample)
             found = self._found(answer)
         except SparseError as error:
             found = _refusal(error)
             self.tally.failed(found["error"], time.monotonic())
+            left = sample.settle is not None and isinstance(error, Disconnected)  # to whoever takes our place
         else:
             self.tally.answered(answer.latency_ms, answer.hops, time.monotonic())
         result = {
@@ -89,9 +103,10 @@ class Feed:
             **found,
             "age_ms": round(1000 * (time.monotonic() - sample.timestamp_s), 1),
             "dropped": self._intake.dropped.total(),
+            **({"redelivered": True} if sample.again else {}),
         }
-        await self.publish(sample.source, result)
-        return Report(sample, result)
+        answered = not left and await self.publish(sample.source, result)
+        return Report(sample, result), answered
 
     async def _ask(self, sample: Sample) -> Answer:
         try:
@@ -101,25 +116,34 @@ class Feed:
             raise
         return await self._offload.ask(content, source=sample.source, entered=True)
 
-    async def refuse(self, source: str, refusal: dict[str, Any]) -> None:
-        """What a client published is nothing to work on: it counts as a request that failed, and is told so."""
+    async def refuse(self, source: str, refusal: dict[str, Any]) -> bool:
+        """What a client published is nothing to work on: it counts as a request that failed, and is told so.
+
+        Returns as `publish` does.
+        """
         now_s = time.monotonic()
         self.tally.asked(now_s)
         self.tally.failed(str(refusal["error"]), now_s)
-        await self.publish(source, refusal)
+        answered = await self.publish(source, refusal)
 
         async def report() -> Report:
             return Report(Sample(source, int(refusal["index"]), b"", ""), refusal)
 
         await self._unrecorded.put(asyncio.create_task(report(), name=f"refused-{source}"))
+        return answered
 
-    async def publish(self, source: str, result: dict[str, Any]) -> None:
-        """One JSON object on the results topic of `source`, for any MQTT client."""
+    async def publish(self, source: str, result: dict[str, Any]) -> bool:
+        """One JSON object on the results topic of `source`, for any MQTT client.
+
+        Returns False when the line was closed before the broker had it: another time it may get there.
+        """
         topic = results(self._offload.pipeline.source.site, source)
         try:
             await self._offload.line.transport.publish(topic, to_bytes(result), Properties(JSON), qos=1)
         except SparseError as error:
             log.warning("could not publish a result of %s: %s", source, error)
+            return not isinstance(error, Disconnected)
+        return True
 
     def _found(self, answer: Answer) -> dict[str, Any]:
         return {

@@ -1,4 +1,10 @@
-"""The ingress gateway: any MQTT client is a camera: what it sends to `sparse/{site}/ingress/{source}` is worked on."""
+"""The ingress gateway: any MQTT client is a camera: what it sends to `sparse/{site}/ingress/{source}` is worked on.
+
+Whoever asks for completeness (`keep = "all"`) gets a gateway with a session of its own at the broker, under the name of
+its site, pipeline and source: the broker keeps what is published at QoS 1 until its answer has been published too,
+through the end of this process and until the next of its name comes. One gateway of a name at a time: two would take
+the session from each other, again and again.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +17,8 @@ from typing import Any
 from brokers.content import content_type_of, decode_content
 from brokers.errors import WireError
 from brokers.messages import JPEG, PNG, SAFETENSORS
+from brokers.mqtt import MqttTransport
+from brokers.pipeline import Pipeline
 from brokers.topics import ingress, last_level
 from brokers.transport import Delivery, Transport
 from sources.intake import Intake
@@ -23,11 +31,27 @@ SOURCES_LIMIT = 10_000
 REFUSALS_LIMIT = 64
 
 
+# How long the broker keeps what comes for a gateway that is away.
+KEPT_S = 24 * 3600
+
+# Tells a source why; returns whether that is done with.
+Refuse = Callable[[str, dict[str, Any]], Awaitable[bool]]
+
+
+def session(pipeline: Pipeline, address: str) -> MqttTransport:
+    """The line of a complete gateway, not yet connected."""
+    name = f"gateway.{pipeline.source.site}.{pipeline.name}.{pipeline.source.name}"
+    return MqttTransport(address, client_id=name, session_expiry_s=KEPT_S)
+
+
 class Gateway:
-    """Turns what is published to a site's ingress into samples; what is none is answered on the results topic."""
+    """Turns what is published to a site's ingress into samples; what is none is answered on the results topic.
+
+    `complete`: the transport is one with a session, and the gateway's own; each sample is to be settled.
+    """
 
     def __init__(
-        self, transport: Transport, site: str, intake: Intake, refuse: Callable[[str, dict[str, Any]], Awaitable[None]]
+        self, transport: Transport, site: str, intake: Intake, refuse: Refuse, *, complete: bool = False
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._next_index: OrderedDict[str, int] = OrderedDict()
@@ -35,21 +59,35 @@ class Gateway:
         self._site = site
         self._intake = intake
         self._refuse = refuse
+        self._complete = complete
+        self._closed = False
         self._refusals: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        await self._transport.subscribe(ingress(self._site), self._heard, qos=1)
+        await self._transport.subscribe(ingress(self._site), self._heard, qos=1, settle=self._complete)
+        if self._complete:  # what the broker has kept comes at once
+            await self._transport.connect()
 
     async def close(self) -> None:
         """Take no more; those that wait in the intake are still worked on."""
-        await self._transport.unsubscribe(ingress(self._site))
+        self._closed = True
+        if not self._complete:  # else the broker is to keep what comes from now on
+            await self._transport.unsubscribe(ingress(self._site))
         self._intake.end()
 
+    async def leave(self) -> None:
+        """Say goodbye, once what was settled is all that will be."""
+        if self._complete:
+            await self._transport.close()
+
     def _heard(self, delivery: Delivery) -> None:
+        if self._closed:
+            return
         if delivery.retain:
-            self.counters["retained"] += (
-                1  # an old frame that the broker kept: it would come again at each reconnection
-            )
+            # An old frame that the broker kept: it would come again at each reconnection.
+            self.counters["retained"] += 1
+            if delivery.settle:
+                delivery.settle()
             return
         source = last_level(delivery.topic)
         index = self._index(source)
@@ -58,10 +96,11 @@ class Gateway:
         except WireError as error:
             self.counters["refused"] += 1
             log.warning("refused a frame of %s: %s: %s", source, type(error).__name__, error)
-            if len(self._refusals) >= REFUSALS_LIMIT:
+            if len(self._refusals) >= REFUSALS_LIMIT and delivery.settle is None:
                 return
             refusal = {"source": source, "index": index, "error": type(error).__name__, "reason": str(error)}
-            task = asyncio.get_running_loop().create_task(self._tell(source, refusal), name=f"refuse-{source}")
+            telling = self._tell(source, refusal, delivery.settle)
+            task = asyncio.get_running_loop().create_task(telling, name=f"refuse-{source}")
             self._refusals.add(task)
             task.add_done_callback(self._refusals.discard)
 
@@ -73,8 +112,9 @@ class Gateway:
             self._next_index.popitem(last=False)
         return index
 
-    async def _tell(self, source: str, refusal: dict[str, Any]) -> None:
-        await self._refuse(source, refusal)
+    async def _tell(self, source: str, refusal: dict[str, Any], settle: Callable[[], None] | None) -> None:
+        if await self._refuse(source, refusal) and settle:
+            settle()
 
 
 def sample_of(source: str, index: int, delivery: Delivery) -> Sample:
@@ -84,4 +124,4 @@ def sample_of(source: str, index: int, delivery: Delivery) -> Sample:
         decode_content(content_type, delivery.payload)  # what is broken is refused here, where its source is known
     data = bytes(delivery.payload)
     picture = (lambda: decode_picture(data)) if content_type in (JPEG, PNG) else None
-    return Sample(source, index, data, content_type, picture)
+    return Sample(source, index, data, content_type, picture, settle=delivery.settle, again=delivery.again)

@@ -8,7 +8,8 @@ from typing import Literal
 
 from sources.samples import Sample
 
-# What sources that cannot be made to wait (the ingress) may pile up; beyond it the oldest goes.
+# What sources that cannot be made to wait (the ingress) may pile up; beyond it the oldest goes, but for what is to be
+# settled: that is never dropped, and whoever keeps it bounds it.
 BACKLOG_LIMIT = 1024
 BACKLOG_LIMIT_BYTES = 256 << 20
 
@@ -20,7 +21,8 @@ class Intake:
         self.dropped: Counter[str] = Counter()
         self._keep = keep
         self._waiting: OrderedDict[object, Sample] = OrderedDict()
-        self._waiting_bytes = 0
+        self._loose = 0  # those of the waiting that may be dropped
+        self._loose_bytes = 0
         self._changed = asyncio.Condition()
         self._ended = False
 
@@ -56,19 +58,23 @@ class Intake:
         if (older := self._waiting.get(key)) is not None:
             # The newer sample takes the place of the older one in the queue, so no source starves another.
             self.dropped["newer_came"] += 1
-            self._waiting_bytes -= older.nbytes
+            self._count(older, -1)
         self._waiting[key] = sample
-        self._waiting_bytes += sample.nbytes
-        while len(self._waiting) > BACKLOG_LIMIT or (
-            self._waiting_bytes > BACKLOG_LIMIT_BYTES and len(self._waiting) > 1
-        ):
-            self._pop()
+        self._count(sample, 1)
+        while self._loose > BACKLOG_LIMIT or (self._loose_bytes > BACKLOG_LIMIT_BYTES and self._loose > 1):
+            oldest = next(key for key, waiting in self._waiting.items() if waiting.settle is None)
+            self._count(self._waiting.pop(oldest), -1)
             self.dropped["backlog_full"] += 1
 
     def _pop(self) -> Sample:
         _, sample = self._waiting.popitem(last=False)
-        self._waiting_bytes -= sample.nbytes
+        self._count(sample, -1)
         return sample
+
+    def _count(self, sample: Sample, one: Literal[1, -1]) -> None:
+        if sample.settle is None:
+            self._loose += one
+            self._loose_bytes += one * sample.nbytes
 
     def _wake(self) -> None:
         async def notify() -> None:

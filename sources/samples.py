@@ -27,6 +27,8 @@ class Sample:
 
     `payload` is bytes of the content type, or named arrays, which travel as safetensors. `picture`, where there is one,
     gives the sample as (H, W, 3) uint8 RGB: what was decoded already is handed out, the rest is decoded when asked for.
+    `settle`, where there is one, is for whoever has answered it: until then somebody else keeps it too. `again`: it may
+    have been answered before.
     """
 
     source: str
@@ -37,6 +39,8 @@ class Sample:
     timestamp_s: float = field(
         default_factory=time.monotonic
     )  # when it was captured, by this machine's monotonic clock
+    settle: Callable[[], None] | None = None
+    again: bool = False
 
     @property
     def nbytes(self) -> int:
