@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from brokers.chunks import MESSAGE_LIMIT_BYTES
 from brokers.errors import BadPayload, VersionMismatch
@@ -23,7 +23,6 @@ OTHER = "other"
 # One level of a topic: a record that came from the network must not lead a sender to a topic of its own making.
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON has no larger whole numbers that all readers agree on
-_Counts = Annotated[dict[_Name, _Count], Field(max_length=REASON_LIMIT)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _State = Literal["up", "draining", "stopped"]
 
@@ -35,11 +34,21 @@ def by_reason(counts: Mapping[str, int]) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
+        if not count:
+            continue
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", reason)[:64] or OTHER
         if name not in found and len(found) >= REASON_LIMIT - 1:
             name = OTHER
         found[name] = found.get(name, 0) + count
     return found
+
+
+def _fitting(counts: Any, info: ValidationInfo) -> Any:
+    """What this process counts is made to fit a record; what comes from the network fits, or is refused."""
+    return by_reason(counts) if info.mode == "python" else counts
+
+
+_Counts = Annotated[dict[_Name, _Count], Field(max_length=REASON_LIMIT), BeforeValidator(_fitting)]
 
 
 class _Record(BaseModel):

@@ -65,4 +65,5 @@ def test_counts_by_reason_fit_a_record_whatever_the_reasons() -> None:
     assert found[OTHER] > 900
     record = SOURCE.model_copy(update={"load": SourceLoad(failed=found)})
     assert SourceBirth.from_bytes(record.to_bytes()) == record
-    assert by_reason({"WorkerLost": 2}) == {"WorkerLost": 2}
+    assert SourceLoad(failed=wild).failed == found
+    assert by_reason({"WorkerLost": 2, "Busy": 0}) == {"WorkerLost": 2}
