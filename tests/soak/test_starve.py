@@ -105,7 +105,10 @@ def source_starves(box: Machine, kind: Kind, stages: int, form: Form, tell: Tell
         source = box.sparse("source", path, "--broker", broker.address, "--json", "--out", box.folder)
         results = box.folder / "results.jsonl"
         eventually("the first result", lambda: results.exists() and results.stat().st_size)
-        with Watch({"broker": broker.pid, "source": source.pid, **workers}, form.every_s) as watch:
+        processes = {"source": source.pid, **workers}
+        if kind == "mosquitto":  # the embedded one keeps a log in memory, which a minute does not fill
+            processes["broker"] = broker.pid
+        with Watch(processes, form.every_s) as watch:
             said = source.end(timeout_s=10 * form.seconds)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     told = said.answer
