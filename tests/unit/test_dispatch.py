@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.dispatch import LEASE_S, SILENT_S, Dispatcher
+from brokers.dispatch import LEASE_S, SILENT_S, WORKERS_LIMIT, Dispatcher
 from brokers.errors import BadPayload, VersionMismatch, WireError
 from brokers.presence import Birth, Load
 
@@ -227,3 +227,74 @@ def test_no_bytes_raise_anything_but_a_wire_error(payload: bytes) -> None:
     for candidate in (payload, b"{" + payload, b"[" * 100_000):
         with pytest.raises(WireError):
             Birth.from_bytes(candidate)
+
+
+# Alone --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_must_be_alone_gets_a_worker_that_has_nothing_else_and_nothing_else_comes_to_it() -> None:
+    dispatcher = workers(birth("a", capacity=3), birth("b", capacity=3))
+    dispatcher.sent("a", A, 0.0)
+    assert dispatcher.pick(0.0, alone=B) == "b"
+    dispatcher.sent("b", B, 0.0)
+    for _ in range(2):
+        assert dispatcher.pick(0.0) == "a"
+        dispatcher.sent("a", C, 0.0)
+    dispatcher.done("b", B)
+    assert dispatcher.pick(0.0) == "b"
+
+
+def test_a_worker_is_kept_free_for_it_until_it_is_empty() -> None:
+    dispatcher = workers(birth("a", capacity=3))
+    dispatcher.sent("a", A, 0.0)
+    assert dispatcher.pick(0.0, alone=B) is None
+    assert dispatcher.pick(0.0) is None  # though it has room for two more
+    dispatcher.done("a", A)
+    assert dispatcher.pick(0.0) is None
+    assert dispatcher.pick(0.0, alone=B) == "a"
+
+
+def test_a_worker_kept_for_a_request_that_does_not_come_is_free_again() -> None:
+    dispatcher = workers(birth("a"))
+    dispatcher.pick(0.0, alone=B)
+    dispatcher.release(B)
+    assert dispatcher.pick(0.0) == "a"
+
+
+def test_one_that_is_kept_and_leaves_is_no_longer_waited_for() -> None:
+    dispatcher = workers(birth("a"), birth("b"))
+    dispatcher.sent("a", A, 0.0)
+    dispatcher.sent("b", A, 0.0)
+    assert dispatcher.pick(0.0, alone=B) is None
+    dispatcher.seen(birth("a", state="draining"), 0.0)
+    dispatcher.done("b", A)
+    assert dispatcher.pick(0.0, alone=B) == "b"
+
+
+# Strangers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_with_another_model_gets_nothing_while_the_one_that_was_first_is_up() -> None:
+    dispatcher = workers(birth("b", capacity=1), Birth(**{**birth("a").model_dump(), "fingerprint": "other"}))
+    assert dispatcher.pick(0.0) == "b"
+    dispatcher.sent("b", A, 0.0)
+    assert dispatcher.pick(0.0) is None
+    dispatcher.gone("b")
+    assert dispatcher.pick(0.0) == "a"
+
+
+def test_invented_workers_cost_no_memory_without_end() -> None:
+    dispatcher = Dispatcher()
+    for number in range(WORKERS_LIMIT + 10):
+        dispatcher.seen(birth(f"w{number}"), 0.0)
+    assert len(dispatcher) == WORKERS_LIMIT
+
+
+def test_a_lease_of_ones_own_is_kept_to() -> None:
+    dispatcher = Dispatcher(lease_s=5.0)
+    dispatcher.seen(birth(capacity=1), 0.0)
+    dispatcher.sent("w", A, 0.0)
+    assert dispatcher.pick(5.0) is None
+    assert dispatcher.holds("w", A)
+    assert dispatcher.pick(5.1) == "w"
+    assert not dispatcher.holds("w", A)
