@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from brokers.chunks import CHUNK_BYTES, MESSAGE_LIMIT_BYTES, Assembler, Chunk, Key, cut
-from brokers.errors import TooLarge, WireError
+from brokers.errors import BadChunk, TooLarge, WireError
 from brokers.messages import Message
 from brokers.transport import Delivery, Properties, Transport, Will
 from brokers.wire import Packet, decode, encode
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 # What the head of a PUBLISH may need beside the payload: topic, properties, packet id.
 HEAD_ROOM_BYTES = 2048
+# The head of a message is kept while its chunks come, of up to a thousand messages: it may not have a megabyte.
+CHUNK_HEAD_LIMIT_BYTES = 8192
 _EXPIRY_CHECK_S = 1.0
 
 OnMessage = Callable[[str, Message], None]
@@ -143,6 +145,10 @@ def _chunk_of(topic_filter: str, properties: Properties) -> tuple[Key, Chunk] | 
     text = user.get("chunk")
     if text is None:
         return None
+    head_bytes = len(properties.correlation) + len(properties.response_topic) + len(properties.content_type)
+    head_bytes += sum(len(name) + len(value) for name, value in properties.user)
+    if head_bytes > CHUNK_HEAD_LIMIT_BYTES:
+        raise BadChunk(f"the properties of a chunk may have {CHUNK_HEAD_LIMIT_BYTES} bytes, its have {head_bytes}")
     names = (user.get(name) for name in ("message", "kind", "attempt"))
     key = (topic_filter, properties.correlation, properties.response_topic, *names)
     return key, Chunk.parse(text)

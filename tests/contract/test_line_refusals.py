@@ -11,7 +11,7 @@ import pytest
 
 from brokers.chunks import MESSAGE_LIMIT_BYTES, Assembler
 from brokers.errors import BadChunk, BadProperty, Incomplete, TooLarge, TrailingBytes, WireError
-from brokers.line import Line
+from brokers.line import CHUNK_HEAD_LIMIT_BYTES, Line
 from brokers.memory import MemoryHub, MemoryTransport
 from brokers.messages import Body, Message, Task
 from brokers.tensors import from_numpy
@@ -107,6 +107,23 @@ def test_a_message_whose_rest_never_comes_is_given_up_and_its_sender_told_once(
         await line.send(INBOX, task())
         await ear.message()
         assert (ear.refused.empty(), ear.messages.empty()) == (True, True)
+        await line.close()
+
+    run(test())
+
+
+def test_a_chunk_of_a_gigantic_head_is_refused_since_heads_are_kept_until_their_message_is_whole(
+    transport: RecordingTransport,
+) -> None:
+    async def test() -> None:
+        assembler = Assembler()
+        line, ear = await listening(transport, assembler)
+        packet = encode(task())
+        user = (*packet.properties.user, ("padding", "p" * CHUNK_HEAD_LIMIT_BYTES), ("chunk", "0/1000"))
+        await transport.publish(INBOX, b"x" * 100, replace(packet.properties, user=user))
+        error, _ = await ear.refusal()
+        assert isinstance(error, BadChunk)
+        assert len(assembler) == 0
         await line.close()
 
     run(test())
