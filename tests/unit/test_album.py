@@ -21,6 +21,7 @@ from sources.highlights import Highlights
 from sources.record import RunFolder
 from sources.samples import Picture, Sample, decode_picture
 from sources.sheet import Cell, contact_sheet, counted
+from tests.soak.corpus import bomb
 from tests.support.clips import picture_bytes
 
 
@@ -265,3 +266,11 @@ def test_a_missing_encoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sources.clip.ENCODERS", (("no-such-encoder", {}),))
     with pytest.raises(NoEncoder, match="no-such-encoder"):
         write_clip(tmp_path / "a.mp4", [], fps=2)
+
+
+def test_a_picture_that_is_a_bomb_or_broken_in_any_way_is_left_out_and_the_next_one_is_not(tmp_path: Path) -> None:
+    album = Album(tmp_path, fps=25)
+    assert album.add(lambda: decode_picture(bomb()), result(0, 0.5))
+    assert album.add(lambda: decode_picture(picture_bytes()), result(1, 0.5))
+    assert album.finish()["frames"] == ["frames/000001.jpg"]
+    assert album.left_out == 1
