@@ -11,11 +11,12 @@ import asyncio
 import itertools
 import json
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import psutil
@@ -27,14 +28,21 @@ from brokers.mqtt import MqttTransport
 from brokers.pipeline import load_pipeline
 from brokers.transport import Delivery, Properties
 from sources.offload import Offloader
-from tests.soak.attack import Attacker, Town, town
+from tests.soak.attack import BASE, LOOK, Attacker, Town, town
 from tests.soak.conftest import Tell
+from tests.soak.corpus import GIGANTIC, Hostile, valid
 from tests.support.processes import PATIENCE_S, machine
 
 # Messages in the short form and the long one.
 SHORT, LONG = 3_000, 200_000
 # What a process may grow in the second half: allocators keep some; a leak of 500 bytes a message would show.
 GROWTH_BYTES = 48 << 20
+DOORS = (
+    *(f"{BASE}/{stage}" for stage in ("double/tasks", "last/tasks", "double/in/double-1", "last/in/last-1")),
+    f"{LOOK}/in/look-1",
+    "sparse/local/ingress/door",
+    "sparse/local/results/door",
+)
 INGRESS = "sparse/local/ingress/honest"
 RESULTS = "sparse/local/results/honest"
 
@@ -204,3 +212,55 @@ def test_whatever_hostile_clients_write_nobody_dies_and_valid_traffic_goes_on(
     middle, last = samples[len(samples) // 2], samples[-1]
     growth = {name: last[name] - middle[name] for name in (*before, "offloader")}
     assert max(growth.values()) < GROWTH_BYTES, growth
+
+
+def test_no_answer_to_a_hostile_message_is_itself_answered_for_ever(place: Town) -> None:
+    """Every message of every kind, with an answer that leads to each of the system's own topics."""
+    heard: list[str] = []
+
+    async def go() -> None:
+        spy = MqttTransport(place.address)
+        await spy.connect()
+        await spy.subscribe("sparse/#", lambda delivery: heard.append(delivery.topic))
+        async with Attacker(place, seed=2) as attacker:
+            for topic in DOORS:
+                for address in DOORS:
+                    for message in valid(random.Random(3)):
+                        for user in ((), (("accept", "json"),), (("kind", "?"),)):
+                            changed = (*message.properties.user, *user)
+                            properties = replace(message.properties, response_topic=address, user=changed)
+                            await attacker.publish(topic, replace(message, properties=properties))
+                await attacker.probe()
+            sent = len(DOORS) ** 2 * 3 * len(valid(random.Random(3)))
+            # Each is heard once, and is worth a few answers; a storm would not end, and not be quiet again.
+            async with asyncio.timeout(PATIENCE_S):
+                while await one_second(heard) > 0:
+                    assert len(heard) < 20 * sent
+        await spy.close()
+
+    asyncio.run(go())
+
+
+async def one_second(heard: list[str]) -> int:
+    """How many messages that are not presence come in a second."""
+    before = len(heard)
+    await asyncio.sleep(1)
+    return sum("/up/" not in topic for topic in heard[before:])
+
+
+def test_a_retained_message_of_gigantic_properties_costs_nobody_its_connection(place: Town) -> None:
+    async def go() -> None:
+        async with honest(place) as good, Attacker(place, seed=3) as attacker:
+            topics = [*DOORS, f"{BASE}/double/up/giant", f"{BASE}/last/up/giant", f"{BASE}/double/up/double-2"]
+            for topic in topics:
+                await attacker.publish(topic, Hostile(Properties(user=GIGANTIC), b"x", retain=True))
+            await attacker.probe()
+            async with honest(place) as newcomer:  # what is retained comes to it at once
+                for _ in range(5):
+                    await good.ask()
+                    await newcomer.ask()
+            for topic in topics:
+                await attacker.publish(topic, Hostile(Properties(), b"", retain=True))
+
+    asyncio.run(go())
+    assert not [text for text in place.said().values() if "lost: bad MQTT packet" in text]
