@@ -14,6 +14,7 @@ from rich.text import Text
 from brokers.pipeline import Pipeline
 from brokers.presence import Birth
 from monitor.scoreboard import Scoreboard, by_count, plain
+from monitor.standings import age
 
 REFRESH_PER_S = 5
 _LINE_EVERY_S = 2.0
@@ -109,19 +110,19 @@ class LiveView:
         table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=False)
         for column in ("stage", "worker", "device"):
             table.add_column(column)
-        table.add_column("load", width=20)
-        for column in ("busy", "queue", "tasks/s", "ms/task", "done"):
+        table.add_column("load", width=12)
+        for column in ("busy", "queue", "tasks/s", "ms/task", "done", "age"):
             table.add_column(column, justify="right")
         up = {birth.stage for birth in self._board.workers.values()}
         for birth, state in self._ordered(now_s):
             load = birth.load
-            bar = ProgressBar(total=1.0, completed=load.busy, width=20)
+            bar = ProgressBar(total=1.0, completed=load.busy, width=12)
             worker = Text(
                 f"{birth.worker} ({state})" if state else birth.worker, style="red" if state == "lost" else ""
             )
             table.add_row(
                 birth.stage, worker, Text(plain(birth.device)), bar, f"{load.busy:.0%}", str(load.queue),
-                f"{load.rate:.1f}", f"{load.task_ms:.1f}", str(load.done),
+                f"{load.rate:.1f}", f"{load.task_ms:.1f}", str(load.done), age(birth.up_s),
             )  # fmt: skip
         for stage in self._pipeline.stage:
             if stage.name not in up:

@@ -32,7 +32,9 @@ def command(
     broker: Annotated[str | None, typer.Option(help="The broker's address, mqtt://HOST:PORT.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object with all records.")] = False,
 ) -> int:
-    """Show who is up: sites, stages, workers, and how busy each is; sources, and what they sent again or dropped.
+    """Show who is up: sites, stages, workers, and how busy each is.
+
+    And sources: how fast results come, and what was sent again, dropped or given up, and why.
 
     Example: sparse status --broker mqtt://127.0.0.1:1883
     """

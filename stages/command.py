@@ -8,7 +8,7 @@ import platform
 import secrets
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from brokers.parent import STOPPED, Leaving, end_with_parent
 from brokers.pipeline import LOCAL, Pipeline, StageTable, blaming, broker_address, load_pipeline
 from brokers.topics import checked_name
 from stages.executor import TaskExecutor, load_executor
+
+if TYPE_CHECKING:
+    from stages.worker import Worker
 
 
 def command(
@@ -87,18 +90,23 @@ async def _serve(
         if not with_parent:
             where = f"stage {stage.name!r} of {pipeline.name!r} at {transport.address}"
             print(f"worker {worker_id} serves {where}; Ctrl-C ends it", file=sys.stderr)  # noqa: T201 - for a person
-        serving = asyncio.create_task(worker.run(), name="serve")
-        left = asyncio.create_task(leaving.wait(), name="leaving")
-        objection = asyncio.create_task(worker.objection(), name="objection")
-        await asyncio.wait({serving, left, objection}, return_when=asyncio.FIRST_COMPLETED)
-        left.cancel()
-        if objection.done():  # what it has in hand is sent again to those that stay
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-            objection.result()
-        objection.cancel()
-        await worker.drain()
-        await serving
+        await _work(worker, leaving)
     finally:
         await worker.stop()
     return STOPPED if leaving.interrupted else 0
+
+
+async def _work(worker: Worker, leaving: Leaving) -> None:
+    """Serve until told to leave, or until another worker objects: raises `WorkerTwin`."""
+    serving = asyncio.create_task(worker.run(), name="serve")
+    left = asyncio.create_task(leaving.wait(), name="leaving")
+    objection = asyncio.create_task(worker.objection(), name="objection")
+    await asyncio.wait({serving, left, objection}, return_when=asyncio.FIRST_COMPLETED)
+    left.cancel()
+    if objection.done():  # what it has in hand is sent again to those that stay
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        objection.result()
+    objection.cancel()
+    await worker.drain()
+    await serving
