@@ -1,0 +1,124 @@
+"""The broker is killed, or away, under load; a source is killed with its requests on a worker: what is left of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from brokers.presence import Birth
+from brokers.site import Kind, LocalBroker, start_broker
+from tests.pipeline.conftest import KINDS
+from tests.soak.chain import CHAIN
+from tests.soak.conftest import Tell
+from tests.soak.fleet import Fleet, Load, chain_file, figures
+from tests.support.parts import need
+from tests.support.pipelines import counter, pipeline_file, stage
+from tests.support.presence import await_workers
+from tests.support.processes import Machine
+
+WORKERS = 2  # of each stage
+LONG_AWAY_S = 20.0
+SHORT_AWAY_S = 3.0
+DEADLINE_MS = 5000
+
+
+class Mortal:
+    """A broker that is killed, and started again at its old address."""
+
+    def __init__(self, kind: Kind) -> None:
+        self._broker = start_broker(kind=kind)
+
+    @property
+    def kind(self) -> Kind:
+        return self._broker.kind
+
+    @property
+    def address(self) -> str:
+        return self._broker.address
+
+    def kill(self) -> None:
+        """SIGKILL: it says goodbye to nobody and publishes no will."""
+        os.kill(self._broker.pid, signal.SIGKILL)
+        self._broker.stop()  # waits for the process, whose end is on its way, and clears up
+
+    def start(self) -> None:
+        self._broker = start_broker(kind=self._broker.kind, port=self._broker.port)
+
+    def stop(self) -> None:
+        self._broker.stop()
+
+
+@pytest.fixture(name="mortal", params=KINDS)
+def _mortal(request: pytest.FixtureRequest) -> Iterator[Mortal]:
+    need({"embedded": "iotcore"}.get(request.param, request.param))
+    found = Mortal(request.param)
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+def test_a_broker_that_is_killed_and_one_that_is_away_cost_no_request(
+    box: Machine, mortal: Mortal, long: bool, tell: Tell
+) -> None:
+    path = chain_file(box.folder, seconds=0.02, every_s=0.02, window=12)
+    fleet = Fleet(box, path, mortal.address)
+    members = [fleet.start(name) for name in CHAIN for _ in range(WORKERS)]
+    fleet.await_up(members)
+    load = Load(box, path, mortal.address)
+    load.await_more(20)
+    waits_s = []
+    for away_s in (0.0, LONG_AWAY_S if long else SHORT_AWAY_S):
+        mortal.kill()
+        time.sleep(away_s)  # the fault itself: nobody waits for anything
+        mortal.start()
+        back_s = time.monotonic()
+        load.await_more(20)
+        waits_s.append(time.monotonic() - back_s)
+        fleet.await_up(members)
+        load.await_more(50)
+    summary = load.end()
+    fleet.assert_nobody_panicked()
+    waits = ", ".join(f"{wait_s:.1f}" for wait_s in waits_s)
+    tell(f"outages of 0 and {away_s:.0f} s, {mortal.kind}: {figures(summary)}; 20 results {waits} s after its return")
+
+
+def test_the_requests_of_a_source_that_is_killed_are_gone_from_its_worker_when_their_deadline_is(
+    box: Machine, broker: LocalBroker
+) -> None:
+    """The worker is kept busy by one task all the while: those that wait behind it go by themselves, not computed."""
+    gate, diary = box.folder / "gate", box.folder / "diary"
+    settings = {"gate": str(gate), "diary": str(diary)}
+    gated = stage("gated", executor="tests.soak.chain:Gated", settings=settings, max_batch=8)
+    dying = pipeline_file(box.folder, [gated], counter(10_000, window=6, deadline_ms=DEADLINE_MS), name="gated")
+    worker = box.sparse("stage", dying, "gated", "--broker", broker.address, "--worker", "gated-1")
+    await_workers(broker.address, lambda workers: len(_ours(workers)) == 1)
+    source = box.sparse("source", dying, "--broker", broker.address, "--out", box.folder / "first")
+    await_workers(broker.address, lambda workers: any(birth.load.queue >= 3 for birth in _ours(workers)))
+    source.process.kill()
+    source.process.wait()
+    await_workers(broker.address, lambda workers: all(birth.load.queue == 0 for birth in _ours(workers)))
+    assert written(diary) == 1, "the one that it has in hand"
+    gate.touch()
+    living = box.folder / "living"
+    living.mkdir()
+    again = pipeline_file(living, [gated], counter(3), name="gated")
+    said = box.sparse("source", again, "--broker", broker.address, "--out", living / "out", "--json").end()
+    assert said.status == 0, said.err
+    assert said.answer["results"] == 3
+    assert written(diary) == 4
+    assert worker.end(signal.SIGTERM).status == 0
+
+
+def _ours(workers: dict[str, Birth]) -> list[Birth]:
+    return [birth for birth in workers.values() if birth.pipeline == "gated"]
+
+
+def written(diary: Path) -> int:
+    """How many tasks the worker has begun to compute."""
+    return diary.read_text().count("\n")
