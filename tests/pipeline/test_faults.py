@@ -14,6 +14,7 @@ from brokers.dispatch import SILENT_S
 from brokers.errors import DeadlinePassed, NoWorker
 from brokers.messages import Body
 from brokers.pipeline import load_pipeline
+from brokers.presence import Birth
 from brokers.site import Kind, LocalBroker, start_broker
 from brokers.tensors import from_numpy, to_numpy
 from sources.offload import Answer, Offloader
@@ -21,7 +22,7 @@ from tests.pipeline.conftest import KINDS
 from tests.support.parts import need
 from tests.support.pipelines import pipeline_file, stage
 from tests.support.presence import await_workers
-from tests.support.processes import Machine
+from tests.support.processes import PATIENCE_S, Machine, eventually
 
 # What it may take from a fault until its last request is answered: noticing, reconnecting, a report, the work.
 MENDED_S = 15.0
@@ -110,33 +111,78 @@ def test_a_worker_that_dies_while_the_broker_is_away_is_not_waited_for(box: Mach
 def test_the_work_of_a_frozen_worker_is_done_by_another_and_its_late_answers_change_nothing(
     box: Machine, broker: LocalBroker
 ) -> None:
-    path = pipeline_file(box.folder, [STEP, LAST])
+    diary = box.folder / "diary"
+    settings = {"gate": str(box.folder / "gate"), "diary": str(diary)}
+    step = stage("step", executor="tests.soak.chain:Gated", settings=settings)
+    path = pipeline_file(box.folder, [step, LAST], name="frozen")
     frozen = box.sparse("stage", path, "step", "--broker", broker.address, "--worker", "frozen")
     box.sparse("stage", path, "last", "--broker", broker.address)
-    await_workers(broker.address, lambda workers: len(workers) == 2)
+    await_workers(broker.address, lambda workers: sum("/frozen/" in topic for topic in workers) == 2)
 
-    async def go() -> tuple[list[Answer], int]:
+    async def go() -> tuple[list[Answer], Offloader]:
         async with Offloader(load_pipeline(path), broker=broker.address, window=3) as offload:
-            check([await offload.ask(body(0))])
-            frozen.process.send_signal(signal.SIGSTOP)
             asking = [asyncio.create_task(offload.ask(body(index))) for index in range(3)]
-            await asyncio.sleep(0.2)
+            # One is at work, which does not end before the gate is open; the others wait behind it.
+            await asyncio.to_thread(eventually, "work in hand", diary.exists)
+            await asyncio.to_thread(await_workers, broker.address, lambda workers: waiting(workers) == 2)
+            frozen.process.send_signal(signal.SIGSTOP)
+            (box.folder / "gate").touch()
             box.sparse("stage", path, "step", "--broker", broker.address, "--worker", "other")
             answers = await asyncio.gather(*asking)
+            await asyncio.to_thread(eventually, "status to miss the frozen one", lambda: lost() == {"frozen"})
             frozen.process.send_signal(signal.SIGCONT)
-            async with asyncio.timeout(MENDED_S):
+            async with asyncio.timeout(PATIENCE_S):
                 while offload.counters["twins"] < 3:  # noqa: ASYNC110 - nobody tells of a counter
                     await asyncio.sleep(0.05)
-            again = [await offload.ask(body(index)) for index in range(10)]
-            check(again)
-            return list(answers), offload.counters["results"]
+                again: list[Answer] = []
+                while not any(answer.hops[0].worker == "frozen" for answer in again):
+                    again = [await offload.ask(body(index)) for index in range(3)]
+                    check(again)
+            await asyncio.to_thread(eventually, "status to miss nobody", lambda: lost() == set())
+            return list(answers), offload
 
-    begin_s = time.monotonic()
-    answers, results = asyncio.run(go())
+    def lost() -> set[str]:
+        """Who is lost, says `sparse status`; all others are up."""
+        found = box.sparse("status", path, "--broker", broker.address, "--json").end().answer["workers"]
+        assert {worker["state"] for worker in found} == {"up"}
+        return {worker["worker"] for worker in found if worker["lost"]}
+
+    answers, offload = asyncio.run(go())
     check(answers)
     assert {answer.hops[0].worker for answer in answers} == {"other"}
-    assert results == 14
-    assert time.monotonic() - begin_s < 2 * SILENT_S + MENDED_S
+    assert offload.counters["results"] == offload.counters["requests"]
+
+
+def waiting(workers: dict[str, Birth]) -> int:
+    """How many tasks wait at the worker that will be frozen."""
+    return sum(birth.load.queue for birth in workers.values() if birth.worker == "frozen")
+
+
+def test_a_worker_whose_queue_expires_while_nothing_can_be_sent_on_lives(box: Machine, embedded: LocalBroker) -> None:
+    """Two answers wait for a worker of the next stage, so nothing is computed; meanwhile all else is late, and goes."""
+    path = pipeline_file(box.folder, [stage("step", "double", max_batch=8), LAST], name="late")
+    lonely = box.sparse("stage", path, "step", "--broker", embedded.address, "--worker", "lonely")
+    await_workers(embedded.address, lambda workers: any("/late/" in topic for topic in workers))
+
+    async def go() -> float:
+        async with Offloader(load_pipeline(path), broker=embedded.address, window=8) as offload:
+            asking = [asyncio.create_task(offload.ask(body(0), deadline_ms=5000)) for _ in range(2)]
+            await asyncio.to_thread(await_workers, embedded.address, lambda workers: told(workers, "done") == 2)
+            asking += [asyncio.create_task(offload.ask(body(0), deadline_ms=1000)) for _ in range(3)]
+            errors = await asyncio.gather(*asking, return_exceptions=True)
+            assert all(isinstance(error, DeadlinePassed) for error in errors), errors
+            await asyncio.to_thread(await_workers, embedded.address, lambda workers: told(workers, "failed") >= 5)
+            box.sparse("stage", path, "last", "--broker", embedded.address)
+            answer = await offload.ask(body(1))
+            assert isinstance(answer.content, Body)
+            return float(to_numpy(answer.content.tensors["values"]))
+
+    def told(workers: dict[str, Birth], count: str) -> int:
+        """What the worker says of itself; nothing once it has died."""
+        return sum(getattr(birth.load, count) for birth in workers.values() if birth.worker == "lonely")
+
+    assert asyncio.run(go()) == 3
+    assert lonely.process.poll() is None, lonely.said()
 
 
 def test_a_deadline_holds_while_the_broker_is_away(box: Machine) -> None:
