@@ -15,6 +15,9 @@ LEASE_S = 60.0
 # Workers renew their records every second. One that has not for so long is frozen, cut off, or died unnoticed while the
 # broker was away; it counts as gone until it is heard again.
 SILENT_S = 10.0
+# What a worker last reported says less and less while it has nothing to do: its first task may have been slow because
+# it was the first. The time it is thought to take halves so often, until it is tried again.
+DOUBT_S = 5.0
 # A worker's capacity is a batch that it computes, and so many more on their way to it and from it.
 SPARE = 2
 # Anybody who may publish presence records may invent workers: so many are kept at most.
@@ -28,6 +31,7 @@ class _Worker:
     # request id -> when it was sent, in seconds
     in_hand: dict[bytes, float] = field(default_factory=dict)
     kept_for: bytes | None = None  # the one request that it may have, by itself
+    idle_since_s: float = 0.0
 
     @property
     def is_up(self) -> bool:
@@ -41,15 +45,20 @@ class _Worker:
         for request in [request for request, sent_s in self.in_hand.items() if now_s - sent_s > lease_s]:
             self.done(request)
 
+    def sent(self, request: bytes, now_s: float) -> None:
+        self.in_hand[request] = self.idle_since_s = now_s
+
     def done(self, request: bytes) -> None:
         self.in_hand.pop(request, None)
         if self.kept_for == request:
             self.kept_for = None
 
-    @property
-    def wait_ms(self) -> float:
+    def wait_ms(self, now_s: float) -> float:
         """When one more task would be done; workers that have not reported a time yet count as equals."""
-        return (len(self.in_hand) + 1) * max(self.birth.load.task_ms, 0.001)
+        task_ms = max(self.birth.load.task_ms, 0.001)
+        if not self.in_hand:
+            task_ms *= 0.5 ** ((now_s - self.idle_since_s) // DOUBT_S)
+        return (len(self.in_hand) + 1) * task_ms
 
 
 @dataclass(slots=True)
@@ -77,7 +86,7 @@ class Dispatcher:
         if worker is None and len(self._workers) >= WORKERS_LIMIT:
             return set()
         self._workers.pop(birth.worker, None)
-        self._workers[birth.worker] = _Worker(birth, now_s)
+        self._workers[birth.worker] = _Worker(birth, now_s, idle_since_s=now_s)
         return set(worker.in_hand) if worker else set()
 
     def is_at_work(self, worker: str) -> bool:
@@ -107,8 +116,8 @@ class Dispatcher:
         for worker in self._workers.values():
             worker.end_leases(now_s, self.lease_s)
         if alone is not None:
-            return self._empty_one(avoid, alone)
-        picked = _soonest([worker for worker in self._alike() if worker.has_room], avoid)
+            return self._empty_one(avoid, alone, now_s)
+        picked = _soonest([worker for worker in self._alike() if worker.has_room], avoid, now_s)
         return picked.birth.worker if picked else None
 
     def _alike(self) -> list[_Worker]:
@@ -116,12 +125,12 @@ class Dispatcher:
         up = [worker for worker in self._workers.values() if worker.is_up]
         return [worker for worker in up if worker.birth.fingerprint == up[0].birth.fingerprint]
 
-    def _empty_one(self, avoid: frozenset[str], request: bytes) -> str | None:
+    def _empty_one(self, avoid: frozenset[str], request: bytes, now_s: float) -> str | None:
         up = self._alike()
         kept = next((worker for worker in up if worker.kept_for == request), None)
         if kept is None:
             self.release(request)  # it was one that is no longer up
-            kept = _soonest([worker for worker in up if worker.kept_for is None], avoid)
+            kept = _soonest([worker for worker in up if worker.kept_for is None], avoid, now_s)
             if kept is None:
                 return None
             kept.kept_for = request
@@ -139,7 +148,7 @@ class Dispatcher:
 
     def sent(self, worker: str, request: bytes, now_s: float) -> None:
         if worker in self._workers:
-            self._workers[worker].in_hand[request] = now_s
+            self._workers[worker].sent(request, now_s)
 
     def holds(self, worker: str, request: bytes) -> bool:
         """Whether this worker has this request in hand, as far as is known."""
@@ -151,6 +160,6 @@ class Dispatcher:
             self._workers[worker].done(request)
 
 
-def _soonest(workers: list[_Worker], avoid: frozenset[str]) -> _Worker | None:
+def _soonest(workers: list[_Worker], avoid: frozenset[str], now_s: float) -> _Worker | None:
     fitting = [worker for worker in workers if worker.birth.worker not in avoid] or workers
-    return min(fitting, key=lambda worker: (worker.wait_ms, worker.birth.worker), default=None)
+    return min(fitting, key=lambda worker: (worker.wait_ms(now_s), worker.birth.worker), default=None)

@@ -13,6 +13,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._lines: tuple[deque[asyncio.Future[None]], ...] = tuple(deque() for _ in PRIORITIES)
+        self.called = 0  # who has been called and has not gone on yet
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines)
@@ -34,6 +35,8 @@ class Turns:
         finally:
             if turn in line:
                 line.remove(turn)
+            if turn.done() and not turn.cancelled():
+                self.called -= 1
 
     def call(self) -> None:
         """Have the first of those who wait go on."""
@@ -42,6 +45,7 @@ class Turns:
                 turn = line.popleft()
                 if not turn.done():
                     turn.set_result(None)
+                    self.called += 1
                     return
 
     def call_all(self) -> None:

@@ -57,7 +57,8 @@ log = logging.getLogger(__name__)
 _SEND_GRACE_S = 0.05
 # How long a request without a deadline waits for any worker to be up and have room.
 ROOM_WAIT_S = 60.0
-# Beyond what is being computed, so many are on their way, so that no worker waits for its next task.
+# Beyond what is being computed, so many are on their way for each worker of the widest stage, so that none waits for
+# its next task: one that the worker has already, and one that is coming (tests/bench/dispatch.py).
 ON_THEIR_WAY = 2
 
 
@@ -135,7 +136,7 @@ class Offloader:
     def _open_window(self, live: bool) -> int:
         if live:
             return self._saturation.window(self._places.count + 1)
-        return self._places.count + ON_THEIR_WAY
+        return self._places.count + ON_THEIR_WAY * self._places.widest
 
     def _address(self, broker: str | None) -> str:
         address = broker_address(self.pipeline, self.pipeline.source.site, broker)

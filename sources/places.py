@@ -41,6 +41,12 @@ class Places:
         found = self._first.batches + sum(stage.batches for stage in self._later.values())
         return found or sum(stage.workers * stage.max_batch for stage in self._pipeline.stage)
 
+    @property
+    def widest(self) -> int:
+        """How many workers are up in the stage that has most; by the file where nobody is up yet."""
+        found = max(len(self._first), *(len(stage) for stage in self._later.values()), 0)
+        return found or max(stage.workers for stage in self._pipeline.stage)
+
     def workers(self, stage: str) -> int:
         """How many workers of a stage are up."""
         return len(self._later.get(stage, self._first))

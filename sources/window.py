@@ -34,17 +34,16 @@ class Window:
     async def enter(self, priority: Priority = "interactive") -> None:
         """Wait for room and take it: the urgent first, and among equals who came first."""
         rank = PRIORITIES.index(priority)
-        called = False
-        while not self._has_room or (self.waiting and not called):
+        first = True
+        while not self._has_room or (first and (self.waiting or self._turns.called)):
             await self._turns.wait(None, rank)
-            called = True
+            first = False
         self.in_flight += 1
-        if self._has_room:
-            self._turns.call()
+        self.resized()
 
     @property
     def _has_room(self) -> bool:
-        return self.in_flight < self.size and self._bytes < self._limit_bytes
+        return self.in_flight + self._turns.called < self.size and self._bytes < self._limit_bytes
 
     def hold(self, nbytes: int) -> None:
         """Say how much it is that was let in: known only once a live source has been asked for its newest."""
@@ -54,8 +53,9 @@ class Window:
         """Give the room back."""
         self.in_flight -= 1
         self._bytes -= nbytes
-        self._turns.call()
+        self.resized()
 
     def resized(self) -> None:
-        """There may be more room than before: workers have come up."""
-        self._turns.call()
+        """There may be more room than before: whoever is next goes on if there is."""
+        if self._has_room:
+            self._turns.call()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.dispatch import LEASE_S, SILENT_S, WORKERS_LIMIT, Dispatcher
+from brokers.dispatch import DOUBT_S, LEASE_S, SILENT_S, WORKERS_LIMIT, Dispatcher
 from brokers.errors import BadPayload, VersionMismatch, WireError
 from brokers.presence import Birth, Load
 
@@ -227,6 +227,17 @@ def test_no_bytes_raise_anything_but_a_wire_error(payload: bytes) -> None:
     for candidate in (payload, b"{" + payload, b"[" * 100_000):
         with pytest.raises(WireError):
             Birth.from_bytes(candidate)
+
+
+def test_a_worker_whose_first_task_was_slow_is_tried_again_after_a_while() -> None:
+    """Its time changes only when it gets something to do."""
+    dispatcher = workers(birth("cold", task_ms=200.0), birth("warm", capacity=3, task_ms=50.0))
+    dispatcher.sent("warm", A, 0.0)
+    assert dispatcher.pick(1.0) == "warm"  # 100 ms there, 200 here
+    assert dispatcher.pick(2 * DOUBT_S) == "cold"
+    dispatcher.sent("cold", B, 2 * DOUBT_S)
+    dispatcher.done("cold", B)
+    assert dispatcher.pick(2 * DOUBT_S) == "warm"
 
 
 # Alone --------------------------------------------------------------------------------------------------------------

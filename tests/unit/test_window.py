@@ -96,3 +96,30 @@ def test_one_that_gives_up_as_it_is_called_leaves_its_turn_to_the_next() -> None
         assert (window.in_flight, window.waiting) == (1, 0)
 
     asyncio.run(test())
+
+
+def test_nobody_overtakes_whatever_happens_meanwhile() -> None:
+    """A window that is looked at each second, one that comes just as another is called: who came first goes first."""
+
+    async def test() -> None:
+        window = Window(lambda: 2)
+        order: list[int] = []
+
+        async def enter(number: int) -> None:
+            await window.enter()
+            order.append(number)
+
+        tasks = [asyncio.create_task(enter(number)) for number in range(6)]
+        await settled()
+        for number in range(6, 12):
+            window.resized()  # there is no more room than before
+            await settled()
+            window.leave()  # calls the next
+            tasks.append(asyncio.create_task(enter(number)))
+            await settled()
+        for _ in range(6):
+            window.leave()
+            await settled()
+        assert order == list(range(12))
+
+    asyncio.run(test())
