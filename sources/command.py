@@ -128,6 +128,9 @@ async def _work(
         if leaving.is_set():
             await asyncio.wait({feeding}, timeout=_LEAVE_S)
             await offloader.give_up("its source was told to end")
+            if not feeding.done() and not (await asyncio.wait({feeding}, timeout=_CLOSE_S))[0]:
+                log.warning("results could not be published: %s does not answer", offloader.line.transport.address)
+                feeding.cancel()
     return trouble
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from brokers.errors import Disconnected, WireError
 from brokers.messages import Failure, Message, Result
 from brokers.outbox import Lost
+from brokers.presence import OTHER, REASON_LIMIT
 from brokers.transport import Properties
 from sources.flight import Flight
 
@@ -17,6 +18,12 @@ from sources.flight import Flight
 SUSPICION_S = 2.0
 SUSPICION_TIMES = 3.0
 _RECENT = 100
+
+
+def note(counts: Counter[str], reason: str) -> None:
+    """Count one more of this; reasons come from other processes, so they may be any text, and any number of them."""
+    known = reason in counts or len(counts) < REASON_LIMIT
+    counts[reason[:64] if known else OTHER] += 1
 
 
 class Flights:

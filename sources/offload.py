@@ -44,7 +44,7 @@ from brokers.presence import SourceLoad
 from brokers.topics import source_inbox
 from brokers.transport import Transport
 from sources.flight import Flight
-from sources.flights import Flights
+from sources.flights import Flights, note
 from sources.places import Places
 from sources.saturation import Saturation
 from sources.standing import Pace, Standing
@@ -207,13 +207,13 @@ class Offloader:
                 await self._enter(flight)
             result = await self._fly(flight, content, source or self.name)
         except RequestError as error:
-            self.failed[getattr(error, "error", type(error).__name__)] += 1
+            note(self.failed, getattr(error, "error", type(error).__name__))
             raise
         self.counters["results"] += 1
         latency_ms = 1000 * (time.monotonic() - flight.begun_s)
-        self._flights.took(latency_ms / 1000)
         self._pace.answered(latency_ms, time.monotonic())
-        if flight.attempt == 1:
+        if flight.attempt == 1:  # else it says how long a fault took
+            self._flights.took(latency_ms / 1000)
             self._saturation.learn(result.hops, latency_ms)
         return Answer(flight.request, result.content, result.hops, latency_ms, flight.attempt)
 
@@ -258,7 +258,7 @@ class Offloader:
                 await asyncio.sleep(flight.weigh(word))
                 log.info("request %s: %s at %s: again", flight.request.hex(), word.error, word.worker)
             self.counters["retries"] += 1
-            self.retried[word if isinstance(word, str) else word.error] += 1
+            note(self.retried, word if isinstance(word, str) else word.error)
             # The next attempt is another task: what the last one's worker had in hand says nothing of it.
             self._outbox.done(flight.worker, flight.request)
 

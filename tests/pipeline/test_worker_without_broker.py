@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from pathlib import Path
@@ -21,9 +22,9 @@ from stages.worker import Worker
 from tests.pipeline.conftest import KINDS
 from tests.support.lines import run
 from tests.support.parts import need
-from tests.support.pipelines import pipeline_file, stage
+from tests.support.pipelines import counter, pipeline_file, stage
 from tests.support.presence import await_workers
-from tests.support.processes import Machine
+from tests.support.processes import Machine, eventually
 
 SLOW = stage("slow", "Slow", settings={"seconds": 0.1})
 
@@ -113,3 +114,22 @@ def test_a_worker_that_may_not_say_goodbye_leaves(tmp_path: Path) -> None:
         await worker.stop()
 
     run(test())
+
+
+def test_a_source_is_told_to_leave_while_its_broker_is_frozen(box: Machine) -> None:
+    """It neither reads nor hangs up: what cannot be published is given up, in seconds."""
+    path = pipeline_file(box.folder, [stage("one", "add_one")], counter(1_000_000, every_s=0.05), name="frozen")
+    with start_broker() as broker:
+        box.sparse("stage", path, "one", "--broker", broker.address)
+        out = box.folder / "out"
+        source = box.sparse("source", path, "--broker", broker.address, "--json", "--out", out)
+        eventually("a result", lambda: (out / "results.jsonl").exists() and (out / "results.jsonl").read_text())
+        os.kill(broker.pid, signal.SIGSTOP)
+        time.sleep(1.0)  # by now a frame is on its way that nobody will answer
+        try:
+            said = source.end(signal.SIGTERM)
+        finally:
+            os.kill(broker.pid, signal.SIGCONT)
+    assert said.status == 130, said.err
+    assert "Traceback" not in said.err
+    assert said.answer["results"] > 0
