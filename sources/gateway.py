@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # Whoever may publish may invent names of sources, and send what is none: neither may cost memory without end.
 SOURCES_LIMIT = 10_000
 REFUSALS_LIMIT = 64
-
+NAME_LIMIT_BYTES = 256
 
 # How long the broker keeps what comes for a gateway that is away.
 KEPT_S = 24 * 3600
@@ -85,11 +85,13 @@ class Gateway:
             return
         if delivery.retain:
             # An old frame that the broker kept: it would come again at each reconnection.
-            self.counters["retained"] += 1
-            if delivery.settle:
-                delivery.settle()
+            self._pass_over("retained", delivery)
             return
         source = last_level(delivery.topic)
+        if len(source.encode()) > NAME_LIMIT_BYTES:
+            log.warning("passed over a frame: the name of its source has more than %d bytes", NAME_LIMIT_BYTES)
+            self._pass_over("long_name", delivery)
+            return
         index = self._index(source)
         try:
             self._intake.offer(sample_of(source, index, delivery))
@@ -103,6 +105,11 @@ class Gateway:
             task = asyncio.get_running_loop().create_task(telling, name=f"refuse-{source}")
             self._refusals.add(task)
             task.add_done_callback(self._refusals.discard)
+
+    def _pass_over(self, why: str, delivery: Delivery) -> None:
+        self.counters[why] += 1
+        if delivery.settle:
+            delivery.settle()
 
     def _index(self, source: str) -> int:
         """The number of this sample among those of its source."""

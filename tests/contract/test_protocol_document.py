@@ -243,6 +243,7 @@ LIMITS = {
     "dimensions of a tensor": 32,
     "chunk, as sent": chunks.CHUNK_BYTES,
     "head of a PUBLISH beside its chunk": line.HEAD_ROOM_BYTES,
+    "head of a chunk, as received": line.CHUNK_HEAD_LIMIT_BYTES,
     "message": chunks.MESSAGE_LIMIT_BYTES,
     "unfinished messages of a receiver, together": chunks.TOTAL_LIMIT_BYTES,
     "unfinished messages of a receiver": chunks.COUNT_LIMIT,
