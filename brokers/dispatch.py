@@ -57,8 +57,10 @@ class _Worker:
         """When one more task would be done; workers that have not reported a time yet count as equals."""
         task_ms = max(self.birth.load.task_ms, 0.001)
         if not self.in_hand:
-            task_ms *= 0.5 ** ((now_s - self.idle_since_s) // DOUBT_S)
-        return (len(self.in_hand) + 1) * task_ms
+            return float(task_ms * 0.5 ** ((now_s - self.idle_since_s) // DOUBT_S))
+        # What should have been done long ago says more than the mean: this worker hangs, or its way on is blocked.
+        oldest_ms = 1000 * (now_s - next(iter(self.in_hand.values())))
+        return max(len(self.in_hand) * task_ms, oldest_ms) + task_ms
 
 
 @dataclass(slots=True)

@@ -39,6 +39,12 @@ Priority = Literal["interactive", "background"]
 PRIORITIES: tuple[Priority, ...] = ("interactive", "background")
 
 
+def check_priority(priority: str) -> None:
+    """Raise `BadProperty` for what is none."""
+    if priority not in PRIORITIES:
+        raise BadProperty("priority", f"must be {' or '.join(PRIORITIES)}, is {priority!r}")
+
+
 def new_request_id() -> bytes:
     """Sixteen random bytes: unique without anybody to ask."""
     return secrets.token_bytes(REQUEST_ID_BYTES)
@@ -157,8 +163,7 @@ class Task:
             raise BadProperty("Correlation Data", problem)
         if self.deadline_ms is not None and not 0 <= self.deadline_ms <= DEADLINE_LIMIT_MS:
             raise BadProperty("deadline-ms", f"must be 0 to {DEADLINE_LIMIT_MS:.0f}, is {self.deadline_ms}")
-        if self.priority not in PRIORITIES:
-            raise BadProperty("priority", f"must be {' or '.join(PRIORITIES)}, is {self.priority!r}")
+        check_priority(self.priority)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,7 @@ from brokers.messages import (
     ReplyTo,
     Result,
     Task,
+    check_priority,
     hops_from_json,
     hops_to_json,
     new_request_id,
@@ -215,9 +216,8 @@ def _decode_reply(properties: Properties, user: Mapping[str, str]) -> ReplyTo:
 
 def _decode_priority(user: Mapping[str, str]) -> Priority:
     priority = user.get("priority", PRIORITIES[0])
-    if priority not in PRIORITIES:
-        raise BadProperty("priority", f"must be {' or '.join(PRIORITIES)}, is {priority!r}")
-    return priority
+    check_priority(priority)
+    return cast(Priority, priority)
 
 
 def _decode_result(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Result:

@@ -81,8 +81,7 @@ class LiveView:
             Text(f"{board.rate(now_s):5.1f} frames/s", style="bold green"),
             Text(f"latency {board.latency_ms(50):.0f} ms, p95 {board.latency_ms(95):.0f} ms"),
             Text(f"{board.results} results"),
-            Text(f"{board.dropped} dropped", style="yellow" if board.dropped else "dim"),
-            Text(f"{board.failures.total()} failed", style="red" if board.failures else "dim"),
+            *([] if board.sources else self._counts()),  # what a source says of itself comes sooner, and says why
         )
         finds = Table.grid(padding=(0, 2))
         for find in list(board.finds):
@@ -96,6 +95,13 @@ class LiveView:
             title_align="left",
             border_style="dim",
         )
+
+    def _counts(self) -> list[Text]:
+        dropped, failed = self._board.dropped, self._board.failures.total()
+        return [
+            Text(f"{dropped} dropped", style="yellow" if dropped else "dim"),
+            Text(f"{failed} failed", style="red" if failed else "dim"),
+        ]
 
     def _troubles(self) -> list[Text]:
         """What was sent again, dropped or given up, and why, as its source says; no line while all goes well."""

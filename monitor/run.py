@@ -49,7 +49,7 @@ def command(
 ) -> int:
     """Run a whole pipeline on this machine: broker, stages and source, with a live view.
 
-    The broker is the one that the file names, else Mosquitto if it is installed, else the embedded one.
+    The broker is the one that the file or SPARSE_BROKER names, else Mosquitto if it is there, else the embedded one.
 
     Example: sparse run examples/street.toml
     """

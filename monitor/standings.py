@@ -16,6 +16,7 @@ from brokers.presence import Birth, SourceBirth
 from monitor.scoreboard import by_count, plain
 
 _STYLES = {"lost": "red", "none up": "red", "failed": "red", "draining": "yellow", "stopped": "dim", "-": "dim"}
+_HEADING_WIDTH = 32
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
 
@@ -135,6 +136,8 @@ def _table(where: Sequence[str], words: Sequence[str], numbers: Sequence[str], *
 
 def _fill(table: Table, rows: Sequence[tuple[tuple[str, ...], str, Sequence[Text | str]]], *, headings: bool) -> None:
     before: tuple[str, ...] = ()
+    if headings:  # a heading stands in the first column, and is not to be cut
+        table.columns[0].min_width = min(max(len(" ".join(where)) for where, _, _ in rows), _HEADING_WIDTH)
     for where, name, cells in rows:
         if headings and where != before:
             table.add_row(Text(" ".join(where), style="bold", no_wrap=True))

@@ -39,14 +39,20 @@ class Report:
 
 
 class Feed:
-    """Sends what an intake gives through an offloader. `record` gets each report, in order, in a thread of its own."""
+    """Sends what an intake gives through an offloader. `record` gets each report, in a thread of its own.
+
+    In order where every sample counts. Those of a live source as they come: one that waits for a worker that hangs
+    holds up no other.
+    """
 
     def __init__(self, offloader: Offloader, intake: Intake, record: Callable[[Report], None] | None = None) -> None:
         self.tally = Tally()
         self._offload = offloader
         self._intake = intake
         self._record = record
-        self._unrecorded: asyncio.Queue[asyncio.Task[Report]] = asyncio.Queue(_UNRECORDED_LIMIT)
+        self._unrecorded: asyncio.Queue[asyncio.Task[Report]] = asyncio.Queue()
+        self._places = asyncio.Semaphore(_UNRECORDED_LIMIT)
+        self._working: set[asyncio.Task[Report]] = set()
 
     async def run(self) -> None:
         """Work until the intake ends, and everything that was sent is answered and recorded."""
@@ -54,7 +60,14 @@ class Feed:
         try:
             while (sample := await self._next()) is not None:
                 working = asyncio.create_task(self._serve(sample), name=f"sample-{sample.source}-{sample.index}")
-                await self._unrecorded.put(working)
+                self._working.add(working)
+                working.add_done_callback(self._working.discard)
+                if self._intake.keeps_latest:
+                    working.add_done_callback(self._unrecorded.put_nowait)
+                else:
+                    self._unrecorded.put_nowait(working)
+            if self._working:
+                await asyncio.wait(self._working)
             await self._unrecorded.join()
         finally:
             recording.cancel()
@@ -63,6 +76,7 @@ class Feed:
     async def _next(self) -> Sample | None:
         """The next sample, once there is room for it: the newest of a live source is then what is sent."""
         window = self._offload.window
+        await self._places.acquire()
         await window.enter(self._offload.pipeline.source.priority)
         sample = None
         try:
@@ -129,7 +143,8 @@ class Feed:
         async def report() -> Report:
             return Report(Sample(source, int(refusal["index"]), b"", ""), refusal)
 
-        await self._unrecorded.put(asyncio.create_task(report(), name=f"refused-{source}"))
+        await self._places.acquire()
+        self._unrecorded.put_nowait(asyncio.create_task(report(), name=f"refused-{source}"))
         return answered
 
     async def publish(self, source: str, result: dict[str, Any]) -> bool:
@@ -167,6 +182,7 @@ class Feed:
                     log.exception("could not record a result")
                 finally:
                     self._unrecorded.task_done()
+                    self._places.release()
 
 
 def content_of(sample: Sample) -> Content:

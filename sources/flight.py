@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from brokers.errors import Disconnected, RequestFailed
-from brokers.messages import Failure, Priority, Result
+from brokers.messages import Failure, Priority, Result, check_priority
 
 # How often a request may fail in a way that another worker might not, before its owner is told.
 RETRY_LIMIT = 3
@@ -42,6 +42,9 @@ class Flight:
     heard: asyncio.Queue[Result | Failure | Disconnected | str] = field(default_factory=asyncio.Queue)
     _failures: list[Failure] = field(default_factory=list)
     _turned_away: int = 0
+
+    def __post_init__(self) -> None:
+        check_priority(self.priority)
 
     def begin_attempt(self) -> None:
         """Count it; what was said of earlier attempts is forgotten, unless it ends the request."""

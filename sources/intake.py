@@ -19,7 +19,7 @@ class Intake:
 
     def __init__(self, keep: Literal["all", "latest"]) -> None:
         self.dropped: Counter[str] = Counter()
-        self._keep = keep
+        self.keeps_latest = keep == "latest"
         self._waiting: OrderedDict[object, Sample] = OrderedDict()
         self._loose = 0  # those of the waiting that may be dropped
         self._loose_bytes = 0
@@ -29,7 +29,7 @@ class Intake:
     async def put(self, sample: Sample) -> None:
         """Hand in a sample of a source that can wait: returns when it may make the next."""
         async with self._changed:
-            await self._changed.wait_for(lambda: not self._waiting or self._ended or self._keep == "latest")
+            await self._changed.wait_for(lambda: not self._waiting or self._ended or self.keeps_latest)
             self._add(sample)
             self._changed.notify_all()
 
@@ -54,7 +54,7 @@ class Intake:
         self._wake()
 
     def _add(self, sample: Sample) -> None:
-        key = sample.source if self._keep == "latest" else (sample.source, sample.index)
+        key = sample.source if self.keeps_latest else (sample.source, sample.index)
         if (older := self._waiting.get(key)) is not None:
             # The newer sample takes the place of the older one in the queue, so no source starves another.
             self.dropped["newer_came"] += 1

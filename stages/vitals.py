@@ -25,6 +25,8 @@ _RETAINED_WAIT_S = 0.1
 _RENEWAL_WAIT_S = 2.5
 # Weight of the newest task in the mean time of a task.
 _NEWEST = 0.2
+# A worker reports every second, whatever its compute thread does: it was frozen when it did not for so long.
+_FROZEN_S = 5.0
 
 
 class Vitals:
@@ -60,6 +62,7 @@ class Vitals:
         self._interval_begin_s = time.monotonic()
         self._interval_busy_s = 0.0
         self._interval_done = 0
+        self._woke_s = 0.0
 
     async def check(self, fingerprint: str) -> None:
         """Raise `WorkerTwin` if a worker of this id is up, or one of this stage with another model."""
@@ -115,10 +118,20 @@ class Vitals:
     def worked(self, tasks: int, seconds: float) -> None:
         """So many tasks kept the compute thread busy for so long."""
         task_ms = 1000 * seconds / tasks
-        self._task_ms = task_ms if not self._done else (1 - _NEWEST) * self._task_ms + _NEWEST * task_ms
+        if not self._done:
+            self._task_ms = task_ms
+        elif not self._slept(seconds):
+            self._task_ms = (1 - _NEWEST) * self._task_ms + _NEWEST * task_ms
         self._done += tasks
         self._interval_done += tasks
         self._interval_busy_s += seconds
+
+    def _slept(self, seconds: float) -> bool:
+        """Whether this process was frozen in these last seconds: they say nothing of how fast it is."""
+        now_s = time.monotonic()
+        if now_s - self._interval_begin_s > _FROZEN_S:
+            self._woke_s = now_s
+        return now_s - seconds < self._woke_s
 
     async def report(self, queue: int) -> None:
         """Publish the record with the load of the interval that ends now; the first time, join."""
@@ -126,6 +139,8 @@ class Vitals:
             return  # it has lost its place
         now_s = time.monotonic()
         interval_s = max(now_s - self._interval_begin_s, 1e-3)
+        if interval_s > _FROZEN_S:
+            self._woke_s = now_s
         load = Load(
             queue=queue,
             done=self._done,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +19,11 @@ from brokers.pipeline import load_pipeline
 from brokers.presence import Birth
 from brokers.site import Kind, LocalBroker, start_broker
 from brokers.tensors import from_numpy, to_numpy
+from sources.feed import _UNRECORDED_LIMIT
 from sources.offload import Answer, Offloader
 from tests.pipeline.conftest import KINDS
 from tests.support.parts import need
-from tests.support.pipelines import pipeline_file, stage
+from tests.support.pipelines import counter, pipeline_file, stage
 from tests.support.presence import await_workers
 from tests.support.processes import PATIENCE_S, Machine, eventually
 
@@ -222,3 +225,28 @@ def test_a_large_message_may_pass_one_worker_twice(box: Machine, embedded: Local
 
     answer = asyncio.run(go())
     assert [hop.stage for hop in answer.hops] == ["there", "back", "there", "back"]
+
+
+def test_a_worker_that_hangs_holds_up_no_other_frame_of_a_live_source(box: Machine, embedded: LocalBroker) -> None:
+    source = counter(1_000_000, every_s=0.01, live=True)
+    path = pipeline_file(box.folder, [STEP], source, name="lively")
+    hangs = box.sparse("stage", path, "step", "--broker", embedded.address, "--worker", "hangs")
+    box.sparse("stage", path, "step", "--broker", embedded.address, "--worker", "works")
+    await_workers(embedded.address, lambda workers: sum("/lively/" in topic for topic in workers) == 2)
+    feed = box.sparse("source", path, "--broker", embedded.address, "--json", "--out", box.folder / "out")
+    results = box.folder / "out" / "results.jsonl"
+
+    def rows() -> list[dict[str, Any]]:
+        said = results.read_text() if results.exists() else ""
+        return [json.loads(line) for line in said.splitlines(keepends=True) if line.endswith("\n")]
+
+    eventually("results", lambda: len(rows()) >= 30)
+    hangs.process.send_signal(signal.SIGSTOP)
+    before = len(rows())
+    # What hung is done by the other worker in the end, with another attempt; by then many later frames are through.
+    eventually("the frames that hung", lambda: any(row["attempts"] > 1 for row in rows()[before:]))
+    found = rows()
+    hung = next(place for place, row in enumerate(found) if place >= before and row["attempts"] > 1)
+    overtaken_by = sum(row["index"] > found[hung]["index"] for row in found[:hung])
+    assert overtaken_by > 2 * _UNRECORDED_LIMIT
+    assert feed.end(signal.SIGTERM).status == 130

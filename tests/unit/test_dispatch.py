@@ -233,11 +233,19 @@ def test_a_worker_whose_first_task_was_slow_is_tried_again_after_a_while() -> No
     """Its time changes only when it gets something to do."""
     dispatcher = workers(birth("cold", task_ms=200.0), birth("warm", capacity=3, task_ms=50.0))
     dispatcher.sent("warm", A, 0.0)
-    assert dispatcher.pick(1.0) == "warm"  # 100 ms there, 200 here
+    assert dispatcher.pick(0.0) == "warm"  # 100 ms there, 200 here
+    dispatcher.sent("warm", A, 2 * DOUBT_S)  # it has been at work all the while
     assert dispatcher.pick(2 * DOUBT_S) == "cold"
     dispatcher.sent("cold", B, 2 * DOUBT_S)
     dispatcher.done("cold", B)
     assert dispatcher.pick(2 * DOUBT_S) == "warm"
+
+
+def test_a_worker_that_has_had_something_for_long_gets_nothing_more_while_another_is_sooner_done() -> None:
+    dispatcher = workers(birth("hangs", capacity=9, task_ms=10.0), birth("works", capacity=9, task_ms=30.0))
+    dispatcher.sent("hangs", A, 0.0)
+    assert dispatcher.pick(0.005) == "hangs"
+    assert dispatcher.pick(0.1) == "works"
 
 
 # Alone --------------------------------------------------------------------------------------------------------------
