@@ -9,97 +9,17 @@ import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from brokers.dispatch import LEASE_S
-from brokers.errors import BadFile, BadName, UsageError
-from brokers.messages import DEADLINE_LIMIT_MS, Priority
-from brokers.topics import StageTopics, checked_name
+from brokers.errors import BadFile, UsageError
+from brokers.tables import LOCAL, PipelineTable, SiteTable, SourceTable, StageTable, Table, TrainingTable
+from brokers.topics import StageTopics
 
-LOCAL = "local"
 BROKER_VARIABLE = "SPARSE_BROKER"
 
 
-def _name_of(what: str) -> AfterValidator:
-    def check(name: str) -> str:
-        try:
-            return checked_name(what, name)
-        except BadName as error:
-            raise ValueError(str(error)) from None
-
-    return AfterValidator(check)
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class PipelineTable(_Table):
-    """`[pipeline]`: the network and where it is cut."""
-
-    name: Annotated[str, _name_of("pipeline")]
-    kind: Literal["inference"] = "inference"
-    model: str | None = None
-    weights: str | None = None
-    cuts: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), strict=False)
-    seed: int = 0
-    threshold: float = Field(default=0.5, ge=0, le=1, description="of a detection's score")
-    lease_s: float = Field(
-        default=LEASE_S, gt=0, le=86_400, description="a request of which nothing is heard for so long is sent again"
-    )
-    nms: float = Field(default=0.45, ge=0, le=1, description="overlap above which the weaker of two boxes goes")
-
-
-class StageTable(_Table):
-    """`[[stage]]`: one part, and how it is served."""
-
-    name: Annotated[str, _name_of("stage")]
-    workers: int = Field(default=1, ge=1, le=64)
-    site: Annotated[str, _name_of("site")] = LOCAL
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    threads: int = Field(default=0, ge=0, description="of a worker's compute; 0: what the machine has, shared out")
-    max_batch: int = Field(default=1, ge=1, le=1024)
-    max_wait_ms: float = Field(default=0.0, ge=0, le=60_000)
-    wire: Literal["float32", "float16", "bfloat16"] = "float32"
-    executor: str | None = None
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-
-class SiteTable(_Table):
-    """`[[site]]`: a place with its own broker; without an address one is started on this machine."""
-
-    name: Annotated[str, _name_of("site")]
-    broker: str | None = None
-
-
-class SourceTable(_Table):
-    """`[source]`: what feeds the pipeline, and how eagerly."""
-
-    kind: str = Field(default="ingress", description="video, images, camera, ingress, or package.module:Class")
-    name: Annotated[str, _name_of("source")] = "source"
-    site: Annotated[str, _name_of("site")] = LOCAL
-    path: str | None = None
-    pattern: str | None = None
-    device: int | str | None = None
-    limit: int | None = Field(default=None, ge=1)
-    loop: bool = False
-    pace: Literal["max", "native"] = "max"
-    encoding: Literal["jpeg", "raw"] = "jpeg"
-    quality: int = Field(default=90, ge=1, le=100)
-    keep: Literal["all", "latest"] | None = Field(
-        default=None, description="what waits for room; default: latest for what is live (camera, ingress), else all"
-    )
-    window: int | None = Field(
-        default=None, ge=1, le=1024, description="requests in flight; default: as many as the workers that are up hold"
-    )
-    deadline_ms: float | None = Field(default=None, gt=0, le=DEADLINE_LIMIT_MS)
-    priority: Priority = Field(default="interactive", description="background: after all that is interactive")
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-
-class Pipeline(_Table):
+class Pipeline(Table):
     """A whole pipeline file."""
 
     path: str = Field(default="", exclude=True)
@@ -107,6 +27,7 @@ class Pipeline(_Table):
     stage: tuple[StageTable, ...] = Field(min_length=1, strict=False)
     site: tuple[SiteTable, ...] = Field(default=(), strict=False)
     source: SourceTable = SourceTable()
+    training: TrainingTable = TrainingTable()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Pipeline:
@@ -119,7 +40,24 @@ class Pipeline(_Table):
         for where, site in users:
             if site not in known:
                 raise ValueError(f"{where}: site {site!r} is not one of {', '.join(sorted(known))}")
+        if self.trains:
+            self._check_training()
+        elif "training" in self.model_fields_set:
+            raise ValueError("training: is for a pipeline whose kind is 'training', this one's is 'inference'")
         return self
+
+    def _check_training(self) -> None:
+        for stage in self.stage:
+            where = f"stage {stage.name!r}"
+            if stage.executor is not None:
+                raise ValueError(f"{where}: a pipeline that trains has parts of its model only, no executor")
+            if stage.wire != "float32" or stage.max_batch != 1:
+                raise ValueError(f"{where}: training is exact: wire is 'float32' and max_batch 1, or left out")
+        if self.training.labels == "stay" and self.stage[-1].site != self.source.site:
+            raise ValueError(
+                f"training.labels: to stay, they need stage {self.stage[-1].name!r} at the source's site "
+                f"{self.source.site!r}, it is at {self.stage[-1].site!r}"
+            )
 
     def _check_cuts(self) -> None:
         cuts = self.pipeline.cuts
@@ -140,6 +78,10 @@ class Pipeline(_Table):
     @property
     def name(self) -> str:
         return self.pipeline.name
+
+    @property
+    def trains(self) -> bool:
+        return self.pipeline.kind == "training"
 
     @property
     def folder(self) -> Path:
@@ -227,6 +169,7 @@ _TABLES: dict[str, type[BaseModel]] = {
     "stage": StageTable,
     "site": SiteTable,
     "source": SourceTable,
+    "training": TrainingTable,
 }
 # pydantic's types of mistakes in the words of TOML.
 _EXPECTED = {

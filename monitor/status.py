@@ -14,7 +14,8 @@ from rich.console import Console
 
 from brokers.errors import NoBroker
 from brokers.mqtt import MqttTransport
-from brokers.pipeline import LOCAL, broker_address, load_pipeline
+from brokers.pipeline import broker_address, load_pipeline
+from brokers.tables import LOCAL
 from brokers.topics import every_presence
 from brokers.transport import Delivery
 from monitor.scoreboard import Scoreboard

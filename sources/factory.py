@@ -8,7 +8,7 @@ from typing import Any
 
 from brokers.errors import UsageError
 from brokers.own_code import CannotLoad, load_named, told
-from brokers.pipeline import SourceTable
+from brokers.tables import SourceTable
 from sources.assets import find_video
 from sources.errors import BadSetting, BadSourceClass, UnknownSource
 from sources.source import Source

@@ -39,8 +39,9 @@ from brokers.messages import (
 )
 from brokers.mqtt import MqttTransport
 from brokers.outbox import Outbox
-from brokers.pipeline import LOCAL, Pipeline, broker_address, load_pipeline
+from brokers.pipeline import Pipeline, broker_address, load_pipeline
 from brokers.presence import SourceLoad
+from brokers.tables import LOCAL
 from brokers.topics import source_inbox
 from brokers.transport import Transport
 from sources.flight import Flight

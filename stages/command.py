@@ -14,7 +14,8 @@ import typer
 
 from brokers.errors import NoBroker
 from brokers.parent import STOPPED, Leaving, end_with_parent
-from brokers.pipeline import LOCAL, Pipeline, StageTable, blaming, broker_address, load_pipeline
+from brokers.pipeline import Pipeline, blaming, broker_address, load_pipeline
+from brokers.tables import LOCAL, StageTable
 from brokers.topics import checked_name
 from stages.executor import TaskExecutor, load_executor
 

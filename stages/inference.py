@@ -9,7 +9,8 @@ import torch
 
 from brokers.errors import BadPayload
 from brokers.messages import JSON, Blob, Content
-from brokers.pipeline import Pipeline, StageTable
+from brokers.pipeline import Pipeline
+from brokers.tables import StageTable
 from brokers.tensors import to_numpy, to_torch
 from stages.errors import BadDevice
 from stages.executor import Node, TaskContext, TaskExecutor, Tensors

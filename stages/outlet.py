@@ -17,8 +17,9 @@ from brokers.errors import NoWorker, WireError
 from brokers.line import Line
 from brokers.messages import JSON, Activation, Body, Control, Failure, ReplyTo, Result, Task
 from brokers.outbox import Lost, Outbox
-from brokers.pipeline import Pipeline, StageTable
+from brokers.pipeline import Pipeline
 from brokers.results import describe, time_spent, to_bytes
+from brokers.tables import StageTable
 from brokers.transport import Properties
 from brokers.wire import Packet, refusal
 from stages.compute import Done, Failed, NothingGiven, Outcome

@@ -12,8 +12,9 @@ from typing import Literal
 
 from brokers.errors import SparseError
 from brokers.line import Line
-from brokers.pipeline import Pipeline, StageTable
+from brokers.pipeline import Pipeline
 from brokers.presence import Birth, Load
+from brokers.tables import StageTable
 from brokers.topics import StageTopics
 from brokers.transport import Delivery
 from stages.errors import WorkerTwin

@@ -18,7 +18,8 @@ from typing import Any
 from brokers.errors import SparseError, WireError
 from brokers.line import Line
 from brokers.messages import Body, Control, Message, Task
-from brokers.pipeline import Pipeline, StageTable
+from brokers.pipeline import Pipeline
+from brokers.tables import StageTable
 from brokers.tensors import from_array
 from brokers.transport import Properties, Transport, Will
 from stages.backlog import Backlog

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokers.errors import BadFile
-from brokers.pipeline import LOCAL, broker_address, load_pipeline, nearest, new_run_folder
+from brokers.pipeline import broker_address, load_pipeline, nearest, new_run_folder
+from brokers.tables import LOCAL
 from brokers.topics import StageTopics
 
 GOOD = """\
@@ -128,13 +129,13 @@ def test_what_is_not_toml_says_so(file: Path, text: str) -> None:
 
 # What is written after a key that is always there, and the line it leads to.
 IN_PIPELINE = {
-    "colour = 1": "pipeline.colour: unknown key: expected one of name, kind, model, weights, cuts",
+    "colour = 1": "pipeline.colour: unknown key: expected one of name, kind, model, model_settings, weights, cuts",
     "sed = 1": "pipeline.sed: unknown key (did you mean 'seed'?)",
     "seed = 1.5": "pipeline.seed: expected a whole number, got 1.5",
     "weights = 5": "pipeline.weights: expected text, got 5",
     "threshold = 2": "pipeline.threshold: expected less than or equal to 1, got 2",
     "threshold = nan": "pipeline.threshold: expected",
-    'kind = "cooking"': "pipeline.kind: expected 'inference', got 'cooking'",
+    'kind = "cooking"': "pipeline.kind: expected 'inference' or 'training', got 'cooking'",
 }
 IN_STAGE = {
     "max_bach = 2": "stage.0.max_bach: unknown key (did you mean 'max_batch'?)",

@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from brokers.errors import UsageError
-from brokers.pipeline import SourceTable
+from brokers.tables import SourceTable
 from sources import assets
 from sources.assets import Asset, find_video
 from sources.camera import Camera
