@@ -5,17 +5,19 @@ Activation  a stage passes its part of the work on to the next
 Result      the last stage answers the source
 Failure     any stage answers the source that it could not
 Control     a worker tells the one who sent it work that it has room again
+Gradient    a worker that trains answers an activation with what it would have liked to be otherwise
+Step        sources and workers agree on what becomes of a step of training: see brokers/training.py
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, get_args
 
 from brokers.errors import BadProperty
+from brokers.hops import HOPS, Hop
 from brokers.tensors import Tensor
 from brokers.topics import is_answerable
 from brokers.transport import Buffer
@@ -25,9 +27,6 @@ REQUEST_ID_BYTES = 16
 DEADLINE_LIMIT_MS = 1000.0 * 0xFFFF_FFFF
 # What a foreign client may have as Correlation Data: it goes along from stage to stage, twice as long in hexadecimal.
 ECHO_LIMIT_BYTES = 256
-# The key under which hops travel in the metadata of a body; all keys that begin like this are ours.
-HOPS = "sparse.hops"
-
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
 JPEG = "image/jpeg"
@@ -104,25 +103,6 @@ class ReplyTo:
 
     def __post_init__(self) -> None:
         check_topic(self.topic)
-
-
-@dataclass(frozen=True, slots=True)
-class Hop:
-    """What one stage did for one request, by its own monotonic clock (durations only: no clocks need agree)."""
-
-    stage: str
-    worker: str
-    queue_ms: float = 0.0
-    decode_ms: float = 0.0
-    compute_ms: float = 0.0
-    encode_ms: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    batch: int = 1
-
-    @property
-    def total_ms(self) -> float:
-        return self.queue_ms + self.decode_ms + self.compute_ms + self.encode_ms
 
 
 def _check_request(request: bytes, attempt: int) -> None:
@@ -232,34 +212,44 @@ class Control:
         _check_request(self.request, self.attempt)
 
 
-Message = Task | Activation | Result | Failure | Control
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gradient:
+    """The gradients of a loss with respect to what an activation held, by its names: for the keeper of the forward."""
+
+    request: bytes
+    content: Body
+    sender: str = ""
+    attempt: int = 1
+
+    def __post_init__(self) -> None:
+        _check_request(self.request, self.attempt)
+        check_topic(self.sender)
 
 
-def hops_to_json(hops: tuple[Hop, ...]) -> str:
-    """The form in which hops travel in the metadata of a body."""
-    keys = Hop.__dataclass_fields__
-    return json.dumps([{key: getattr(hop, key) for key in keys} for hop in hops], separators=(",", ":"))
+Verb = Literal["prepared", "commit", "committed", "abandon", "restore", "restored", "collect"]
+VERBS: tuple[Verb, ...] = get_args(Verb)
+# No clock and no count reaches further than JSON's whole numbers do.
+TERM_LIMIT = 1 << 53
 
 
-def hops_from_json(text: str) -> tuple[Hop, ...]:
-    """The inverse; fields that a later version may add are read over."""
-    try:
-        hops = json.loads(text)
-    except (ValueError, RecursionError):
-        hops = None
-    if not isinstance(hops, list) or not all(_is_hop(hop) for hop in hops):
-        raise BadProperty(HOPS, "must be a JSON list of hops as docs/protocol.md describes them")
-    return tuple(Hop(**{key: hop[key] for key in Hop.__dataclass_fields__ if key in hop}) for hop in hops)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A word about a step. `request` is the step's id, `term` the term it belongs to, `sender` who may be answered."""
+
+    request: bytes
+    verb: Verb
+    term: int
+    sender: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    attempt: int = 1
+
+    def __post_init__(self) -> None:
+        _check_request(self.request, self.attempt)
+        check_topic(self.sender)
+        if self.verb not in VERBS:
+            raise BadProperty("verb", f"must be one of {', '.join(VERBS)}, is {self.verb!r}")
+        if not 0 <= self.term < TERM_LIMIT:
+            raise BadProperty("term", f"must be 0 to {TERM_LIMIT - 1}, is {self.term}")
 
 
-def _is_hop(hop: object) -> bool:
-    def fits(key: str, value: object) -> bool:
-        if key in ("stage", "worker"):
-            return isinstance(value, str)
-        kinds = (int, float) if key.endswith("_ms") else (int,)
-        # What a float counts exactly: far more than any duration or size, and safe to add up.
-        return type(value) in kinds and 0 <= cast(float, value) <= 1 << 53
-
-    if not isinstance(hop, dict) or "stage" not in hop or "worker" not in hop:
-        return False
-    return all(fits(key, hop[key]) for key in Hop.__dataclass_fields__ if key in hop)
+Message = Task | Activation | Result | Failure | Control | Gradient | Step

@@ -12,6 +12,7 @@ from brokers.chunks import MESSAGE_LIMIT_BYTES
 from brokers.errors import BadPayload, VersionMismatch
 from brokers.messages import JSON
 from brokers.topics import NAME_PATTERN
+from brokers.training import Standing
 from brokers.wire import VERSION
 
 # A record has some hundred bytes. Whoever watches presence keeps the newest of each topic, of anybody who may publish.
@@ -24,7 +25,7 @@ OTHER = "other"
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON has no larger whole numbers that all readers agree on
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_State = Literal["up", "draining", "stopped"]
+_State = Literal["up", "draining", "stopped", "standby"]
 
 
 def by_reason(counts: Mapping[str, int]) -> dict[str, int]:
@@ -113,6 +114,7 @@ class Birth(_Record):
     up_s: _Seconds | None = Field(default=None, description="since it joined, by its own clock; None: it does not say")
     state: _State = "up"
     load: Load = Load()
+    training: Standing | None = Field(default=None, description="of a worker that trains: how far it has come")
 
 
 class Latency(BaseModel):

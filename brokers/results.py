@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from brokers.errors import BadPayload
-from brokers.messages import SAFETENSORS, Blob, Body, Content, Hop
+from brokers.hops import Hop
+from brokers.messages import SAFETENSORS, Blob, Body, Content
 from brokers.tensors import Tensor, to_numpy
 
 # Larger tensors than this are described, not spelled out: JSON is for what a person or a rule engine reads.

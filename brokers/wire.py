@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,8 +16,8 @@ from typing import Literal, cast
 from brokers import tensors as codec
 from brokers.content import decode_content
 from brokers.errors import BadPayload, BadProperty, VersionMismatch, WireError
+from brokers.hops import HOPS, Hop, hops_from_json, hops_to_json
 from brokers.messages import (
-    HOPS,
     JSON,
     PRIORITIES,
     REQUEST_ID_BYTES,
@@ -29,23 +28,22 @@ from brokers.messages import (
     Content,
     Control,
     Failure,
-    Hop,
+    Gradient,
     Message,
     Priority,
     ReplyTo,
     Result,
+    Step,
     Task,
+    Verb,
     check_priority,
-    hops_from_json,
-    hops_to_json,
     new_request_id,
 )
+from brokers.properties import milliseconds, required, whole
 from brokers.transport import Buffer, Properties
 
 VERSION = "1"
 
-_COUNT = re.compile(r"[0-9]{1,9}")
-_MILLISECONDS = re.compile(r"[0-9]{1,13}(\.[0-9]{1,9})?")
 # The finest deadline that the wire can say.
 _SHORTEST_MS = 0.001
 
@@ -86,6 +84,13 @@ def encode(message: Message) -> Packet:
         case Control():
             user += [("verb", message.verb), ("worker", message.worker)]
             content_type, pieces = "", ()
+        case Gradient():
+            response_topic = message.sender
+            content_type, pieces = _encode_content(message.content, ())
+        case Step():
+            response_topic = message.sender
+            user += [("verb", message.verb), ("term", str(message.term))]
+            content_type, pieces = JSON, (json.dumps(message.details).encode(),)
     return Packet(Properties(content_type, message.request, response_topic, expiry_s, tuple(user)), pieces)
 
 
@@ -124,7 +129,7 @@ def decode(properties: Properties, payload: memoryview) -> Message:
         return _decode_foreign(properties, payload)
     if version != VERSION:
         raise VersionMismatch(VERSION, version)
-    kind = _required(user, "kind")
+    kind = required(user, "kind")
     decoder = _DECODERS.get(kind)
     if decoder is None:
         raise BadProperty("kind", f"must be one of {', '.join(_DECODERS)}, is {kind!r}")
@@ -149,7 +154,7 @@ def refusal(error: WireError, properties: Properties, stage: str, worker: str) -
         return None
     request, reply = address
     try:
-        attempt = max(1, _whole(dict(properties.user), "attempt"))
+        attempt = max(1, whole(dict(properties.user), "attempt"))
     except WireError:
         attempt = 1
     failure = Failure(
@@ -193,8 +198,8 @@ def _decode_task(properties: Properties, user: Mapping[str, str], payload: memor
         reply=_decode_reply(properties, user),
         sender=properties.response_topic,
         source=user.get("source", ""),
-        attempt=_whole(user, "attempt"),
-        deadline_ms=_milliseconds(user, "deadline-ms"),
+        attempt=whole(user, "attempt"),
+        deadline_ms=milliseconds(user, "deadline-ms"),
         priority=_decode_priority(user),
         hops=hops,
     )
@@ -236,18 +241,43 @@ def _decode_failure(properties: Properties, user: Mapping[str, str], payload: me
         raise BadPayload(JSON, "a failure needs error, reason, stage and worker, all text, and retry, true or false")
     return Failure(
         request=properties.correlation,
-        attempt=_whole(user, "attempt"),
+        attempt=whole(user, "attempt"),
         retry=fields["retry"],
         **{word: fields[word] for word in words},
     )
 
 
 def _decode_control(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Control:
-    verb = _required(user, "verb")
+    verb = required(user, "verb")
     if verb != "done":
         raise BadProperty("verb", f"must be done, is {verb!r}")
-    worker = _required(user, "worker")
-    return Control(request=properties.correlation, worker=worker, verb="done", attempt=_whole(user, "attempt"))
+    worker = required(user, "worker")
+    return Control(request=properties.correlation, worker=worker, verb="done", attempt=whole(user, "attempt"))
+
+
+def _decode_gradient(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Gradient:
+    content = decode_content(properties.content_type or SAFETENSORS, payload)
+    if not isinstance(content, Body):
+        raise BadProperty("Content Type", f"of a gradient must be {SAFETENSORS}, is {content.content_type}")
+    attempt = whole(user, "attempt")
+    return Gradient(request=properties.correlation, content=content, sender=properties.response_topic, attempt=attempt)
+
+
+def _decode_step(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Step:
+    try:
+        details = json.loads(bytes(payload).decode())
+    except (ValueError, RecursionError):
+        details = None
+    if not isinstance(details, dict):
+        raise BadPayload(JSON, "a word about a step needs a JSON object")
+    return Step(
+        request=properties.correlation,
+        verb=cast(Verb, required(user, "verb")),
+        term=whole(user, "term", digits=16),
+        sender=properties.response_topic,
+        details=details,
+        attempt=whole(user, "attempt"),
+    )
 
 
 _DECODERS: dict[str, Callable[[Properties, Mapping[str, str], memoryview], Message]] = {
@@ -256,26 +286,6 @@ _DECODERS: dict[str, Callable[[Properties, Mapping[str, str], memoryview], Messa
     "result": _decode_result,
     "failure": _decode_failure,
     "control": _decode_control,
+    "gradient": _decode_gradient,
+    "step": _decode_step,
 }
-
-
-def _required(user: Mapping[str, str], name: str) -> str:
-    if name not in user:
-        raise BadProperty(name, "is missing")
-    return user[name]
-
-
-def _whole(user: Mapping[str, str], name: str) -> int:
-    text = user.get(name, "1")
-    if not _COUNT.fullmatch(text):
-        raise BadProperty(name, f"must be a whole number of at most nine digits, is {text!r}")
-    return int(text)
-
-
-def _milliseconds(user: Mapping[str, str], name: str) -> float | None:
-    text = user.get(name)
-    if text is None:
-        return None
-    if not _MILLISECONDS.fullmatch(text) or float(text) == 0:
-        raise BadProperty(name, f"must be a positive decimal number, is {text!r}")
-    return float(text)

@@ -24,19 +24,9 @@ from brokers.errors import (
     NoWorker,
     RequestError,
 )
+from brokers.hops import Hop
 from brokers.line import Line
-from brokers.messages import (
-    Content,
-    Control,
-    Failure,
-    Hop,
-    Message,
-    Priority,
-    ReplyTo,
-    Result,
-    Task,
-    new_request_id,
-)
+from brokers.messages import Content, Control, Failure, Message, Priority, ReplyTo, Result, Task, new_request_id
 from brokers.mqtt import MqttTransport
 from brokers.outbox import Outbox
 from brokers.pipeline import Pipeline, broker_address, load_pipeline

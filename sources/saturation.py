@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from brokers.messages import Hop
+from brokers.hops import Hop
 
 _NEWEST = 0.1  # weight of the newest result in the means
 _ROUNDING = 0.1  # times waver: a way that is as good as three times as long is three times as long

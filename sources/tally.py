@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from brokers.messages import Hop
+from brokers.hops import Hop
 
 # Percentiles are of the last so many results: memory stays flat however long a source runs.
 _LATENCIES = 10_000

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from brokers.errors import DeadlinePassed, SparseError
-from brokers.messages import Body, Hop, Task
+from brokers.hops import Hop
+from brokers.messages import Body, Task
 from brokers.tensors import from_array
 from stages.batching import groups, join, split
 from stages.executor import TaskContext, TaskExecutor, Tensors

@@ -16,6 +16,7 @@ from brokers.pipeline import Pipeline
 from brokers.presence import Birth, Load
 from brokers.tables import StageTable
 from brokers.topics import StageTopics
+from brokers.training import Standing
 from brokers.transport import Delivery
 from stages.errors import WorkerTwin
 from stages.peers import PROBATION_S, Peers
@@ -36,7 +37,8 @@ class Vitals:
     def __init__(
         self, line: Line, topics: StageTopics, pipeline: Pipeline, stage: StageTable, worker: str, device: str
     ) -> None:
-        self.state: Literal["up", "draining", "stopped"] = "up"
+        self.state: Literal["up", "draining", "stopped", "standby"] = "up"
+        self.training: Standing | None = None
         self.failed = 0
         self.refused = 0
         self.turned_away = 0
@@ -156,7 +158,8 @@ class Vitals:
         self._interval_begin_s, self._interval_busy_s, self._interval_done = now_s, 0.0, 0
         if self._joined_s is None:
             self._joined_s = now_s
-        self._birth = self._birth.model_copy(update={"load": load, "state": self.state, "up_s": self._up_s})
+        change = {"load": load, "state": self.state, "up_s": self._up_s, "training": self.training}
+        self._birth = self._birth.model_copy(update=change)
         await self._publish(self._birth.to_bytes())
 
     async def farewell(self) -> None:

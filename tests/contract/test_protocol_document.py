@@ -14,8 +14,9 @@ import brokers.errors
 import brokers.messages
 import stages.errors
 from brokers import chunks, dispatch, line, presence, results, tensors, topics, wire
+from brokers.hops import Hop
 from brokers.memory import MemoryHub
-from brokers.messages import Blob, Body, Control, Failure, Hop, ReplyTo, Result, Task
+from brokers.messages import Blob, Body, Control, Failure, ReplyTo, Result, Task
 from brokers.presence import Birth, Latency, Load, SourceBirth, SourceLoad
 from brokers.publication import encode_head, parse_head
 from brokers.tensors import from_numpy, to_numpy
@@ -166,7 +167,7 @@ def test_the_dtypes_are_those_of_the_code() -> None:
 
 def test_the_metadata_keys_are_those_of_the_code() -> None:
     table = tables("safetensors")[1]
-    assert column(table) == [brokers.messages.HOPS, inference.PICTURE, "format", "labels"]
+    assert column(table) == [brokers.hops.HOPS, inference.PICTURE, "format", "labels"]
     assert names(table[2][2]) == [registry.DETECTIONS, registry.CLASSES]
     finished = registry._classes({"output": torch.zeros(1, 2)}, (1, 1), labels=("cat", "dog"))
     assert column(table)[2:] == list(finished.metadata)

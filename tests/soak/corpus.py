@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from brokers.hops import HOPS, Hop
 from brokers.messages import (
-    HOPS,
     JPEG,
     JSON,
     PNG,
@@ -30,7 +30,6 @@ from brokers.messages import (
     Body,
     Control,
     Failure,
-    Hop,
     Message,
     ReplyTo,
     Result,

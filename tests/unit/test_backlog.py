@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from brokers.messages import Blob, Hop, Priority, ReplyTo, Task
+from brokers.hops import Hop
+from brokers.messages import Blob, Priority, ReplyTo, Task
 from stages.backlog import Backlog
 from stages.compute import Job
 from stages.executor import TaskContext

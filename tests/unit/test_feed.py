@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from brokers.errors import DeadlinePassed, RequestFailed
-from brokers.messages import JPEG, JSON, SAFETENSORS, Blob, Body, Content, Hop
+from brokers.hops import Hop
+from brokers.messages import JPEG, JSON, SAFETENSORS, Blob, Body, Content
 from brokers.pipeline import load_pipeline
 from brokers.tensors import from_array
 from brokers.transport import Properties

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokers.errors import BadPayload, WireError
-from brokers.messages import Blob, Body, Hop
+from brokers.hops import Hop
+from brokers.messages import Blob, Body
 from brokers.results import describe, time_spent, to_bytes
 from brokers.tensors import Tensor, from_numpy
 from tests.unit.test_tensors import wire_tensors

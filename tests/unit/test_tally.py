@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from brokers.messages import Hop
+from brokers.hops import Hop
 from sources.tally import Tally
 
 

@@ -18,10 +18,10 @@ from brokers.errors import (
     BadProperty,
     TrailingBytes,
 )
+from brokers.hops import HOPS, Hop
 from brokers.messages import (
     DEADLINE_LIMIT_MS,
     ECHO_LIMIT_BYTES,
-    HOPS,
     JPEG,
     JSON,
     PNG,
@@ -31,7 +31,6 @@ from brokers.messages import (
     Body,
     Control,
     Failure,
-    Hop,
     Message,
     ReplyTo,
     Result,

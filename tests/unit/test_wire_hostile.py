@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from brokers import wire
 from brokers.errors import BadHeader, BadPayload, BadProperty, TrailingBytes, Truncated, VersionMismatch, WireError
-from brokers.messages import HOPS, JPEG, JSON, SAFETENSORS, Control, Failure, Task
+from brokers.hops import HOPS
+from brokers.messages import JPEG, JSON, SAFETENSORS, Control, Failure, Task
 from brokers.tensors import pack
 from brokers.transport import Properties
 from brokers.wire import VERSION, decode, encode, refusal

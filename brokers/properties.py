@@ -1,0 +1,33 @@
+"""User properties of a message, read: each is text, and what it may be stands in docs/protocol.md. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from brokers.errors import BadProperty
+
+_DIGITS = re.compile(r"[0-9]+")
+_MILLISECONDS = re.compile(r"[0-9]{1,13}(\.[0-9]{1,9})?")
+
+
+def required(user: Mapping[str, str], name: str) -> str:
+    if name not in user:
+        raise BadProperty(name, "is missing")
+    return user[name]
+
+
+def whole(user: Mapping[str, str], name: str, default: str = "1", digits: int = 9) -> int:
+    text = user.get(name, default)
+    if len(text) > digits or not _DIGITS.fullmatch(text):
+        raise BadProperty(name, f"must be a whole number of at most {digits} digits, is {text!r}")
+    return int(text)
+
+
+def milliseconds(user: Mapping[str, str], name: str) -> float | None:
+    text = user.get(name)
+    if text is None:
+        return None
+    if not _MILLISECONDS.fullmatch(text) or float(text) == 0:
+        raise BadProperty(name, f"must be a positive decimal number, is {text!r}")
+    return float(text)

@@ -1,0 +1,119 @@
+"""Versions of a part on disk: one safetensors file each, whole or not there, and the last two of them.
+
+A file holds the parameters and buffers under `model/NAME`, and what the optimizer keeps of each parameter under
+`optimizer/NAME/KEY`. There is no random state to keep: what a random layer draws follows from the source's seed, the
+step and the micro-batch (`brokers.training.micro_seed`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from brokers.training import Progress
+from stages.training.errors import CannotCheckpoint, ForeignCheckpoint
+
+# Two: should a worker die while some have written the newest and others have not, all have the one before.
+KEPT = 2
+_NAME = re.compile(r"version-(\d{12})\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version of a part: its number, its tensors, and how many steps of which source are in it."""
+
+    number: int
+    tensors: Mapping[str, torch.Tensor]
+    progress: Mapping[str, Progress] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one stage in one folder. `fingerprint` tells the part and its recipe from others."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        self._fingerprint = fingerprint
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """What there is, the newest last."""
+        if not self._folder.is_dir():
+            return ()
+        found = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
+        return tuple(sorted(int(match[1]) for match in found if match))
+
+    def check(self) -> None:
+        """Raise `ForeignCheckpoint` if what is there is another part's."""
+        for number in self.versions:
+            self._metadata(self._path(number))
+
+    def save(self, version: Version) -> None:
+        """Write one, and let go of those that are too old. Raises `CannotCheckpoint`; the old ones stay then."""
+        path = self._path(version.number)
+        partial = path.with_suffix(".part")
+        metadata = {
+            "fingerprint": self._fingerprint,
+            "version": str(version.number),
+            "progress": json.dumps({name: item.model_dump() for name, item in version.progress.items()}),
+        }
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in version.tensors.items()}, partial, metadata)
+            _flush(partial)
+            partial.replace(path)
+            _flush(self._folder)
+        except (OSError, SafetensorError) as problem:
+            partial.unlink(missing_ok=True)
+            raise CannotCheckpoint(str(path), str(problem)) from problem
+        for old in self.versions[:-KEPT]:
+            self._path(old).unlink(missing_ok=True)
+
+    def load(self, number: int) -> Version:
+        """Read one. Raises `ForeignCheckpoint`."""
+        path = self._path(number)
+        metadata = self._metadata(path)
+        try:
+            progress = {name: Progress(**item) for name, item in json.loads(metadata.get("progress", "{}")).items()}
+            with safe_open(path, framework="pt") as file:
+                # Memory of their own: a view of the file begins at any byte, where kernels add up in another order.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, ValueError, TypeError) as problem:
+            raise ForeignCheckpoint(str(path), str(problem)) from problem
+        return Version(number, tensors, progress)
+
+    def drop_after(self, number: int) -> None:
+        """Let go of what is newer than this version: it has been given up, and its number will be used again."""
+        for newer in self.versions:
+            if newer > number:
+                self._path(newer).unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"version-{number:012d}.safetensors"
+
+    def _metadata(self, path: Path) -> dict[str, str]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found: dict[str, str] = file.metadata() or {}
+        except (SafetensorError, OSError) as problem:
+            raise ForeignCheckpoint(str(path), f"it cannot be read ({problem})") from problem
+        if (made := found.get("fingerprint")) != self._fingerprint:
+            problem = f"expected one of the part {self._fingerprint!r}, it is of {made!r}: another model, cut or recipe"
+            raise ForeignCheckpoint(str(path), problem)
+        return found
+
+
+def _flush(path: Path) -> None:
+    """Have what was written survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

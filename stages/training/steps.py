@@ -1,0 +1,213 @@
+"""What a stage has to do next: the steps that have come to it, and how far it is with the first of them. Pure.
+
+* Steps are done one after the other, in the order in which their first micro-batch came, and never mixed.
+* Within a step the order of operations is that of its schedule, whatever the order in which messages come: gradients
+  add up in one order only.
+* A step that is trained ends with its commit, one that is evaluated with its last forward. One that failed stays
+  until the term ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from brokers.messages import Gradient, Step, Task
+from brokers.tensors import Tensor
+from brokers.training import LABELS, MICRO_LIMIT, MicroBatch
+from stages.training.errors import BadStep, StaleTerm, UnknownForward
+from stages.training.schedule import Name, Op, operations
+
+# Steps that wait for their turn: each source has one, or two.
+STEPS_LIMIT = 128
+STEPS_LIMIT_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Do the forward of a micro-batch."""
+
+    micro: MicroBatch
+    task: Task
+    labels: Tensor | None = None  # where they came by themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Do its backward; `gradient` is None at the last stage, which has the loss."""
+
+    micro: MicroBatch
+    request: bytes
+    gradient: Gradient | None
+    task: Task  # its content has been let go of
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Make the step a version."""
+
+    number: int
+    word: Step
+
+
+Work = Forward | Backward | Commit
+
+
+@dataclass(slots=True, eq=False)
+class _InHand:
+    """One step."""
+
+    first: MicroBatch
+    source: str
+    reply: str
+    ops: tuple[Op, ...]
+    done: int = 0
+    failed: bool = False
+    commit: Step | None = None
+    waiting: dict[int, tuple[MicroBatch, Task]] = field(default_factory=dict)
+    begun: dict[int, tuple[MicroBatch, Task]] = field(default_factory=dict)
+    gradients: dict[int, Gradient] = field(default_factory=dict)
+
+
+class Steps:
+    """The steps of one stage, `stage` (from 0) of `stages`. `awaits_labels`: they come by themselves."""
+
+    def __init__(self, schedule: Name, stage: int, stages: int, *, awaits_labels: bool = False) -> None:
+        self.term = 0
+        self.twins = 0
+        self._schedule, self._stage, self._stages = schedule, stage, stages
+        self._is_last = stage == stages - 1
+        self._awaits_labels = awaits_labels
+        self._steps: dict[str, _InHand] = {}
+        self._labels: dict[bytes, Tensor] = {}
+
+    def __len__(self) -> int:
+        """Micro-batches that wait."""
+        return sum(len(step.waiting) for step in self._steps.values())
+
+    def begin_term(self, term: int) -> None:
+        """Whatever was in hand has been given up."""
+        self.term = term
+        self._steps.clear()
+        self._labels.clear()
+
+    @property
+    def source(self) -> str:
+        """Whose step is in hand; empty when there is none."""
+        return next((step.source for step in self._steps.values()), "")
+
+    @property
+    def sources(self) -> set[str]:
+        """Whose steps are in hand, or wait."""
+        return {step.source for step in self._steps.values()}
+
+    # In ---------------------------------------------------------------------------------------------------------
+
+    def take_task(self, task: Task, micro: MicroBatch) -> str | None:
+        """A micro-batch came; if there is no room, why. Raises `StaleTerm` or `BadStep`."""
+        if micro.term != self.term:
+            raise StaleTerm(self.term, micro.term)
+        tensors = getattr(task.content, "tensors", {})
+        if self._awaits_labels and set(tensors) == {LABELS}:
+            if len(self._labels) >= STEPS_LIMIT * MICRO_LIMIT:
+                return f"labels of {len(self._labels)} micro-batches wait already"
+            self._labels[task.request] = tensors[LABELS]
+            return None
+        step = self._steps.get(micro.step)
+        if step is None:
+            if len(self._steps) >= STEPS_LIMIT or self._nbytes + task.content.nbytes > STEPS_LIMIT_BYTES:
+                return f"{len(self._steps)} steps wait already"
+            ops = operations(self._schedule, self._stage, self._stages, micro.count, micro.mode)
+            step = self._steps[micro.step] = _InHand(micro, task.source, task.reply.topic, ops)
+        _check_alike(step.first, micro)
+        if micro.index in step.waiting or micro.index in step.begun:
+            self.twins += 1
+        else:
+            step.waiting[micro.index] = micro, task
+        return None
+
+    def take_gradient(self, gradient: Gradient) -> None:
+        """A gradient came. Raises `UnknownForward` where no forward of the step in hand waits for it."""
+        for step in self._steps.values():
+            for index, (_, task) in step.begun.items():
+                if task.request == gradient.request and not self._is_last:
+                    if index in step.gradients or ("backward", index) in step.ops[: step.done]:
+                        break
+                    step.gradients[index] = gradient
+                    return
+        raise UnknownForward(gradient.request.hex())
+
+    def take_commit(self, word: Step) -> None:
+        """The source wants its step to become a version. Raises `StaleTerm` or `BadStep`."""
+        if word.term != self.term:
+            raise StaleTerm(self.term, word.term)
+        step = self._steps.get(word.request.hex())
+        if step is None or step.failed or step.done < len(step.ops):
+            raise BadStep(f"step {word.request.hex()} cannot be committed: it is not prepared here")
+        step.commit = word
+
+    # What to do -------------------------------------------------------------------------------------------------
+
+    def next(self) -> Work | None:
+        """What can be done now; None while a message is missing for it."""
+        if not self._steps:
+            return None
+        step = next(iter(self._steps.values()))
+        if step.failed:
+            return None
+        if step.done == len(step.ops):
+            return Commit(step.first.number, step.commit) if step.commit else None
+        kind, index = step.ops[step.done]
+        return self._forward(step, index) if kind == "forward" else self._backward(step, index)
+
+    def _forward(self, step: _InHand, index: int) -> Forward | None:
+        if index not in step.waiting:
+            return None
+        micro, task = step.waiting[index]
+        if not self._awaits_labels:
+            return Forward(micro, task)
+        labels = self._labels.get(task.request)
+        return None if labels is None else Forward(micro, task, labels)
+
+    def _backward(self, step: _InHand, index: int) -> Backward | None:
+        micro, task = step.begun[index]
+        if self._is_last:
+            return Backward(micro, task.request, None, task)
+        gradient = step.gradients.get(index)
+        return None if gradient is None else Backward(micro, task.request, gradient, task)
+
+    def done(self, work: Work) -> bool:
+        """It has been done; whether the step is prepared by that, and waits for its commit."""
+        step = next(iter(self._steps.values()))
+        match work:
+            case Forward():
+                index = work.micro.index
+                micro, task = step.waiting.pop(index)
+                step.begun[index] = micro, task
+                self._labels.pop(task.request, None)
+            case Backward():
+                step.gradients.pop(work.micro.index, None)
+            case Commit():
+                del self._steps[step.first.step]
+                return False
+        step.done += 1
+        if step.done < len(step.ops):
+            return False
+        if step.first.mode == "evaluate":
+            del self._steps[step.first.step]
+            return False
+        return True
+
+    def fail(self) -> None:
+        """The step in hand cannot be done: nothing more is, until the term ends."""
+        next(iter(self._steps.values())).failed = True
+
+    @property
+    def _nbytes(self) -> int:
+        return sum(task.content.nbytes for step in self._steps.values() for _, task in step.waiting.values())
+
+
+def _check_alike(first: MicroBatch, other: MicroBatch) -> None:
+    for name in ("count", "rows", "number", "mode"):
+        expected, actual = getattr(first, name), getattr(other, name)
+        if expected != actual:
+            raise BadStep(f"micro-batch {other.index} says {name} {actual}, the first one of its step {expected}")
