@@ -226,7 +226,7 @@ class Gradient:
         check_topic(self.sender)
 
 
-Verb = Literal["prepared", "commit", "committed", "abandon", "restore", "restored", "collect"]
+Verb = Literal["prepared", "commit", "committed", "abandon", "halt", "halted", "restore", "restored", "collect"]
 VERBS: tuple[Verb, ...] = get_args(Verb)
 # No clock and no count reaches further than JSON's whole numbers do.
 TERM_LIMIT = 1 << 53

@@ -55,7 +55,7 @@ class ModelExecutor(TaskExecutor):
     def start(self, node: Node) -> None:
         torch.set_num_threads(self._threads)
         table = self._pipeline.pipeline
-        weights = _weights(table.weights, self._pipeline.folder)
+        weights = find_weights_of(table.weights, self._pipeline.folder)
         # Whether rows may be batched is found by a run on meta tensors, which imports a second's worth of torch: only
         # where the answer matters.
         spec = self._spec if self._stage.max_batch > 1 else replace(self._spec, input_shape=None)
@@ -133,7 +133,7 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _weights(name: str | None, folder: Path) -> Path | None:
+def find_weights_of(name: str | None, folder: Path) -> Path | None:
     """The weights file: a path beside the pipeline file, else a registered name."""
     if name is None:
         return None

@@ -14,6 +14,8 @@ from brokers.errors import BadFile
 from stages.errors import PickledWeights, WeightsDoNotFit
 from stages.models.registry import ModelSpec
 from stages.partition import Part, partition
+from stages.tracing import trace
+from stages.training.errors import SharedWeights
 
 PICKLED = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
 BATCH_COUNT = ".num_batches_tracked"  # torch's own count in batch norms: no result depends on it, older files lack it
@@ -67,6 +69,49 @@ def load_part(
     part.load_state_dict(state, assign=True)
     assert not _on_meta(part), "a part would be left without some of its numbers"
     return part.to(device)
+
+
+def load_trainable(
+    spec: ModelSpec,
+    cuts: Sequence[int],
+    index: int,
+    weights: Path | None,
+    seed: int,
+    device: str | torch.device,
+) -> tuple[Part, Part | None]:
+    """Part `index` of the network as it is trained, and as it is evaluated: two graphs over the same modules.
+
+    None for the second where the network in evaluation has no such cut. The network is built as it would be in one
+    piece, so that its weights are those that the uncut network begins with. Raises what `load_part` raises, and
+    `SharedWeights`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = spec.build()
+    if weights is not None:
+        _check_kind(weights)
+        contents = _safetensors(weights) if weights.suffix != ".weights" else _darknet(model, weights)
+        _check_fit(weights, model.state_dict(), contents.shapes)
+        model.load_state_dict(contents.read(list(contents.shapes)), strict=False)
+    trained = trace(model.train())
+    parts = partition(trained, cuts)
+    _check_shared(parts)
+    evaluated = trace(model.eval())
+    ends = [trained.layers[cut - 1] for cut in cuts]
+    same = set(ends) <= set(evaluated.layers)
+    evaluation = (
+        partition(evaluated, [evaluated.layers.index(name) + 1 for name in ends])[index].to(device) if same else None
+    )
+    return parts[index].to(device).train(), evaluation
+
+
+def _check_shared(parts: Sequence[Part]) -> None:
+    owners: dict[int, int] = {}
+    for index, part in enumerate(parts):
+        for name, parameter in part.named_parameters():
+            first = owners.setdefault(id(parameter), index)
+            if first != index:
+                raise SharedWeights(name, first, index)
 
 
 def _skeleton(spec: ModelSpec) -> nn.Module:

@@ -107,9 +107,12 @@ def partition(
     return tuple(_build(traced, segments, index, rows) for index in range(len(segments)))
 
 
-def fingerprint(part: Part) -> str:
-    """A short digest of a part's state (names, dtypes, shapes, bytes) and its graph: equal parts, equal digests."""
-    digest = hashlib.sha256()
+def fingerprint(part: Part, extra: str = "") -> str:
+    """A short digest of a part's state (names, dtypes, shapes, bytes) and its graph: equal parts, equal digests.
+
+    `extra` is what else two workers of a stage must agree on.
+    """
+    digest = hashlib.sha256(extra.encode())
     for node in part.graph.nodes:
         digest.update(f"{node.op} {node.name} {node.args}\n".encode())
     for name, tensor in sorted(part.state_dict().items()):

@@ -48,7 +48,7 @@ class UnknownForward(WireError):
     request: str
 
     def __str__(self) -> str:
-        return f"no forward of request {self.request} is kept here: its gradient is late, a twin, or not for this worker"
+        return f"no forward of request {self.request} is kept: the gradient is late, a twin, or not for this worker"
 
 
 @dataclass(eq=False)
