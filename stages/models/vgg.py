@@ -12,6 +12,7 @@ from torchvision.models.vgg import cfgs, make_layers
 SIDE_PX = 32
 CLASSES = 10
 FEATURES = 512
+MEAN = STD = (0.5, 0.5, 0.5)  # of red, green and blue, in 0..1: what comes out is in -1..1
 LAYERS = {"vgg11-small": "A", "vgg13-small": "B", "vgg16-small": "D", "vgg19-small": "E"}  # columns of table 1
 
 
