@@ -78,4 +78,5 @@ class Batches:
 def micro(inputs: Inputs, labels: Labels, count: int) -> list[tuple[Inputs, Labels]]:
     """A batch in `count` pieces in order, views of nearly equal size; where it has fewer rows, in a piece for each."""
     pieces = min(count, len(labels))
-    return list(zip(numpy.array_split(inputs, pieces), numpy.array_split(labels, pieces), strict=True))
+    rows: list[Any] = numpy.array_split(inputs, pieces)  # numpy's types forget the dtype
+    return list(zip(rows, numpy.array_split(labels, pieces), strict=True))
