@@ -1,4 +1,5 @@
-# Everything a fresh clone needs: `make demo` shows Sparse at work, `make test` proves it. `make` alone lists the rest.
+# Everything a fresh clone needs: `make demo` shows Sparse at work, `make demo-train` trains a network, `make test` proves
+# it. `make` alone lists the rest.
 #
 # Variables:
 #   PYTHON       the interpreter for .venv, 3.11 or later; left out: the first that fits of those below
@@ -20,16 +21,19 @@ PROJECT := $(INSTALL) --no-build-isolation --editable
 BENCHMARKS := $(filter-out __init__ conftest,$(basename $(notdir $(wildcard tests/bench/*.py))))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check bench lock clean
+.PHONY: help demo demo-train test soak check bench lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 # No shell stands between make and `sparse`: a Ctrl-C or a SIGTERM reaches it directly, and make waits for its end.
 demo: export SPARSE_CACHE := $(SPARSE_CACHE)
 demo: .venv/.stamp-run ## a live detector, cut in three, on a street video; pictures and JSON under runs/
 	@$(BIN)/sparse run examples/street.toml --broker embedded
+
+demo-train: .venv/.stamp-train ## train VGG-11, cut in three, on handwritten digits; a plot and the weights under runs/
+	@$(BIN)/sparse run examples/digits.toml --broker embedded
 
 test: .venv/.stamp-dev ## all tests
 	@$(BIN)/python -m pytest
@@ -77,6 +81,11 @@ clean: ## remove .venv, dist and all caches of tools; runs/ and downloads stay
 	@echo "Installing what Sparse runs on into .venv. The first time this takes a few minutes: PyTorch is several GB."
 	@$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) torch torchvision)
 	@$(PROJECT) .
+	@touch $@
+
+.venv/.stamp-train: .venv/.stamp-run
+	@echo "Installing what training is shown with (scikit-learn, matplotlib) into .venv."
+	@$(PROJECT) '.[train]'
 	@touch $@
 
 .venv/.stamp-dev: .venv/.stamp-run

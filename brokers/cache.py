@@ -150,7 +150,7 @@ def cached(name: str, sha256: str, origins: Sequence[Origin], cache: Path | None
         if _is_right(kept, sha256):  # asked without the lock first: the cache of a container may be read-only
             return kept
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f".{name}.lock"):
+        with locked(folder / f".{name}.lock"):
             return kept if _is_right(kept, sha256) else _fetch(kept, sha256, origins)
     except OSError as error:
         raise Unfetched(name, ((str(folder), str(error)),), str(kept)) from error
@@ -195,7 +195,7 @@ def _fetch(kept: Path, sha256: str, origins: Sequence[Origin]) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock file; the operating system frees it when its holder dies, however it dies."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -37,6 +37,7 @@ class PipelineTable(Table):
     model_settings: dict[str, Any] = Field(default_factory=dict, description="arguments of what builds the model")
     weights: str | None = None
     cuts: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), strict=False)
+    labels: tuple[str, ...] = Field(default=(), strict=False, description="names of the classes of a classifier")
     seed: int = 0
     threshold: float = Field(default=0.5, ge=0, le=1, description="of a detection's score")
     lease_s: float = Field(
@@ -70,7 +71,9 @@ class SiteTable(Table):
 class SourceTable(Table):
     """`[source]`: what feeds the pipeline, and how eagerly."""
 
-    kind: str = Field(default="ingress", description="video, images, camera, ingress, or package.module:Class")
+    kind: str = Field(
+        default="ingress", description="video, images, camera, digits, cifar10, ingress, or package.module:Class"
+    )
     name: Annotated[str, _name_of("source")] = "source"
     site: Annotated[str, _name_of("site")] = LOCAL
     path: str | None = None

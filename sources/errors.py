@@ -116,3 +116,110 @@ class BadSetting(UsageError):
 
     def __str__(self) -> str:
         return f"source setting {self.setting!r} is {self.value!r}, expected {self.expected}"
+
+
+# Data sets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class CountsDiffer(UsageError):
+    """Examples of which some have no label, or labels of nothing."""
+
+    key = "source.kind"
+
+    inputs: int
+    labels: int
+
+    def __str__(self) -> str:
+        return f"a data set with {self.inputs} inputs has {self.labels} labels, expected one for each input"
+
+
+@dataclass(eq=False)
+class NoExamples(UsageError):
+    """A data set of which one part is empty."""
+
+    key = "source.kind"
+
+    def __str__(self) -> str:
+        return "a data set has no examples, expected at least one for training and one for testing"
+
+
+@dataclass(eq=False)
+class BadArray(UsageError):
+    """An array of a data set with a dtype or a shape that it cannot have."""
+
+    key = "source.kind"
+
+    what: str
+    expected: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.what} of a data set are {self.dtype} {list(self.shape)}, expected {self.expected}"
+
+
+@dataclass(eq=False)
+class LabelOutOfRange(UsageError):
+    """A label for which the data set has no class."""
+
+    key = "source.kind"
+
+    dataset: str
+    part: str
+    index: int
+    label: int
+    classes: int
+
+    def __str__(self) -> str:
+        return (
+            f"data set {self.dataset!r}: label {self.index} of its {self.part}() is {self.label}, "
+            f"expected 0 to {self.classes - 1} for {self.classes} classes"
+        )
+
+
+@dataclass(eq=False)
+class NotInstalled(UsageError):
+    """A package that a kind of source needs, and that comes with one of our extras."""
+
+    key = "source.kind"
+
+    kind: str
+    package: str
+    extra: str
+
+    def __str__(self) -> str:
+        return (
+            f"source kind {self.kind!r} needs {self.package}, which is not installed: "
+            f"install Sparse with its extra {self.extra!r}, pip install '.[{self.extra}]'"
+        )
+
+
+@dataclass(eq=False)
+class NotDownloaded(UsageError):
+    """A data set that is neither in its folder nor to be had from where it is public."""
+
+    key = "source.kind"
+
+    dataset: str
+    folder: str
+    origin: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dataset} is not in {self.folder}, and {self.origin} did not give it: {self.reason}; "
+            'kind = "digits" needs no download'
+        )
+
+
+@dataclass(eq=False)
+class CannotAugment(UsageError):
+    """Inputs that are no pictures, and cannot be shifted or mirrored."""
+
+    key = "training.augment"
+
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"only pictures (C, H, W) can be augmented, the inputs of this data set are {list(self.shape)}"

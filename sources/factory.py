@@ -1,4 +1,4 @@
-"""From the settings of a pipeline file to a source."""
+"""From the settings of a pipeline file to a source, or to a data set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from brokers.errors import UsageError
 from brokers.own_code import CannotLoad, load_named, told
 from brokers.tables import SourceTable
 from sources.assets import find_video
+from sources.checked import CheckedDataset
+from sources.dataset import Dataset
 from sources.errors import BadSetting, BadSourceClass, UnknownSource
 from sources.source import Source
 
-KINDS = ("video", "images", "camera", "ingress")  # the last is the gateway's: it makes no source
+DATASETS = ("digits", "cifar10")
+KINDS = ("video", "images", "camera", *DATASETS, "ingress")  # the last is the gateway's: it makes no source
 
 
 def make_source(table: SourceTable, base: Path) -> Source:
@@ -28,43 +31,82 @@ def make_source(table: SourceTable, base: Path) -> Source:
 
         device = 0 if table.device is None else table.device
         return Camera(device, name=name, limit=table.limit, encoding=table.encoding, quality=table.quality)
+    if kind in DATASETS:
+        from sources.held_out import HeldOut
+
+        return HeldOut(make_dataset(table, base), name=name, limit=table.limit, loop=table.loop)
     if kind in ("video", "images") and not table.path:
         what = "file" if kind == "video" else "folder"
         raise BadSetting("path", table.path, f"the {what} to read for kind {kind!r}")
     if kind == "video":
-        from sources.video import VideoFile
-
-        return VideoFile(
-            find_video(str(table.path), base),
-            name=name,
-            loop=table.loop,
-            pace=table.pace,
-            limit=table.limit,
-            encoding=table.encoding,
-            quality=table.quality,
-        )
+        return _video(table, base)
     if kind == "images":
         from sources.images import PictureFolder
 
         folder = base / Path(str(table.path)).expanduser()
         return PictureFolder(folder, table.pattern, name=name, limit=table.limit, loop=table.loop)
     if ":" in kind:
-        return _own_source(kind, base, name, table.settings)
+        source: Source = _own(kind, base, (name,), table.settings, ("samples", "close", "name"), Source)
+        return source
     raise UnknownSource(kind, KINDS)
 
 
-def _own_source(target: str, base: Path, name: str, options: Mapping[str, Any]) -> Source:
+def make_dataset(table: SourceTable, base: Path) -> Dataset:
+    """Return the data set that `[source]` of a pipeline file describes; relative paths are below `base`, its folder.
+
+    A kind `"package.module:Class"` gives `Class(**settings)`. `limit` is how many examples there are to train on. What
+    the data set gives is checked as it comes. Raises a `UsageError` that names what is wrong.
+    """
+    kind = table.kind
+    if kind == "digits":
+        from sources.digits import Digits
+
+        return CheckedDataset(Digits(), kind, base, table.limit)
+    if kind == "cifar10":
+        from sources.cifar import Cifar10
+
+        root = None if table.path is None else base / Path(table.path).expanduser()
+        return CheckedDataset(Cifar10(root), kind, base, table.limit)
+    if ":" in kind:
+        dataset = _own(kind, base, (), table.settings, ("name", "classes", "mirrors", "train", "test"), Dataset)
+        return CheckedDataset(dataset, kind, base, table.limit)
+    raise UnknownSource(kind, DATASETS)
+
+
+def _video(table: SourceTable, base: Path) -> Source:
+    from sources.video import VideoFile
+
+    return VideoFile(
+        find_video(str(table.path), base),
+        name=table.name,
+        loop=table.loop,
+        pace=table.pace,
+        limit=table.limit,
+        encoding=table.encoding,
+        quality=table.quality,
+    )
+
+
+def _own(
+    target: str,
+    base: Path,
+    arguments: tuple[str, ...],
+    options: Mapping[str, Any],
+    attributes: tuple[str, ...],
+    looks_like: type,
+) -> Any:
+    """What a class of the user's own makes, which must have the attributes of the protocol."""
     try:
         make = load_named(target, base)
     except CannotLoad as error:
         raise BadSourceClass(target, error.problem) from error
     try:
-        source = make(name, **options)
+        made = make(*arguments, **options)
     except UsageError:
         raise
     except Exception as error:  # whatever a user's own code raises, its author needs to see: which class, and what
         raise BadSourceClass(target, told(error, base)) from error
-    for attribute in ("samples", "close", "name"):
-        if not hasattr(source, attribute):
-            raise BadSourceClass(target, f"has no {attribute!r}: see sources.source.Source")
-    return source  # type: ignore[no-any-return]  # checked just above, by hand
+    for attribute in attributes:
+        if not hasattr(made, attribute):
+            raise BadSourceClass(target, f"has no {attribute!r}: see {looks_like.__module__}.{looks_like.__name__}")
+    return made

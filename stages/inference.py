@@ -46,7 +46,12 @@ class ModelExecutor(TaskExecutor):
         self._threads = threads
         table = pipeline.pipeline
         self._spec = model_spec(
-            table.model or "", threshold=table.threshold, nms=table.nms, folder=str(pipeline.folder)
+            table.model or "",
+            settings=table.model_settings,
+            labels=table.labels,
+            threshold=table.threshold,
+            nms=table.nms,
+            folder=str(pipeline.folder),
         )
         self._is_last = pipeline.part_index(stage) == len(pipeline.pipeline.cuts)
         self._wire_dtype: torch.dtype = getattr(torch, stage.wire)

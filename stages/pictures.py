@@ -7,7 +7,7 @@ first frame; transparency is dropped; 16 bits are cut to the upper 8; CMYK is co
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -116,9 +116,30 @@ def classify_input(
     size = tuple(int(resize * side / short) for side in image.size)  # torchvision rounds down as well
     left, top = (round((side - crop) / 2) for side in size)
     image = image.resize((size[0], size[1]), RESAMPLING[interpolation]).crop((left, top, left + crop, top + crop))
-    unit = np.asarray(image).astype(np.float32) / WHITE  # (crop, crop, 3)
-    x = (unit - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)[np.newaxis]))
+    return normalise(_as_batch(image), mean, std)
+
+
+def stretched(picture: Picture, width: int, height: int, normalise: Callable[[Tensor], Tensor]) -> Tensor:
+    """The whole picture, (1, 3, height, width), float32, resized without its proportions, then normalised.
+
+    Bilinear and antialiased, as Pillow does it; a picture that has the size already keeps its pixels.
+    """
+    return normalise(_as_batch(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)))
+
+
+def normalise(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (B, 3, H, W) to float32 (B, 3, H, W): each channel scaled to 0..1, then (x - mean) / std.
+
+    A function of each pixel by itself: alone or in a batch, it becomes the same number.
+    """
+    by_channel = (-1, 1, 1)
+    means, stds = (torch.tensor(values, dtype=torch.float32, device=pictures.device) for values in (mean, std))
+    return pictures.float().div_(255).sub_(means.view(by_channel)).div_(stds.view(by_channel))
+
+
+def _as_batch(image: Image.Image) -> Tensor:
+    """The pixels of an RGB image as uint8 (1, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)[np.newaxis]))
 
 
 def _upright_rgb(image: Image.Image) -> Picture:

@@ -1,8 +1,9 @@
 """Networks by name, and what there is to know of each: how to build it, what it eats, what its outputs mean.
 
     yolov3, yolov3-tiny            our own; pictures in, detections out
-    torchvision:NAME               a classifier of torchvision.models; pictures in, the five likeliest classes out
-    package.module:factory         a user's: called with nothing, gives a module or a list of modules
+    vgg11-small, ... vgg19-small   VGG for 32x32; pictures in, the five likeliest classes out
+    torchvision:NAME               a classifier of torchvision.models; the same
+    package.module:factory         a user's: called with the settings, gives a module or a list of modules
 
 A factory may have an attribute `input_shape`, one request's shape: it lets stages put requests into one batch.
 """
@@ -10,17 +11,20 @@ A factory may have an attribute `input_shape`, one request's shape: it lets stag
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from brokers.own_code import CannotLoad, load_named
+from brokers.own_code import CannotLoad, load_named, told
 from stages.errors import BadModel, UnknownModel
+from stages.models.errors import BadModelSettings, LabelsDoNotFit
 from stages.pictures import Picture
 
 YOLO_SIDE = 416  # pixels: what yolov3-tiny.cfg asks for, and the smallest of the three sizes in the paper's tables
@@ -28,6 +32,8 @@ TORCHVISION = "torchvision:"
 TOP = 5
 DETECTIONS = "detections"
 CLASSES = "classes"
+YOLO = ("yolov3", "yolov3-tiny")
+SMALL_VGGS = ("vgg11-small", "vgg13-small", "vgg16-small", "vgg19-small")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +46,13 @@ class Finished:
 
 Size = tuple[int, int]  # (width, height) in pixels
 Prepare = Callable[[Picture], Tensor]  # uint8 (H, W, 3) -> (1, 3, H_in, W_in)
+Normalise = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> float32 (B, 3, H, W), the numbers `prepare` gives
 Finish = Callable[[Mapping[str, Tensor], Size], Finished]  # named outputs of one picture, and the picture's size
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A network by name. Those that take pictures have `prepare` and `finish`."""
+    """A network by name. Those that take pictures have `prepare` and `finish`; classifiers have `normalise` too."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -53,6 +60,7 @@ class ModelSpec:
     input_shape: tuple[int, ...] | None = None  # of one request, (1, C, H, W) for pictures; None: not known
     prepare: Prepare | None = None
     finish: Finish | None = None
+    normalise: Normalise | None = None
 
     @property
     def input_size(self) -> tuple[int, int] | None:
@@ -62,25 +70,40 @@ class ModelSpec:
         return self.input_shape[2], self.input_shape[3]
 
 
-def model_spec(name: str, *, threshold: float = 0.5, nms: float = 0.45, folder: str | None = None) -> ModelSpec:
-    """The network of that name. `threshold` and `nms` are for detectors; `folder`, by default the current one, is
-    searched for a user's module beside the installed packages.
+def model_spec(
+    name: str,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    labels: Sequence[str] = (),
+    threshold: float = 0.5,
+    nms: float = 0.45,
+    folder: str | None = None,
+) -> ModelSpec:
+    """The network of that name. `settings` are arguments of what builds it; `labels` the names of a classifier's
+    classes; `threshold` and `nms` are for detectors; `folder`, by default the current one, is searched for a user's
+    module beside the installed packages.
 
-    Raises `UnknownModel` with the nearest known names, `BadModel` for a factory that cannot be had.
+    Raises `UnknownModel` with the nearest known names, `BadModel` for a factory that cannot be had, `BadModelSettings`
+    (here, or as the network is built), `LabelsDoNotFit`.
     """
-    if name in ("yolov3", "yolov3-tiny"):
-        return _yolo(name, threshold, nms)
+    given = dict(settings or {})
+    if name in SMALL_VGGS:
+        return _small_vgg(name, given, labels)
     if name.startswith(TORCHVISION):
-        return _torchvision(name)
-    if ":" in name:
-        return _factory(name, folder or os.getcwd())
-    raise _unknown(name)
+        return _torchvision(name, given, labels)
+    if name not in YOLO and ":" not in name:
+        raise _unknown(name)
+    if labels:
+        raise LabelsDoNotFit(name, None, len(labels))
+    return _yolo(name, given, threshold, nms) if name in YOLO else _factory(name, given, folder or os.getcwd())
 
 
-def _yolo(name: str, threshold: float, nms: float) -> ModelSpec:
+def _yolo(name: str, settings: Mapping[str, Any], threshold: float, nms: float) -> ModelSpec:
     from stages.models.yolov3 import yolov3, yolov3_tiny
     from stages.pictures import letterbox
 
+    if settings:
+        raise BadModelSettings(name, f"it takes none, got {', '.join(settings)}")
     return ModelSpec(
         name,
         build=yolov3 if name == "yolov3" else yolov3_tiny,
@@ -103,14 +126,34 @@ def _detections(outputs: Mapping[str, Tensor], picture_size: Size, *, threshold:
     return Finished(tensors, {"format": DETECTIONS, "labels": json.dumps(found.labels)})
 
 
-def _torchvision(name: str) -> ModelSpec:
+def _small_vgg(name: str, settings: Mapping[str, Any], labels: Sequence[str]) -> ModelSpec:
+    from stages.models.vgg import CLASSES as USUAL
+    from stages.models.vgg import MEAN, SIDE_PX, STD, small_vgg
+    from stages.pictures import normalise, stretched
+
+    _check_call(name, partial(small_vgg, name), settings)
+    names = _labels(name, settings, labels, tuple(map(str, range(USUAL))))
+    scale = partial(normalise, mean=MEAN, std=STD)
+    return ModelSpec(
+        name,
+        build=_building(partial(small_vgg, name), name, settings),
+        input_shape=(1, 3, SIDE_PX, SIDE_PX),
+        prepare=partial(stretched, width=SIDE_PX, height=SIDE_PX, normalise=scale),
+        finish=partial(_classes, model=name, labels=names),
+        normalise=scale,
+    )
+
+
+def _torchvision(name: str, settings: Mapping[str, Any], labels: Sequence[str]) -> ModelSpec:
     from torchvision import models
 
-    from stages.pictures import classify_input
+    from stages.pictures import classify_input, normalise
 
     short = name.removeprefix(TORCHVISION)
     if short not in _classifiers():
         raise _unknown(name)
+    if "weights" in settings:
+        raise BadModelSettings(name, "'weights' is a key of [pipeline] itself")
     trained = models.get_model_weights(short).DEFAULT
     preset = trained.transforms()
     (resize,), (crop,) = preset.resize_size, preset.crop_size
@@ -124,35 +167,79 @@ def _torchvision(name: str) -> ModelSpec:
     )
     # These two were trained with another normalisation, and undo the usual one themselves when they are told to.
     extra = {"transform_input": True, "init_weights": True} if short in ("googlenet", "inception_v3") else {}
+    names = _labels(name, settings, labels, tuple(trained.meta["categories"]))
     return ModelSpec(
         name,
-        build=partial(models.get_model, short, weights=None, **extra),
+        build=_building(partial(models.get_model, short, weights=None, **extra), name, settings),
         input_shape=(1, 3, crop, crop),
         prepare=prepare,
-        finish=partial(_classes, labels=tuple(trained.meta["categories"])),
+        finish=partial(_classes, model=name, labels=names),
+        normalise=partial(normalise, mean=preset.mean, std=preset.std),
     )
 
 
-def _classes(outputs: Mapping[str, Tensor], picture_size: Size, *, labels: tuple[str, ...]) -> Finished:
+def _labels(name: str, settings: Mapping[str, Any], labels: Sequence[str], usual: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of a classifier's classes: those given, else its own, else their numbers."""
+    count = settings.get("num_classes", len(usual))
+    if type(count) is not int or count < 1:
+        raise BadModelSettings(name, f"'num_classes' is {count!r}, expected a whole number above 0")
+    if labels and len(labels) != count:
+        raise LabelsDoNotFit(name, count, len(labels))
+    if labels:
+        return tuple(labels)
+    return usual if count == len(usual) else tuple(map(str, range(count)))
+
+
+def _check_call(name: str, builder: Callable[..., object], settings: Mapping[str, Any]) -> None:
+    """Whether a builder can be called with the settings, as far as its signature says."""
+    try:
+        inspect.signature(builder).bind(**settings)
+    except TypeError as error:
+        raise BadModelSettings(name, str(error)) from None
+    except ValueError:  # some of what is written in C has no signature
+        pass
+
+
+def _building(
+    builder: Callable[..., object], name: str, settings: Mapping[str, Any], folder: str = ""
+) -> Callable[[], nn.Module]:
+    """What builds the network, and says of an argument that does not fit that it is one of the settings."""
+
+    def build() -> nn.Module:
+        try:
+            made = builder(**settings)
+        except (TypeError, ValueError) as error:
+            if not settings:
+                raise
+            raise BadModelSettings(name, told(error, folder)) from error
+        return _one_module(made, name)
+
+    return build
+
+
+def _classes(outputs: Mapping[str, Tensor], picture_size: Size, *, model: str, labels: tuple[str, ...]) -> Finished:
     chances = outputs["output"][0].float().softmax(dim=0).cpu()  # (K,)
+    if len(chances) != len(labels):
+        raise LabelsDoNotFit(model, len(chances), len(labels))
     scores, classes = chances.topk(min(TOP, len(labels)))
     likeliest = [labels[index] for index in classes.tolist()]
     return Finished({"scores": scores, "classes": classes}, {"format": CLASSES, "labels": json.dumps(likeliest)})
 
 
-def _factory(address: str, folder: str) -> ModelSpec:
+def _factory(address: str, settings: Mapping[str, Any], folder: str) -> ModelSpec:
     try:
         factory = load_named(address, folder)
     except CannotLoad as error:
         raise BadModel(address, error.problem) from error
     if not callable(factory):
         raise BadModel(address, f"expected a function that builds a module, found {type(factory).__name__}")
+    _check_call(address, factory, settings)
     shape = getattr(factory, "input_shape", None)
-    return ModelSpec(address, partial(_made_by, factory, address), input_shape=None if shape is None else tuple(shape))
+    build = _building(factory, address, settings, folder)
+    return ModelSpec(address, build, input_shape=None if shape is None else tuple(shape))
 
 
-def _made_by(factory: Callable[[], object], address: str) -> nn.Module:
-    made = factory()
+def _one_module(made: object, address: str) -> nn.Module:
     if isinstance(made, nn.Module):
         return made
     if isinstance(made, list | tuple) and made and all(isinstance(child, nn.Module) for child in made):
@@ -168,7 +255,7 @@ def _classifiers() -> list[str]:
 
 
 def _unknown(name: str) -> UnknownModel:
-    own = ["yolov3", "yolov3-tiny"]
+    own = [*YOLO, *SMALL_VGGS]
     theirs = {TORCHVISION + short: short for short in _classifiers()}
     if TORCHVISION + name in theirs:
         near = [TORCHVISION + name]

@@ -169,7 +169,7 @@ def test_the_metadata_keys_are_those_of_the_code() -> None:
     table = tables("safetensors")[1]
     assert column(table) == [brokers.hops.HOPS, inference.PICTURE, "format", "labels"]
     assert names(table[2][2]) == [registry.DETECTIONS, registry.CLASSES]
-    finished = registry._classes({"output": torch.zeros(1, 2)}, (1, 1), labels=("cat", "dog"))
+    finished = registry._classes({"output": torch.zeros(1, 2)}, (1, 1), model="", labels=("cat", "dog"))
     assert column(table)[2:] == list(finished.metadata)
 
 
