@@ -65,6 +65,7 @@ class Course:
     evaluations: deque[Evaluation] = field(default_factory=lambda: deque(maxlen=_EVALUATIONS))
     best: Evaluation | None = None
     rolled_back: int = 0
+    again: int = 0  # steps that had to be done once more
     failed: Failed | None = None
     trend: Trend = field(default_factory=Trend)
     _recent: deque[tuple[float, Step]] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
@@ -85,6 +86,7 @@ class Course:
             case RolledBack():
                 self.done = event.step
                 self.rolled_back += 1
+                self.again += max(0, event.from_step - event.step)
                 self._forget_evaluations(event.step)
             case Failed():
                 self.failed = event

@@ -82,7 +82,7 @@ class TrainingView(LiveView):
         return sparkline(course.trend.values(width), levels), "cyan"
 
     def _woes(self, course: Course | None, now_s: float) -> list[Text]:
-        """What keeps training from going on, and how often it went back; no line while all goes well."""
+        """What keeps training from going on, and what recoveries cost; no line while all goes well."""
         if course is None:
             return []
         if course.failed is not None:
@@ -91,7 +91,7 @@ class TrainingView(LiveView):
         if self.status == "running" and (stalled_s := course.stalled_s(now_s)):
             found.append(Text(f"no step for {stalled_s:.0f} s", style="yellow"))
         if course.rolled_back:
-            found.append(Text(f"went back {course.rolled_back} x", style="yellow"))
+            found.append(Text(f"recoveries {course.rolled_back}, steps again {course.again}", style="yellow"))
         return [one_line(found)] if found else []
 
     def _foot(self) -> Sequence[RenderableType]:
@@ -121,7 +121,7 @@ def _progress(course: Course, now_s: float) -> list[RenderableType]:
     share = min(1.0, course.done / latest.steps) if latest.steps else 1.0
     return [
         ProgressBar(total=1.0, completed=share),
-        Text(f"{share:.0%}", style="bold"),
+        Text(f"{int(100 * share)}%", style="bold"),  # not 100 before the end
         Text(f"step {course.done}/{latest.steps}"),
         Text(f"epoch {min(latest.epoch + 1, latest.epochs)}/{latest.epochs}"),
         Text(left_text(course.left_s(now_s)), style="dim"),
