@@ -87,8 +87,8 @@ def _draw_accuracy(axes: Axes, history: History) -> None:
     tests = [point for point in history.testing.drawn if point.accuracy is not None]
     _draw_curve(axes, "accuracy", points, tests, "{:.1%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
-    best = history.best
-    if best is not None and best.accuracy is not None and tests and best.step != tests[-1].step:
+    best, last = history.best, tests[-1].accuracy if tests else None
+    if best is not None and best.accuracy is not None and last is not None and best.accuracy > last:
         said = f"best {best.accuracy:.1%}\nat step {best.step}"
         axes.text(1.055, 0.8, said, transform=axes.transAxes, color=_ORANGE, linespacing=1.5, va="top")
 
