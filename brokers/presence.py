@@ -25,7 +25,7 @@ OTHER = "other"
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON has no larger whole numbers that all readers agree on
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_State = Literal["up", "draining", "stopped", "standby"]
+_State = Literal["up", "standby", "draining", "stopped"]
 
 
 def by_reason(counts: Mapping[str, int]) -> dict[str, int]:

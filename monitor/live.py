@@ -1,8 +1,14 @@
-"""The live view of a run on a terminal; one line now and then where there is none."""
+"""The live view of a run on a terminal; one line now and then where there is none.
+
+What all views share is here: the frame, the workers by stage, what went wrong. What the work itself looks like is in
+the view of each kind of work: monitor/results_view.py, monitor/training_view.py.
+"""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,26 +19,45 @@ from rich.text import Text
 
 from brokers.pipeline import Pipeline
 from brokers.presence import Birth
-from monitor.scoreboard import Scoreboard, by_count, plain
-from monitor.standings import age
+from monitor.roll import Roll
+from monitor.scoreboard import by_count
+from monitor.standings import STYLES, age, foreign
 
 REFRESH_PER_S = 5
 _LINE_EVERY_S = 2.0
 # Where there is no terminal, nothing is said before the first result or this time: a mistake is then one line, its own.
 _QUIET_S = 10.0
+# A narrower terminal has a shorter bar, and leaves the age out.
+_WIDE = 112
 
 
-class LiveView:
-    """Draws a scoreboard to standard error until closed; call `update` as often as you like."""
+class LiveView(ABC):
+    """Draws what a board knows to standard error until closed; call `update` as often as you like."""
 
-    def __init__(self, pipeline: Pipeline, broker: str, board: Scoreboard) -> None:
+    def __init__(self, pipeline: Pipeline, broker: str, board: Roll, console: Console | None = None) -> None:
         self.status = "starting"
         self.broker_restarts = 0
-        self._pipeline, self._broker, self._board = pipeline, broker, board
+        self._pipeline, self._broker, self._roll = pipeline, broker, board
         self._begun_s = time.monotonic()
-        self._console = Console(stderr=True)
+        self._console = console or Console(stderr=True)
         self._live = Live(console=self._console, refresh_per_second=REFRESH_PER_S, transient=False, auto_refresh=False)
         self._next_s = 0.0
+
+    @abstractmethod
+    def _course(self, now_s: float) -> str:
+        """How the work goes, for a line among others."""
+
+    @abstractmethod
+    def _last(self) -> str:
+        """What came last, for the end of that line."""
+
+    @abstractmethod
+    def _head(self, now_s: float) -> Sequence[RenderableType]:
+        """How the work goes, above the workers."""
+
+    @abstractmethod
+    def _foot(self) -> Sequence[RenderableType]:
+        """What came out lately, below the workers."""
 
     def __enter__(self) -> LiveView:
         if self._console.is_terminal:
@@ -49,14 +74,16 @@ class LiveView:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, *, force: bool = False) -> None:
-        """Draw what has changed, no more often than a person can read."""
+        """Draw what has changed, no more often than a person can read; say what is new at once."""
+        for text in self._roll.news():
+            self.say(text)
         now_s = time.monotonic()
         if now_s < self._next_s and not force:
             return
         if self._console.is_terminal:
             self._next_s = now_s + 1 / REFRESH_PER_S
             self._live.update(self._render(now_s), refresh=True)
-        elif self._board.heard or now_s - self._begun_s >= _QUIET_S:
+        elif self._roll.heard or now_s - self._begun_s >= _QUIET_S:
             self._next_s = now_s + _LINE_EVERY_S
             self.say(self._line(now_s))
 
@@ -65,82 +92,67 @@ class LiveView:
         return self.status + (f" (broker restarts: {self.broker_restarts})" if self.broker_restarts else "")
 
     def _line(self, now_s: float) -> str:
-        board = self._board
         stages = " ".join(f"{birth.stage} {state or f'{birth.load.busy:.0%}'}" for birth, state in self._ordered(now_s))
-        found = f"  last: {board.finds[-1].text}" if board.finds else ""
-        troubles = "".join(f"  {what} {by_count(counts)}" for what, counts in board.troubles().items() if counts)
+        troubles = "".join(f"  {what} {by_count(counts)}" for what, counts in self._roll.troubles().items() if counts)
         return (
-            f"{now_s - self._begun_s:6.1f} s  {self._status}  {board.results} results  {board.rate(now_s):.1f}/s  "
-            f"{board.latency_ms(50):.0f} ms  {stages}{troubles}{found}"
+            f"{now_s - self._begun_s:6.1f} s  {self._status}  {self._course(now_s)}  {stages}{troubles}{self._last()}"
         )
 
     def _render(self, now_s: float) -> RenderableType:
-        board = self._board
-        head = Table.grid(padding=(0, 3))
-        head.add_row(
-            Text(f"{board.rate(now_s):5.1f} frames/s", style="bold green"),
-            Text(f"latency {board.latency_ms(50):.0f} ms, p95 {board.latency_ms(95):.0f} ms"),
-            Text(f"{board.results} results"),
-            *([] if board.sources else self._counts()),  # what a source says of itself comes sooner, and says why
-        )
-        finds = Table.grid(padding=(0, 2))
-        for find in list(board.finds):
-            finds.add_row(
-                Text(f"{find.source} {find.index}", style="dim"), Text(find.text, overflow="ellipsis", no_wrap=True)
-            )
         title = f"[bold]{self._pipeline.name}[/]  {self._broker}  {now_s - self._begun_s:.0f} s  {self._status}"
         return Panel(
-            Group(head, *self._troubles(), Text(), self._stages(now_s), Text(), finds),
+            Group(*self._head(now_s), *self._troubles(), Text(), self._stages(now_s), Text(), *self._foot()),
             title=title,
             title_align="left",
             border_style="dim",
         )
 
-    def _counts(self) -> list[Text]:
-        dropped, failed = self._board.dropped, self._board.failures.total()
-        return [
-            Text(f"{dropped} dropped", style="yellow" if dropped else "dim"),
-            Text(f"{failed} failed", style="red" if failed else "dim"),
-        ]
-
     def _troubles(self) -> list[Text]:
         """What was sent again, dropped or given up, and why, as its source says; no line while all goes well."""
-        found = self._board.troubles()
+        found = self._roll.troubles()
         said = [(what, by_count(counts)) for what, counts in found.items() if counts]
         styled = [Text(f"{what} {reasons}", style="red" if what == "failed" else "yellow") for what, reasons in said]
-        line = Text("   ").join(styled)
-        line.no_wrap, line.overflow = True, "ellipsis"
-        return [line] if said else []
+        return [one_line(styled)] if said else []
 
     def _stages(self, now_s: float) -> Table:
-        table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=False)
-        for column in ("stage", "worker", "device"):
+        wide = self._console.width >= _WIDE
+        table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+        for column in ("stage", "worker", "device"):  # the widths of these may be cut, those of the rest are known
             table.add_column(column)
-        table.add_column("load", width=12)
-        for column in ("busy", "queue", "tasks/s", "ms/task", "done", "age"):
-            table.add_column(column, justify="right")
-        up = {birth.stage for birth in self._board.workers.values()}
+        table.add_column("load", no_wrap=True)
+        for column in ("busy", "queue", "tasks/s", "ms/task", "done", *(["age"] if wide else [])):
+            table.add_column(column, justify="right", no_wrap=True)
+        up = {birth.stage for birth in self._roll.workers.values()}
         for birth, state in self._ordered(now_s):
-            load = birth.load
-            bar = ProgressBar(total=1.0, completed=load.busy, width=12)
-            worker = Text(
-                f"{birth.worker} ({state})" if state else birth.worker, style="red" if state == "lost" else ""
-            )
+            load, style = birth.load, STYLES.get(state, "")
+            # Of one that is not at work the state is what there is to see.
+            width = 12 if wide else 8
+            bar = Text(state, style) if state else ProgressBar(total=1.0, completed=load.busy, width=width)
+            cells = [f"{load.busy:.0%}", f"{load.queue}", f"{load.rate:.1f}", f"{load.task_ms:.1f}", f"{load.done}"]
+            cells += [age(birth.up_s)] if wide else []
             table.add_row(
-                birth.stage, worker, Text(plain(birth.device)), bar, f"{load.busy:.0%}", str(load.queue),
-                f"{load.rate:.1f}", f"{load.task_ms:.1f}", str(load.done), age(birth.up_s),
-            )  # fmt: skip
+                *(foreign(cell, style) for cell in (birth.stage, birth.worker, birth.device)),
+                bar,
+                *(Text(cell, style) for cell in cells),
+            )
         for stage in self._pipeline.stage:
             if stage.name not in up:
-                table.add_row(stage.name, Text("starting ...", style="dim"))
+                table.add_row(foreign(stage.name), foreign("starting ...", "dim"))
         return table
 
     def _ordered(self, now_s: float) -> list[tuple[Birth, str]]:
         """The workers in the pipeline's order, each with what is to be said of it: nothing of one that is up."""
         order = [stage.name for stage in self._pipeline.stage]
         found = []
-        for topic, birth in self._board.workers.items():
+        for topic, birth in self._roll.workers.items():
             if birth.stage in order:
                 state = "" if birth.state == "up" else birth.state
-                found.append((birth, "lost" if self._board.is_lost(topic, now_s) else state))
+                found.append((birth, "lost" if self._roll.is_lost(topic, now_s) else state))
         return sorted(found, key=lambda item: (order.index(item[0].stage), item[0].worker, item[0].site))
+
+
+def one_line(parts: Sequence[Text]) -> Text:
+    """The parts beside each other; what has no room is cut off."""
+    line = Text("   ").join(parts)
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line

@@ -21,10 +21,9 @@ from brokers.topics import every_presence, ingress, results
 from brokers.transport import Delivery
 from monitor.children import Child, end_all, kill_all
 from monitor.errors import ProcessEnded, ProcessRefused
-from monitor.live import LiveView
 from monitor.run_broker import RunBroker, find_broker
-from monitor.scoreboard import Scoreboard
 from monitor.summary import print_summary
+from monitor.watch import watch
 
 _POLL_S = 0.05
 # From the first Ctrl-C to the source's end: it waits for what is in flight, which may never come back.
@@ -72,9 +71,8 @@ class Run:
 
     def __init__(self, pipeline: Pipeline, broker: RunBroker, folder: Path, pictures: bool) -> None:
         self._pipeline, self._broker, self._folder = pipeline, broker, folder
-        self._board = Scoreboard(pipeline.name)
         named = broker.shown if broker.own is None else f"{broker.label} {broker.shown}"
-        self._view = LiveView(pipeline, named, self._board)
+        self._board, self._view = watch(pipeline, named)
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         file = pipeline.path

@@ -1,4 +1,4 @@
-"""What is known of a pipeline that runs, from what anybody may hear: presence records and published results. Pure."""
+"""What is known of a pipeline that infers, from what anybody may hear: presence records and published results. Pure."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from brokers.errors import WireError
-from brokers.presence import Birth, SourceBirth
-from brokers.topics import tells_of_source
+from monitor.roll import Roll
 
 # Rates and percentiles are of the last so many seconds and results: what a person calls "now".
 WINDOW_S = 5.0
-# Workers and sources report every second.
-LOST_S = 10.0
-# Records that are kept of each kind: more than anybody runs, and an end to what a hostile client can make us hold.
-RECORDS_LIMIT = 4096
 TEXT_LIMIT = 400
 _RECENT_RESULTS = 256
 _RECENT_FINDS = 8
-_RECENT_SOURCES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,71 +27,19 @@ class Find:
 
 
 @dataclass(slots=True)
-class Scoreboard:
-    """The latest of each worker and the recent results. Times are monotonic seconds of the listener.
+class Scoreboard(Roll):
+    """Who is here, and the recent results. Times are monotonic seconds of the listener.
 
     Of results, those of `pipeline` count, and those that name none: what never became a request of any.
     """
 
-    pipeline: str = ""  # empty: any
-    workers: dict[str, Birth] = field(default_factory=dict)  # by presence topic: an id is one stage's own
-    sources: dict[str, SourceBirth] = field(default_factory=dict)  # by presence topic
     results: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     dropped: int = 0
-    garbage: int = 0
     finds: deque[Find] = field(default_factory=lambda: deque(maxlen=_RECENT_FINDS))
     first_result_s: float | None = None
-    _left: deque[SourceBirth] = field(default_factory=lambda: deque(maxlen=_RECENT_SOURCES))
-    _heard_s: dict[str, float] = field(default_factory=dict)  # by presence topic
-    _alive: set[str] = field(default_factory=set)  # presence topics
     _times_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     _latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_RESULTS))
-
-    def heard_birth(self, topic: str, payload: bytes, now_s: float, *, retained: bool = False) -> None:
-        """A presence topic changed: a record, or nothing when the worker is gone; what is neither is counted.
-
-        `retained`: the broker had kept it, from whenever it was; no sign of life.
-        """
-        kept: dict[str, Birth] | dict[str, SourceBirth]
-        kept, kind = (self.sources, SourceBirth) if tells_of_source(topic) else (self.workers, Birth)
-        if not payload:
-            left = kept.pop(topic, None)
-            if isinstance(left, SourceBirth):
-                self._left.append(left)
-            self._heard_s.pop(topic, None)
-            self._alive.discard(topic)
-            return
-        try:
-            record: Any = kind.from_bytes(payload)
-        except WireError:
-            self.garbage += 1
-            return
-        if topic not in kept and len(kept) >= RECORDS_LIMIT:
-            self.garbage += 1
-            return
-        kept[topic] = record
-        self._heard_s[topic] = now_s
-        if not retained:
-            self._alive.add(topic)
-
-    def is_lost(self, topic: str, now_s: float) -> bool:
-        """Whether a worker or source has missed ten reports in a row: it is frozen, or its line is."""
-        return now_s - self._heard_s[topic] > LOST_S
-
-    @property
-    def silent(self) -> set[str]:
-        """The topics of workers and sources of which there is a record and nothing else, so far."""
-        return (self.workers.keys() | self.sources.keys()) - self._alive
-
-    def troubles(self) -> dict[str, Counter[str]]:
-        """What the sources, those that have left too, say was `retried`, `dropped` and `failed`, by reason, in sum."""
-        found: dict[str, Counter[str]] = {"retried": Counter(), "dropped": Counter(), "failed": Counter()}
-        for birth in (*self._left, *self.sources.values()):
-            found["retried"].update(birth.load.retries)
-            found["dropped"].update(birth.load.dropped)
-            found["failed"].update(birth.load.failed)
-        return found
 
     def heard_result(self, payload: bytes, now_s: float) -> None:
         """A result was published; anybody may publish there, so what cannot be read is counted."""
@@ -128,10 +69,6 @@ class Scoreboard:
         self._latencies_ms.append(latency_ms)
         if text:
             self._note(result, text)
-
-    def stages_up(self) -> set[str]:
-        """The stages that have a worker."""
-        return {birth.stage for birth in self.workers.values() if birth.state == "up"}
 
     def rate(self, now_s: float) -> float:
         """Results a second, lately."""

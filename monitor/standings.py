@@ -15,7 +15,15 @@ from brokers.pipeline import Pipeline
 from brokers.presence import Birth, SourceBirth
 from monitor.scoreboard import by_count, plain
 
-_STYLES = {"lost": "red", "none up": "red", "failed": "red", "draining": "yellow", "stopped": "dim", "-": "dim"}
+STYLES = {
+    "lost": "red",
+    "none up": "red",
+    "failed": "red",
+    "draining": "yellow",
+    "standby": "dim",
+    "stopped": "dim",
+    "-": "dim",
+}
 _HEADING_WIDTH = 32
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
@@ -69,7 +77,7 @@ def sources_table(sources: Sequence[tuple[SourceBirth, bool]], *, headings: bool
         return table
     lines = [
         Text.assemble(
-            f"  {name}  ", *((f"{what} {said}  ", _STYLES.get(what, "yellow")) for what, said in found.items())
+            f"  {name}  ", *((f"{what} {said}  ", STYLES.get(what, "yellow")) for what, said in found.items())
         )
         for name, found in troubles
         if found
@@ -98,9 +106,9 @@ def _worker(birth: Birth, lost: bool) -> list[Text | str]:
         "expired": load.expired,
     }
     return [
-        _foreign(birth.node),
-        _foreign(birth.device),
-        _foreign(birth.fingerprint),
+        foreign(birth.node),
+        foreign(birth.device),
+        foreign(birth.fingerprint),
         _said("lost" if lost else birth.state),
         age(birth.up_s),
         str(load.queue),
@@ -114,7 +122,7 @@ def _worker(birth: Birth, lost: bool) -> list[Text | str]:
 def _source(birth: SourceBirth, lost: bool) -> list[Text | str]:
     load = birth.load
     return [
-        _foreign(birth.node),
+        foreign(birth.node),
         _said("lost" if lost else birth.state),
         age(birth.up_s),
         f"{load.in_flight}/{load.window}",
@@ -142,14 +150,14 @@ def _fill(table: Table, rows: Sequence[tuple[tuple[str, ...], str, Sequence[Text
         if headings and where != before:
             table.add_row(Text(" ".join(where), style="bold", no_wrap=True))
         before = where
-        shown = Text(f"  {name}" if headings else name, style=_STYLES.get(name, ""))
+        shown = Text(f"  {name}" if headings else name, style=STYLES.get(name, ""))
         table.add_row(*([] if headings else where), shown, *cells)
 
 
-def _foreign(text: str) -> Text:
+def foreign(text: str, style: str = "") -> Text:
     """What may be of any length gives way to what may not."""
-    return Text(plain(text) or "-", no_wrap=True, overflow="ellipsis")
+    return Text(plain(text) or "-", style, no_wrap=True, overflow="ellipsis")
 
 
 def _said(word: str) -> Text:
-    return Text(word, style=_STYLES.get(word, ""))
+    return Text(word, style=STYLES.get(word, ""))

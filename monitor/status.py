@@ -18,7 +18,7 @@ from brokers.pipeline import broker_address, load_pipeline
 from brokers.tables import LOCAL
 from brokers.topics import every_presence
 from brokers.transport import Delivery
-from monitor.scoreboard import Scoreboard
+from monitor.roll import Roll
 from monitor.standings import sources_table, workers_table
 
 # Retained records come right after the subscription; this waits out a slow link.
@@ -65,8 +65,8 @@ def command(
     return 0
 
 
-async def _listen(address: str, pipeline: str) -> Scoreboard:
-    board, changed = Scoreboard(), asyncio.Event()
+async def _listen(address: str, pipeline: str) -> Roll:
+    board, changed = Roll(), asyncio.Event()
     transport = MqttTransport(address)
 
     def heard(delivery: Delivery) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brokers.errors import BadFile
 from sources.feed import Report
+from sources.lines import Lines, write_whole
 
 if TYPE_CHECKING:
     from sources.album import Album
@@ -24,11 +25,7 @@ class RunFolder:
 
     def __init__(self, folder: Path, *, title: str, frames_per_s: float, pictures: bool) -> None:
         self.folder = folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lines = (folder / RESULTS).open("a", buffering=1, encoding="utf-8")
-        except OSError as error:
-            raise BadFile(str(folder), f"the results cannot be written: {error.strerror}") from None
+        self._lines = Lines(folder / RESULTS)
         self._title = title
         self._frames_per_s = frames_per_s
         self._pictures = pictures
@@ -36,7 +33,7 @@ class RunFolder:
 
     def add(self, report: Report) -> None:
         """Keep one report; its picture, if it has one, may come into the album. Not on the loop: it draws."""
-        self._lines.write(json.dumps(report.result) + "\n")
+        self._lines.add(report.result)
         if self._pictures and report.sample.picture is not None and "error" not in report.result:
             self._open_album().add(report.sample.picture, report.result)
 
@@ -48,11 +45,7 @@ class RunFolder:
             files = self._album.finish() if self._album else {}
         except OSError as error:  # the results are there: no run is lost for want of its pictures
             log.warning("the pictures could not be written: %s", error)
-        whole = {**summary, "outputs": str(self.folder), "files": {"results": RESULTS, **files}}
-        partial = self.folder / f".{SUMMARY}.part"
-        partial.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        partial.replace(self.folder / SUMMARY)
-        return whole
+        return write_summary(self.folder, summary, {"results": RESULTS, **files})
 
     def _open_album(self) -> Album:
         if self._album is None:
@@ -60,3 +53,13 @@ class RunFolder:
 
             self._album = Album(self.folder, fps=self._frames_per_s, title=self._title)
         return self._album
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `summary.json`; return the summary with where the run's files are, which stand by name in `files`."""
+    whole = {**summary, "outputs": str(folder), "files": dict(files)}
+    try:
+        write_whole(folder / SUMMARY, (json.dumps(whole, indent=2) + "\n").encode())
+    except OSError as error:  # whoever asked for the run has it from here
+        log.warning("the summary could not be written: %s", error)
+    return whole

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from brokers.hops import Hop
+from sources.stage_sums import StageSums, percentiles
 
 # Percentiles are of the last so many results: memory stays flat however long a source runs.
 _LATENCIES = 10_000
@@ -25,8 +26,7 @@ class Tally:
     begun_s: float | None = None
     ended_s: float = 0.0
     _latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
-    _stages: dict[str, Counter[str]] = field(default_factory=dict)
-    _workers: dict[str, set[str]] = field(default_factory=dict)
+    _stages: StageSums = field(default_factory=StageSums)
 
     def asked(self, now_s: float) -> None:
         """A request was made."""
@@ -39,11 +39,7 @@ class Tally:
         self.ended_s = now_s
         self._latencies_ms.append(latency_ms)
         for hop in hops:
-            sums = self._stages.setdefault(hop.stage, Counter())
-            sums["tasks"] += 1
-            for key in (*_MEANS, *_SUMS):
-                sums[key] += getattr(hop, key)
-            self._workers.setdefault(hop.stage, set()).add(hop.worker)
+            self._stages.add(hop.stage, hop.worker, 1, {key: getattr(hop, key) for key in (*_MEANS, *_SUMS)})
 
     def failed(self, error: str, now_s: float) -> None:
         """A request ended without a result."""
@@ -60,7 +56,6 @@ class Tally:
 
         Stages come in `order`; those that are not in it come last.
         """
-        stages = sorted(self._stages, key=lambda name: order.index(name) if name in order else len(order))
         elapsed_s = self.elapsed_s
         failed = sum(self.failures.values())
         return {
@@ -71,18 +66,6 @@ class Tally:
             "lost": self.requests - self.results - failed,
             "elapsed_s": round(elapsed_s, 3),
             "throughput_per_s": round(self.results / elapsed_s, 2) if elapsed_s else 0.0,
-            "latency_ms": self._percentiles(),
-            "stages": {name: self._stage(name, self._stages[name]) for name in stages},
+            "latency_ms": percentiles(self._latencies_ms),
+            "stages": self._stages.summary(order, _MEANS, _SUMS),
         }
-
-    def _percentiles(self) -> dict[str, float]:
-        ordered = sorted(self._latencies_ms)
-        if not ordered:
-            return {}
-        last = len(ordered) - 1
-        return {f"p{percent}": round(ordered[round(last * percent / 100)], 1) for percent in (50, 95, 99)}
-
-    def _stage(self, name: str, sums: Counter[str]) -> dict[str, Any]:
-        tasks = sums["tasks"]
-        means = {key: round(sums[key] / tasks, 3) for key in _MEANS}
-        return {"workers": len(self._workers[name]), "tasks": tasks, **means, **{key: sums[key] for key in _SUMS}}

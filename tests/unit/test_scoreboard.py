@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from brokers.presence import RECORD_LIMIT_BYTES, Birth, Load, SourceBirth, SourceLoad
-from monitor.scoreboard import RECORDS_LIMIT, Scoreboard, by_count, found_text
+from monitor.roll import RECORDS_LIMIT
+from monitor.scoreboard import Scoreboard, by_count, found_text
 
 CAMERA = "sparse/local/street/source/up/cam"
 
