@@ -118,4 +118,5 @@ class Standing(BaseModel):
     )
     progress: dict[_Name, Progress] = Field(default={}, max_length=SOURCES_LIMIT)
     problem: str = Field(default="", max_length=400, description="of the first stage: why nothing can be trained")
+    why: str = Field(default="", max_length=400, description="of the first stage: why the term began")
     saved: _Count = Field(default=0, description="forwards that wait for their gradient")

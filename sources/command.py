@@ -16,6 +16,7 @@ import typer
 from brokers.errors import NoBroker
 from brokers.parent import STOPPED, Leaving, end_with_parent
 from brokers.pipeline import Pipeline, blaming, broker_address, load_pipeline, new_run_folder
+from brokers.topics import checked_name
 from sources.factory import make_source
 from sources.feed import Feed, draw
 from sources.gateway import Gateway, session
@@ -37,6 +38,10 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="Where results are kept; left out: a new folder below runs/.")
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of a pipeline that trains: this source's name, if not the file's.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Of a pipeline that trains: go on from what its stages have.")] = False,
     json: Annotated[bool, typer.Option("--json", help="End with the summary as one line of JSON.")] = False,
     pictures: Annotated[bool, typer.Option(help="Keep annotated pictures of what was found.")] = True,
     with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
@@ -51,6 +56,8 @@ def command(
     address = broker_address(pipeline, pipeline.source.site, broker, handed=with_parent)
     if address is None:
         raise NoBroker(str(file), pipeline.source.site)
+    if pipeline.trains:
+        return _train(pipeline, address, name, out, json, resume, pictures, with_parent)
     source = None if pipeline.source.kind == "ingress" else _make_source(pipeline)
     folder = RunFolder(
         out or new_run_folder(Path("runs"), pipeline.name),
@@ -67,6 +74,35 @@ def command(
     if stopped:
         return STOPPED
     return 0 if summary["results"] == summary["requests"] else 1
+
+
+def _train(
+    pipeline: Pipeline,
+    address: str,
+    name: str | None,
+    out: Path | None,
+    json: bool,
+    resume: bool,
+    pictures: bool,
+    with_parent: bool,
+) -> int:
+    from sources.training_command import train  # its data set may need torch
+
+    summary, leaving = train(
+        pipeline,
+        address,
+        checked_name("source", name or pipeline.source.name),
+        out or new_run_folder(Path("runs"), pipeline.name),
+        resume=resume,
+        pictures=pictures,
+        with_parent=with_parent,
+    )
+    if json:
+        print(jsonlib.dumps(summary))  # noqa: T201 - the answer of the command
+    else:
+        said = f"{summary['steps']} steps, loss {summary['loss']}, test accuracy {summary['test_accuracy']}"
+        print(f"{said}, in {summary['outputs']}", file=sys.stderr)  # noqa: T201 - the same for a person
+    return STOPPED if leaving.is_set() else 0
 
 
 def _make_source(pipeline: Pipeline) -> Source:

@@ -7,6 +7,7 @@ import os
 import platform
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,11 @@ from brokers.topics import checked_name
 from stages.executor import TaskExecutor, load_executor
 
 if TYPE_CHECKING:
+    from brokers.transport import Transport
+    from stages.training.trainer import Trainer
     from stages.worker import Worker
+
+    Make = Callable[[Transport], Worker | Trainer]
 
 
 def command(
@@ -31,6 +36,9 @@ def command(
         str | None, typer.Option(help="This worker's id; left out: the host's name and the process id.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads; left out: the file's, or one.")] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Of a pipeline that trains: the folder of its checkpoints, if not the file's.")
+    ] = None,
     with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> int:
     """Serve one stage of a pipeline with one worker, until told to leave.
@@ -47,9 +55,16 @@ def command(
     if address is None:
         raise NoBroker(str(file), stage.site)
     worker_id = checked_name("worker", worker or f"{platform.node()[:40] or LOCAL}-{os.getpid()}")
+    # The ending is another each time: a broker ends the connection of a client whose id comes again, and a worker that
+    # is up would be thrown out by its twin before that can be refused.
+    client_id = f"{pipeline.name}.{stage.name}.{worker_id}.{secrets.token_hex(4)}"
+    count = threads or stage.threads or 1
     with blaming(pipeline):
-        executor, device = make_executor(pipeline, stage, threads or stage.threads or 1)
-        return asyncio.run(_serve(pipeline, stage, executor, address, worker_id, device, with_parent))
+        if pipeline.trains:
+            make = _trainer(pipeline, stage, worker_id, count, checkpoints)
+        else:
+            make = _worker(pipeline, stage, worker_id, count)
+        return asyncio.run(_serve(make, address, client_id, with_parent))
 
 
 def make_executor(pipeline: Pipeline, stage: StageTable, threads: int) -> tuple[TaskExecutor, str]:
@@ -65,23 +80,34 @@ def make_executor(pipeline: Pipeline, stage: StageTable, threads: int) -> tuple[
     return ModelExecutor(pipeline, stage, device=device, threads=threads), device
 
 
-async def _serve(
-    pipeline: Pipeline,
-    stage: StageTable,
-    executor: TaskExecutor,
-    address: str,
-    worker_id: str,
-    device: str,
-    with_parent: bool,
-) -> int:
-    from brokers.mqtt import MqttTransport
-    from stages.worker import Worker
+def _worker(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int) -> Make:
+    executor, device = make_executor(pipeline, stage, threads)
 
-    # The ending is another each time: a broker ends the connection of a client whose id comes again, and a worker that
-    # is up would be thrown out by its twin before that can be refused.
-    client_id = f"{pipeline.name}.{stage.name}.{worker_id}.{secrets.token_hex(4)}"
+    def make(transport: Transport) -> Worker:
+        from stages.worker import Worker
+
+        return Worker(transport, pipeline, stage, executor, worker_id, device)
+
+    return make
+
+
+def _trainer(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int, checkpoints: Path | None) -> Make:
+    from stages.inference import resolve_device
+    from stages.training.learner import Learner
+    from stages.training.roles import make_trainer
+
+    device = resolve_device(stage.device)
+    learner = Learner(pipeline, stage, device=device, threads=threads)
+    stated = pipeline.training.checkpoints
+    folder = checkpoints or (pipeline.folder / stated if stated else Path("checkpoints") / pipeline.name)
+    return lambda transport: make_trainer(transport, pipeline, stage, learner, worker_id, device, folder / stage.name)
+
+
+async def _serve(make: Make, address: str, client_id: str, with_parent: bool) -> int:
+    from brokers.mqtt import MqttTransport
+
     transport = MqttTransport(address, client_id=client_id)
-    worker = Worker(transport, pipeline, stage, executor, worker_id, device)
+    worker = make(transport)
     leaving = Leaving()
     leaving.heed_signals()
     if with_parent:
@@ -89,15 +115,15 @@ async def _serve(
     try:
         await worker.start()
         if not with_parent:
-            where = f"stage {stage.name!r} of {pipeline.name!r} at {transport.address}"
-            print(f"worker {worker_id} serves {where}; Ctrl-C ends it", file=sys.stderr)  # noqa: T201 - for a person
+            where = f"stage {worker.stage!r} of {worker.pipeline!r} at {transport.address}"
+            print(f"worker {worker.worker} serves {where}; Ctrl-C ends it", file=sys.stderr)  # noqa: T201 - for a person
         await _work(worker, leaving)
     finally:
         await worker.stop()
     return STOPPED if leaving.interrupted else 0
 
 
-async def _work(worker: Worker, leaving: Leaving) -> None:
+async def _work(worker: Worker | Trainer, leaving: Leaving) -> None:
     """Serve until told to leave, or until another worker objects: raises `WorkerTwin`."""
     serving = asyncio.create_task(worker.run(), name="serve")
     left = asyncio.create_task(leaving.wait(), name="leaving")

@@ -105,8 +105,9 @@ class Checkpoints:
         except (SafetensorError, OSError) as problem:
             raise ForeignCheckpoint(str(path), f"it cannot be read ({problem})") from problem
         if (made := found.get("fingerprint")) != self._fingerprint:
-            problem = f"expected one of the part {self._fingerprint!r}, it is of {made!r}: another model, cut or recipe"
-            raise ForeignCheckpoint(str(path), problem)
+            raise ForeignCheckpoint(
+                str(path), f"expected the part {self._fingerprint!r}, it is of {made!r}: another model, cut or recipe"
+            )
         return found
 
 

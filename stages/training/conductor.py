@@ -104,9 +104,10 @@ class Conductor:
         others = [
             member
             for (stage, worker), member in self._members.items()
-            if stage == self.stages[0] and worker != self.own and member.birth.state in ("up", "standby")
+            if stage == self.stages[0] and worker != self.own
         ]
-        rivals = [member for member in others if member.birth.state == "up"]
+        # One that is leaving leads until it has gone: it finishes its step.
+        rivals = [member for member in others if member.birth.state != "standby"]
         if leading:
             return all((member.standing.term, member.birth.worker) < (self.term, self.own) for member in rivals)
         return not rivals and all(self.own < member.birth.worker for member in others)

@@ -13,9 +13,9 @@ from brokers.errors import SparseError, UsageError, WireError
 class BadRecipe(UsageError):
     """An optimizer or a loss that cannot be had, or that does not take its settings."""
 
-    key: str
     name: str
     problem: str
+    key: str = "training"
 
     def __str__(self) -> str:
         return f"{self.key.rpartition('.')[2]} {self.name!r}: {self.problem}"

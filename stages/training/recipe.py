@@ -30,15 +30,15 @@ def make_optimizer(
 ) -> torch.optim.Optimizer | None:
     """The optimizer of these parameters; None where there are none. Raises `BadRecipe`."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    make = OPTIMIZERS.get(table.optimizer) or _own("training.optimizer", table.optimizer, OPTIMIZERS, folder)
+    make: Any = OPTIMIZERS.get(table.optimizer) or _own("training.optimizer", table.optimizer, OPTIMIZERS, folder)
     try:
         # Made even where there is nothing to train, so that a wrong setting is told by every stage.
         optimizer = make(trained or [nn.Parameter(torch.zeros(1))], lr=table.lr, **table.settings)
     except Exception as error:  # a user's own class may raise anything
-        raise BadRecipe("training.settings", table.optimizer, told(error, folder)) from error
+        raise BadRecipe(table.optimizer, told(error, folder), "training.settings") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__
-        raise BadRecipe("training.optimizer", table.optimizer, f"expected a torch.optim.Optimizer, it made a {kind}")
+        raise BadRecipe(table.optimizer, f"expected a torch.optim.Optimizer, it made a {kind}", "training.optimizer")
     return optimizer if trained else None
 
 
@@ -50,11 +50,11 @@ def find_loss(table: TrainingTable, folder: str) -> Loss:
 
 def _own(key: str, name: str, known: Mapping[str, Any], folder: str) -> Any:
     if ":" not in name:
-        raise BadRecipe(key, name, f"is not known: there are {', '.join(known)}, package.module:NAME")
+        raise BadRecipe(name, f"is not known: there are {', '.join(known)}, package.module:NAME", key)
     try:
         found = load_named(name, folder)
     except CannotLoad as error:
-        raise BadRecipe(key, name, error.problem) from error
+        raise BadRecipe(name, error.problem, key) from error
     if not callable(found):
-        raise BadRecipe(key, name, f"expected something to call, found {type(found).__name__}")
+        raise BadRecipe(name, f"expected something to call, found {type(found).__name__}", key)
     return found

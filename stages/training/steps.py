@@ -91,6 +91,11 @@ class Steps:
         self._labels.clear()
 
     @property
+    def begun(self) -> bool:
+        """Whether something has been done for the step in hand that is no version yet."""
+        return any(step.done and not step.failed for step in self._steps.values())
+
+    @property
     def source(self) -> str:
         """Whose step is in hand; empty when there is none."""
         return next((step.source for step in self._steps.values()), "")
