@@ -46,3 +46,14 @@ class ProcessEnded(SparseError):
     def __str__(self) -> str:
         how = f"signal {-self.status}" if self.status < 0 else f"status {self.status}"
         return f"{self.name} ended with {how}: {self.said or 'it said nothing'} (its log: {self.log})"
+
+
+@dataclass(eq=False)
+class CannotResume(UsageError):
+    """A folder that holds no training to go on with."""
+
+    folder: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"cannot resume {self.folder}: {self.problem}"

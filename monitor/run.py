@@ -20,7 +20,7 @@ from brokers.pipeline import BROKER_VARIABLE, Pipeline, load_pipeline, new_run_f
 from brokers.topics import every_presence, ingress, results
 from brokers.transport import Delivery
 from monitor.children import Child, end_all, kill_all
-from monitor.errors import ProcessEnded, ProcessRefused
+from monitor.errors import CannotResume, ProcessEnded, ProcessRefused
 from monitor.run_broker import RunBroker, find_broker
 from monitor.summary import print_summary
 from monitor.watch import watch
@@ -30,6 +30,8 @@ _POLL_S = 0.05
 END_S = 20.0
 # A worker that was up and died is started again so often; a crash at each start would go on for ever.
 _RESTART_LIMIT = 20
+# Of a run that trains, below its folder.
+CHECKPOINTS = "checkpoints"
 
 
 def command(
@@ -44,6 +46,9 @@ def command(
         Path | None, typer.Option(help="Where results are kept; left out: a new folder below runs/.")
     ] = None,
     pictures: Annotated[bool, typer.Option(help="Keep annotated pictures of what was found.")] = True,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the training of a former run: its folder below runs/.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="End with the summary as one line of JSON.")] = False,
 ) -> int:
     """Run a whole pipeline on this machine: broker, stages and source, with a live view.
@@ -53,8 +58,9 @@ def command(
     Example: sparse run examples/street.toml
     """
     pipeline = load_pipeline(file)
+    folder = _former(pipeline, resume) if resume else out or new_run_folder(Path("runs"), pipeline.name)
     with find_broker(pipeline, broker, port) as site:
-        run = Run(pipeline, site, out or new_run_folder(Path("runs"), pipeline.name), pictures)
+        run = Run(pipeline, site, folder, pictures, resume is not None)
         status, summary = asyncio.run(run.go())
     if summary is None:
         return status
@@ -66,10 +72,19 @@ def command(
     return status
 
 
+def _former(pipeline: Pipeline, folder: Path) -> Path:
+    """The folder of a run that is to go on."""
+    if not pipeline.trains:
+        raise CannotResume(str(folder), f"pipeline {pipeline.name!r} does not train")
+    if not (folder / CHECKPOINTS).is_dir() and pipeline.training.checkpoints is None:
+        raise CannotResume(str(folder), f"there is no {CHECKPOINTS}/ in it: expected the folder of a training run")
+    return folder
+
+
 class Run:
     """The stages and the source of one pipeline as processes, and what is seen of them."""
 
-    def __init__(self, pipeline: Pipeline, broker: RunBroker, folder: Path, pictures: bool) -> None:
+    def __init__(self, pipeline: Pipeline, broker: RunBroker, folder: Path, pictures: bool, resume: bool) -> None:
         self._pipeline, self._broker, self._folder = pipeline, broker, folder
         named = broker.shown if broker.own is None else f"{broker.label} {broker.shown}"
         self._board, self._view = watch(pipeline, named)
@@ -79,6 +94,8 @@ class Run:
         workers = sum(stage.workers for stage in pipeline.stage)
         handed = {BROKER_VARIABLE: broker.address}
         threads = max(1, (os.cpu_count() or 1) // workers)
+        own = pipeline.trains and pipeline.training.checkpoints is None
+        kept = ("--checkpoints", str(folder / CHECKPOINTS)) if own else ()
         self._stages = [
             Child(
                 f"stage {stage.name}",
@@ -90,6 +107,7 @@ class Run:
                     f"{stage.name}-{number}",
                     "--threads",
                     str(stage.threads or threads),
+                    *kept,
                 ),
                 logs / f"{stage.name}-{number}.log",
                 environment=handed,
@@ -97,8 +115,8 @@ class Run:
             for stage in pipeline.stage
             for number in range(1, stage.workers + 1)
         ]
-        album = () if pictures else ("--no-pictures",)
-        arguments = ("source", file, "--out", str(folder), "--json", *album)
+        options = (*(() if pictures else ("--no-pictures",)), *(("--resume",) if resume else ()))
+        arguments = ("source", file, "--out", str(folder), "--json", *options)
         self._source = Child("source", arguments, logs / "source.log", answers=True, environment=handed)
         self._leaving = asyncio.Event()
         self._end_s = float("inf")  # when the source, told to end, is waited for no longer
