@@ -27,7 +27,8 @@ from brokers.transport import Delivery, Transport
 from stages.training.checkpoints import Checkpoints
 from stages.training.conductor import Conductor, Order
 from stages.training.learner import Learner
-from stages.training.trainer import Role, Trainer
+from stages.training.role import Role
+from stages.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

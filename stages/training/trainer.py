@@ -11,24 +11,23 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from brokers.errors import SparseError, WireError
 from brokers.line import Line
-from brokers.messages import Activation, Body, Failure, Gradient, Message, Result, Step, Task, Verb
+from brokers.messages import Failure, Gradient, Message, Result, Step, Task, Verb
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
-from brokers.tensors import from_array, from_torch, to_torch
-from brokers.training import LABELS, MICRO, MicroBatch, Progress, Standing
+from brokers.training import MICRO, MicroBatch
 from brokers.transport import Properties, Transport, Will
 from brokers.wire import refusal
-from stages.training.checkpoints import Checkpoints, Version
+from stages.training.checkpoints import Checkpoints
 from stages.training.errors import StaleTerm
-from stages.training.learner import Judged, Learner
+from stages.training.execution import Execution
+from stages.training.learner import Learner
 from stages.training.post import Post
-from stages.training.steps import Backward, Commit, Forward, Steps, Work
-from stages.training.times import Times
+from stages.training.role import Role
+from stages.training.steps import Commit, Steps, Work
 from stages.vitals import Vitals
 
 log = logging.getLogger(__name__)
@@ -39,23 +38,6 @@ REPORT_EVERY_S = 1.0
 _FAREWELL_S = 2.0
 # How long a worker that is told to leave waits for the step in hand to become a version.
 _DRAIN_S = 10.0
-
-
-class Role:
-    """What a trainer does beside its own part of the work: nothing, here. See `stages.training.roles`."""
-
-    async def open(self) -> None:
-        """Begin to listen: the trainer has joined."""
-
-    def heard(self, word: Step) -> None:
-        """A word about a term, or about a step that is given up."""
-
-    def look(self) -> None:
-        """A second has passed."""
-
-    def announce(self, standing: Standing) -> Standing:
-        """The trainer's record, with what this role has to say."""
-        return standing
 
 
 class Trainer:
@@ -73,7 +55,6 @@ class Trainer:
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.pipeline, self.stage, self.worker = pipeline.name, stage.name, worker
-        self._file, self._learner = pipeline, learner
         self._topics = pipeline.topics(stage)
         self.inbox = self._topics.inbox(worker)
         self.line = Line(transport)
@@ -81,19 +62,13 @@ class Trainer:
         index, stages = pipeline.stage.index(stage), len(pipeline.stage)
         stays = pipeline.training.labels == "stay" and index == stages - 1
         self.steps = Steps(pipeline.training.schedule, index, stages, awaits_labels=stays)
-        self._next = pipeline.after(stage)
-        self._make_checkpoints = checkpoints
-        self._checkpoints: Checkpoints
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{stage.name}")
+        self._execution = Execution(pipeline, stage, worker, learner, self.post, checkpoints)
         self._vitals = Vitals(self.line, self._topics, pipeline, stage, worker, device)
         self._vitals.state = "standby"
-        self._progress: dict[str, Progress] = {}
-        self._crew: dict[str, str] = {}
         self._orders: list[Step] = []
         self._changed = asyncio.Event()
         self._draining = False
         self._breaks = 0
-        self._times = Times()
         self.moved_s = time.monotonic()  # when something of a step happened last
         self.role: Role = Role()
         self._errands: set[asyncio.Task[None]] = set()
@@ -102,9 +77,7 @@ class Trainer:
 
     async def start(self) -> None:
         """Build the part, see what checkpoints there are, connect, and stand by."""
-        fingerprint = await self._in_thread(self._learner.start)
-        self._checkpoints = self._make_checkpoints(fingerprint)
-        self._checkpoints.check()
+        fingerprint = await self._execution.start()
         await self.line.open(will=Will(self._topics.presence(self.worker), b"", retain=True))
         await self._vitals.check(fingerprint)
         self.post.open()
@@ -128,15 +101,22 @@ class Trainer:
                     if not self.steps.begun or time.monotonic() >= leave_s:
                         break
                 if self._orders:
-                    await self._obey(self._orders.pop(0))
+                    await self._obey_if_sound(self._orders.pop(0))
                 elif (work := self.steps.next()) is not None:
                     await self._do(work)
                 else:
                     await self._wait(leave_s)
-            await self._keep_version()
+            await self._leave_version()
         finally:
             reporting.cancel()
             await asyncio.gather(reporting, return_exceptions=True)
+
+    async def _leave_version(self) -> None:
+        """Leave the version in memory behind: whoever takes over goes on from there."""
+        try:
+            await self._execution.keep_version()
+        except SparseError as error:
+            log.warning("worker %s leaves no checkpoint behind: %s", self.worker, error)
 
     async def _wait(self, until_s: float) -> None:
         self._changed.clear()
@@ -166,10 +146,7 @@ class Trainer:
             except (TimeoutError, SparseError) as error:
                 log.warning("worker %s could not say that it leaves: %s", self.worker, error or "no broker")
             await self.line.close()
-        self._thread.shutdown()
-
-    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        self._execution.stop()
 
     # In -----------------------------------------------------------------------------------------------------------
 
@@ -227,13 +204,7 @@ class Trainer:
         reply = work.word.sender if isinstance(work, Commit) else work.task.reply.topic
         request = work.word.request if isinstance(work, Commit) else work.task.request
         try:
-            match work:
-                case Forward():
-                    await self._forward(work)
-                case Backward():
-                    await self._backward(work)
-                case Commit():
-                    await self._commit(work)
+            await self._execution.do(work)
         except Exception as error:
             if not isinstance(error, SparseError):
                 log.error("stage %s failed in a step", self.stage, exc_info=error)
@@ -245,84 +216,32 @@ class Trainer:
             self.moved_s = time.monotonic()
             self._vitals.worked(1, self.moved_s - begin_s)
         if self.steps.done(work) and not isinstance(work, Commit):
-            details = {"stage": self.stage, "worker": self.worker, **self._times.take()}
-            step = bytes.fromhex(work.micro.step)
-            self.post.send(reply, Step(request=step, verb="prepared", term=term, details=details))
-
-    async def _forward(self, work: Forward) -> None:
-        task = work.task
-        assert isinstance(task.content, Body)
-        with self._times.measure("decode_ms"):
-            tensors = {name: to_torch(tensor) for name, tensor in task.content.tensors.items()}
-            if work.labels is not None:
-                tensors[LABELS] = to_torch(work.labels)
-        self._times.add("bytes_in", task.content.nbytes)
-        self._times.add("tasks", 1)
-        with self._times.measure("forward_ms"):
-            given = await self._in_thread(self._learner.forward, work.micro, task.request, tensors)
-        if isinstance(given, Judged):
-            self.post.send(task.reply.topic, Result(request=task.request, content=_said(given)))
-            return
-        assert self._next is not None
-        with self._times.measure("encode_ms"):
-            body = Body({name: from_torch(tensor) for name, tensor in given.items()}, task.content.metadata)
-        self._times.add("bytes_out", body.nbytes)
-        onward = Activation(request=task.request, content=body, reply=task.reply, sender=self.inbox, source=task.source)
-        self.post.send(self._file.topics(self._next).inbox(self._crew[self._next.name]), onward)
-
-    async def _backward(self, work: Backward) -> None:
-        gradients = None
-        if work.gradient is not None:
-            with self._times.measure("decode_ms"):
-                gradients = {name: to_torch(tensor) for name, tensor in work.gradient.content.tensors.items()}
-            self._times.add("bytes_in", work.gradient.content.nbytes)
-        with self._times.measure("backward_ms"):
-            given = await self._in_thread(self._learner.backward, work.request, gradients)
-        if isinstance(work.task, Activation):
-            with self._times.measure("encode_ms"):
-                body = Body({name: from_torch(tensor) for name, tensor in given.items()})
-            self._times.add("bytes_out", body.nbytes)
-            self.post.send(work.task.sender, Gradient(request=work.request, content=body, sender=self.inbox))
-
-    async def _commit(self, work: Commit) -> None:
-        word = work.word
-        details = dict(word.details)
-        with self._times.measure("commit_ms"):
-            version = await self._in_thread(self._learner.commit, float(details["lr"]))
-        name, settings = str(details["source"]), details.get("settings", {})
-        self._progress = {**self._progress, name: Progress(steps=work.number + 1, settings=settings)}
-        if details.get("checkpoint") or version % self._file.training.checkpoint_every == 0:
-            await self._keep_version()
-        told = {"stage": self.stage, "worker": self.worker, "version": version}
-        self.post.send(word.sender, Step(request=word.request, verb="committed", term=word.term, details=told))
-
-    async def _keep_version(self) -> None:
-        """Write the version in memory as a checkpoint, unless it is there."""
-        version = self._learner.version
-        if version is None or version == 0 or version in self._checkpoints.versions:
-            return
-        tensors = await self._in_thread(self._learner.tensors, version)
-        await self._in_thread(self._checkpoints.save, Version(version, tensors, self._progress))
+            self._execution.prepared(work, term)
 
     # Terms ----------------------------------------------------------------------------------------------------------
+
+    async def _obey_if_sound(self, word: Step) -> None:
+        try:
+            await self._obey(word)
+        except (KeyError, ValueError, TypeError, AttributeError) as problem:
+            self.counters["refused"] += 1
+            log.warning("refused to %s: its details are not those of docs/protocol.md: %s", word.verb, problem)
 
     async def _obey(self, word: Step) -> None:
         """What the conductor, or a source that wants the weights, asks for."""
         if word.verb == "collect":
             if word.term == self.steps.term:
-                body = Body({name: from_array(item) for name, item in self._learner.weights().items()})
-                self.post.send(word.sender, Result(request=word.request, content=body))
+                self.post.send(word.sender, Result(request=word.request, content=self._execution.weights()))
             return
         if word.term < self.steps.term:
             self._refuse(word, StaleTerm(self.steps.term, word.term))
             return
         told: dict[str, Any] = {"stage": self.stage, "worker": self.worker}
         if word.verb == "halt":
-            self._crew = {str(stage): str(worker) for stage, worker in word.details.get("crew", {}).items()}
+            self._execution.crew = {str(stage): str(worker) for stage, worker in word.details.get("crew", {}).items()}
             self.steps.begin_term(word.term)
-            self._times.take()
-            await self._in_thread(self._learner.abandon)
-            told["standing"] = self._standing().model_dump()
+            await self._execution.abandon()
+            told["standing"] = self._execution.standing(self.steps.term, self._breaks).model_dump()
         else:
             told["problem"] = await self._restore(int(word.details["version"]))
             if not self._draining:
@@ -334,13 +253,7 @@ class Trainer:
     async def _restore(self, version: int) -> str:
         """Be at this version; if that cannot be, why."""
         try:
-            if self._learner.version != version:
-                found = None if version == 0 else await self._in_thread(self._checkpoints.load, version)
-                await self._in_thread(self._learner.restore, version, found.tensors if found else None)
-                self._progress = dict(found.progress) if found else {}
-            self._checkpoints.drop_after(version)
-            # A term begins with a version that all have on disk, so that the one before is never needed any more.
-            await self._keep_version()
+            await self._execution.restore(version)
         except (SparseError, OSError, RuntimeError, ValueError) as error:
             log.warning("cannot go back to version %d: %s", version, error)
             return str(error)
@@ -358,18 +271,8 @@ class Trainer:
 
     # Presence -------------------------------------------------------------------------------------------------------
 
-    def _standing(self) -> Standing:
-        return Standing(
-            term=self.steps.term,
-            version=self._learner.version,
-            kept=self._checkpoints.versions[-8:],
-            breaks=self._breaks,
-            progress=self._progress,
-            saved=len(self._learner.saved),
-        )
-
     async def report(self) -> None:
-        self._vitals.training = self.role.announce(self._standing())
+        self._vitals.training = self.role.announce(self._execution.standing(self.steps.term, self._breaks))
         self._vitals.refused = self.counters["refused"]
         await self._vitals.report(len(self.steps))
 
@@ -394,13 +297,3 @@ class Trainer:
             await asyncio.sleep(REPORT_EVERY_S)
             self.role.look()
             await self._try_to_report()
-
-
-def _said(judged: Judged) -> Body:
-    """What the source hears of a micro-batch: `loss` and `rows`, and `correct` where labels are classes."""
-    import numpy as np
-
-    found = {"loss": np.float64(judged.loss), "rows": np.int64(judged.rows)}
-    if judged.correct is not None:
-        found["correct"] = np.int64(judged.correct)
-    return Body({name: from_array(np.asarray(value)) for name, value in found.items()})
