@@ -1,0 +1,96 @@
+"""Whatever is killed while a network is trained: its final weights are those of the undisturbed, uncut run."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+
+from tests.soak.conftest import Tell
+from tests.soak.lesson import STAGES, Lesson, assert_equal, expected, lesson_file
+from tests.support.processes import Machine
+
+STEPS = 60
+KILLS, SHORT_KILLS = 10, 3
+
+
+def test_stages_that_are_killed_at_random_moments_change_no_bit(box: Machine, long: bool, tell: Tell) -> None:
+    chance = random.Random(4)
+    path = lesson_file(box.folder, epochs=STEPS // 3)
+    lesson = Lesson(box, path)
+    killed = []
+    for moment in sorted(chance.sample(range(2, STEPS - 5), KILLS if long else SHORT_KILLS)):
+        lesson.await_step(moment)
+        time.sleep(chance.uniform(0, 0.1))  # anywhere in a step
+        killed.append(chance.choice(STAGES))
+        lesson.kill("stage", killed[-1])
+    summary = lesson.end()
+    assert summary["steps"] == STEPS
+    assert summary["rolled_back"] >= 1
+    assert_equal(lesson.weights(), expected(STEPS))
+    tell(
+        f"{len(killed)} kills in {STEPS} steps ({', '.join(killed)}): {summary['rolled_back']} times back, "
+        f"{summary['repeated_steps']} steps done again, {summary['elapsed_s']:.0f} s; weights equal bit for bit"
+    )
+
+
+def test_a_broker_that_is_killed_while_a_network_is_trained_changes_no_bit(
+    box: Machine, mosquitto: None, tell: Tell
+) -> None:
+    path = lesson_file(box.folder, epochs=10)
+    lesson = Lesson(box, path, "--broker", "mosquitto")
+    for step in (5, 14):
+        lesson.await_step(step)
+        lesson.kill_broker()
+    summary = lesson.end()
+    assert_equal(lesson.weights(), expected(30))
+    tell(f"2 brokers killed in 30 steps: {summary['rolled_back']} times back, {summary['elapsed_s']:.0f} s")
+
+
+def test_a_run_whose_source_is_killed_goes_on_with_resume_and_changes_no_bit(box: Machine) -> None:
+    path = lesson_file(box.folder, epochs=10)
+    first = Lesson(box, path)
+    first.await_step(11)
+    first.kill("source")
+    said = first.running.end()
+    assert said.status == 1
+    assert "Traceback" not in said.err
+    second = Lesson(box, path, resume=first.folder)
+    summary = second.end()
+    assert summary["steps"] == 30
+    assert second.events()[-1]["step"] == 30
+    assert [event["step"] for event in second.events() if event["event"] == "resumed"] == [7]
+    assert_equal(second.weights(), expected(30))
+
+
+def test_a_second_worker_stands_by_and_takes_over_at_once(box: Machine, tell: Tell) -> None:
+    path = lesson_file(box.folder, epochs=20, workers=2)
+    lesson = Lesson(box, path)
+    for step, name in zip((4, 17, 30), STAGES, strict=True):
+        lesson.await_step(step)
+        lesson.kill("stage", "--worker", f"{name}-1")
+    lesson.end()
+    assert_equal(lesson.weights(), expected(STEPS))
+    waits = [event["waited_ms"] for event in lesson.events() if event["event"] == "rolled_back"]
+    tell(f"3 takeovers, each after {', '.join(f'{wait:.0f}' for wait in waits)} ms")
+
+
+@pytest.mark.parametrize("how", ["interrupted", "told to leave"])
+def test_a_worker_or_a_run_that_is_told_to_leave_loses_no_step(box: Machine, how: str) -> None:
+    path = lesson_file(box.folder, epochs=10)
+    lesson = Lesson(box, path)
+    lesson.await_step(5)
+    if how == "told to leave":
+        lesson.process("stage", "body").terminate()
+        lesson.end()
+        done = [event["step"] for event in lesson.events() if event["event"] == "step"]
+        assert done == sorted(set(done)), "a step was done twice"
+    else:
+        said = lesson.running.end(2)
+        assert said.status == 130
+        left = [event["step"] for event in lesson.events() if event["event"] == "step"][-1]
+        lesson = Lesson(box, path, resume=lesson.folder)
+        lesson.end()
+        assert [event["step"] for event in lesson.events() if event["event"] == "resumed"] == [left]
+    assert_equal(lesson.weights(), expected(30))

@@ -1,0 +1,87 @@
+"""A small network and a small data set that training tests name in their pipeline files: every kind of layer matters."""
+
+from __future__ import annotations
+
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from brokers.training import micro_seed
+from sources.batches import Batches, micro
+from sources.dataset import Dataset, Examples
+
+CLASSES = 4
+MODEL = "tests.support.lessons:small"
+# After these layers it may be cut: between them lie a batch norm, dropouts of both kinds and a skip connection.
+CUTS = (4, 9)
+
+
+class Small(nn.Module):
+    """Convolutions with a batch norm, a skip connection, and dropout as a module and as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.25)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.out = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        begun = self.drop(self.relu(self.norm(self.first(x))))
+        more = torch.relu(self.second(begun)) + begun
+        flat = torch.flatten(self.pool(more), 1)
+        return self.out(nn.functional.dropout(flat, 0.1, self.training))  # type: ignore[no-any-return]
+
+
+def small() -> nn.Module:
+    return Small()
+
+
+class Stripes(Dataset):
+    """Pictures (3, 8, 8) whose class is the row that is bright."""
+
+    name = "stripes"
+    classes = tuple("0123")
+    mirrors = True
+
+    def __init__(self, count: int = 96, seed: int = 0) -> None:
+        self._count, self._seed = count, seed
+
+    def train(self) -> Examples:
+        return self._some(self._count, self._seed)
+
+    def test(self) -> Examples:
+        return self._some(32, self._seed + 1)
+
+    def _some(self, count: int, seed: int) -> Examples:
+        rng = np.random.default_rng(seed)
+        labels = rng.integers(0, CLASSES, count)
+        pictures = rng.normal(0, 0.3, (count, 3, 8, 8)).astype(np.float32)
+        pictures[np.arange(count), :, 2 * labels, :] += 1.0
+        return Examples(pictures, labels.astype(np.int64))
+
+
+def train_plainly(
+    batches: Batches, steps: int, micro_batches: int, *, seed: int = 0, lr: float = 0.05, momentum: float = 0.9
+) -> tuple[nn.Module, list[float]]:
+    """The uncut network after so many steps of plain torch, and the loss of each."""
+    torch.manual_seed(seed)
+    model = small().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    losses = []
+    for step in range(steps):
+        inputs, labels = batches.batch(step)
+        total = 0.0
+        for index, (some, theirs) in enumerate(micro(inputs, labels, micro_batches)):
+            torch.manual_seed(micro_seed(seed, step, index))
+            loss = nn.functional.cross_entropy(model(torch.from_numpy(some)), torch.from_numpy(theirs))
+            (loss * (len(theirs) / len(labels))).backward()
+            total += loss.item() * len(theirs)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / len(labels))
+    return model, losses
