@@ -17,8 +17,8 @@ def required(user: Mapping[str, str], name: str) -> str:
     return user[name]
 
 
-def whole(user: Mapping[str, str], name: str, default: str = "1", digits: int = 9) -> int:
-    text = user.get(name, default)
+def whole(user: Mapping[str, str], name: str, default: str | None = "1", digits: int = 9) -> int:
+    text = required(user, name) if default is None else user.get(name, default)
     if len(text) > digits or not _DIGITS.fullmatch(text):
         raise BadProperty(name, f"must be a whole number of at most {digits} digits, is {text!r}")
     return int(text)

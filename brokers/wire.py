@@ -273,7 +273,7 @@ def _decode_step(properties: Properties, user: Mapping[str, str], payload: memor
     return Step(
         request=properties.correlation,
         verb=cast(Verb, required(user, "verb")),
-        term=whole(user, "term", digits=16),
+        term=whole(user, "term", default=None, digits=16),
         sender=properties.response_topic,
         details=details,
         attempt=whole(user, "attempt"),

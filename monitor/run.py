@@ -208,7 +208,7 @@ class Run:
         elif time.monotonic() > self._end_s and self._source.status is None:
             self._view.say(
                 f"the source did not end within {END_S:g} s and was killed: there is no summary, "
-                f"the results so far are in {self._folder / 'results.jsonl'}"
+                f"what came of it so far is in {self._folder}"
             )
             kill_all([self._source])
             self._source.process.wait()

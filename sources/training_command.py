@@ -54,6 +54,8 @@ class _Run:
         self._line = Line(MqttTransport(address, client_id=f"source.{name}.{new_request_id()[:4].hex()}"))
         self._inbox = source_inbox(pipeline.source.site, name)
         self._tally = TrainingTally(pipeline.name)
+        for event in record.earlier():  # of the run that is gone on with
+            self._tally.add(event)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._standing = Standing(self._line, pipeline, name, self._load)
         self._training: Training | None = None

@@ -55,6 +55,8 @@ class UnknownForward(WireError):
 class StaleTerm(WireError):
     """A message of a term that is over, or has not come: its step was given up."""
 
+    retry = True
+
     expected: int
     actual: int
 

@@ -181,8 +181,7 @@ class Trainer:
         """Tell whoever sent what cannot be used, if it says where."""
         topic = message.reply.topic if isinstance(message, Task) else getattr(message, "sender", "")
         if topic:
-            retry = error.retry or isinstance(error, StaleTerm)
-            self._fail(topic, message.request, type(error).__name__, str(error), retry=retry)
+            self._fail(topic, message.request, type(error).__name__, str(error), retry=error.retry)
 
     def _garbage(self, error: WireError, properties: Properties) -> None:
         self.counters["refused"] += 1

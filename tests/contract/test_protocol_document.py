@@ -11,21 +11,25 @@ import pytest
 import torch
 
 import brokers.errors
+import brokers.hops
 import brokers.messages
 import stages.errors
-from brokers import chunks, dispatch, line, presence, results, tensors, topics, wire
+import stages.training.errors
+from brokers import chunks, dispatch, line, presence, results, tensors, topics, training, wire
 from brokers.hops import Hop
 from brokers.memory import MemoryHub
-from brokers.messages import Blob, Body, Control, Failure, ReplyTo, Result, Task
+from brokers.messages import Blob, Body, Control, Failure, ReplyTo, Result, Step, Task
 from brokers.presence import Birth, Latency, Load, SourceBirth, SourceLoad
 from brokers.publication import encode_head, parse_head
 from brokers.tensors import from_numpy, to_numpy
 from brokers.topics import StageTopics
+from brokers.training import MicroBatch
 from brokers.wire import VERSION, decode, encode
 from sources import flight
 from stages import backlog, inference, outlet
 from stages.models import registry
 from stages.peers import PROBATION_S
+from stages.training import steps
 from tests.support.ears import INBOX, RecordingTransport, listening
 from tests.support.lines import run
 from tests.support.protocol_document import TEXT, column, names, packet, section, tables
@@ -104,9 +108,8 @@ def test_the_topics_are_those_of_the_code() -> None:
 def sent_user_properties() -> set[str]:
     """Every user property that our code ever sends: those of all kinds, and those of a chunk."""
     full = dataclasses.replace(TASK, reply=ReplyTo("elsewhere", "json", b"1"), attempt=2, priority="background")
-    found = {
-        name for each in (full, Control(request=TASK.request, worker="w")) for name, _ in encode(each).properties.user
-    }
+    words = (Control(request=TASK.request, worker="w"), Step(request=TASK.request, verb="commit", term=1))
+    found = {name for each in (full, *words) for name, _ in encode(each).properties.user}
 
     async def chunked() -> None:
         transport = RecordingTransport(MemoryHub(max_packet_bytes=line.HEAD_ROOM_BYTES + 100))
@@ -136,8 +139,12 @@ def test_a_property_that_has_a_default_may_be_left_out(name: str) -> None:
     assert {**defaults, **{key: said[key] for key in said if key == name}} == defaults
 
 
-@pytest.mark.parametrize("message", [TASK, Control(request=TASK.request, worker="w")], ids=["task", "control"])
-def test_a_property_that_is_required_may_not_be_left_out(message: Task | Control) -> None:
+@pytest.mark.parametrize(
+    "message",
+    [TASK, Control(request=TASK.request, worker="w"), Step(request=TASK.request, verb="commit", term=1)],
+    ids=["task", "control", "step"],
+)
+def test_a_property_that_is_required_may_not_be_left_out(message: Task | Control | Step) -> None:
     required = [names(row[0])[0] for row in tables("Properties")[1] if row[4] == "none: required"]
     encoded = encode(message)
     for name in {name for name, _ in encoded.properties.user} & set(required):
@@ -182,7 +189,7 @@ def test_the_presence_record_is_that_of_the_code() -> None:
     assert sorted(column(record)) == sorted(Birth.model_fields)
     assert column(load) == list(Load.model_fields)
     [state] = [row[1] for row in record if row[0] == "`state`"]
-    assert names(state) == ["up", "draining", "stopped"]
+    assert names(state) == ["up", "standby", "draining", "stopped"]
 
 
 def test_the_record_of_a_source_is_that_of_the_code() -> None:
@@ -201,6 +208,19 @@ def test_the_time_on_probation_is_that_of_the_code() -> None:
 def test_the_fields_of_a_failure_are_those_of_the_code() -> None:
     failure = Failure(request=TASK.request, stage="s", worker="w", error="e", reason="r")
     assert set(column(tables("Failures, retries and deadlines")[0])) == set(failure.as_dict())
+
+
+def test_the_words_of_training_are_those_of_the_code() -> None:
+    assert column(tables("A micro-batch")[0]) == ["step", "term", "index", "count", "rows", "number", "seed", "mode"]
+    assert set(column(tables("A micro-batch")[0])) == set(MicroBatch.__dataclass_fields__)
+    assert column(tables("A micro-batch")[1]) == [training.LABELS, training.RANDOM]
+    assert f"`{training.MICRO}`" in section("A micro-batch")
+    assert sorted(column(tables("A step")[0])) == sorted(brokers.messages.VERBS)
+    assert column(tables("Terms")[0]) == list(training.Standing.model_fields)
+    for names_of, _, retry in tables("Failures of training")[0]:
+        for name in names(names_of):
+            found = getattr(stages.training.errors, name)
+            assert retry == str(getattr(found, "retry", False)).lower(), name
 
 
 def test_the_classes_of_failures_are_there_and_say_retry_as_the_page_does() -> None:
@@ -260,6 +280,8 @@ LIMITS = {
     "attempts that fail before the owner gives up": flight.RETRY_LIMIT,
     "queue of a worker": backlog.QUEUE_LIMIT,
     "values spelled out in JSON": results._SPELLED_VALUES,
+    "micro-batches of a step": training.MICRO_LIMIT,
+    "steps that wait at a worker": steps.STEPS_LIMIT,
 }
 
 

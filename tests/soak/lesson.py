@@ -87,7 +87,9 @@ class Lesson:
 
     def process(self, *words: str) -> psutil.Process:
         """The newest process with these words in its command line."""
-        return eventually(" ".join(words), lambda: self._box.find(*words))
+        found = eventually(" ".join(words), lambda: self._box.find(*words))
+        assert found is not None
+        return found
 
     def kill(self, *words: str) -> None:
         self.process(*words).send_signal(signal.SIGKILL)

@@ -60,7 +60,9 @@ def test_a_run_whose_source_is_killed_goes_on_with_resume_and_changes_no_bit(box
     summary = second.end()
     assert summary["steps"] == 30
     assert second.events()[-1]["step"] == 30
-    assert [event["step"] for event in second.events() if event["event"] == "resumed"] == [7]
+    # The others had what the source had not heard of any more: nothing that was committed is done again.
+    (resumed,) = [event["step"] for event in second.events() if event["event"] == "resumed"]
+    assert resumed >= 11
     assert_equal(second.weights(), expected(30))
 
 

@@ -1,7 +1,6 @@
-"""A small network and a small data set that training tests name in their pipeline files: every kind of layer matters."""
+"""A small network and a small data set for training tests, which name them in their pipeline files."""
 
 from __future__ import annotations
-
 
 import numpy as np
 import torch
@@ -79,7 +78,7 @@ def train_plainly(
         for index, (some, theirs) in enumerate(micro(inputs, labels, micro_batches)):
             torch.manual_seed(micro_seed(seed, step, index))
             loss = nn.functional.cross_entropy(model(torch.from_numpy(some)), torch.from_numpy(theirs))
-            (loss * (len(theirs) / len(labels))).backward()
+            torch.autograd.backward([loss * (len(theirs) / len(labels))])
             total += loss.item() * len(theirs)
         optimizer.step()
         optimizer.zero_grad()
