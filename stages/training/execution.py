@@ -13,6 +13,7 @@ from brokers.tables import StageTable
 from brokers.tensors import from_array, from_torch, to_torch
 from brokers.training import LABELS, Progress, Standing
 from stages.training.checkpoints import Checkpoints, Version
+from stages.training.errors import BadStep
 from stages.training.learner import Judged, Learner
 from stages.training.post import Post
 from stages.training.steps import Backward, Commit, Forward, Work
@@ -98,6 +99,7 @@ class Execution:
     async def _forward(self, work: Forward) -> None:
         task = work.task
         assert isinstance(task.content, Body)
+        self._check_number(task.source, work)
         with self._times.measure("decode_ms"):
             tensors = {name: to_torch(tensor) for name, tensor in task.content.tensors.items()}
             if work.labels is not None:
@@ -115,6 +117,14 @@ class Execution:
             request=task.request, content=body, reply=task.reply, sender=self._inbox, source=task.source
         )
         self._post.send(self._pipeline.topics(self._next).inbox(self.crew[self._next.name]), onward)
+
+    def _check_number(self, source: str, work: Forward) -> None:
+        """A source that does not know how far it is, or has a twin, must not have a step done twice, or left out."""
+        done = self._progress[source].steps if source in self._progress else 0
+        if work.micro.mode == "train" and work.micro.number != done:
+            raise BadStep(
+                f"source {source!r} has trained {done} steps of this version, this is step {work.micro.number}"
+            )
 
     async def _backward(self, work: Backward) -> None:
         gradients = None

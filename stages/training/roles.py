@@ -41,7 +41,8 @@ class Leading(Role):
 
     def __init__(self, trainer: Trainer, pipeline: Pipeline) -> None:
         self._trainer, self._pipeline = trainer, pipeline
-        self._conductor = Conductor(trainer.worker, tuple(stage.name for stage in pipeline.stage))
+        stages = tuple(stage.name for stage in pipeline.stage)
+        self._conductor = Conductor(trainer.worker, stages, pipeline.pipeline.lease_s)
         self._leading = False
         self._begun_s = time.monotonic()
         self._sources_s: dict[str, float] = {}  # who feeds, and when it was heard last
@@ -102,6 +103,7 @@ class Leading(Role):
         now_s = time.monotonic()
         if now_s - self._begun_s < _LISTEN_S:
             return
+        self._conductor.forget_silent(now_s)
         leads = self._conductor.leads(leading=self._leading)
         if leads != self._leading:
             self._leading = leads
