@@ -78,6 +78,20 @@ def test_a_second_worker_stands_by_and_takes_over_at_once(box: Machine, tell: Te
     tell(f"3 takeovers, each after {', '.join(f'{wait:.0f}' for wait in waits)} ms")
 
 
+@pytest.mark.parametrize("name", ["head", "body"])
+def test_a_frozen_worker_is_replaced_and_what_it_says_when_it_wakes_changes_nothing(box: Machine, name: str) -> None:
+    path = lesson_file(box.folder, epochs=20, workers=2)
+    lesson = Lesson(box, path)
+    lesson.await_step(5)
+    frozen = lesson.process("stage", "--worker", f"{name}-1")
+    frozen.suspend()
+    lesson.await_step(lesson.step + 3)
+    frozen.resume()
+    summary = lesson.end()
+    assert summary["rolled_back"] >= 1
+    assert_equal(lesson.weights(), expected(STEPS))
+
+
 @pytest.mark.parametrize("how", ["interrupted", "told to leave"])
 def test_a_worker_or_a_run_that_is_told_to_leave_loses_no_step(box: Machine, how: str) -> None:
     path = lesson_file(box.folder, epochs=10)
