@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, cast
 
@@ -30,6 +31,15 @@ Mode = Literal["train", "evaluate"]
 MICRO_LIMIT = 1024
 ROWS_LIMIT = 1 << 31
 SEED_LIMIT = 1 << 63
+_LIMITS = (
+    ("term", 0, TERM_LIMIT),
+    ("count", 1, MICRO_LIMIT + 1),
+    ("rows", 1, ROWS_LIMIT),
+    ("number", 0, TERM_LIMIT),
+    ("seed", 0, SEED_LIMIT),
+)
+# In lower case, as everything that is compared with it is written.
+_STEP = re.compile(f"[0-9a-f]{{{2 * REQUEST_ID_BYTES}}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,22 +59,18 @@ class MicroBatch:
     mode: Mode = "train"
 
     def __post_init__(self) -> None:
-        limits = {
-            "index": self.count,
-            "count": MICRO_LIMIT + 1,
-            "rows": ROWS_LIMIT,
-            "number": TERM_LIMIT,
-            "seed": SEED_LIMIT,
-            "term": TERM_LIMIT,
-        }
-        for name, limit in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < limit:
-                raise BadProperty(MICRO, f"{name} must be a whole number from 0 to {limit - 1}, is {value!r}")
-        if not isinstance(self.step, str) or len(self.step) != 2 * REQUEST_ID_BYTES:
+        for name, least, limit in _LIMITS:
+            self._check_number(name, least, limit)
+        self._check_number("index", 0, self.count)
+        if not isinstance(self.step, str) or not _STEP.fullmatch(self.step):
             raise BadProperty(MICRO, f"step must be {2 * REQUEST_ID_BYTES} hexadecimal digits, is {self.step!r}")
         if self.mode not in ("train", "evaluate"):
             raise BadProperty(MICRO, f"mode must be train or evaluate, is {self.mode!r}")
+
+    def _check_number(self, name: str, least: int, limit: int) -> None:
+        value = getattr(self, name)
+        if type(value) is not int or not least <= value < limit:
+            raise BadProperty(MICRO, f"{name} must be a whole number from {least} to {limit - 1}, is {value!r}")
 
     def to_text(self) -> str:
         """The form in which it travels."""

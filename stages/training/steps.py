@@ -79,6 +79,7 @@ class Steps:
         self._awaits_labels = awaits_labels
         self._steps: dict[str, _InHand] = {}
         self._labels: dict[bytes, Tensor] = {}
+        self._over: dict[str, None] = {}  # the latest steps of this term that have ended, the oldest first
 
     def __len__(self) -> int:
         """Micro-batches that wait."""
@@ -89,6 +90,7 @@ class Steps:
         self.term = term
         self._steps.clear()
         self._labels.clear()
+        self._over.clear()
 
     @property
     def begun(self) -> bool:
@@ -111,20 +113,23 @@ class Steps:
         """A micro-batch came; if there is no room, why. Raises `StaleTerm` or `BadStep`."""
         if micro.term != self.term:
             raise StaleTerm(self.term, micro.term)
+        step = self._steps.get(micro.step)
+        if micro.step in self._over or (step and micro.index in step.begun):
+            self.twins += 1
+            return None
         tensors = getattr(task.content, "tensors", {})
         if self._awaits_labels and set(tensors) == {LABELS}:
             if len(self._labels) >= STEPS_LIMIT * MICRO_LIMIT:
                 return f"labels of {len(self._labels)} micro-batches wait already"
             self._labels[task.request] = tensors[LABELS]
             return None
-        step = self._steps.get(micro.step)
         if step is None:
             if len(self._steps) >= STEPS_LIMIT or self._nbytes + task.content.nbytes > STEPS_LIMIT_BYTES:
                 return f"{len(self._steps)} steps wait already"
             ops = operations(self._schedule, self._stage, self._stages, micro.count, micro.mode)
             step = self._steps[micro.step] = _InHand(micro, task.source, task.reply.topic, ops)
         _check_alike(step.first, micro)
-        if micro.index in step.waiting or micro.index in step.begun:
+        if micro.index in step.waiting:
             self.twins += 1
         else:
             step.waiting[micro.index] = micro, task
@@ -181,8 +186,10 @@ class Steps:
         return None if gradient is None else Backward(micro, task.request, gradient, task)
 
     def done(self, work: Work) -> bool:
-        """It has been done; whether the step is prepared by that, and waits for its commit."""
-        step = next(iter(self._steps.values()))
+        """It has been done; whether its step is prepared by that, and waits for its commit."""
+        step = self._step_of(work)
+        if step is None:
+            return False
         match work:
             case Forward():
                 index = work.micro.index
@@ -192,19 +199,30 @@ class Steps:
             case Backward():
                 step.gradients.pop(work.micro.index, None)
             case Commit():
-                del self._steps[step.first.step]
+                self._end(step)
                 return False
         step.done += 1
         if step.done < len(step.ops):
             return False
         if step.first.mode == "evaluate":
-            del self._steps[step.first.step]
+            self._end(step)
             return False
         return True
 
-    def fail(self) -> None:
-        """The step in hand cannot be done: nothing more is, until the term ends."""
-        next(iter(self._steps.values())).failed = True
+    def fail(self, work: Work) -> None:
+        """It cannot be done: nothing more is, until the term ends."""
+        if step := self._step_of(work):
+            step.failed = True
+
+    def _step_of(self, work: Work) -> _InHand | None:
+        """The step; None when it was given up while a part of it was being done."""
+        return self._steps.get(work.word.request.hex() if isinstance(work, Commit) else work.micro.step)
+
+    def _end(self, step: _InHand) -> None:
+        del self._steps[step.first.step]
+        self._over[step.first.step] = None
+        if len(self._over) > STEPS_LIMIT:
+            del self._over[next(iter(self._over))]
 
     @property
     def _nbytes(self) -> int:

@@ -208,7 +208,7 @@ class Trainer:
             if not isinstance(error, SparseError):
                 log.error("stage %s failed in a step", self.stage, exc_info=error)
             self._vitals.failed += 1
-            self.steps.fail()
+            self.steps.fail(work)
             self._fail(reply, request, type(error).__name__, str(error) or type(error).__name__)
             return
         finally:
