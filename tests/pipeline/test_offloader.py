@@ -25,6 +25,7 @@ from tests.support.processes import Machine, machine
 PIPELINES = {
     "chain": [stage("double", "double"), stage("add", "add_one")],
     "picky": [stage("picky", "picky")],
+    "moody": [stage("moody", "moody")],
     "forgets": [stage("forgets", "forgets")],
     "slow": [stage("slow", "Slow", settings={"seconds": 0.4})],
     "rows": [stage("rows", "Rows", max_batch=4, max_wait_ms=50)],
@@ -91,6 +92,20 @@ def test_a_request_that_fails_says_which_stage_and_worker_and_why(
     assert isinstance(bad, RequestFailed)
     assert (bad.stage, bad.error, bad.reason) == ("picky", "ArithmeticError", "-3.0 is below zero")
     assert bad.worker
+
+
+def test_whatever_a_stage_raises_is_told_in_one_line_at_once_and_the_worker_lives(
+    served: dict[str, Pipeline], broker: LocalBroker
+) -> None:
+    found = ask(served["moody"], broker, *(np.array(float(number)) for number in (1, 2, 3, 4, 5)))
+    told = [(each.error, each.reason) for each in found[:4] if isinstance(each, RequestFailed)]
+    assert len(told) == 4, found
+    assert told[0] == ("Speechless", "its own text could not be made: AttributeError")
+    assert told[1][0] == "ValueError"
+    assert told[1][1].startswith("first second xxx")
+    assert told[1][1].endswith("... (100013 characters)")
+    assert told[2:] == [("SystemExit", "enough"), ("Busy", "the sensor is in use")]
+    assert float(found[4]) == 5.0  # type: ignore[arg-type]
 
 
 def test_a_stage_that_returns_no_dict_fails_its_request_and_lives(
