@@ -30,7 +30,7 @@ PIPELINES = {
     "slow": [stage("slow", "Slow", settings={"seconds": 0.4})],
     "rows": [stage("rows", "Rows", max_batch=4, max_wait_ms=50)],
     "sorted": [stage("sort", "Sorter"), stage("small", "double"), stage("large", "add_one")],
-    "bytes": [stage("bytes", "Bytes")],
+    "bytes": [stage("raw", "Bytes")],
 }
 # Two workers on one stage, started by hand below.
 TEAM = [stage("slow", "Slow", settings={"seconds": 0.05})]
@@ -256,6 +256,15 @@ def test_an_executor_chooses_another_stage_by_the_nodes_dispatcher(
 def test_an_executor_may_take_bytes_that_are_no_arrays(served: dict[str, Pipeline], broker: LocalBroker) -> None:
     found = ask(served["bytes"], broker, *[b"[1, 2, 3]"] * 3)
     assert found == [{"values": {"bytes": 9}}] * 3
+
+
+def test_the_record_of_a_worker_says_what_it_takes_where_it_knows(
+    served: dict[str, Pipeline], broker: LocalBroker
+) -> None:
+    workers = await_workers(broker.address, lambda seen: {"double", "raw"} <= {each.stage for each in seen.values()})
+    found = {each.stage: each.formats for each in workers.values()}
+    assert found["double"] == ("application/x-safetensors", "application/json")
+    assert found["raw"] == ()  # its author's own `prepare`
 
 
 def test_a_stage_whose_executor_cannot_start_says_why_and_stops_nothing(box: Machine, embedded: LocalBroker) -> None:
