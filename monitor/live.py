@@ -18,6 +18,11 @@ from monitor.standings import age
 
 REFRESH_PER_S = 5
 _LINE_EVERY_S = 2.0
+# Below this width, which is what a terminal has that nobody has made larger, columns stand close together.
+_ROOMY = 100
+_BAR_WIDTHS = {True: 6, False: 12}
+# From this width on there is room for where each worker runs, and of which model it is; else `sparse status` tells.
+_WIDE = 140
 # Where there is no terminal, nothing is said before the first result or this time: a mistake is then one line, its own.
 _QUIET_S = 10.0
 
@@ -113,22 +118,26 @@ class LiveView:
         return [line] if said else []
 
     def _stages(self, now_s: float) -> Table:
-        table = Table(box=None, padding=(0, 2), header_style="dim", pad_edge=False)
-        for column in ("stage", "worker", "device"):
+        narrow = self._console.width < _ROOMY
+        table = Table(box=None, padding=(0, 1 if narrow else 2, 0, 0), header_style="dim", pad_edge=False)
+        places = ("site", "node", "model") if self._console.width >= _WIDE else ()
+        for column in ("stage", "worker", *places, "device"):
             table.add_column(column)
-        table.add_column("load", width=12)
+        bar_width = _BAR_WIDTHS[narrow]
+        table.add_column("load", width=bar_width)
         for column in ("busy", "queue", "tasks/s", "ms/task", "done", "age"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)  # figures are shown whole; names give way
         up = {birth.stage for birth in self._board.workers.values()}
         for birth, state in self._ordered(now_s):
             load = birth.load
-            bar = ProgressBar(total=1.0, completed=load.busy, width=12)
-            worker = Text(
-                f"{birth.worker} ({state})" if state else birth.worker, style="red" if state == "lost" else ""
-            )
+            bar = ProgressBar(total=1.0, completed=load.busy, width=bar_width)
+            name = f"{birth.worker} ({state})" if state else birth.worker
+            about = {"site": birth.site, "node": birth.node, "model": birth.fingerprint}
             table.add_row(
-                birth.stage, worker, Text(plain(birth.device)), bar, f"{load.busy:.0%}", str(load.queue),
-                f"{load.rate:.1f}", f"{load.task_ms:.1f}", str(load.done), age(birth.up_s),
+                _name(birth.stage), _name(name, style="red" if state == "lost" else ""),
+                *(_name(about[place]) for place in places), _name(birth.device), bar,
+                f"{load.busy:.0%}", str(load.queue), f"{load.rate:.1f}", f"{load.task_ms:.1f}", str(load.done),
+                age(birth.up_s),
             )  # fmt: skip
         for stage in self._pipeline.stage:
             if stage.name not in up:
@@ -144,3 +153,8 @@ class LiveView:
                 state = "" if birth.state == "up" else birth.state
                 found.append((birth, "lost" if self._board.is_lost(topic, now_s) else state))
         return sorted(found, key=lambda item: (order.index(item[0].stage), item[0].worker, item[0].site))
+
+
+def _name(text: str, style: str = "") -> Text:
+    """What others call themselves may be of any length."""
+    return Text(plain(text), style=style, no_wrap=True, overflow="ellipsis")
