@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from brokers.errors import SparseError
+from brokers.errors import BadFile, SparseError
 from brokers.mqtt import MqttTransport
 from brokers.parent import STOPPED
 from brokers.pipeline import BROKER_VARIABLE, Pipeline, load_pipeline, new_run_folder
@@ -76,7 +76,10 @@ class Run:
         named = broker.shown if broker.own is None else f"{broker.label} {broker.shown}"
         self._view = LiveView(pipeline, named, self._board)
         logs = folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadFile(str(folder), f"the results cannot be written: {error.strerror}") from None
         file = pipeline.path
         workers = sum(stage.workers for stage in pipeline.stage)
         handed = {BROKER_VARIABLE: broker.address}

@@ -109,7 +109,8 @@ async def _feed(
     }
     summary = await asyncio.to_thread(folder.finish, summary)
     if trouble is not None:
-        raise trouble
+        with blaming(pipeline):
+            raise trouble
     return summary, leaving.is_set()
 
 
