@@ -29,7 +29,7 @@ from monitor.summary import print_summary
 _POLL_S = 0.05
 # From the first Ctrl-C to the source's end: it waits for what is in flight, which may never come back.
 END_S = 20.0
-# A worker that was up and died is started again so often; a crash at each start would go on for ever.
+# A worker that was up and died is started again so often in a row; a crash at each start would go on for ever.
 _RESTART_LIMIT = 20
 
 
