@@ -21,6 +21,8 @@ _LINE_EVERY_S = 2.0
 # Below this width, which is what a terminal has that nobody has made larger, columns stand close together.
 _ROOMY = 100
 _BAR_WIDTHS = {True: 6, False: 12}
+# Workers that are shown; how many there are beyond is said. Anybody who may publish records may invent thousands.
+_SHOWN = 32
 # From this width on there is room for where each worker runs, and of which model it is; else `sparse status` tells.
 _WIDE = 140
 # Where there is no terminal, nothing is said before the first result or this time: a mistake is then one line, its own.
@@ -72,6 +74,7 @@ class LiveView:
     def _line(self, now_s: float) -> str:
         board = self._board
         stages = " ".join(f"{birth.stage} {state or f'{birth.load.busy:.0%}'}" for birth, state in self._ordered(now_s))
+        stages += f" and {more} more" if (more := self._more) else ""
         found = f"  last: {board.finds[-1].text}" if board.finds else ""
         troubles = "".join(f"  {what} {by_count(counts)}" for what, counts in board.troubles().items() if counts)
         return (
@@ -139,20 +142,33 @@ class LiveView:
                 f"{load.busy:.0%}", str(load.queue), f"{load.rate:.1f}", f"{load.task_ms:.1f}", str(load.done),
                 age(birth.up_s),
             )  # fmt: skip
+        if more := self._more:
+            table.add_row("", Text(f"and {more} more", style="dim"))
         for stage in self._pipeline.stage:
             if stage.name not in up:
                 table.add_row(stage.name, Text("starting ...", style="dim"))
         return table
 
+    @property
+    def _more(self) -> int:
+        """How many workers of the pipeline are not shown."""
+        order = {stage.name for stage in self._pipeline.stage}
+        return max(0, sum(birth.stage in order for birth in self._board.workers.values()) - _SHOWN)
+
     def _ordered(self, now_s: float) -> list[tuple[Birth, str]]:
-        """The workers in the pipeline's order, each with what is to be said of it: nothing of one that is up."""
+        """As many workers as fit, in the pipeline's order, each with what is to be said of it: nothing if it is up."""
         order = [stage.name for stage in self._pipeline.stage]
         found = []
         for topic, birth in self._board.workers.items():
             if birth.stage in order:
                 state = "" if birth.state == "up" else birth.state
                 found.append((birth, "lost" if self._board.is_lost(topic, now_s) else state))
-        return sorted(found, key=lambda item: (order.index(item[0].stage), item[0].worker, item[0].site))
+
+        def place(item: tuple[Birth, str]) -> tuple[int, str, str]:
+            return order.index(item[0].stage), item[0].worker, item[0].site
+
+        found.sort(key=lambda item: (item[1] != "", place(item)))  # those that are up are not crowded out
+        return sorted(found[:_SHOWN], key=place)
 
 
 def _name(text: str, style: str = "") -> Text:

@@ -33,9 +33,9 @@ def board() -> Scoreboard:
     return found
 
 
-def shown(folder: Path, width: int) -> str:
+def shown(folder: Path, width: int, found: Scoreboard | None = None) -> str:
     pipeline = load_pipeline(pipeline_file(folder, [stage("head", "double"), stage("tail", "double")]))
-    view = LiveView(pipeline, "mosquitto", board())
+    view = LiveView(pipeline, "mosquitto", found or board())
     view._console = Console(width=width, record=True, file=io.StringIO())
     view._console.print(view._render(NOW_S))
     return view._console.export_text()
@@ -61,3 +61,19 @@ def test_a_wide_terminal_shows_where_each_runs_and_of_which_model_it_is(tmp_path
 
 def test_a_narrow_one_shows_what_changes(tmp_path: Path) -> None:
     assert "camera-7" not in shown(tmp_path, 100)
+
+
+def test_thousands_of_workers_fill_no_screen_and_no_log_and_crowd_nobody_out(tmp_path: Path) -> None:
+    found = board()
+    for number in range(3000):  # of anybody's invention
+        ghost = Birth(
+            worker=f"ghost-{number}", stage="head", pipeline="test", site="local", node="n", pid=1, device="cpu",
+            fingerprint="f", capacity=1, state="draining",
+        )  # fmt: skip
+        found.heard_birth(f"sparse/local/test/head/up/ghost-{number}", ghost.to_bytes(), NOW_S)
+    screen = shown(tmp_path, 100, found)
+    assert screen.count("\n") < 50
+    assert "head-1 " in screen
+    assert "and 2970 more" in screen
+    pipeline = load_pipeline(pipeline_file(tmp_path, [stage("head", "double")]))
+    assert len(LiveView(pipeline, "mosquitto", found)._line(NOW_S)) < 1500
