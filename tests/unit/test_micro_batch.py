@@ -88,10 +88,24 @@ def test_a_field_that_is_missing_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [None, 7, "", "0" * 31, "0" * 33, "z" * 32, "A" * 32, " " * 32, "+" * 32, "٠" * 32, ["0"] * 32], ids=repr
+    "step",
+    [
+        None,
+        7,
+        "",
+        "0" * 31,
+        "0" * 33,
+        "z" * 32,
+        "A" * 32,
+        " " * 32,
+        "+" * 32,
+        "\N{ARABIC-INDIC DIGIT ZERO}" * 32,
+        ["0"] * 32,
+    ],
+    ids=repr,
 )
 def test_a_step_that_is_no_id_in_lower_case_hexadecimal_is_refused(step: Any) -> None:
-    with pytest.raises(BadProperty, match="step must be 32 .*hexadecimal digits"):
+    with pytest.raises(BadProperty, match=r"step must be 32 .*hexadecimal digits"):
         MicroBatch.from_text(json.dumps({**asdict(MICRO), "step": step}))
 
 

@@ -24,7 +24,9 @@ def most_kept(ops: tuple[Op, ...]) -> int:
 
 
 @given(names, places, counts)
-def test_every_micro_batch_has_one_forward_and_then_one_backward(name: Name, place: tuple[int, int], count: int) -> None:
+def test_every_micro_batch_has_one_forward_and_then_one_backward(
+    name: Name, place: tuple[int, int], count: int
+) -> None:
     ops = operations(name, *place, count)
     assert sorted(ops) == sorted((kind, index) for kind in ("forward", "backward") for index in range(count))
     assert all(ops.index(("forward", index)) < ops.index(("backward", index)) for index in range(count))

@@ -88,7 +88,7 @@ def test_a_term_is_a_whole_number_of_json(term: int) -> None:
 
 def test_there_are_these_verbs_and_no_others() -> None:
     verb: Any = "forget"
-    with pytest.raises(BadProperty, match="one of prepared, commit, .*, is 'forget'"):
+    with pytest.raises(BadProperty, match=r"one of prepared, commit, .*, is 'forget'"):
         replace(STEP, verb=verb)
 
 
