@@ -11,10 +11,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -23,6 +25,7 @@ from stages.training.errors import CannotCheckpoint, ForeignCheckpoint
 
 # Two: should a worker die while some have written the newest and others have not, all have the one before.
 KEPT = 2
+_PROGRESS = TypeAdapter(dict[str, Progress])
 _NAME = re.compile(r"version-(\d{12})\.safetensors")
 
 
@@ -71,7 +74,8 @@ class Checkpoints:
             partial.replace(path)
             _flush(self._folder)
         except (OSError, SafetensorError) as problem:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # where there is no folder, for one
+                partial.unlink()
             raise CannotCheckpoint(str(path), str(problem)) from problem
         for old in self.versions[:-KEPT]:
             self._path(old).unlink(missing_ok=True)
@@ -81,12 +85,14 @@ class Checkpoints:
         path = self._path(number)
         metadata = self._metadata(path)
         try:
-            progress = {name: Progress(**item) for name, item in json.loads(metadata.get("progress", "{}")).items()}
+            progress = _PROGRESS.validate_json(metadata.get("progress", "{}"))
             with safe_open(path, framework="pt") as file:
                 # Memory of their own: a view of the file begins at any byte, where kernels add up in another order.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError, ValueError, TypeError) as problem:
-            raise ForeignCheckpoint(str(path), str(problem)) from problem
+        except ValidationError as problem:
+            raise ForeignCheckpoint(str(path), "its progress is none") from problem
+        except (SafetensorError, OSError) as problem:
+            raise ForeignCheckpoint(str(path), f"it cannot be read ({problem})") from problem
         return Version(number, tensors, progress)
 
     def drop_after(self, number: int) -> None:
