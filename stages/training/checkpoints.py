@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from stages.training.errors import CannotCheckpoint, ForeignCheckpoint
 # Two: should a worker die while some have written the newest and others have not, all have the one before.
 KEPT = 2
 _PROGRESS = TypeAdapter(dict[str, Progress])
+# Another worker of the stage may be writing: it is done, or dead, after so long. (safetensors begins with a `.tmp`.)
+_ABANDONED_S = 600.0
 _NAME = re.compile(r"version-(\d{12})\.safetensors")
 
 
@@ -54,7 +57,11 @@ class Checkpoints:
         return tuple(sorted(int(match[1]) for match in found if match))
 
     def check(self) -> None:
-        """Raise `ForeignCheckpoint` if what is there is another part's."""
+        """Raise `ForeignCheckpoint` if what is there is another part's. What a killed worker left half written goes."""
+        for partial in (*self._folder.glob("version-*.part"), *self._folder.glob(".tmp*")):
+            with suppress(OSError):
+                if time.time() - partial.stat().st_mtime > _ABANDONED_S:
+                    partial.unlink()
         for number in self.versions:
             self._metadata(self._path(number))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -181,6 +182,18 @@ def test_a_crash_before_the_file_has_its_name_leaves_the_old_ones(tmp_path: Path
     made.save(version(150))  # what the dead one left is no hindrance, and does not stay
     assert made.versions == (100, 150)
     assert named(tmp_path) == [name_of(100), name_of(150)]
+
+
+def test_what_was_left_half_written_long_ago_is_taken_away_at_the_start(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path)
+    made.save(version(50))
+    long_ago, lately = ("version-000000000007.part", ".tmpAbCdEf"), ("version-000000000008.part", ".tmpGhIjKl")
+    for name in (*long_ago, *lately, "notes.txt"):
+        (tmp_path / name).write_text("half")
+    for name in (*long_ago, "notes.txt", name_of(50)):
+        os.utime(tmp_path / name, (0, 0))
+    made.check()
+    assert named(tmp_path) == sorted((*lately, "notes.txt", name_of(50)))
 
 
 def test_on_a_full_disk_the_old_ones_stay_and_nothing_half_written_is_left(tmp_path: Path) -> None:
