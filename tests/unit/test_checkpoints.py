@@ -59,7 +59,7 @@ def test_what_is_written_is_read_again_with_its_progress(tmp_path: Path) -> None
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     made = checkpoints(tmp_path)
-    assert made.versions == ()
+    assert not made.versions
     for number in (50, 100, 150, 1_000_000):
         made.save(version(number))
     assert KEPT == 2
@@ -74,7 +74,7 @@ def test_what_was_given_up_is_let_go_of(tmp_path: Path) -> None:
     made.drop_after(50)
     assert made.versions == (50,)
     made.drop_after(0)
-    assert made.versions == ()
+    assert not made.versions
 
 
 def test_a_version_that_is_written_again_replaces_the_former_one(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_other_files_in_the_folder_are_not_ours(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     made = checkpoints(tmp_path)
     made.check()
-    assert made.versions == ()
+    assert not made.versions
     made.save(version(50))
     assert len(named(tmp_path)) == 5
 
@@ -108,9 +108,10 @@ def test_what_is_read_has_memory_of_its_own(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_part_is_told_from_ours_in_one_line(tmp_path: Path) -> None:
     checkpoints(tmp_path, "vgg11/0 cut 6").save(version(50))
-    for ask in (lambda made: made.check(), lambda made: made.load(50)):
+    ours = checkpoints(tmp_path, "vgg11/0 cut 9")
+    for ask in (ours.check, lambda: ours.load(50)):
         with pytest.raises(ForeignCheckpoint) as caught:
-            ask(checkpoints(tmp_path, "vgg11/0 cut 9"))
+            ask()
         assert isinstance(caught.value, UsageError)
         text = str(caught.value)
         assert "expected the part 'vgg11/0 cut 9', it is of 'vgg11/0 cut 6': another model, cut or recipe" in text

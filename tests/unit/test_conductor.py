@@ -289,11 +289,10 @@ def test_all_go_to_the_newest_version_that_all_have(
 def test_memory_that_was_not_in_the_last_term_is_no_version_of_it() -> None:
     # tail-1 was frozen at version 101; the others went back to 100, and on, with a standby that has died meanwhile.
     world = World()
-    lately, before = {"since": UNIX_MS - 1}, {"since": UNIX_MS - 5000}
     order = world.open(
-        head=Standing(kept=(50, 100), version=101, **lately),
-        body=Standing(kept=(50, 100), version=101, **lately),
-        tail=Standing(kept=(50, 100), version=101, **before),
+        head=Standing(kept=(50, 100), version=101, since=UNIX_MS - 1),
+        body=Standing(kept=(50, 100), version=101, since=UNIX_MS - 1),
+        tail=Standing(kept=(50, 100), version=101, since=UNIX_MS - 5000),
     )
     assert order.version == 100
 

@@ -233,7 +233,7 @@ def test_a_gradient_at_the_last_stage_is_unknown_for_it_has_the_loss_itself() ->
 def test_a_gradient_of_a_step_that_is_a_version_is_unknown() -> None:
     made, lesson = steps(), Lesson(1)
     for came in (("task", 0), ("gradient", 0), ("commit", 0)):
-        give(made, lesson, came)  # type: ignore[arg-type]
+        give(made, lesson, came)
         list(done_now(made))
     with pytest.raises(UnknownForward):
         made.take_gradient(lesson.gradient(0))
@@ -418,7 +418,7 @@ def test_labels_of_a_step_that_was_given_up_are_let_go_of() -> None:
 def test_labels_that_come_twice_leave_nothing_behind() -> None:
     made, lesson = steps(stage=1, stages=2, awaits_labels=True), Lesson(1)
     for came in ("labels", "task", "labels"):
-        give(made, lesson, (came, 0))  # type: ignore[arg-type]
+        give(made, lesson, (came, 0))
     list(done_now(made))
     give(made, lesson, ("labels", 0))
     give(made, lesson, ("commit", 0))
