@@ -117,6 +117,7 @@ class Standing(BaseModel):
 
     term: _Count = Field(default=0, description="the newest that it knows; 0: none yet")
     version: _Count | None = Field(default=None, description="of the weights in its memory; None: they are no version")
+    since: _Count = Field(default=0, description="the term in which that memory was last told to be a version")
     kept: tuple[_Count, ...] = Field(default=(), max_length=8, description="versions that it has checkpoints of")
     breaks: _Count = Field(default=0, description="how often its connection broke: messages to it may be lost")
     crew: dict[_Name, _Name] = Field(

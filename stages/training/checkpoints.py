@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -23,6 +26,9 @@ from stages.training.errors import CannotCheckpoint, ForeignCheckpoint
 
 # Two: should a worker die while some have written the newest and others have not, all have the one before.
 KEPT = 2
+_PROGRESS = TypeAdapter(dict[str, Progress])
+# Another worker of the stage may be writing: it is done, or dead, after so long. (safetensors begins with a `.tmp`.)
+_ABANDONED_S = 600.0
 _NAME = re.compile(r"version-(\d{12})\.safetensors")
 
 
@@ -51,7 +57,11 @@ class Checkpoints:
         return tuple(sorted(int(match[1]) for match in found if match))
 
     def check(self) -> None:
-        """Raise `ForeignCheckpoint` if what is there is another part's."""
+        """Raise `ForeignCheckpoint` if what is there is another part's. What a killed worker left half written goes."""
+        for partial in (*self._folder.glob("version-*.part"), *self._folder.glob(".tmp*")):
+            with suppress(OSError):
+                if time.time() - partial.stat().st_mtime > _ABANDONED_S:
+                    partial.unlink()
         for number in self.versions:
             self._metadata(self._path(number))
 
@@ -71,7 +81,8 @@ class Checkpoints:
             partial.replace(path)
             _flush(self._folder)
         except (OSError, SafetensorError) as problem:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):  # where there is no folder, for one
+                partial.unlink()
             raise CannotCheckpoint(str(path), str(problem)) from problem
         for old in self.versions[:-KEPT]:
             self._path(old).unlink(missing_ok=True)
@@ -81,12 +92,14 @@ class Checkpoints:
         path = self._path(number)
         metadata = self._metadata(path)
         try:
-            progress = {name: Progress(**item) for name, item in json.loads(metadata.get("progress", "{}")).items()}
+            progress = _PROGRESS.validate_json(metadata.get("progress", "{}"))
             with safe_open(path, framework="pt") as file:
                 # Memory of their own: a view of the file begins at any byte, where kernels add up in another order.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError, ValueError, TypeError) as problem:
-            raise ForeignCheckpoint(str(path), str(problem)) from problem
+        except ValidationError as problem:
+            raise ForeignCheckpoint(str(path), "its progress is none") from problem
+        except (SafetensorError, OSError) as problem:
+            raise ForeignCheckpoint(str(path), f"it cannot be read ({problem})") from problem
         return Version(number, tensors, progress)
 
     def drop_after(self, number: int) -> None:

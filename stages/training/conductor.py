@@ -99,16 +99,11 @@ class Conductor:
         if self.phase != "waiting":
             self.phase, self.why = "waiting", why
 
-    def forget_silent(self, now_s: float) -> None:
-        """Who has not renewed its record for long is frozen, or cut off; of ourselves we know that we live."""
-        for key, member in list(self._members.items()):
-            if now_s - member.heard_s > SILENT_S and key != (self.stages[0], self.own):
-                del self._members[key]
-
     # Who leads ----------------------------------------------------------------------------------------------------
 
-    def leads(self, *, leading: bool) -> bool:
+    def leads(self, now_s: float, *, leading: bool) -> bool:
         """Whether this worker is the one of the first stage that conducts; `leading`: it has done so until now."""
+        self._forget_silent(now_s)
         others = [
             member
             for (stage, worker), member in self._members.items()
@@ -124,6 +119,7 @@ class Conductor:
 
     def look(self, now_s: float, unix_ms: int) -> Order | None:
         """What the crew is to do, if that has changed; to be asked after whatever was heard, and each second."""
+        self._forget_silent(now_s)
         if self.phase in ("halting", "restoring") and now_s - self._since_s > self.lease_s:
             self.give_up(f"not all stages have answered within {self.lease_s:g} s")
         if self.phase != "waiting" and (trouble := self._trouble()):
@@ -136,6 +132,11 @@ class Conductor:
             case "restoring" if len(self._restored) == len(self.stages):
                 self.phase, self.problem = "open", ""
         return None
+
+    def _forget_silent(self, now_s: float) -> None:
+        for key, member in list(self._members.items()):
+            if now_s - member.heard_s > SILENT_S and key != (self.stages[0], self.own):
+                del self._members[key]
 
     def _trouble(self) -> str:
         for stage, worker in self.crew.items():
@@ -177,8 +178,10 @@ class Conductor:
 
     def _restore(self, now_s: float) -> Order | None:
         found = {stage: {0, *standing.kept} for stage, standing in self._halted.items()}
+        # Who missed a term may have in memory what the others have given up, and done otherwise since.
+        latest = max(standing.since for standing in self._halted.values())
         for stage, standing in self._halted.items():
-            if standing.version is not None:
+            if standing.version is not None and standing.since == latest:
                 found[stage].add(standing.version)
         version = max(set.intersection(*found.values()))
         for stage, standing in self._halted.items():

@@ -13,7 +13,7 @@ from brokers.tables import StageTable
 from brokers.tensors import from_array, from_torch, to_torch
 from brokers.training import LABELS, Progress, Standing
 from stages.training.checkpoints import Checkpoints, Version
-from stages.training.errors import BadStep
+from stages.training.errors import BadStep, NotFinite
 from stages.training.learner import Judged, Learner
 from stages.training.post import Post
 from stages.training.steps import Backward, Commit, Forward, Work
@@ -43,6 +43,7 @@ class Execution:
         self._checkpoints: Checkpoints
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{stage.name}")
         self._progress: dict[str, Progress] = {}
+        self._since = 0  # the last term that told what is in memory to be a version
         self._times = Times()
 
     async def start(self) -> str:
@@ -64,6 +65,7 @@ class Execution:
         return Standing(
             term=term,
             version=self._learner.version,
+            since=self._since,
             kept=self._checkpoints.versions[-8:],
             breaks=breaks,
             progress=self._progress,
@@ -165,7 +167,7 @@ class Execution:
         tensors = await self._in_thread(self._learner.tensors, version)
         await self._in_thread(self._checkpoints.save, Version(version, tensors, self._progress))
 
-    async def restore(self, version: int) -> None:
+    async def restore(self, version: int, term: int) -> None:
         """Be at this version. Raises what reading or writing a checkpoint raises.
 
         It is on disk afterwards, here as on all stages: the one before it is never needed any more.
@@ -174,8 +176,13 @@ class Execution:
             found = None if version == 0 else await self._in_thread(self._checkpoints.load, version)
             await self._in_thread(self._learner.restore, version, found.tensors if found else None)
             self._progress = dict(found.progress) if found else {}
+        self._since = term
         self._checkpoints.drop_after(version)
-        await self.keep_version()
+        try:
+            await self.keep_version()
+        except NotFinite:
+            self._learner.version = None  # of no use to anybody: next time, to one before it
+            raise
 
     def weights(self) -> Body:
         """The part's state, with the names of the uncut network."""

@@ -226,6 +226,7 @@ class Learner:
         self.saved.clear()
         self._buffers = None
         self._build()
+        self.version = None  # until it is done, memory holds no version
         if tensors is not None:
             state = {name.removeprefix(_MODEL): item for name, item in tensors.items() if name.startswith(_MODEL)}
             self._part.load_state_dict(state)

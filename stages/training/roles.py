@@ -103,8 +103,7 @@ class Leading(Role):
         now_s = time.monotonic()
         if now_s - self._begun_s < _LISTEN_S:
             return
-        self._conductor.forget_silent(now_s)
-        leads = self._conductor.leads(leading=self._leading)
+        leads = self._conductor.leads(now_s, leading=self._leading)
         if leads != self._leading:
             self._leading = leads
             log.info("worker %s %s", self._trainer.worker, "leads" if leads else "stands by")

@@ -246,17 +246,17 @@ class Trainer:
         if word.verb == "halt":
             told["standing"] = self._execution.standing(self.steps.term, self._breaks).model_dump()
         else:
-            told["problem"] = await self._restore(int(word.details["version"]))
+            told["problem"] = await self._restore(int(word.details["version"]), word.term)
             if not self._draining:
                 self._vitals.state = "up"
         verb: Verb = "halted" if word.verb == "halt" else "restored"
         self.post.send(word.sender, Step(request=word.request, verb=verb, term=word.term, details=told))
         await self.report()
 
-    async def _restore(self, version: int) -> str:
+    async def _restore(self, version: int, term: int) -> str:
         """Be at this version; if that cannot be, why."""
         try:
-            await self._execution.restore(version)
+            await self._execution.restore(version, term)
         except (SparseError, OSError, RuntimeError, ValueError) as error:
             log.warning("cannot go back to version %d: %s", version, error)
             return str(error)
