@@ -100,9 +100,9 @@ class Lesson:
         assert len(brokers) == 1
         brokers[0].send_signal(signal.SIGKILL)
 
-    def end(self) -> dict[str, Any]:
+    def end(self, timeout_s: float = 280) -> dict[str, Any]:
         """Wait for its end; its summary."""
-        said = self.running.end(timeout_s=280)
+        said = self.running.end(timeout_s=timeout_s)
         assert said.status == 0, said.err
         assert "Traceback" not in "".join(path.read_text() for path in (self.folder / "logs").iterdir())
         return said.answer
