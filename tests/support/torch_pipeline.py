@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from stages.partition import Part
+from stages.training.memory import keep_memory
 from tests.support.training_job import Job
 
 _SCHEDULES: Mapping[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -85,6 +86,7 @@ def _train(job: Job, rank: int, name: str) -> dict[str, Any]:
 
 def _main(file: Path, rank: int) -> None:
     job = Job.from_text(file.read_text())
+    keep_memory()
     torch.set_num_threads(1)
     meeting = f"file://{file.with_suffix('.meeting')}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=len(job.cuts) + 1)

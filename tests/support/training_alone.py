@@ -8,6 +8,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from stages.training.memory import keep_memory
 from tests.support.ideal_pipeline import StageTimes
 from tests.support.torch_pipeline import Single
 from tests.support.training_job import Job
@@ -18,6 +19,7 @@ _WARM_UP = 1
 
 def alone(job: Job, steps: int) -> list[StageTimes]:
     """What each part takes, one after the other, each with the machine for itself: medians of so many steps."""
+    keep_memory()
     torch.set_num_threads(1)
     rows = job.batch // job.micro_batches
     inputs, labels = (torch.from_numpy(array[:rows]) for array in job.examples())

@@ -42,7 +42,7 @@ class Job:
     @classmethod
     def from_text(cls, text: str) -> Job:
         found: dict[str, Any] = json.loads(text)
-        return cls(**{name: tuple(item) if isinstance(item, list) else item for name, item in found.items()})
+        return cls(**{**found, "cuts": tuple(found["cuts"]), "schedules": tuple(found["schedules"])})
 
     def examples(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The inputs (N, 3, 32, 32) and labels (N,) of all batches."""
