@@ -142,7 +142,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="that count, of each contestant a round (default 20)")
+    parser.add_argument("--steps", type=int, default=16, help="that count, of each contestant a round (default 16)")
     parser.add_argument("--rounds", type=int, default=2, help="through all contestants (default 2)")
     parser.add_argument("--cut", type=int, action="append", help="after so many layers; may be given twice (6 and 11)")
     parser.add_argument("--sweep", action="store_true", help=f"batches of {SWEEP[0]} to {SWEEP[-1]} rows instead")
