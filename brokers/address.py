@@ -54,7 +54,8 @@ class BrokerAddress:
 def parse_address(text: str) -> BrokerAddress:
     """Return the address in `text`; raise `BadAddress`, one line that says what was expected."""
     scheme, separator, rest = text.partition("://")
-    shown = f"{scheme}{separator}{rest.rpartition('@')[2]}"
+    # Without a scheme, too, what stands before the last @ may be a password.
+    shown = f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else text.rpartition("@")[2]
     if scheme not in ("mqtt", "mqtts", "mqtt+unix") or not separator:
         raise BadAddress(shown, f"unknown scheme {scheme!r}" if separator else "it has no scheme")
     try:
@@ -77,7 +78,7 @@ def parse_address(text: str) -> BrokerAddress:
         raise BadAddress(shown, "it names no host")
     _check_host(host, shown)
     if parts.path.strip("/"):
-        raise BadAddress(shown, f"nothing may follow the port, got {parts.path!r}")
+        raise BadAddress(shown, f"nothing may follow the port, got {parts.path.rpartition('@')[2]!r}")
     if port == 0:
         raise BadAddress(shown, "the port is not a number from 1 to 65535")
     return BrokerAddress(scheme, host, port or (MQTTS_PORT if scheme == "mqtts" else MQTT_PORT), user, password)

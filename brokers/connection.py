@@ -183,7 +183,7 @@ class Connection:
         head = encode_head(topic, properties, payload_bytes, qos=qos, retain=retain, packet_id=packet_id)
         if len(head) + payload_bytes > self.limits.max_packet_bytes:
             raise TooLarge(f"publication to {topic!r}", self.limits.max_packet_bytes, len(head) + payload_bytes)
-        await self._pump.left(self._pump.push((memoryview(head), *pieces)))
+        await self._pump.send((memoryview(head), *pieces))
 
     async def subscribe(self, topic_filter: str, qos: int) -> None:
         """Subscribe; raise `Refused` or `ConnectionLost`."""

@@ -20,9 +20,11 @@ RECORD_LIMIT_BYTES = 65536
 # Counts by reason in one record: ours know about ten, and whoever makes up more shall not fill a screen with them.
 REASON_LIMIT = 32
 OTHER = "other"
+FORMAT_LIMIT = 32
 
 # One level of a topic: a record that came from the network must not lead a sender to a topic of its own making.
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+_Format = Annotated[str, Field(max_length=128)]
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON has no larger whole numbers that all readers agree on
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _State = Literal["up", "standby", "draining", "stopped"]
@@ -111,6 +113,9 @@ class Birth(_Record):
     fingerprint: str = Field(description="of the model's part: two workers of one stage must agree")
     capacity: int = Field(ge=1, description="tasks that one sender may have with this worker at a time")
     max_message_bytes: int = MESSAGE_LIMIT_BYTES
+    formats: tuple[_Format, ...] = Field(
+        default=(), max_length=FORMAT_LIMIT, description="Content Types that it takes; empty: it does not say"
+    )
     up_s: _Seconds | None = Field(default=None, description="since it joined, by its own clock; None: it does not say")
     state: _State = "up"
     load: Load = Load()

@@ -16,6 +16,9 @@ from brokers.errors import WireError
 from brokers.stream import OutQueue, PacketReader, Sink
 
 READ_BUDGET_BYTES = 4 << 20  # then the loop's other tasks have their turn
+# What may wait for the socket when one more packet is queued: a chunk on its way out. Whoever publishes waits for that:
+# one who gives up meanwhile (a deadline passed, and the link is slow) has queued nothing that would leave all the same.
+QUEUE_LIMIT_BYTES = 512 << 10
 TICK_S = 1.0
 PING_AFTER_TICKS = 2  # quiet ticks until we ask whether the broker is there
 DEAD_AFTER_TICKS = 6  # quiet ticks until it is not; ticks, not seconds: a loop that was blocked blames nobody else
@@ -38,6 +41,7 @@ class Pump:
         self._reader = PacketReader(sock, sink, max_packet_bytes)
         self._writing = False
         self._held = False
+        self._turn = asyncio.Lock()  # who came first queues first
         self._leaving: deque[tuple[int, asyncio.Future[None]]] = deque()  # (sent bytes at which it has left, who waits)
         self._watching: asyncio.Task[None] | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
@@ -63,6 +67,14 @@ class Pump:
         if not self._writing:
             self._on_writable()
         return end
+
+    async def send(self, pieces: Sequence[memoryview]) -> None:
+        """Queue one packet when there is room, and return when it has left; raise `ConnectionLost`."""
+        async with self._turn:
+            while self._out.taken_bytes - self._out.sent_bytes > QUEUE_LIMIT_BYTES:
+                await self.left(self._out.taken_bytes - QUEUE_LIMIT_BYTES)
+            end = self.push(pieces)
+        await self.left(end)
 
     async def left(self, end: int | None = None) -> None:
         """Return when that many bytes have left, by default all that were queued; raise `ConnectionLost`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -50,6 +51,18 @@ class BrokerFailed(UsageError):
 
     def __str__(self) -> str:
         return f"the {self.kind} broker did not start: {self.reason}"
+
+
+@dataclass(eq=False)
+class CannotListen(UsageError):
+    """An address that is none of this machine's, or a port that not everybody may use."""
+
+    host: str
+    port: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"no broker can listen at {self.host}, port {self.port}: {self.reason}"
 
 
 @dataclass(eq=False)
@@ -121,7 +134,7 @@ def start_broker(
     """Start a broker and return when it accepts connections: Mosquitto where it is installed, else the embedded one.
 
     Port 0 is any free port. `plain_port` opens a second listener for MQTT 3.1.1 on the embedded broker (0: any free
-    port). Raises `PortTaken` or `BrokerFailed`.
+    port). Raises `PortTaken`, `CannotListen` or `BrokerFailed`.
     """
     kind = kind or ("mosquitto" if mosquitto.find() else "embedded")
     port = _free_port(host, port)
@@ -198,12 +211,15 @@ def _accepts(host: str, port: int) -> bool:
 
 
 def _free_port(host: str, port: int) -> int:
-    """Return `port`, or any free one for 0; raise `PortTaken`."""
+    """Return `port`, or any free one for 0; raise `PortTaken` or `CannotListen`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do: a port in TIME_WAIT is free
         try:
             probe.bind((host, port))
-        except OSError as error:
-            raise PortTaken(host, port) from error
+        except (OSError, UnicodeError) as error:  # the latter for what no name of a host can be
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                raise PortTaken(host, port) from error
+            reason = getattr(error, "strerror", None) or "that is no name of a host"
+            raise CannotListen(host, port, reason[:1].lower() + reason[1:]) from error
         return int(probe.getsockname()[1])

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from brokers.address import BadAddress, parse_address
 from brokers.dispatch import LEASE_S
 from brokers.errors import BadName
 from brokers.messages import DEADLINE_LIMIT_MS, Priority
@@ -22,6 +23,14 @@ def _name_of(what: str) -> AfterValidator:
             raise ValueError(str(error)) from None
 
     return AfterValidator(check)
+
+
+def _readable_address(text: str) -> str:
+    try:
+        parse_address(text)
+    except BadAddress as error:
+        raise ValueError(str(error)) from None
+    return text
 
 
 class Table(BaseModel):
@@ -65,7 +74,7 @@ class SiteTable(Table):
     """`[[site]]`: a place with its own broker; without an address one is started on this machine."""
 
     name: Annotated[str, _name_of("site")]
-    broker: str | None = None
+    broker: Annotated[str, AfterValidator(_readable_address)] | None = None
 
 
 class SourceTable(Table):

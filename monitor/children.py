@@ -15,6 +15,8 @@ from typing import IO
 
 # A stage finishes what it holds when told to end; one that does not in this time is killed.
 DRAIN_S = 15.0
+# One that lived so long did not die of its start: what is counted of its starts begins anew.
+STEADY_S = 60.0
 _TAIL_BYTES = 4096
 
 
@@ -31,7 +33,8 @@ class Child:
     log: Path
     answers: bool = False
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # beside our own; may hold a password
-    starts: int = 0
+    starts: int = 0  # one soon after the other
+    _begun_s: float = field(default=0.0, repr=False)
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
@@ -44,7 +47,9 @@ class Child:
                 env={**os.environ, **self.environment},
                 start_new_session=True,
             )
-        self.starts += 1
+        now_s = time.monotonic()
+        self.starts = 1 if now_s - self._begun_s >= STEADY_S else self.starts + 1
+        self._begun_s = now_s
 
     @property
     def process(self) -> subprocess.Popen[bytes]:

@@ -25,10 +25,15 @@ from monitor.standings import STYLES, age, foreign
 
 REFRESH_PER_S = 5
 _LINE_EVERY_S = 2.0
+# Below this width, which is what a terminal has that nobody has made larger, columns stand close together.
+_ROOMY = 100
+_BAR_WIDTHS = {True: 8, False: 12}
+# Workers that are shown; how many there are beyond is said. Anybody who may publish records may invent thousands.
+_SHOWN = 32
+# From this width on there is room for where each worker runs, and of which model it is; else `sparse status` tells.
+_WIDE = 140
 # Where there is no terminal, nothing is said before the first result or this time: a mistake is then one line, its own.
 _QUIET_S = 10.0
-# A narrower terminal has a shorter bar, and leaves the age out.
-_WIDE = 112
 
 
 class LiveView(ABC):
@@ -93,6 +98,7 @@ class LiveView(ABC):
 
     def _line(self, now_s: float) -> str:
         stages = " ".join(f"{birth.stage} {state or f'{birth.load.busy:.0%}'}" for birth, state in self._ordered(now_s))
+        stages += f" and {more} more" if (more := self._more) else ""
         troubles = "".join(f"  {what} {by_count(counts)}" for what, counts in self._roll.troubles().items() if counts)
         return (
             f"{now_s - self._begun_s:6.1f} s  {self._status}  {self._course(now_s)}  {stages}{troubles}{self._last()}"
@@ -115,40 +121,55 @@ class LiveView(ABC):
         return [one_line(styled)] if said else []
 
     def _stages(self, now_s: float) -> Table:
-        wide = self._console.width >= _WIDE
-        table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-        for column in ("stage", "worker", "device"):  # the widths of these may be cut, those of the rest are known
+        narrow = self._console.width < _ROOMY
+        table = Table(box=None, padding=(0, 1 if narrow else 2, 0, 0), header_style="dim", pad_edge=False)
+        places = ("site", "node", "model") if self._console.width >= _WIDE else ()
+        for column in ("stage", "worker", *places, "device"):
             table.add_column(column)
-        table.add_column("load", no_wrap=True)
-        for column in ("busy", "queue", "tasks/s", "ms/task", "done", *(["age"] if wide else [])):
-            table.add_column(column, justify="right", no_wrap=True)
+        bar_width = _BAR_WIDTHS[narrow]
+        table.add_column("load", width=bar_width)
+        for column in ("busy", "queue", "tasks/s", "ms/task", "done", "age"):
+            table.add_column(column, justify="right", no_wrap=True)  # figures are shown whole; names give way
         up = {birth.stage for birth in self._roll.workers.values()}
         for birth, state in self._ordered(now_s):
             load, style = birth.load, STYLES.get(state, "")
             # Of one that is not at work the state is what there is to see.
-            width = 12 if wide else 8
-            bar = Text(state, style) if state else ProgressBar(total=1.0, completed=load.busy, width=width)
-            cells = [f"{load.busy:.0%}", f"{load.queue}", f"{load.rate:.1f}", f"{load.task_ms:.1f}", f"{load.done}"]
-            cells += [age(birth.up_s)] if wide else []
+            bar = Text(state, style) if state else ProgressBar(total=1.0, completed=load.busy, width=bar_width)
+            about = {"site": birth.site, "node": birth.node, "model": birth.fingerprint}
+            named = (birth.stage, birth.worker, *(about[place] for place in places), birth.device)
+            cells = (f"{load.busy:.0%}", f"{load.queue}", f"{load.rate:.1f}", f"{load.task_ms:.1f}", f"{load.done}")
             table.add_row(
-                *(foreign(cell, style) for cell in (birth.stage, birth.worker, birth.device)),
+                *(foreign(name, style) for name in named),
                 bar,
-                *(Text(cell, style) for cell in cells),
+                *(Text(cell, style) for cell in (*cells, age(birth.up_s))),
             )
+        if more := self._more:
+            table.add_row("", Text(f"and {more} more", style="dim"))
         for stage in self._pipeline.stage:
             if stage.name not in up:
                 table.add_row(foreign(stage.name), foreign("starting ...", "dim"))
         return table
 
+    @property
+    def _more(self) -> int:
+        """How many workers of the pipeline are not shown."""
+        order = {stage.name for stage in self._pipeline.stage}
+        return max(0, sum(birth.stage in order for birth in self._roll.workers.values()) - _SHOWN)
+
     def _ordered(self, now_s: float) -> list[tuple[Birth, str]]:
-        """The workers in the pipeline's order, each with what is to be said of it: nothing of one that is up."""
+        """As many workers as fit, in the pipeline's order, each with what is to be said of it: nothing if it is up."""
         order = [stage.name for stage in self._pipeline.stage]
         found = []
         for topic, birth in self._roll.workers.items():
             if birth.stage in order:
                 state = "" if birth.state == "up" else birth.state
                 found.append((birth, "lost" if self._roll.is_lost(topic, now_s) else state))
-        return sorted(found, key=lambda item: (order.index(item[0].stage), item[0].worker, item[0].site))
+
+        def place(item: tuple[Birth, str]) -> tuple[int, str, str]:
+            return order.index(item[0].stage), item[0].worker, item[0].site
+
+        found.sort(key=lambda item: (item[1] != "", place(item)))  # those that are up are not crowded out
+        return sorted(found[:_SHOWN], key=place)
 
 
 def one_line(parts: Sequence[Text]) -> Text:

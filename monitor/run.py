@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from brokers.errors import SparseError
+from brokers.errors import BadFile, SparseError
 from brokers.mqtt import MqttTransport
 from brokers.parent import STOPPED
 from brokers.pipeline import BROKER_VARIABLE, Pipeline, load_pipeline, new_run_folder
@@ -28,7 +28,7 @@ from monitor.watch import watch
 _POLL_S = 0.05
 # From the first Ctrl-C to the source's end: it waits for what is in flight, which may never come back.
 END_S = 20.0
-# A worker that was up and died is started again so often; a crash at each start would go on for ever.
+# A worker that was up and died is started again so often in a row; a crash at each start would go on for ever.
 _RESTART_LIMIT = 20
 # Of a run that trains, below its folder.
 CHECKPOINTS = "checkpoints"
@@ -89,7 +89,10 @@ class Run:
         named = broker.shown if broker.own is None else f"{broker.label} {broker.shown}"
         self._board, self._view = watch(pipeline, named)
         logs = folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadFile(str(folder), f"the results cannot be written: {error.strerror}") from None
         file = pipeline.path
         workers = sum(stage.workers for stage in pipeline.stage)
         handed = {BROKER_VARIABLE: broker.address}
@@ -119,13 +122,14 @@ class Run:
         arguments = ("source", file, "--out", str(folder), "--json", *options)
         self._source = Child("source", arguments, logs / "source.log", answers=True, environment=handed)
         self._leaving = asyncio.Event()
+        self._left_with = STOPPED  # the exit status once told to leave
         self._end_s = float("inf")  # when the source, told to end, is waited for no longer
 
     async def go(self) -> tuple[int, dict[str, Any] | None]:
         """Run it all; the exit status, and the source's summary if it came to one."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._leave)
+            loop.add_signal_handler(number, self._leave, number)
         transport = MqttTransport(self._broker.address)
         try:
             for child in self._stages:
@@ -133,18 +137,20 @@ class Run:
             with self._view:
                 await self._listen(transport)
                 if await self._await_stages():
-                    return STOPPED, None
+                    return self._left_with, None
                 status, summary = await self._await_source()
         finally:
             await transport.close()
             await asyncio.to_thread(end_all, [self._source])
             await asyncio.to_thread(end_all, self._stages)
-        return STOPPED if self._leaving.is_set() else status, summary
+        return self._left_with if self._leaving.is_set() else status, summary
 
-    def _leave(self) -> None:
-        """The first Ctrl-C ends the run in good order; at a second one nothing is waited for."""
+    def _leave(self, number: int) -> None:
+        """The first Ctrl-C, or SIGTERM, ends the run in good order; at a second one nothing is waited for."""
         if self._leaving.is_set():
             kill_all([self._source, *self._stages])
+        else:  # a service that is told to end has not failed
+            self._left_with = STOPPED if number == signal.SIGINT else 0
         self._leaving.set()
 
     async def _listen(self, transport: MqttTransport) -> None:

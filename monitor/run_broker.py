@@ -12,6 +12,7 @@ from brokers.address import MQTT_PORT, parse_address
 from brokers.errors import PortTaken, UsageError
 from brokers.pipeline import Pipeline, broker_address
 from brokers.site import Kind, LocalBroker, start_broker
+from monitor.children import STEADY_S
 from monitor.errors import BrokerGone
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class RunBroker:
     address: str = field(repr=False)  # may hold a password
     own: LocalBroker | None = None
     restarts: int = 0
+    _in_a_row: int = field(default=0, repr=False)
+    _begun_s: float = field(default_factory=time.monotonic, repr=False)
 
     @property
     def shown(self) -> str:
@@ -51,13 +54,17 @@ class RunBroker:
         """Start a broker of ours that has ended again, at the same port; blocks. Raises `BrokerGone`."""
         assert self.own is not None
         kind, said = self.own.kind, self.own.last_words()
-        if self.restarts >= _RESTART_LIMIT:
-            raise BrokerGone(kind, self.shown, said, f"it was started again {self.restarts} times already")
+        if time.monotonic() - self._begun_s >= STEADY_S:
+            self._in_a_row = 0
+        if self._in_a_row >= _RESTART_LIMIT:
+            raise BrokerGone(kind, self.shown, said, f"it was started again {self._in_a_row} times already")
         try:
             self.own = _started_at(kind, self.own.port)
         except UsageError as error:  # at the start of a run a person's mistake, and by now none any more
             raise BrokerGone(kind, self.shown, said, str(error)) from error
         self.restarts += 1
+        self._in_a_row += 1
+        self._begun_s = time.monotonic()
 
     def __enter__(self) -> Self:
         return self

@@ -13,6 +13,7 @@ from monitor.roll import Roll
 # Rates and percentiles are of the last so many seconds and results: what a person calls "now".
 WINDOW_S = 5.0
 TEXT_LIMIT = 400
+REASONS_SHOWN = 12  # ours know about ten; others may invent any number
 _RECENT_RESULTS = 256
 _RECENT_FINDS = 8
 
@@ -92,8 +93,11 @@ def plain(text: str) -> str:
 
 
 def by_count(counts: Mapping[str, int]) -> str:
-    """`newer_came 12, expired 3`: the most frequent first; empty when there is nothing to say."""
-    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+    """`newer_came 12, expired 3`: the most frequent first, and so many; empty when there is nothing to say."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    if rest := sum(count for _, count in ordered[REASONS_SHOWN:]):
+        ordered[REASONS_SHOWN:] = [("others", rest)]
+    return ", ".join(f"{name} {count}" for name, count in ordered)
 
 
 def found_text(result: dict[str, Any]) -> str:

@@ -24,7 +24,8 @@ STYLES = {
     "stopped": "dim",
     "-": "dim",
 }
-_HEADING_WIDTH = 32
+_GIVE_WAY = ("node", "model")  # where there is no room for all: they tell little of how the work fares
+_NAME_WIDTHS = {True: 20, False: 32}  # at most, of a worker or a stage; the former where columns stand close together
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
 
@@ -39,9 +40,12 @@ def age(seconds: float | None) -> str:
 
 
 def workers_table(
-    workers: Sequence[tuple[Birth, bool]], pipeline: Pipeline | None = None, *, headings: bool = False
+    workers: Sequence[tuple[Birth, bool]], pipeline: Pipeline | None = None, *, headings: bool = False, gap: int = 2
 ) -> RenderableType:
-    """A row for each worker (and whether it is lost), and for each stage of `pipeline` that has none."""
+    """A row for each worker (and whether it is lost), and for each stage of `pipeline` that has none.
+
+    With headings, what went wrong is in lines below, where a narrow terminal has room for it.
+    """
     rows = [((birth.site, birth.pipeline, birth.stage), birth.worker, _worker(birth, lost)) for birth, lost in workers]
     served = {where for where, _, _ in rows}
     for stage in pipeline.stage if pipeline else ():
@@ -52,20 +56,28 @@ def workers_table(
         return Text("no worker is up")
     words = ("worker", "node", "device", "model", "state")
     numbers = ("age", "queue", "tasks/s", "ms/task", "done")
-    table = _table(("site", "pipeline", "stage"), words, numbers, headings=headings)
-    table.add_column("troubles")
+    table = _table(("site", "pipeline", "stage"), words, numbers, headings=headings, gap=gap)
+    troubles = [(birth.worker, _troubles_of_worker(birth)) for birth, _ in workers]
+    if not headings:
+        table.add_column("troubles")
+        for (_, _, cells), (_, said) in zip(rows, troubles, strict=False):  # a stage without a worker comes after these
+            cells.append(_said(said or "-"))
     _fill(table, rows, headings=headings)
-    return table
+    if not headings:
+        return table
+    return Group(table, *(Text(f"  {name}  {said}", style="yellow") for name, said in troubles if said))
 
 
-def sources_table(sources: Sequence[tuple[SourceBirth, bool]], *, headings: bool = False) -> RenderableType:
+def sources_table(
+    sources: Sequence[tuple[SourceBirth, bool]], *, headings: bool = False, gap: int = 2
+) -> RenderableType:
     """A row for each source (and whether it is lost); with headings, what went wrong is in lines below."""
     if not sources:
         return Text("no source is up")
     rows = [((birth.site, birth.pipeline), birth.source, _source(birth, lost)) for birth, lost in sources]
     words = ("source", "node", "state")
     numbers = ("age", "in flight", "results/s", "p50 ms", "p99 ms", "results")
-    table = _table(("site", "pipeline"), words, numbers, headings=headings)
+    table = _table(("site", "pipeline"), words, numbers, headings=headings, gap=gap)
     troubles = [(birth.source, troubles_of(birth)) for birth, _ in sources]
     if not headings:
         for column in ("dropped", "retried", "failed", "twins"):
@@ -97,7 +109,7 @@ def troubles_of(birth: SourceBirth) -> dict[str, str]:
     return {what: said for what, said in found.items() if said}
 
 
-def _worker(birth: Birth, lost: bool) -> list[Text | str]:
+def _troubles_of_worker(birth: Birth) -> str:
     load = birth.load
     troubles = {
         "failed": load.failed,
@@ -105,6 +117,11 @@ def _worker(birth: Birth, lost: bool) -> list[Text | str]:
         "turned away": load.turned_away,
         "expired": load.expired,
     }
+    return by_count({what: count for what, count in troubles.items() if count})
+
+
+def _worker(birth: Birth, lost: bool) -> list[Text | str]:
+    load = birth.load
     return [
         foreign(birth.node),
         foreign(birth.device),
@@ -115,7 +132,6 @@ def _worker(birth: Birth, lost: bool) -> list[Text | str]:
         f"{load.rate:.1f}",
         f"{load.task_ms:.1f}",
         str(load.done),
-        _said(by_count({what: count for what, count in troubles.items() if count}) or "-"),
     ]
 
 
@@ -133,24 +149,24 @@ def _source(birth: SourceBirth, lost: bool) -> list[Text | str]:
     ]
 
 
-def _table(where: Sequence[str], words: Sequence[str], numbers: Sequence[str], *, headings: bool) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+def _table(where: Sequence[str], words: Sequence[str], numbers: Sequence[str], *, headings: bool, gap: int) -> Table:
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
     for column in words if headings else (*where, *words):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column not in _GIVE_WAY)
+    if headings:
+        table.columns[0].max_width = _NAME_WIDTHS[gap < 2]
     for column in numbers:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)  # figures are shown whole; names give way
     return table
 
 
 def _fill(table: Table, rows: Sequence[tuple[tuple[str, ...], str, Sequence[Text | str]]], *, headings: bool) -> None:
     before: tuple[str, ...] = ()
-    if headings:  # a heading stands in the first column, and is not to be cut
-        table.columns[0].min_width = min(max(len(" ".join(where)) for where, _, _ in rows), _HEADING_WIDTH)
     for where, name, cells in rows:
         if headings and where != before:
-            table.add_row(Text(" ".join(where), style="bold", no_wrap=True))
+            table.add_row(Text(" ".join(where), style="bold", no_wrap=True, overflow="ellipsis"))
         before = where
-        shown = Text(f"  {name}" if headings else name, style=STYLES.get(name, ""))
+        shown = Text(f"  {name}" if headings else name, style=STYLES.get(name, ""), no_wrap=True, overflow="ellipsis")
         table.add_row(*([] if headings else where), shown, *cells)
 
 

@@ -26,6 +26,8 @@ _LISTEN_S = 0.3
 # All report every second: one of which only a retained record comes in this time is frozen, or its line is.
 _REPORT_WAIT_S = 2.0
 _WIDTH = 400
+# Below this width, which is what a terminal has that nobody has made larger, columns stand close together.
+_ROOMY = 100
 
 
 def command(
@@ -59,9 +61,10 @@ def command(
     console = Console(highlight=False)
     if not (headings := console.is_terminal):  # a file or a pipe has no width: let no column be cut
         console.width = _WIDTH
-    console.print(workers_table(workers, pipeline, headings=headings))
+    gap = 1 if console.width < _ROOMY else 2
+    console.print(workers_table(workers, pipeline, headings=headings, gap=gap))
     console.print()
-    console.print(sources_table(sources, headings=headings))
+    console.print(sources_table(sources, headings=headings, gap=gap))
     return 0
 
 

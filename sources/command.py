@@ -65,15 +65,15 @@ def command(
         frames_per_s=getattr(source, "frames_per_s", _CAMERA_FRAMES_PER_S),
         pictures=pictures,
     )
-    summary, stopped = asyncio.run(_feed(pipeline, address, source, folder, with_parent))
+    summary, leaving = asyncio.run(_feed(pipeline, address, source, folder, with_parent))
     if json:
         print(jsonlib.dumps(summary))  # noqa: T201 - the answer of the command
     else:
         said = f"{summary['results']} results of {summary['requests']} requests, in {summary['outputs']}"
         print(said, file=sys.stderr)  # noqa: T201 - the same for a person
-    if stopped:
+    if leaving.interrupted:
         return STOPPED
-    return 0 if summary["results"] == summary["requests"] else 1
+    return 0 if leaving.is_set() or summary["results"] == summary["requests"] else 1
 
 
 def _train(
@@ -112,8 +112,8 @@ def _make_source(pipeline: Pipeline) -> Source:
 
 async def _feed(
     pipeline: Pipeline, address: str, source: Source | None, folder: RunFolder, with_parent: bool
-) -> tuple[dict[str, Any], bool]:
-    """Feed until the source ends or somebody says stop; the summary, and whether somebody did."""
+) -> tuple[dict[str, Any], Leaving]:
+    """Feed until the source ends or somebody says stop; the summary, and whether somebody did, and how."""
     leaving = Leaving()
     leaving.heed_signals()
     if with_parent:
@@ -145,8 +145,9 @@ async def _feed(
     }
     summary = await asyncio.to_thread(folder.finish, summary)
     if trouble is not None:
-        raise trouble
-    return summary, leaving.is_set()
+        with blaming(pipeline):
+            raise trouble
+    return summary, leaving
 
 
 async def _work(

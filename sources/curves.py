@@ -161,8 +161,8 @@ def _bars(history: History) -> dict[str, dict[str, float]]:
         # Compute that is neither forward nor backward is the optimizer's.
         kinds["update"] = max(0.0, kinds["update"] - kinds["forward"] - kinds["backward"])
         found[name] = kinds
-    if history.network_ms:
-        found["network"] = {"network": history.network_ms / done}
+    if history.idle_ms:
+        found["idle"] = {"idle": history.idle_ms / done}
     return found
 
 
@@ -172,7 +172,7 @@ _KINDS = {
     "update": (_GREEN, ("compute_ms",)),
     "encode, decode": (_YELLOW, ("encode_ms", "decode_ms")),
     "in the queue": (_FAINT, ("queue_ms",)),
-    "network": (_ORANGE, ()),
+    "idle": (_ORANGE, ()),
 }
 
 
@@ -183,7 +183,7 @@ def _draw_time(axes: Axes, history: History, bars: dict[str, dict[str, float]]) 
     for kind, (color, _) in _KINDS.items():
         widths = numpy.array([bars[name].get(kind, 0.0) for name in names])
         if widths.max(initial=0.0) > 0:
-            axes.barh(names, widths, left=left, color=color, height=0.66, label="" if kind == "network" else kind)
+            axes.barh(names, widths, left=left, color=color, height=0.66, label="" if kind == "idle" else kind)
             left += widths
     for row, width in enumerate(left):
         axes.text(width, row, f" {width:.0f}" if width >= 10 else f" {width:.1f}", va="center", size=9, color=_GREY)

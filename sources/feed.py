@@ -26,7 +26,8 @@ from sources.values import to_content
 
 log = logging.getLogger(__name__)
 
-# Reports that wait for the recorder; when it is slower than the pipeline, the pipeline waits for it from here on.
+# Samples that are answered and wait for the recorder, or for those before them; the pipeline waits from here on. Those
+# that are still worked on come on top: it is the window that says how many, and it grows with the workers.
 _UNRECORDED_LIMIT = 32
 
 
@@ -51,7 +52,8 @@ class Feed:
         self._intake = intake
         self._record = record
         self._unrecorded: asyncio.Queue[asyncio.Task[Report]] = asyncio.Queue()
-        self._places = asyncio.Semaphore(_UNRECORDED_LIMIT)
+        self._begun = 0  # samples that were taken and are not recorded yet
+        self._recorded = asyncio.Event()
         self._working: set[asyncio.Task[Report]] = set()
 
     async def run(self) -> None:
@@ -76,7 +78,7 @@ class Feed:
     async def _next(self) -> Sample | None:
         """The next sample, once there is room for it: the newest of a live source is then what is sent."""
         window = self._offload.window
-        await self._places.acquire()
+        await self._begin()
         await window.enter(self._offload.pipeline.source.priority)
         sample = None
         try:
@@ -85,6 +87,13 @@ class Feed:
             if sample is None:
                 window.leave()
         return sample
+
+    async def _begin(self) -> None:
+        """Wait until so little is unrecorded that one more may come."""
+        while self._begun >= self._offload.window.size + _UNRECORDED_LIMIT:
+            self._recorded.clear()
+            await self._recorded.wait()
+        self._begun += 1
 
     async def _serve(self, sample: Sample) -> Report:
         """Work on a sample until its answer is published; only then is it settled."""
@@ -143,7 +152,7 @@ class Feed:
         async def report() -> Report:
             return Report(Sample(source, int(refusal["index"]), b"", ""), refusal)
 
-        await self._places.acquire()
+        await self._begin()
         self._unrecorded.put_nowait(asyncio.create_task(report(), name=f"refused-{source}"))
         return answered
 
@@ -182,7 +191,8 @@ class Feed:
                     log.exception("could not record a result")
                 finally:
                     self._unrecorded.task_done()
-                    self._places.release()
+                    self._begun -= 1
+                    self._recorded.set()
 
 
 def content_of(sample: Sample) -> Content:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-from brokers.errors import Disconnected, RequestFailed
+from brokers.errors import DeadlinePassed, Disconnected, RequestFailed
 from brokers.messages import Failure, Priority, Result, check_priority
 
 # How often a request may fail in a way that another worker might not, before its owner is told.
@@ -76,7 +76,7 @@ class Flight:
     def weigh(self, failure: Failure) -> float:
         """How long to wait, in seconds, before another attempt elsewhere; raise where none would help."""
         self.avoid.add(failure.worker)
-        if failure.error in _TURNED_AWAY:
+        if failure.retry and failure.error in _TURNED_AWAY:  # not an exception of a stage that is called so
             first_s, longest_s = _TURNED_AWAY_WAIT_S
             self._turned_away += 1
             return float(min(longest_s, first_s * 2 ** min(self._turned_away - 1, 10)))
@@ -84,6 +84,8 @@ class Flight:
         if failure.retry and len(self._failures) < RETRY_LIMIT:
             return 0.0
         request = self.request.hex()
+        if failure.error == DeadlinePassed.__name__ and self.deadline_ms is not None:  # a worker saw it first
+            raise DeadlinePassed(request, self.deadline_ms, f"stage {failure.stage!r}")
         if failure.retry and all(each.error in _NOT_ANSWERED for each in self._failures):
             workers = tuple(each.worker for each in self._failures)
             reason = f"{len(workers)} workers in turn did not come back from it: {', '.join(workers)}"

@@ -246,7 +246,7 @@ class Offloader:
             if isinstance(word, Disconnected):
                 raise word
             if isinstance(word, Failure):
-                await asyncio.sleep(flight.weigh(word))
+                await asyncio.sleep(flight.left_s(flight.weigh(word)))
                 log.info("request %s: %s at %s: again", flight.request.hex(), word.error, word.worker)
             self.counters["retries"] += 1
             note(self.retried, word if isinstance(word, str) else word.error)

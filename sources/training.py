@@ -207,7 +207,7 @@ class Training:
             "step_ms": round(step_ms, 3),
             "rows_per_s": round(plan.rows / outcome.elapsed_s, 2),
             # What is left of the step when the busiest stage's work is taken off: filling, draining, and the network.
-            "time": {"stages": stages, "network_ms": round(max(0.0, step_ms - busiest), 3)},
+            "time": {"stages": stages, "idle_ms": round(max(0.0, step_ms - busiest), 3)},
         }
 
     def _tell_failure(self, failed: StepFailed) -> None:

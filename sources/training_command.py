@@ -86,6 +86,7 @@ class _Run:
             await asyncio.gather(publishing, return_exceptions=True)
             await self._standing.close()
             await self._line.close()
+            self._record.close()
         summary = await asyncio.to_thread(self._record.finish, self._summary(files))
         if trouble is not None:
             raise trouble
@@ -109,8 +110,8 @@ class _Run:
             return None, await self._fetch(training)
         except (TermOver, asyncio.CancelledError):
             return None, {}
-        except (SparseError, OSError) as error:
-            return error if isinstance(error, SparseError) else None, {}
+        except SparseError as error:
+            return error, {}
 
     async def _fetch(self, training: Training) -> dict[str, Any]:
         if not training.done:

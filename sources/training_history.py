@@ -86,7 +86,7 @@ class History:
     steps: int = 0
     epochs: int = 0
     stages: StageSums = field(default_factory=StageSums)
-    network_ms: float = 0.0
+    idle_ms: float = 0.0
     done: int = 0  # steps, each as often as it was done
 
     @classmethod
@@ -119,7 +119,7 @@ class History:
         self.training.add(Point(step, event["loss"], event.get("accuracy")))
         self.steps, self.epochs = event.get("steps", step), event.get("epochs", 0)
         self.done += 1
-        self.network_ms += add_stage_times(self.stages, event)
+        self.idle_ms += add_stage_times(self.stages, event)
 
     def _test(self, point: Point) -> None:
         self.testing.add(point)
@@ -139,4 +139,4 @@ def add_stage_times(sums: StageSums, event: Mapping[str, Any]) -> float:
     for stage in stages:
         figures = {key: stage.get(key, 0) for key in (*STAGE_TIMES, *STAGE_BYTES)}
         sums.add(stage["stage"], stage["worker"], event.get("micro_batches", 1), figures)
-    return float(time.get("network_ms", 0.0))
+    return float(time.get("idle_ms", 0.0))

@@ -33,7 +33,7 @@ class TrainingTally:
         self._furthest = 0  # step that was ever done
         self._micro_batches = self._micro_batches_again = self._rows = self._steps_again = self._rolled_back = 0
         self._warm_rows, self._warm_ms = 0, 0.0
-        self._network_ms, self._done = 0.0, 0
+        self._idle_ms, self._done = 0.0, 0
         self._tested: Mapping[str, Any] = {}
         self._best_accuracy: float | None = None
         self._failures: Counter[str] = Counter()
@@ -69,7 +69,7 @@ class TrainingTally:
         self._rows += 0 if again else found.rows
         self._forget_after(found.step - 1)
         self._steps.append(found)
-        self._network_ms += add_stage_times(self._stages, event)
+        self._idle_ms += add_stage_times(self._stages, event)
         self._done += 1
 
     def _forget_after(self, step: int) -> None:
@@ -105,7 +105,7 @@ class TrainingTally:
             "rolled_back": self._rolled_back,
             "repeated_steps": self._steps_again,
             "step_ms": percentiles([step.step_ms for step in self._steps]),
-            "network_ms": round(self._network_ms / self._done, 3) if self._done else 0.0,
+            "idle_ms": round(self._idle_ms / self._done, 3) if self._done else 0.0,
             "stages": self._stages.summary(order, STAGE_TIMES, STAGE_BYTES),
         }
 

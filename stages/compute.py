@@ -19,6 +19,9 @@ from stages.executor import TaskContext, TaskExecutor, Tensors
 
 log = logging.getLogger(__name__)
 
+# A library that calls sys.exit in a task ends that task, and not the worker.
+_ANYTHING = (Exception, SystemExit)
+
 
 @dataclass(eq=False)
 class NothingGiven(SparseError):
@@ -73,7 +76,7 @@ class Done:
 @dataclass(frozen=True, slots=True)
 class Failed:
     job: Job
-    error: Exception
+    error: Exception | SystemExit
 
 
 Outcome = Done | Failed
@@ -97,7 +100,7 @@ class Compute:
                 if self.executor.batchable and len(jobs) > 1:
                     _check_named(job.prepared)  # before it is laid beside others
                 ready.append(job)
-            except Exception as error:  # noqa: BLE001 - an executor may raise anything; the sender is told
+            except _ANYTHING as error:  # an executor may raise what it likes; the sender is told
                 outcomes.append(self._failed(job, error))
         for group in self._groups(ready):
             outcomes += self._execute(group)
@@ -125,7 +128,7 @@ class Compute:
             if given is None and len(jobs) > 1:
                 raise NothingGiven(self.stage, len(jobs))
             answers = [None] if given is None else split(_checked(given), rows)
-        except Exception as error:  # noqa: BLE001 - as above
+        except _ANYTHING as error:
             return [self._failed(job, error) for job in jobs]
         compute_ms = 1000 * (time.monotonic() - begin_s)
         return [self._finish(job, answer, compute_ms, len(jobs)) for job, answer in zip(jobs, answers, strict=True)]
@@ -138,7 +141,7 @@ class Compute:
             if answer is not None:
                 finished = self.executor.finish(answer, job.context)
                 body = Body({name: from_array(value) for name, value in finished.items()}, job.context.metadata)
-        except Exception as error:  # noqa: BLE001 - as above
+        except _ANYTHING as error:
             return self._failed(job, error)
         hop = Hop(
             stage=self.stage,
@@ -153,7 +156,7 @@ class Compute:
         )
         return Done(job, body, hop)
 
-    def _failed(self, job: Job, error: Exception) -> Failed:
+    def _failed(self, job: Job, error: Exception | SystemExit) -> Failed:
         if not isinstance(error, SparseError):
             log.error("stage %s failed a task", self.stage, exc_info=error)
         return Failed(job, error)

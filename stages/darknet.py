@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from brokers.errors import BadFile
-from stages.errors import DarknetTrailing, DarknetTruncated, NotDarknet
+from stages.errors import BadWeights, DarknetTrailing, DarknetTruncated, NotDarknet
 from stages.models.darknet import Convolutional, Darknet
 
 LARGEST_VERSION = 1000  # Darknet's own bound: at 1000 and over the first bytes are no version of this format
@@ -54,7 +54,7 @@ def read_header(path: str | Path) -> Header:
         with open(path, "rb") as file:
             head = file.read(20)
     except OSError as problem:
-        raise BadFile(str(path), f"cannot be read: {problem.strerror}") from problem
+        raise BadWeights(str(path), f"cannot be read: {problem.strerror}") from problem
     if len(head) < 16:
         raise NotDarknet(str(path), f"its header needs 16 or 20 bytes, it has {len(head)}")
     major, minor, revision = struct.unpack_from("<3i", head)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from brokers.errors import SparseError, UsageError, WireError
+from brokers.errors import BadFile, SparseError, UsageError, WireError
+
+
+@dataclass(eq=False)
+class BadWeights(BadFile):
+    """A file that cannot be used as weights at all."""
+
+    key = "pipeline.weights"
+
 
 # Darknet's weight files -------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from brokers.errors import BadPayload, SparseError
-from brokers.messages import JSON, Blob, Content
+from brokers.messages import JSON, SAFETENSORS, Blob, Content
 from brokers.own_code import CannotLoad, load_named, told
 from brokers.tensors import to_numpy, to_torch
 from stages.errors import BadExecutor
@@ -65,12 +65,18 @@ class TaskExecutor:
     """One part of the work. All its methods run in the worker's compute thread, one at a time.
 
     `framework` says which arrays `execute` gets. `batchable` promises that rows (dimension 0) do not influence one
-    another: the worker may then put several requests into one call, and split the answer by rows.
+    another: the worker may then put several requests into one call, and split the answer by rows. `formats` are the
+    Content Types that `prepare` takes, for the worker's record; nothing is refused because of it.
     """
 
     framework: Literal["numpy", "torch"] = "numpy"
     batchable: bool = False
     fingerprint: str = ""
+    formats: tuple[str, ...] = (SAFETENSORS, JSON)
+
+    def __init_subclass__(cls) -> None:
+        if "prepare" in vars(cls) and "formats" not in vars(cls):
+            cls.formats = ()  # it takes what only its author knows
 
     def start(self, node: Node) -> None:
         """Called once, before the first task."""

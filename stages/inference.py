@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from brokers.errors import BadPayload
-from brokers.messages import JSON, Blob, Content
+from brokers.messages import JPEG, JSON, PNG, SAFETENSORS, Blob, Content
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from brokers.tensors import to_numpy, to_torch
@@ -53,6 +53,7 @@ class ModelExecutor(TaskExecutor):
             nms=table.nms,
             folder=str(pipeline.folder),
         )
+        self._is_first = pipeline.stage[0] is stage
         self._is_last = pipeline.part_index(stage) == len(pipeline.pipeline.cuts)
         self._wire_dtype: torch.dtype = getattr(torch, stage.wire)
         self._part: Part
@@ -69,6 +70,8 @@ class ModelExecutor(TaskExecutor):
         )
         self.batchable = self._part.batchable
         self.fingerprint = fingerprint(self._part)
+        sees = self._spec.prepare is not None and len(self._part.takes) == 1
+        self.formats = (SAFETENSORS, JPEG, PNG) if sees and self._is_first else (SAFETENSORS,)
         if self._device.type == "cpu":
             # oneDNN's convolutions are 1.1 to 1.7 times faster with channels innermost (tests/bench/layout.py).
             self._part.to(memory_format=torch.channels_last)

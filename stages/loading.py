@@ -10,8 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from brokers.errors import BadFile
-from stages.errors import PickledWeights, WeightsDoNotFit
+from stages.errors import BadWeights, PickledWeights, WeightsDoNotFit
 from stages.models.registry import ModelSpec
 from stages.partition import Part, partition
 from stages.tracing import trace
@@ -48,7 +47,7 @@ def load_part(
     """Part `index` of the network, on `device`, for evaluation unless `training`.
 
     Without a file the whole network gets the random weights of `seed`, so that all parts together are that network.
-    Raises what `partition` raises, `PickledWeights`, `WeightsDoNotFit`, and `BadFile` for a file that cannot be read.
+    Raises what `partition` raises, `PickledWeights`, `WeightsDoNotFit`, and `BadWeights` for one that cannot be read.
     """
     example = None if spec.input_shape is None else {spec.input_name: torch.empty(spec.input_shape, device=META)}
     if weights is None:
@@ -138,9 +137,9 @@ def _check_kind(path: Path) -> None:
     if path.suffix in PICKLED:
         raise PickledWeights(str(path))
     if path.suffix not in (".safetensors", ".weights"):
-        raise BadFile(str(path), f"expected .safetensors or .weights, got {path.suffix or 'no ending'}")
+        raise BadWeights(str(path), f"expected .safetensors or .weights, got {path.suffix or 'no ending'}")
     if not path.is_file():
-        raise BadFile(str(path), "there is no such file")
+        raise BadWeights(str(path), "there is no such file")
 
 
 def _check_fit(path: Path, expected: Mapping[str, Tensor], actual: Mapping[str, Shape]) -> None:
@@ -163,7 +162,7 @@ def _safetensors(path: Path) -> _Contents:
             names: list[str] = list(file.keys())
             return _Contents({name: tuple(file.get_slice(name).get_shape()) for name in names}, read)
     except (SafetensorError, OSError) as problem:
-        raise BadFile(str(path), f"is no safetensors file: {problem}") from problem
+        raise BadWeights(str(path), f"is no safetensors file: {problem}") from problem
 
 
 def _darknet(model: nn.Module, path: Path) -> _Contents:
@@ -171,7 +170,7 @@ def _darknet(model: nn.Module, path: Path) -> _Contents:
     from stages.models.darknet import Darknet
 
     if not isinstance(model, Darknet):
-        raise BadFile(str(path), f"holds weights for Darknet's networks, the model is {type(model).__name__}")
+        raise BadWeights(str(path), f"holds weights for Darknet's networks, the model is {type(model).__name__}")
     state = darknet_state(model, path)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return _Contents(shapes, lambda names: {name: state[name].clone() for name in names})

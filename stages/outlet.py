@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # How long a task waits for room at the next stage before its owner is told to try again.
 ROOM_WAIT_S = 30.0
+# A failure's reason is one line, and goes into logs and onto results topics: of an exception's text so much.
+REASON_CHARACTERS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,17 @@ class Detour:
 
     stage: str
     body: Body
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says of itself, in one line that is not endless: it may be of anybody's making."""
+    try:
+        # What a KeyError says is the bare key.
+        said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    except Exception as problem:  # noqa: BLE001 - whoever waits is told of the first mistake all the same
+        said = f"its own text could not be made: {type(problem).__name__}"
+    line = " ".join(said.split())
+    return line if len(line) <= REASON_CHARACTERS else f"{line[:REASON_CHARACTERS]}... ({len(line)} characters)"
 
 
 class Outlet:
@@ -101,10 +114,7 @@ class Outlet:
     async def _pass_on_or_tell(self, outcome: Outcome, detour: Detour | None) -> None:
         task = outcome.job.task
         if isinstance(outcome, Failed):
-            # What a KeyError says of itself is the bare key.
-            missing = isinstance(outcome.error, KeyError)
-            reason = f"there is no {outcome.error}" if missing else str(outcome.error)
-            await self.tell(task, type(outcome.error).__name__, reason)
+            await self.tell(task, type(outcome.error).__name__, reason_of(outcome.error))
             return
         try:
             await self._pass_on(outcome, detour)
@@ -112,8 +122,8 @@ class Outlet:
             await self.tell(task, type(error).__name__, str(error), retry=True)
         except Exception as error:  # noqa: BLE001 - whatever it was, the one who waits is told
             # Too large, or an executor's own metadata that makes no JSON: another attempt would end as this one did.
-            log.warning("could not pass on what stage %s gave: %s", self._stage.name, error)
-            await self.tell(task, type(error).__name__, str(error))
+            log.warning("could not pass on what stage %s gave: %s", self._stage.name, reason_of(error))
+            await self.tell(task, type(error).__name__, reason_of(error))
 
     async def _pass_on(self, done: Done, detour: Detour | None) -> None:
         task, body = done.job.task, done.body

@@ -67,9 +67,9 @@ class Vitals:
         self._interval_done = 0
         self._woke_s = 0.0
 
-    async def check(self, fingerprint: str) -> None:
+    async def check(self, fingerprint: str, formats: tuple[str, ...] = ()) -> None:
         """Raise `WorkerTwin` if a worker of this id is up, or one of this stage with another model."""
-        self._birth = self._birth.model_copy(update={"fingerprint": fingerprint})
+        self._birth = self._birth.model_copy(update={"fingerprint": fingerprint, "formats": formats})
         self._peers = Peers(self._birth)
         await self._line.transport.subscribe(self._topics.presence_of_peers, self._heard, qos=1)
         await asyncio.sleep(_RETAINED_WAIT_S)

@@ -75,7 +75,7 @@ class Worker:
         self._loaded = True
         presence = self._topics.presence(self.worker)
         await self._line.open(will=Will(presence, b"", retain=True))
-        await self._vitals.check(self._executor.fingerprint)
+        await self._vitals.check(self._executor.fingerprint, self._executor.formats)
         await self._line.listen(self._inbox, self._heard, self._garbage)
         await self._line.listen(self._topics.shared_front_door, self._heard, self._garbage, qos=1)
         await self._outlet.open()

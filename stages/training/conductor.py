@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from brokers.dispatch import SILENT_S
+from brokers.dispatch import LEASE_S, SILENT_S
 from brokers.presence import Birth
 from brokers.training import Standing
 
@@ -57,6 +57,7 @@ class Conductor:
 
     own: str
     stages: tuple[str, ...]
+    lease_s: float = LEASE_S
     phase: Phase = "waiting"
     term: int = 0
     problem: str = ""
@@ -66,7 +67,8 @@ class Conductor:
     _lives: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # of the crew, as the term began
     _halted: dict[str, Standing] = field(default_factory=dict)  # by stage
     _restored: set[str] = field(default_factory=set)
-    _again_s: float = 0.0
+    _again_s: float = 0.0  # not before
+    _since_s: float = 0.0  # the term, or its restoring, began
 
     # Heard --------------------------------------------------------------------------------------------------------
 
@@ -118,11 +120,13 @@ class Conductor:
     def look(self, now_s: float, unix_ms: int) -> Order | None:
         """What the crew is to do, if that has changed; to be asked after whatever was heard, and each second."""
         self._forget_silent(now_s)
+        if self.phase in ("halting", "restoring") and now_s - self._since_s > self.lease_s:
+            self.give_up(f"not all stages have answered within {self.lease_s:g} s")
         if self.phase != "waiting" and (trouble := self._trouble()):
             self.give_up(trouble)
         match self.phase:
             case "waiting" if now_s >= self._again_s:
-                return self._begin(unix_ms)
+                return self._begin(now_s, unix_ms)
             case "halting" if len(self._halted) == len(self.stages):
                 return self._restore(now_s)
             case "restoring" if len(self._restored) == len(self.stages):
@@ -131,7 +135,7 @@ class Conductor:
 
     def _forget_silent(self, now_s: float) -> None:
         for key, member in list(self._members.items()):
-            if now_s - member.heard_s > SILENT_S and key[1] != self.own:
+            if now_s - member.heard_s > SILENT_S and key != (self.stages[0], self.own):
                 del self._members[key]
 
     def _trouble(self) -> str:
@@ -144,7 +148,7 @@ class Conductor:
                 return f"worker {worker} of stage {stage} {'was cut off for a while' if same else 'began anew'}"
         return ""
 
-    def _begin(self, unix_ms: int) -> Order | None:
+    def _begin(self, now_s: float, unix_ms: int) -> Order | None:
         crew: dict[str, str] = {}
         for stage in self.stages:
             fitting = [
@@ -159,7 +163,7 @@ class Conductor:
             crew[stage] = max(fitting, key=lambda member: self._fitness(stage, member)).birth.worker
         known = [member.standing.term for member in self._members.values()]
         self.term = max(unix_ms, self.term + 1, *(term + 1 for term in known))
-        self.crew, self.phase = crew, "halting"
+        self.crew, self.phase, self._since_s = crew, "halting", now_s
         self._lives = {stage: self._members[stage, worker].life for stage, worker in crew.items()}
         self._halted.clear()
         self._restored.clear()
@@ -195,7 +199,7 @@ class Conductor:
                     now_s,
                 )
                 return None
-        self.phase = "restoring"
+        self.phase, self._since_s = "restoring", now_s
         return Order("restore", self.term, dict(self.crew), version)
 
     def _stop(self, problem: str, now_s: float) -> None:

@@ -99,11 +99,9 @@ class Execution:
         await self._in_thread(self._learner.abandon)
 
     async def _forward(self, work: Forward) -> None:
-        task, micro = work.task, work.micro
+        task = work.task
         assert isinstance(task.content, Body)
-        expected = self._progress[task.source].steps if task.source in self._progress else 0
-        if micro.mode == "train" and micro.number != expected:
-            raise StaleStep(task.source, expected, micro.number)
+        self._check_number(task.source, work)
         with self._times.measure("decode_ms"):
             tensors = {name: to_torch(tensor) for name, tensor in task.content.tensors.items()}
             if work.labels is not None:
@@ -111,7 +109,7 @@ class Execution:
         self._times.add("bytes_in", task.content.nbytes)
         self._times.add("tasks", 1)
         with self._times.measure("forward_ms"):
-            given = await self._in_thread(self._learner.forward, micro, task.request, tensors)
+            given = await self._in_thread(self._learner.forward, work.micro, task.request, tensors)
         if isinstance(given, Judged):
             self._post.send(task.reply.topic, Result(request=task.request, content=_said(given)))
             return
@@ -121,6 +119,12 @@ class Execution:
             request=task.request, content=body, reply=task.reply, sender=self._inbox, source=task.source
         )
         self._post.send(self._pipeline.topics(self._next).inbox(self.crew[self._next.name]), onward)
+
+    def _check_number(self, source: str, work: Forward) -> None:
+        """A source that does not know how far it is, or has a twin, must not have a step done twice, or left out."""
+        done = self._progress[source].steps if source in self._progress else 0
+        if work.micro.mode == "train" and work.micro.number != done:
+            raise StaleStep(source, done, work.micro.number)
 
     async def _backward(self, work: Backward) -> None:
         gradients = None

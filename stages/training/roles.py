@@ -41,7 +41,8 @@ class Leading(Role):
 
     def __init__(self, trainer: Trainer, pipeline: Pipeline) -> None:
         self._trainer, self._pipeline = trainer, pipeline
-        self._conductor = Conductor(trainer.worker, tuple(stage.name for stage in pipeline.stage))
+        stages = tuple(stage.name for stage in pipeline.stage)
+        self._conductor = Conductor(trainer.worker, stages, pipeline.pipeline.lease_s)
         self._leading = False
         self._begun_s = time.monotonic()
         self._sources_s: dict[str, float] = {}  # who feeds, and when it was heard last

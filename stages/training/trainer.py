@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from brokers.errors import SparseError, WireError
 from brokers.line import Line
-from brokers.messages import Failure, Gradient, Message, Step, Task, Verb
+from brokers.messages import REQUEST_ID_BYTES, Failure, Gradient, Message, Step, Task, Verb
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from brokers.training import MICRO, MicroBatch
@@ -237,10 +237,14 @@ class Trainer:
             self._refuse(word, StaleTerm(self.steps.term, word.term))
             return
         told: dict[str, Any] = {"stage": self.stage, "worker": self.worker}
-        if word.verb == "halt":
+        if word.verb != "restore":
             self._execution.crew = {str(stage): str(worker) for stage, worker in word.details.get("crew", {}).items()}
             self.steps.begin_term(word.term)
             await self._execution.abandon()
+        if word.verb == "abandon":  # to ourselves
+            await self.report()
+            return
+        if word.verb == "halt":
             told["standing"] = self._execution.standing(self.steps.term, self._breaks).model_dump()
         else:
             told["problem"] = await self._restore(int(word.details["version"]), word.term)
@@ -260,14 +264,11 @@ class Trainer:
         return ""
 
     def stand_by(self, term: int) -> None:
-        """Another worker of this stage trains in this term."""
-        if term < self.steps.term or self._vitals.state != "up":
-            return
-        self.steps.begin_term(term)
-        self._orders.clear()
-        self._vitals.state = "standby"
-        self._changed.set()
-        self.report_soon()
+        """Another worker of this stage trains in this term: let go of what is in hand, as soon as that can be."""
+        if term >= self.steps.term and self._vitals.state == "up":
+            self._vitals.state = "standby"
+            self._orders = [Step(request=bytes(REQUEST_ID_BYTES), verb="abandon", term=term)]
+            self._changed.set()
 
     # Presence -------------------------------------------------------------------------------------------------------
 

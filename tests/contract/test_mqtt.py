@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -319,6 +319,33 @@ def test_a_long_transfer_over_a_slow_link_is_no_silence(monkeypatch: pytest.Monk
             assert not connection.lost.done()
             await line.close()
 
+    run(test())
+
+
+def test_publications_that_were_given_up_on_a_slow_link_do_not_pile_up() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        await reader.read(1000)
+        writer.write(CONNACK)
+        await done.wait()
+
+    async def test() -> None:
+        async with fake_broker(silent) as address:
+            line = MqttTransport(address)
+            await line.connect()
+            connection = line._connection
+            assert connection is not None
+            frame = bytes(200_000)
+            for _ in range(60):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(line.publish("camera", frame), 0.01)
+            queue = connection._pump._out
+            assert queue.taken_bytes - queue.sent_bytes <= pump.QUEUE_LIMIT_BYTES + 2 * len(frame)
+            assert queue.taken_bytes < 30 * len(frame), "most never got so far"
+            done.set()
+            await line.close()
+
+    done = asyncio.Event()
     run(test())
 
 

@@ -16,7 +16,7 @@ import pytest
 from brokers import mosquitto
 from brokers.errors import PortTaken
 from brokers.mqtt import MqttTransport
-from brokers.site import BrokerFailed, Kind, start_broker
+from brokers.site import BrokerFailed, CannotListen, Kind, start_broker
 from tests.contract.conftest import need_mosquitto
 from tests.support.lines import Inbox, gone, run
 
@@ -59,6 +59,12 @@ def test_a_broker_is_reachable_until_it_is_stopped(kind: Kind) -> None:
 def test_a_port_that_is_taken_is_told_by_its_number(kind: Kind) -> None:
     with start_broker(kind=kind) as broker, pytest.raises(PortTaken, match=str(broker.port)):
         start_broker(kind=kind, port=broker.port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nobody.invalid", "x" * 80])
+def test_an_address_that_is_not_this_machines_is_told_as_that_and_not_as_a_taken_port(kind: Kind, host: str) -> None:
+    with pytest.raises(CannotListen, match=f"no broker can listen at {host}, port 1883: [a-z]"):
+        start_broker(kind=kind, host=host, port=1883)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

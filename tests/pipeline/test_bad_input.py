@@ -122,6 +122,18 @@ def test_a_kind_of_source_that_there_is_not(box: Machine) -> None:
     )
 
 
+def test_a_camera_that_is_not_there(box: Machine) -> None:
+    path = pipeline_file(box.folder, NUMBERS, {"kind": "camera", "device": "/dev/no-camera"})
+    assert run(box, path) == f"{path}: source.device: camera /dev/no-camera: No such file or directory"
+
+
+def test_a_folder_that_cannot_be_made(box: Machine) -> None:
+    need("iotcore")
+    path = pipeline_file(box.folder, NUMBERS, counter(1))
+    said = one_line(box, "run", path, "--broker", "embedded", "--out", "/dev/null/out")
+    assert said == "/dev/null/out: the results cannot be written: Not a directory"
+
+
 # Networks ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +168,13 @@ def test_weights_that_do_not_fit(box: Machine, embedded: LocalBroker) -> None:
     problem = "does not fit: expected 'second.weight' of shape [8, 8], the file has [8, 9]"
     expected = f"{path}: pipeline.weights: {box.folder}/tiny.safetensors {problem}"
     assert stage_says(box, embedded, path) == expected
+
+
+def test_weights_that_are_none(box: Machine, embedded: LocalBroker) -> None:
+    (box.folder / "tiny.safetensors").write_bytes(b"\xff" * 100)
+    path = pipeline_file(box.folder, PARTS, model=TINY, cuts=[2], weights="tiny.safetensors")
+    expected = f"{path}: pipeline.weights: {box.folder}/tiny.safetensors: is no safetensors file: "
+    assert stage_says(box, embedded, path).startswith(expected)
 
 
 def test_weights_whose_checksum_fails(tmp_path: Path, embedded: LocalBroker) -> None:

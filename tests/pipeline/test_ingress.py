@@ -217,11 +217,20 @@ def test_counters_show_what_was_refused(door: Door) -> None:
     eventually("the counters", counted, timeout_s=20)
 
 
+def test_the_record_of_a_detector_says_that_it_takes_pictures(door: Door) -> None:
+    assert _worker(door)["formats"] == ["application/x-safetensors", "image/jpeg", "image/png"]
+
+
 def _load(door: Door) -> dict[str, Any]:
+    load: dict[str, Any] = _worker(door)["load"]
+    return load
+
+
+def _worker(door: Door) -> dict[str, Any]:
     said = door.box.sparse("status", "--broker", f"mqtt://127.0.0.1:{door.port}", "--json").end()
     (worker,) = said.answer["workers"]
-    load: dict[str, Any] = worker["load"]
-    return load
+    found: dict[str, Any] = worker
+    return found
 
 
 # The front door: whole tasks from clients of version 5, with no gateway in between -----------------------------------

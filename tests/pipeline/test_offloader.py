@@ -25,11 +25,12 @@ from tests.support.processes import Machine, machine
 PIPELINES = {
     "chain": [stage("double", "double"), stage("add", "add_one")],
     "picky": [stage("picky", "picky")],
+    "moody": [stage("moody", "moody")],
     "forgets": [stage("forgets", "forgets")],
     "slow": [stage("slow", "Slow", settings={"seconds": 0.4})],
     "rows": [stage("rows", "Rows", max_batch=4, max_wait_ms=50)],
     "sorted": [stage("sort", "Sorter"), stage("small", "double"), stage("large", "add_one")],
-    "bytes": [stage("bytes", "Bytes")],
+    "bytes": [stage("raw", "Bytes")],
 }
 # Two workers on one stage, started by hand below.
 TEAM = [stage("slow", "Slow", settings={"seconds": 0.05})]
@@ -91,6 +92,20 @@ def test_a_request_that_fails_says_which_stage_and_worker_and_why(
     assert isinstance(bad, RequestFailed)
     assert (bad.stage, bad.error, bad.reason) == ("picky", "ArithmeticError", "-3.0 is below zero")
     assert bad.worker
+
+
+def test_whatever_a_stage_raises_is_told_in_one_line_at_once_and_the_worker_lives(
+    served: dict[str, Pipeline], broker: LocalBroker
+) -> None:
+    found = ask(served["moody"], broker, *(np.array(float(number)) for number in (1, 2, 3, 4, 5)))
+    told = [(each.error, each.reason) for each in found[:4] if isinstance(each, RequestFailed)]
+    assert len(told) == 4, found
+    assert told[0] == ("Speechless", "its own text could not be made: AttributeError")
+    assert told[1][0] == "ValueError"
+    assert told[1][1].startswith("first second xxx")
+    assert told[1][1].endswith("... (100013 characters)")
+    assert told[2:] == [("SystemExit", "enough"), ("Busy", "the sensor is in use")]
+    assert float(found[4]) == 5.0  # type: ignore[arg-type]
 
 
 def test_a_stage_that_returns_no_dict_fails_its_request_and_lives(
@@ -241,6 +256,15 @@ def test_an_executor_chooses_another_stage_by_the_nodes_dispatcher(
 def test_an_executor_may_take_bytes_that_are_no_arrays(served: dict[str, Pipeline], broker: LocalBroker) -> None:
     found = ask(served["bytes"], broker, *[b"[1, 2, 3]"] * 3)
     assert found == [{"values": {"bytes": 9}}] * 3
+
+
+def test_the_record_of_a_worker_says_what_it_takes_where_it_knows(
+    served: dict[str, Pipeline], broker: LocalBroker
+) -> None:
+    workers = await_workers(broker.address, lambda seen: {"double", "raw"} <= {each.stage for each in seen.values()})
+    found = {each.stage: each.formats for each in workers.values()}
+    assert found["double"] == ("application/x-safetensors", "application/json")
+    assert found["raw"] == ()  # its author's own `prepare`
 
 
 def test_a_stage_whose_executor_cannot_start_says_why_and_stops_nothing(box: Machine, embedded: LocalBroker) -> None:

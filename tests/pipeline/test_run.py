@@ -109,7 +109,7 @@ def test_a_source_that_does_not_end_after_a_ctrl_c_is_killed(box: Machine, embed
     run = box.start(sys.executable, "-c", _IMPATIENT, *words)
     eventually("the source", (out / "results.jsonl").exists)
     os.killpg(run.pid, signal.SIGINT)
-    told = f"the source did not end within 1 s and was killed: there is no summary, the results so far are in {out}"
+    told = f"the source did not end within 1 s and was killed: there is no summary, what came of it so far is in {out}"
     eventually("the line", lambda: told in run.said(), timeout_s=20)
     said = run.end(signal.SIGINT, timeout_s=20)  # nor wait for the stage
     assert (said.status, said.out) == (130, "")

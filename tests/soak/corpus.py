@@ -30,13 +30,17 @@ from brokers.messages import (
     Body,
     Control,
     Failure,
+    Gradient,
     Message,
     ReplyTo,
     Result,
+    Step,
     Task,
+    Verb,
 )
 from brokers.presence import Birth
 from brokers.tensors import from_numpy
+from brokers.training import MICRO, MicroBatch
 from brokers.transport import Properties
 from brokers.wire import encode
 
@@ -105,6 +109,17 @@ def _valid(chance: random.Random) -> Iterator[Message]:
     yield Result(request=request, content=body, hops=hops)
     yield Failure(request=request, stage="double", worker="double-1", error="Busy", reason="full", retry=True)
     yield Control(request=request, worker="double-1")
+    yield Gradient(request=request, content=body, sender="attacker/sender")
+    micro = MicroBatch(step=request.hex(), term=1, index=0, count=2, rows=8, number=0, seed=1)
+    lesson = Body({"input": from_numpy(np.ones((4, 3, 8, 8), np.float32))}, {MICRO: micro.to_text()})
+    yield Task(request=request, content=lesson, reply=reply, sender="attacker/sender", source="stripes")
+    # Not `halt` and `restore`: whoever may write those conducts, which access lists are for.
+    verbs: tuple[Verb, ...] = ("prepared", "commit", "committed", "abandon", "halted", "restored", "collect")
+    for verb in verbs:
+        details = {"stage": "head", "worker": "head-1", "source": "stripes", "lr": 1.0, "version": 3}
+        yield Step(
+            request=request, verb=verb, term=chance.choice((0, 1, 1 << 40)), sender="attacker/s", details=details
+        )
 
 
 def valid(chance: random.Random) -> list[Hostile]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ STAGES = ("head", "body", "tail")
 BATCH, MICRO_BATCHES, SEED = 32, 4, 5
 
 
-def lesson_file(folder: Path, *, epochs: int, workers: int = 1, **training: Any) -> Path:
-    """A pipeline file of three stages, 3 steps an epoch."""
+def lesson_file(
+    folder: Path, *, epochs: int, workers: int = 1, sites: Sequence[str] = ("local",) * 3, **training: Any
+) -> Path:
+    """A pipeline file of three stages, 3 steps an epoch; the source is where the first stage is."""
     path = pipeline_file(
         folder,
-        [stage(name, workers=workers) for name in STAGES],
-        {"kind": "tests.support.lessons:Stripes", "name": "stripes"},
+        [stage(name, workers=workers, site=site) for name, site in zip(STAGES, sites, strict=True)],
+        {"kind": "tests.support.lessons:Stripes", "name": "stripes", "site": sites[0]},
         name="lesson",
         kind="training",
         model=MODEL,
@@ -35,7 +38,8 @@ def lesson_file(folder: Path, *, epochs: int, workers: int = 1, **training: Any)
     )
     settings = {"epochs": epochs, "batch": BATCH, "micro_batches": MICRO_BATCHES, "checkpoint_every": 7, **training}
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    path.write_text(path.read_text() + "\n[training]\nsettings = {momentum = 0.9}\n" + "\n".join(lines) + "\n")
+    tables = "".join(f'[[site]]\nname = "{site}"\n' for site in dict.fromkeys(sites))
+    path.write_text(path.read_text() + tables + "\n[training]\nsettings = {momentum = 0.9}\n" + "\n".join(lines) + "\n")
     return path
 
 
@@ -100,9 +104,9 @@ class Lesson:
         assert len(brokers) == 1
         brokers[0].send_signal(signal.SIGKILL)
 
-    def end(self) -> dict[str, Any]:
+    def end(self, timeout_s: float = 280) -> dict[str, Any]:
         """Wait for its end; its summary."""
-        said = self.running.end(timeout_s=280)
+        said = self.running.end(timeout_s=timeout_s)
         assert said.status == 0, said.err
         assert "Traceback" not in "".join(path.read_text() for path in (self.folder / "logs").iterdir())
         return said.answer

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
+from pathlib import Path
 
 import pytest
 
+from brokers.mqtt import MqttTransport
+from brokers.site import start_broker
 from tests.soak.conftest import Tell
+from tests.soak.corpus import Mutator
 from tests.soak.lesson import STAGES, Lesson, assert_equal, expected, lesson_file
 from tests.support.processes import Machine
 
@@ -76,6 +81,54 @@ def test_a_second_worker_stands_by_and_takes_over_at_once(box: Machine, tell: Te
     assert_equal(lesson.weights(), expected(STEPS))
     waits = [event["waited_ms"] for event in lesson.events() if event["event"] == "rolled_back"]
     tell(f"3 takeovers, each after {', '.join(f'{wait:.0f}' for wait in waits)} ms")
+
+
+def test_whatever_strangers_write_to_workers_that_train_and_their_source_changes_no_bit(
+    box: Machine, mosquitto: None, tell: Tell
+) -> None:
+    path = lesson_file(box.folder, epochs=20)
+    with start_broker(kind="mosquitto") as broker:
+        lesson, sent = _taught_among_strangers(box, path, broker.address)
+    summary = lesson.end()
+    assert sent > 200
+    assert_equal(lesson.weights(), expected(STEPS))
+    tell(f"{sent} hostile messages: {summary['rolled_back']} times back, weights equal bit for bit")
+
+
+def _taught_among_strangers(box: Machine, path: Path, address: str) -> tuple[Lesson, int]:
+    """A lesson that has come to its end, and how many messages strangers have written meanwhile."""
+    lesson = Lesson(box, path, "--broker", address)
+    lesson.await_step(3)
+    inboxes = [f"sparse/local/lesson/{name}/in/{name}-1" for name in STAGES] + ["sparse/local/source/stripes/inbox"]
+
+    async def attack() -> int:
+        mutator, sent = Mutator(3), 0
+        transport = MqttTransport(address)
+        await transport.connect()
+        while lesson.running.process.poll() is None:
+            for topic in inboxes:
+                message = mutator.next(inboxes)
+                await transport.publish(topic, message.payload, message.properties)
+                sent += 1
+            await asyncio.sleep(0.005)
+        await transport.close()
+        return sent
+
+    return lesson, asyncio.run(attack())
+
+
+@pytest.mark.parametrize("name", ["head", "body"])
+def test_a_frozen_worker_is_replaced_and_what_it_says_when_it_wakes_changes_nothing(box: Machine, name: str) -> None:
+    path = lesson_file(box.folder, epochs=20, workers=2)
+    lesson = Lesson(box, path)
+    lesson.await_step(5)
+    frozen = lesson.process("stage", "--worker", f"{name}-1")
+    frozen.suspend()
+    lesson.await_step(lesson.step + 3)
+    frozen.resume()
+    summary = lesson.end()
+    assert summary["rolled_back"] >= 1
+    assert_equal(lesson.weights(), expected(STEPS))
 
 
 @pytest.mark.parametrize("how", ["interrupted", "told to leave"])

@@ -40,6 +40,27 @@ def small() -> nn.Module:
     return Small()
 
 
+class Reader(nn.Module):
+    """Enough for handwritten digits: (B, 3, 32, 32) of bytes in, 10 classes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 4, stride=4)
+        self.norm = nn.BatchNorm2d(16)
+        self.second = nn.Conv2d(16, 48, 3, padding=1)
+        self.third = nn.Conv2d(48, 48, 3, stride=2, padding=1)
+        self.out = nn.Linear(768, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.relu(self.norm(self.first(x / 255)))
+        more = torch.relu(self.third(torch.relu(self.second(seen))))
+        return self.out(torch.flatten(more, 1))  # type: ignore[no-any-return]
+
+
+def reader() -> nn.Module:
+    return Reader()
+
+
 class Stripes(Dataset):
     """Pictures (3, 8, 8) whose class is the row that is bright."""
 

@@ -25,7 +25,7 @@ def step(number: int, *, steps: int = 40, epochs: int = 4, loss: float | None = 
         **NAMES, "event": "step", "step": number, "steps": steps, "epoch": (number - 1) * epochs // steps,
         "epochs": epochs, "version": number, "loss": math.exp(-number / 20) if loss is None else loss,
         "accuracy": 1 - math.exp(-number / 10), "lr": 0.05, "rows": 64, "micro_batches": 4, "step_ms": 200.0,
-        "rows_per_s": 320.0, "time": {"stages": [stage("head"), stage("tail")], "network_ms": 9.0}, **other,
+        "rows_per_s": 320.0, "time": {"stages": [stage("head"), stage("tail")], "idle_ms": 9.0}, **other,
     }  # fmt: skip
 
 

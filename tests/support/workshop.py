@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,31 @@ def picky(values: Any) -> Tensors:
     """Raises what an executor's author did not foresee, for some inputs."""
     if np.any(values < 0):
         raise ArithmeticError(f"{float(np.min(values))} is below zero")
+    return {"values": values}
+
+
+class Speechless(Exception):
+    """Has no text: making it fails."""
+
+    def __str__(self) -> str:
+        raise AttributeError("no such field")
+
+
+class Busy(Exception):
+    """Called as the protocol calls a full worker, which it is not."""
+
+
+def moody(values: Any) -> Tensors:
+    """Raises, by its input, what makes trouble for whoever has to tell of it."""
+    match int(values):
+        case 1:
+            raise Speechless
+        case 2:
+            raise ValueError("first\nsecond " + "x" * 100_000)
+        case 3:
+            sys.exit("enough")
+        case 4:
+            raise Busy("the sensor is in use")
     return {"values": values}
 
 

@@ -39,6 +39,8 @@ def test_an_address_is_read_and_shown_without_its_password(text: str, expected: 
         "mqtt://host?x=1",
         "mqtt://user:secret@host:port",
         "mqtt://user:se/cret@host:1",
+        "mqtt://user:1/secret@host",
+        "user:secret@host:1883",
         "mqtt+unix://host/path",
         "mqtt+unix:///",
         "mqtt://[::1",

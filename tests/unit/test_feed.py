@@ -116,6 +116,24 @@ def test_no_more_are_on_their_way_than_the_window_has(tmp_path: Path) -> None:
     assert offload.most == 3
 
 
+def test_as_many_are_on_their_way_as_the_window_has_however_many_workers_made_it_so(tmp_path: Path) -> None:
+    async def main() -> int:
+        offload, intake = Offload(tmp_path, lambda _: None, window=100), Intake("all")
+        for sample in samples(150):
+            intake.offer(sample)
+        intake.end()
+        feeding = asyncio.create_task(Feed(offload, intake).run())  # type: ignore[arg-type]
+        for _ in range(200):
+            if offload.flying == 100:
+                break
+            await asyncio.sleep(0.01)
+        offload.go.set()
+        await asyncio.wait_for(feeding, 20)
+        return offload.most
+
+    assert asyncio.run(main()) == 100
+
+
 def test_a_result_says_what_whence_and_how_long(tmp_path: Path) -> None:
     _, _, (report,) = feed_all(tmp_path, one, 1)
     result = report.result

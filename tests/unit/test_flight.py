@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from brokers.errors import RequestFailed
+from brokers.errors import DeadlinePassed, RequestFailed
 from brokers.messages import Failure
 from sources.flight import RETRY_LIMIT, Flight, PoisonRequest
 
@@ -40,6 +40,18 @@ def test_one_that_fails_otherwise_in_between_is_no_poison() -> None:
 def test_what_no_other_worker_could_do_is_given_back_at_once() -> None:
     with pytest.raises(RequestFailed, match="ValueError: why"):
         Flight(REQUEST, 0.0, None).weigh(failure("ValueError", "w1", retry=False))
+
+
+def test_an_exception_of_a_stage_that_is_called_as_being_turned_away_is_one_is_given_back() -> None:
+    with pytest.raises(RequestFailed, match="Busy: why"):
+        Flight(REQUEST, 0.0, None).weigh(failure("Busy", "w1", retry=False))
+
+
+def test_a_deadline_that_a_worker_saw_pass_first_is_a_deadline_that_passed() -> None:
+    with pytest.raises(DeadlinePassed, match="had 50 ms, which passed at stage 'body'"):
+        Flight(REQUEST, 0.0, 50.0).weigh(failure("DeadlinePassed", "w1", retry=False))
+    with pytest.raises(RequestFailed):  # it had none: an exception of a stage that is called so
+        Flight(REQUEST, 0.0, None).weigh(failure("DeadlinePassed", "w1", retry=False))
 
 
 def test_being_turned_away_is_no_failure_and_the_wait_grows_to_a_second() -> None:

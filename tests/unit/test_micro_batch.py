@@ -89,19 +89,7 @@ def test_a_field_that_is_missing_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [
-        None,
-        7,
-        "",
-        "0" * 31,
-        "0" * 33,
-        "z" * 32,
-        "A" * 32,
-        " " * 32,
-        "+" * 32,
-        "\N{ARABIC-INDIC DIGIT ZERO}" * 32,
-        ["0"] * 32,
-    ],
+    [None, 7, "", "0" * 31, "0" * 33, "z" * 32, "A" * 32, " " * 32, "+" * 32, "\u0660" * 32, ["0"] * 32],
     ids=repr,
 )
 def test_a_step_that_is_no_id_in_lower_case_hexadecimal_is_refused(step: Any) -> None:

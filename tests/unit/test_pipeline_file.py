@@ -165,6 +165,7 @@ IN_SOURCE = {
     'name = "a b"': "source.name: source 'a b' is not a name",
     'site = "moon"': "source: site 'moon' is not one of local",
     '[[site]]\nname = "c"\nbrocker = "x"': "site.0.brocker: unknown key (did you mean 'broker'?): expected",
+    '[[site]]\nname = "c"\nbroker = "u:secret@x"': "site.0.broker: broker address 'x': it has no scheme; expected mqtt://",
     '[[site]]\nname = "c"\n[[site]]\nname = "c"': "site: two sites are named 'c'",
     f'[[site]]\nname = "{"s" * 65}"': "site.0.name: site 'sss",
     "[sauce]": "sauce: unknown key (did you mean 'source'?): expected one of pipeline, stage, site, source",

@@ -107,6 +107,7 @@ def test_what_was_retried_and_dropped_is_the_sum_of_all_sources_and_outlives_the
     board.heard_birth(CAMERA, b"", 1.0)
     assert board.troubles() == wanted
     assert by_count(wanted["retried"]) == "WorkerLost 3, Busy 1"
+    assert by_count({f"E{number}": 1 for number in range(10, 100)}).endswith(", E20 1, E21 1, others 78")
 
 
 def test_records_of_many_topics_or_of_many_bytes_are_not_kept() -> None:

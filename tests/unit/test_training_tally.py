@@ -24,7 +24,7 @@ def test_a_run_adds_up() -> None:
         "pipeline": "digits", "requests": 160, "results": 160, "failed": 0, "failures": {}, "lost": 0, "dropped": 0,
         "retries": 0, "elapsed_s": 9.123, "throughput_per_s": 320.0, "rows": 2560, "steps": 40, "epochs": 4,
         "test_loss": 0.5, "test_accuracy": 0.8, "best_test_accuracy": 0.8, "rolled_back": 0, "repeated_steps": 0,
-        "step_ms": {"p50": 200.0, "p95": 200.0, "p99": 200.0}, "network_ms": 9.0,
+        "step_ms": {"p50": 200.0, "p95": 200.0, "p99": 200.0}, "idle_ms": 9.0,
     }  # fmt: skip
     last_epoch = [step(number) for number in range(31, 41)]
     assert summary["loss"] == pytest.approx(sum(event["loss"] for event in last_epoch) / 10, abs=1e-6)

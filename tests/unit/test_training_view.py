@@ -85,7 +85,7 @@ def test_the_view_shows_progress_loss_evaluations_and_workers(pipeline: Pipeline
         assert word in text, word
     assert max(map(len, text.splitlines())) == width
     assert "…" not in text
-    assert ("34 s" in text) is (width == 120)
+    assert "34 s" in text
 
 
 def test_a_standby_is_dim_and_a_stage_without_worker_is_starting(pipeline: Pipeline) -> None:

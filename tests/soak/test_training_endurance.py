@@ -1,0 +1,100 @@
+"""Hundreds of steps leave nothing behind; and what is learned is what the uncut network learns: real digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from brokers.pipeline import load_pipeline
+from sources.batches import Batches, micro
+from sources.digits import Digits
+from sources.learning_rate import learning_rate
+from stages.models.registry import model_spec
+from tests.soak.conftest import Tell
+from tests.soak.lesson import STAGES, Lesson, assert_equal, expected, lesson_file
+from tests.soak.measure import MIB, Watch
+from tests.support.checkout import ROOT
+from tests.support.lessons import MODEL
+from tests.support.processes import Machine
+
+STEPS = 501
+# One forward that is kept of each step would be a hundred MiB. Seen: 0.3.
+GROWTH_BYTES = 8 * MIB
+
+
+def test_five_hundred_steps_leave_nothing_behind(box: Machine, tell: Tell) -> None:
+    path = lesson_file(box.folder, epochs=STEPS // 3, checkpoint_every=50, evaluate_every=20)
+    lesson = Lesson(box, path)
+    lesson.await_step(20)
+    processes = {name: lesson.process("stage", "--worker", f"{name}-1").pid for name in STAGES}
+    with Watch({**processes, "source": lesson.process("source").pid}, 0.05) as watch:
+        lesson.await_step(STEPS - 10)  # then it draws its curves, and leaves
+    assert lesson.end()["steps"] == STEPS
+    assert_equal(lesson.weights(), expected(STEPS))
+    assert len(list((lesson.folder / "checkpoints" / "head").iterdir())) == 2
+    for trend in watch.trends(0.2):
+        tell(str(trend))
+        assert trend.grown_bytes < GROWTH_BYTES, trend
+        assert trend.descriptors[-1] <= trend.descriptors[0] + 1, trend
+        assert trend.threads[-1] <= trend.threads[0] + 1, trend
+
+
+def digits_file(folder: Path, long: bool) -> Path:
+    """The example of the README; in the short form with a small network, which learns digits in seconds."""
+    text = (ROOT / "examples" / "digits.toml").read_text()
+    if not long:
+        text = text.replace('"vgg11-small"', f'"{MODEL.replace("small", "reader")}"').replace("[6, 11]", "[3, 7]")
+        text = text.replace("lr = 0.02", "lr = 0.1")
+    path = folder / "digits.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.timeout(1200)
+def test_digits_are_read_as_well_as_the_uncut_network_reads_them(box: Machine, long: bool, tell: Tell) -> None:
+    path = digits_file(box.folder, long)
+    lesson = Lesson(box, path)
+    summary = lesson.end(timeout_s=1100)
+    tested = [event for event in lesson.events() if event["event"] == "evaluation"]
+    wanted = read_plainly(path)
+    assert tested[-1]["accuracy"] == wanted
+    assert wanted >= 0.97
+    tell(f"{summary['steps']} steps, {summary['throughput_per_s']:.0f} rows/s, test accuracy {wanted:.4f}, as uncut")
+
+
+def read_plainly(path: Path) -> float:
+    """The accuracy on the test digits of the uncut network, trained by plain torch."""
+    pipeline = load_pipeline(path)
+    table, digits = pipeline.training, Digits()
+    spec: Any = model_spec(pipeline.pipeline.model or "", folder=str(ROOT))
+    torch.set_num_threads(1)
+    torch.manual_seed(pipeline.pipeline.seed)
+    model = spec.build().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=table.lr, **table.settings)
+    batches = Batches(digits.train(), table.batch, pipeline.pipeline.seed)
+
+    def fitted(pictures: Any) -> torch.Tensor:
+        tensor = torch.from_numpy(pictures)
+        return spec.normalise(tensor) if spec.normalise else tensor
+
+    for step in range(table.epochs * batches.steps_per_epoch):
+        inputs, labels = batches.batch(step)
+        for some, theirs in micro(inputs, labels, table.micro_batches):
+            loss = nn.functional.cross_entropy(model(fitted(some)), torch.from_numpy(theirs))
+            torch.autograd.backward([loss * (len(theirs) / len(labels))])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(table, step, batches.steps_per_epoch)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    test = Batches(digits.test(), table.batch, shuffle=False)
+    right = 0
+    with torch.no_grad():
+        for index in range(test.steps_per_epoch):
+            inputs, labels = test.batch(index)
+            right += int((model(fitted(inputs)).argmax(1).numpy() == labels).sum())
+    return right / len(digits.test())
