@@ -23,6 +23,7 @@ from brokers.training import LABELS, MICRO, MicroBatch, Mode, micro_seed
 from sources.crew import Crew, CrewWatch
 from sources.training_errors import StepFailed, TermOver
 
+NOBODY = "nobody conducts the pipeline any more"
 INPUT = "input"  # the only tensor of a first stage: it needs no name of the network's
 
 
@@ -79,7 +80,7 @@ class Stepper:
     def __init__(self, line: Line, pipeline: Pipeline, name: str, inbox: str, watch: CrewWatch) -> None:
         self._line, self._pipeline, self._name, self._inbox, self._watch = line, pipeline, name, inbox, watch
         self._in_hand: _InHand | None = None
-        self._collected: dict[bytes, Body] = {}
+        self._collected: dict[bytes, Result | Failure | None] = {}
         self._broken = False
 
     # Heard --------------------------------------------------------------------------------------------------------
@@ -88,8 +89,8 @@ class Stepper:
         """A message came. What belongs to no step in hand is of one that was given up."""
         hand = self._in_hand
         match message:
-            case Result(content=Body() as body) if message.request in self._collected:
-                self._collected[message.request] = body
+            case Result(content=Body()) | Failure() if message.request in self._collected:
+                self._collected[message.request] = message
             case Result() if hand and message.request in hand.requests:
                 self._judged(hand, message)
             case Step(verb="prepared") if hand and message.request == hand.step:
@@ -180,7 +181,7 @@ class Stepper:
             if done():
                 return
             if now is None or now.term != crew.term:
-                raise TermOver(now.why if now else "")
+                raise TermOver(now.why if now else NOBODY)
             try:
                 async with asyncio.timeout(lease_s):
                     await self._watch.changed.wait()
@@ -203,23 +204,23 @@ class Stepper:
 
     # Weights ------------------------------------------------------------------------------------------------------
 
-    async def collect(self, crew: Crew, stage: str) -> Body:
-        """The weights of a stage as they are. Raises `TermOver`."""
+    async def collect(self, crew: Crew, stage: str, version: int) -> Body | None:
+        """The weights of a stage at a version; None where it is not there any more. Raises `TermOver`."""
         request = new_request_id()
-        self._collected[request] = empty = Body({})
-        word = Step(request=request, verb="collect", term=crew.term, sender=self._inbox)
+        self._collected[request] = None
+        word = Step(request=request, verb="collect", term=crew.term, sender=self._inbox, details={"version": version})
         try:
             await self._line.send(self._watch.inbox(crew, stage), word)
-            while self._collected[request] is empty:
+            while (found := self._collected[request]) is None:
                 self._watch.changed.clear()
                 now = self._watch.crew
                 if now is None or now.term != crew.term or self._broken:
-                    raise TermOver(now.why if now else "")
+                    raise TermOver(now.why if now else NOBODY)
                 try:
                     async with asyncio.timeout(self._pipeline.pipeline.lease_s):
                         await self._watch.changed.wait()
                 except TimeoutError:
                     raise TermOver(f"stage {stage} did not send its weights") from None
-            return self._collected[request]
+            return found.content if isinstance(found, Result) and isinstance(found.content, Body) else None
         finally:
             del self._collected[request]

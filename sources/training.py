@@ -32,6 +32,8 @@ CREW_WAIT_S = 120.0
 PROBLEM_WAIT_S = 5.0
 # A step that is given up again and again is not the stages' misfortune any more.
 TERMS_LIMIT = 20
+# A worker renews its record each second: what it says of versions may be as old as that.
+_RECORD_S = 0.3
 # Evaluation batches go in pieces of so many micro-batches: each has its turn among the steps of other sources.
 _EVALUATE_MICROS = 16
 
@@ -69,6 +71,7 @@ class Training:
         self.done = 0  # steps that are in the pipeline's version
         self.micro_batches = 0
         self._settings = _settings(pipeline)
+        self._version: int | None = None  # of the last step that was done here
         self._terms_in_a_row = 0
 
     @property
@@ -93,17 +96,24 @@ class Training:
                 await self._step(crew)
                 self._terms_in_a_row = 0
             except TermOver as over:
-                crew = await self._again(over)
+                crew = await self._again(over, crew)
         log.info("%d of %d steps are done", self.done, self.steps)
 
     async def weights(self) -> dict[str, Body]:
-        """The weights of each stage, as they are after the last step."""
-        while True:
-            crew = await self._crew()
+        """The weights of each stage, all of one version: that of the last step, as long as it is there."""
+        crew = await self._crew()
+        for _ in range(TERMS_LIMIT):
+            version = self._version if self._version is not None else crew.version
             try:
-                return {stage.name: await self.stepper.collect(crew, stage.name) for stage in self._pipeline.stage}
+                found = [await self.stepper.collect(crew, stage.name, version) for stage in self._pipeline.stage]
             except TermOver as over:
-                await self._again(over)
+                crew = await self._again(over, crew)
+                continue
+            if None not in found:
+                return {stage.name: body for stage, body in zip(self._pipeline.stage, found, strict=True) if body}
+            self._version, crew = None, await self._crew()  # others train on: what there is now, then
+            await asyncio.sleep(_RECORD_S)
+        raise CannotTrain(self._pipeline.name, "its weights change faster than they can be fetched")
 
     def _begin(self, crew: Crew) -> int:
         progress = crew.progress.get(self._name, Progress(steps=0))
@@ -116,12 +126,14 @@ class Training:
         self._tell({"event": "resumed", "step": progress.steps, "version": crew.version})
         return progress.steps
 
-    async def _crew(self) -> Crew:
-        """The crew that trains now; waits for one."""
+    async def _crew(self, after: int = -1) -> Crew:
+        """The crew that trains now; waits for one, and a lease for one of a term after this."""
         begin_s = time.monotonic()
         problem_s: float | None = None
-        while (crew := self.watch.crew) is None:
-            now_s = time.monotonic()
+        while True:
+            crew, now_s = self.watch.crew, time.monotonic()
+            if crew is not None and (crew.term > after or now_s - begin_s > self._pipeline.pipeline.lease_s):
+                return crew
             problem_s = (problem_s or now_s) if self.watch.problem else None
             if problem_s is not None and now_s - problem_s > PROBLEM_WAIT_S:
                 raise CannotTrain(self._pipeline.name, self.watch.problem)
@@ -135,15 +147,15 @@ class Training:
                     await self.watch.changed.wait()
             except TimeoutError:
                 continue
-        return crew
 
-    async def _again(self, over: TermOver) -> Crew:
+    async def _again(self, over: TermOver, former: Crew) -> Crew:
         """A term is over: go on from where the next one begins."""
         begin_s, before = time.monotonic(), self.done
         self._terms_in_a_row += 1
         if self._terms_in_a_row > TERMS_LIMIT:
             raise CannotTrain(self._pipeline.name, f"step {self.done} was given up {TERMS_LIMIT} times: {over}")
-        crew = await self._crew()
+        crew = await self._crew(after=former.term)
+        self._version = None
         self.done = crew.progress.get(self._name, Progress(steps=0)).steps
         self._tell(
             {
@@ -172,7 +184,7 @@ class Training:
         except StepFailed as failed:
             self._tell_failure(failed)
             raise
-        self.done = number + 1
+        self.done, self._version = number + 1, max(outcome.committed.values())
         self.micro_batches += len(plan.micros)
         self._tell(self._step_event(plan, outcome, rate))
 

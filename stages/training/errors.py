@@ -87,6 +87,30 @@ class BadStep(WireError):
 
 
 @dataclass(eq=False)
+class StaleStep(WireError):
+    """A step that is not the next one of its source: what the source knew of the pipeline was old."""
+
+    retry = True
+
+    source: str
+    expected: int
+    actual: int
+
+    def __str__(self) -> str:
+        return f"the next step of source {self.source!r} is {self.expected} (from 0), not {self.actual}"
+
+
+@dataclass(eq=False)
+class VersionGone(WireError):
+    """Weights were asked for of a version that this worker has no longer."""
+
+    version: object
+
+    def __str__(self) -> str:
+        return f"version {self.version!r} is neither in memory nor on disk"
+
+
+@dataclass(eq=False)
 class BadLabels(WireError):
     """Labels that the loss cannot take."""
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from brokers.messages import Activation, Body, Gradient, Result, Step
+from brokers.messages import Activation, Body, Failure, Gradient, Result, Step
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from brokers.tensors import from_array, from_torch, to_torch
 from brokers.training import LABELS, Progress, Standing
 from stages.training.checkpoints import Checkpoints, Version
-from stages.training.errors import BadStep, NotFinite
-from stages.training.learner import Judged, Learner
+from stages.training.errors import ForeignCheckpoint, NotFinite, StaleStep, VersionGone
+from stages.training.learner import Judged, Learner, model_state
 from stages.training.post import Post
 from stages.training.steps import Backward, Commit, Forward, Work
 from stages.training.times import Times
@@ -124,9 +124,7 @@ class Execution:
         """A source that does not know how far it is, or has a twin, must not have a step done twice, or left out."""
         done = self._progress[source].steps if source in self._progress else 0
         if work.micro.mode == "train" and work.micro.number != done:
-            raise BadStep(
-                f"source {source!r} has trained {done} steps of this version, this is step {work.micro.number}"
-            )
+            raise StaleStep(source, done, work.micro.number)
 
     async def _backward(self, work: Backward) -> None:
         gradients = None
@@ -184,9 +182,27 @@ class Execution:
             self._learner.version = None  # of no use to anybody: next time, to one before it
             raise
 
-    def weights(self) -> Body:
-        """The part's state, with the names of the uncut network."""
-        return Body({name: from_array(tensor) for name, tensor in self._learner.weights().items()})
+    async def send_weights(self, word: Step) -> None:
+        """Answer with the part's state, by the names of the uncut network: of a version that is here, or as it is."""
+        version = word.details.get("version")
+        try:
+            if version is None or version == self._learner.version:
+                state = self._learner.weights()
+            else:
+                state = model_state((await self._in_thread(self._checkpoints.load, int(version))).tensors)
+        except ForeignCheckpoint:
+            gone = VersionGone(version)
+            failure = Failure(
+                request=word.request,
+                stage=self._stage.name,
+                worker=self._worker,
+                error=type(gone).__name__,
+                reason=str(gone),
+            )
+            self._post.send(word.sender, failure)
+        else:
+            body = Body({name: from_array(tensor) for name, tensor in state.items()})
+            self._post.send(word.sender, Result(request=word.request, content=body))
 
 
 def _said(judged: Judged) -> Body:

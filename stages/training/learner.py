@@ -205,8 +205,10 @@ class Learner:
     # Versions ------------------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
-        """The part's state, with the names of the uncut network."""
-        return {name: tensor.detach().cpu().clone() for name, tensor in self._part.state_dict().items()}
+        """The part's state as of its version, with the names of the uncut network."""
+        begun = self._buffers or {}  # a step in hand moves statistics
+        state = self._part.state_dict()
+        return {name: begun.get(name, tensor).detach().cpu().clone() for name, tensor in state.items()}
 
     def tensors(self, number: int) -> dict[str, Tensor]:
         """All that makes a version, for a checkpoint. Raises `NotFinite` rather than give what nobody can use."""
@@ -228,8 +230,7 @@ class Learner:
         self._build()
         self.version = None  # until it is done, memory holds no version
         if tensors is not None:
-            state = {name.removeprefix(_MODEL): item for name, item in tensors.items() if name.startswith(_MODEL)}
-            self._part.load_state_dict(state)
+            self._part.load_state_dict(model_state(tensors))
             self._restore_optimizer(tensors)
         self.version = number
 
@@ -246,6 +247,11 @@ class Learner:
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self._part.named_parameters() if parameter.requires_grad]
+
+
+def model_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds of the network itself."""
+    return {name.removeprefix(_MODEL): item for name, item in tensors.items() if name.startswith(_MODEL)}
 
 
 class _Drawing:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from brokers.errors import SparseError, WireError
 from brokers.line import Line
-from brokers.messages import REQUEST_ID_BYTES, Failure, Gradient, Message, Result, Step, Task, Verb
+from brokers.messages import REQUEST_ID_BYTES, Failure, Gradient, Message, Step, Task, Verb
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from brokers.training import MICRO, MicroBatch
@@ -60,7 +60,7 @@ class Trainer:
         self.line = Line(transport)
         self.post = Post(self.line)
         index, stages = pipeline.stage.index(stage), len(pipeline.stage)
-        stays = pipeline.training.labels == "stay" and index == stages - 1
+        stays = pipeline.training.labels == "stay" and 0 < index == stages - 1
         self.steps = Steps(pipeline.training.schedule, index, stages, awaits_labels=stays)
         self._execution = Execution(pipeline, stage, worker, learner, self.post, checkpoints)
         self._vitals = Vitals(self.line, self._topics, pipeline, stage, worker, device)
@@ -209,7 +209,8 @@ class Trainer:
                 log.error("stage %s failed in a step", self.stage, exc_info=error)
             self._vitals.failed += 1
             self.steps.fail(work)
-            self._fail(reply, request, type(error).__name__, str(error) or type(error).__name__)
+            retry = isinstance(error, WireError) and error.retry
+            self._fail(reply, request, type(error).__name__, str(error) or type(error).__name__, retry=retry)
             return
         finally:
             self.moved_s = time.monotonic()
@@ -230,7 +231,7 @@ class Trainer:
         """What the conductor, or a source that wants the weights, asks for."""
         if word.verb == "collect":
             if word.term == self.steps.term:
-                self.post.send(word.sender, Result(request=word.request, content=self._execution.weights()))
+                await self._execution.send_weights(word)
             return
         if word.term < self.steps.term:
             self._refuse(word, StaleTerm(self.steps.term, word.term))
