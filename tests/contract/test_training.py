@@ -18,7 +18,7 @@ from sources.training_errors import CannotTrain, NobodyTrains, OtherSettings, St
 from tests.support.classroom import Classroom, Pupil, Worker, hurry, kill
 from tests.support.ears import Ear
 from tests.support.learning import assert_same_bits
-from tests.support.lessons import Stripes
+from tests.support.lessons import Stripes, TooManyClasses
 from tests.support.lines import run
 
 STEPS = 8  # of a whole run: 2 epochs of 96 rows in batches of 24
@@ -474,20 +474,9 @@ def fails(
     return lesson(folder, test, **training)
 
 
-class Strange(Stripes):
-    """Five classes, of which the network knows four."""
-
-    classes = tuple("01234")
-
-    def _some(self, count: int, seed: int) -> Any:
-        found = super()._some(count, seed)
-        found.labels[count - 1] = 4
-        return found
-
-
 def test_labels_out_of_range_are_told_with_the_stage_and_the_step(tmp_path: Path) -> None:
     match = r"step 0 failed at stage 's2', worker 'w2-2': BadLabels: label 4 .* the network has 4 classes"
-    fails(tmp_path, StepFailed, match, Strange(count=24))
+    fails(tmp_path, StepFailed, match, TooManyClasses(count=24))
 
 
 def test_a_loss_that_is_no_number_is_told_with_the_stage_the_step_and_what_to_try(tmp_path: Path) -> None:

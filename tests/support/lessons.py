@@ -85,6 +85,17 @@ class Stripes(Dataset):
         return Examples(pictures, labels.astype(np.int64))
 
 
+class TooManyClasses(Stripes):
+    """One more class than the network has."""
+
+    classes = tuple("01234")
+
+    def _some(self, count: int, seed: int) -> Examples:
+        found = super()._some(count, seed)
+        found.labels[: count // 2] = CLASSES
+        return found
+
+
 def train_plainly(
     batches: Batches, steps: int, micro_batches: int, *, seed: int = 0, lr: float = 0.05, momentum: float = 0.9
 ) -> tuple[nn.Module, list[float]]:
