@@ -10,9 +10,9 @@ VGG-11 with a small head on 32x32, in two stages of one thread, SGD with momentu
 * `torch.distributed.pipelining` in two processes on gloo, by 1F1B and by GPipe;
 * ours: two workers and a source through Mosquitto (or the embedded broker), by both schedules.
 
-All train the same parts on the same batches: a run in which their losses differ fails. Each round goes through all of
-them, and the figures are the medians of the rounds. Ratios within one run are what counts: absolute figures change with
-the machine and its neighbours.
+All train the same parts on the same batches: a run in which their losses differ fails. A rate is that of the median
+step. Each round goes through all of them, and the figures are the medians of the rounds. Ratios within one run are what
+counts, on a quiet machine: neighbours take from the pipelines, which need both cores, and nothing from the bounds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RATIOS = {"of_slowest": "slowest", "of_ideal": "ideal", "of_unsplit": "unsplit",
 
 
 def one_round(job: Job, kind: Kind) -> dict[str, Any]:
-    """Everything once: `rates` in rows a second by name, and what a step takes the `stages`, alone and in ours."""
+    """Everything once: `rates` in rows a second by name, what a step takes the `stages`, and what each step took."""
     whole = replace(job, cuts=())
     stages, unsplit = alone(job, SOLO_STEPS), alone(whole, SOLO_STEPS)[0]
     rates = {
@@ -67,9 +67,9 @@ def one_round(job: Job, kind: Kind) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             found[f"sparse {schedule}"] = run = sparse_pipeline(job, schedule, kind, Path(folder))
         told[f"sparse {schedule}"] = run["stages"]
-    rates |= {name: run["rows_per_s"] for name, run in found.items()}
+    rates |= {name: job.batch / median(run["steps_s"]) for name, run in found.items()}
     _check({**losses, **{name: run["losses"] for name, run in found.items()}})
-    return {"rates": rates, "stages": told}
+    return {"rates": rates, "stages": told, "steps_s": {name: run["steps_s"] for name, run in found.items()}}
 
 
 def _check(losses: Mapping[str, Sequence[float]]) -> None:

@@ -57,7 +57,7 @@ class Drawn(Dataset):
 
 
 def sparse_pipeline(job: Job, schedule: Name, kind: Kind, folder: Path) -> dict[str, Any]:
-    """`rows_per_s`, the `losses` of the steps, and what the `stages` say of one: medians of sums over a step, in ms.
+    """`steps_s`, what each step took, the `losses`, and what the `stages` say of a step: medians, in milliseconds.
 
     `folder` is empty.
     """
@@ -103,12 +103,10 @@ async def _train(job: Job, file: Path, address: str) -> list[tuple[float, Event]
 def _figures(job: Job, events: list[tuple[float, Event]]) -> dict[str, Any]:
     if wrong := [event for _, event in events if event["event"] != "step"]:
         raise RuntimeError(f"the run was disturbed: {wrong[0]}")
-    (begin_s, _), (end_s, _) = events[job.warm_up - 1], events[job.warm_up + job.steps - 1]
     counted = [event for _, event in events[job.warm_up : job.warm_up + job.steps]]
     return {
-        "rows_per_s": job.batch * job.steps / (end_s - begin_s),
+        "steps_s": job.counted([at_s for at_s, _ in events]),
         "losses": [event["loss"] for _, event in events],
-        "step_ms": median(event["step_ms"] for event in counted),
         "stages": [
             {name: median(event["time"]["stages"][index][name] for event in counted) for name in STAGE_TIMES}
             for index in range(len(job.cuts) + 1)

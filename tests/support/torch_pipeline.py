@@ -1,7 +1,7 @@
 """The peer of the training benchmark: `torch.distributed.pipelining` on gloo, a process of one thread for each stage.
 
 The processes are `python -m tests.support.torch_pipeline JOB RANK`, where JOB is a file with a `Job`; each ends with
-one JSON object on standard output: by schedule, the rows a second, and, of the last stage, the losses.
+one JSON object on standard output: by schedule, how long each step took, and, of the last stage, the losses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Single(nn.Module):
 
 
 def torch_pipeline(job: Job, folder: Path) -> dict[str, dict[str, Any]]:
-    """By schedule: `rows_per_s` and the `losses` of the steps. `folder` is empty."""
+    """By schedule: `steps_s`, what each step took, and the `losses`. `folder` is empty."""
     file = folder / "job.json"
     file.write_text(job.to_text())
     command = (sys.executable, "-m", "tests.support.torch_pipeline", str(file))
@@ -54,8 +54,9 @@ def torch_pipeline(job: Job, folder: Path) -> dict[str, dict[str, Any]]:
             process.wait()
     if any(process.returncode for process in processes):
         raise RuntimeError("torch.distributed.pipelining failed; its processes have said why")
-    found: dict[str, dict[str, Any]] = json.loads(said[-1].splitlines()[-1])
-    return found
+    first, last = (json.loads(lines.splitlines()[-1]) for lines in (said[0], said[-1]))
+    # The first stage's last backward ends a step.
+    return {name: {"steps_s": first[name]["steps_s"], "losses": last[name]["losses"]} for name in job.schedules}
 
 
 def _train(job: Job, rank: int, name: str) -> dict[str, Any]:
@@ -66,11 +67,8 @@ def _train(job: Job, rank: int, name: str) -> dict[str, Any]:
     schedule = _SCHEDULES[name](stage, n_microbatches=job.micro_batches, loss_fn=nn.functional.cross_entropy)
     inputs, labels = map(torch.from_numpy, job.examples())
     means: list[float] = []
-    begin_s = 0.0
+    ends_s = []
     for step in range(job.warm_up + job.steps):
-        if step == job.warm_up:
-            dist.barrier()
-            begin_s = time.monotonic()
         losses: list[Tensor] = []
         if rank == 0:
             schedule.step(inputs[job.rows(step)])
@@ -80,8 +78,8 @@ def _train(job: Job, rank: int, name: str) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         if losses:
             means.append(float(torch.stack(losses).detach().mean()))
-    dist.barrier()
-    return {"rows_per_s": job.batch * job.steps / (time.monotonic() - begin_s), "losses": means}
+        ends_s.append(time.monotonic())
+    return {"steps_s": job.counted(ends_s), "losses": means}
 
 
 def _main(file: Path, rank: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,10 @@ class Job:
         """Those of a step, among the examples."""
         first = step % BATCHES * self.batch
         return slice(first, first + self.batch)
+
+    def counted(self, ends_s: Sequence[float]) -> list[float]:
+        """What each step after the warm-up took, from when the steps ended."""
+        return [later - earlier for earlier, later in pairwise(ends_s[self.warm_up - 1 : self.warm_up + self.steps])]
 
     def part(self, index: int) -> Part:
         """A part of the network, as one of our workers begins with it."""
