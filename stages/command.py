@@ -94,8 +94,10 @@ def _worker(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int)
 def _trainer(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int, checkpoints: Path | None) -> Make:
     from stages.inference import resolve_device
     from stages.training.learner import Learner
+    from stages.training.memory import keep_memory
     from stages.training.roles import make_trainer
 
+    keep_memory()
     device = resolve_device(stage.device)
     learner = Learner(pipeline, stage, device=device, threads=threads)
     stated = pipeline.training.checkpoints

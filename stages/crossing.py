@@ -23,6 +23,11 @@ def received(tensors: Mapping[str, Tensor], name: str, copy: bool) -> Any:
     return tuple(items)
 
 
+def value_of(name: str) -> str:
+    """The value that comes in a tensor of this name, whole or an item of it."""
+    return name.partition("[")[0]
+
+
 def sent(names: tuple[str, ...], *values: Any) -> dict[str, Tensor]:
     """The values that leave a part, as tensors with names."""
     return {key: tensor for name, value in zip(names, values, strict=True) for key, tensor in _items(name, value)}

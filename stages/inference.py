@@ -12,6 +12,7 @@ from brokers.messages import JPEG, JSON, PNG, SAFETENSORS, Blob, Content
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from brokers.tensors import to_numpy, to_torch
+from stages.crossing import value_of
 from stages.errors import BadDevice
 from stages.executor import Node, TaskContext, TaskExecutor, Tensors
 from stages.loading import load_part
@@ -85,10 +86,10 @@ class ModelExecutor(TaskExecutor):
         if set(content.tensors) == {PICTURE} and PICTURE not in takes:
             return self._fit(to_numpy(content.tensors[PICTURE], name=PICTURE), task)
         tensors = {name: to_torch(tensor) for name, tensor in content.tensors.items()}
-        if len(takes) == len(tensors) == 1:  # the only tensor needs no name
-            tensors = {takes[0]: next(iter(tensors.values()))}
-        if set(tensors) != set(takes):
-            raise BadPayload("tensors", f"stage {self._stage.name!r} takes {sorted(takes)}, got {sorted(tensors)}")
+        if {value_of(name) for name in tensors} != set(takes):
+            if not len(takes) == len(tensors) == 1:
+                raise BadPayload("tensors", f"stage {self._stage.name!r} takes {sorted(takes)}, got {sorted(tensors)}")
+            tensors = {takes[0]: next(iter(tensors.values()))}  # the only tensor needs no name
         return {name: _widened(tensor) for name, tensor in tensors.items()}
 
     @torch.inference_mode()
