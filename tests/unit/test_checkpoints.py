@@ -215,6 +215,13 @@ def test_on_a_full_disk_the_old_ones_stay_and_nothing_half_written_is_left(tmp_p
     assert made.versions == (100, 150)
 
 
+def test_a_file_that_cannot_have_its_name_is_told_and_does_not_stay(tmp_path: Path) -> None:
+    (tmp_path / name_of(150)).mkdir()
+    with pytest.raises(CannotCheckpoint, match="those before it are whole"):
+        checkpoints(tmp_path).save(version(150))
+    assert named(tmp_path) == [name_of(150)]
+
+
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CannotCheckpoint, match=r"no checkpoint at .*file"):

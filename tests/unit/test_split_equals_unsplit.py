@@ -193,7 +193,8 @@ def test_a_step_that_is_given_up_half_way_and_done_again_gives_the_same_bits(nam
             parts.abandon()
             assert all(len(learner.saved) == 0 for learner in parts.learners)
             assert all(parameter.grad is None for each in parts.learners for parameter in each._part.parameters())
-            assert_same_bits(parts.state(), before)
+            now = {name: tensor for each in parts.learners for name, tensor in each._part.state_dict().items()}
+            assert_same_bits(now, before)
         assert parts.step(number, batch(net, number)) == whole.step(number, batch(net, number))
     assert_same_bits(parts.state(), whole.model.state_dict())
 
@@ -201,12 +202,15 @@ def test_a_step_that_is_given_up_half_way_and_done_again_gives_the_same_bits(nam
 def test_the_statistics_of_a_batch_norm_move_in_a_step_and_are_put_back_when_it_is_given_up() -> None:
     parts = split(NETS["small"], [4, 9], "sgd")
     before = parts.state()
+    part = parts.learners[0]._part
     parts.do(0, batch(NETS["small"], 0))
-    moved = parts.state()
+    moved = part.state_dict()
     assert not torch.equal(moved["norm.running_mean"], before["norm.running_mean"])
     assert int(moved["norm.num_batches_tracked"]) == 3
+    assert_same_bits(parts.state(), before)  # whoever asks meanwhile gets the version
     parts.abandon()
     assert_same_bits(parts.state(), before)
+    assert not part.state_dict()["norm.running_mean"].any()
 
 
 def test_an_evaluation_moves_nothing_and_judges_as_the_whole_network_does() -> None:
