@@ -58,6 +58,11 @@ def command(
         raise NoBroker(str(file), pipeline.source.site)
     if pipeline.trains:
         return _train(pipeline, address, name, out, json, resume, pictures, with_parent)
+    return _serve(pipeline, address, out, json, pictures, with_parent)
+
+
+def _serve(pipeline: Pipeline, address: str, out: Path | None, json: bool, pictures: bool, with_parent: bool) -> int:
+    """Feed a pipeline that infers."""
     source = None if pipeline.source.kind == "ingress" else _make_source(pipeline)
     folder = RunFolder(
         out or new_run_folder(Path("runs"), pipeline.name),
