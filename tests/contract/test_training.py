@@ -308,6 +308,27 @@ def test_a_task_that_is_no_micro_batch_is_refused_and_the_worker_lives(tmp_path:
     lesson(tmp_path, test, epochs=1)
 
 
+@pytest.mark.parametrize("number", [0, 3, 5])
+def test_a_step_that_is_not_the_next_one_of_its_source_is_refused_and_may_be_tried_again(
+    tmp_path: Path, number: int
+) -> None:
+    async def test(room: Classroom) -> None:
+        line, ear = await stranger(room)
+        await room.learn()
+        head = room.active(0)
+        late = foreign(head.trainer.steps.term, number=number)
+        task = Task(request=late.request, content=late.content, reply=late.reply, sender=late.sender, source="pupil")
+        await line.send(head.trainer.inbox, task)
+        failure = await ear.message()
+        assert isinstance(failure, Failure)
+        assert (failure.error, failure.retry) == ("StaleStep", True)
+        assert failure.reason == f"the next step of source 'pupil' is 4 (from 0), not {number}"
+        assert head.learner.version == 4
+        await line.close()
+
+    lesson(tmp_path, test, epochs=1)
+
+
 def test_messages_that_come_twice_change_nothing(tmp_path: Path) -> None:
     """Each message of a stage comes to it a second time, as a bridge may do that lost its connection."""
 
