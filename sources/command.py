@@ -107,7 +107,7 @@ def _train(
     else:
         said = f"{summary['steps']} steps, loss {summary['loss']}, test accuracy {summary['test_accuracy']}"
         print(f"{said}, in {summary['outputs']}", file=sys.stderr)  # noqa: T201 - the same for a person
-    return STOPPED if leaving.is_set() else 0
+    return STOPPED if leaving.interrupted else 0
 
 
 def _make_source(pipeline: Pipeline) -> Source:
