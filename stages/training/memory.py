@@ -1,7 +1,7 @@
-"""Memory that a worker uses again instead of giving it back: a sixth of the time of a step where weights are large.
+"""Memory that a worker uses again instead of giving it back: a tenth or more of the time of a step with large weights.
 
 The gradient of a convolution's weights is allocated for each micro-batch, megabytes at a time. By default glibc gives
-such pieces back to the kernel, and each page of the next one is faulted in and filled with zeros anew: 40,000 faults a
+such pieces back to the kernel, and each page of the next one is faulted in and filled with zeros anew: up to 40,000 a
 step for the second half of VGG-11. A worker that trains needs the same memory in every step: it may keep it.
 """
 
