@@ -21,20 +21,21 @@ from tests.support.checkout import ROOT
 from tests.support.lessons import MODEL
 from tests.support.processes import Machine
 
-STEPS = 501
-# One forward that is kept of each step would be a hundred MiB. Seen: 0.3.
+STEPS, SHORT_STEPS = 501, 150
+# One forward that is kept of each step would be a hundred MiB in the long form. Seen: 0.3.
 GROWTH_BYTES = 8 * MIB
 
 
-def test_five_hundred_steps_leave_nothing_behind(box: Machine, tell: Tell) -> None:
-    path = lesson_file(box.folder, epochs=STEPS // 3, checkpoint_every=50, evaluate_every=20)
+def test_five_hundred_steps_leave_nothing_behind(box: Machine, long: bool, tell: Tell) -> None:
+    steps = STEPS if long else SHORT_STEPS
+    path = lesson_file(box.folder, epochs=steps // 3, checkpoint_every=50, evaluate_every=20)
     lesson = Lesson(box, path)
     lesson.await_step(20)
     processes = {name: lesson.process("stage", "--worker", f"{name}-1").pid for name in STAGES}
     with Watch({**processes, "source": lesson.process("source").pid}, 0.05) as watch:
-        lesson.await_step(STEPS - 10)  # then it draws its curves, and leaves
-    assert lesson.end()["steps"] == STEPS
-    assert_equal(lesson.weights(), expected(STEPS))
+        lesson.await_step(steps - 10)  # then it draws its curves, and leaves
+    assert lesson.end()["steps"] == steps
+    assert_equal(lesson.weights(), expected(steps))
     assert len(list((lesson.folder / "checkpoints" / "head").iterdir())) == 2
     for trend in watch.trends(0.2):
         tell(str(trend))
