@@ -164,7 +164,8 @@ class Stepper:
     async def _commit(self, crew: Crew, plan: Plan, hand: _InHand) -> None:
         details = {"source": self._name, **plan.commit}
         word = Step(request=hand.step, verb="commit", term=crew.term, sender=self._inbox, details=details)
-        for stage in self._pipeline.stage:
+        # The first stage last: should we die in between, whoever conducts has the step in hand still, and gives it up.
+        for stage in reversed(self._pipeline.stage):
             await self._line.send(self._watch.inbox(crew, stage.name), word)
 
     async def _until(self, crew: Crew, plan: Plan, done: Any) -> None:
@@ -208,6 +209,7 @@ class Stepper:
         """The weights of a stage at a version; None where it is not there any more. Raises `TermOver`."""
         request = new_request_id()
         self._collected[request] = None
+        self._broken = False
         word = Step(request=request, verb="collect", term=crew.term, sender=self._inbox, details={"version": version})
         try:
             await self._line.send(self._watch.inbox(crew, stage), word)
