@@ -165,12 +165,17 @@ class Execution:
         tensors = await self._in_thread(self._learner.tensors, version)
         await self._in_thread(self._checkpoints.save, Version(version, tensors, self._progress))
 
-    async def restore(self, version: int, term: int) -> None:
+    def forget_version(self) -> None:
+        """Another worker trains the part from here on: what is in memory is nobody's version, and not to be written."""
+        self._learner.version = None
+
+    async def restore(self, version: int, term: int, since: int) -> None:
         """Be at this version. Raises what reading or writing a checkpoint raises.
 
-        It is on disk afterwards, here as on all stages: the one before it is never needed any more.
+        It is on disk afterwards, here as on all stages: the one before it is never needed any more. Memory of a term
+        before `since` is not the version of its number: the others gave that up, and have done other steps up to there.
         """
-        if self._learner.version != version:
+        if self._learner.version != version or (version and self._since != since):
             found = None if version == 0 else await self._in_thread(self._checkpoints.load, version)
             await self._in_thread(self._learner.restore, version, found.tensors if found else None)
             self._progress = dict(found.progress) if found else {}

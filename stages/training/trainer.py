@@ -98,7 +98,7 @@ class Trainer:
             while True:
                 if self._draining:
                     leave_s = min(leave_s, time.monotonic() + _DRAIN_S)
-                    if not self.steps.begun or time.monotonic() >= leave_s:
+                    if not (self.steps.begun or self._orders) or time.monotonic() >= leave_s:
                         break
                 if self._orders:
                     await self._obey_if_sound(self._orders.pop(0))
@@ -242,22 +242,24 @@ class Trainer:
             self.steps.begin_term(word.term)
             await self._execution.abandon()
         if word.verb == "abandon":  # to ourselves
+            self._execution.forget_version()
             await self.report()
             return
         if word.verb == "halt":
             told["standing"] = self._execution.standing(self.steps.term, self._breaks).model_dump()
         else:
-            told["problem"] = await self._restore(int(word.details["version"]), word.term)
+            told["problem"] = await self._restore(word)
             if not self._draining:
                 self._vitals.state = "up"
         verb: Verb = "halted" if word.verb == "halt" else "restored"
         self.post.send(word.sender, Step(request=word.request, verb=verb, term=word.term, details=told))
         await self.report()
 
-    async def _restore(self, version: int, term: int) -> str:
-        """Be at this version; if that cannot be, why."""
+    async def _restore(self, word: Step) -> str:
+        """Be at the version that is asked for; if that cannot be, why."""
+        version, since = int(word.details["version"]), int(word.details["since"])
         try:
-            await self._execution.restore(version, term)
+            await self._execution.restore(version, word.term, since)
         except (SparseError, OSError, RuntimeError, ValueError) as error:
             log.warning("cannot go back to version %d: %s", version, error)
             return str(error)
@@ -265,8 +267,9 @@ class Trainer:
 
     def stand_by(self, term: int) -> None:
         """Another worker of this stage trains in this term: let go of what is in hand, as soon as that can be."""
-        if term >= self.steps.term and self._vitals.state == "up":
-            self._vitals.state = "standby"
+        if term >= self.steps.term and self._vitals.state in ("up", "draining"):
+            if not self._draining:
+                self._vitals.state = "standby"
             self._orders = [Step(request=bytes(REQUEST_ID_BYTES), verb="abandon", term=term)]
             self._changed.set()
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from brokers.errors import Disconnected
 from brokers.messages import Activation, Body, Failure, Gradient, Message, ReplyTo, Result, Step, Task, new_request_id
 from brokers.tensors import from_array
 from brokers.training import LABELS, MICRO, MicroBatch
@@ -257,7 +259,8 @@ def test_what_is_stale_or_foreign_changes_no_weight_and_is_told_by_its_own_error
                 await line.send(inbox, word)
             version: Any
             for version in ("x", None, [], -1, 7):
-                word = Step(request=new_request_id(), verb="restore", term=term, details={"version": version})
+                details = {"version": version, "since": 0}
+                word = Step(request=new_request_id(), verb="restore", term=term, details=details)
                 await line.send(inbox, word)
                 word = Step(request=new_request_id(), verb="collect", term=term, details={"version": version})
                 await line.send(inbox, word)
@@ -621,6 +624,74 @@ def test_a_full_disk_is_told_and_the_run_goes_on_from_the_last_version_when_ther
         checkpoints.save = save  # type: ignore[method-assign]
         await room.until("a crew", lambda: room.pupils[0].training.watch.crew)
         pupil = await room.learn(resume=True)
+        assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
+
+    lesson(tmp_path, test)
+
+
+# A kill, a freeze or a break at an unlucky moment ---------------------------------------------------------------------
+
+
+def test_memory_of_a_term_that_was_given_up_is_not_taken_for_the_version_of_the_same_number(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        pupil = await room.learn()
+        frozen = room.active(1)
+        frozen.trainer._execution._since -= 1  # the others have been told since, and have done other steps up to this
+        with torch.no_grad():
+            for parameter in frozen.learner._part.parameters():
+                parameter.add_(1.0)
+        term = frozen.trainer.steps.term
+        await replace(room, 2)
+        await room.until("another term", lambda: (crew := pupil.training.watch.crew) and crew.term > term)
+        assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
+
+    lesson(tmp_path, test)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_worker_in_whose_place_another_trains_leaves_no_version_behind(tmp_path: Path, stage: int) -> None:
+    async def test(room: Classroom) -> None:
+        await room.learn()
+        former = room.active(stage)
+        former.learner.version = 9  # of a step that the others have given up
+        former.trainer.stand_by(former.trainer.steps.term + 1)
+        await former.drain()
+        assert former.trainer._execution._checkpoints.versions == (4, 8)
+
+    lesson(tmp_path, test)
+
+
+def test_a_source_that_is_killed_between_two_commits_of_its_last_step_can_be_resumed(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        first = await room.pupil()
+        send = first.line.send
+
+        async def send_one_commit(topic: str, message: Message) -> None:
+            await send(topic, message)
+            if isinstance(message, Step) and message.verb == "commit" and first.training.done == STEPS - 1:
+                await room.until("it", lambda: any(worker.learner.version == STEPS for worker in room.workers))
+                await asyncio.sleep(0.2)
+                kill(room.hub, first.transport)
+
+        first.line.send = send_one_commit  # type: ignore[method-assign]
+        with pytest.raises(Disconnected):
+            await first.training.run()
+        await first.transport.close()
+        await asyncio.sleep(0.5)  # whatever the first stage has done is in its record
+        second = await room.learn(resume=True)
+        assert second.training.done == STEPS
+        assert_same_bits(await room.weights(second), room.plainly(["it"] * STEPS, {"it": Stripes()}))
+
+    lesson(tmp_path, test)
+
+
+def test_weights_are_fetched_although_the_connection_broke_after_the_last_step(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        pupil = await room.learn()
+        room.hub.stop()
+        await asyncio.sleep(0.2)
+        room.hub.start()
+        await room.until("the news", lambda: pupil.training.stepper._broken)
         assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
 
     lesson(tmp_path, test)
