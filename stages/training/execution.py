@@ -11,9 +11,9 @@ from brokers.messages import Activation, Body, Failure, Gradient, Result, Step
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from brokers.tensors import from_array, from_torch, to_torch
-from brokers.training import LABELS, Progress, Standing
+from brokers.training import LABELS, SOURCES_LIMIT, Progress, Standing
 from stages.training.checkpoints import Checkpoints, Version
-from stages.training.errors import ForeignCheckpoint, NotFinite, StaleStep, VersionGone
+from stages.training.errors import ForeignCheckpoint, NotFinite, StaleStep, TooManySources, VersionGone
 from stages.training.learner import Judged, Learner, model_state
 from stages.training.post import Post
 from stages.training.steps import Backward, Commit, Forward, Work
@@ -122,9 +122,13 @@ class Execution:
 
     def _check_number(self, source: str, work: Forward) -> None:
         """A source that does not know how far it is, or has a twin, must not have a step done twice, or left out."""
+        if work.micro.mode == "evaluate":
+            return
         done = self._progress[source].steps if source in self._progress else 0
-        if work.micro.mode == "train" and work.micro.number != done:
+        if work.micro.number != done:
             raise StaleStep(source, done, work.micro.number)
+        if source not in self._progress and len(self._progress) >= SOURCES_LIMIT:
+            raise TooManySources(SOURCES_LIMIT)
 
     async def _backward(self, work: Backward) -> None:
         gradients = None
@@ -145,12 +149,11 @@ class Execution:
         return body
 
     async def _commit(self, work: Commit) -> None:
-        word, details = work.word, work.word.details
+        word = work.word
         with self._times.measure("commit_ms"):
-            version = await self._in_thread(self._learner.commit, float(details["lr"]))
-        done = Progress(steps=work.number + 1, settings=details.get("settings", {}))
-        self._progress = {**self._progress, str(details["source"]): done}
-        if details.get("checkpoint") or version % self._pipeline.training.checkpoint_every == 0:
+            version = await self._in_thread(self._learner.commit, work.lr)
+        self._progress = {**self._progress, work.source: work.progress}
+        if word.details.get("checkpoint") or version % self._pipeline.training.checkpoint_every == 0:
             await self.keep_version()
         told = {"stage": self._stage.name, "worker": self._worker, "version": version}
         self._post.send(word.sender, Step(request=word.request, verb="committed", term=word.term, details=told))

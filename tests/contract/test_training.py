@@ -13,7 +13,7 @@ import torch
 from brokers.errors import Disconnected
 from brokers.messages import Activation, Body, Failure, Gradient, Message, ReplyTo, Result, Step, Task, new_request_id
 from brokers.tensors import from_array
-from brokers.training import LABELS, MICRO, MicroBatch
+from brokers.training import LABELS, MICRO, SOURCES_LIMIT, MicroBatch, Progress
 from sources import training as training_module
 from sources.dataset import Dataset
 from sources.training_errors import CannotTrain, NobodyTrains, OtherSettings, StepFailed, TrainedAlready
@@ -625,6 +625,18 @@ def test_a_full_disk_is_told_and_the_run_goes_on_from_the_last_version_when_ther
         await room.until("a crew", lambda: room.pupils[0].training.watch.crew)
         pupil = await room.learn(resume=True)
         assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
+
+    lesson(tmp_path, test)
+
+
+def test_one_source_more_than_a_record_can_name_is_told_and_the_workers_live(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        others = {f"source-{index}": Progress(steps=1) for index in range(SOURCES_LIMIT)}
+        for worker in room.workers:
+            worker.trainer._execution._progress = others
+        with pytest.raises(StepFailed, match=r"TooManySources: 64 sources have trained this pipeline"):
+            await room.learn()
+        assert all(worker.is_running for worker in room.workers)
 
     lesson(tmp_path, test)
 
