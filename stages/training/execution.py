@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from brokers.errors import SparseError
 from brokers.messages import Activation, Body, Failure, Gradient, Result, Step
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
@@ -18,6 +20,8 @@ from stages.training.learner import Judged, Learner, model_state
 from stages.training.post import Post
 from stages.training.steps import Backward, Commit, Forward, Work
 from stages.training.times import Times
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -167,6 +171,13 @@ class Execution:
             return
         tensors = await self._in_thread(self._learner.tensors, version)
         await self._in_thread(self._checkpoints.save, Version(version, tensors, self._progress))
+
+    async def leave_version(self) -> None:
+        """Leave the version in memory behind: whoever takes over goes on from there."""
+        try:
+            await self.keep_version()
+        except SparseError as error:
+            log.warning("worker %s leaves no checkpoint behind: %s", self._worker, error)
 
     def forget_version(self) -> None:
         """Another worker trains the part from here on: what is in memory is nobody's version, and not to be written."""

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from brokers.errors import SparseError, WireError
 from brokers.line import Line
@@ -31,8 +31,6 @@ from stages.training.steps import Commit, Steps, Work
 from stages.vitals import Vitals
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 REPORT_EVERY_S = 1.0
 _FAREWELL_S = 2.0
@@ -93,9 +91,12 @@ class Trainer:
     async def run(self) -> None:
         """Work until `drain` is called and what is in hand is done, as far as it can be in a while."""
         reporting = asyncio.create_task(self._keep_reporting(), name="report")
+        reporting.add_done_callback(lambda _: self._changed.set())
         leave_s = float("inf")
         try:
             while True:
+                if reporting.done():  # to others this worker is gone, and nobody would start another
+                    reporting.result()
                 if self._draining:
                     leave_s = min(leave_s, time.monotonic() + _DRAIN_S)
                     if not (self.steps.begun or self._orders) or time.monotonic() >= leave_s:
@@ -106,17 +107,10 @@ class Trainer:
                     await self._do(work)
                 else:
                     await self._wait(leave_s)
-            await self._leave_version()
+            await self._execution.leave_version()
         finally:
             reporting.cancel()
             await asyncio.gather(reporting, return_exceptions=True)
-
-    async def _leave_version(self) -> None:
-        """Leave the version in memory behind: whoever takes over goes on from there."""
-        try:
-            await self._execution.keep_version()
-        except SparseError as error:
-            log.warning("worker %s leaves no checkpoint behind: %s", self.worker, error)
 
     async def _wait(self, until_s: float) -> None:
         self._changed.clear()
@@ -268,8 +262,7 @@ class Trainer:
     def stand_by(self, term: int) -> None:
         """Another worker of this stage trains in this term: let go of what is in hand, as soon as that can be."""
         if term >= self.steps.term and self._vitals.state in ("up", "draining"):
-            if not self._draining:
-                self._vitals.state = "standby"
+            self._vitals.state = "draining" if self._draining else "standby"
             self._orders = [Step(request=bytes(REQUEST_ID_BYTES), verb="abandon", term=term)]
             self._changed.set()
 
