@@ -132,6 +132,9 @@ class Training:
         problem_s: float | None = None
         while True:
             crew, now_s = self.watch.crew, time.monotonic()
+            if crew is not None and set(crew.workers) != {stage.name for stage in self._pipeline.stage}:
+                theirs, ours = ", ".join(crew.workers), ", ".join(stage.name for stage in self._pipeline.stage)
+                raise CannotTrain(self._pipeline.name, f"its stages are {theirs}, this file has {ours}")
             if crew is not None and (crew.term > after or now_s - begin_s > self._pipeline.pipeline.lease_s):
                 return crew
             problem_s = (problem_s or now_s) if self.watch.problem else None
@@ -176,7 +179,10 @@ class Training:
         inputs, labels = self._batches.batch(number)
         rate = learning_rate(table, number, self._batches.steps_per_epoch)
         last = number + 1 == self.steps
-        commit = {"lr": rate, "settings": self._settings, "checkpoint": last or self.leave.is_set()}
+
+        def commit() -> Mapping[str, Any]:
+            return {"lr": rate, "settings": self._settings, "checkpoint": last or self.leave.is_set()}
+
         plan = Plan(number, micro(inputs, labels, table.micro_batches), "train", self._seed, commit)
         outcome = Outcome()
         try:

@@ -707,3 +707,49 @@ def test_weights_are_fetched_although_the_connection_broke_after_the_last_step(t
         assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
 
     lesson(tmp_path, test)
+
+
+def test_a_step_that_is_in_hand_as_the_run_is_told_to_end_is_in_a_checkpoint_when_it_is_done(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        pupil = await room.pupil()
+        room.on_message = lambda topic, message: (
+            pupil.training.leave.set() if isinstance(message, Gradient) and pupil.training.done == 2 else None
+        )
+        await pupil.training.run()
+        assert pupil.training.done == 3
+        assert {worker.trainer._execution._checkpoints.versions for worker in room.workers} == {(3,)}
+
+    lesson(tmp_path, test)
+
+
+def test_a_worker_that_cannot_tell_of_itself_any_more_ends(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        def look() -> None:
+            raise RuntimeError("a mistake of ours")
+
+        mute = room.workers.pop()
+        mute.trainer.role.look = look  # type: ignore[method-assign]
+        await room.until("its end", lambda: not mute.is_running)
+        with pytest.raises(RuntimeError, match="a mistake of ours"):
+            await mute.end()
+        await mute.trainer.stop()
+
+    lesson(tmp_path, test)
+
+
+def test_a_source_whose_file_has_other_stages_is_told(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        other = Classroom(tmp_path, cuts=(4,))
+        room.pipeline = other.pipeline.model_copy(
+            update={
+                "stage": [
+                    stage.model_copy(update={"name": name})
+                    for stage, name in zip(other.pipeline.stage, ("s0", "end"), strict=True)
+                ]
+            }
+        )
+        with pytest.raises(CannotTrain, match="its stages are s0, s1, s2, this file has s0, end") as caught:
+            await room.learn()
+        assert "\n" not in str(caught.value)
+
+    lesson(tmp_path, test)
