@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from brokers.messages import Gradient, Step, Task
 from brokers.tensors import Tensor
 from brokers.topics import NAME_PATTERN
-from brokers.training import LABELS, MICRO_LIMIT, MicroBatch, Progress
+from brokers.training import LABELS, MICRO_LIMIT, SETTINGS_LIMIT, MicroBatch, Progress
 from stages.training.errors import BadStep, StaleTerm, UnknownForward
 from stages.training.schedule import Name, Op, operations
 
@@ -248,7 +248,8 @@ def _checked_commit(step: _InHand, word: Step) -> Commit:
     try:
         progress = Progress(steps=number + 1, settings=details.get("settings", {}))
     except ValidationError as problem:
-        raise BadStep("its commit says settings that are not up to 32 strings, numbers, booleans or nulls") from problem
+        why = f"up to 32 strings, numbers, booleans or nulls, and no more than {SETTINGS_LIMIT} characters as JSON"
+        raise BadStep(f"its commit says settings that are not {why}") from problem
     return Commit(number, word, step.source, float(lr), progress)
 
 

@@ -753,3 +753,20 @@ def test_a_source_whose_file_has_other_stages_is_told(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     lesson(tmp_path, test)
+
+
+def test_a_run_is_not_gone_on_with_on_other_data(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        await room.learn()
+        with pytest.raises(OtherSettings, match=r"rows was 96, is 120"):
+            await room.learn(dataset=Stripes(count=120), resume=True)
+        table = room.pipeline.source
+        room.pipeline = room.pipeline.model_copy(
+            update={"source": table.model_copy(update={"settings": {"noise": 2, "colours": ["red"]}})}
+        )
+        with pytest.raises(
+            OtherSettings, match=r"""source\.settings was '{}', is '{"colours": \["red"\], "noise": 2}'"""
+        ):
+            await room.learn(resume=True)
+
+    lesson(tmp_path, test)

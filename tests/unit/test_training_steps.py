@@ -356,7 +356,8 @@ def test_a_step_that_is_not_prepared_cannot_be_committed() -> None:
     "change",
     [
         {"source": "another"}, {"source": None}, {"lr": None}, {"lr": "0.1"}, {"lr": float("nan")}, {"lr": True},
-        {"settings": {"batch": [4]}}, {"settings": 7}, {"settings": {str(index): 0 for index in range(33)}},
+        {"settings": {"batch": [4]}}, {"settings": 7}, {"settings": {"it": "x" * 700}},
+        {"settings": {str(index): 0 for index in range(33)}},
     ],
     ids=str,
 )  # fmt: skip
