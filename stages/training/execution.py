@@ -158,7 +158,8 @@ class Execution:
             version = await self._in_thread(self._learner.commit, work.lr)
         self._progress = {**self._progress, work.source: work.progress}
         if word.details.get("checkpoint") or version % self._pipeline.training.checkpoint_every == 0:
-            await self.keep_version()
+            # Even where one of this number is: a worker that was frozen may have written what was given up meanwhile.
+            await self._write(version)
         told = {"stage": self._stage.name, "worker": self._worker, "version": version}
         self._post.send(word.sender, Step(request=word.request, verb="committed", term=word.term, details=told))
 
@@ -169,6 +170,9 @@ class Execution:
         version = self._learner.version
         if version is None or version == 0 or version in self._checkpoints.versions:
             return
+        await self._write(version)
+
+    async def _write(self, version: int) -> None:
         tensors = await self._in_thread(self._learner.tensors, version)
         await self._in_thread(self._checkpoints.save, Version(version, tensors, self._progress))
 

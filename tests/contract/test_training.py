@@ -17,6 +17,7 @@ from brokers.training import LABELS, MICRO, SOURCES_LIMIT, MicroBatch, Progress
 from sources import training as training_module
 from sources.dataset import Dataset
 from sources.training_errors import CannotTrain, NobodyTrains, OtherSettings, StepFailed, TrainedAlready
+from stages.training.checkpoints import Version
 from tests.support.classroom import Classroom, Pupil, Worker, hurry, kill
 from tests.support.ears import Ear
 from tests.support.learning import assert_same_bits
@@ -768,5 +769,24 @@ def test_a_run_is_not_gone_on_with_on_other_data(tmp_path: Path) -> None:
             OtherSettings, match=r"""source\.settings was '{}', is '{"colours": \["red"\], "noise": 2}'"""
         ):
             await room.learn(resume=True)
+
+    lesson(tmp_path, test)
+
+
+def test_a_checkpoint_that_a_former_worker_wrote_late_is_replaced_as_its_version_is_reached(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        def write_late(event: Any) -> None:
+            if event["event"] == "step" and event["step"] == 2:
+                execution = room.active(1).trainer._execution
+                tensors = {name: tensor + 1 for name, tensor in execution._learner.tensors(2).items()}
+                execution._checkpoints.save(Version(4, tensors, execution._progress))
+
+        room.on_event = write_late
+        pupil = await room.pupil()
+        running = asyncio.create_task(pupil.training.run())
+        await room.until_step(pupil, 5)
+        await replace(room, 1)
+        await running
+        assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
 
     lesson(tmp_path, test)
