@@ -14,7 +14,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from brokers.errors import BadProperty
 from brokers.messages import REQUEST_ID_BYTES, TERM_LIMIT
@@ -99,6 +99,8 @@ _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Count = Annotated[int, Field(ge=0, lt=TERM_LIMIT)]
 # How many sources may train one pipeline, and how many stages it may have: a record must stay small.
 SOURCES_LIMIT = 64
+# Settings of one source, as JSON: those of all of them are within a record's 64 KiB.
+SETTINGS_LIMIT = 640
 
 
 class Progress(BaseModel):
@@ -108,6 +110,13 @@ class Progress(BaseModel):
 
     steps: _Count
     settings: dict[str, str | int | float | bool | None] = Field(default={}, max_length=32)
+
+    @field_validator("settings")
+    @classmethod
+    def _check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if (characters := len(json.dumps(settings))) > SETTINGS_LIMIT:
+            raise ValueError(f"they may have {SETTINGS_LIMIT} characters as JSON, these have {characters}")
+        return settings
 
 
 class Standing(BaseModel):

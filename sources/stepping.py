@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,13 +29,16 @@ INPUT = "input"  # the only tensor of a first stage: it needs no name of the net
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a step is made of: inputs (B, ...) and labels (B, ...) for each of its micro-batches."""
+    """What a step is made of: inputs (B, ...) and labels (B, ...) for each of its micro-batches.
+
+    `commit` gives what its commit says, when it is said: the run may have been told to end meanwhile.
+    """
 
     number: int
     micros: Sequence[tuple[NDArray[Any], NDArray[Any]]]
     mode: Mode = "train"
     seed: int = 0
-    commit: Mapping[str, Any] = field(default_factory=dict)
+    commit: Callable[[], Mapping[str, Any]] = dict
 
     @property
     def rows(self) -> int:
@@ -162,9 +165,10 @@ class Stepper:
         return Task(request=request, content=body, reply=ReplyTo(self._inbox), sender=self._inbox, source=self._name)
 
     async def _commit(self, crew: Crew, plan: Plan, hand: _InHand) -> None:
-        details = {"source": self._name, **plan.commit}
+        details = {"source": self._name, **plan.commit()}
         word = Step(request=hand.step, verb="commit", term=crew.term, sender=self._inbox, details=details)
-        for stage in self._pipeline.stage:
+        # The first stage last: should we die in between, whoever conducts has the step in hand still, and gives it up.
+        for stage in reversed(self._pipeline.stage):
             await self._line.send(self._watch.inbox(crew, stage.name), word)
 
     async def _until(self, crew: Crew, plan: Plan, done: Any) -> None:
@@ -208,6 +212,7 @@ class Stepper:
         """The weights of a stage at a version; None where it is not there any more. Raises `TermOver`."""
         request = new_request_id()
         self._collected[request] = None
+        self._broken = False
         word = Step(request=request, verb="collect", term=crew.term, sender=self._inbox, details={"version": version})
         try:
             await self._line.send(self._watch.inbox(crew, stage), word)

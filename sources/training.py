@@ -7,6 +7,8 @@ Whatever is lost, it goes on from what the pipeline says, and what a step is mad
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +38,8 @@ TERMS_LIMIT = 20
 _RECORD_S = 0.3
 # Evaluation batches go in pieces of so many micro-batches: each has its turn among the steps of other sources.
 _EVALUATE_MICROS = 16
+# Settings of a data set that are longer stand as their digest in the record of whoever trains, which must stay small.
+_OWN_CHARACTERS = 100
 
 
 class Training:
@@ -56,8 +60,9 @@ class Training:
         table, seed = pipeline.training, pipeline.pipeline.seed
         self._table = table
         self._seed = seed
+        examples = dataset.train()
         self._batches = Batches(
-            dataset.train(),
+            examples,
             table.batch,
             seed,
             shuffle=table.shuffle,
@@ -70,7 +75,7 @@ class Training:
         self.leave = asyncio.Event()
         self.done = 0  # steps that are in the pipeline's version
         self.micro_batches = 0
-        self._settings = _settings(pipeline)
+        self._settings = _settings(pipeline, len(examples))
         self._version: int | None = None  # of the last step that was done here
         self._terms_in_a_row = 0
 
@@ -132,6 +137,9 @@ class Training:
         problem_s: float | None = None
         while True:
             crew, now_s = self.watch.crew, time.monotonic()
+            if crew is not None and set(crew.workers) != {stage.name for stage in self._pipeline.stage}:
+                theirs, ours = ", ".join(crew.workers), ", ".join(stage.name for stage in self._pipeline.stage)
+                raise CannotTrain(self._pipeline.name, f"its stages are {theirs}, this file has {ours}")
             if crew is not None and (crew.term > after or now_s - begin_s > self._pipeline.pipeline.lease_s):
                 return crew
             problem_s = (problem_s or now_s) if self.watch.problem else None
@@ -176,7 +184,10 @@ class Training:
         inputs, labels = self._batches.batch(number)
         rate = learning_rate(table, number, self._batches.steps_per_epoch)
         last = number + 1 == self.steps
-        commit = {"lr": rate, "settings": self._settings, "checkpoint": last or self.leave.is_set()}
+
+        def commit() -> Mapping[str, Any]:
+            return {"lr": rate, "settings": self._settings, "checkpoint": last or self.leave.is_set()}
+
         plan = Plan(number, micro(inputs, labels, table.micro_batches), "train", self._seed, commit)
         outcome = Outcome()
         try:
@@ -255,7 +266,7 @@ def _stage_times(details: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _settings(pipeline: Pipeline) -> dict[str, str | int | float | bool | None]:
+def _settings(pipeline: Pipeline, rows: int) -> dict[str, str | int | float | bool | None]:
     """What the steps of a run depend on: with another of these they would be others."""
     table, source = pipeline.training, pipeline.source
     names = ["batch", "micro_batches", "lr", "lr_schedule", "lr_warmup", "shuffle", "augment"]
@@ -264,7 +275,11 @@ def _settings(pipeline: Pipeline) -> dict[str, str | int | float | bool | None]:
     if table.lr_schedule == "step":
         names += ["lr_every", "lr_factor"]
     found = {name: getattr(table, name) for name in names}
-    return {**found, "seed": pipeline.pipeline.seed, "kind": source.kind, "limit": source.limit}
+    own = json.dumps(source.settings, sort_keys=True, default=str)
+    if len(own) > _OWN_CHARACTERS:
+        own = hashlib.sha256(own.encode()).hexdigest()[:16]
+    data = {"kind": source.kind, "limit": source.limit, "source.settings": own, "rows": rows}
+    return {**found, "seed": pipeline.pipeline.seed, **data}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class StepFailed(RequestError):
 
 @dataclass(eq=False)
 class CannotTrain(RequestError):
-    """The stages of a pipeline have no version in common."""
+    """The stages of a pipeline are up, and yet nothing comes of it."""
 
     pipeline: str
     problem: str

@@ -50,10 +50,13 @@ class Checkpoints:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """What there is, the newest last."""
-        if not self._folder.is_dir():
+        """What there is, the newest last. Raises `ForeignCheckpoint`."""
+        try:
+            found = [_NAME.fullmatch(path.name) for path in self._folder.iterdir()] if self._folder.is_dir() else []
+        except FileNotFoundError:  # gone since it was there
             return ()
-        found = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
+        except OSError as problem:
+            raise ForeignCheckpoint(str(self._folder), f"it cannot be read ({problem})") from problem
         return tuple(sorted(int(match[1]) for match in found if match))
 
     def check(self) -> None:

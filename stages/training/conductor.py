@@ -33,6 +33,7 @@ class Order:
     term: int
     crew: dict[str, str]
     version: int = 0
+    since: int = 0  # memory counts as a version only of who was told so in this term
 
 
 @dataclass(slots=True)
@@ -200,7 +201,7 @@ class Conductor:
                 )
                 return None
         self.phase, self._since_s = "restoring", now_s
-        return Order("restore", self.term, dict(self.crew), version)
+        return Order("restore", self.term, dict(self.crew), version, latest)
 
     def _stop(self, problem: str, now_s: float) -> None:
         """Nothing can be trained until something changes; the sources are told."""

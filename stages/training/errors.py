@@ -101,6 +101,16 @@ class StaleStep(WireError):
 
 
 @dataclass(eq=False)
+class TooManySources(WireError):
+    """A source that has not trained the pipeline yet, where as many have as a record can name."""
+
+    limit: int
+
+    def __str__(self) -> str:
+        return f"{self.limit} sources have trained this pipeline: go on as one of them, with --name"
+
+
+@dataclass(eq=False)
 class VersionGone(WireError):
     """Weights were asked for of a version that this worker has no longer."""
 

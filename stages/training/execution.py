@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from brokers.errors import SparseError
 from brokers.messages import Activation, Body, Failure, Gradient, Result, Step
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from brokers.tensors import from_array, from_torch, to_torch
-from brokers.training import LABELS, Progress, Standing
+from brokers.training import LABELS, SOURCES_LIMIT, Progress, Standing
 from stages.training.checkpoints import Checkpoints, Version
-from stages.training.errors import ForeignCheckpoint, NotFinite, StaleStep, VersionGone
+from stages.training.errors import ForeignCheckpoint, NotFinite, StaleStep, TooManySources, VersionGone
 from stages.training.learner import Judged, Learner, model_state
 from stages.training.post import Post
 from stages.training.steps import Backward, Commit, Forward, Work
 from stages.training.times import Times
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -122,9 +126,13 @@ class Execution:
 
     def _check_number(self, source: str, work: Forward) -> None:
         """A source that does not know how far it is, or has a twin, must not have a step done twice, or left out."""
+        if work.micro.mode == "evaluate":
+            return
         done = self._progress[source].steps if source in self._progress else 0
-        if work.micro.mode == "train" and work.micro.number != done:
+        if work.micro.number != done:
             raise StaleStep(source, done, work.micro.number)
+        if source not in self._progress and len(self._progress) >= SOURCES_LIMIT:
+            raise TooManySources(SOURCES_LIMIT)
 
     async def _backward(self, work: Backward) -> None:
         gradients = None
@@ -145,13 +153,13 @@ class Execution:
         return body
 
     async def _commit(self, work: Commit) -> None:
-        word, details = work.word, work.word.details
+        word = work.word
         with self._times.measure("commit_ms"):
-            version = await self._in_thread(self._learner.commit, float(details["lr"]))
-        done = Progress(steps=work.number + 1, settings=details.get("settings", {}))
-        self._progress = {**self._progress, str(details["source"]): done}
-        if details.get("checkpoint") or version % self._pipeline.training.checkpoint_every == 0:
-            await self.keep_version()
+            version = await self._in_thread(self._learner.commit, work.lr)
+        self._progress = {**self._progress, work.source: work.progress}
+        if word.details.get("checkpoint") or version % self._pipeline.training.checkpoint_every == 0:
+            # Even where one of this number is: a worker that was frozen may have written what was given up meanwhile.
+            await self._write(version)
         told = {"stage": self._stage.name, "worker": self._worker, "version": version}
         self._post.send(word.sender, Step(request=word.request, verb="committed", term=word.term, details=told))
 
@@ -162,15 +170,30 @@ class Execution:
         version = self._learner.version
         if version is None or version == 0 or version in self._checkpoints.versions:
             return
+        await self._write(version)
+
+    async def _write(self, version: int) -> None:
         tensors = await self._in_thread(self._learner.tensors, version)
         await self._in_thread(self._checkpoints.save, Version(version, tensors, self._progress))
 
-    async def restore(self, version: int, term: int) -> None:
+    async def leave_version(self) -> None:
+        """Leave the version in memory behind: whoever takes over goes on from there."""
+        try:
+            await self.keep_version()
+        except SparseError as error:
+            log.warning("worker %s leaves no checkpoint behind: %s", self._worker, error)
+
+    def forget_version(self) -> None:
+        """Another worker trains the part from here on: what is in memory is nobody's version, and not to be written."""
+        self._learner.version = None
+
+    async def restore(self, version: int, term: int, since: int) -> None:
         """Be at this version. Raises what reading or writing a checkpoint raises.
 
-        It is on disk afterwards, here as on all stages: the one before it is never needed any more.
+        It is on disk afterwards, here as on all stages: the one before it is never needed any more. Memory of a term
+        before `since` is not the version of its number: the others gave that up, and have done other steps up to there.
         """
-        if self._learner.version != version:
+        if self._learner.version != version or (version and self._since != since):
             found = None if version == 0 else await self._in_thread(self._checkpoints.load, version)
             await self._in_thread(self._learner.restore, version, found.tensors if found else None)
             self._progress = dict(found.progress) if found else {}

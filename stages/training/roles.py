@@ -133,7 +133,9 @@ class Leading(Role):
             self._conductor.give_up(f"nothing was heard of the step of {steps.source} for {lease_s:g} s")
 
     def _tell(self, order: Order) -> None:
-        details: Mapping[str, Any] = {"crew": order.crew} if order.verb == "halt" else {"version": order.version}
+        details: Mapping[str, Any] = {"version": order.version, "since": order.since}
+        if order.verb == "halt":
+            details = {"crew": order.crew}
         word = Step(
             request=secrets.token_bytes(REQUEST_ID_BYTES),
             verb=order.verb,

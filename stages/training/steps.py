@@ -9,11 +9,16 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass, field
+
+from pydantic import ValidationError
 
 from brokers.messages import Gradient, Step, Task
 from brokers.tensors import Tensor
-from brokers.training import LABELS, MICRO_LIMIT, MicroBatch
+from brokers.topics import NAME_PATTERN
+from brokers.training import LABELS, MICRO_LIMIT, SETTINGS_LIMIT, MicroBatch, Progress
 from stages.training.errors import BadStep, StaleTerm, UnknownForward
 from stages.training.schedule import Name, Op, operations
 
@@ -43,10 +48,13 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Make the step a version."""
+    """Make the step a version, with the learning rate `lr`; `progress` is how far its source is then."""
 
     number: int
     word: Step
+    source: str
+    lr: float
+    progress: Progress
 
 
 Work = Forward | Backward | Commit
@@ -62,7 +70,7 @@ class _InHand:
     ops: tuple[Op, ...]
     done: int = 0
     failed: bool = False
-    commit: Step | None = None
+    commit: Commit | None = None
     waiting: dict[int, tuple[MicroBatch, Task]] = field(default_factory=dict)
     begun: dict[int, tuple[MicroBatch, Task]] = field(default_factory=dict)
     gradients: dict[int, Gradient] = field(default_factory=dict)
@@ -153,7 +161,7 @@ class Steps:
         step = self._steps.get(word.request.hex())
         if step is None or step.failed or step.done < len(step.ops):
             raise BadStep(f"step {word.request.hex()} cannot be committed: it is not prepared here")
-        step.commit = word
+        step.commit = _checked_commit(step, word)
 
     # What to do -------------------------------------------------------------------------------------------------
 
@@ -165,7 +173,7 @@ class Steps:
         if step.failed:
             return None
         if step.done == len(step.ops):
-            return Commit(step.first.number, step.commit) if step.commit else None
+            return step.commit
         kind, index = step.ops[step.done]
         return self._forward(step, index) if kind == "forward" else self._backward(step, index)
 
@@ -227,6 +235,22 @@ class Steps:
     @property
     def _nbytes(self) -> int:
         return sum(task.content.nbytes for step in self._steps.values() for _, task in step.waiting.values())
+
+
+def _checked_commit(step: _InHand, word: Step) -> Commit:
+    """What the word says to do. Raises `BadStep`: a weight that has changed could not be accounted for afterwards."""
+    details, number = word.details, step.first.number
+    source, lr = details.get("source"), details.get("lr")
+    if source != step.source or not re.fullmatch(NAME_PATTERN, step.source):
+        raise BadStep(f"its commit says source {source!r}: expected the name in its tasks, which say {step.source!r}")
+    if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 <= lr <= sys.float_info.max:
+        raise BadStep(f"its commit says lr {lr!r}: expected a number from 0")
+    try:
+        progress = Progress(steps=number + 1, settings=details.get("settings", {}))
+    except ValidationError as problem:
+        why = f"up to 32 strings, numbers, booleans or nulls, and no more than {SETTINGS_LIMIT} characters as JSON"
+        raise BadStep(f"its commit says settings that are not {why}") from problem
+    return Commit(number, word, step.source, float(lr), progress)
 
 
 def _check_alike(first: MicroBatch, other: MicroBatch) -> None:

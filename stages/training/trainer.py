@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from brokers.errors import SparseError, WireError
 from brokers.line import Line
@@ -31,8 +31,6 @@ from stages.training.steps import Commit, Steps, Work
 from stages.vitals import Vitals
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 REPORT_EVERY_S = 1.0
 _FAREWELL_S = 2.0
@@ -93,12 +91,15 @@ class Trainer:
     async def run(self) -> None:
         """Work until `drain` is called and what is in hand is done, as far as it can be in a while."""
         reporting = asyncio.create_task(self._keep_reporting(), name="report")
+        reporting.add_done_callback(lambda _: self._changed.set())
         leave_s = float("inf")
         try:
             while True:
+                if reporting.done():  # to others this worker is gone, and nobody would start another
+                    reporting.result()
                 if self._draining:
                     leave_s = min(leave_s, time.monotonic() + _DRAIN_S)
-                    if not self.steps.begun or time.monotonic() >= leave_s:
+                    if not (self.steps.begun or self._orders) or time.monotonic() >= leave_s:
                         break
                 if self._orders:
                     await self._obey_if_sound(self._orders.pop(0))
@@ -106,17 +107,10 @@ class Trainer:
                     await self._do(work)
                 else:
                     await self._wait(leave_s)
-            await self._leave_version()
+            await self._execution.leave_version()
         finally:
             reporting.cancel()
             await asyncio.gather(reporting, return_exceptions=True)
-
-    async def _leave_version(self) -> None:
-        """Leave the version in memory behind: whoever takes over goes on from there."""
-        try:
-            await self._execution.keep_version()
-        except SparseError as error:
-            log.warning("worker %s leaves no checkpoint behind: %s", self.worker, error)
 
     async def _wait(self, until_s: float) -> None:
         self._changed.clear()
@@ -242,22 +236,24 @@ class Trainer:
             self.steps.begin_term(word.term)
             await self._execution.abandon()
         if word.verb == "abandon":  # to ourselves
+            self._execution.forget_version()
             await self.report()
             return
         if word.verb == "halt":
             told["standing"] = self._execution.standing(self.steps.term, self._breaks).model_dump()
         else:
-            told["problem"] = await self._restore(int(word.details["version"]), word.term)
+            told["problem"] = await self._restore(word)
             if not self._draining:
                 self._vitals.state = "up"
         verb: Verb = "halted" if word.verb == "halt" else "restored"
         self.post.send(word.sender, Step(request=word.request, verb=verb, term=word.term, details=told))
         await self.report()
 
-    async def _restore(self, version: int, term: int) -> str:
-        """Be at this version; if that cannot be, why."""
+    async def _restore(self, word: Step) -> str:
+        """Be at the version that is asked for; if that cannot be, why."""
+        version, since = int(word.details["version"]), int(word.details["since"])
         try:
-            await self._execution.restore(version, term)
+            await self._execution.restore(version, word.term, since)
         except (SparseError, OSError, RuntimeError, ValueError) as error:
             log.warning("cannot go back to version %d: %s", version, error)
             return str(error)
@@ -265,8 +261,8 @@ class Trainer:
 
     def stand_by(self, term: int) -> None:
         """Another worker of this stage trains in this term: let go of what is in hand, as soon as that can be."""
-        if term >= self.steps.term and self._vitals.state == "up":
-            self._vitals.state = "standby"
+        if term >= self.steps.term and self._vitals.state in ("up", "draining"):
+            self._vitals.state = "draining" if self._draining else "standby"
             self._orders = [Step(request=bytes(REQUEST_ID_BYTES), verb="abandon", term=term)]
             self._changed.set()
 

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from brokers.errors import Disconnected
 from brokers.messages import Activation, Body, Failure, Gradient, Message, ReplyTo, Result, Step, Task, new_request_id
 from brokers.tensors import from_array
-from brokers.training import LABELS, MICRO, MicroBatch
+from brokers.training import LABELS, MICRO, SOURCES_LIMIT, MicroBatch, Progress
 from sources import training as training_module
 from sources.dataset import Dataset
 from sources.training_errors import CannotTrain, NobodyTrains, OtherSettings, StepFailed, TrainedAlready
+from stages.training.checkpoints import Version
 from tests.support.classroom import Classroom, Pupil, Worker, hurry, kill
 from tests.support.ears import Ear
 from tests.support.learning import assert_same_bits
@@ -257,7 +260,8 @@ def test_what_is_stale_or_foreign_changes_no_weight_and_is_told_by_its_own_error
                 await line.send(inbox, word)
             version: Any
             for version in ("x", None, [], -1, 7):
-                word = Step(request=new_request_id(), verb="restore", term=term, details={"version": version})
+                details = {"version": version, "since": 0}
+                word = Step(request=new_request_id(), verb="restore", term=term, details=details)
                 await line.send(inbox, word)
                 word = Step(request=new_request_id(), verb="collect", term=term, details={"version": version})
                 await line.send(inbox, word)
@@ -621,6 +625,168 @@ def test_a_full_disk_is_told_and_the_run_goes_on_from_the_last_version_when_ther
         checkpoints.save = save  # type: ignore[method-assign]
         await room.until("a crew", lambda: room.pupils[0].training.watch.crew)
         pupil = await room.learn(resume=True)
+        assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
+
+    lesson(tmp_path, test)
+
+
+def test_one_source_more_than_a_record_can_name_is_told_and_the_workers_live(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        others = {f"source-{index}": Progress(steps=1) for index in range(SOURCES_LIMIT)}
+        for worker in room.workers:
+            worker.trainer._execution._progress = others
+        with pytest.raises(StepFailed, match=r"TooManySources: 64 sources have trained this pipeline"):
+            await room.learn()
+        assert all(worker.is_running for worker in room.workers)
+
+    lesson(tmp_path, test)
+
+
+# A kill, a freeze or a break at an unlucky moment ---------------------------------------------------------------------
+
+
+def test_memory_of_a_term_that_was_given_up_is_not_taken_for_the_version_of_the_same_number(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        pupil = await room.learn()
+        frozen = room.active(1)
+        frozen.trainer._execution._since -= 1  # the others have been told since, and have done other steps up to this
+        with torch.no_grad():
+            for parameter in frozen.learner._part.parameters():
+                parameter.add_(1.0)
+        term = frozen.trainer.steps.term
+        await replace(room, 2)
+        await room.until("another term", lambda: (crew := pupil.training.watch.crew) and crew.term > term)
+        assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
+
+    lesson(tmp_path, test)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_worker_in_whose_place_another_trains_leaves_no_version_behind(tmp_path: Path, stage: int) -> None:
+    async def test(room: Classroom) -> None:
+        await room.learn()
+        former = room.active(stage)
+        former.learner.version = 9  # of a step that the others have given up
+        former.trainer.stand_by(former.trainer.steps.term + 1)
+        await former.drain()
+        assert former.trainer._execution._checkpoints.versions == (4, 8)
+
+    lesson(tmp_path, test)
+
+
+def test_a_source_that_is_killed_between_two_commits_of_its_last_step_can_be_resumed(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        first = await room.pupil()
+        send = first.line.send
+
+        async def send_one_commit(topic: str, message: Message) -> None:
+            await send(topic, message)
+            if isinstance(message, Step) and message.verb == "commit" and first.training.done == STEPS - 1:
+                await room.until("it", lambda: any(worker.learner.version == STEPS for worker in room.workers))
+                await asyncio.sleep(0.2)
+                kill(room.hub, first.transport)
+
+        first.line.send = send_one_commit  # type: ignore[method-assign]
+        with pytest.raises(Disconnected):
+            await first.training.run()
+        await first.transport.close()
+        await asyncio.sleep(0.5)  # whatever the first stage has done is in its record
+        second = await room.learn(resume=True)
+        assert second.training.done == STEPS
+        assert_same_bits(await room.weights(second), room.plainly(["it"] * STEPS, {"it": Stripes()}))
+
+    lesson(tmp_path, test)
+
+
+def test_weights_are_fetched_although_the_connection_broke_after_the_last_step(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        pupil = await room.learn()
+        room.hub.stop()
+        await asyncio.sleep(0.2)
+        room.hub.start()
+        await room.until("the news", lambda: pupil.training.stepper._broken)
+        assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
+
+    lesson(tmp_path, test)
+
+
+def test_a_step_that_is_in_hand_as_the_run_is_told_to_end_is_in_a_checkpoint_when_it_is_done(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        pupil = await room.pupil()
+        room.on_message = lambda topic, message: (
+            pupil.training.leave.set() if isinstance(message, Gradient) and pupil.training.done == 2 else None
+        )
+        await pupil.training.run()
+        assert pupil.training.done == 3
+        assert {worker.trainer._execution._checkpoints.versions for worker in room.workers} == {(3,)}
+
+    lesson(tmp_path, test)
+
+
+def test_a_worker_that_cannot_tell_of_itself_any_more_ends(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        def look() -> None:
+            raise RuntimeError("a mistake of ours")
+
+        mute = room.workers.pop()
+        mute.trainer.role.look = look  # type: ignore[method-assign]
+        await room.until("its end", lambda: not mute.is_running)
+        with pytest.raises(RuntimeError, match="a mistake of ours"):
+            await mute.end()
+        await mute.trainer.stop()
+
+    lesson(tmp_path, test)
+
+
+def test_a_source_whose_file_has_other_stages_is_told(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        other = Classroom(tmp_path, cuts=(4,))
+        room.pipeline = other.pipeline.model_copy(
+            update={
+                "stage": [
+                    stage.model_copy(update={"name": name})
+                    for stage, name in zip(other.pipeline.stage, ("s0", "end"), strict=True)
+                ]
+            }
+        )
+        with pytest.raises(CannotTrain, match="its stages are s0, s1, s2, this file has s0, end") as caught:
+            await room.learn()
+        assert "\n" not in str(caught.value)
+
+    lesson(tmp_path, test)
+
+
+def test_a_run_is_not_gone_on_with_on_other_data(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        await room.learn()
+        with pytest.raises(OtherSettings, match=r"rows was 96, is 120"):
+            await room.learn(dataset=Stripes(count=120), resume=True)
+        table = room.pipeline.source
+        room.pipeline = room.pipeline.model_copy(
+            update={"source": table.model_copy(update={"settings": {"noise": 2, "colours": ["red"]}})}
+        )
+        with pytest.raises(
+            OtherSettings, match=r"""source\.settings was '{}', is '{"colours": \["red"\], "noise": 2}'"""
+        ):
+            await room.learn(resume=True)
+
+    lesson(tmp_path, test)
+
+
+def test_a_checkpoint_that_a_former_worker_wrote_late_is_replaced_as_its_version_is_reached(tmp_path: Path) -> None:
+    async def test(room: Classroom) -> None:
+        def write_late(event: Any) -> None:
+            if event["event"] == "step" and event["step"] == 2:
+                execution = room.active(1).trainer._execution
+                tensors = {name: tensor + 1 for name, tensor in execution._learner.tensors(2).items()}
+                execution._checkpoints.save(Version(4, tensors, execution._progress))
+
+        room.on_event = write_late
+        pupil = await room.pupil()
+        running = asyncio.create_task(pupil.training.run())
+        await room.until_step(pupil, 5)
+        await replace(room, 1)
+        await running
         assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
 
     lesson(tmp_path, test)

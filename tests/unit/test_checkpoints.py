@@ -234,3 +234,14 @@ def test_a_file_holds_what_any_reader_of_safetensors_finds(tmp_path: Path) -> No
     checkpoints(tmp_path).save(version(50))
     found = load_file(tmp_path / name_of(50))
     assert set(found) == {"model/weight", "model/count", "optimizer/weight/step"}
+
+
+def test_a_folder_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    checkpoints(tmp_path).save(version(50))
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ForeignCheckpoint, match=r"it cannot be read .*Permission denied") as caught:
+        checkpoints(tmp_path).check()
+    assert "\n" not in str(caught.value)

@@ -53,7 +53,9 @@ class Lesson:
 
     def commit(self, **change: Any) -> Step:
         verb: Verb = "commit"
-        return replace(Step(request=self.id, verb=verb, term=self.micros[0].term, sender="source"), **change)
+        details = {"source": self.source, "lr": 0.05, "settings": {"batch": 4}}
+        word = Step(request=self.id, verb=verb, term=self.micros[0].term, sender="source", details=details)
+        return replace(word, **change)
 
 
 def steps(stage: int = 0, stages: int = 2, schedule: Name = "1f1b", **options: Any) -> Steps:
@@ -348,6 +350,36 @@ def test_a_step_that_is_not_prepared_cannot_be_committed() -> None:
     list(done_now(made))
     give(made, lesson, ("commit", 0))
     assert [told(work) for work in done_now(made)] == [("commit", 0)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": "another"}, {"source": None}, {"lr": None}, {"lr": "0.1"}, {"lr": float("nan")}, {"lr": True},
+        {"settings": {"batch": [4]}}, {"settings": 7}, {"settings": {"it": "x" * 700}},
+        {"settings": {str(index): 0 for index in range(33)}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_commit_that_could_not_be_accounted_for_is_refused_before_a_weight_changes(change: dict[str, Any]) -> None:
+    made, lesson = steps(stage=1, stages=2), Lesson(1)
+    give(made, lesson, ("task", 0))
+    list(done_now(made))
+    good = lesson.commit()
+    with pytest.raises(BadStep, match=f"says {next(iter(change))} "):
+        made.take_commit(replace(good, details={**good.details, **change}))
+    assert made.next() is None
+    made.take_commit(good)
+    assert [told(work) for work in done_now(made)] == [("commit", 0)]
+
+
+@pytest.mark.parametrize("source", ["", "a/b", "a" * 65])
+def test_a_step_of_a_source_that_has_no_name_for_a_record_is_never_committed(source: str) -> None:
+    made, lesson = steps(stage=1, stages=2), Lesson(1, source=source)
+    give(made, lesson, ("task", 0))
+    list(done_now(made))
+    with pytest.raises(BadStep, match="says source "):
+        made.take_commit(lesson.commit())
 
 
 def test_a_commit_that_comes_twice_is_done_once() -> None:
