@@ -116,7 +116,12 @@ class _Run:
     async def _fetch(self, training: Training) -> dict[str, Any]:
         if not training.done:
             return {}
-        parts = await training.weights()
+        try:
+            async with asyncio.timeout(LEAVE_S if training.leave.is_set() else None):
+                parts = await training.weights()
+        except TimeoutError:
+            log.warning("the weights were not fetched: they are in the checkpoints of the stages")
+            return {}
         try:
             return dict(await asyncio.to_thread(write_weights, self._record.folder, parts))
         except OSError as error:

@@ -87,8 +87,9 @@ class Checkpoints:
             with suppress(OSError):  # where there is no folder, for one
                 partial.unlink()
             raise CannotCheckpoint(str(path), str(problem)) from problem
-        for old in self.versions[:-KEPT]:
-            self._path(old).unlink(missing_ok=True)
+        with suppress(OSError):  # one that cannot be taken away does no harm; the new one is there
+            for old in self.versions[:-KEPT]:
+                self._path(old).unlink(missing_ok=True)
 
     def load(self, number: int) -> Version:
         """Read one. Raises `ForeignCheckpoint`."""
