@@ -84,7 +84,8 @@ def _train(job: Job, rank: int, name: str) -> dict[str, Any]:
 
 def _main(file: Path, rank: int) -> None:
     job = Job.from_text(file.read_text())
-    keep_memory()
+    if job.keeps_memory:
+        keep_memory()
     torch.set_num_threads(1)
     meeting = f"file://{file.with_suffix('.meeting')}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=len(job.cuts) + 1)

@@ -37,6 +37,7 @@ class Job:
     lr: float = 0.01
     momentum: float = 0.9
     schedules: tuple[Name, ...] = ("1f1b", "gpipe")
+    keeps_memory: bool = True  # torch's contestants have the allocator of our workers: stages/training/memory.py
 
     def to_text(self) -> str:
         return json.dumps(asdict(self))
