@@ -68,7 +68,7 @@ def one_round(job: Job, kind: Kind) -> dict[str, Any]:
     }
     told: dict[str, Any] = {"alone": [stage.in_step_ms(job.micro_batches) for stage in stages]}
     losses = {"unsplit": losses_alone(whole, COMPARED_STEPS)}
-    found = {}
+    found: dict[str, Any] = {}
     for whose, keeps in (("torch", False), ("tuned", True)):
         with tempfile.TemporaryDirectory() as folder:
             runs = torch_pipeline(replace(job, keeps_memory=keeps), Path(folder))
