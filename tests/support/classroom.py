@@ -246,7 +246,15 @@ class Classroom:
         return [found[version] for version in sorted(found)]
 
     def plainly(self, order: Iterable[str], datasets: Mapping[str, Dataset]) -> dict[str, Tensor]:
-        """The state of the uncut network in a plain loop, when sources do their steps in this order."""
+        """The state of the uncut network in a plain loop, when sources do their steps in this order.
+
+        In the thread that computes for all: what it still does would draw from the same generator.
+        """
+        with vars(execution)["ThreadPoolExecutor"](1) as thread:
+            found: dict[str, Tensor] = thread.submit(self._plainly, order, datasets).result()
+            return found
+
+    def _plainly(self, order: Iterable[str], datasets: Mapping[str, Dataset]) -> dict[str, Tensor]:
         table = self.pipeline.training
         torch.manual_seed(SEED)
         model = small()
