@@ -116,7 +116,7 @@ def best(rates: Mapping[str, float], whose: str) -> float:
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], first: str) -> None:
     """The rates by cut or batch, and below them the ratios."""
-    console = Console()
+    console = Console(width=110)
     rates = Table(title=f"{title}: rows a second")
     for column in (first, *rows[0]["rates"]):
         rates.add_column(column, justify="right")
