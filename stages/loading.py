@@ -58,8 +58,7 @@ def load_part(
     _check_kind(weights)
     model = _skeleton(spec).train(training)
     part = partition(model, cuts, example)[index]
-    contents = _safetensors(weights) if weights.suffix != ".weights" else _darknet(model, weights)
-    _check_fit(weights, model.state_dict(), contents.shapes)
+    contents = _fitting(model, weights)
     expected = part.state_dict()
     state = contents.read([name for name in expected if name in contents.shapes])
     for name, tensor in expected.items():
@@ -89,8 +88,7 @@ def load_trainable(
         model = spec.build()
     if weights is not None:
         _check_kind(weights)
-        contents = _safetensors(weights) if weights.suffix != ".weights" else _darknet(model, weights)
-        _check_fit(weights, model.state_dict(), contents.shapes)
+        contents = _fitting(model, weights)
         model.load_state_dict(contents.read(list(contents.shapes)), strict=False)
     trained = trace(model.train())
     parts = partition(trained, cuts)
@@ -131,6 +129,13 @@ def _has_bare_tensors(model: nn.Module) -> bool:
 
 def _on_meta(part: Part) -> bool:
     return any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
+
+
+def _fitting(model: nn.Module, weights: Path) -> _Contents:
+    """What is in a file that fits the whole network. Raises `WeightsDoNotFit`, and what reading it raises."""
+    contents = _safetensors(weights) if weights.suffix != ".weights" else _darknet(model, weights)
+    _check_fit(weights, model.state_dict(), contents.shapes)
+    return contents
 
 
 def _check_kind(path: Path) -> None:

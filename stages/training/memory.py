@@ -21,9 +21,8 @@ def keep_memory() -> None:
 
     To be called before torch's first tensor. What the environment says of either counts more.
     """
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # torch's own: of pieces of 2 MiB and more, c10/core/CPUAllocator
+    # torch's own, for pieces of 2 MiB and more: c10/core/CPUAllocator.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not sys.platform.startswith("linux"):
         return
     library = ctypes.CDLL(None)
