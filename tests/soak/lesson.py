@@ -38,7 +38,9 @@ def lesson_file(
     )
     settings = {"epochs": epochs, "batch": BATCH, "micro_batches": MICRO_BATCHES, "checkpoint_every": 7, **training}
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    tables = "".join(f'[[site]]\nname = "{site}"\n' for site in dict.fromkeys(sites))
+    names = list(dict.fromkeys(sites))
+    ends = [*(f'links = [{{ to = "{name}" }}]\n' for name in names[1:]), ""]
+    tables = "".join(f'[[site]]\nname = "{name}"\n{end}' for name, end in zip(names, ends, strict=True))
     path.write_text(path.read_text() + tables + "\n[training]\nsettings = {momentum = 0.9}\n" + "\n".join(lines) + "\n")
     return path
 
