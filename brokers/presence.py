@@ -17,6 +17,9 @@ from brokers.wire import VERSION
 
 # A record has some hundred bytes. Whoever watches presence keeps the newest of each topic, of anybody who may publish.
 RECORD_LIMIT_BYTES = 65536
+# Records are renewed each second. One that its worker's will could not clear at every site, since a bridge was down
+# when it died, ends by itself: the Message Expiry Interval of the publication.
+RECORD_EXPIRY_S = 60
 # Counts by reason in one record: ours know about ten, and whoever makes up more shall not fill a screen with them.
 REASON_LIMIT = 32
 OTHER = "other"

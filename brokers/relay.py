@@ -36,19 +36,17 @@ class Crossed:
 class Relay:
     """A link to the broker at `port` of this machine; it listens at a free port, `self.port`, once started.
 
-    It has a thread with a loop of its own. `cut` breaks the connections and lets none come until `mend`. `tap` is
-    called in that thread with a direction, "there" or "back", and the bytes that come out.
+    It has a thread with a loop of its own. `cut` breaks the connections and lets none come until `mend`. `tap`, where
+    there is one, is called in that thread with a direction, "there" or "back", and the bytes that come out.
     """
 
-    def __init__(
-        self, port: int, *, delay_ms: float = 0.0, rate_mbit: float | None = None, tap: Tap | None = None
-    ) -> None:
+    def __init__(self, port: int, *, delay_ms: float = 0.0, rate_mbit: float | None = None) -> None:
         self.port = 0
+        self.tap: Tap | None = None
         self.crossed = Crossed()
         self._target = port
         self._delay_s = delay_ms / 1000
         self._bytes_per_s = rate_mbit * 125_000 if rate_mbit else None
-        self._tap = tap
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"link to port {port}", daemon=True)
@@ -132,8 +130,8 @@ class Relay:
                 writer.write(piece)
                 await writer.drain()
                 setattr(self.crossed, way, getattr(self.crossed, way) + len(piece))
-                if self._tap:
-                    self._tap(way, piece)
+                if self.tap:
+                    self.tap(way, piece)
         finally:
             filling.cancel()
             await asyncio.gather(filling, return_exceptions=True)

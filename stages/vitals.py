@@ -13,11 +13,11 @@ from typing import Literal
 from brokers.errors import SparseError
 from brokers.line import Line
 from brokers.pipeline import Pipeline
-from brokers.presence import Birth, Load
+from brokers.presence import RECORD_EXPIRY_S, Birth, Load
 from brokers.tables import StageTable
 from brokers.topics import StageTopics
 from brokers.training import Standing
-from brokers.transport import Delivery
+from brokers.transport import Delivery, Properties
 from stages.errors import WorkerTwin
 from stages.peers import PROBATION_S, Peers
 
@@ -172,4 +172,5 @@ class Vitals:
 
     async def _publish(self, record: bytes) -> None:
         topic = self._topics.presence(self._birth.worker)
-        await self._line.transport.publish(topic, record, qos=1, retain=True)
+        expiring = Properties(expiry_s=RECORD_EXPIRY_S)
+        await self._line.transport.publish(topic, record, expiring, qos=1, retain=True)
