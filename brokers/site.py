@@ -22,6 +22,10 @@ from brokers.errors import PortTaken, UsageError
 
 Kind = Literal["mosquitto", "embedded"]
 
+MAX_PACKET_BYTES: dict[Kind, int] = {
+    "mosquitto": mosquitto.MAX_PACKET_BYTES,
+    "embedded": embedded.MAX_PACKET_BYTES,
+}
 _POLL_S = 0.01
 _KILLED_S = 1.0  # ample for the kernel to end a process
 # The broker runs under a shell that waits for two ends: the broker's own, and that of its standard input, whose other
@@ -136,19 +140,17 @@ def start_broker(
 ) -> LocalBroker:
     """Start a broker and return when it accepts connections: Mosquitto where it is installed, else the embedded one.
 
-    Port 0 is any free port. `plain_port` opens a second listener for MQTT 3.1.1 on the embedded broker (0: any free
-    port). `bridges` are those that it keeps, `bridged` whether others keep one to it: Mosquitto only. Raises
-    `PortTaken`, `CannotListen` or `BrokerFailed`.
+    Port 0 is any free port. `plain_port` opens a second listener for MQTT 3.1.1 on the embedded broker. `bridges`: kept
+    by it, `bridged`: by others to it; Mosquitto only. Raises `PortTaken`, `CannotListen` or `BrokerFailed`.
     """
     kind = kind or ("mosquitto" if mosquitto.find() else "embedded")
     port = _free_port(host, port)
     if plain_port is not None:
         plain_port = _free_port(host, plain_port) if kind == "embedded" else port
+    limit = max_packet_bytes or MAX_PACKET_BYTES[kind]
     if kind == "mosquitto":
-        limit = max_packet_bytes or mosquitto.MAX_PACKET_BYTES
         conf = mosquitto.render(mosquitto.MosquittoConfig(port, host, limit, bridges=bridges, bridged=bridged))
     else:
-        limit = max_packet_bytes or embedded.MAX_PACKET_BYTES
         conf = embedded.render(embedded.EmbeddedConfig(port, host, plain_port, limit))
     folder = Path(tempfile.mkdtemp(prefix="sparse-broker-"))
     try:
