@@ -159,12 +159,16 @@ def test_a_record_of_another_model_that_outlived_its_worker_keeps_nobody_out() -
 def waits_told(*intervals: tuple[list[float], float | None]) -> list[float]:
     """The `queue_ms` of reports, each after such waits (s) of begun tasks, with one that has waited so long (s)."""
 
-    async def test() -> list[float]:
+    told: list[float] = []
+
+    async def test() -> None:
         hub = MemoryHub()
-        member, told = Member(hub, "w", "one"), []
+        member = Member(hub, "w", "one")
         listener = MemoryTransport(hub)
         await listener.connect()
-        await listener.subscribe(TOPICS.all_presence, lambda it: told.append(Birth.from_bytes(bytes(it.payload))))
+        await listener.subscribe(
+            TOPICS.all_presence, lambda it: told.append(Birth.from_bytes(bytes(it.payload)).load.queue_ms)
+        )
         await member.check()
         for begun_s, oldest_s in intervals:
             member.vitals.begun(begun_s)
@@ -172,10 +176,9 @@ def waits_told(*intervals: tuple[list[float], float | None]) -> list[float]:
         await asyncio.sleep(0.01)
         await member.line.close()
         await listener.close()
-        return [birth.load.queue_ms for birth in told]
 
-    found: list[float] = run(test())
-    return found
+    run(test())
+    return told
 
 
 def test_the_wait_is_that_of_the_tasks_begun_in_this_interval_and_nothing_of_it_is_left_in_the_next() -> None:
