@@ -17,7 +17,7 @@ from monitor.exposition import Family, Kind, exposition
 # Workers and sources whose figures are told one by one, those that came first: whoever makes more of them up than
 # anybody runs fills neither the page nor the memory of its reader. All that are known count in sparse_workers.
 WORKERS_SHOWN = 1024
-SOURCES_SHOWN = 256
+SOURCES_SHOWN = 128
 
 
 class _Figure(NamedTuple):

@@ -39,11 +39,11 @@ def _figures(loads: Sequence[Load]) -> dict[str, float]:
     weights = [rate + load.queue for rate, load in zip(rates, loads, strict=True)]
     waits_ms = [min(load.queue_ms, _LARGEST) for load in loads]
     total = sum(weights)
-    waited_ms = sum(weight * wait_ms for weight, wait_ms in zip(weights, waits_ms, strict=True)) / total if total else 0
+    waited_ms = sum(weight * wait_ms for weight, wait_ms in zip(weights, waits_ms, strict=True)) / (total or 1.0)
     return {
         "workers": len(loads),
         "queue": sum(load.queue for load in loads),
         "queue_ms": round(waited_ms, 3),
         "busy": round(sum(load.busy for load in loads) / len(loads), 3) if loads else 0.0,
-        "rate": round(sum(rates), 3),
+        "rate": round(sum(rates, 0.0), 3),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -25,7 +26,7 @@ HEAD_LIMIT_BYTES = 8192
 ASKING_S = 5.0
 # For the answer to be taken; Prometheus gives up after 10 s unless told otherwise.
 TAKING_S = 10.0
-CONNECTIONS_LIMIT = 64
+CONNECTIONS_LIMIT = 16
 _TEXT = "text/plain; charset=utf-8"
 
 
@@ -55,9 +56,11 @@ class Web:
         try:
             self._server = await asyncio.start_server(self._connected, host, port, limit=HEAD_LIMIT_BYTES)
         except (OSError, UnicodeError) as error:  # the latter for what no name of a host can be
-            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            number = getattr(error, "errno", None) or 0
+            if number == errno.EADDRINUSE:
                 raise PortTaken(host, port) from error
-            raise CannotServe(host, port, getattr(error, "strerror", None) or "that is no name of a host") from error
+            # Names that nobody knows have numbers of their own, below 0; asyncio's texts repeat the address.
+            raise CannotServe(host, port, os.strerror(number) if number > 0 else "no such host") from error
 
     async def stop(self) -> None:
         """Stop listening, and end what is under way."""
