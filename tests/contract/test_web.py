@@ -192,7 +192,7 @@ def test_a_place_where_it_cannot_listen_is_one_line() -> None:
         with pytest.raises(CannotServe, match=r"^cannot listen at 192\.0\.2\.1, port 9100: cannot assign requested"):
             await Web({}).start("192.0.2.1", 9100)
         for host in ("..", "a" * 70, "no-such-host.invalid"):
-            with pytest.raises(CannotServe, match="no such host$"):
+            with pytest.raises(CannotServe, match=r"no such host$"):
                 await Web({}).start(host, 9100)
 
     run(test())
