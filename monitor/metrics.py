@@ -36,8 +36,8 @@ class _SourceFigure(NamedTuple):
 
 _OF_WORKERS = (
     _Figure("queue", "gauge", "Tasks that wait.", lambda load: load.queue),
-    _Figure("queue_seconds", "gauge", "How long tasks wait before they are begun.", lambda load: load.queue_ms / 1000),
-    _Figure("task_seconds", "gauge", "How long one task keeps the worker busy.", lambda load: load.task_ms / 1000),
+    _Figure("queue_seconds", "gauge", "How long tasks wait to be begun.", lambda load: _seconds(load.queue_ms)),
+    _Figure("task_seconds", "gauge", "How long one task keeps the worker busy.", lambda load: _seconds(load.task_ms)),
     _Figure("busy_ratio", "gauge", "Share of the last second spent computing.", lambda load: load.busy),
     _Figure("rate", "gauge", "Tasks a second, over the last second.", lambda load: load.rate),
     _Figure("done_total", "counter", "Tasks finished.", lambda load: load.done),
@@ -114,8 +114,8 @@ def _of_sources(census: Census, now_s: float) -> Iterator[Family]:
         yield family
     latency = Family("sparse_source_latency_seconds", "gauge", "Round trips of the newest results, percentiles.")
     for birth, names in zip(births, labels, strict=True):
-        latency.add(birth.load.latency_ms.p50 / 1000, {**names, "quantile": "0.5"})
-        latency.add(birth.load.latency_ms.p99 / 1000, {**names, "quantile": "0.99"})
+        latency.add(_seconds(birth.load.latency_ms.p50), {**names, "percentile": "50"})
+        latency.add(_seconds(birth.load.latency_ms.p99), {**names, "percentile": "99"})
     yield latency
     for name, about in _REASONS:
         family = Family(f"sparse_source_{name}_total", "counter", about)
@@ -123,6 +123,10 @@ def _of_sources(census: Census, now_s: float) -> Iterator[Family]:
             for reason, count in getattr(birth.load, name).items():
                 family.add(count, {**names, "reason": reason})
         yield family
+
+
+def _seconds(duration_ms: float) -> float:
+    return round(duration_ms / 1000, 6)
 
 
 def _worker_labels(birth: Birth) -> dict[str, str]:

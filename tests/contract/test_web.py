@@ -144,6 +144,8 @@ def test_a_crowd_that_asks_nothing_keeps_nobody_out() -> None:
             crowd = [await dial(port) for _ in range(10 * CONNECTIONS_LIMIT)]
             for _ in range(5):
                 assert await is_well(port)
+            here = [reader for reader, _ in crowd if not (reader.at_eof() or reader.exception())]
+            assert len(here) < CONNECTIONS_LIMIT
             for _, writer in crowd:
                 writer.close()
 

@@ -48,8 +48,8 @@ def test_the_figures_of_a_source_are_those_of_its_record_by_reason() -> None:
     plain = {"requests_total": 20, "results_total": 11, "in_flight": 3, "waiting": 2, "window": 4, "rate": 1.5}
     for name, value in {**plain, "twins_total": 1}.items():
         assert value_of(series, f"sparse_source_{name}", **names) == value
-    assert value_of(series, "sparse_source_latency_seconds", **names, quantile="0.5") == 0.2
-    assert value_of(series, "sparse_source_latency_seconds", **names, quantile="0.99") == 0.9
+    assert value_of(series, "sparse_source_latency_seconds", **names, percentile="50") == 0.2
+    assert value_of(series, "sparse_source_latency_seconds", **names, percentile="99") == 0.9
     assert value_of(series, "sparse_source_dropped_total", **names, reason="newer_came") == 7
     assert value_of(series, "sparse_source_retries_total", **names, reason="WorkerLost") == 5
     assert value_of(series, "sparse_source_retries_total", **names, reason="NoAnswer") == 1
