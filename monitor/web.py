@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from http import HTTPStatus
 
 from brokers.errors import PortTaken
@@ -83,9 +84,10 @@ class Web:
         task = asyncio.create_task(self._serve(reader, writer), name="http connection")
         self._connections.add(task)
         self._asking[task] = None
-        task.add_done_callback(self._over)
+        task.add_done_callback(partial(self._over, writer.transport))
 
-    def _over(self, task: asyncio.Task[None]) -> None:
+    def _over(self, transport: asyncio.WriteTransport, task: asyncio.Task[None]) -> None:
+        transport.abort()  # here, since a task that is cancelled before it begins has no `finally`
         self._connections.discard(task)
         self._asking.pop(task, None)
         if not task.cancelled() and (problem := task.exception()):
@@ -103,8 +105,6 @@ class Web:
                 await writer.wait_closed()
         except (OSError, TimeoutError, EOFError):
             log.debug("an HTTP client left, or took too long")
-        finally:
-            writer.transport.abort()  # nothing, of a connection that has been closed
 
     async def _asked(self, reader: asyncio.StreamReader) -> tuple[str, Answer]:
         """The method, and the answer to what was asked; raises EOFError when there is no whole head."""
