@@ -11,7 +11,7 @@ from brokers.topics import StageTopics, source_presence
 def worker_record(
     worker: str = "w1", stage: str = "body", *, pipeline: str = "street", site: str = "local", **fields: Any
 ) -> tuple[str, Birth]:
-    """Its topic, and a record; what is no field of a record is one of its load."""
+    """Its topic, and a record; what is a field of a load is one of its own."""
     load = {name: fields.pop(name) for name in list(fields) if name in Load.model_fields}
     given = {"node": "here", "pid": 1, "device": "cpu", "fingerprint": "", "capacity": 3, "load": Load(**load)}
     names = {"worker": worker, "stage": stage, "pipeline": pipeline, "site": site}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,7 +143,7 @@ def test_a_stage_that_is_served_at_two_sites_is_one_stage() -> None:
 
 
 def test_figures_of_any_size_give_numbers_that_json_has() -> None:
-    huge = {"queue": (1 << 53) - 1, "queue_ms": 1e308, "rate": 1e308, "task_ms": 1e308}
+    huge: dict[str, Any] = {"queue": (1 << 53) - 1, "queue_ms": 1e308, "rate": 1e308, "task_ms": 1e308}
     board = hear(Census(), *(worker_record(f"w{number}", **huge) for number in range(20)))
     found = json.loads(json.dumps(stage_figures(board, 0.0), allow_nan=False))
     assert found["street"]["body"]["workers"] == 20

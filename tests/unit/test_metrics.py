@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def page(board: Census, now_s: float = 0.0) -> Series:
 
 
 def test_the_figures_of_a_worker_are_those_of_its_record_durations_in_seconds() -> None:
-    load = {
+    load: dict[str, Any] = {
         "queue": 4, "queue_ms": 250.0, "task_ms": 12.5, "busy": 0.75, "rate": 3.5,
         "done": 9, "failed": 8, "refused": 7, "turned_away": 6, "expired": 5,
     }  # fmt: skip
@@ -38,7 +39,7 @@ def test_the_figures_of_a_worker_are_those_of_its_record_durations_in_seconds() 
 
 
 def test_the_figures_of_a_source_are_those_of_its_record_by_reason() -> None:
-    load = {
+    load: dict[str, Any] = {
         "requests": 20, "results": 11, "in_flight": 3, "waiting": 2, "window": 4, "rate": 1.5, "twins": 1,
         "latency_ms": {"p50": 200.0, "p99": 900.0}, "dropped": {"newer_came": 7},
         "retries": {"WorkerLost": 5, "NoAnswer": 1}, "failed": {"PoisonRequest": 2},
@@ -92,7 +93,7 @@ def test_a_worker_that_is_told_of_twice_is_one_series() -> None:
 
 def test_thousands_of_made_up_workers_and_sources_fill_no_more_than_a_page() -> None:
     reasons = {f"reason{number}": 1 for number in range(REASON_LIMIT)}
-    counts = {"dropped": reasons, "retries": reasons, "failed": reasons}
+    counts: dict[str, Any] = {"dropped": reasons, "retries": reasons, "failed": reasons}
     board = hear(Census(), worker_record("real"), source_record("real"))
     long = "n" * 50_000
     hear(board, *(worker_record(f"fake{number}", node=long) for number in range(2 * RECORDS_LIMIT)))
@@ -125,7 +126,7 @@ def test_numbers_of_any_size_are_written_as_numbers() -> None:
 
 
 def test_the_series_of_the_page_in_docs_are_those_that_are_told() -> None:
-    load = {"dropped": {"a": 1}, "retries": {"a": 1}, "failed": {"a": 1}}
+    load: dict[str, Any] = {"dropped": {"a": 1}, "retries": {"a": 1}, "failed": {"a": 1}}
     told = {name for name, _ in page(hear(Census(), worker_record(), source_record("cam", **load)))}
     page_text = (ROOT / "docs" / "operations.md").read_text()
     section = page_text.partition("## Watching it from outside")[2].partition("\n## ")[0]
