@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -57,11 +58,12 @@ class Web:
         try:
             self._server = await asyncio.start_server(self._connected, host, port, limit=HEAD_LIMIT_BYTES)
         except (OSError, UnicodeError) as error:  # the latter for what no name of a host can be
-            number = getattr(error, "errno", None) or 0
-            if number == errno.EADDRINUSE:
+            if not isinstance(error, OSError) or isinstance(error, socket.gaierror):
+                raise CannotServe(host, port, "no such host") from error
+            if error.errno == errno.EADDRINUSE:
                 raise PortTaken(host, port) from error
-            # Names that nobody knows have numbers of their own, below 0; asyncio's texts repeat the address.
-            raise CannotServe(host, port, os.strerror(number) if number > 0 else "no such host") from error
+            reason = os.strerror(error.errno) if error.errno else str(error)  # asyncio's own texts repeat the address
+            raise CannotServe(host, port, reason) from error
 
     async def stop(self) -> None:
         """Stop listening, and end what is under way."""
