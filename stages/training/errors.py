@@ -65,6 +65,18 @@ class StaleTerm(WireError):
 
 
 @dataclass(eq=False)
+class StandsBy(WireError):
+    """A message for who trains a stage in a term, to one that does not: another has taken its place."""
+
+    retry = True
+
+    term: int
+
+    def __str__(self) -> str:
+        return f"this worker stands by in term {self.term}: it trains nothing"
+
+
+@dataclass(eq=False)
 class BadGradient(WireError):
     """A gradient of another shape than what it is the gradient of."""
 

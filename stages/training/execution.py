@@ -186,6 +186,7 @@ class Execution:
     def forget_version(self) -> None:
         """Another worker trains the part from here on: what is in memory is nobody's version, and not to be written."""
         self._learner.version = None
+        self.crew = {}
 
     async def restore(self, version: int, term: int, since: int) -> None:
         """Be at this version. Raises what reading or writing a checkpoint raises.

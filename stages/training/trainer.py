@@ -231,15 +231,16 @@ class Trainer:
             self._refuse(word, StaleTerm(self.steps.term, word.term))
             return
         told: dict[str, Any] = {"stage": self.stage, "worker": self.worker}
-        if word.verb != "restore":
-            self._execution.crew = {str(stage): str(worker) for stage, worker in word.details.get("crew", {}).items()}
-            self.steps.begin_term(word.term)
-            await self._execution.abandon()
         if word.verb == "abandon":  # to ourselves
+            self.steps.stand_by(word.term)
+            await self._execution.abandon()
             self._execution.forget_version()
             await self.report()
             return
         if word.verb == "halt":
+            self._execution.crew = {str(stage): str(worker) for stage, worker in word.details.get("crew", {}).items()}
+            self.steps.begin_term(word.term)
+            await self._execution.abandon()
             told["standing"] = self._execution.standing(self.steps.term, self._breaks).model_dump()
         else:
             told["problem"] = await self._restore(word)

@@ -108,7 +108,8 @@ class Lesson:
         """Wait for its end; its summary."""
         said = self.running.end(timeout_s=timeout_s)
         assert said.status == 0, said.err
-        assert "Traceback" not in "".join(path.read_text() for path in (self.folder / "logs").iterdir())
+        logs = {path.name: path.read_text() for path in (self.folder / "logs").iterdir()}
+        assert {name: text for name, text in logs.items() if "Traceback" in text} == {}
         return said.answer
 
     def weights(self) -> dict[str, Tensor]:
