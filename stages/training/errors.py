@@ -184,6 +184,18 @@ class CannotCheckpoint(SparseError):
 
 
 @dataclass(eq=False)
+class Overtaken(SparseError):
+    """Another worker of the stage has written a checkpoint in a later term: this one has nothing to write or remove."""
+
+    path: str
+    term: int
+    later: int
+
+    def __str__(self) -> str:
+        return f"another worker has written to {self.path} in term {self.later}, this one is of term {self.term}"
+
+
+@dataclass(eq=False)
 class ForeignCheckpoint(UsageError):
     """A checkpoint of another model, cut or optimizer, or one that cannot be read."""
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
+from brokers.errors import WireError
 from brokers.messages import Gradient, Step, Task
 from brokers.tensors import Tensor
 from brokers.topics import NAME_PATTERN
@@ -82,7 +83,7 @@ class Steps:
     def __init__(self, schedule: Name, stage: int, stages: int, *, awaits_labels: bool = False) -> None:
         self.term = 0
         self.twins = 0
-        self._stands_by = True
+        self.stands_by = True
         self._schedule, self._stage, self._stages = schedule, stage, stages
         self._is_last = stage == stages - 1
         self._awaits_labels = awaits_labels
@@ -97,15 +98,15 @@ class Steps:
     def begin_term(self, term: int) -> None:
         """Whatever was in hand has been given up."""
         self.term = term
-        self._stands_by = False
+        self.stands_by = False
         self._steps.clear()
         self._labels.clear()
         self._over.clear()
 
     def stand_by(self, term: int) -> None:
-        """The same, and nothing of this term is done here: a source that has not heard of it yet may still send some."""
+        """The same, and nothing of this term is done here: who has not heard of it yet may still send some of it."""
         self.begin_term(term)
-        self._stands_by = True
+        self.stands_by = True
 
     @property
     def begun(self) -> bool:
@@ -168,10 +169,16 @@ class Steps:
             raise BadStep(f"step {word.request.hex()} cannot be committed: it is not prepared here")
         step.commit = _checked_commit(step, word)
 
+    def objection(self, order: Step) -> WireError | None:
+        """Why an order is not for this worker: of a former term, or to go back where another worker does."""
+        if order.term < self.term:
+            return StaleTerm(self.term, order.term)
+        return StandsBy(order.term) if order.verb == "restore" and self.stands_by else None
+
     def _check_term(self, term: int) -> None:
         if term != self.term:
             raise StaleTerm(self.term, term)
-        if self._stands_by:
+        if self.stands_by:
             raise StandsBy(term)
 
     # What to do -------------------------------------------------------------------------------------------------
