@@ -9,7 +9,7 @@ Everybody comes to the broker of their own site, and the topics they use may be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,20 +40,22 @@ class Right:
 
 
 def render_access(pipeline: Pipeline, site: str) -> str:
-    """Return the acl_file for the broker of a site. Those of several pipelines may be put together, one after another."""
+    """Return the acl_file for the broker of a site; those of several pipelines may follow one another in one file."""
     lines = [f"# Who may do what at site {site}, pipeline {pipeline.name}. Whoever is not named may do nothing."]
     for user, rights in users(pipeline, site).items():
-        lines += ["", f"user {user}", *(f"topic {right.access} {right.topic_filter}" for right in rights)]
+        lines += ["", f"user {user}", *(f"topic {access} {topic_filter}" for topic_filter, access in rights.items())]
     return "\n".join([*lines, ""])
 
 
-def users(pipeline: Pipeline, site: str) -> dict[str, list[Right]]:
-    """All who may come to the broker of a site, and their rights."""
-    found: dict[str, list[Right]] = {}
+def users(pipeline: Pipeline, site: str) -> dict[str, dict[str, Access]]:
+    """All who may come to the broker of a site, and what each may do, by filter."""
+    found: dict[str, dict[str, Access]] = {}
 
-    def grant(user: str, rights: Iterator[Right]) -> None:
-        mine = found.setdefault(user, [])
-        mine += [right for right in rights if right not in mine]
+    def grant(user: str, rights: Iterable[Right]) -> None:
+        mine = found.setdefault(user, {})
+        for right in rights:
+            before = mine.get(right.topic_filter, right.access)
+            mine[right.topic_filter] = right.access if right.access == before else "readwrite"
 
     for stage in pipeline.stage:
         if stage.site == site:
@@ -61,16 +63,16 @@ def users(pipeline: Pipeline, site: str) -> dict[str, list[Right]]:
             grant(name, _training_stage(pipeline, stage) if pipeline.trains else _stage(pipeline, stage))
     if pipeline.source.site == site:
         grant(source_name(pipeline), _source(pipeline))
-        grant(VIEWER, iter([Right("read", results(site))]))
+        grant(VIEWER, [Right("read", results(site))])
     for table in pipeline.site:
         if table.name == site:
             for camera in table.cameras:
-                grant(camera_name(camera), iter([Right("write", ingress(site, camera))]))
+                grant(camera_name(camera), [Right("write", ingress(site, camera))])
         for link in table.links:
             if link.to == site:
                 for user in {broker_name(table.name), link.user or broker_name(table.name)}:
                     grant(user, _bridge(pipeline, table.name, site))
-    grant(MONITOR, iter([Right("read", every_presence(pipeline=pipeline.name))]))
+    grant(MONITOR, [Right("read", every_presence(pipeline=pipeline.name))])
     grant(OPERATOR, _operator(pipeline))
     return found
 

@@ -14,12 +14,12 @@ from ipaddress import ip_address
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from brokers.address import parse_address
+from brokers.credentials import Signer
 from brokers.pipeline import Pipeline
 from brokers.roles import MONITOR, OPERATOR, VIEWER, all_sites, broker_name, camera_name, source_name, stage_name
 
@@ -45,7 +45,7 @@ class Pair:
     """A certificate and its key."""
 
     certificate: x509.Certificate
-    key: CertificateIssuerPrivateKeyTypes = field(repr=False)
+    key: Signer = field(repr=False)
 
     @property
     def certificate_pem(self) -> bytes:

@@ -11,8 +11,30 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from brokers.certs import AUTHORITY_DAYS, Identity, Pair, hosts_of, is_authority, issue, make_authority, signed_by, spelled
-from brokers.credentials import AUTHORITY, CERTIFICATE, KEY, Expired, check_times, now, read_certificate, read_signer
+from cryptography import x509
+
+from brokers.certs import (
+    AUTHORITY_DAYS,
+    Identity,
+    Pair,
+    hosts_of,
+    is_authority,
+    issue,
+    make_authority,
+    signed_by,
+    spelled,
+)
+from brokers.credentials import (
+    AUTHORITY,
+    CERTIFICATE,
+    KEY,
+    Expired,
+    check_times,
+    now,
+    read_certificate,
+    read_pair,
+    read_signer,
+)
 from brokers.errors import BadFile, UsageError
 
 AUTHORITY_FOLDER, AUTHORITY_KEY = "authority", "ca.key"
@@ -56,16 +78,16 @@ def keep(folder: Path, wanted: Sequence[Identity], *, days: int, renew: bool = F
         if found is None:
             _store(place, {AUTHORITY_KEY: authority.key_pem, AUTHORITY: authority.certificate_pem})
             done.append(Kept(AUTHORITY_FOLDER, "made", authority.certificate.not_valid_after_utc, ()))
-        for identity, pair in plans:
+        for identity, certificate in plans:
             home = folder / identity.name
             what: Literal["made", "kept", "renewed"] = "kept"
-            if pair is None:
+            if certificate is None:
                 what = "renewed" if (home / CERTIFICATE).exists() else "made"
                 pair = issue(authority, identity, moment, days)
                 files = {AUTHORITY: authority.certificate_pem, KEY: pair.key_pem, CERTIFICATE: pair.certificate_pem}
                 _store(home, files)
-            hosts = hosts_of(pair.certificate)
-            done.append(Kept(identity.name, what, pair.certificate.not_valid_after_utc, hosts))
+                certificate = pair.certificate
+            done.append(Kept(identity.name, what, certificate.not_valid_after_utc, hosts_of(certificate)))
     except OSError as error:
         raise BadFile(str(error.filename or folder), f"cannot be written: {_plain(error)}") from None
     return done
@@ -92,23 +114,23 @@ def _read_authority(place: Path, moment: datetime) -> Pair | None:
     return pair
 
 
-def _read(home: Path, identity: Identity, authority: Pair, moment: datetime) -> Pair | None:
-    """What is there of an identity, if it does; None where nothing is."""
+def _read(home: Path, identity: Identity, authority: Pair, moment: datetime) -> x509.Certificate | None:
+    """The certificate that is there of an identity, if it does; None where nothing is."""
     certificate, key = home / CERTIFICATE, home / KEY
     if not _is_there(home, certificate, key):
         return None
     try:
-        pair = Pair(*read_signer(certificate, key))
-        check_times(certificate, pair.certificate, moment)
+        found, _ = read_pair(certificate, key)
+        check_times(certificate, found, moment)
         believed = read_certificate(home / AUTHORITY)
     except BadFile as error:
         raise Unfit(error.path, error.problem, identity.name) from None
-    if believed != authority.certificate or not signed_by(pair.certificate, authority.certificate):
+    if believed != authority.certificate or not signed_by(found, authority.certificate):
         raise Unfit(str(certificate), f"is not of the authority in {home.parent / AUTHORITY_FOLDER}", identity.name)
-    missing = [host for host in identity.hosts if spelled(host) not in hosts_of(pair.certificate)]
+    missing = [host for host in identity.hosts if spelled(host) not in hosts_of(found)]
     if missing:
         raise Unfit(str(certificate), f"is not for the host {missing[0]!r}", identity.name)
-    return pair
+    return found
 
 
 def _is_there(place: Path, *files: Path) -> bool:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes, PrivateKeyTypes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from brokers.errors import BadFile, UsageError
 
+# What an authority may sign with.
+Signer = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 AUTHORITY, CERTIFICATE, KEY = "ca.crt", "tls.crt", "tls.key"
 _ANEW = "`sparse certs FILE --renew --node NAME` makes one of ours anew"
 
@@ -99,11 +101,11 @@ def read_pair(certificate: Path, key: Path) -> tuple[x509.Certificate, PrivateKe
     return found, secret
 
 
-def read_signer(certificate: Path, key: Path) -> tuple[x509.Certificate, CertificateIssuerPrivateKeyTypes]:
+def read_signer(certificate: Path, key: Path) -> tuple[x509.Certificate, Signer]:
     """The pair of an authority; raises `BadFile` or `KeyMisfit`."""
     found, secret = read_pair(certificate, key)
-    if not isinstance(secret, CertificateIssuerPrivateKeyTypes):
-        raise BadFile(str(key), "no certificate can be signed with a key of this kind")
+    if not isinstance(secret, Signer):
+        raise BadFile(str(key), "expected a key of an elliptic curve, or an RSA key")
     return found, secret
 
 
@@ -116,9 +118,9 @@ def check_times(path: Path, certificate: x509.Certificate, moment: datetime) -> 
 
 
 def check_folder(folder: Path) -> bool:
-    """Check a folder with `ca.crt` and, for who logs in by certificate, `tls.crt` and `tls.key`; whether these are there.
+    """Check a folder with `ca.crt` and, for who logs in by certificate, `tls.crt` and `tls.key`.
 
-    Raises `BadFile`, `KeyMisfit`, `NotYetValid` or `Expired`.
+    Returns whether these two are there. Raises `BadFile`, `KeyMisfit`, `NotYetValid` or `Expired`.
     """
     if not folder.is_dir():
         problem = "is no folder" if folder.exists() else "no such folder"
@@ -131,8 +133,3 @@ def check_folder(folder: Path) -> bool:
     found, _ = read_pair(certificate, key)
     check_times(certificate, found, moment)
     return True
-
-
-def open_to_all(path: Path) -> bool:
-    """Whether everybody on this machine may read a file."""
-    return bool(path.stat().st_mode & stat.S_IROTH)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from brokers.connection import Refused
 from brokers.memory import MemoryHub, MemoryTransport
 from brokers.pipeline import load_pipeline
+from brokers.refusals import Refused
 from brokers.site import Kind, start_broker
 from brokers.transport import Buffer, Delivery, Properties
 from stages import worker as worker_module

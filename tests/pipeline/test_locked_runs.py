@@ -1,0 +1,120 @@
+"""Whole runs behind locked doors: each process with an identity of its own, and no right that it uses is missing."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from brokers.bridges import Bridge
+from brokers.pipeline import Pipeline, load_pipeline
+from brokers.roles import all_sites, broker_name
+from tests.soak.lesson import assert_equal, expected, lesson_file
+from tests.support.locks import Door, locked
+from tests.support.pipelines import counter, pipeline_file, stage
+from tests.support.ports import free_port
+from tests.support.processes import Machine, Running
+
+DEVICE, CLOUD = '[[site]]\nname = "device"\n', '[[site]]\nname = "cloud"\n'
+
+
+def with_sites(path: Path, sites: Sequence[str]) -> Pipeline:
+    """Read a pipeline file; the broker of its device, if it has one, keeps a bridge to that of the cloud."""
+    text = path.read_text()
+    if "cloud" in sites and DEVICE not in text:
+        text += DEVICE + CLOUD
+    path.write_text(text.replace(DEVICE, DEVICE + 'links = [{ to = "cloud" }]\n'))
+    return load_pipeline(path)
+
+
+@contextmanager
+def brokers_of(folder: Path, pipeline: Pipeline) -> Iterator[dict[str, Door]]:
+    """A locked broker for each site, and the bridges between them."""
+    ports = {site: free_port() for site in all_sites(pipeline)}
+    links = [(table.name, link.to) for table in pipeline.site for link in table.links]
+    with ExitStack() as stack:
+        doors = {}
+        for site, port in ports.items():
+            bridges = tuple(
+                Bridge(
+                    near,
+                    far,
+                    "localhost",
+                    ports[far],
+                    pipeline.sites.crossing(near, far),
+                    tls=folder / "certs" / broker_name(near),
+                )
+                for near, far in links
+                if near == site
+            )
+            doors[site] = stack.enter_context(locked(folder, pipeline, site, port=port, bridges=bridges))
+        yield doors
+
+
+class Operators:
+    """Start each process of a pipeline with its own identity, at the broker of its site."""
+
+    def __init__(self, box: Machine, pipeline: Pipeline, doors: dict[str, Door]) -> None:
+        self.box, self.pipeline, self.doors = box, pipeline, doors
+
+    def start(self, site: str, who: str, *words: str | Path) -> Running:
+        door = self.doors[site]
+        environment = {"SPARSE_TLS": str(door.certs / who)}
+        return self.box.sparse(*words, "--broker", door.address, environment=environment)
+
+    def stages(self, *options: str | Path) -> list[Running]:
+        return [
+            self.start(each.site, f"{self.pipeline.name}.{each.name}", "stage", self.pipeline.path, each.name, *options)
+            for each in self.pipeline.stage
+        ]
+
+    def source(self) -> Running:
+        words = ("source", self.pipeline.path, "--json", "--out", self.box.folder / "out")
+        return self.start(self.pipeline.source.site, f"{self.pipeline.name}.source", *words)
+
+    def nothing_was_refused(self) -> None:
+        assert {site: door.denied() for site, door in self.doors.items()} == {site: [] for site in self.doors}
+
+
+def end_well(stages: list[Running]) -> None:
+    for each in stages:
+        said = each.end(signal.SIGTERM)
+        assert said.status == 0, said.err
+        assert "refused" not in said.err
+
+
+@pytest.mark.parametrize("sites", [("local", "local"), ("device", "cloud")], ids="-".join)
+def test_an_inference_run_has_the_rights_that_it_uses(box: Machine, sites: tuple[str, str]) -> None:
+    names = (("double", "double"), ("add", "add_one"))
+    stages = [stage(name, made, site=site) for (name, made), site in zip(names, sites, strict=True)]
+    pipeline = with_sites(pipeline_file(box.folder, stages, counter(20, site=sites[0])), sites)
+    with brokers_of(box.folder, pipeline) as doors:
+        people = Operators(box, pipeline, doors)
+        running = people.stages()
+        source = people.source().end()
+        assert source.status == 0, source.err
+        assert (source.answer["results"], source.answer["retries"]) == (20, 0)
+        for site in doors:  # presence crosses
+            shown = people.start(site, "monitor", "status", pipeline.path, "--json").end()
+            assert {each["stage"] for each in shown.answer["workers"]} == {"double", "add"}
+        end_well(running)
+        people.nothing_was_refused()
+    box.nothing_is_left()
+
+
+def test_a_training_run_has_the_rights_that_it_uses(box: Machine) -> None:
+    sites = ("device", "cloud", "device")
+    pipeline = with_sites(lesson_file(box.folder, epochs=2, sites=sites), sites)
+    with brokers_of(box.folder, pipeline) as doors:
+        people = Operators(box, pipeline, doors)
+        running = people.stages("--checkpoints", box.folder / "versions")
+        source = people.source().end()
+        assert source.status == 0, source.err
+        assert (source.answer["steps"], source.answer["rolled_back"]) == (6, 0)
+        assert_equal(load_file(box.folder / "out" / "model.safetensors"), expected(6))
+        end_well(running)
+        people.nothing_was_refused()
