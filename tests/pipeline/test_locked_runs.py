@@ -14,7 +14,7 @@ from brokers.bridges import Bridge
 from brokers.pipeline import Pipeline, load_pipeline
 from brokers.roles import all_sites, broker_name
 from tests.soak.lesson import assert_equal, expected, lesson_file
-from tests.support.locks import Door, locked
+from tests.support.locks import Door, hashed, locked
 from tests.support.pipelines import counter, pipeline_file, stage
 from tests.support.ports import free_port
 from tests.support.processes import Machine, Running
@@ -118,3 +118,34 @@ def test_a_training_run_has_the_rights_that_it_uses(box: Machine) -> None:
         assert_equal(load_file(box.folder / "out" / "model.safetensors"), expected(6))
         end_well(running)
         people.nothing_was_refused()
+
+
+def test_a_run_by_passwords_shows_them_to_nobody(box: Machine) -> None:
+    """Not in the list of processes, not in what is logged however much is, not in what is left behind."""
+    path = pipeline_file(box.folder, [stage("double", "double")], counter(20))
+    passwords = {"test.double": "correct horse battery", "test.source": "staple correct horse"}
+    with locked(box.folder, path, passwords=hashed(box.folder / "passwords", passwords)) as door:
+        trusting = box.folder / "trusting"
+        trusting.mkdir()
+        (trusting / "ca.crt").write_bytes((door.certs / "viewer" / "ca.crt").read_bytes())
+        place = door.address.removeprefix("mqtts://")
+
+        def start(user: str, *words: str | Path) -> Running:
+            secret = box.folder / f"{user}.password"
+            secret.touch(mode=0o600)
+            secret.write_text(f"{passwords[user]}\n")
+            environment = {"SPARSE_TLS": str(trusting), "SPARSE_PASSWORD_FILE": str(secret)}
+            return box.sparse("-vv", *words, "--broker", f"mqtts://{user}@{place}", environment=environment)
+
+        worker = start("test.double", "stage", path, "double")
+        source = start("test.source", "source", path, "--json", "--out", box.folder / "out")
+        seen = " ".join(f"{each.cmdline()} {each.environ()}" for each in box.alive())
+        assert "mqtts://test.double@" in seen
+        ended = source.end()
+        assert ended.answer["results"] == 20, ended.err
+        said = worker.end(signal.SIGTERM)
+        assert said.status == 0, said.err
+        assert door.denied() == []
+        left = [each.read_text(errors="replace") for each in (box.folder / "out").rglob("*") if each.is_file()]
+        for text in (seen, ended.out, ended.err, said.out, said.err, door.said(), *left):
+            assert not any(password in text for password in passwords.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,10 +56,18 @@ def authority_of(certs: Path) -> Pair:
     return Pair(*read_signer(certs / "authority" / "ca.crt", certs / "authority" / "ca.key"))
 
 
-def forge(certs: Path, name: str, *, authority: Pair | None = None, begin_days: float = 0, days: int = 30) -> Path:
+def forge(
+    certs: Path,
+    name: str,
+    *,
+    hosts: tuple[str, ...] = (),
+    authority: Pair | None = None,
+    begin_days: float = 0,
+    days: int = 30,
+) -> Path:
     """Credentials that `sparse certs` would not make: of any name, authority and time; their folder."""
     begin = now() + timedelta(days=begin_days)
-    pair = issue(authority or authority_of(certs), Identity(name), begin, days)
+    pair = issue(authority or authority_of(certs), Identity(name, hosts), begin, days)
     folder = certs / f"forged-{len(list(certs.iterdir()))}"
     folder.mkdir()
     (folder / "tls.crt").write_bytes(pair.certificate_pem)
@@ -89,16 +97,22 @@ def locked(
     bridges: tuple[Bridge, ...] = (),
     passwords: Path | None = None,
     more_access: str = "",
+    credentials: Path | None = None,
 ) -> Iterator[Door]:
-    """The broker of a site, with certificates in `folder/certs`; its log has all that it refuses."""
+    """The broker of a site, with certificates in `folder/certs`; its log has all that it refuses.
+
+    `credentials` are its own in place of those, `more_access` is put behind its access list.
+    """
     need("mosquitto")
     pipeline = load_pipeline(file) if isinstance(file, Path) else file
     certs = certs_for(folder / "certs", pipeline)
-    access, config, log = (folder / f"{site}.{ending}" for ending in ("acl", "conf", "log"))
+    port = port or free_port()
+    # It may be started again: its log goes on in another file.
+    began = f"{site}-{port}-{len(list(folder.iterdir()))}"
+    access, config, log = (folder / f"{began}.{ending}" for ending in ("acl", "conf", "log"))
     access.write_text(render_access(pipeline, site) + more_access)
     access.chmod(0o600)
-    port = port or free_port()
-    locks = Locks(certs / broker_name(site), access, passwords)
+    locks = Locks(credentials or certs / broker_name(site), access, passwords)
     rendered = mosquitto.render(
         MosquittoConfig(port, bridges=bridges, bridged=len(all_sites(pipeline)) > 1, locks=locks)
     )
@@ -113,3 +127,11 @@ def locked(
     finally:
         process.terminate()
         process.wait(20)
+
+
+def hashed(path: Path, passwords: Mapping[str, str]) -> Path:
+    """A Mosquitto's password_file."""
+    path.touch(mode=0o600)
+    path.write_text("".join(f"{user}:{password}\n" for user, password in passwords.items()))
+    subprocess.run([need("mosquitto_passwd"), "-U", path], check=True)  # hashed where they are, not on a command line
+    return path
