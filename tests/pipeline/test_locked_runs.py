@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,9 +16,10 @@ from brokers.pipeline import Pipeline, load_pipeline
 from brokers.roles import all_sites, broker_name
 from tests.soak.lesson import assert_equal, expected, lesson_file
 from tests.support.locks import Door, hashed, locked
+from tests.support.parts import need
 from tests.support.pipelines import counter, pipeline_file, stage
 from tests.support.ports import free_port
-from tests.support.processes import Machine, Running
+from tests.support.processes import Machine, Running, eventually
 
 DEVICE, CLOUD = '[[site]]\nname = "device"\n', '[[site]]\nname = "cloud"\n'
 
@@ -149,3 +151,46 @@ def test_a_run_by_passwords_shows_them_to_nobody(box: Machine) -> None:
         left = [each.read_text(errors="replace") for each in (box.folder / "out").rglob("*") if each.is_file()]
         for text in (seen, ended.out, ended.err, said.out, said.err, door.said(), *left):
             assert not any(password in text for password in passwords.values())
+
+
+def test_sparse_run_is_an_operator(box: Machine) -> None:
+    """All that it starts has its identity."""
+    path = pipeline_file(box.folder, [stage("double", "double"), stage("add", "add_one")], counter(20))
+    with locked(box.folder, path) as door:
+        environment = {"SPARSE_TLS": str(door.certs / "operator")}
+        words = ("run", path, "--json", "--broker", door.address, "--out", box.folder / "out")
+        said = box.sparse(*words, environment=environment).end()
+        assert said.status == 0, said.err
+        assert (said.answer["results"], said.answer["broker"]) == (20, door.address)
+        assert door.denied() == []
+    box.nothing_is_left()
+
+
+def test_a_camera_and_a_viewer_are_any_mqtt_clients_with_a_certificate(box: Machine) -> None:
+    path = pipeline_file(box.folder, [stage("double", "double")], {"kind": "ingress", "keep": "all"})
+    path.write_text(path.read_text() + '[[site]]\nname = "local"\ncameras = ["door"]\n')
+    pipeline = load_pipeline(path)
+    with locked(box.folder, pipeline) as door:
+        people = Operators(box, pipeline, {"local": door})
+
+        def client(program: str, who: str, *words: str) -> Running:
+            mine = door.certs / who
+            keys = ("--cafile", mine / "ca.crt", "--cert", mine / "tls.crt", "--key", mine / "tls.key")
+            return box.start(need(program), "-V", "5", "-p", str(door.port), "-h", "localhost", *keys, *words)
+
+        running = [*people.stages(), people.source()]
+        viewer = client("mosquitto_sub", "viewer", "-t", "sparse/local/results/#")
+
+        def answered() -> bool:
+            reading = '{"values": 21}'
+            words = ("-q", "1", "-t", "sparse/local/ingress/door", "-m", reading)
+            assert client("mosquitto_pub", "camera.door", *words).end().status == 0
+            return '"door"' in viewer.out()
+
+        eventually("a result", answered)
+        assert json.loads(viewer.out().splitlines()[0])["source"] == "door"
+        assert door.denied() == []
+        client("mosquitto_pub", "camera.door", "-t", "sparse/local/ingress/gate", "-m", "{}").end()
+        eventually("a refusal", door.denied)
+        end_well(running)
+        viewer.end(signal.SIGTERM)
