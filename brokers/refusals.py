@@ -47,7 +47,7 @@ class Refused(RequestError):
     reason: str
 
     def __str__(self) -> str:
-        advice = "; its access list gives that to another identity: is SPARSE_TLS, or the user, the right one?"
+        advice = "; its access list does not let this identity there: is SPARSE_TLS, or the user, the right one?"
         said = f"the broker refused the {self.what} {self.topic!r}: {self.reason}"
         return said + advice if self.reason == "Not authorized" else said
 

@@ -87,7 +87,7 @@ def test_a_worker_whose_reports_are_refused_says_so_once_and_works_on(
         await asyncio.sleep(0.2)
         topic = "sparse/local/test/slow/up/w"
         assert [record.message for record in caplog.records] == [
-            f"worker w could not report: the broker refused the publication to {topic!r}: Not authorized"
+            f"worker w could not report: {Refused('publication to', topic, 'Not authorized')}"
         ]
         reports: list[Delivery] = []
         listener = MemoryTransport(hub)
