@@ -79,6 +79,10 @@ class MqttTransport:
     def limits(self) -> Limits:
         return self._limits
 
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None and not self._connection.lost.done()
+
     def __repr__(self) -> str:
         return f"MqttTransport({self.address!r}, client_id={self._greeting.client_id!r})"
 
