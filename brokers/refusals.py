@@ -69,9 +69,8 @@ def not_greeted(address: BrokerAddress, error: Exception | None, said: str) -> B
         return TurnedAway(str(address), _ALERTS[error.reason])
     if address.tls:
         return BrokerUnreachable(str(address), f"{said}; is it an MQTT 5 broker? Perhaps {_WANTS_CERTIFICATE}")
-    if isinstance(error, ConnectionResetError):
-        said += "; one that speaks TLS is at mqtts://"
-    return BrokerUnreachable(str(address), f"{said}; is it an MQTT 5 broker?")
+    hint = " One that speaks TLS is at mqtts://" if isinstance(error, ConnectionResetError) else ""
+    return BrokerUnreachable(str(address), f"{said}; is it an MQTT 5 broker?{hint}")
 
 
 def not_admitted(address: BrokerAddress, code: int, reason: str) -> BrokerUnreachable:

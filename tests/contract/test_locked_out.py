@@ -114,7 +114,7 @@ def test_a_broker_whose_own_certificate_does_not_do(
 
 def test_tls_where_none_is_and_none_where_it_is(door: Door) -> None:
     line = told(door.address.replace("mqtts:", "mqtt:"))
-    assert "one that speaks TLS is at mqtts://" in line
+    assert "is it an MQTT 5 broker? One that speaks TLS is at mqtts://" in line
     need("mosquitto")
     with start_broker(kind="mosquitto") as plain:
         line = told(plain.address.replace("mqtt:", "mqtts:"), tls_of(door.certs / "viewer"))

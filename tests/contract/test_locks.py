@@ -11,8 +11,9 @@ import pytest
 from brokers.mqtt import MqttTransport
 from brokers.pipeline import Pipeline
 from brokers.refusals import Refused
+from brokers.transport import Will
 from tests.support.lines import Inbox, run
-from tests.support.locks import Door, forge, locked
+from tests.support.locks import Door, forge, locked, tls_of
 
 # A fourth stage is of a user's own, and may send its work anywhere.
 PIPELINE = Pipeline.model_validate(
@@ -32,7 +33,8 @@ PIPELINE = Pipeline.model_validate(
     }
 )
 ANYBODY = "anybody"  # the test's own: it writes what others read, and reads what they write
-ROOT_ACCESS = f"\nuser {ANYBODY}\ntopic readwrite #\n"
+# What another pipeline at this broker gives the viewer, named a second time, is added to what this one gives.
+MORE_ACCESS = f"\nuser {ANYBODY}\ntopic readwrite #\n\nuser viewer\ntopic read elsewhere\n"
 
 HEAD, BODY = "sparse/device/street/head", "sparse/device/street/body"
 TAIL, OWN = "sparse/cloud/street/tail", "sparse/cloud/street/own"
@@ -55,7 +57,7 @@ MAY: dict[tuple[str, str], tuple[set[str], set[str]]] = {
         {INBOX, f"{HEAD}/up/w", f"{BODY}/up/w", f"{TAIL}/up/w", f"{OWN}/up/w", "sparse/device/ingress/door"}
         | {"sparse/device/ingress/gate"},
     ),
-    ("viewer", "device"): (set(), {"sparse/device/results/door"}),
+    ("viewer", "device"): (set(), {"sparse/device/results/door", "elsewhere"}),
     ("monitor", "device"): (
         set(),
         {f"{each}/up/w" for each in (HEAD, BODY, TAIL, OWN)} | {"sparse/device/street/source/up/source-1"},
@@ -97,7 +99,7 @@ def _doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Door]
     folder = tmp_path_factory.mktemp("locks")
     with ExitStack() as stack:
         yield {
-            site: stack.enter_context(locked(folder, PIPELINE, site, more_access=ROOT_ACCESS))
+            site: stack.enter_context(locked(folder, PIPELINE, site, more_access=MORE_ACCESS))
             for site in ("device", "cloud")
         }
 
@@ -165,5 +167,39 @@ def test_a_stage_takes_no_task_from_outside_its_pipeline(doors: dict[str, Door])
         await others.nothing()
         await head.close()
         await operator.close()
+
+    run(test())
+
+
+def test_a_last_will_is_no_way_round(doors: dict[str, Door], forged: dict[str, Path]) -> None:
+    """Else whoever may connect could take away the record of any worker."""
+
+    async def test() -> None:
+        author, camera = doors["device"].line(forged[ANYBODY]), doors["device"].line("camera.door")
+        heard = Inbox()
+        await author.connect()
+        await author.subscribe(f"{HEAD}/up/w", heard)
+        await camera.connect(will=Will(f"{HEAD}/up/w", b"", retain=True))
+        assert camera._connection is not None
+        camera._connection._pump.end("the test cuts it")  # no goodbye: the broker publishes the will
+        await heard.nothing(1.0)
+        await camera.close()
+        await author.close()
+
+    run(test())
+
+
+def test_a_name_that_is_claimed_counts_for_nothing(doors: dict[str, Door]) -> None:
+    """The certificate says who it is, whatever user name and client id say."""
+
+    async def test() -> None:
+        door = doors["device"]
+        address = door.address.replace("mqtts://", "mqtts://operator:any@")
+        line = MqttTransport(address, client_id="street.head", tls=tls_of(door.certs / "camera.door"))
+        await line.connect()
+        assert await is_taken(line, "sparse/device/ingress/door")
+        assert not await is_taken(line, f"{HEAD}/in/w")
+        assert not await is_taken(line, f"{HEAD}/up/w")
+        await line.close()
 
     run(test())
