@@ -1,16 +1,17 @@
-"""Whole runs behind locked doors: each process with an identity of its own, and no right that it uses is missing."""
+"""Whole runs behind locked doors, each process with an identity of its own: no right is missing, and none is idle."""
 
 from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from brokers.access import users
 from brokers.bridges import Bridge
 from brokers.pipeline import Pipeline, load_pipeline
 from brokers.roles import all_sites, broker_name
@@ -21,16 +22,8 @@ from tests.support.pipelines import counter, pipeline_file, stage
 from tests.support.ports import free_port
 from tests.support.processes import Machine, Running, eventually
 
-DEVICE, CLOUD = '[[site]]\nname = "device"\n', '[[site]]\nname = "cloud"\n'
-
-
-def with_sites(path: Path, sites: Sequence[str]) -> Pipeline:
-    """Read a pipeline file; the broker of its device, if it has one, keeps a bridge to that of the cloud."""
-    text = path.read_text()
-    if "cloud" in sites and DEVICE not in text:
-        text += DEVICE + CLOUD
-    path.write_text(text.replace(DEVICE, DEVICE + 'links = [{ to = "cloud" }]\n'))
-    return load_pipeline(path)
+# The broker of the device keeps a bridge to that of the cloud.
+TWO_SITES = '[[site]]\nname = "device"\nlinks = [{ to = "cloud" }]\n[[site]]\nname = "cloud"\n'
 
 
 @contextmanager
@@ -57,6 +50,11 @@ def brokers_of(folder: Path, pipeline: Pipeline) -> Iterator[dict[str, Door]]:
         yield doors
 
 
+def covers(topic_filter: str, topic: str) -> bool:
+    wanted, levels = topic_filter.split("/"), topic.split("/")
+    return len(wanted) == len(levels) and all(a in ("+", b) for a, b in zip(wanted, levels, strict=True))
+
+
 class Operators:
     """Start each process of a pipeline with its own identity, at the broker of its site."""
 
@@ -81,6 +79,19 @@ class Operators:
     def nothing_was_refused(self) -> None:
         assert {site: door.denied() for site, door in self.doors.items()} == {site: [] for site in self.doors}
 
+    def unused(self) -> set[tuple[str, str, str]]:
+        """Rights of stages and sources that were not needed: who, what, which filter."""
+        return {
+            (who, verb, topic_filter)
+            for site, door in self.doors.items()
+            for who, rights in users(self.pipeline, site).items()
+            if who.startswith(f"{self.pipeline.name}.")
+            for topic_filter, access in rights.items()
+            for verb in ("read", "write")
+            if verb in access
+            and not any(each[:2] == (who, verb) and covers(topic_filter, each[2]) for each in door.used())
+        }
+
 
 def end_well(stages: list[Running]) -> None:
     for each in stages:
@@ -90,10 +101,13 @@ def end_well(stages: list[Running]) -> None:
 
 
 @pytest.mark.parametrize("sites", [("local", "local"), ("device", "cloud")], ids="-".join)
-def test_an_inference_run_has_the_rights_that_it_uses(box: Machine, sites: tuple[str, str]) -> None:
+def test_an_inference_run_has_the_rights_that_it_uses_and_no_more(box: Machine, sites: tuple[str, str]) -> None:
     names = (("double", "double"), ("add", "add_one"))
     stages = [stage(name, made, site=site) for (name, made), site in zip(names, sites, strict=True)]
-    pipeline = with_sites(pipeline_file(box.folder, stages, counter(20, site=sites[0])), sites)
+    path = pipeline_file(box.folder, stages, counter(20, site=sites[0]))
+    if "cloud" in sites:
+        path.write_text(path.read_text() + TWO_SITES)
+    pipeline = load_pipeline(path)
     with brokers_of(box.folder, pipeline) as doors:
         people = Operators(box, pipeline, doors)
         running = people.stages()
@@ -105,12 +119,21 @@ def test_an_inference_run_has_the_rights_that_it_uses(box: Machine, sites: tuple
             assert {each["stage"] for each in shown.answer["workers"]} == {"double", "add"}
         end_well(running)
         people.nothing_was_refused()
+        double, add = (f"sparse/{site}/test/{name}" for site, (name, _) in zip(sites, names, strict=True))
+        front_doors = {("test.double", "read", f"{double}/tasks"), ("test.add", "read", f"{add}/tasks")}
+        # Both are of a user's own code, which may send work back, or round once more.
+        detours = {
+            ("test.add", "read", f"{double}/up/+"),
+            ("test.add", "write", f"{add}/in/+"),
+            ("test.double", "write", f"{double}/in/+"),
+        }
+        assert people.unused() == front_doors | detours
     box.nothing_is_left()
 
 
-def test_a_training_run_has_the_rights_that_it_uses(box: Machine) -> None:
+def test_a_training_run_has_the_rights_that_it_uses_and_no_more(box: Machine) -> None:
     sites = ("device", "cloud", "device")
-    pipeline = with_sites(lesson_file(box.folder, epochs=2, sites=sites), sites)
+    pipeline = load_pipeline(lesson_file(box.folder, epochs=2, sites=sites))
     with brokers_of(box.folder, pipeline) as doors:
         people = Operators(box, pipeline, doors)
         running = people.stages("--checkpoints", box.folder / "versions")
@@ -120,6 +143,8 @@ def test_a_training_run_has_the_rights_that_it_uses(box: Machine) -> None:
         assert_equal(load_file(box.folder / "out" / "model.safetensors"), expected(6))
         end_well(running)
         people.nothing_was_refused()
+        # Only a second source of this name would be heard there.
+        assert people.unused() == {("lesson.source", "read", "sparse/device/lesson/source/up/+")}
 
 
 def test_a_run_by_passwords_shows_them_to_nobody(box: Machine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import re
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,14 @@ class Door:
     def denied(self) -> list[str]:
         """What it has refused, in its own words."""
         return [line for line in self.said().splitlines() if "Denied" in line]
+
+    def used(self) -> set[tuple[str, str, str]]:
+        """Who has done what with which topic: ("camera.door", "write", "sparse/..."); bridges are left out."""
+        said = self.said()
+        users = dict(re.findall(r" as (\S+) \(p\d, c\d, k\d+, u'([^']+)'\)", said))
+        lines = re.findall(r"(Received PUBLISH from|Sending PUBLISH to) (\S+) \(d\d, q\d, r\d, m\d+, '([^']+)'", said)
+        verbs = {"Received PUBLISH from": "write", "Sending PUBLISH to": "read"}
+        return {(users[client], verbs[what], topic) for what, client, topic in lines if client in users}
 
     def line(self, name: str | Path) -> MqttTransport:
         """A transport of this identity, or with the credentials in this folder; not yet connected."""
