@@ -90,6 +90,11 @@ class Lesson:
         done = [event["step"] for event in self.events()[self._past :] if event["event"] == "step"]
         return done[-1] if done else 0
 
+    def worker(self, stage: str) -> str:
+        """Who trained a stage in the step that was done last: of two that start together either may."""
+        stages = [event["time"]["stages"] for event in self.events() if event["event"] == "step"][-1]
+        return str(stages[STAGES.index(stage)]["worker"])
+
     def await_step(self, step: int) -> None:
         """Wait until a step is done."""
 
