@@ -91,6 +91,11 @@ def every_presence(site: str = "+", pipeline: str = "+") -> str:
     return f"{ROOT}/{site}/{pipeline}/+/up/+"
 
 
+def everything_of(site: str, pipeline: str) -> str:
+    """All topics of a pipeline's stages at a site, as a filter."""
+    return f"{ROOT}/{site}/{pipeline}/#"
+
+
 def for_readers(site: str) -> tuple[tuple[str, Literal[0, 1]], ...]:
     """All that others may have for those who read at a site, as filters, and at which QoS."""
     anybody = StageTopics(site, "+", "+")

@@ -18,10 +18,10 @@ import pytest
 
 from brokers import mosquitto, mqtt, pump
 from brokers.address import BrokerAddress
-from brokers.connection import Refused
 from brokers.dial import Tls, dial
 from brokers.errors import BadFile, BrokerUnreachable
 from brokers.mqtt import MqttTransport
+from brokers.refusals import Refused
 from brokers.site import start_broker
 from tests.contract.conftest import need_mosquitto
 from tests.support.lines import Inbox, run
