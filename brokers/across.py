@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 from brokers import doctor
-from brokers.doctor import USUAL_PACKET_BYTES
+from brokers.chunks import CHUNK_BYTES
 from brokers.echo import Way
 from brokers.findings import Finding, usable
 from brokers.line import HEAD_ROOM_BYTES
@@ -93,9 +93,9 @@ class Direction:
         """A sender knows the limit of its own broker only."""
         topic = self.topics.inbox(_WORKER)
         async with self.ends(topic) as (sender, reader):
-            packet_bytes = min(USUAL_PACKET_BYTES, sender.limits.max_packet_bytes)
-            await sender.publish(topic, bytes(max(1, packet_bytes - HEAD_ROOM_BYTES)))
-            return [doctor.chunk_across(self.name, packet_bytes, await reader.hear() is not None)]
+            chunk_bytes = max(1, min(CHUNK_BYTES, sender.limits.max_packet_bytes - HEAD_ROOM_BYTES))
+            await sender.publish(topic, bytes(chunk_bytes), PROPERTIES)
+            return [doctor.chunk_across(self.name, chunk_bytes, await reader.hear() is not None)]
 
     async def presence(self) -> list[Finding]:
         """A worker at the start has a record; it is looked for at the end, before and after the worker's death."""

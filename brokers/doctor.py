@@ -269,7 +269,7 @@ def will_across(way: str, after_s: float | None, gone: bool, end: str) -> Findin
     return fail(what, f"{way}: a dead worker's record stays: it would get work for a while", mend)
 
 
-def chunk_across(way: str, packet_bytes: int, came: bool) -> Finding:
+def chunk_across(way: str, chunk_bytes: int, came: bool) -> Finding:
     what = "chunk"
-    said = f"{way}: a packet of {in_bytes(packet_bytes)}, which is what a sender there makes,"
+    said = f"{way}: a chunk of {in_bytes(chunk_bytes)}, as senders there make them,"
     return ok(what, f"{said} arrives") if came else fail(what, f"{said} is lost", f"{PACKETS}; at both brokers")

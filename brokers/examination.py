@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from brokers import doctor
 from brokers.across import End, examine_across, ways_between
@@ -52,15 +52,16 @@ class Examination:
     async def _one(self, visit: Visit, *, briefly: bool = False) -> bool:
         """Examine one broker; return whether it let us in. `briefly`: no more than what it announces."""
         greeting, limits = await greet(visit)
+        at = str(visit.address)
         for finding in greeting:
-            self._found(finding)
+            self._found(replace(finding, at=at))
         if limits is None:
             return False
         if not briefly:
             for finding in doctor.cuts(self.question.sizes) if self.question.cuts else ():
                 self._found(finding)
             async for finding in examine(visit, limits):
-                self._found(finding)
+                self._found(replace(finding, at=at))
         return True
 
     async def _both(self, near: End, far: End) -> None:

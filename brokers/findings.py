@@ -21,6 +21,7 @@ class Finding:
     what: str
     said: str
     mend: str = ""
+    at: str = ""  # the broker's address, where two are examined: for programs; people see which one is greeted
 
     def lines(self) -> list[str]:
         """Return it for a person, in lines of at most 80 characters."""

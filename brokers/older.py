@@ -12,7 +12,7 @@ from brokers.dial import Tls
 from brokers.publication import encode_length
 
 ACCEPTED, NOT_AUTHORIZED = 0, (4, 5)  # return codes: MQTT 3.1.1, table 3.1
-_WAIT_S = 5.0
+WAIT_S = 5.0
 _CONNACK_BYTES = 4
 
 
@@ -47,7 +47,7 @@ def read_answer(data: bytes) -> OldAnswer | None:
 async def ask(address: BrokerAddress, tls: Tls, client_id: str) -> OldAnswer | None:
     """Return what the broker answers to a client of MQTT 3.1.1; None when that is no CONNACK, or nothing in 5 s."""
     with contextlib.suppress(OSError, TimeoutError, EOFError):
-        async with asyncio.timeout(_WAIT_S):
+        async with asyncio.timeout(WAIT_S):
             if address.unix:
                 reader, writer = await asyncio.open_unix_connection(address.host)
             else:
