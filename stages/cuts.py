@@ -79,16 +79,17 @@ def _given(spec: ModelSpec, cuts: tuple[int, ...], trains: bool, count: int) -> 
     """Yield what each part gives for `count` empty examples."""
     assert spec.input_shape is not None
     shape = (count, *spec.input_shape[1:])
-    model = spec.build().train(trains)
+    with torch.random.fork_rng(devices=[]):
+        model = spec.build().train(trains)
     parts: tuple[Part, ...] = partition(model, cuts, {spec.input_name: torch.empty(spec.input_shape, device=META)})
     tensors = {spec.input_name: torch.zeros(shape)}
-    with torch.no_grad():
-        for part in parts[:-1]:
-            try:
+    for part in parts[:-1]:
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws
                 tensors = part(tensors)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise NoExample(spec.name, f"it fails on an input of shape {list(shape)}: {error}") from error
-            yield tensors
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise NoExample(spec.name, f"it fails on an input of shape {list(shape)}: {error}") from error
+        yield tensors
 
 
 def _cut(after: int, sender: StageTable, receiver: StageTable, tensors: dict[str, Tensor]) -> Cut:

@@ -82,8 +82,8 @@ def sessions_at(port: int) -> int:
     return asyncio.run(test())
 
 
-ALL = ("MQTT 5", "TLS", "packet size", "in flight", "publish", "properties", "retained", "last will", "shared")
-ALL += ("largest", "burst", "session")
+ALL = ["MQTT 5", "TLS", "packet size", "in flight", "publish", "properties", "retained", "last will", "shared"]
+ALL += ["largest", "burst", "session"]
 
 
 def test_a_mosquitto_as_it_comes_is_good_and_nothing_is_left_there(tmp_path: Path) -> None:

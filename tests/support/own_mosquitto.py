@@ -30,9 +30,9 @@ RULES = (
 
 
 @contextmanager
-def mosquitto(folder: Path, *lines: str, anonymous: bool = True) -> Iterator[int]:
+def mosquitto(folder: Path, *lines: str, anonymous: bool = True, port: int = 0) -> Iterator[int]:
     """A Mosquitto with these lines behind its listener; its port."""
-    port = free_port()
+    port = port or free_port()
     path = folder / f"mosquitto-{port}.conf"
     # Started by root it would become another user, who cannot read the files of a test.
     head = [f"listener {port} 127.0.0.1", f"allow_anonymous {str(anonymous).lower()}", f"user {getpass.getuser()}"]
