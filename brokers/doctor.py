@@ -24,6 +24,7 @@ _SOON = timedelta(days=30)
 
 ACCESS = "let this client read and write sparse/# (Mosquitto: in its acl_file)"
 PACKETS = f"Mosquitto: max_packet_size {MAX_REMAINING_BYTES}; else: allow packets of {USUAL_PACKET_BYTES} bytes"
+LOGS = "the broker's log says why: Mosquitto with `log_type all`"
 QUEUE = "Mosquitto: max_queued_messages 1000; else: a longer queue for each client"
 QOS = "Mosquitto: max_qos 2; else: allow QoS 1"
 RETAIN = "Mosquitto: retain_available true; else: allow retained messages"
@@ -47,7 +48,11 @@ def unreachable(address: str, reason: str, secured: bool) -> Finding:
         return fail(
             "TLS", f"{address}: {reason}", "Mosquitto: certfile and keyfile, of an authority that clients trust"
         )
-    return fail("reachable", f"no MQTT broker at {address}: {reason}", "`sparse broker` starts one; or another address")
+    return fail(
+        "reachable",
+        f"no MQTT broker lets us in at {address}: {reason}",
+        "`sparse broker` starts one; or another address",
+    )
 
 
 def announced(limits: Limits) -> Iterator[Finding]:

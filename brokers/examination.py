@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from brokers import doctor
 from brokers.across import End, examine_across, ways_between
+from brokers.chunks import MESSAGE_LIMIT_BYTES
 from brokers.echo import Way, measure
 from brokers.findings import Carried, Finding, usable
 from brokers.probes import examine, greet, tried
 from brokers.visitor import Visit
+
+Ways = Callable[[], AbstractAsyncContextManager[tuple[Way, Way]]]
 
 _MEASURE_S = 60.0  # for one size: a slow link has its time
 
@@ -43,7 +46,7 @@ class Examination:
             if not await self._one(near):
                 return
             if self.question.across is None:
-                await self._measure(_alone(near))
+                await self._measure(partial(_alone, near))
                 return
             async with Visit.to(self.question.across) as far:
                 if await self._one(far, briefly=True):
@@ -69,20 +72,24 @@ class Examination:
         async for finding in examine_across(near, far):
             self._found(finding)
         if usable(self.findings[before:]):
-            await self._measure(ways_between(near, far))
+            await self._measure(partial(ways_between, near, far))
 
-    async def _measure(self, ways: AbstractAsyncContextManager[tuple[Way, Way]]) -> None:
-        """Measure every size; what does not come through is a finding, and ends it."""
+    async def _measure(self, ways: Ways) -> None:
+        """Measure every size that can be a message; the first that does not come through is a finding, and the last."""
 
-        async def all_sizes() -> list[Finding]:
-            async with ways as (there, back):
-                for what, size_bytes in self.question.sizes.items():
-                    async with asyncio.timeout(_MEASURE_S):
-                        self.carried.append(await measure(what, size_bytes, there, back))
+        async def carry(what: str, size_bytes: int) -> list[Finding]:
+            async with ways() as (there, back):
+                self.carried.append(await measure(what, size_bytes, there, back))
             return []
 
-        for finding in await tried("round trip", all_sizes, _MEASURE_S * len(self.question.sizes)):
-            self._found(finding)
+        for what, size_bytes in self.question.sizes.items():
+            if size_bytes > MESSAGE_LIMIT_BYTES:
+                continue
+            failed = await tried("round trip", partial(carry, what, size_bytes), _MEASURE_S)
+            for finding in failed:
+                self._found(replace(finding, said=f"{what}: {finding.said}"))
+            if failed:
+                return
 
     def _found(self, finding: Finding) -> None:
         self.findings.append(finding)

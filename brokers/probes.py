@@ -14,6 +14,7 @@ from functools import partial
 
 from brokers import doctor, older
 from brokers.connack import BAD_PASSWORD, NOT_AUTHORIZED, UNSUPPORTED_VERSION, TurnedAway
+from brokers.connection import Refused
 from brokers.dial import plain
 from brokers.errors import BrokerUnreachable, SparseError
 from brokers.findings import Finding, fail, ok
@@ -85,11 +86,11 @@ async def tried(what: str, act: Callable[[], Awaitable[list[Finding]]], limit_s:
         async with asyncio.timeout(limit_s):
             return await act()
     except TimeoutError:
-        return [fail(what, f"no end within {limit_s:g} s", "see what the broker logs")]
+        return [fail(what, f"no end within {limit_s:g} s", doctor.LOGS)]
     except BrokerUnreachable as error:
         return [fail(what, f"no further connection: {error.reason}", "Mosquitto: max_connections -1; see what it logs")]
     except (SparseError, ConnectionLost, OSError) as error:
-        return [fail(what, str(error), doctor.ACCESS)]
+        return [fail(what, str(error), doctor.ACCESS if isinstance(error, Refused) else doctor.LOGS)]
 
 
 # One broker -------------------------------------------------------------------------------------------------------

@@ -10,23 +10,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from brokers.bridges import rules
+from brokers.sites import Crossing
 from tests.support.parts import need
 from tests.support.ports import free_port
 
 WAIT_S = 10.0
 _POLL_S = 0.02
 
-# What `sparse/{site}` needs, as brokers/bridges.py has it, by the words of the broker that keeps the bridge.
-RULES = (
-    "topic sparse/{far}/+/+/in/+ out 0",
-    "topic sparse/{far}/source/+/inbox out 0",
-    "topic sparse/{far}/+/+/tasks out 1",
-    "topic sparse/{far}/+/+/up/+ in 1",
-    "topic sparse/{near}/+/+/in/+ in 0",
-    "topic sparse/{near}/source/+/inbox in 0",
-    "topic sparse/{near}/+/+/tasks in 1",
-    "topic sparse/{near}/+/+/up/+ out 1",
-)
+# What crosses between the sites `near` and `far`, by the words of the first.
+RULES = tuple(f"topic {rule.topic_filter} {rule.direction} {rule.qos}" for rule in rules(Crossing(("near",), ("far",))))
 
 
 @contextmanager
@@ -47,14 +40,13 @@ def mosquitto(folder: Path, *lines: str, anonymous: bool = True, port: int = 0) 
 
 @contextmanager
 def bridged(
-    folder: Path, *lines: str, far: tuple[str, ...] = (), rules: tuple[str, ...] = RULES
+    folder: Path, *lines: str, far: tuple[str, ...] = (), topics: tuple[str, ...] = RULES
 ) -> Iterator[tuple[int, int]]:
     """Two Mosquittos, of the sites `near` and `far`; the first keeps a bridge with these lines. Their ports."""
     with ExitStack() as stack:
         far_port = stack.enter_context(mosquitto(folder, *far))
         bridge = ["connection near-to-far", f"address 127.0.0.1:{far_port}", "notifications false", *lines]
-        bridge += [rule.format(near="near", far="far") for rule in rules]
-        yield stack.enter_context(mosquitto(folder, *bridge)), far_port
+        yield stack.enter_context(mosquitto(folder, *bridge, *topics)), far_port
 
 
 def _accepts(port: int) -> None:
