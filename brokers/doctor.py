@@ -208,19 +208,17 @@ def session(resumed: bool, sent: int, came: int, lasts_s: int | None) -> Finding
     return ok(what, f"is kept for a client that is away, with all of {sent} messages of QoS 1")
 
 
-def cuts(sizes: Mapping[str, int]) -> Iterator[Finding]:
-    """Yield whether what crosses each cut can be a message at all."""
+def cuts(sizes: Mapping[str, int], limit_bytes: int) -> Iterator[Finding]:
+    """Yield whether what crosses each cut can be a message, and in how many chunks, where packets have a limit."""
+    step = max(1, min(CHUNK_BYTES, limit_bytes - HEAD_ROOM_BYTES))
     for what, size in sizes.items():
-        said = f"{what}: {in_bytes(size)} cross"
+        said = f"{what}: {in_bytes(size)}"
         if size > MESSAGE_LIMIT_BYTES:
-            yield fail(
-                "cut",
-                f"{said}, a message has {in_bytes(MESSAGE_LIMIT_BYTES)} at most",
-                'cut elsewhere, make smaller micro-batches, or set wire = "float16"',
-            )
+            mend = 'cut elsewhere, make smaller micro-batches, or set wire = "float16"'
+            yield fail("cut", f"{said}, and a message has {in_bytes(MESSAGE_LIMIT_BYTES)} at most", mend)
         else:
-            chunks = -(-size // CHUNK_BYTES)
-            yield ok("cut", f"{said}, in {chunks} chunk{'s' if chunks > 1 else ''} or more")
+            chunks = -(-size // step)
+            yield ok("cut", f"{said}, in {chunks} chunk{'s' if chunks > 1 else ''}")
 
 
 # Across a bridge: `way` is "device to cloud" ----------------------------------------------------------------------

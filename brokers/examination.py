@@ -61,7 +61,7 @@ class Examination:
         if limits is None:
             return False
         if not briefly:
-            for finding in doctor.cuts(self.question.sizes) if self.question.cuts else ():
+            for finding in doctor.cuts(self.question.sizes, limits.max_packet_bytes) if self.question.cuts else ():
                 self._found(finding)
             async for finding in examine(visit, limits):
                 self._found(replace(finding, at=at))

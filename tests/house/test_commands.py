@@ -43,6 +43,7 @@ def test_each_command_shows_an_example(name: str) -> None:
 
 @pytest.mark.parametrize("name", TYPED)
 def test_a_commands_help_does_not_wait_for_torch(name: str) -> None:
-    program = f"import sys; from brokers.cli import main; main([*'{name}'.split(), '--help']); sys.exit('torch' in sys.modules)"
+    line = [*name.split(), "--help"]
+    program = f"import sys; from brokers.cli import main; main({line}); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr.decode()

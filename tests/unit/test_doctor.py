@@ -140,9 +140,16 @@ def test_each_property_that_is_lost_is_named(came: Properties, lost: list[str]) 
 
 
 def test_a_cut_that_is_larger_than_a_message_fails() -> None:
-    found = list(doctor.cuts({"a to b": MESSAGE_LIMIT_BYTES, "b to c": MESSAGE_LIMIT_BYTES + 1}))
+    sizes = {"a to b": MESSAGE_LIMIT_BYTES, "b to c": MESSAGE_LIMIT_BYTES + 1}
+    found = list(doctor.cuts(sizes, MAX_REMAINING_BYTES))
     assert [finding.level for finding in found] == ["ok", "FAIL"]
     assert "b to c" in found[1].said
+
+
+@pytest.mark.parametrize(("limit_bytes", "chunks"), [(MAX_REMAINING_BYTES, "in 2 chunks"), (100_000, "in 11 chunks")])
+def test_a_narrow_broker_gets_a_cut_in_more_chunks(limit_bytes: int, chunks: str) -> None:
+    (found,) = doctor.cuts({"a to b": 1 << 20}, limit_bytes)
+    assert chunks in found.said
 
 
 def test_a_warning_is_in_nobodys_way() -> None:
