@@ -59,7 +59,7 @@ async def dial(address: BrokerAddress, tls: Tls) -> socket.socket:
     raise problem or OSError("the name has no address")
 
 
-def plain(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return why dialling failed, in few words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"

@@ -13,7 +13,7 @@ from functools import partial
 
 from brokers.address import parse_address
 from brokers.connection import Connection, Greeting
-from brokers.dial import Tls, dial, plain
+from brokers.dial import Tls, dial, reason_of
 from brokers.errors import BrokerUnreachable, Disconnected, SparseError
 from brokers.publication import PublishHead
 from brokers.pump import ConnectionLost
@@ -77,6 +77,10 @@ class MqttTransport:
     @property
     def limits(self) -> Limits:
         return self._limits
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None and not self._connection.lost.done()
 
     def __repr__(self) -> str:
         return f"MqttTransport({self.address!r}, client_id={self._greeting.client_id!r})"
@@ -168,7 +172,7 @@ class MqttTransport:
             if isinstance(error, TimeoutError):
                 raise BrokerUnreachable(self.address, f"no answer within {timeout_s:g} s") from error
             if isinstance(error, OSError | ConnectionLost):
-                raise BrokerUnreachable(self.address, plain(error)) from error
+                raise BrokerUnreachable(self.address, reason_of(error)) from error
             raise
 
     async def _call_back(self, connection: Connection) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from brokers.errors import BadFile, UsageError
 from brokers.sites import Sites
-from brokers.tables import LOCAL, PipelineTable, SiteTable, SourceTable, StageTable, Table, TrainingTable
+from brokers.tables import LOCAL, LinkTable, PipelineTable, SiteTable, SourceTable, StageTable, Table, TrainingTable
 from brokers.topics import StageTopics
 
 BROKER_VARIABLE = "SPARSE_BROKER"
@@ -190,6 +190,7 @@ _TABLES: dict[str, type[BaseModel]] = {
     "pipeline": PipelineTable,
     "stage": StageTable,
     "site": SiteTable,
+    "links": LinkTable,
     "source": SourceTable,
     "training": TrainingTable,
 }
@@ -219,7 +220,8 @@ def _explain(path: str, error: ValidationError) -> BadFile:
     where = ".".join(str(level) for level in levels)
     if kind == "extra_forbidden":
         key = str(levels[-1])
-        known = _keys(_TABLES[str(levels[0])] if len(levels) > 1 else Pipeline)
+        tables = [_TABLES[str(level)] for level in levels[:-1] if str(level) in _TABLES]
+        known = _keys(tables[-1] if tables else Pipeline)
         return BadFile(path, f"unknown key{nearest(key, known)}: expected one of {', '.join(known)}", where)
     if kind == "missing":
         return BadFile(path, "is missing", where)

@@ -15,7 +15,7 @@ from functools import partial
 from brokers import doctor, older
 from brokers.connack import BAD_PASSWORD, NOT_AUTHORIZED, UNSUPPORTED_VERSION, TurnedAway
 from brokers.connection import Refused
-from brokers.dial import plain
+from brokers.dial import reason_of
 from brokers.errors import BrokerUnreachable, SparseError
 from brokers.findings import Finding, fail, ok
 from brokers.line import HEAD_ROOM_BYTES
@@ -251,5 +251,5 @@ async def _why_not(visit: Visit, error: Exception) -> Finding:
     if answered and (old := await older.ask(address, visit.tls, visit.name)) is not None and old.speaks:
         locked = "; and wants a user and password" if old.code in older.NOT_AUTHORIZED else ""
         return fail("MQTT 5", f"{address} speaks only MQTT 3.1.1, Sparse needs MQTT 5{locked}", doctor.MQTT_5)
-    reason = error.reason if isinstance(error, BrokerUnreachable) else plain(error)
+    reason = error.reason if isinstance(error, BrokerUnreachable) else reason_of(error)
     return doctor.unreachable(str(address), reason, isinstance(error, ssl.SSLError))

@@ -67,6 +67,10 @@ class Sites:
             ways += [(*way, name) for name in self.neighbours.get(way[-1], ()) if name not in way]
         return ()
 
+    def reach(self, start: str) -> frozenset[str]:
+        """Return all sites that bridges connect with `start`, itself included."""
+        return frozenset(name for name in self.neighbours if self.way(start, name))
+
     def crossing(self, site: str, to: str) -> Crossing:
         """Return what the bridge from `site` to its neighbour `to` carries."""
         far = tuple(name for name in self.neighbours if to in self.way(site, name)[1:2])

@@ -23,9 +23,15 @@ BATCH, MICRO_BATCHES, SEED = 32, 4, 5
 
 
 def lesson_file(
-    folder: Path, *, epochs: int, workers: int = 1, sites: Sequence[str] = ("local",) * 3, **training: Any
+    folder: Path,
+    *,
+    epochs: int,
+    workers: int = 1,
+    sites: Sequence[str] = ("local",) * 3,
+    delays_ms: Sequence[float] = (0, 0),
+    **training: Any,
 ) -> Path:
-    """A pipeline file of three stages, 3 steps an epoch; the source is where the first stage is."""
+    """A pipeline file of three stages, 3 steps an epoch; the source is where the first stage is, links are in a row."""
     path = pipeline_file(
         folder,
         [stage(name, workers=workers, site=site) for name, site in zip(STAGES, sites, strict=True)],
@@ -38,7 +44,11 @@ def lesson_file(
     )
     settings = {"epochs": epochs, "batch": BATCH, "micro_batches": MICRO_BATCHES, "checkpoint_every": 7, **training}
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    tables = "".join(f'[[site]]\nname = "{site}"\n' for site in dict.fromkeys(sites))
+    names = list(dict.fromkeys(sites))
+    links = [
+        f'links = [{{ to = "{name}", delay_ms = {ms} }}]\n' for name, ms in zip(names[1:], delays_ms, strict=False)
+    ]
+    tables = "".join(f'[[site]]\nname = "{name}"\n{end}' for name, end in zip(names, [*links, ""], strict=True))
     path.write_text(path.read_text() + tables + "\n[training]\nsettings = {momentum = 0.9}\n" + "\n".join(lines) + "\n")
     return path
 
