@@ -58,4 +58,5 @@ async def ask(address: BrokerAddress, tls: Tls, client_id: str) -> OldAnswer | N
                 return read_answer(await reader.readexactly(_CONNACK_BYTES))
             finally:
                 writer.close()
+                await writer.wait_closed()
     return None

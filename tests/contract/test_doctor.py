@@ -175,12 +175,14 @@ async def server(answers: Callable[[bytes], bytes | None]) -> AsyncIterator[str]
     """Something that answers what it is told to, to the first that it reads; None: never."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        answer = answers(await reader.read(200))
-        if answer is None:
-            await reader.read()
-        else:
-            writer.write(answer)
-        writer.close()
+        try:
+            answer = answers(await reader.read(200))
+            if answer is None:
+                await reader.read()
+            else:
+                writer.write(answer)
+        finally:  # a test that is over ends it while it waits
+            writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
         yield f"mqtt://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
