@@ -26,7 +26,7 @@ from brokers.roles import (
     stage_name,
 )
 from brokers.tables import StageTable
-from brokers.topics import every_presence, everything_of, ingress, results, source_inbox, source_presence
+from brokers.topics import every_presence, everything_of, ingress, results, source_inbox, source_presence, tried
 
 Access = Literal["read", "write", "readwrite"]
 
@@ -151,7 +151,8 @@ def _bridge(pipeline: Pipeline, other: str, site: str) -> Iterator[Right]:
 
 
 def _operator(pipeline: Pipeline) -> Iterator[Right]:
-    """All of the above, so that `sparse run` and whatever it starts do with one identity."""
+    """All of the above, so that `sparse run` and whatever it starts do with one identity; and to examine the broker."""
+    yield Right("readwrite", tried("#"))
     for each in all_sites(pipeline):
         yield Right("readwrite", everything_of(each, pipeline.name))
     home = pipeline.source.site

@@ -22,6 +22,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from brokers.address import BrokerAddress
+from brokers.connack import limits_of
 from brokers.errors import TooLarge
 from brokers.paho_socket import PahoSocket
 from brokers.publication import MAX_REMAINING_BYTES, BadPacket, PublishHead, encode_head
@@ -121,7 +122,8 @@ class Connection:
         reason, theirs = self._connected.result()
         if reason.value >= _REFUSED:
             raise not_admitted(self._address, reason.value, str(reason))
-        self._read_limits(theirs)
+        self.limits = limits_of(theirs)
+        self._in_flight = asyncio.Semaphore(min(self.limits.receive_maximum, FIRST_PACKET_ID - 1))
         ping_after_ticks = max(1, min(PING_AFTER_TICKS, self._greeting.keepalive_s // 2))
         self._pump.watch(ping_after_ticks, name=f"keep-alive {self._address}")
 
@@ -281,9 +283,3 @@ class Connection:
         if reason >= _REFUSED:
             packet = PacketTypes.SUBACK if kind == "SUBACK" else PacketTypes.UNSUBACK
             raise Refused(what, topic_filter, str(ReasonCode(packet, identifier=reason)))
-
-    def _read_limits(self, theirs: PahoProperties | None) -> None:
-        """A limit that is absent is the protocol's own: sections 3.2.2.3.3 and 3.2.2.3.6."""
-        largest = getattr(theirs, "MaximumPacketSize", MAX_REMAINING_BYTES)
-        self.limits = Limits(largest, getattr(theirs, "ReceiveMaximum", 65_535))
-        self._in_flight = asyncio.Semaphore(min(self.limits.receive_maximum, FIRST_PACKET_ID - 1))

@@ -30,9 +30,14 @@ def transport_to(address: str, *, client_id: str | None = None, session_expiry_s
 
     Raises `BadAddress`, and for what the environment names `BadFile`, `KeyMisfit`, `NotYetValid` or `Expired`.
     """
-    place = with_password(parse_address(address))
-    tls = tls_of(os.environ.get(TLS_VARIABLE, "")) if place.tls else Tls()
+    place, tls = identity_at(address)
     return MqttTransport(place, client_id=client_id, tls=tls, session_expiry_s=session_expiry_s)
+
+
+def identity_at(address: str) -> tuple[BrokerAddress, Tls]:
+    """Where a broker is, with the password that we have for it, and the credentials that it takes. Raises as above."""
+    place = with_password(parse_address(address))
+    return place, tls_of(os.environ.get(TLS_VARIABLE, "")) if place.tls else Tls()
 
 
 def tls_of(named: str) -> Tls:

@@ -26,13 +26,22 @@ _ALERTS = {
 # Why we do not believe the other side, by OpenSSL's numbers (openssl-verification-options(1)).
 _NOT_YET_VALID, _EXPIRED, _NAME, _ADDRESS = 9, 10, 62, 64
 _UNKNOWN_AUTHORITY = {18, 19, 20, 21}
-# Reason codes of a CONNACK that speak of who we are: MQTT 5, section 3.2.2.2.
-_BAD_PASSWORD, _NOT_AUTHORIZED = 0x86, 0x87
+# Reason codes of a CONNACK: MQTT 5, section 3.2.2.2. The last two speak of who we are.
+UNSUPPORTED_VERSION, BAD_PASSWORD, NOT_AUTHORIZED = 0x84, 0x86, 0x87
+
+
+@dataclass(eq=False)
+class Declined(BrokerUnreachable):
+    """A broker heard our CONNECT and will not have us now; `code` is its reason code."""
+
+    code: int
 
 
 @dataclass(eq=False)
 class TurnedAway(BrokerUnreachable):
-    """A broker is there, and does not let us in; or we do not believe that it is the one."""
+    """A broker is there, and does not let us in; or we do not believe that it is the one (then `code` is 0)."""
+
+    code: int = 0
 
     def __str__(self) -> str:
         return f"no way into the broker at {self.address}: {self.reason}"
@@ -75,15 +84,15 @@ def not_greeted(address: BrokerAddress, error: Exception | None, said: str) -> B
 
 def not_admitted(address: BrokerAddress, code: int, reason: str) -> BrokerUnreachable:
     """Why the broker's answer was no."""
-    if code not in (_BAD_PASSWORD, _NOT_AUTHORIZED):
-        return BrokerUnreachable(str(address), f"it refused: {reason}")
+    if code not in (BAD_PASSWORD, NOT_AUTHORIZED):
+        return Declined(str(address), f"it refused: {reason}", code)
     if address.user is None:
         advice = "name a user in its address, SCHEME://USER@HOST, and a file with the password in SPARSE_PASSWORD_FILE"
     elif address.password is None:
         advice = f"name a file with the password of {address.user!r} in SPARSE_PASSWORD_FILE"
     else:
         advice = f"is that the password of {address.user!r}?"
-    return TurnedAway(str(address), f"it refused: {reason}; {advice}")
+    return TurnedAway(str(address), f"it refused: {reason}; {advice}", code)
 
 
 def plain(error: Exception) -> str:

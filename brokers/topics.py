@@ -96,6 +96,11 @@ def everything_of(site: str, pipeline: str) -> str:
     return f"{ROOT}/{site}/{pipeline}/#"
 
 
+def tried(*levels: str) -> str:
+    """What `sparse broker doctor` tries a broker with: nobody else reads or writes it, and no bridge carries it."""
+    return "/".join((ROOT, "doctor", *levels))
+
+
 def for_readers(site: str) -> tuple[tuple[str, Literal[0, 1]], ...]:
     """All that others may have for those who read at a site, as filters, and at which QoS."""
     anybody = StageTopics(site, "+", "+")
