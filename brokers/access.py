@@ -26,7 +26,16 @@ from brokers.roles import (
     stage_name,
 )
 from brokers.tables import StageTable
-from brokers.topics import every_presence, everything_of, ingress, results, source_inbox, source_presence, tried
+from brokers.topics import (
+    DOCTOR,
+    every_presence,
+    everything_of,
+    examined,
+    ingress,
+    results,
+    source_inbox,
+    source_presence,
+)
 
 Access = Literal["read", "write", "readwrite"]
 
@@ -152,9 +161,10 @@ def _bridge(pipeline: Pipeline, other: str, site: str) -> Iterator[Right]:
 
 def _operator(pipeline: Pipeline) -> Iterator[Right]:
     """All of the above, so that `sparse run` and whatever it starts do with one identity; and to examine the broker."""
-    yield Right("readwrite", tried("#"))
+    yield Right("readwrite", examined("#"))
     for each in all_sites(pipeline):
         yield Right("readwrite", everything_of(each, pipeline.name))
+        yield Right("readwrite", everything_of(each, DOCTOR))
     home = pipeline.source.site
     yield Right("readwrite", source_inbox(home, "+"))
     yield Right("readwrite", results(home))

@@ -15,14 +15,14 @@ from brokers.echo import Way
 from brokers.findings import Finding, usable
 from brokers.line import HEAD_ROOM_BYTES
 from brokers.probes import PROPERTIES, nothing_retained, tried
-from brokers.topics import StageTopics
+from brokers.topics import DOCTOR, StageTopics
 from brokers.transport import Will
 from brokers.visitor import Heard, Visit, Visitor
 
 REACH_S = 10.0  # a bridge that was started with its broker needs some seconds
 _AGAIN_S = 0.5  # at QoS 0, what came while the bridge did not stand is lost
 _COPIES_S = 1.0  # for what should not come
-_STAGE, _WORKER = "probe", "doctor"
+_WORKER = "probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Direction:
 
     start: End
     end: End
-    pipeline: str
+    stage: str  # another one in each examination
     _number: int = field(default=0)
 
     @property
@@ -48,7 +48,7 @@ class Direction:
 
     @property
     def topics(self) -> StageTopics:
-        return StageTopics(self.end.site, self.pipeline, _STAGE)
+        return StageTopics(self.end.site, DOCTOR, self.stage)
 
     @asynccontextmanager
     async def ends(self, topic: str, qos: int = 0) -> AsyncIterator[tuple[Visitor, Visitor]]:
@@ -99,7 +99,7 @@ class Direction:
 
     async def presence(self) -> list[Finding]:
         """A worker at the start has a record; it is looked for at the end, before and after the worker's death."""
-        topic = StageTopics(self.start.site, self.pipeline, _STAGE).presence(_WORKER)
+        topic = StageTopics(self.start.site, DOCTOR, self.stage).presence(_WORKER)
         self.end.visit.clears(topic)  # the bridge's copy, which may have lost its expiry on the way
         async with self.start.visit.visitor(will=Will(topic)) as worker:
             await self.start.visit.retain(worker, topic, b"record")
@@ -136,8 +136,8 @@ def _copies(heard: list[Heard]) -> Counter[bytes]:
 
 async def examine_across(near: End, far: End) -> AsyncIterator[Finding]:
     """Yield what crosses between two sites, both ways; the rest is in vain where nothing does, or all without end."""
-    pipeline = near.visit.name
-    ways = Direction(near, far, pipeline), Direction(far, near, pipeline)
+    stage = near.visit.name
+    ways = Direction(near, far, stage), Direction(far, near, stage)
     sound = True
     for way in ways:
         reached = await tried("bridge", way.reach)
@@ -153,8 +153,8 @@ async def examine_across(near: End, far: End) -> AsyncIterator[Finding]:
 @asynccontextmanager
 async def ways_between(near: End, far: End) -> AsyncIterator[tuple[Way, Way]]:
     """The two ways of a round trip across: to a worker's inbox there, to another's here."""
-    pipeline = near.visit.name
-    there, back = Direction(near, far, pipeline), Direction(far, near, pipeline)
+    stage = near.visit.name
+    there, back = Direction(near, far, stage), Direction(far, near, stage)
     async with AsyncExitStack() as stack:
         found = []
         for way in (there, back):

@@ -16,6 +16,8 @@ ROOT = "sparse"
 RESERVED = frozenset({"ingress", "results", "source"})
 # The level of a stage in the presence of a source; a stage of this name could not be told apart.
 SOURCE = "source"
+# The site, and across a bridge the pipeline, of what `sparse broker doctor` tries.
+DOCTOR = "doctor"
 NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 _NAME = re.compile(NAME_PATTERN)
 
@@ -96,9 +98,9 @@ def everything_of(site: str, pipeline: str) -> str:
     return f"{ROOT}/{site}/{pipeline}/#"
 
 
-def tried(*levels: str) -> str:
+def examined(*levels: str) -> str:
     """What `sparse broker doctor` tries a broker with: nobody else reads or writes it, and no bridge carries it."""
-    return "/".join((ROOT, "doctor", *levels))
+    return "/".join((ROOT, DOCTOR, *levels))
 
 
 def for_readers(site: str) -> tuple[tuple[str, Literal[0, 1]], ...]:

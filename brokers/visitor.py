@@ -24,7 +24,7 @@ from brokers.identity import identity_at
 from brokers.publication import PublishHead
 from brokers.pump import ConnectionLost
 from brokers.refusals import Refused
-from brokers.topics import tried
+from brokers.topics import examined
 from brokers.transport import Buffer, Limits, Properties, Will
 
 CONNECT_S = 10.0
@@ -125,7 +125,7 @@ class Visit:
 
     def topic(self, *levels: str) -> str:
         """A topic that nobody else reads or writes."""
-        return tried(self.name, *levels)
+        return examined(self.name, *levels)
 
     @contextlib.asynccontextmanager
     async def visitor(

@@ -276,6 +276,6 @@ def test_a_certificate_is_judged_by_its_end(
 
 def test_the_names_of_its_topics_are_no_site_of_anybodys() -> None:
     visit = Visit.to("mqtt://127.0.0.1")
-    assert visit.topic("a").startswith("sparse/doctor-")
+    assert visit.topic("a").startswith("sparse/doctor/doctor-")
     assert visit.topic("a") != Visit.to("mqtt://127.0.0.1").topic("a")
     assert doctor.SMALLEST_PACKET_BYTES < doctor.USUAL_PACKET_BYTES
