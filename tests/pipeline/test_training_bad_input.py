@@ -20,7 +20,7 @@ from tests.support.processes import Machine, Running, Said, eventually, machine
 
 STAGES = ("head", "tail")
 PARTS = tuple(stage(name) for name in STAGES)
-SOURCE = {"kind": "tests.support.lessons:Stripes", "name": "stripes"}
+SOURCE = {"kind": "tests.support.stripes:Stripes", "name": "stripes"}
 
 
 def lesson(
@@ -143,8 +143,8 @@ NAMES: dict[str, tuple[dict[str, Any], str]] = {
         "training.settings: settings 'sgd': ValueError: Invalid momentum value: -1.0",
     ),
     "a loss that is not to be called": (
-        {"loss": "tests.support.lessons:CLASSES"},
-        "training.loss: loss 'tests.support.lessons:CLASSES': expected something to call, found int",
+        {"loss": "tests.support.stripes:CLASSES"},
+        "training.loss: loss 'tests.support.stripes:CLASSES': expected something to call, found int",
     ),
     "an optimizer that is none": (
         {"optimizer": "tests.support.lessons:small"},
@@ -170,7 +170,7 @@ def test_a_data_set_that_there_is_not(box: Machine) -> None:
 
 
 def test_labels_that_the_network_has_no_class_for(box: Machine) -> None:
-    path = lesson(box.folder, source={"kind": "tests.support.lessons:TooManyClasses", "name": "stripes"})
+    path = lesson(box.folder, source={"kind": "tests.support.stripes:TooManyClasses", "name": "stripes"})
     line = told(box, start(box, path).end(), 1)
     assert "step 0 failed at stage 'tail', worker 'tail-1': BadLabels: label " in line
     assert "is out of range: the network has 4 classes" in line
