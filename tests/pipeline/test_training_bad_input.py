@@ -48,11 +48,11 @@ def lesson(
 
 def start(box: Machine, path: Path, *words: str | Path, out: str = "out") -> Running:
     need("iotcore")
-    return box.sparse("run", path, "--broker", "embedded", "--json", "--out", box.folder / out, *words)
+    return box.sparse("run", path, "--broker", "embedded", "--json", "--no-pictures", "--out", box.folder / out, *words)
 
 
 def resume(box: Machine, path: Path, out: str = "out") -> Running:
-    return box.sparse("run", path, "--broker", "embedded", "--json", "--resume", box.folder / out)
+    return box.sparse("run", path, "--broker", "embedded", "--json", "--no-pictures", "--resume", box.folder / out)
 
 
 def told(box: Machine, said: Said, status: int) -> str:
@@ -155,8 +155,17 @@ NAMES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_what_the_file_names(box: Machine, case: str) -> None:
+def test_what_the_file_names(box: Machine, embedded: LocalBroker, case: str) -> None:
+    """Every stage says so."""
     given, expected = NAMES[case]
+    path = lesson(box.folder, **given)
+    said = box.sparse("stage", path, "head", "--broker", embedded.address, "--checkpoints", box.folder / "kept").end()
+    assert said.out == ""
+    assert told(box, said, 2).startswith(f"{path}: {expected}")
+
+
+def test_what_its_stages_say_of_the_file_is_said_once_by_the_run(box: Machine) -> None:
+    given, expected = NAMES["a setting that the optimizer does not take"]
     path = lesson(box.folder, **given)
     assert refused(box, path).startswith(f"{path}: {expected}")
 

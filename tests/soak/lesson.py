@@ -69,7 +69,8 @@ class Lesson:
         self._box = box
         where = ("--resume", str(resume)) if resume else ("--out", str(self.folder))
         self._past = len(self.events())
-        self.running: Running = box.sparse("run", path, "--json", *where, *options)
+        # tests/pipeline/test_training_guide.py has one with its picture, which takes longer than many a lesson.
+        self.running: Running = box.sparse("run", path, "--json", "--no-pictures", *where, *options)
 
     def events(self) -> list[dict[str, Any]]:
         """What has happened so far, in all runs of this folder."""
