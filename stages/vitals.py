@@ -14,6 +14,7 @@ from brokers.errors import SparseError
 from brokers.line import Line
 from brokers.pipeline import Pipeline
 from brokers.presence import Birth, Load
+from brokers.pulse import Pulse
 from brokers.tables import StageTable
 from brokers.topics import StageTopics
 from brokers.training import Standing
@@ -44,6 +45,7 @@ class Vitals:
         self.turned_away = 0
         self.expired = 0
         self._line, self._topics = line, topics
+        self._pulse = Pulse()
         self._birth = Birth(
             worker=worker,
             stage=stage.name,
@@ -161,6 +163,7 @@ class Vitals:
         change = {"load": load, "state": self.state, "up_s": self._up_s, "training": self.training}
         self._birth = self._birth.model_copy(update=change)
         await self._publish(self._birth.to_bytes())
+        self._pulse.beat()
 
     async def farewell(self) -> None:
         """Say that the worker has stopped, and take its record away; the record of a twin stays."""
