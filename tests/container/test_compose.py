@@ -1,0 +1,118 @@
+"""docker-compose.yml, brought up: a picture from outside is answered, stages scale, and a container's death costs nothing.
+
+All tests use one project that is up; each leaves it with one worker a stage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.container.conftest import SERVICES
+from tests.support.door import Door
+from tests.support.engine import Compose, await_health, docker, inspect
+
+PICTURES = 40
+
+
+def workers_of(stage: str, answers: list[dict[str, Any]]) -> Counter[str]:
+    """How many of these requests each worker of a stage did, by the name of its host: its container's id."""
+    hops = [hop for answer in answers for hop in answer["time"]["stages"] if hop["stage"] == stage]
+    return Counter(hop["worker"].rpartition("-")[0] for hop in hops)
+
+
+def hosts_of(compose: Compose, service: str) -> set[str]:
+    return {inspect(each)["Config"]["Hostname"] for each in compose.containers(service)}
+
+
+def test_a_photograph_published_from_outside_gives_its_detections(door: Door, photograph: Path) -> None:
+    door.show(photograph)
+    answer = door.answer()
+    assert answer["picture"] == {"width": 768, "height": 576}
+    found = {each["label"]: each for each in answer["objects"]}
+    assert {"car", "bicycle", "dog"} <= found.keys()
+    left, top, width, height = found["dog"]["box"]
+    assert (left, top, left + width, top + height) == pytest.approx((129, 208, 312, 544), abs=40)
+
+
+def test_no_container_may_write_its_files_or_become_more_than_it_is(compose: Compose) -> None:
+    for service in SERVICES:
+        for each in compose.containers(service):
+            seen = inspect(each)
+            limits = seen["HostConfig"]
+            assert limits["ReadonlyRootfs"], service
+            assert limits["CapDrop"] == ["ALL"], service
+            assert limits["SecurityOpt"] == ["no-new-privileges:true"], service
+            assert limits["Memory"] > 0, service
+            assert seen["Config"]["User"] not in ("", "0", "root"), service
+
+
+def test_a_stage_that_is_scaled_to_three_is_worked_by_three_and_scaled_back_by_one(
+    compose: Compose, door: Door, photograph: Path
+) -> None:
+    compose.up(*SERVICES, scale={"body": 3})
+    assert len(hosts_of(compose, "body")) == 3
+    for _ in range(PICTURES):
+        door.show(photograph)
+    assert set(workers_of("body", door.answers(PICTURES))) == hosts_of(compose, "body")
+
+    compose.up(*SERVICES, scale={"body": 1})
+    (left,) = hosts_of(compose, "body")
+    for _ in range(5):
+        door.show(photograph)
+    assert workers_of("body", door.answers(5)) == {left: 5}
+    assert door.silent()
+
+
+def test_a_container_that_is_killed_under_load_costs_no_picture_and_doubles_none(
+    compose: Compose, door: Door, photograph: Path
+) -> None:
+    compose.up(*SERVICES, scale={"body": 2})
+    victim = compose.containers("body")[0]
+    for _ in range(PICTURES):
+        door.show(photograph)
+    answers = door.answers(5)
+    docker("kill", victim)
+    answers += door.answers(PICTURES - 5)
+    first = min(answer["index"] for answer in answers)
+    assert sorted(answer["index"] for answer in answers) == list(range(first, first + PICTURES))
+    assert len({answer["request"] for answer in answers}) == PICTURES
+    assert all("error" not in answer for answer in answers)
+    assert inspect(victim)["State"]["ExitCode"] == 137
+    assert max(answer["attempts"] for answer in answers) > 1, "it held nothing when it died"
+    assert door.silent()
+    compose.up(*SERVICES, scale={"body": 1})
+
+
+def test_a_container_that_is_stopped_finishes_what_it_holds(compose: Compose, door: Door, photograph: Path) -> None:
+    compose.up(*SERVICES, scale={"body": 2})
+    leaver = compose.containers("body")[0]
+    for _ in range(PICTURES):
+        door.show(photograph)
+    answers = door.answers(5)
+    begun_s = time.monotonic()
+    docker("stop", leaver)
+    stopped_s = time.monotonic() - begun_s
+    answers += door.answers(PICTURES - 5)
+    assert inspect(leaver)["State"]["ExitCode"] == 0
+    assert stopped_s < 25, "the engine waits for 30 s, then it kills"
+    assert {answer["attempts"] for answer in answers} == {1}
+    compose.up(*SERVICES, scale={"body": 1})
+
+
+def test_a_worker_is_unhealthy_while_its_broker_is_away(compose: Compose) -> None:
+    body = compose.containers("body")[0]
+    (broker,) = compose.containers("broker")
+    docker("stop", "--time", "5", broker)
+    try:
+        end_s = time.monotonic() + 90
+        while inspect(body)["State"]["Health"]["Status"] != "unhealthy":
+            assert time.monotonic() < end_s
+            time.sleep(1)
+    finally:
+        docker("start", broker)
+    await_health([broker, body])
