@@ -1,7 +1,8 @@
 """The command `sparse`: finds a subcommand by name, runs it, and makes one line of whatever goes wrong.
 
 A subcommand is a plain function, named in the entry-point group `sparse.commands` of any installed distribution
-(`run = "monitor.run:command"`). Nothing here imports one until it is asked for. The convention:
+(`run = "monitor.run:command"`; `"broker.config"` is asked for as `sparse broker config`). Nothing here imports one
+until it is asked for. The convention:
 
 * `def command(file: Annotated[Path, typer.Argument(help="...")], json: Annotated[bool, ...] = False) -> int | None`,
   annotated for typer; never `async` (it calls `asyncio.run` itself).
@@ -134,42 +135,46 @@ def _loudness(word: str) -> int:
 
 
 def _run(invocation: Invocation) -> int:
-    commands = {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    commands = {entry.name.replace(".", " "): entry for entry in found}
     if not invocation.command:
         return _answer(invocation.arguments, commands)
-    if invocation.command not in commands:
-        raise UnknownCommand(invocation.command, tuple(commands))
+    name, arguments = invocation.command, invocation.arguments
+    if arguments and f"{name} {arguments[0]}" in commands:
+        name, arguments = f"{name} {arguments[0]}", arguments[1:]
+    if name not in commands:
+        raise UnknownCommand(name, tuple(commands))
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(invocation.verbosity, 2)]
     said = logging.StreamHandler(sys.stderr)
     said.addFilter(Sparing())
     logging.basicConfig(handlers=[said], level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return _invoke(commands[invocation.command], invocation.arguments)
+    return _invoke(name, commands[name], arguments)
 
 
-def _invoke(entry: EntryPoint, arguments: Sequence[str]) -> int:
+def _invoke(name: str, entry: EntryPoint, arguments: Sequence[str]) -> int:
     import typer  # 0.1 s with what it imports: `sparse --help` does without
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     spellings = {"help_option_names": ["-h", "--help"]}
-    app.command(context_settings=spellings, epilog="-v, -vv: say more on standard error.")(_load(entry))
+    app.command(context_settings=spellings, epilog="-v, -vv: say more on standard error.")(_load(name, entry))
     command = typer.main.get_command(app)
     try:
         # Not `app()`: even when told not to, that ends the process at a broken pipe, a socket's included.
-        with command.make_context(f"sparse {entry.name}", list(arguments)) as context:
+        with command.make_context(f"sparse {name}", list(arguments)) as context:
             status = command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
     except typer.TyperException as error:
-        raise BadArguments(entry.name, error.format_message()) from error
+        raise BadArguments(name, error.format_message()) from error
     return status if isinstance(status, int) else DONE
 
 
-def _load(entry: EntryPoint) -> Callable[..., object]:
+def _load(name: str, entry: EntryPoint) -> Callable[..., object]:
     try:
         function: Callable[..., object] = entry.load()
     except ModuleNotFoundError as error:
         if error.name and f"{entry.module}.".startswith(f"{error.name}."):
-            raise CommandNotInstalled(entry.name, entry.module) from error
+            raise CommandNotInstalled(name, entry.module) from error
         raise  # the module is there, and what it imports is not: its own traceback says more
     return function
 
@@ -178,12 +183,13 @@ def _answer(words: tuple[str, ...], commands: dict[str, EntryPoint]) -> int:
     if "--version" in words:
         sys.stdout.write(f"sparse {version('sparse-mqtt')}\n")
         return DONE
+    width = max((len(name) for name in commands), default=0)
     lines = [
         USAGE,
         "",
         "Deep networks cut into parts that run where there is room for them, joined by MQTT.",
         "",
-        *(f"  {name:<8} {_summary(entry)}" for name, entry in commands.items()),
+        *(f"  {name:<{width}}  {_summary(entry)}" for name, entry in commands.items()),
         "",
         "  sparse COMMAND --help   what a command takes, with an example",
         "  -v, -vv                 say more on standard error",

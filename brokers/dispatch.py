@@ -15,6 +15,9 @@ LEASE_S = 60.0
 # Workers renew their records every second. One that has not for so long is frozen, cut off, or died unnoticed while the
 # broker was away; it counts as gone until it is heard again.
 SILENT_S = 10.0
+# After so long without a record of a worker that goes on, some were lost on their way, and what else went that way may
+# have been lost with them: a bridge between two sites was down.
+GAP_S = 3.0
 # What a worker last reported says less and less while it has nothing to do: its first task may have been slow because
 # it was the first. The time it is thought to take halves so often, until it is tried again.
 DOUBT_S = 5.0
@@ -94,6 +97,10 @@ class Dispatcher:
     def is_at_work(self, worker: str) -> bool:
         """Whether this worker is known and has not said that it has stopped."""
         return worker in self._workers and self._workers[worker].birth.state != "stopped"
+
+    def missed(self, worker: str, now_s: float) -> bool:
+        """Whether records of this worker are missing between the last one and one that comes now."""
+        return worker in self._workers and now_s - self._workers[worker].heard_s > GAP_S
 
     def silent(self, now_s: float) -> list[str]:
         """The workers that have not been heard of for too long."""

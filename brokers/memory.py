@@ -147,6 +147,10 @@ class MemoryTransport:
     def limits(self) -> Limits:
         return self._hub.limits
 
+    @property
+    def connected(self) -> bool:
+        return self._connected and self._hub.up and not self._closed
+
     async def connect(self, *, will: Will | None = None, timeout_s: float = 10.0) -> None:
         if not self._hub.up:
             raise BrokerUnreachable(self.address, "the hub is down")

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import secrets
-import socket
-import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from brokers.address import parse_address
 from brokers.connection import Connection, Greeting
-from brokers.dial import Tls, dial
+from brokers.dial import Tls, dial, reason_of
 from brokers.errors import BrokerUnreachable, Disconnected, SparseError
 from brokers.publication import PublishHead
 from brokers.pump import ConnectionLost
@@ -80,6 +77,10 @@ class MqttTransport:
     @property
     def limits(self) -> Limits:
         return self._limits
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None and not self._connection.lost.done()
 
     def __repr__(self) -> str:
         return f"MqttTransport({self.address!r}, client_id={self._greeting.client_id!r})"
@@ -171,7 +172,7 @@ class MqttTransport:
             if isinstance(error, TimeoutError):
                 raise BrokerUnreachable(self.address, f"no answer within {timeout_s:g} s") from error
             if isinstance(error, OSError | ConnectionLost):
-                raise BrokerUnreachable(self.address, _plain(error)) from error
+                raise BrokerUnreachable(self.address, reason_of(error)) from error
             raise
 
     async def _call_back(self, connection: Connection) -> None:
@@ -288,12 +289,3 @@ class MqttTransport:
                 if settle:
                     settle()
         return receipt is None
-
-
-def _plain(error: Exception) -> str:
-    """Return why dialling failed, in few words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}"
-    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror | ssl.SSLError):
-        return os.strerror(error.errno).lower()  # asyncio puts the address in front, which the line has already
-    return str(getattr(error, "strerror", None) or error).lower()

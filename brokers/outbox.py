@@ -42,15 +42,23 @@ class Lost:
 class Outbox:
     """Sends tasks to the workers of one stage. `on_lost` is called for each request that may be in nobody's hands.
 
-    That is so when its worker dies or falls silent, and when our own connection breaks and comes back.
+    That is so when its worker dies or falls silent, and when our own connection breaks and comes back. `on_gap` is
+    called when records of a worker were lost on their way: anything else that crossed there may have been, too.
     """
 
     def __init__(
-        self, line: Line, topics: StageTopics, on_lost: Callable[[Lost], None], *, lease_s: float = LEASE_S
+        self,
+        line: Line,
+        topics: StageTopics,
+        on_lost: Callable[[Lost], None],
+        *,
+        lease_s: float = LEASE_S,
+        on_gap: Callable[[], None] = lambda: None,
     ) -> None:
         self.topics = topics
         self._line = line
         self._on_lost = on_lost
+        self._on_gap = on_gap
         self._dispatcher = Dispatcher(lease_s)
         self._turns = Turns()
         self._alone = Turns()  # those who wait for a worker to be empty: room for one more is nothing to them
@@ -159,7 +167,10 @@ class Outbox:
         if birth.worker != worker:
             log.warning("presence of worker %s: its record says %s", worker, birth.worker)
             return
-        self._tell_lost(worker, self._dispatcher.seen(birth, time.monotonic()))
+        now_s = time.monotonic()
+        if self._dispatcher.missed(worker, now_s):
+            self._on_gap()
+        self._tell_lost(worker, self._dispatcher.seen(birth, now_s))
         self._complained = False
         self._call_all()  # it may have room for them all
 

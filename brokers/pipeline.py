@@ -13,7 +13,8 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from brokers.errors import BadFile, UsageError
-from brokers.tables import LOCAL, PipelineTable, SiteTable, SourceTable, StageTable, Table, TrainingTable
+from brokers.sites import Sites
+from brokers.tables import LOCAL, LinkTable, PipelineTable, SiteTable, SourceTable, StageTable, Table, TrainingTable
 from brokers.topics import StageTopics
 
 BROKER_VARIABLE = "SPARSE_BROKER"
@@ -35,16 +36,26 @@ class Pipeline(Table):
             if twins := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{what}: two {what}s are named {min(twins)!r}")
         self._check_cuts()
-        known = {LOCAL, *(site.name for site in self.site)}
-        users = [("source", self.source.site), *((f"stage {item.name!r}", item.site) for item in self.stage)]
-        for where, site in users:
-            if site not in known:
-                raise ValueError(f"{where}: site {site!r} is not one of {', '.join(sorted(known))}")
+        self._check_sites()
         if self.trains:
             self._check_training()
         elif "training" in self.model_fields_set:
             raise ValueError("training: is for a pipeline whose kind is 'training', this one's is 'inference'")
         return self
+
+    def _check_sites(self) -> None:
+        known = {LOCAL, *(site.name for site in self.site)}
+        users = [("source", self.source.site), *((f"stage {item.name!r}", item.site) for item in self.stage)]
+        for where, site in users:
+            if site not in known:
+                raise ValueError(f"{where}: site {site!r} is not one of {', '.join(sorted(known))}")
+        tree, home = self.sites, self.source.site
+        for name in self.used_sites:
+            if not tree.way(home, name):
+                raise ValueError(
+                    f"site {name!r}: no link reaches it from {home!r}, where the source is: "
+                    f"expected links = [{{ to = {name!r} }}] at a [[site]] on the way"
+                )
 
     def _check_training(self) -> None:
         for stage in self.stage:
@@ -82,6 +93,17 @@ class Pipeline(Table):
     @property
     def trains(self) -> bool:
         return self.pipeline.kind == "training"
+
+    @property
+    def sites(self) -> Sites:
+        """The bridges between its sites."""
+        return Sites.of(self.site if self.site else (SiteTable(name=LOCAL),))
+
+    @property
+    def used_sites(self) -> tuple[str, ...]:
+        """Where its source is, its stages, and its cameras; each once."""
+        places = [self.source.site, *(stage.site for stage in self.stage)]
+        return tuple(dict.fromkeys([*places, *(site.name for site in self.site if site.cameras)]))
 
     @property
     def folder(self) -> Path:
@@ -168,6 +190,7 @@ _TABLES: dict[str, type[BaseModel]] = {
     "pipeline": PipelineTable,
     "stage": StageTable,
     "site": SiteTable,
+    "links": LinkTable,
     "source": SourceTable,
     "training": TrainingTable,
 }
@@ -197,7 +220,8 @@ def _explain(path: str, error: ValidationError) -> BadFile:
     where = ".".join(str(level) for level in levels)
     if kind == "extra_forbidden":
         key = str(levels[-1])
-        known = _keys(_TABLES[str(levels[0])] if len(levels) > 1 else Pipeline)
+        tables = [_TABLES[str(level)] for level in levels[:-1] if str(level) in _TABLES]
+        known = _keys(tables[-1] if tables else Pipeline)
         return BadFile(path, f"unknown key{nearest(key, known)}: expected one of {', '.join(known)}", where)
     if kind == "missing":
         return BadFile(path, "is missing", where)

@@ -17,6 +17,9 @@ from brokers.wire import VERSION
 
 # A record has some hundred bytes. Whoever watches presence keeps the newest of each topic, of anybody who may publish.
 RECORD_LIMIT_BYTES = 65536
+# Records are renewed each second. One that its worker's will could not clear at every site, since a bridge was down
+# when it died, ends by itself: the Message Expiry Interval of the publication.
+RECORD_EXPIRY_S = 60
 # Counts by reason in one record: ours know about ten, and whoever makes up more shall not fill a screen with them.
 REASON_LIMIT = 32
 OTHER = "other"
@@ -85,12 +88,17 @@ class Load(BaseModel):
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    queue: int = Field(default=0, ge=0, description="tasks that wait")
-    done: int = Field(default=0, ge=0, description="tasks finished since the worker began")
-    failed: int = Field(default=0, ge=0, description="tasks answered with a failure since the worker began")
-    refused: int = Field(default=0, ge=0, description="messages that broke the protocol, since the worker began")
-    turned_away: int = Field(default=0, ge=0, description="tasks given back, because it was full or leaving")
-    expired: int = Field(default=0, ge=0, description="tasks that were past their deadline, and were dropped")
+    queue: _Count = Field(default=0, description="tasks that wait")
+    queue_ms: float = Field(
+        default=0.0,
+        ge=0,
+        description="mean wait of the tasks begun in the last interval, or how long the oldest waits, if that is more",
+    )
+    done: _Count = Field(default=0, description="tasks finished since the worker began")
+    failed: _Count = Field(default=0, description="tasks answered with a failure since the worker began")
+    refused: _Count = Field(default=0, description="messages that broke the protocol, since the worker began")
+    turned_away: _Count = Field(default=0, description="tasks given back, because it was full or leaving")
+    expired: _Count = Field(default=0, description="tasks that were past their deadline, and were dropped")
     busy: float = Field(default=0.0, ge=0, le=1, description="share of the last interval spent computing, 0 to 1")
     rate: float = Field(default=0.0, ge=0, description="tasks a second in the last interval")
     task_ms: float = Field(default=0.0, ge=0, description="mean time that a task keeps the worker busy, lately")

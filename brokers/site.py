@@ -17,10 +17,15 @@ from types import TracebackType
 from typing import Literal, Self
 
 from brokers import embedded, mosquitto
+from brokers.bridges import Bridge
 from brokers.errors import PortTaken, UsageError
 
 Kind = Literal["mosquitto", "embedded"]
 
+MAX_PACKET_BYTES: dict[Kind, int] = {
+    "mosquitto": mosquitto.MAX_PACKET_BYTES,
+    "embedded": embedded.MAX_PACKET_BYTES,
+}
 _POLL_S = 0.01
 _KILLED_S = 1.0  # ample for the kernel to end a process
 # The broker runs under a shell that waits for two ends: the broker's own, and that of its standard input, whose other
@@ -128,21 +133,28 @@ def start_broker(
     port: int = 0,
     plain_port: int | None = None,
     max_packet_bytes: int | None = None,
+    bridges: tuple[Bridge, ...] = (),
+    bridged: bool = False,
     log_path: Path | None = None,
     timeout_s: float = 10.0,
 ) -> LocalBroker:
     """Start a broker and return when it accepts connections: Mosquitto where it is installed, else the embedded one.
 
-    Port 0 is any free port. `plain_port` opens a second listener for MQTT 3.1.1 on the embedded broker (0: any free
-    port). Raises `PortTaken`, `CannotListen` or `BrokerFailed`.
+    Port 0 is any free port. `plain_port` opens a second listener for MQTT 3.1.1 on the embedded broker. `bridges`: kept
+    by it, `bridged`: by others to it; Mosquitto only. Raises `PortTaken`, `CannotListen` or `BrokerFailed`.
     """
     kind = kind or ("mosquitto" if mosquitto.find() else "embedded")
     port = _free_port(host, port)
     if plain_port is not None:
         plain_port = _free_port(host, plain_port) if kind == "embedded" else port
+    limit = max_packet_bytes or MAX_PACKET_BYTES[kind]
+    if kind == "mosquitto":
+        conf = mosquitto.render(mosquitto.MosquittoConfig(port, host, limit, bridges=bridges, bridged=bridged))
+    else:
+        conf = embedded.render(embedded.EmbeddedConfig(port, host, plain_port, limit))
     folder = Path(tempfile.mkdtemp(prefix="sparse-broker-"))
     try:
-        command = _configure(kind, folder, host, port, plain_port, max_packet_bytes)
+        command = _configure(kind, folder, conf)
         arguments = [str(folder), str(log_path or folder / "broker.log"), *command]
         broker = _start(LocalBroker(kind, host, port, 0, plain_port, None, folder), arguments)
     except BaseException:
@@ -156,22 +168,16 @@ def start_broker(
     return broker
 
 
-def _configure(
-    kind: Kind, folder: Path, host: str, port: int, plain_port: int | None, max_packet_bytes: int | None
-) -> list[str]:
+def _configure(kind: Kind, folder: Path, conf: str) -> list[str]:
     """Write the configuration into `folder`; return the command that runs the broker with it."""
-    path = folder / "broker.conf"
-    if kind == "mosquitto":
-        program = mosquitto.find()
-        if program is None:
-            raise BrokerFailed(kind, "the program mosquitto is not installed")
-        limit = max_packet_bytes or mosquitto.MAX_PACKET_BYTES
-        path.write_text(mosquitto.render(mosquitto.MosquittoConfig(port, host, limit)), encoding="utf-8")
-        return [program, "-c", str(path)]
-    path = path.with_suffix(".toml")
-    limit = max_packet_bytes or embedded.MAX_PACKET_BYTES
-    path.write_text(embedded.render(embedded.EmbeddedConfig(port, host, plain_port, limit)), encoding="utf-8")
-    return embedded.command(str(path))
+    path = folder / ("broker.conf" if kind == "mosquitto" else "broker.toml")
+    path.write_text(conf, encoding="utf-8")
+    if kind == "embedded":
+        return embedded.command(str(path))
+    program = mosquitto.find()
+    if program is None:
+        raise BrokerFailed(kind, "the program mosquitto is not installed")
+    return [program, "-c", str(path)]
 
 
 def _start(broker: LocalBroker, arguments: list[str]) -> LocalBroker:
@@ -208,6 +214,15 @@ def _accepts(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
+
+
+def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a broker could listen there now."""
+    try:
+        _free_port(host, port)
+    except (PortTaken, CannotListen):
+        return False
+    return True
 
 
 def _free_port(host: str, port: int) -> int:

@@ -70,11 +70,36 @@ class StageTable(Table):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
+class LinkTable(Table):
+    """One of a site's `links`: the bridge that its broker keeps to that of another site."""
+
+    to: Annotated[str, _name_of("site")]
+    delay_ms: float = Field(default=0.0, ge=0, le=10_000, description="one way; imposed by `sparse run`")
+    rate_mbit: float | None = Field(default=None, gt=0, le=1_000_000, description="Mbit/s each way; as above")
+    user: str | None = Field(default=None, min_length=1, description="by which the bridge greets the other broker")
+    password_file: str | None = Field(default=None, description="what that broker knows the user by")
+
+    @model_validator(mode="after")
+    def _greets(self) -> LinkTable:
+        if self.password_file is not None and self.user is None:
+            raise ValueError("password_file: is of a user, and no user is named")
+        return self
+
+    @property
+    def emulated(self) -> bool:
+        """Whether it is slower than the machine that `sparse run` runs on."""
+        return bool(self.delay_ms or self.rate_mbit)
+
+
 class SiteTable(Table):
     """`[[site]]`: a place with its own broker; without an address one is started on this machine."""
 
     name: Annotated[str, _name_of("site")]
     broker: Annotated[str, AfterValidator(_readable_address)] | None = None
+    links: tuple[LinkTable, ...] = Field(default=(), strict=False, description="bridges that its broker keeps")
+    cameras: tuple[Annotated[str, _name_of("source")], ...] = Field(
+        default=(), strict=False, description="MQTT clients that publish to its ingress, where doors are locked"
+    )
 
 
 class SourceTable(Table):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from brokers.errors import BadName
 
@@ -88,6 +89,18 @@ def source_presence(site: str, pipeline: str, source: str) -> str:
 def every_presence(site: str = "+", pipeline: str = "+") -> str:
     """The records of all workers and sources."""
     return f"{ROOT}/{site}/{pipeline}/+/up/+"
+
+
+def for_readers(site: str) -> tuple[tuple[str, Literal[0, 1]], ...]:
+    """All that others may have for those who read at a site, as filters, and at which QoS."""
+    anybody = StageTopics(site, "+", "+")
+    return (
+        (anybody.inbox("+"), 0),
+        (source_inbox(site, "+"), 0),
+        (anybody.front_door, 1),
+        (ingress(site), 1),
+        (results(site), 1),
+    )
 
 
 def tells_of_source(topic: str) -> bool:

@@ -78,6 +78,11 @@ class Transport(Protocol):
         """Known once `connect` has returned; may change when the transport reconnects."""
         ...
 
+    @property
+    def connected(self) -> bool:
+        """Whether a connection stands, as far as is known: one that falls silent is given up after a while."""
+        ...
+
     async def connect(self, *, will: Will | None = None, timeout_s: float = 10.0) -> None:
         """Connect; raise `BrokerUnreachable` when no MQTT 5 broker answers in time."""
         ...

@@ -57,3 +57,25 @@ class CannotResume(UsageError):
 
     def __str__(self) -> str:
         return f"cannot resume {self.folder}: {self.problem}"
+
+
+@dataclass(eq=False)
+class CannotServe(UsageError):
+    """An address that is none of this machine's, or a port that not everybody may use."""
+
+    host: str
+    port: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot listen at {self.host}, port {self.port}: {self.reason[:1].lower()}{self.reason[1:]}"
+
+
+@dataclass(eq=False)
+class NothingToWatch(SparseError):
+    """The broker that a daemon shall watch does not answer: no mistake of a person, it may come up later."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason

@@ -47,7 +47,7 @@ class Roll:
             self._alive.discard(topic)
             return
         try:
-            record: Any = kind.from_bytes(payload)
+            record: Any = self._checked(topic, kind.from_bytes(payload), now_s)
         except WireError:
             self.garbage += 1
             return
@@ -58,6 +58,10 @@ class Roll:
         self._heard_s[topic] = now_s
         if not retained:
             self._alive.add(topic)
+
+    def _checked(self, topic: str, record: Birth | SourceBirth, now_s: float) -> Birth | SourceBirth:
+        """What is kept of a record; raises a `WireError` for one that shall not be."""
+        return record
 
     def is_lost(self, topic: str, now_s: float) -> bool:
         """Whether a worker or source has missed ten reports in a row: it is frozen, or its line is."""

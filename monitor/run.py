@@ -21,7 +21,7 @@ from brokers.topics import every_presence, ingress, results
 from brokers.transport import Delivery
 from monitor.children import Child, end_all, kill_all
 from monitor.errors import CannotResume, ProcessEnded, ProcessRefused
-from monitor.run_broker import RunBroker, find_broker
+from monitor.run_sites import RunSites, find_sites
 from monitor.summary import print_summary
 from monitor.watch import watch
 
@@ -53,18 +53,21 @@ def command(
 ) -> int:
     """Run a whole pipeline on this machine: broker, stages and source, with a live view.
 
-    The broker is the one that the file or SPARSE_BROKER names, else Mosquitto if it is there, else the embedded one.
+    The broker is the one that the file or SPARSE_BROKER names, else Mosquitto if it is there, else the embedded one; a
+    Mosquitto for each site, where there are several, with bridges between them and the links' delays.
 
     Example: sparse run examples/street.toml
     """
     pipeline = load_pipeline(file)
     folder = _former(pipeline, resume) if resume else out or new_run_folder(Path("runs"), pipeline.name)
-    with find_broker(pipeline, broker, port) as site:
-        run = Run(pipeline, site, folder, pictures, resume is not None)
+    with find_sites(pipeline, broker, port) as sites:
+        run = Run(pipeline, sites, folder, pictures, resume is not None)
         status, summary = asyncio.run(run.go())
     if summary is None:
         return status
-    summary["broker"] = site.label
+    summary["broker"] = sites.main.label
+    if sites.links:
+        summary["links"] = [link.told() for link in sites.links]
     if json:
         print(jsonlib.dumps(summary))  # noqa: T201 - the answer of the command
     else:
@@ -84,10 +87,9 @@ def _former(pipeline: Pipeline, folder: Path) -> Path:
 class Run:
     """The stages and the source of one pipeline as processes, and what is seen of them."""
 
-    def __init__(self, pipeline: Pipeline, broker: RunBroker, folder: Path, pictures: bool, resume: bool) -> None:
-        self._pipeline, self._broker, self._folder = pipeline, broker, folder
-        named = broker.shown if broker.own is None else f"{broker.label} {broker.shown}"
-        self._board, self._view = watch(pipeline, named)
+    def __init__(self, pipeline: Pipeline, sites: RunSites, folder: Path, pictures: bool, resume: bool) -> None:
+        self._pipeline, self._sites, self._folder = pipeline, sites, folder
+        self._board, self._view = watch(pipeline, sites.named)
         logs = folder / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,6 @@ class Run:
             raise BadFile(str(folder), f"the results cannot be written: {error.strerror}") from None
         file = pipeline.path
         workers = sum(stage.workers for stage in pipeline.stage)
-        handed = {BROKER_VARIABLE: broker.address}
         threads = max(1, (os.cpu_count() or 1) // workers)
         own = pipeline.trains and pipeline.training.checkpoints is None
         kept = ("--checkpoints", str(folder / CHECKPOINTS)) if own else ()
@@ -113,13 +114,14 @@ class Run:
                     *kept,
                 ),
                 logs / f"{stage.name}-{number}.log",
-                environment=handed,
+                environment={BROKER_VARIABLE: sites.address(stage.site)},
             )
             for stage in pipeline.stage
             for number in range(1, stage.workers + 1)
         ]
         options = (*(() if pictures else ("--no-pictures",)), *(("--resume",) if resume else ()))
         arguments = ("source", file, "--out", str(folder), "--json", *options)
+        handed = {BROKER_VARIABLE: sites.address(pipeline.source.site)}
         self._source = Child("source", arguments, logs / "source.log", answers=True, environment=handed)
         self._leaving = asyncio.Event()
         self._left_with = STOPPED  # the exit status once told to leave
@@ -130,7 +132,7 @@ class Run:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._leave, number)
-        transport = MqttTransport(self._broker.address)
+        transport = MqttTransport(self._sites.main.address)
         try:
             for child in self._stages:
                 child.start()
@@ -186,7 +188,7 @@ class Run:
         self._view.status = "running"
         if self._pipeline.source.kind == "ingress":
             topic = ingress(self._pipeline.source.site, "NAME")
-            self._view.say(f"publish pictures or readings to {topic} at {self._broker.shown}; Ctrl-C ends it")
+            self._view.say(f"publish pictures or readings to {topic} at {self._sites.main.shown}; Ctrl-C ends it")
         self._source.start()
         answer = asyncio.create_task(asyncio.to_thread(self._source.output.read), name="source-output")
         while not answer.done() or self._source.status is None:
@@ -228,10 +230,11 @@ class Run:
 
     async def _keep_broker(self) -> None:
         """Start a broker of ours that died again; the others find it by themselves, it is where it was."""
-        if self._broker.ended:
-            await asyncio.to_thread(self._broker.restart)
-            self._view.say(f"the {self._broker.label} broker ended by itself, and was started again")
-            self._view.broker_restarts = self._broker.restarts
+        for site, broker in self._sites.ended:
+            await asyncio.to_thread(broker.restart)
+            where = f" of site {site}" if len(self._sites.brokers) > 1 else ""
+            self._view.say(f"the {broker.label} broker{where} ended by itself, and was started again")
+            self._view.broker_restarts = self._sites.restarts
 
 
 def _summary_in(said: bytes) -> dict[str, Any] | None:

@@ -55,7 +55,7 @@ def workers_table(
     if not rows:
         return Text("no worker is up")
     words = ("worker", "node", "device", "model", "state")
-    numbers = ("age", "queue", "tasks/s", "ms/task", "done")
+    numbers = ("age", "queue", "waits ms", "tasks/s", "ms/task", "done")
     table = _table(("site", "pipeline", "stage"), words, numbers, headings=headings, gap=gap)
     troubles = [(birth.worker, _troubles_of_worker(birth)) for birth, _ in workers]
     if not headings:
@@ -129,6 +129,7 @@ def _worker(birth: Birth, lost: bool) -> list[Text | str]:
         _said("lost" if lost else birth.state),
         age(birth.up_s),
         str(load.queue),
+        f"{load.queue_ms:.0f}",
         f"{load.rate:.1f}",
         f"{load.task_ms:.1f}",
         str(load.done),

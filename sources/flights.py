@@ -86,7 +86,7 @@ class Flights:
             flight.heard.put_nowait(reason)
 
     def worker_died(self) -> None:
-        """A worker of a later stage died: whatever is then not answered in a while is sent again."""
+        """A worker of a later stage died, or a bridge was down: what is then not answered in a while is sent again."""
         slowest_s = max(self._latencies_s, default=None)
         patience_s = self._lease_s / 4 if slowest_s is None else max(SUSPICION_S, SUSPICION_TIMES * slowest_s)
         loop = asyncio.get_running_loop()

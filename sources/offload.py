@@ -99,7 +99,9 @@ class Offloader:
         first = self.pipeline.topics(self.pipeline.stage[0])
         self._flights = Flights(self._lease_s)
         self.counters = self._flights.counters
-        self._outbox = Outbox(self.line, first, self._flights.lost, lease_s=self._lease_s)
+        self._outbox = Outbox(
+            self.line, first, self._flights.lost, lease_s=self._lease_s, on_gap=self._flights.worker_died
+        )
         fixed = window or self.pipeline.source.window
         self.window = Window(lambda: fixed or self._open_window(live))
         self._places = Places(

@@ -16,10 +16,10 @@ from typing import Literal
 
 from brokers.line import Line
 from brokers.pipeline import Pipeline
-from brokers.presence import Latency, SourceBirth, SourceLoad
+from brokers.presence import RECORD_EXPIRY_S, Latency, SourceBirth, SourceLoad
 from brokers.pulse import Pulse
 from brokers.topics import source_presence
-from brokers.transport import Will
+from brokers.transport import Properties, Will
 
 log = logging.getLogger(__name__)
 
@@ -140,4 +140,5 @@ class Standing:
         return self._birth.model_copy(update=change).to_bytes()
 
     async def _publish(self, record: bytes) -> None:
-        await self._line.transport.publish(self._topic, record, qos=1, retain=True)
+        expiring = Properties(expiry_s=RECORD_EXPIRY_S)
+        await self._line.transport.publish(self._topic, record, expiring, qos=1, retain=True)

@@ -72,6 +72,11 @@ class Backlog:
         return found
 
     @property
+    def oldest_s(self) -> float | None:
+        """When the task came that has waited longest, by the clock of its arrival; None where none waits."""
+        return min((job.arrived_s for line in self._lines.values() for job in line.values()), default=None)
+
+    @property
     def first(self) -> Job | None:
         """The task whose turn is next."""
         return next((job for line in self._lines.values() for job in line.values()), None)

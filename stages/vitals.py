@@ -7,18 +7,19 @@ import os
 import platform
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal
 
 from brokers.errors import SparseError
 from brokers.line import Line
 from brokers.pipeline import Pipeline
-from brokers.presence import Birth, Load
+from brokers.presence import RECORD_EXPIRY_S, Birth, Load
 from brokers.pulse import Pulse
 from brokers.tables import StageTable
 from brokers.topics import StageTopics
 from brokers.training import Standing
-from brokers.transport import Delivery
+from brokers.transport import Delivery, Properties
 from stages.errors import WorkerTwin
 from stages.peers import PROBATION_S, Peers
 
@@ -67,6 +68,7 @@ class Vitals:
         self._interval_begin_s = time.monotonic()
         self._interval_busy_s = 0.0
         self._interval_done = 0
+        self._interval_waits_s: list[float] = []  # of the tasks begun in it: a second's worth of them
         self._woke_s = 0.0
 
     async def check(self, fingerprint: str, formats: tuple[str, ...] = ()) -> None:
@@ -120,6 +122,10 @@ class Vitals:
         """Seconds since the worker joined; None before, and after another has taken its place."""
         return None if self._joined_s is None else round(time.monotonic() - self._joined_s, 3)
 
+    def begun(self, waits_s: Sequence[float]) -> None:
+        """Tasks leave the queue, after they have waited for so long."""
+        self._interval_waits_s += waits_s
+
     def worked(self, tasks: int, seconds: float) -> None:
         """So many tasks kept the compute thread busy for so long."""
         task_ms = 1000 * seconds / tasks
@@ -138,8 +144,11 @@ class Vitals:
             self._woke_s = now_s
         return now_s - seconds < self._woke_s
 
-    async def report(self, queue: int) -> None:
-        """Publish the record with the load of the interval that ends now; the first time, join."""
+    async def report(self, queue: int, oldest_s: float | None = None) -> None:
+        """Publish the record with the load of the interval that ends now; the first time, join.
+
+        `queue` tasks wait, of which the oldest came at `oldest_s`, by the monotonic clock.
+        """
         if self._twin:
             return  # it has lost its place
         now_s = time.monotonic()
@@ -148,6 +157,7 @@ class Vitals:
             self._woke_s = now_s
         load = Load(
             queue=queue,
+            queue_ms=round(1000 * self._waited_s(oldest_s, now_s), 3),
             done=self._done,
             failed=self.failed,
             refused=self.refused,
@@ -158,12 +168,22 @@ class Vitals:
             task_ms=round(self._task_ms, 3),
         )
         self._interval_begin_s, self._interval_busy_s, self._interval_done = now_s, 0.0, 0
+        self._interval_waits_s = []
         if self._joined_s is None:
             self._joined_s = now_s
         change = {"load": load, "state": self.state, "up_s": self._up_s, "training": self.training}
         self._birth = self._birth.model_copy(update=change)
         await self._publish(self._birth.to_bytes())
         self._pulse.beat()
+
+    def _waited_s(self, oldest_s: float | None, now_s: float) -> float:
+        """How long tasks wait here: what those begun in this interval did, or more if one does that has not begun.
+
+        A mean of what was begun says nothing while one long task keeps all others waiting.
+        """
+        waits_s = self._interval_waits_s
+        mean_s = sum(waits_s) / len(waits_s) if waits_s else 0.0
+        return mean_s if oldest_s is None else max(mean_s, now_s - oldest_s)
 
     async def farewell(self) -> None:
         """Say that the worker has stopped, and take its record away; the record of a twin stays."""
@@ -175,4 +195,5 @@ class Vitals:
 
     async def _publish(self, record: bytes) -> None:
         topic = self._topics.presence(self._birth.worker)
-        await self._line.transport.publish(topic, record, qos=1, retain=True)
+        expiring = Properties(expiry_s=RECORD_EXPIRY_S)
+        await self._line.transport.publish(topic, record, expiring, qos=1, retain=True)

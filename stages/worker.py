@@ -213,6 +213,7 @@ class Worker:
             self._unsent.release()
             return
         begin_s = time.monotonic()
+        self._vitals.begun([begin_s - job.arrived_s for job in jobs])
         loop = asyncio.get_running_loop()
         outcomes = await loop.run_in_executor(self._thread, self._compute.work, jobs)
         detours, self._detours = self._detours, {}
@@ -239,7 +240,7 @@ class Worker:
         self._vitals.refused = self.counters["refused"]
         self._vitals.failed = self._outlet.failed
         self._vitals.turned_away = self._outlet.turned_away
-        await self._vitals.report(len(self._queue))
+        await self._vitals.report(len(self._queue), self._queue.oldest_s)
 
     async def _keep_reporting(self) -> None:
         """Report until cancelled: a worker that the broker lets say nothing of itself still does its work."""

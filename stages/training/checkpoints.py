@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from brokers.training import Progress
-from stages.training.errors import CannotCheckpoint, ForeignCheckpoint
+from stages.training.errors import CannotCheckpoint, ForeignCheckpoint, Overtaken
 
 # Two: should a worker die while some have written the newest and others have not, all have the one before.
 KEPT = 2
@@ -34,15 +34,20 @@ _NAME = re.compile(r"version-(\d{12})\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A version of a part: its number, its tensors, and how many steps of which source are in it."""
+    """A version of a part: its number, its tensors, how many steps of which source are in it, and of which term."""
 
     number: int
     tensors: Mapping[str, torch.Tensor]
     progress: Mapping[str, Progress] = field(default_factory=dict)
+    term: int = 0  # in which it is written
 
 
 class Checkpoints:
-    """The checkpoints of one stage in one folder. `fingerprint` tells the part and its recipe from others."""
+    """The checkpoints of one stage in one folder. `fingerprint` tells the part and its recipe from others.
+
+    Workers of one stage may share the folder. One that was frozen, and whose place another has taken, may wake in the
+    middle of writing or removing: it gives up where it finds a checkpoint of a later term than its own.
+    """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._folder = folder
@@ -59,6 +64,11 @@ class Checkpoints:
             raise ForeignCheckpoint(str(self._folder), f"it cannot be read ({problem})") from problem
         return tuple(sorted(int(match[1]) for match in found if match))
 
+    @property
+    def term(self) -> int:
+        """The newest term in which one was written; 0: none was."""
+        return max((self._term_of(number) for number in self.versions), default=0)
+
     def check(self) -> None:
         """Raise `ForeignCheckpoint` if what is there is another part's. What a killed worker left half written goes."""
         for partial in (*self._folder.glob("version-*.part"), *self._folder.glob(".tmp*")):
@@ -66,27 +76,38 @@ class Checkpoints:
                 if time.time() - partial.stat().st_mtime > _ABANDONED_S:
                     partial.unlink()
         for number in self.versions:
-            self._metadata(self._path(number))
+            path = self._path(number)
+            try:
+                self._metadata(path)
+            except ForeignCheckpoint:
+                if path.exists():  # else the worker that trains has let go of it meanwhile
+                    raise
 
     def save(self, version: Version) -> None:
-        """Write one, and let go of those that are too old. Raises `CannotCheckpoint`; the old ones stay then."""
+        """Write one, and let go of those that are too old.
+
+        Raises `CannotCheckpoint` or `Overtaken`; what is there stays as it is then.
+        """
         path = self._path(version.number)
         partial = path.with_suffix(".part")
         metadata = {
             "fingerprint": self._fingerprint,
             "version": str(version.number),
+            "term": str(version.term),
             "progress": json.dumps({name: item.model_dump() for name, item in version.progress.items()}),
         }
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.contiguous() for name, tensor in version.tensors.items()}, partial, metadata)
             _flush(partial)
+            self._check_place(version.term)
             partial.replace(path)
             _flush(self._folder)
         except (OSError, SafetensorError) as problem:
-            with suppress(OSError):  # where there is no folder, for one
-                partial.unlink()
             raise CannotCheckpoint(str(path), str(problem)) from problem
+        finally:
+            with suppress(OSError):  # it is there only if something went wrong
+                partial.unlink()
         with suppress(OSError):  # one that cannot be taken away does no harm; the new one is there
             for old in self.versions[:-KEPT]:
                 self._path(old).unlink(missing_ok=True)
@@ -106,11 +127,27 @@ class Checkpoints:
             raise ForeignCheckpoint(str(path), f"it cannot be read ({problem})") from problem
         return Version(number, tensors, progress)
 
-    def drop_after(self, number: int) -> None:
-        """Let go of what is newer than this version: it has been given up, and its number will be used again."""
+    def drop_after(self, number: int, term: int) -> None:
+        """Let go of what is newer than this version: it was given up in this term, and its number will be used again.
+
+        Raises `Overtaken`.
+        """
         for newer in self.versions:
             if newer > number:
+                self._check_place(term)
                 self._path(newer).unlink(missing_ok=True)
+
+    def _check_place(self, term: int) -> None:
+        """Raise `Overtaken` if another worker has written here in a later term."""
+        if (later := self.term) > term:
+            raise Overtaken(str(self._folder), term, later)
+
+    def _term_of(self, number: int) -> int:
+        """The term in which one was written; 0 where that cannot be told."""
+        try:
+            return int(self._metadata(self._path(number)).get("term", "0"))
+        except (ForeignCheckpoint, ValueError):
+            return 0
 
     def _path(self, number: int) -> Path:
         return self._folder / f"version-{number:012d}.safetensors"

@@ -65,6 +65,18 @@ class StaleTerm(WireError):
 
 
 @dataclass(eq=False)
+class StandsBy(WireError):
+    """A message for who trains a stage in a term, to one that does not: another has taken its place."""
+
+    retry = True
+
+    term: int
+
+    def __str__(self) -> str:
+        return f"this worker stands by in term {self.term}: it trains nothing"
+
+
+@dataclass(eq=False)
 class BadGradient(WireError):
     """A gradient of another shape than what it is the gradient of."""
 
@@ -169,6 +181,18 @@ class CannotCheckpoint(SparseError):
 
     def __str__(self) -> str:
         return f"no checkpoint at {self.path}: {self.problem}; those before it are whole"
+
+
+@dataclass(eq=False)
+class Overtaken(SparseError):
+    """Another worker of the stage has written a checkpoint in a later term: this one has nothing to write or remove."""
+
+    path: str
+    term: int
+    later: int
+
+    def __str__(self) -> str:
+        return f"another worker has written to {self.path} in term {self.later}, this one is of term {self.term}"
 
 
 @dataclass(eq=False)

@@ -60,6 +60,11 @@ class Execution:
         self._checkpoints.check()
         return fingerprint
 
+    @property
+    def term(self) -> int:
+        """The newest term of its checkpoints: in none before it would they be changed."""
+        return self._checkpoints.term
+
     def stop(self) -> None:
         """End the thread."""
         self._thread.shutdown()
@@ -174,7 +179,7 @@ class Execution:
 
     async def _write(self, version: int) -> None:
         tensors = await self._in_thread(self._learner.tensors, version)
-        await self._in_thread(self._checkpoints.save, Version(version, tensors, self._progress))
+        await self._in_thread(self._checkpoints.save, Version(version, tensors, self._progress, self._since))
 
     async def leave_version(self) -> None:
         """Leave the version in memory behind: whoever takes over goes on from there."""
@@ -186,6 +191,7 @@ class Execution:
     def forget_version(self) -> None:
         """Another worker trains the part from here on: what is in memory is nobody's version, and not to be written."""
         self._learner.version = None
+        self.crew = {}
 
     async def restore(self, version: int, term: int, since: int) -> None:
         """Be at this version. Raises what reading or writing a checkpoint raises.
@@ -198,7 +204,7 @@ class Execution:
             await self._in_thread(self._learner.restore, version, found.tensors if found else None)
             self._progress = dict(found.progress) if found else {}
         self._since = term
-        self._checkpoints.drop_after(version)
+        self._checkpoints.drop_after(version, term)
         try:
             await self.keep_version()
         except NotFinite:

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # Workers renew their record each second: who has not been heard by then is not there.
 _LISTEN_S = 1.3
+# It looks around each second: when it did not for so long it was frozen, and soon others take its place.
+_FROZEN_S = SILENT_S / 2
 
 
 class Leading(Role):
@@ -44,12 +46,12 @@ class Leading(Role):
         stages = tuple(stage.name for stage in pipeline.stage)
         self._conductor = Conductor(trainer.worker, stages, pipeline.pipeline.lease_s)
         self._leading = False
-        self._begun_s = time.monotonic()
+        self._begun_s = self._looked_s = time.monotonic()
         self._sources_s: dict[str, float] = {}  # who feeds, and when it was heard last
 
     async def open(self) -> None:
         """Listen; the trainer must have started."""
-        self._begun_s = time.monotonic()
+        self._begun_s = self._looked_s = time.monotonic()
         transport = self._trainer.line.transport
         for stage in self._pipeline.stage:
             topics = self._pipeline.topics(stage)
@@ -101,6 +103,10 @@ class Leading(Role):
 
     def look(self) -> None:
         now_s = time.monotonic()
+        if now_s - self._looked_s > _FROZEN_S:
+            # Whatever it was about to decide may be settled by now: it listens first, as one that begins does.
+            self._begun_s = now_s
+        self._looked_s = now_s
         if now_s - self._begun_s < _LISTEN_S:
             return
         leads = self._conductor.leads(now_s, leading=self._leading)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
+from brokers.errors import WireError
 from brokers.messages import Gradient, Step, Task
 from brokers.tensors import Tensor
 from brokers.topics import NAME_PATTERN
 from brokers.training import LABELS, MICRO_LIMIT, SETTINGS_LIMIT, MicroBatch, Progress
-from stages.training.errors import BadStep, StaleTerm, UnknownForward
+from stages.training.errors import BadStep, StaleTerm, StandsBy, UnknownForward
 from stages.training.schedule import Name, Op, operations
 
 # Steps that wait for their turn: each source has one, or two.
@@ -82,6 +83,7 @@ class Steps:
     def __init__(self, schedule: Name, stage: int, stages: int, *, awaits_labels: bool = False) -> None:
         self.term = 0
         self.twins = 0
+        self.stands_by = True
         self._schedule, self._stage, self._stages = schedule, stage, stages
         self._is_last = stage == stages - 1
         self._awaits_labels = awaits_labels
@@ -96,9 +98,15 @@ class Steps:
     def begin_term(self, term: int) -> None:
         """Whatever was in hand has been given up."""
         self.term = term
+        self.stands_by = False
         self._steps.clear()
         self._labels.clear()
         self._over.clear()
+
+    def stand_by(self, term: int) -> None:
+        """The same, and nothing of this term is done here: who has not heard of it yet may still send some of it."""
+        self.begin_term(term)
+        self.stands_by = True
 
     @property
     def begun(self) -> bool:
@@ -118,9 +126,8 @@ class Steps:
     # In ---------------------------------------------------------------------------------------------------------
 
     def take_task(self, task: Task, micro: MicroBatch) -> str | None:
-        """A micro-batch came; if there is no room, why. Raises `StaleTerm` or `BadStep`."""
-        if micro.term != self.term:
-            raise StaleTerm(self.term, micro.term)
+        """A micro-batch came; if there is no room, why. Raises `StaleTerm`, `StandsBy` or `BadStep`."""
+        self._check_term(micro.term)
         step = self._steps.get(micro.step)
         if micro.step in self._over or (step and micro.index in step.begun):
             self.twins += 1
@@ -155,13 +162,24 @@ class Steps:
         raise UnknownForward(gradient.request.hex())
 
     def take_commit(self, word: Step) -> None:
-        """The source wants its step to become a version. Raises `StaleTerm` or `BadStep`."""
-        if word.term != self.term:
-            raise StaleTerm(self.term, word.term)
+        """The source wants its step to become a version. Raises `StaleTerm`, `StandsBy` or `BadStep`."""
+        self._check_term(word.term)
         step = self._steps.get(word.request.hex())
         if step is None or step.failed or step.done < len(step.ops):
             raise BadStep(f"step {word.request.hex()} cannot be committed: it is not prepared here")
         step.commit = _checked_commit(step, word)
+
+    def objection(self, order: Step) -> WireError | None:
+        """Why an order is not for this worker: of a former term, or to go back where another worker does."""
+        if order.term < self.term:
+            return StaleTerm(self.term, order.term)
+        return StandsBy(order.term) if order.verb == "restore" and self.stands_by else None
+
+    def _check_term(self, term: int) -> None:
+        if term != self.term:
+            raise StaleTerm(self.term, term)
+        if self.stands_by:
+            raise StandsBy(term)
 
     # What to do -------------------------------------------------------------------------------------------------
 

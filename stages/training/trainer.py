@@ -22,7 +22,6 @@ from brokers.training import MICRO, MicroBatch
 from brokers.transport import Properties, Transport, Will
 from brokers.wire import refusal
 from stages.training.checkpoints import Checkpoints
-from stages.training.errors import StaleTerm
 from stages.training.execution import Execution
 from stages.training.learner import Learner
 from stages.training.post import Post
@@ -76,6 +75,7 @@ class Trainer:
     async def start(self) -> None:
         """Build the part, see what checkpoints there are, connect, and stand by."""
         fingerprint = await self._execution.start()
+        self.steps.stand_by(self._execution.term)
         await self.line.open(will=Will(self._topics.presence(self.worker), b"", retain=True))
         await self._vitals.check(fingerprint)
         self.post.open()
@@ -227,19 +227,21 @@ class Trainer:
             if word.term == self.steps.term:
                 await self._execution.send_weights(word)
             return
-        if word.term < self.steps.term:
-            self._refuse(word, StaleTerm(self.steps.term, word.term))
+        if objection := self.steps.objection(word):
+            self._refuse(word, objection)
             return
         told: dict[str, Any] = {"stage": self.stage, "worker": self.worker}
-        if word.verb != "restore":
-            self._execution.crew = {str(stage): str(worker) for stage, worker in word.details.get("crew", {}).items()}
-            self.steps.begin_term(word.term)
-            await self._execution.abandon()
         if word.verb == "abandon":  # to ourselves
+            self.steps.stand_by(word.term)
+            self._vitals.state = "draining" if self._draining else "standby"
+            await self._execution.abandon()
             self._execution.forget_version()
             await self.report()
             return
         if word.verb == "halt":
+            self._execution.crew = {str(stage): str(worker) for stage, worker in word.details.get("crew", {}).items()}
+            self.steps.begin_term(word.term)
+            await self._execution.abandon()
             told["standing"] = self._execution.standing(self.steps.term, self._breaks).model_dump()
         else:
             told["problem"] = await self._restore(word)
@@ -261,9 +263,10 @@ class Trainer:
 
     def stand_by(self, term: int) -> None:
         """Another worker of this stage trains in this term: let go of what is in hand, as soon as that can be."""
-        if term >= self.steps.term and self._vitals.state in ("up", "draining"):
+        if term >= self.steps.term and not self.steps.stands_by:
             self._vitals.state = "draining" if self._draining else "standby"
-            self._orders = [Step(request=bytes(REQUEST_ID_BYTES), verb="abandon", term=term)]
+            later = [order for order in self._orders if order.term > term]
+            self._orders = [Step(request=bytes(REQUEST_ID_BYTES), verb="abandon", term=term), *later]
             self._changed.set()
 
     # Presence -------------------------------------------------------------------------------------------------------

@@ -674,6 +674,31 @@ def test_a_worker_in_whose_place_another_trains_leaves_no_version_behind(tmp_pat
     lesson(tmp_path, test)
 
 
+@pytest.mark.parametrize("verb", ["task", "commit"])
+def test_a_source_that_has_not_heard_that_a_worker_stands_by_tries_its_step_again(
+    tmp_path: Path, verb: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(room: Classroom) -> None:
+        pupil = await room.pupil()
+        send, left = pupil.line.send, [room.workers[0]]
+
+        async def send_too_late(topic: str, message: Message) -> None:
+            is_last = isinstance(message, Step) and message.verb == "commit" and topic == room.workers[0].trainer.inbox
+            if left and pupil.training.done == 2 and (is_last if verb == "commit" else isinstance(message, Task)):
+                former = left.pop()
+                former.trainer.stand_by(former.trainer.steps.term)
+                await room.until("it", lambda: former.learner.version is None)
+            await send(topic, message)
+
+        pupil.line.send = send_too_late  # type: ignore[method-assign]
+        await pupil.training.run()
+        assert len(pupil.of("rolled_back")) == 1
+        assert_same_bits(await room.weights(pupil), room.plainly(["it"] * STEPS, {"it": Stripes()}))
+        assert "failed in a step" not in caplog.text
+
+    lesson(tmp_path, test)
+
+
 def test_a_source_that_is_killed_between_two_commits_of_its_last_step_can_be_resumed(tmp_path: Path) -> None:
     async def test(room: Classroom) -> None:
         first = await room.pupil()

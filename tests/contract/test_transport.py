@@ -237,13 +237,17 @@ def test_after_a_restart_of_the_broker_all_goes_on_by_itself(place: Place) -> No
 
         line.on_reconnect(back)
         await line.subscribe("t/#", inbox, qos=1)
+        connected = [line.connected]
         await line.connect()
+        connected.append(line.connected)
         await asyncio.to_thread(place.stop)
         waiting = asyncio.create_task(line.publish("t/waited", b"waited", qos=1))
         await asyncio.sleep(0.3)
         assert not waiting.done()
+        connected.append(line.connected)
         place.start()
         await asyncio.wait_for(again.wait(), 20)
+        assert [*connected, line.connected] == [False, True, False, True]
         await waiting
         assert {(await inbox.next()).topic for _ in range(2)} == {"t/back", "t/waited"}
         await line.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -150,3 +151,42 @@ def test_a_record_of_another_model_that_outlived_its_worker_keeps_nobody_out() -
     doubts.append(peers.in_doubt)
     assert doubts == [True, False]
     assert "worker 'a' serves stage 'head' with the model 'two'" in str(peers.objection())
+
+
+# How long tasks wait --------------------------------------------------------------------------------------------------
+
+
+def waits_told(*intervals: tuple[list[float], float | None]) -> list[float]:
+    """The `queue_ms` of reports, each after such waits (s) of begun tasks, with one that has waited so long (s)."""
+
+    told: list[float] = []
+
+    async def test() -> None:
+        hub = MemoryHub()
+        member = Member(hub, "w", "one")
+        listener = MemoryTransport(hub)
+        await listener.connect()
+        await listener.subscribe(
+            TOPICS.all_presence, lambda it: told.append(Birth.from_bytes(bytes(it.payload)).load.queue_ms)
+        )
+        await member.check()
+        for begun_s, oldest_s in intervals:
+            member.vitals.begun(begun_s)
+            await member.vitals.report(9, None if oldest_s is None else time.monotonic() - oldest_s)
+        await asyncio.sleep(0.01)
+        await member.line.close()
+        await listener.close()
+
+    run(test())
+    return told
+
+
+def test_the_wait_is_that_of_the_tasks_begun_in_this_interval_and_nothing_of_it_is_left_in_the_next() -> None:
+    assert waits_told(([], None), ([0.2, 0.4], None), ([], None)) == [0, 300, 0]
+
+
+def test_a_task_that_waits_longer_than_those_that_were_begun_counts_before_its_turn() -> None:
+    (behind_a_long_task, behind_others, before_others) = waits_told(([], 5.0), ([0.1], 2.0), ([3.0], 2.0))
+    assert 5000 <= behind_a_long_task < 5500
+    assert 2000 <= behind_others < 2500
+    assert before_others == 3000

@@ -227,7 +227,7 @@ def test_a_broker_that_is_out_of_reach(box: Machine, command: str) -> None:
     assert "sparse broker" in said
 
 
-@pytest.mark.parametrize("command", ["stage", "source", "status"])
+@pytest.mark.parametrize("command", ["stage", "source", "status", "monitor"])
 def test_a_broker_that_nobody_has_named(box: Machine, command: str) -> None:
     path = pipeline_file(box.folder, NUMBERS, counter(1))
     said = one_line(box, command, path, *(["double"] if command == "stage" else []))
@@ -243,6 +243,21 @@ def test_a_stage_that_the_file_does_not_have(box: Machine) -> None:
     path = pipeline_file(box.folder, NUMBERS)
     said = one_line(box, "stage", path, "duble", "--broker", "mqtt://127.0.0.1:9")
     assert said == f"{path}: no stage 'duble' (did you mean 'double'?): it has double"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--port", "0"), "Input should be greater than or equal to 1"),
+        (("--port", "9100x"), "Input should be a valid integer"),
+        (("--host", "192.0.2.1"), "cannot listen at 192.0.2.1, port 9100: cannot assign requested address"),
+        (("--host", "a..b"), "cannot listen at a..b, port 9100: no such host"),
+        (("--broker", "http://127.0.0.1"), "http://127.0.0.1"),
+        (("no.toml",), "no.toml: no such file"),
+    ],
+)
+def test_a_monitor_that_cannot_be_as_it_is_told(box: Machine, words: tuple[str, ...], expected: str) -> None:
+    assert expected in one_line(box, "monitor", "--broker", "mqtt://127.0.0.1:9", *words)
 
 
 def test_a_number_of_threads_that_cannot_be(box: Machine) -> None:

@@ -17,7 +17,7 @@ from tests.support.processes import Machine
 EXAMPLES = ROOT / "examples"
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.toml")))
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.toml")))
 def test_every_pipeline_file_is_one_and_names_itself(name: str) -> None:
     load_pipeline(EXAMPLES / name)
     commands = re.findall(r"^#     (.+)$", (EXAMPLES / name).read_text(), flags=re.MULTILINE)

@@ -13,7 +13,7 @@ from brokers.pipeline import load_pipeline
 from brokers.site import LocalBroker
 from monitor import run_broker
 from monitor.errors import BrokerGone
-from monitor.run_broker import find_broker
+from monitor.run_sites import find_sites
 from tests.support.parts import need
 from tests.support.pipelines import counter, pipeline_file, stage
 from tests.support.processes import Machine, eventually
@@ -89,7 +89,8 @@ def test_a_broker_that_cannot_be_had_back_is_one_clear_line(box: Machine, monkey
     need("iotcore")
     monkeypatch.setattr(run_broker, "_PORT_WAIT_S", 0.2)
     pipeline = load_pipeline(pipeline_file(box.folder, [stage("first", "double")], counter(1)))
-    with find_broker(pipeline, "embedded", None) as site:
+    with find_sites(pipeline, "embedded", None) as sites:
+        site = sites.main
         assert site.own is not None
         os.kill(site.own.pid, signal.SIGKILL)
         eventually("its end", lambda: site.ended)

@@ -114,12 +114,25 @@ FILES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+_SITES = """
+[[site]]
+name = "local"
+links = [{ to = "cloud" }, { to = "device" }]
+
+[[site]]
+name = "cloud"
+
+[[site]]
+name = "device"
+"""
+
+
 @pytest.mark.parametrize("case", FILES)
 def test_what_the_file_says(box: Machine, case: str) -> None:
     given, expected = FILES[case]
     path = lesson(box.folder, **given)
     if "site" in str(given):
-        path.write_text(path.read_text() + '\n[[site]]\nname = "cloud"\n\n[[site]]\nname = "device"\n')
+        path.write_text(path.read_text() + _SITES)
     assert refused(box, path) == f"{path}: {expected}"
 
 

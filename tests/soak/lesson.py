@@ -23,9 +23,15 @@ BATCH, MICRO_BATCHES, SEED = 32, 4, 5
 
 
 def lesson_file(
-    folder: Path, *, epochs: int, workers: int = 1, sites: Sequence[str] = ("local",) * 3, **training: Any
+    folder: Path,
+    *,
+    epochs: int,
+    workers: int = 1,
+    sites: Sequence[str] = ("local",) * 3,
+    delays_ms: Sequence[float] = (0, 0),
+    **training: Any,
 ) -> Path:
-    """A pipeline file of three stages, 3 steps an epoch; the source is where the first stage is."""
+    """A pipeline file of three stages, 3 steps an epoch; the source is where the first stage is, links are in a row."""
     path = pipeline_file(
         folder,
         [stage(name, workers=workers, site=site) for name, site in zip(STAGES, sites, strict=True)],
@@ -38,7 +44,11 @@ def lesson_file(
     )
     settings = {"epochs": epochs, "batch": BATCH, "micro_batches": MICRO_BATCHES, "checkpoint_every": 7, **training}
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    tables = "".join(f'[[site]]\nname = "{site}"\n' for site in dict.fromkeys(sites))
+    names = list(dict.fromkeys(sites))
+    links = [
+        f'links = [{{ to = "{name}", delay_ms = {ms} }}]\n' for name, ms in zip(names[1:], delays_ms, strict=False)
+    ]
+    tables = "".join(f'[[site]]\nname = "{name}"\n{end}' for name, end in zip(names, [*links, ""], strict=True))
     path.write_text(path.read_text() + tables + "\n[training]\nsettings = {momentum = 0.9}\n" + "\n".join(lines) + "\n")
     return path
 
@@ -80,6 +90,11 @@ class Lesson:
         done = [event["step"] for event in self.events()[self._past :] if event["event"] == "step"]
         return done[-1] if done else 0
 
+    def worker(self, stage: str) -> str:
+        """Who trained a stage in the step that was done last: of two that start together either may."""
+        stages = [event["time"]["stages"] for event in self.events() if event["event"] == "step"][-1]
+        return str(stages[STAGES.index(stage)]["worker"])
+
     def await_step(self, step: int) -> None:
         """Wait until a step is done."""
 
@@ -108,7 +123,8 @@ class Lesson:
         """Wait for its end; its summary."""
         said = self.running.end(timeout_s=timeout_s)
         assert said.status == 0, said.err
-        assert "Traceback" not in "".join(path.read_text() for path in (self.folder / "logs").iterdir())
+        logs = {path.name: path.read_text() for path in (self.folder / "logs").iterdir()}
+        assert {name: text for name, text in logs.items() if "Traceback" in text} == {}
         return said.answer
 
     def weights(self) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def test_a_second_worker_stands_by_and_takes_over_at_once(box: Machine, tell: Te
     lesson = Lesson(box, path)
     for step, name in zip((4, 17, 30), STAGES, strict=True):
         lesson.await_step(step)
-        lesson.kill("stage", "--worker", f"{name}-1")
+        lesson.kill("stage", "--worker", lesson.worker(name))
     lesson.end()
     assert_equal(lesson.weights(), expected(STEPS))
     waits = [event["waited_ms"] for event in lesson.events() if event["event"] == "rolled_back"]
@@ -122,7 +122,7 @@ def test_a_frozen_worker_is_replaced_and_what_it_says_when_it_wakes_changes_noth
     lesson = Lesson(box, path)
     lesson.await_step(5)
     for name in ("head", "body") if long else ("head",):
-        frozen = lesson.process("stage", "--worker", f"{name}-1")
+        frozen = lesson.process("stage", "--worker", lesson.worker(name))
         frozen.suspend()
         lesson.await_step(lesson.step + 3)
         frozen.resume()

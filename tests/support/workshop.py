@@ -30,6 +30,16 @@ def add_one(values: Any, **others: Any) -> Tensors:
     return {"values": values + 1, **others}
 
 
+def swell(values: Any) -> Tensors:
+    """What crosses a cut is much larger than what came in: 800 kB."""
+    return {"values": values, "ballast": np.full(200_000, float(values), np.float32)}
+
+
+def shed(values: Any, ballast: Any) -> Tensors:
+    assert np.all(ballast == np.float32(values - 1)), "the ballast is another request's"
+    return {"values": values}
+
+
 def picky(values: Any) -> Tensors:
     """Raises what an executor's author did not foresee, for some inputs."""
     if np.any(values < 0):

@@ -42,6 +42,18 @@ def test_the_interactive_go_first_and_among_equals_who_came_first() -> None:
     assert (len(backlog), backlog.nbytes, backlog.first) == (0, 0, None)
 
 
+def test_the_oldest_is_known_whatever_its_turn() -> None:
+    backlog = Backlog()
+    seen = [backlog.oldest_s]
+    for each in (job(0, "background", arrived_s=5.0), job(1, arrived_s=7.0), job(2, arrived_s=6.0)):
+        backlog.add(each)
+        seen.append(backlog.oldest_s)
+    for _ in range(3):
+        backlog.take(1)
+        seen.append(backlog.oldest_s)
+    assert seen == [None, 5.0, 5.0, 5.0, 5.0, 5.0, None]
+
+
 def test_no_more_tasks_wait_than_may() -> None:
     backlog = Backlog(limit=2)
     assert [backlog.add(job(number)) for number in range(3)] == [None, None, "2 tasks wait already"]

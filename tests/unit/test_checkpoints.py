@@ -15,20 +15,20 @@ from safetensors.torch import load_file, save_file
 from brokers.errors import UsageError
 from brokers.training import Progress
 from stages.training.checkpoints import KEPT, Checkpoints, Version
-from stages.training.errors import CannotCheckpoint, ForeignCheckpoint
+from stages.training.errors import CannotCheckpoint, ForeignCheckpoint, Overtaken
 from tests.support.checkout import ROOT
 from tests.support.full_disk import full_disk
 
 PROGRESS = {"digits": Progress(steps=7, settings={"lr": 0.05, "limit": None, "shuffle": True, "kind": "digits"})}
 
 
-def version(number: int, size: int = 1000) -> Version:
+def version(number: int, size: int = 1000, term: int = 0) -> Version:
     tensors = {
         "model/weight": torch.arange(size, dtype=torch.float32) + number,
         "optimizer/weight/step": torch.tensor(float(number)),
         "model/count": torch.tensor(number),
     }
-    return Version(number, tensors, PROGRESS)
+    return Version(number, tensors, PROGRESS, term)
 
 
 def checkpoints(folder: Path, fingerprint: str = "vgg11/0") -> Checkpoints:
@@ -71,10 +71,48 @@ def test_what_was_given_up_is_let_go_of(tmp_path: Path) -> None:
     made = checkpoints(tmp_path)
     made.save(version(50))
     made.save(version(100))
-    made.drop_after(50)
+    made.drop_after(50, 0)
     assert made.versions == (50,)
-    made.drop_after(0)
+    made.drop_after(0, 0)
     assert not made.versions
+
+
+def test_who_wakes_when_another_has_written_in_a_later_term_neither_writes_nor_removes_anything(tmp_path: Path) -> None:
+    frozen, its_heir = checkpoints(tmp_path), checkpoints(tmp_path)
+    frozen.save(version(50, term=7))
+    its_heir.drop_after(50, 9)
+    its_heir.save(version(100, term=9))
+    assert frozen.term == 9
+    for number in (100, 150):
+        with pytest.raises(Overtaken, match="in term 9, this one is of term 7"):
+            frozen.save(version(number, size=5, term=7))
+    with pytest.raises(Overtaken):
+        frozen.drop_after(50, 7)
+    assert named(tmp_path) == [name_of(50), name_of(100)]
+    assert_is(its_heir.load(100), 100)
+    its_heir.drop_after(50, 9)
+    assert its_heir.versions == (50,)
+
+
+def test_a_version_of_which_no_term_is_known_is_older_than_all(tmp_path: Path) -> None:
+    metadata = {"fingerprint": "vgg11/0", "version": "50"}  # as files were before terms were written
+    save_file({"w": torch.zeros(3)}, tmp_path / name_of(50), metadata)
+    made = checkpoints(tmp_path)
+    assert made.term == 0
+    made.save(version(100, term=1))
+    made.drop_after(0, 1)
+    assert not made.versions
+
+
+def test_a_version_that_goes_while_a_worker_starts_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checkpoints(tmp_path)
+    made.save(version(50))
+    made.save(version(100))
+    monkeypatch.setattr(Checkpoints, "versions", (1, 50, 100))  # as it was an instant ago
+    made.check()
+    assert made.term == 0
 
 
 def test_a_version_that_is_written_again_replaces_the_former_one(tmp_path: Path) -> None:

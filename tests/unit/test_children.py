@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ def test_a_broker_that_lived_for_long_is_started_again_however_often_it_was(monk
     need("mosquitto")
     monkeypatch.setattr("monitor.run_broker._RESTART_LIMIT", 1)
     own = start_broker(kind="mosquitto")
-    with RunBroker(own.address, own) as broker:
+    broker = RunBroker(own.address, own)
+    with ExitStack() as stack:
+        stack.callback(broker.stop)
 
         def die() -> None:
             assert broker.own is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def sparse(world: dict[str, str], *arguments: str) -> subprocess.CompletedProces
 def test_help_lists_every_command_with_the_first_line_of_its_docstring(world: dict[str, str]) -> None:
     done = sparse(world, "--help")
     assert done.returncode == 0
-    assert "  greet    Greet somebody.\n" in done.stdout
+    assert re.search(r"^  greet +Greet somebody\.$", done.stdout, re.MULTILINE)
     assert "  fail     Fail in one of many ways.\n" in done.stdout
     assert "  lost     (not installed: nowhere.at_all)\n" in done.stdout
 

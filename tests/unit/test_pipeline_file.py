@@ -168,6 +168,14 @@ IN_SOURCE = {
     '[[site]]\nname = "c"\nbroker = "u:secret@x"': "site.0.broker: broker address 'x': it has no scheme; expected mqtt://",
     '[[site]]\nname = "c"\n[[site]]\nname = "c"': "site: two sites are named 'c'",
     f'[[site]]\nname = "{"s" * 65}"': "site.0.name: site 'sss",
+    'site = "c"\n[[site]]\nname = "c"': "site 'local': no link reaches it from 'c', where the source is",
+    '[[site]]\nname = "local"\nlinks = [{ to = "moon" }]': "site 'local': links to 'moon', and there is no such",
+    '[[site]]\nname = "local"\nlinks = [{ to = "local" }]': "site 'local': its link to 'local' makes a bridge loop",
+    '[[site]]\nname = "c"\nlinks = [{ to = "local", delay = 1 }]': "site.0.links.0.delay: unknown key (did you mean",
+    '[[site]]\nname = "c"\nlinks = [{ to = "local", delay_ms = -1 }]': "site.0.links.0.delay_ms: expected greater",
+    '[[site]]\nname = "c"\nlinks = [{ to = "local", rate_mbit = 0 }]': "site.0.links.0.rate_mbit: expected greater",
+    '[[site]]\nname = "c"\nlinks = [{ to = "l", password_file = "p" }]': "site.0.links.0: password_file: is of a user",
+    '[[site]]\nname = "c"\ncameras = ["a/b"]': "site.0.cameras.0: source 'a/b' is not a name",
     "[sauce]": "sauce: unknown key (did you mean 'source'?): expected one of pipeline, stage, site, source",
 }
 

@@ -11,14 +11,14 @@ from rich.console import Console, RenderableType
 from brokers.presence import Birth, Latency, Load, SourceBirth, SourceLoad
 from monitor.standings import sources_table, workers_table
 
-FIGURES = ("draining", "lost", "2 h", "12345", "12.5", "66.6")
+FIGURES = ("draining", "lost", "2 h", "43210", "12345", "12.5", "66.6")
 
 
 def worker(name: str, stage: str, state: Any = "up", **load: Any) -> Birth:
     return Birth(
         worker=name, stage=stage, pipeline="street", site="local", node="raspberrypi", pid=1, device="cuda:1",
         fingerprint="0123456789abcdef", capacity=3, up_s=7500, state=state,
-        load=Load(queue=250, done=12345, rate=12.5, task_ms=66.6, **load),
+        load=Load(queue=250, queue_ms=43210, done=12345, rate=12.5, task_ms=66.6, **load),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from brokers.errors import WireError
 from brokers.messages import Activation, Body, Gradient, ReplyTo, Step, Task, Verb
 from brokers.tensors import from_numpy
 from brokers.training import LABELS, MICRO, MicroBatch, Mode
-from stages.training.errors import BadStep, StaleTerm, UnknownForward
+from stages.training.errors import BadStep, StaleTerm, StandsBy, UnknownForward
 from stages.training.schedule import Name, operations
 from stages.training.steps import STEPS_LIMIT, Backward, Commit, Forward, Steps, Work
 
@@ -287,6 +287,27 @@ def test_a_new_term_lets_go_of_everything() -> None:
         made.take_gradient(lesson.gradient(0))
     with pytest.raises(StaleTerm, match=f"it is of term {TERM}, this worker is in term {TERM + 1}"):
         made.take_task(*waiting.task(1))
+
+
+def test_who_stands_by_takes_nothing_of_the_term_in_which_another_trains_and_its_source_may_try_again() -> None:
+    made, begun, later = steps(), Lesson(1), Lesson(1)
+    give(made, begun, ("task", 0))
+    made.stand_by(TERM)
+    assert (made.term, len(made), made.begun, made.next()) == (TERM, 0, False, None)
+    with pytest.raises(StandsBy, match=f"stands by in term {TERM}") as task:
+        made.take_task(*later.task(0))
+    with pytest.raises(StandsBy):
+        made.take_commit(begun.commit())
+    assert isinstance(task.value, WireError)
+    assert task.value.retry
+    made.begin_term(TERM + 1)
+    assert give(made, Lesson(1, term=TERM + 1), ("task", 0)) is None
+    assert made.next() is not None
+
+
+def test_who_was_in_no_term_yet_takes_nothing() -> None:
+    with pytest.raises(StandsBy):
+        Steps("1f1b", 0, 2).take_task(*Lesson(1, term=0).task(0))
 
 
 @pytest.mark.parametrize("term", [TERM - 1, TERM + 1])
