@@ -14,7 +14,7 @@ from tests.support.image import IMAGE, build
 from tests.support.parts import need
 
 # What can be had without the images of InfluxDB and Chronograf, which stand in a profile of their own.
-SERVICES = ("broker", "gateway", "head", "body", "tail")
+SERVICES = ("broker", "gateway", "head", "body", "tail", "monitor")
 
 
 @pytest.fixture(scope="session", name="image")

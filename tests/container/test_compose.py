@@ -5,7 +5,9 @@ All tests use one project that is up; each says first how many workers it needs.
 
 from __future__ import annotations
 
+import json
 import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def test_a_photograph_published_from_outside_gives_its_detections(door: Door, ph
 def test_the_file_as_a_whole_is_one_that_the_engine_takes(compose: Compose) -> None:
     """InfluxDB and Chronograf included, whose images are not started here."""
     read = yaml.safe_load(compose("--profile", "telemetry", "config"))
-    assert set(read["services"]) == {*SERVICES, "monitor", "influxdb", "chronograf"}
+    assert set(read["services"]) == {*SERVICES, "influxdb", "chronograf"}
 
 
 def test_no_container_may_write_its_files_or_become_more_than_it_is(compose: Compose) -> None:
@@ -64,6 +66,10 @@ def test_a_stage_that_is_scaled_to_three_is_worked_by_three(compose: Compose, do
     for _ in range(PICTURES):
         door.show(photograph)
     assert set(workers_of("body", door.answers(PICTURES))) == hosts_of(compose, "body")
+    with urllib.request.urlopen(f"http://127.0.0.1:{compose.monitor_port}/stages", timeout=10) as answer:
+        stages = json.load(answer)["street"]
+    assert {name: stages[name]["workers"] for name in stages} == {"head": 1, "body": 3, "tail": 1}
+    assert stages["body"]["queue_ms"] >= 0
 
 
 def test_a_container_that_is_killed_under_load_costs_no_picture_and_doubles_none(

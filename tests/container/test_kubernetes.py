@@ -21,6 +21,7 @@ from tests.support.parts import need
 VERSIONS = ("1.31", "1.33", kubernetes_validate.latest_version())
 FOLDERS = ("base", "gpu", "scaled")
 STAGES = ("head", "body", "tail")
+KINDS = ("Deployment", "StatefulSet")
 KEDA = "keda.sh/v1alpha1"
 
 Resource = dict[str, Any]
@@ -34,8 +35,8 @@ def rendered(folder: str) -> list[Resource]:
     return list(yaml.safe_load_all(done.stdout))
 
 
-def deployments(folder: str) -> dict[str, Resource]:
-    return {each["metadata"]["name"]: each for each in rendered(folder) if each["kind"] == "Deployment"}
+def workloads(folder: str) -> dict[str, Resource]:
+    return {each["metadata"]["name"]: each for each in rendered(folder) if each["kind"] in KINDS}
 
 
 def container_of(deployment: Resource) -> Resource:
@@ -63,7 +64,7 @@ def test_a_field_that_does_not_exist_would_be_found() -> None:
 
 @pytest.mark.parametrize("name", ["gateway", *STAGES])
 def test_what_works_is_started_watched_and_restarted_by_its_pulse(name: str) -> None:
-    container = container_of(deployments("base")[name])
+    container = container_of(workloads("base")[name])
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["exec"]["command"] == ["healthy"]
     patience_s = container["livenessProbe"]["periodSeconds"] * container["livenessProbe"]["failureThreshold"]
@@ -71,7 +72,7 @@ def test_what_works_is_started_watched_and_restarted_by_its_pulse(name: str) -> 
 
 
 def test_every_container_is_locked_down_and_bounded() -> None:
-    found = deployments("base")
+    found = workloads("base")
     assert set(found) == {"broker", "gateway", "monitor", *STAGES}
     for name, deployment in found.items():
         pod = deployment["spec"]["template"]["spec"]
@@ -88,13 +89,13 @@ def test_every_container_is_locked_down_and_bounded() -> None:
 def test_a_configuration_that_changes_has_another_name_so_that_pods_are_replaced() -> None:
     names = [each["metadata"]["name"] for each in rendered("base") if each["kind"] == "ConfigMap"]
     assert len(names) == 2
-    for deployment in deployments("base").values():
+    for deployment in workloads("base").values():
         for volume in deployment["spec"]["template"]["spec"].get("volumes", []):
             assert "configMap" not in volume or volume["configMap"]["name"] in names
 
 
 def test_the_heavy_stages_have_a_gpu_each() -> None:
-    limits = {name: container_of(each)["resources"]["limits"] for name, each in deployments("gpu").items()}
+    limits = {name: container_of(each)["resources"]["limits"] for name, each in workloads("gpu").items()}
     assert {name for name, limit in limits.items() if limit.get("nvidia.com/gpu") == 1} == {"body", "tail"}
 
 
@@ -105,7 +106,7 @@ def test_stages_scale_by_what_the_monitor_says_of_their_queues() -> None:
     assert {each["metadata"]["name"] for each in scaled} == {"body", "tail"}
     for each in scaled:
         stage = each["spec"]["scaleTargetRef"]["name"]
-        assert stage in deployments("scaled")
+        assert stage in workloads("scaled")
         (trigger,) = each["spec"]["triggers"]
         metadata = trigger["metadata"]
         assert (trigger["type"], trigger["metricType"]) == ("metrics-api", "Value")

@@ -14,7 +14,7 @@ from tests.support.parts import missing
 from tests.support.ports import free_port
 
 STACK = "sparse-test"
-OURS = ("broker", "gateway", "head", "body", "tail")
+OURS = ("broker", "gateway", "head", "body", "tail", "monitor")
 
 
 @pytest.fixture(scope="module", name="swarm")
@@ -67,7 +67,7 @@ def await_none(timeout_s: float = 120) -> None:
     while docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.stack.namespace={STACK}").strip():
         assert time.monotonic() < end_s, "containers of the stack are left"
         time.sleep(0.5)
-    docker("volume", "rm", "--force", f"{STACK}_results")
+    docker("volume", "rm", "--force", f"{STACK}_results", f"{STACK}_broker")
 
 
 def test_the_stack_answers_a_picture_and_a_scaled_service_is_used(port: int, photograph: Path) -> None:

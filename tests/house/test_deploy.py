@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from brokers.mosquitto import MosquittoConfig, render
+from brokers.cli import main
 from brokers.pipeline import load_pipeline
 from tests.support.checkout import ROOT, files
 
@@ -34,8 +34,10 @@ def images() -> list[tuple[str, str]]:
     return found
 
 
-def test_the_brokers_configuration_is_what_the_project_renders() -> None:
-    assert (CONFIG / "mosquitto.conf").read_text() == render(MosquittoConfig(port=1883, host="0.0.0.0"))
+def test_the_brokers_configuration_is_what_the_project_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["broker", "config", "--open", "--data", "/mosquitto/data", str(CONFIG / "street.toml"), "local"]
+    assert main(asked) == 0
+    assert (CONFIG / "mosquitto.conf").read_text() == capsys.readouterr().out
 
 
 def test_the_pipeline_is_one_that_loads_and_names_the_stages_that_are_started() -> None:
