@@ -19,7 +19,8 @@ from tests.support.parts import need
 
 # The oldest that its makers still mend, or that clouds still run, to the newest whose schemas are at hand.
 VERSIONS = ("1.31", "1.33", kubernetes_validate.latest_version())
-FOLDERS = ("base", "gpu", "scaled")
+SITES = ("cloudlet", "cloud")
+FOLDERS = ("base", "gpu", "scaled", *(f"sites/{site}" for site in SITES))
 STAGES = ("head", "body", "tail")
 KINDS = ("Deployment", "StatefulSet")
 KEDA = "keda.sh/v1alpha1"
@@ -52,7 +53,7 @@ def test_every_resource_fits_its_schema(folder: str, version: str) -> None:
         if resource["apiVersion"] != KEDA:
             kubernetes_validate.validate(resource, version, strict=True)
             checked += 1
-    assert checked >= 11
+    assert checked >= 9
 
 
 def test_a_field_that_does_not_exist_would_be_found() -> None:
@@ -92,6 +93,16 @@ def test_a_configuration_that_changes_has_another_name_so_that_pods_are_replaced
     for deployment in workloads("base").values():
         for volume in deployment["spec"]["template"]["spec"].get("volumes", []):
             assert "configMap" not in volume or volume["configMap"]["name"] in names
+
+
+def test_each_site_has_a_broker_and_its_own_stages_on_its_own_nodes() -> None:
+    found = {site: workloads(f"sites/{site}") for site in SITES}
+    assert set(found["cloudlet"]) == {"broker", "gateway", "head", "monitor"}
+    assert set(found["cloud"]) == {"broker", "body", "tail", "monitor"}
+    for site, parts in found.items():
+        for part in parts.values():
+            assert part["metadata"]["namespace"] == site
+            assert part["spec"]["template"]["spec"]["nodeSelector"] == {"site": site}
 
 
 def test_the_heavy_stages_have_a_gpu_each() -> None:

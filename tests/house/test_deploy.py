@@ -14,6 +14,7 @@ from brokers.cli import main
 from brokers.pipeline import load_pipeline
 from tests.support.checkout import ROOT, files
 
+SITES = "deploy/kubernetes/sites"
 CONFIG = ROOT / "deploy/config"
 COMPOSE = ROOT / "docker-compose.yml"
 STACKS = [ROOT / "deploy/swarm/stack.yml", ROOT / "deploy/swarm/telemetry.yml"]
@@ -34,10 +35,20 @@ def images() -> list[tuple[str, str]]:
     return found
 
 
-def test_the_brokers_configuration_is_what_the_project_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["broker", "config", "--open", "--data", "/mosquitto/data", str(CONFIG / "street.toml"), "local"]
-    assert main(asked) == 0
-    assert (CONFIG / "mosquitto.conf").read_text() == capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("pipeline", "site", "kept"),
+    [
+        ("deploy/config/street.toml", "local", "deploy/config"),
+        (f"{SITES}/pipeline/street.toml", "cloudlet", f"{SITES}/cloudlet"),
+        (f"{SITES}/pipeline/street.toml", "cloud", f"{SITES}/cloud"),
+    ],
+    ids=["local", "cloudlet", "cloud"],
+)
+def test_a_brokers_configuration_is_what_the_project_prints(
+    pipeline: str, site: str, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["broker", "config", "--open", "--data", "/mosquitto/data", str(ROOT / pipeline), site]) == 0
+    assert (ROOT / kept / "mosquitto.conf").read_text() == capsys.readouterr().out
 
 
 def test_the_pipeline_is_one_that_loads_and_names_the_stages_that_are_started() -> None:
