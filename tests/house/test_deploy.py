@@ -26,12 +26,12 @@ def parsed(path: Path) -> dict[str, Any]:
     return found
 
 
-def images() -> list[tuple[str, str]]:
-    """All that a file of deploy/, or the compose file, takes an image from: the file's name, the image."""
-    found = []
+def images() -> list[str]:
+    """Every image that a file of deploy/, or the compose file, names."""
+    found: list[str] = []
     for path in [COMPOSE, *files("deploy/*.yml"), *files("deploy/*.yaml"), ROOT / "deploy/Dockerfile"]:
-        for image in re.findall(r"^\s*(?:image: |ARG BASE=)(\S+)$", path.read_text(), re.MULTILINE):
-            found.append((path.name, re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", image)))
+        named = re.findall(r"^\s*(?:image: |ARG BASE=)(\S+)$", path.read_text(), re.MULTILINE)
+        found += [re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", image) for image in named]
     return found
 
 
@@ -59,9 +59,9 @@ def test_the_pipeline_is_one_that_loads_and_names_the_stages_that_are_started() 
 
 
 def test_every_image_has_a_version() -> None:
-    versions = {name.partition(":")[0]: set[str]() for _, name in images()}
-    for _, name in images():
-        versions[name.partition(":")[0]].add(name.partition(":")[2])
+    versions = {image.partition(":")[0]: set[str]() for image in images()}
+    for image in images():
+        versions[image.partition(":")[0]].add(image.partition(":")[2])
     kustomized = {"sparse": {""}}  # a patch names it without, and kustomization.yaml gives it its version
     assert {name: tags - kustomized.get(name, set()) for name, tags in versions.items()} == {
         "python": {"3.11-slim-bookworm"},

@@ -45,7 +45,7 @@ def compose_command() -> tuple[str, ...]:
             done = subprocess.run([*command, "version"], capture_output=True, timeout=30, check=False)
             if done.returncode == 0:
                 return command
-    missing("neither `docker compose` nor docker-compose is there: apt-get install docker-compose")
+    return missing("neither `docker compose` nor docker-compose is there: apt-get install docker-compose")
 
 
 def docker(*arguments: str, timeout_s: float = 120) -> str:
@@ -97,8 +97,8 @@ def await_health(ids: list[str], timeout_s: float = 180) -> None:
     end_s = time.monotonic() + timeout_s
     for each in ids:
         while (state := inspect(each)["State"]).get("Health", {}).get("Status") != "healthy":
-            last = f"{each} is {state['Status']}, {state.get('Health', {}).get('Status')}: "
-            assert time.monotonic() < end_s and state["Status"] == "running", last + docker("logs", "--tail", "9", each)
+            if time.monotonic() > end_s or state["Status"] != "running":
+                raise AssertionError(f"{each} is not healthy: {state}\n{docker('logs', '--tail', '9', each)}")
             time.sleep(0.5)
 
 

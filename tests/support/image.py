@@ -1,8 +1,8 @@
 """The image of deploy/Dockerfile, built as a test needs it: `python3 -m tests.support.image` does so by itself.
 
-It needs no package, so that `.ci/run` can build the image while everything else is still being installed. What this
-machine's pip is set to use, the build uses: a mirror of the package index, and a CPU build of PyTorch in a local folder,
-where there is one. Elsewhere PyTorch comes from its own index, as in the image that a user builds.
+It needs no package, so that `.ci/run` can build the image while everything else is still being installed. What pip is
+set to use here, the build uses: a mirror of the package index, and a CPU build of PyTorch in a local folder, where there
+is one. Elsewhere PyTorch comes from its own index, as in the image that a user builds.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "sparse:0.1.0"
-# The first that is free serves the local folder. Which one is part of the command that fetches PyTorch, and a build that
-# is repeated takes its steps from the last one only where the commands are the same.
+# The first that is free serves the local folder. It is part of the command that fetches PyTorch, and a build that is
+# repeated takes a step from the last one only where the commands are the same.
 PORTS = range(18970, 18990)
 _WHEEL = re.compile(r"torch-([^-]+)-cp(\d+)-.*x86_64\.whl")
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    def log_message(self, *_: object) -> None:
+        """Nothing: each file that is fetched is no news."""
 
 
 def pip_settings() -> dict[str, str]:
