@@ -1,8 +1,8 @@
 """The image of deploy/Dockerfile, built as a test needs it: `python3 -m tests.support.image` does so by itself.
 
 It needs no package, so that `.ci/run` can build the image while everything else is still being installed. What pip is
-set to use here, the build uses: a mirror of the package index, and a CPU build of PyTorch in a local folder, where there
-is one. Elsewhere PyTorch comes from its own index, as in the image that a user builds.
+set to use here, the build uses: a mirror of the package index, and a CPU build of PyTorch in a local folder, where
+there is one. Elsewhere PyTorch comes from its own index, as in the image that a user builds.
 """
 
 from __future__ import annotations
