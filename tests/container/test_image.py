@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 
@@ -39,10 +40,8 @@ def test_a_stage_that_has_not_begun_leaves_at_once_when_told_to(image: str) -> N
     try:
         time.sleep(0.7)
         assert inspect(started)["State"]["Running"], docker("logs", started)
-        begun_s = time.monotonic()
         docker("stop", "--time", "60", started)
-        assert time.monotonic() - begun_s < 20
-        assert inspect(started)["State"]["ExitCode"] != 137
+        assert inspect(started)["State"]["ExitCode"] == 128 + signal.SIGTERM
     finally:
         docker("rm", "--force", started)
 
