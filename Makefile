@@ -6,10 +6,14 @@
 #   TORCH_INDEX  a pip index to take torch and torchvision from, such as PyTorch's own one for CPU builds, which are
 #                about 5 GB smaller on disk than the CUDA builds that Linux on x86-64 gets by default
 #   PIP_FLAGS    --quiet unless set; `make demo PIP_FLAGS=` shows what pip does
+#   TEST_PROCESSES
+#                how many processes run the tests side by side: 3 unless set; 0: one test after another
 
 PYTHON ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 PIP_FLAGS ?= --quiet
+# Tests wait more than they compute: for processes that start, and for what is to be noticed.
+TEST_PROCESSES ?= 3
 SPARSE_CACHE ?= $(CURDIR)/.cache
 
 LOCK := requirements.lock
@@ -35,8 +39,10 @@ demo: .venv/.stamp-run ## a live detector, cut in three, on a street video; pict
 demo-train: .venv/.stamp-train ## train VGG-11, cut in three, on handwritten digits; a plot and the weights under runs/
 	@$(BIN)/sparse run examples/digits.toml --broker embedded
 
+# A file is run by one process, in order, so that what its tests share is made once. Files go out in the order of their
+# folders, whose last, tests/unit, is of short tests: nobody waits long for the last file.
 test: .venv/.stamp-dev ## all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 soak: .venv/.stamp-dev ## the long form of tests/soak, with its figures; takes about half an hour
 	@$(BIN)/python -m pytest tests/soak --long

@@ -22,10 +22,12 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from brokers.address import BrokerAddress
-from brokers.errors import BrokerUnreachable, RequestError, TooLarge
+from brokers.connack import limits_of
+from brokers.errors import TooLarge
 from brokers.paho_socket import PahoSocket
 from brokers.publication import MAX_REMAINING_BYTES, BadPacket, PublishHead, encode_head
 from brokers.pump import PING_AFTER_TICKS, ConnectionLost, Pump
+from brokers.refusals import Refused, not_admitted, not_greeted
 from brokers.transport import Limits, Properties, Will
 
 FAREWELL_S = 1.0
@@ -33,18 +35,6 @@ FIRST_PACKET_ID = 32_768  # paho numbers its SUBSCRIBE packets from 1, ours must
 
 _CONNACK, _PUBACK = 0x20, 0x40
 _REFUSED = 0x80  # reason codes from here on are failures: section 2.4
-
-
-@dataclass(eq=False)
-class Refused(RequestError):
-    """The broker answered a subscription or a publication with a failure."""
-
-    what: str
-    topic: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"the broker refused the {self.what} {self.topic!r}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +118,12 @@ class Connection:
         self._paho.reconnect()
         await asyncio.wait((self._connected, self.lost), return_when=asyncio.FIRST_COMPLETED)
         if not self._connected.done():
-            raise BrokerUnreachable(str(self._address), f"{self.lost.result()}; is it an MQTT 5 broker?")
+            raise not_greeted(self._address, self._pump.problem, self.lost.result())
         reason, theirs = self._connected.result()
         if reason.value >= _REFUSED:
-            raise BrokerUnreachable(str(self._address), f"it refused: {reason}")
-        self._read_limits(theirs)
+            raise not_admitted(self._address, reason.value, str(reason))
+        self.limits = limits_of(theirs)
+        self._in_flight = asyncio.Semaphore(min(self.limits.receive_maximum, FIRST_PACKET_ID - 1))
         ping_after_ticks = max(1, min(PING_AFTER_TICKS, self._greeting.keepalive_s // 2))
         self._pump.watch(ping_after_ticks, name=f"keep-alive {self._address}")
 
@@ -292,9 +283,3 @@ class Connection:
         if reason >= _REFUSED:
             packet = PacketTypes.SUBACK if kind == "SUBACK" else PacketTypes.UNSUBACK
             raise Refused(what, topic_filter, str(ReasonCode(packet, identifier=reason)))
-
-    def _read_limits(self, theirs: PahoProperties | None) -> None:
-        """A limit that is absent is the protocol's own: sections 3.2.2.3.3 and 3.2.2.3.6."""
-        largest = getattr(theirs, "MaximumPacketSize", MAX_REMAINING_BYTES)
-        self.limits = Limits(largest, getattr(theirs, "ReceiveMaximum", 65_535))
-        self._in_flight = asyncio.Semaphore(min(self.limits.receive_maximum, FIRST_PACKET_ID - 1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import ssl
 from collections.abc import Callable
@@ -57,15 +56,6 @@ async def dial(address: BrokerAddress, tls: Tls) -> socket.socket:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock if context is None else await _handshake(sock, context, address.host)
     raise problem or OSError("the name has no address")
-
-
-def reason_of(error: Exception) -> str:
-    """Return why dialling failed, in few words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}"
-    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror | ssl.SSLError):
-        return os.strerror(error.errno).lower()  # asyncio puts the address in front, which the line has already
-    return str(getattr(error, "strerror", None) or error).lower()
 
 
 async def _connect(family: int, place: object) -> socket.socket:

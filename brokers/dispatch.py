@@ -86,6 +86,9 @@ class Dispatcher:
         worker = self._workers.get(birth.worker)
         # In containers every process has the same id, and foreign workers may name no instance: either tells.
         if worker is not None and (worker.birth.pid, worker.birth.instance) == (birth.pid, birth.instance):
+            if self.missed(birth.worker, now_s):  # its words that tasks are done may be what was lost
+                worker.in_hand.clear()
+                worker.kept_for = None
             worker.birth, worker.heard_s = birth, now_s
             return set()
         if worker is None and len(self._workers) >= WORKERS_LIMIT:

@@ -11,13 +11,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from brokers.address import parse_address
+from brokers.address import BrokerAddress, parse_address
 from brokers.connection import Connection, Greeting
-from brokers.dial import Tls, dial, reason_of
+from brokers.dial import Tls, dial
 from brokers.errors import BrokerUnreachable, Disconnected, SparseError
 from brokers.publication import PublishHead
 from brokers.pump import ConnectionLost
 from brokers.receipts import Receipt, Receipts
+from brokers.refusals import TurnedAway, not_reached
 from brokers.subscriptions import Subscription, Subscriptions
 from brokers.transport import Buffer, Delivery, Handler, Limits, Placer, Properties, Will
 
@@ -43,7 +44,7 @@ class MqttTransport:
 
     def __init__(
         self,
-        address: str,
+        address: str | BrokerAddress,
         *,
         client_id: str | None = None,
         tls: Tls = Tls(),
@@ -54,7 +55,7 @@ class MqttTransport:
         """Raise `BadAddress` for an address that cannot be read; nothing is sent before `connect`."""
         if session_expiry_s and client_id is None:
             raise ValueError("a session belongs to a name: expected a client_id")
-        self._address = parse_address(address)
+        self._address = parse_address(address) if isinstance(address, str) else address
         self._tls = tls
         name = client_id or f"sparse-{secrets.token_hex(6)}"
         self._greeting = Greeting(
@@ -142,6 +143,8 @@ class MqttTransport:
         """Return a new connection, or None: nothing may end the task that reconnects, all publications wait for it."""
         try:
             return await self._open(RECONNECT_TIMEOUT_S)
+        except TurnedAway as error:  # somebody has to do something; meanwhile they may have done it
+            log.warning("%s", error)
         except BrokerUnreachable as error:
             log.info("%s", error)
         except SparseError as error:  # a subscription that is refused now, a certificate that is being replaced
@@ -172,7 +175,7 @@ class MqttTransport:
             if isinstance(error, TimeoutError):
                 raise BrokerUnreachable(self.address, f"no answer within {timeout_s:g} s") from error
             if isinstance(error, OSError | ConnectionLost):
-                raise BrokerUnreachable(self.address, reason_of(error)) from error
+                raise not_reached(self._address, error) from error
             raise
 
     async def _call_back(self, connection: Connection) -> None:

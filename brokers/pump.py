@@ -45,6 +45,7 @@ class Pump:
         self._leaving: deque[tuple[int, asyncio.Future[None]]] = deque()  # (sent bytes at which it has left, who waits)
         self._watching: asyncio.Task[None] | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
+        self.problem: OSError | WireError | None = None  # what ended it, where that was an error
 
     def start(self) -> None:
         self._loop.add_reader(self._descriptor, self._on_readable)
@@ -124,7 +125,7 @@ class Pump:
         try:
             more = self._reader.read(READ_BUDGET_BYTES)
         except (OSError, WireError) as error:
-            self.end(_reason(error))
+            self._fail(error)
             return
         if more and isinstance(self._socket, ssl.SSLSocket):  # decrypted bytes do not make the socket readable again
             self._loop.call_soon(self._on_readable)
@@ -133,7 +134,7 @@ class Pump:
         try:
             empty = self._out.flush()
         except OSError as error:
-            self.end(_reason(error))
+            self._fail(self._last_words() or error)
             return
         while self._leaving and self._leaving[0][0] <= self._out.sent_bytes:
             future = self._leaving.popleft()[1]
@@ -145,6 +146,24 @@ class Pump:
                 self._loop.add_writer(self._descriptor, self._on_writable)
             else:
                 self._loop.remove_writer(self._descriptor)
+
+    def _fail(self, error: OSError | WireError) -> None:
+        self.problem = error
+        self.end(str(getattr(error, "strerror", None) or error))
+
+    def _last_words(self) -> ssl.SSLError | None:
+        """Why the broker would not have us, where it said so before it closed; it hears us no more, and is heard.
+
+        Under TLS 1.3 the handshake is over for us before the broker has looked at our certificate.
+        """
+        if self._reader.received_bytes == 0:
+            try:
+                self._reader.read(READ_BUDGET_BYTES)
+            except ssl.SSLError as error:
+                return error
+            except (OSError, WireError):
+                pass
+        return None
 
     def watch(self, ping_after_ticks: int, name: str) -> None:
         """Begin to look for signs of life."""
@@ -169,10 +188,6 @@ class Pump:
             elif quiet == ping_after_ticks:
                 with contextlib.suppress(ConnectionLost):
                     self.push((_PINGREQ,))
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
 
 
 def _unacknowledged_bytes(sock: socket.socket) -> int:

@@ -16,6 +16,8 @@ ROOT = "sparse"
 RESERVED = frozenset({"ingress", "results", "source"})
 # The level of a stage in the presence of a source; a stage of this name could not be told apart.
 SOURCE = "source"
+# The site, and across a bridge the pipeline, of what `sparse broker doctor` tries.
+DOCTOR = "doctor"
 NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 _NAME = re.compile(NAME_PATTERN)
 
@@ -89,6 +91,16 @@ def source_presence(site: str, pipeline: str, source: str) -> str:
 def every_presence(site: str = "+", pipeline: str = "+") -> str:
     """The records of all workers and sources."""
     return f"{ROOT}/{site}/{pipeline}/+/up/+"
+
+
+def everything_of(site: str, pipeline: str) -> str:
+    """All topics of a pipeline's stages at a site, as a filter."""
+    return f"{ROOT}/{site}/{pipeline}/#"
+
+
+def examined(*levels: str) -> str:
+    """What `sparse broker doctor` tries a broker with: nobody else reads or writes it, and no bridge carries it."""
+    return "/".join((ROOT, DOCTOR, *levels))
 
 
 def for_readers(site: str) -> tuple[tuple[str, Literal[0, 1]], ...]:

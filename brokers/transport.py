@@ -51,10 +51,16 @@ class Will:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the broker announced in its CONNACK."""
+    """What the broker announced in its CONNACK; what it did not name is MQTT's own (MQTT 5.0 section 3.2.2.3)."""
 
     max_packet_bytes: int
     receive_maximum: int = 65535
+    max_qos: int = 2
+    retain: bool = True
+    wildcards: bool = True
+    shared: bool = True  # subscriptions
+    session_expiry_s: int | None = None  # in place of what was asked for
+    keepalive_s: int | None = None  # the same
 
 
 Handler = Callable[[Delivery], None]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from brokers.errors import BrokerUnreachable, NoBroker
-from brokers.mqtt import MqttTransport
+from brokers.identity import transport_to
 from brokers.parent import STOPPED, Leaving
 from brokers.pipeline import Pipeline, broker_address, load_pipeline
 from brokers.tables import LOCAL
@@ -44,7 +44,7 @@ def command(
 
 
 async def _serve(address: str, pipeline: Pipeline | None, host: str, port: int) -> int:
-    transport = MqttTransport(address)
+    transport = transport_to(address)
     daemon = Daemon(transport, pipeline)
     leaving = Leaving()
     leaving.heed_signals()

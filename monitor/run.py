@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from brokers.errors import BadFile, SparseError
+from brokers.identity import transport_to
 from brokers.mqtt import MqttTransport
 from brokers.parent import STOPPED
 from brokers.pipeline import BROKER_VARIABLE, Pipeline, load_pipeline, new_run_folder
@@ -132,7 +133,7 @@ class Run:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._leave, number)
-        transport = MqttTransport(self._sites.main.address)
+        transport = transport_to(self._sites.main.address)
         try:
             for child in self._stages:
                 child.start()

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from brokers.errors import NoBroker
-from brokers.mqtt import MqttTransport
+from brokers.identity import transport_to
 from brokers.pipeline import broker_address, load_pipeline
 from brokers.tables import LOCAL
 from brokers.topics import every_presence
@@ -70,7 +70,7 @@ def command(
 
 async def _listen(address: str, pipeline: str) -> Roll:
     board, changed = Roll(), asyncio.Event()
-    transport = MqttTransport(address)
+    transport = transport_to(address)
 
     def heard(delivery: Delivery) -> None:
         board.heard_birth(delivery.topic, bytes(delivery.payload), time.monotonic(), retained=delivery.retain)

@@ -24,6 +24,8 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         console.print(f"  [red]{count} x {error}[/]", markup=True)
     if summary["stages"]:
         console.print(_stages(summary))
+    for link in summary.get("links", ()):
+        console.print(_link(link))
     folder = summary["outputs"]
     for what, name in summary["files"].items():
         if name:
@@ -66,6 +68,13 @@ def _accuracy(summary: Mapping[str, Any], key: str) -> str:
     best = summary.get(f"best_{key}")
     better = f" (best {best:.1%})" if best is not None and best > summary[key] else ""
     return f", accuracy [bold]{summary[key]:.1%}[/]{better}"
+
+
+def _link(link: Mapping[str, Any]) -> str:
+    """One link between two sites: how slow it was, and what crossed it."""
+    rate = f", {link['rate_mbit']:g} Mbit/s" if link["rate_mbit"] else ""
+    there, back = (f"{link[key] / 1e6:.1f} MB" for key in ("bytes_there", "bytes_back"))
+    return f"  link {link['site']} - {link['to']} ({link['delay_ms']:g} ms{rate}): {there} there, {back} back"
 
 
 def _counted(count: int, what: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from brokers.content import content_type_of, decode_content
 from brokers.errors import WireError
+from brokers.identity import transport_to
 from brokers.messages import JPEG, PNG, SAFETENSORS
 from brokers.mqtt import MqttTransport
 from brokers.pipeline import Pipeline
@@ -41,7 +42,7 @@ Refuse = Callable[[str, dict[str, Any]], Awaitable[bool]]
 def session(pipeline: Pipeline, address: str) -> MqttTransport:
     """The line of a complete gateway, not yet connected."""
     name = f"gateway.{pipeline.source.site}.{pipeline.name}.{pipeline.source.name}"
-    return MqttTransport(address, client_id=name, session_expiry_s=KEPT_S)
+    return transport_to(address, client_id=name, session_expiry_s=KEPT_S)
 
 
 class Gateway:

@@ -25,9 +25,9 @@ from brokers.errors import (
     RequestError,
 )
 from brokers.hops import Hop
+from brokers.identity import transport_to
 from brokers.line import Line
 from brokers.messages import Content, Control, Failure, Message, Priority, ReplyTo, Result, Task, new_request_id
-from brokers.mqtt import MqttTransport
 from brokers.outbox import Outbox
 from brokers.pipeline import Pipeline, broker_address, load_pipeline
 from brokers.presence import SourceLoad
@@ -93,7 +93,7 @@ class Offloader:
         self.drops: Callable[[], Mapping[str, int]] = dict
         # Two sources of one name must not take each other's place at the broker.
         client_id = f"source.{self.name}.{new_request_id()[:4].hex()}"
-        self.line = Line(transport or MqttTransport(self._address(broker), client_id=client_id))
+        self.line = Line(transport or transport_to(self._address(broker), client_id=client_id))
         self._inbox = source_inbox(self.pipeline.source.site or LOCAL, self.name)
         self._lease_s = self.pipeline.pipeline.lease_s
         first = self.pipeline.topics(self.pipeline.stage[0])

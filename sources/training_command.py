@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from brokers.errors import SparseError
+from brokers.identity import transport_to
 from brokers.line import Line
 from brokers.messages import JSON, new_request_id
-from brokers.mqtt import MqttTransport
 from brokers.parent import Leaving, end_with_parent
 from brokers.pipeline import Pipeline, blaming
 from brokers.presence import SourceBirth, SourceLoad
@@ -51,7 +51,7 @@ class _Run:
 
     def __init__(self, pipeline: Pipeline, address: str, name: str, dataset: Dataset, record: TrainingFolder) -> None:
         self._pipeline, self._name, self._dataset, self._record = pipeline, name, dataset, record
-        self._line = Line(MqttTransport(address, client_id=f"source.{name}.{new_request_id()[:4].hex()}"))
+        self._line = Line(transport_to(address, client_id=f"source.{name}.{new_request_id()[:4].hex()}"))
         self._inbox = source_inbox(pipeline.source.site, name)
         self._tally = TrainingTally(pipeline.name)
         for event in record.earlier():  # of the run that is gone on with

@@ -59,12 +59,13 @@ def command(
     # is up would be thrown out by its twin before that can be refused.
     client_id = f"{pipeline.name}.{stage.name}.{worker_id}.{secrets.token_hex(4)}"
     count = threads or stage.threads or 1
+    transport = _transport(address, client_id)
     with blaming(pipeline):
         if pipeline.trains:
             make = _trainer(pipeline, stage, worker_id, count, checkpoints)
         else:
             make = _worker(pipeline, stage, worker_id, count)
-        return asyncio.run(_serve(make, address, client_id, with_parent))
+        return asyncio.run(_serve(make, transport, with_parent))
 
 
 def make_executor(pipeline: Pipeline, stage: StageTable, threads: int) -> tuple[TaskExecutor, str]:
@@ -105,10 +106,14 @@ def _trainer(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int
     return lambda transport: make_trainer(transport, pipeline, stage, learner, worker_id, device, folder / stage.name)
 
 
-async def _serve(make: Make, address: str, client_id: str, with_parent: bool) -> int:
-    from brokers.mqtt import MqttTransport
+def _transport(address: str, client_id: str) -> Transport:
+    """The line to the broker; what is wrong with our credentials is told before a network is loaded."""
+    from brokers.identity import transport_to
 
-    transport = MqttTransport(address, client_id=client_id)
+    return transport_to(address, client_id=client_id)
+
+
+async def _serve(make: Make, transport: Transport, with_parent: bool) -> int:
     worker = make(transport)
     leaving = Leaving()
     leaving.heed_signals()

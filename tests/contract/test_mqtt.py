@@ -18,13 +18,14 @@ import pytest
 
 from brokers import mosquitto, mqtt, pump
 from brokers.address import BrokerAddress
-from brokers.connection import Refused
 from brokers.dial import Tls, dial
 from brokers.errors import BadFile, BrokerUnreachable
 from brokers.mqtt import MqttTransport
+from brokers.refusals import Refused
 from brokers.site import start_broker
 from tests.contract.conftest import need_mosquitto
 from tests.support.lines import Inbox, run
+from tests.support.ports import free_port
 
 CONNACK = b"\x20\x03\x00\x00\x00"
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -66,12 +67,6 @@ def own_mosquitto(folder: Path, config: str) -> Iterator[subprocess.Popen[bytes]
     finally:
         process.kill()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def refused(address: str, timeout_s: float = 5.0, tls: Tls = Tls()) -> str:

@@ -21,8 +21,8 @@ from stages.training.checkpoints import Version
 from tests.support.classroom import Classroom, Pupil, Worker, hurry, kill
 from tests.support.ears import Ear
 from tests.support.learning import assert_same_bits
-from tests.support.lessons import Stripes, TooManyClasses
 from tests.support.lines import run
+from tests.support.stripes import Stripes, TooManyClasses
 
 STEPS = 8  # of a whole run: 2 epochs of 96 rows in batches of 24
 Lesson = Callable[[Classroom], Awaitable[None]]

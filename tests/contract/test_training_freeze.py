@@ -15,8 +15,8 @@ from sources import crew
 from stages.training import conductor, roles
 from tests.support.classroom import Classroom, Worker, hurry
 from tests.support.learning import assert_same_bits
-from tests.support.lessons import Stripes
 from tests.support.lines import run
+from tests.support.stripes import Stripes
 
 SILENT_S = 2.0
 EPOCHS = 6

@@ -123,6 +123,27 @@ def test_a_bridge_that_is_down_for_a_while_costs_no_request(box: Machine) -> Non
     box.nothing_is_left()
 
 
+def test_what_a_short_cut_lost_is_sent_again_though_every_worker_is_still_there(box: Machine) -> None:
+    # The far worker always has a task in hand, and what it says of it while the bridge is down is lost. No lease tells.
+    stages = [stage("head", "add_one", site="device"), stage("tail", "Slow", settings={"seconds": 0.4}, site="cloud")]
+    path = pipeline_file(box.folder, stages, counter(30, site="device"), name="near", lease_s=600.0)
+    tables = '[[site]]\nname = "device"\nlinks = [{ to = "cloud", delay_ms = 1 }]\n[[site]]\nname = "cloud"\n'
+    path.write_text(path.read_text() + tables)
+    out = box.folder / "out"
+    with sites_up(path) as sites:
+        running = box.sparse("run", path, "--json", "--out", out)
+        results = out / "results.jsonl"
+        eventually("some results", lambda: results.exists() and len(results.read_text().splitlines()) >= 5)
+        relay = link(sites, "device", "cloud")
+        relay.cut()
+        time.sleep(5.0)
+        relay.mend()
+        summary = running.end().answer
+    assert (summary["results"], summary["lost"], summary["failed"]) == (30, 0, 0)
+    assert summary["retried"].get("Suspect", 0) >= 1
+    box.nothing_is_left()
+
+
 def test_training_over_three_sites_is_exact_though_a_bridge_is_down_for_a_while(box: Machine) -> None:
     path = lesson_file(box.folder, epochs=20, sites=("device", "cloudlet", "cloud"), delays_ms=(1, 9))
     with sites_up(path) as sites:

@@ -20,7 +20,7 @@ from tests.support.processes import Machine, Running, Said, eventually, machine
 
 STAGES = ("head", "tail")
 PARTS = tuple(stage(name) for name in STAGES)
-SOURCE = {"kind": "tests.support.lessons:Stripes", "name": "stripes"}
+SOURCE = {"kind": "tests.support.stripes:Stripes", "name": "stripes"}
 
 
 def lesson(
@@ -48,11 +48,11 @@ def lesson(
 
 def start(box: Machine, path: Path, *words: str | Path, out: str = "out") -> Running:
     need("iotcore")
-    return box.sparse("run", path, "--broker", "embedded", "--json", "--out", box.folder / out, *words)
+    return box.sparse("run", path, "--broker", "embedded", "--json", "--no-pictures", "--out", box.folder / out, *words)
 
 
 def resume(box: Machine, path: Path, out: str = "out") -> Running:
-    return box.sparse("run", path, "--broker", "embedded", "--json", "--resume", box.folder / out)
+    return box.sparse("run", path, "--broker", "embedded", "--json", "--no-pictures", "--resume", box.folder / out)
 
 
 def told(box: Machine, said: Said, status: int) -> str:
@@ -156,8 +156,8 @@ NAMES: dict[str, tuple[dict[str, Any], str]] = {
         "training.settings: settings 'sgd': ValueError: Invalid momentum value: -1.0",
     ),
     "a loss that is not to be called": (
-        {"loss": "tests.support.lessons:CLASSES"},
-        "training.loss: loss 'tests.support.lessons:CLASSES': expected something to call, found int",
+        {"loss": "tests.support.stripes:CLASSES"},
+        "training.loss: loss 'tests.support.stripes:CLASSES': expected something to call, found int",
     ),
     "an optimizer that is none": (
         {"optimizer": "tests.support.lessons:small"},
@@ -168,8 +168,17 @@ NAMES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_what_the_file_names(box: Machine, case: str) -> None:
+def test_what_the_file_names(box: Machine, embedded: LocalBroker, case: str) -> None:
+    """Every stage says so."""
     given, expected = NAMES[case]
+    path = lesson(box.folder, **given)
+    said = box.sparse("stage", path, "head", "--broker", embedded.address, "--checkpoints", box.folder / "kept").end()
+    assert said.out == ""
+    assert told(box, said, 2).startswith(f"{path}: {expected}")
+
+
+def test_what_its_stages_say_of_the_file_is_said_once_by_the_run(box: Machine) -> None:
+    given, expected = NAMES["a setting that the optimizer does not take"]
     path = lesson(box.folder, **given)
     assert refused(box, path).startswith(f"{path}: {expected}")
 
@@ -183,7 +192,7 @@ def test_a_data_set_that_there_is_not(box: Machine) -> None:
 
 
 def test_labels_that_the_network_has_no_class_for(box: Machine) -> None:
-    path = lesson(box.folder, source={"kind": "tests.support.lessons:TooManyClasses", "name": "stripes"})
+    path = lesson(box.folder, source={"kind": "tests.support.stripes:TooManyClasses", "name": "stripes"})
     line = told(box, start(box, path).end(), 1)
     assert "step 0 failed at stage 'tail', worker 'tail-1': BadLabels: label " in line
     assert "is out of range: the network has 4 classes" in line

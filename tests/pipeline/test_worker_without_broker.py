@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from brokers.connection import Refused
 from brokers.memory import MemoryHub, MemoryTransport
 from brokers.pipeline import load_pipeline
+from brokers.refusals import Refused
 from brokers.site import Kind, start_broker
 from brokers.transport import Buffer, Delivery, Properties
 from stages import worker as worker_module
@@ -87,7 +87,7 @@ def test_a_worker_whose_reports_are_refused_says_so_once_and_works_on(
         await asyncio.sleep(0.2)
         topic = "sparse/local/test/slow/up/w"
         assert [record.message for record in caplog.records] == [
-            f"worker w could not report: the broker refused the publication to {topic!r}: Not authorized"
+            f"worker w could not report: {Refused('publication to', topic, 'Not authorized')}"
         ]
         reports: list[Delivery] = []
         listener = MemoryTransport(hub)

@@ -20,7 +20,7 @@ def _long(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(name="tell")
 def _tell(capsys: pytest.CaptureFixture[str]) -> Tell:
-    """Print a line of figures, whatever pytest captures."""
+    """Print a line of figures, whatever pytest captures; tests that run side by side have nowhere to print."""
 
     def tell(text: str) -> None:
         with capsys.disabled():

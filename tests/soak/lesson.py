@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sources.batches import Batches
-from tests.support.lessons import CUTS, MODEL, Stripes, train_plainly
+from tests.support.lessons import CUTS, MODEL, train_plainly
 from tests.support.pipelines import pipeline_file, stage
 from tests.support.processes import Machine, Running, eventually
+from tests.support.stripes import Stripes
 
 STAGES = ("head", "body", "tail")
 BATCH, MICRO_BATCHES, SEED = 32, 4, 5
@@ -35,7 +37,7 @@ def lesson_file(
     path = pipeline_file(
         folder,
         [stage(name, workers=workers, site=site) for name, site in zip(STAGES, sites, strict=True)],
-        {"kind": "tests.support.lessons:Stripes", "name": "stripes", "site": sites[0]},
+        {"kind": "tests.support.stripes:Stripes", "name": "stripes", "site": sites[0]},
         name="lesson",
         kind="training",
         model=MODEL,
@@ -53,6 +55,7 @@ def lesson_file(
     return path
 
 
+@cache
 def expected(steps: int) -> dict[str, Tensor]:
     """The state of the uncut network after so many steps of plain torch."""
     torch.set_num_threads(1)
@@ -76,7 +79,8 @@ class Lesson:
         self._box = box
         where = ("--resume", str(resume)) if resume else ("--out", str(self.folder))
         self._past = len(self.events())
-        self.running: Running = box.sparse("run", path, "--json", *where, *options)
+        # tests/pipeline/test_training_guide.py has one with its picture, which takes longer than many a lesson.
+        self.running: Running = box.sparse("run", path, "--json", "--no-pictures", *where, *options)
 
     def events(self) -> list[dict[str, Any]]:
         """What has happened so far, in all runs of this folder."""

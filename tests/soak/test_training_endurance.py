@@ -33,7 +33,7 @@ def test_five_hundred_steps_leave_nothing_behind(box: Machine, long: bool, tell:
     lesson.await_step(20)
     processes = {name: lesson.process("stage", "--worker", f"{name}-1").pid for name in STAGES}
     with Watch({**processes, "source": lesson.process("source").pid}, 0.05) as watch:
-        lesson.await_step(steps - 10)  # then it draws its curves, and leaves
+        lesson.await_step(steps - 10)  # then it joins the weights, and leaves
     assert lesson.end()["steps"] == steps
     assert_equal(lesson.weights(), expected(steps))
     assert len(list((lesson.folder / "checkpoints" / "head").iterdir())) == 2

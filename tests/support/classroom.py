@@ -31,8 +31,9 @@ from stages.training.learner import Learner
 from stages.training.roles import make_trainer
 from stages.training.trainer import Trainer
 from tests.support.learning import Plain
-from tests.support.lessons import CUTS, MODEL, Stripes, small
+from tests.support.lessons import CUTS, MODEL, small
 from tests.support.lines import WAIT_S
+from tests.support.stripes import Stripes
 
 SEED = 3
 

@@ -7,15 +7,18 @@ there is one. Elsewhere PyTorch comes from its own index, as in the image that a
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import http.server
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "sparse:0.1.0"
@@ -52,8 +55,9 @@ def local_torch(settings: dict[str, str]) -> tuple[Path, str] | None:
 
 
 @contextmanager
-def build_arguments() -> Iterator[list[str]]:
+def build_arguments(lock: IO[str]) -> Iterator[list[str]]:
     """The arguments of `docker build` for this machine; what they name is served until the end of the block."""
+    fcntl.flock(lock, fcntl.LOCK_EX)
     settings = pip_settings()
     arguments = []
     for name, argument in (("index-url", "PIP_INDEX_URL"), ("extra-index-url", "PIP_EXTRA_INDEX_URL")):
@@ -78,8 +82,11 @@ def build_arguments() -> Iterator[list[str]]:
 
 
 def build(tag: str = IMAGE, *more: str) -> None:
-    """Build the image; raise `subprocess.CalledProcessError`, with what the engine said, when that fails."""
-    with build_arguments() as arguments:
+    """Build the image; raise `subprocess.CalledProcessError`, with what the engine said, when that fails.
+
+    One process builds at a time: the next takes all steps from the engine's cache.
+    """
+    with (Path(tempfile.gettempdir()) / "sparse-test-image.lock").open("w") as lock, build_arguments(lock) as arguments:
         command = ["docker", "build", "--file", "deploy/Dockerfile", "--tag", tag, *arguments, *more, "."]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -40,7 +40,7 @@ def lesson_pipeline(
                 "model_settings": dict(model_settings or {}),
             },
             "stage": [{"name": f"s{index}"} for index in range(len(cuts) + 1)],
-            "source": {"kind": "tests.support.lessons:Stripes", "name": "stripes"},
+            "source": {"kind": "tests.support.stripes:Stripes", "name": "stripes"},
             "training": training,
         }
     )

@@ -1,16 +1,14 @@
-"""A small network and a small data set for training tests, which name them in their pipeline files."""
+"""A small network for training tests, which name it in their pipeline files."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from brokers.training import micro_seed
 from sources.batches import Batches, micro
-from sources.dataset import Dataset, Examples
+from tests.support.stripes import CLASSES
 
-CLASSES = 4
 MODEL = "tests.support.lessons:small"
 # After these layers it may be cut: between them lie a batch norm, dropouts of both kinds and a skip connection.
 CUTS = (4, 9)
@@ -59,41 +57,6 @@ class Reader(nn.Module):
 
 def reader() -> nn.Module:
     return Reader()
-
-
-class Stripes(Dataset):
-    """Pictures (3, 8, 8) whose class is the row that is bright."""
-
-    name = "stripes"
-    classes = tuple("0123")
-    mirrors = True
-
-    def __init__(self, count: int = 96, seed: int = 0) -> None:
-        self._count, self._seed = count, seed
-
-    def train(self) -> Examples:
-        return self._some(self._count, self._seed)
-
-    def test(self) -> Examples:
-        return self._some(32, self._seed + 1)
-
-    def _some(self, count: int, seed: int) -> Examples:
-        rng = np.random.default_rng(seed)
-        labels = rng.integers(0, CLASSES, count)
-        pictures = rng.normal(0, 0.3, (count, 3, 8, 8)).astype(np.float32)
-        pictures[np.arange(count), :, 2 * labels, :] += 1.0
-        return Examples(pictures, labels.astype(np.int64))
-
-
-class TooManyClasses(Stripes):
-    """One more class than the network has."""
-
-    classes = tuple("01234")
-
-    def _some(self, count: int, seed: int) -> Examples:
-        found = super()._some(count, seed)
-        found.labels[: count // 2] = CLASSES
-        return found
 
 
 def train_plainly(

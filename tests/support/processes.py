@@ -97,14 +97,14 @@ class Machine:
             **(environment or {}),
         }
 
-    def start(self, *command: str | Path) -> Running:
-        """Start any program."""
+    def start(self, *command: str | Path, environment: Mapping[str, str] | None = None) -> Running:
+        """Start any program; `environment` is beside what all have."""
         out, err = (self.folder / f"said-{len(self._started)}.{end}" for end in ("out", "err"))
         with out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=ROOT,
-                env=self._environment,
+                env={**self._environment, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -113,9 +113,9 @@ class Machine:
         self._started.append(process)
         return Running(process, out, err)
 
-    def sparse(self, *arguments: str | Path) -> Running:
+    def sparse(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> Running:
         """Start `sparse`."""
-        return self.start(sys.executable, "-m", "brokers.cli", *arguments)
+        return self.start(sys.executable, "-m", "brokers.cli", *arguments, environment=environment)
 
     def alive(self) -> list[psutil.Process]:
         """The processes that this test has started, directly or not, and that have not ended."""

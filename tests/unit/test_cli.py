@@ -77,8 +77,8 @@ def test_help_lists_every_command_with_the_first_line_of_its_docstring(world: di
     done = sparse(world, "--help")
     assert done.returncode == 0
     assert re.search(r"^  greet +Greet somebody\.$", done.stdout, re.MULTILINE)
-    assert "  fail     Fail in one of many ways.\n" in done.stdout
-    assert "  lost     (not installed: nowhere.at_all)\n" in done.stdout
+    assert re.search(r"^  fail +Fail in one of many ways\.$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  lost +\(not installed: nowhere\.at_all\)$", done.stdout, re.MULTILINE)
 
 
 def test_help_imports_neither_the_commands_nor_anything_heavy(world: dict[str, str]) -> None:

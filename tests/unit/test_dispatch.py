@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.dispatch import DOUBT_S, LEASE_S, SILENT_S, WORKERS_LIMIT, Dispatcher
+from brokers.dispatch import DOUBT_S, GAP_S, LEASE_S, SILENT_S, WORKERS_LIMIT, Dispatcher
 from brokers.errors import BadPayload, VersionMismatch, WireError
 from brokers.presence import Birth, Load
 
@@ -317,3 +317,24 @@ def test_a_lease_of_ones_own_is_kept_to() -> None:
     assert dispatcher.holds("w", A)
     assert dispatcher.pick(5.1) == "w"
     assert not dispatcher.holds("w", A)
+
+
+# Records that are lost on their way ---------------------------------------------------------------------------------
+
+
+def test_a_worker_that_is_heard_again_after_a_gap_may_have_done_what_it_had() -> None:
+    dispatcher = workers(birth(capacity=1))
+    dispatcher.sent("w", A, 0.5)
+    assert not dispatcher.missed("w", 1.0)
+    dispatcher.seen(birth(capacity=1), 1.0)
+    assert dispatcher.pick(1.0) is None
+    assert dispatcher.missed("w", 1.0 + GAP_S + 0.1)
+    assert dispatcher.seen(birth(capacity=1), 1.0 + GAP_S + 0.1) == set(), (
+        "it is the same life: nothing is lost for sure"
+    )
+    assert not dispatcher.holds("w", A)
+    assert dispatcher.pick(5.0) == "w"
+
+
+def test_nobody_misses_records_of_a_worker_that_is_not_known() -> None:
+    assert not Dispatcher().missed("w", 100.0)

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.support.processes import PATIENCE_S
+
 # Pages faulted in while 16 MiB are allocated, filled and freed, again and again.
 _PROGRAM = """
 import resource, sys, torch
@@ -17,8 +19,8 @@ def faults():
 
 if sys.argv[1] == "kept":
     keep_memory()
-for turn in range(40):
-    if turn == 20:
+for turn in range(20):
+    if turn == 10:
         before = faults()
     torch.ones(4 << 20)
     torch.ones(16 << 20)
@@ -27,7 +29,8 @@ print(faults() - before)
 
 
 def _faults(how: str) -> int:
-    run = subprocess.run([sys.executable, "-c", _PROGRAM, how], capture_output=True, text=True, check=True, timeout=60)
+    command = [sys.executable, "-c", _PROGRAM, how]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     return int(run.stdout)
 
 
