@@ -13,14 +13,21 @@ from tests.support.engine import Compose, need_engine
 from tests.support.image import IMAGE, build
 from tests.support.parts import need
 
+ENGINES = {"image", "address"}  # the fixtures that need an engine; all others are made of them
 # What can be had without the images of InfluxDB and Chronograf, which stand in a profile of their own.
 SERVICES = ("broker", "gateway", "head", "body", "tail", "monitor")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Say once what is left out where no engine runs: of skips in a fixture pytest would list each."""
+    if isinstance(item, pytest.Function) and not ENGINES.isdisjoint(item.fixturenames):
+        need_engine()
 
 
 @pytest.fixture(scope="session", name="image")
 def _image() -> str:
     """The image of this checkout; `.ci/run` has most of it in the engine's cache by now."""
-    need_engine()
     build()
     return IMAGE
 

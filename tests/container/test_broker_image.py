@@ -14,7 +14,6 @@ from testcontainers.core.wait_strategies import PortWaitStrategy
 from brokers.mqtt import MqttTransport
 from brokers.transport import Properties, Will
 from tests.support.checkout import ROOT
-from tests.support.engine import need_engine
 from tests.support.lines import Inbox, abandon, run
 
 LARGE_BYTES = 5_000_000  # more than Mosquitto 2.1 takes by default
@@ -22,7 +21,6 @@ LARGE_BYTES = 5_000_000  # more than Mosquitto 2.1 takes by default
 
 @pytest.fixture(scope="module", name="address")
 def _address() -> Iterator[str]:
-    need_engine()
     found = re.search(r"image: (eclipse-mosquitto:\S+)", (ROOT / "docker-compose.yml").read_text())
     assert found
     # It would start one more container, of an image of its own, to end those of a test that was killed.
