@@ -17,6 +17,7 @@ from typing import Literal
 from brokers.line import Line
 from brokers.pipeline import Pipeline
 from brokers.presence import RECORD_EXPIRY_S, Latency, SourceBirth, SourceLoad
+from brokers.pulse import Pulse
 from brokers.topics import source_presence
 from brokers.transport import Properties, Will
 
@@ -71,6 +72,7 @@ class Standing:
     def __init__(self, line: Line, pipeline: Pipeline, name: str, load: Callable[[], SourceLoad]) -> None:
         self.state: Literal["up", "draining", "stopped"] = "up"
         self._line, self._load = line, load
+        self._pulse = Pulse()
         # One level of a topic, whatever the source is called; what tells it from its namesakes comes last.
         fitting = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-64:] or "source"
         self._birth = SourceBirth(
@@ -121,6 +123,7 @@ class Standing:
             self._again.clear()
             try:
                 await self._publish(self._record())
+                self._pulse.beat()
                 self._told = False
             except Exception as error:  # noqa: BLE001 - a record that cannot be told is no reason to stop working
                 if not self._told:

@@ -15,6 +15,7 @@ from brokers.errors import SparseError
 from brokers.line import Line
 from brokers.pipeline import Pipeline
 from brokers.presence import RECORD_EXPIRY_S, Birth, Load
+from brokers.pulse import Pulse
 from brokers.tables import StageTable
 from brokers.topics import StageTopics
 from brokers.training import Standing
@@ -45,6 +46,7 @@ class Vitals:
         self.turned_away = 0
         self.expired = 0
         self._line, self._topics = line, topics
+        self._pulse = Pulse()
         self._birth = Birth(
             worker=worker,
             stage=stage.name,
@@ -172,6 +174,7 @@ class Vitals:
         change = {"load": load, "state": self.state, "up_s": self._up_s, "training": self.training}
         self._birth = self._birth.model_copy(update=change)
         await self._publish(self._birth.to_bytes())
+        self._pulse.beat()
 
     def _waited_s(self, oldest_s: float | None, now_s: float) -> float:
         """How long tasks wait here: what those begun in this interval did, or more if one does that has not begun.

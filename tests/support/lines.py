@@ -78,12 +78,7 @@ class BrokerPlace:
         return MqttTransport(self.broker.address, client_id=session or None, session_expiry_s=600 if session else 0)
 
     async def die(self, will: Will) -> None:
-        command = [sys.executable, "-c", _DOOMED, self.broker.address, will.topic, will.payload.decode()]
-        doomed = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-        assert doomed.stdout is not None
-        await doomed.stdout.readline()
-        doomed.send_signal(signal.SIGKILL)
-        await doomed.wait()
+        await abandon(self.broker.address, will)
 
     def stop(self) -> None:
         self.broker.stop()
@@ -111,6 +106,16 @@ class Inbox:
         except TimeoutError:
             return
         raise AssertionError(f"{delivery.topic} came with {bytes(delivery.payload[:100])!r}")
+
+
+async def abandon(address: str, will: Will) -> None:
+    """Connect a process with this will to a broker, and kill it."""
+    command = [sys.executable, "-c", _DOOMED, address, will.topic, will.payload.decode()]
+    doomed = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    assert doomed.stdout is not None
+    await doomed.stdout.readline()
+    doomed.send_signal(signal.SIGKILL)
+    await doomed.wait()
 
 
 def run(test: Coroutine[Any, Any, None], limit_s: float = 60.0) -> None:

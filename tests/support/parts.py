@@ -26,6 +26,7 @@ PROGRAMS = {
     "mosquitto_rr": "apt-get install mosquitto-clients",
     "darknet": "apt-get install darknet",
     "ffmpeg": "apt-get install ffmpeg",
+    "kubectl": "see kubernetes.io, Install Tools",
 }
 FILES = {"darknet-files": (Path("/usr/share/darknet"), "apt-get install darknet")}
 MODULES = {"iotcore": "no wheel for this platform", "cv2": "make test"}

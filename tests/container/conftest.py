@@ -1,0 +1,56 @@
+"""The image, built once, and the compose project, up once; all of it gone when the tests are done."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.door import Door
+from tests.support.engine import Compose, need_engine
+from tests.support.image import IMAGE, build
+from tests.support.parts import need
+
+ENGINES = {"image", "address"}  # the fixtures that need an engine; all others are made of them
+# What can be had without the images of InfluxDB and Chronograf, which stand in a profile of their own.
+SERVICES = ("broker", "gateway", "head", "body", "tail", "monitor")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Say once what is left out where no engine runs: of skips in a fixture pytest would list each."""
+    if isinstance(item, pytest.Function) and not ENGINES.isdisjoint(item.fixturenames):
+        need_engine()
+
+
+@pytest.fixture(scope="session", name="image")
+def _image() -> str:
+    """The image of this checkout; `.ci/run` has most of it in the engine's cache by now."""
+    build()
+    return IMAGE
+
+
+@pytest.fixture(scope="session", name="photograph")
+def _photograph() -> Path:
+    """A dog, a bicycle and a car, with which the authors of the network show it."""
+    return need("darknet-files") / "data" / "dog.jpg"
+
+
+@pytest.fixture(scope="module", name="compose")
+def _compose(image: str) -> Iterator[Compose]:
+    assert image
+    compose = Compose(f"sparse-test-{uuid.uuid4().hex[:8]}")
+    try:
+        compose.up(*SERVICES)
+        yield compose
+    finally:
+        compose("down", "--volumes", "--timeout", "1")
+
+
+@pytest.fixture(name="door")
+def _door(compose: Compose) -> Iterator[Door]:
+    door = Door(compose.broker_port)
+    yield door
+    door.close()

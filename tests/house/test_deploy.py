@@ -1,0 +1,105 @@
+"""The files of deploy/ and docker-compose.yml: what they say twice they say alike, and nothing in them floats."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from brokers.cli import main
+from brokers.pipeline import load_pipeline
+from tests.support.checkout import ROOT, files
+
+SITES = "deploy/kubernetes/sites"
+CONFIG = ROOT / "deploy/config"
+COMPOSE = ROOT / "docker-compose.yml"
+STACKS = [ROOT / "deploy/swarm/stack.yml", ROOT / "deploy/swarm/telemetry.yml"]
+OURS = {"gateway", "head", "body", "tail", "monitor"}
+
+
+def parsed(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(path.read_text())
+    return found
+
+
+def images() -> list[str]:
+    """Every image that a file of deploy/, or the compose file, names."""
+    found: list[str] = []
+    for path in [COMPOSE, *files("deploy/*.yml"), *files("deploy/*.yaml"), ROOT / "deploy/Dockerfile"]:
+        named = re.findall(r"^\s*(?:image: |ARG BASE=)(\S+)$", path.read_text(), re.MULTILINE)
+        found += [re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", image) for image in named]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "site", "kept"),
+    [
+        ("deploy/config/street.toml", "local", "deploy/config"),
+        (f"{SITES}/pipeline/street.toml", "cloudlet", f"{SITES}/cloudlet"),
+        (f"{SITES}/pipeline/street.toml", "cloud", f"{SITES}/cloud"),
+    ],
+    ids=["local", "cloudlet", "cloud"],
+)
+def test_a_brokers_configuration_is_what_the_project_prints(
+    pipeline: str, site: str, kept: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["broker", "config", "--open", "--data", "/mosquitto/data", str(ROOT / pipeline), site]) == 0
+    assert (ROOT / kept / "mosquitto.conf").read_text() == capsys.readouterr().out
+
+
+def test_the_pipeline_is_one_that_loads_and_names_the_stages_that_are_started() -> None:
+    pipeline = load_pipeline(CONFIG / "street.toml")
+    stages = {stage.name for stage in pipeline.stage}
+    assert stages == {"head", "body", "tail"} == OURS - {"gateway", "monitor"}
+    assert pipeline.source.keep == "all"
+
+
+def test_every_image_has_a_version() -> None:
+    versions = {image.partition(":")[0]: set[str]() for image in images()}
+    for image in images():
+        versions[image.partition(":")[0]].add(image.partition(":")[2])
+    kustomized = {"sparse": {""}}  # a patch names it without, and kustomization.yaml gives it its version
+    assert {name: tags - kustomized.get(name, set()) for name, tags in versions.items()} == {
+        "python": {"3.11-slim-bookworm"},
+        "sparse": {version()},
+        "eclipse-mosquitto": {"2.0.22"},
+        "influxdb": {"2.7.12"},
+        "chronograf": {"1.10.7"},
+    }
+
+
+def version() -> str:
+    found: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    return found
+
+
+@pytest.mark.parametrize("path", [COMPOSE, STACKS[0]], ids=["compose", "swarm"])
+def test_every_container_of_ours_and_the_broker_is_locked_down(path: Path) -> None:
+    services = parsed(path)["services"]
+    assert set(services) >= OURS | {"broker"}
+    for name in OURS | {"broker"}:
+        service = services[name]
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service.get("mem_limit") or service["deploy"]["resources"]["limits"]["memory"], name
+        assert "container_name" not in service, f"{name} could not be scaled"
+    for name in OURS:
+        assert services[name]["stop_grace_period"] == "30s", name
+
+
+def test_no_secret_stands_in_a_file() -> None:
+    for path in [COMPOSE, *STACKS]:
+        for name, service in parsed(path)["services"].items():
+            for variable in service.get("environment", {}):
+                secret = re.search("TOKEN|PASSWORD|SECRET", variable)
+                assert not secret or variable.endswith("_FILE"), f"{path.name}: {name}: {variable}"
+
+
+def test_the_demo_is_open_to_this_machine_only() -> None:
+    for name, service in parsed(COMPOSE)["services"].items():
+        for port in service.get("ports", []):
+            assert port.startswith("${SPARSE_BIND:-127.0.0.1}:"), f"{name}: {port}"
