@@ -77,13 +77,16 @@ def test_what_goes_through_comes_out_whole_and_is_counted() -> None:
 
 def test_who_has_said_all_still_hears_the_answer() -> None:
     data = random.Random(2).randbytes(300_000)
-    with echo() as port, relay(port, delay_ms=20) as found:
-        with socket.create_connection(("127.0.0.1", found.port), timeout=10) as sock:
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
-            assert read_exactly(sock, len(data)) == data
-            with contextlib.suppress(ConnectionError):
-                assert sock.recv(1) == b""
+    with (
+        echo() as port,
+        relay(port, delay_ms=20) as found,
+        socket.create_connection(("127.0.0.1", found.port), timeout=10) as sock,
+    ):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        assert read_exactly(sock, len(data)) == data
+        with contextlib.suppress(ConnectionError):
+            assert sock.recv(1) == b""
 
 
 def test_nothing_comes_out_before_its_time() -> None:
