@@ -76,7 +76,8 @@ def users(pipeline: Pipeline, site: str) -> dict[str, dict[str, Access]]:
     for table in pipeline.site:
         if table.name == site:
             for camera in table.cameras:
-                grant(camera_name(camera), [Right("write", ingress(site, camera))])
+                # The gateway reads at the source's site, wherever the camera is; bridges carry on.
+                grant(camera_name(camera), [Right("write", ingress(pipeline.source.site, camera))])
         for link in table.links:
             if link.to == site:
                 for user in {broker_name(table.name), link.user or broker_name(table.name)}:
@@ -168,5 +169,4 @@ def _operator(pipeline: Pipeline) -> Iterator[Right]:
     home = pipeline.source.site
     yield Right("readwrite", source_inbox(home, "+"))
     yield Right("readwrite", results(home))
-    for each in dict.fromkeys([home, *(table.name for table in pipeline.site if table.cameras)]):
-        yield Right("readwrite", ingress(each))
+    yield Right("readwrite", ingress(home))

@@ -12,6 +12,7 @@ import typer
 from brokers.address import BrokerAddress, parse_address
 from brokers.bridges import Bridge
 from brokers.errors import BadFile, UsageError
+from brokers.identity import read_password
 from brokers.mosquitto import Locks, MosquittoConfig, render
 from brokers.pipeline import Pipeline, load_pipeline, nearest
 from brokers.tables import LinkTable, SiteTable
@@ -99,16 +100,11 @@ def bridge_of(pipeline: Pipeline, site: SiteTable, link: LinkTable, certs: Path)
     there = address_of(pipeline, find_site(pipeline, link.to))
     if there.unix:
         raise BadFile(pipeline.path, f"site {link.to!r}: no bridge leads to a Unix socket, {there}", "site")
-    password = None
-    if link.password_file is not None:
-        path = pipeline.folder / link.password_file
-        try:
-            password = path.read_text(encoding="utf-8").rstrip("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "is not text"
-            raise BadFile(str(path), f"{reason}: expected the password of {link.user!r} at {link.to!r}") from None
-        if not password or "\n" in password:
-            raise BadFile(str(path), "expected one line, the password")
+    here = address_of(pipeline, site)
+    if (here.host, here.port) == (there.host, there.port):  # it would send every message to itself, without end
+        raise BadFile(
+            pipeline.path, f"sites {site.name!r} and {link.to!r} share {there}: it keeps no bridge to itself", "site"
+        )
     return Bridge(
         site.name,
         link.to,
@@ -116,9 +112,16 @@ def bridge_of(pipeline: Pipeline, site: SiteTable, link: LinkTable, certs: Path)
         there.port,
         pipeline.sites.crossing(site.name, link.to),
         user=link.user,
-        password=password,
+        password=_password(pipeline.folder / link.password_file) if link.password_file is not None else None,
         tls=certs if there.tls else None,
     )
+
+
+def _password(path: Path) -> str:
+    password = read_password(path)
+    if password != password.strip():
+        raise BadFile(str(path), "Mosquitto takes no password that begins or ends with a space")
+    return password
 
 
 def _is_private(address: BrokerAddress) -> bool:

@@ -122,8 +122,12 @@ def check_folder(folder: Path) -> bool:
 
     Returns whether these two are there. Raises `BadFile`, `KeyMisfit`, `NotYetValid` or `Expired`.
     """
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
         problem = "is no folder" if folder.exists() else "no such folder"
+    except OSError as error:  # a name that is too long, a folder above it that we may not enter
+        raise BadFile(str(folder), f"cannot be read: {(error.strerror or str(error)).lower()}") from None
+    if not there:
         raise BadFile(str(folder), f"{problem}: expected one with {AUTHORITY}, {CERTIFICATE} and {KEY}")
     moment = now()
     check_times(folder / AUTHORITY, read_certificate(folder / AUTHORITY), moment)

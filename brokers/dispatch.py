@@ -33,6 +33,9 @@ class _Worker:
     heard_s: float
     # request id -> when it was sent, in seconds
     in_hand: dict[bytes, float] = field(default_factory=dict)
+    # The same of what it had when records of it were lost: it may be done with these, and the word lost as well.
+    doubtful: dict[bytes, float] = field(default_factory=dict)
+    settled_done: int = 0  # when it has finished so many tasks, it is done with those
     kept_for: bytes | None = None  # the one request that it may have, by itself
     idle_since_s: float = 0.0
 
@@ -41,18 +44,44 @@ class _Worker:
         return self.birth.state == "up"
 
     @property
+    def batch(self) -> int:
+        """How many tasks it computes at once."""
+        return max(1, self.birth.capacity - SPARE)
+
+    @property
     def has_room(self) -> bool:
-        return self.is_up and self.kept_for is None and len(self.in_hand) < self.birth.capacity
+        # Of the doubtful no more can be left than wait there by its own word: a worker that comes through late, again
+        # and again, is not given all that there is.
+        held = len(self.in_hand) + min(len(self.doubtful), self.birth.load.queue)
+        return self.is_up and self.kept_for is None and held < self.birth.capacity
+
+    @property
+    def all_in_hand(self) -> dict[bytes, float]:
+        """What it has, or may have."""
+        return self.doubtful | self.in_hand
+
+    def heard(self, birth: Birth, now_s: float, *, missed: bool) -> None:
+        """It goes on; `missed`: records before this one were lost."""
+        if missed:
+            self.doubtful |= self.in_hand
+            self.in_hand.clear()
+            self.kept_for = None
+            self.settled_done = birth.load.done + birth.load.queue + self.batch
+        elif birth.load.done >= self.settled_done:
+            self.doubtful.clear()
+        self.birth, self.heard_s = birth, now_s
 
     def end_leases(self, now_s: float, lease_s: float) -> None:
-        for request in [request for request, sent_s in self.in_hand.items() if now_s - sent_s > lease_s]:
+        for request in [request for request, sent_s in self.all_in_hand.items() if now_s - sent_s > lease_s]:
             self.done(request)
 
     def sent(self, request: bytes, now_s: float) -> None:
+        self.doubtful.pop(request, None)
         self.in_hand[request] = self.idle_since_s = now_s
 
     def done(self, request: bytes) -> None:
         self.in_hand.pop(request, None)
+        self.doubtful.pop(request, None)
         if self.kept_for == request:
             self.kept_for = None
 
@@ -79,23 +108,20 @@ class Dispatcher:
     @property
     def batches(self) -> int:
         """How many tasks the workers that are up compute at once."""
-        return sum(max(1, worker.birth.capacity - SPARE) for worker in self._workers.values() if worker.is_up)
+        return sum(worker.batch for worker in self._workers.values() if worker.is_up)
 
     def seen(self, birth: Birth, now_s: float) -> set[bytes]:
         """A worker was born or reported its load; the requests in the hands of its former life, if it had one."""
         worker = self._workers.get(birth.worker)
         # In containers every process has the same id, and foreign workers may name no instance: either tells.
         if worker is not None and (worker.birth.pid, worker.birth.instance) == (birth.pid, birth.instance):
-            if self.missed(birth.worker, now_s):  # its words that tasks are done may be what was lost
-                worker.in_hand.clear()
-                worker.kept_for = None
-            worker.birth, worker.heard_s = birth, now_s
+            worker.heard(birth, now_s, missed=self.missed(birth.worker, now_s))
             return set()
         if worker is None and len(self._workers) >= WORKERS_LIMIT:
             return set()
         self._workers.pop(birth.worker, None)
         self._workers[birth.worker] = _Worker(birth, now_s, idle_since_s=now_s)
-        return set(worker.in_hand) if worker else set()
+        return set(worker.all_in_hand) if worker else set()
 
     def is_at_work(self, worker: str) -> bool:
         """Whether this worker is known and has not said that it has stopped."""
@@ -111,14 +137,14 @@ class Dispatcher:
 
     def forget(self) -> set[bytes]:
         """The connection broke: nobody is known to be up, nothing to be in anybody's hands; what was."""
-        lost = {request for worker in self._workers.values() for request in worker.in_hand}
+        lost = {request for worker in self._workers.values() for request in worker.all_in_hand}
         self._workers.clear()
         return lost
 
     def gone(self, worker: str) -> set[bytes]:
         """A worker died or left: the requests that were in its hands."""
         lost = self._workers.pop(worker, None)
-        return set(lost.in_hand) if lost else set()
+        return set(lost.all_in_hand) if lost else set()
 
     def pick(self, now_s: float, avoid: frozenset[str] = frozenset(), alone: bytes | None = None) -> str | None:
         """The worker with room that would be done first, one not to be avoided if there is a choice.
@@ -163,8 +189,9 @@ class Dispatcher:
             self._workers[worker].sent(request, now_s)
 
     def holds(self, worker: str, request: bytes) -> bool:
-        """Whether this worker has this request in hand, as far as is known."""
-        return worker in self._workers and request in self._workers[worker].in_hand
+        """Whether this worker has this request in hand, or may have it."""
+        known = self._workers.get(worker)
+        return known is not None and (request in known.in_hand or request in known.doubtful)
 
     def done(self, worker: str, request: bytes) -> None:
         """The worker has room again."""

@@ -33,8 +33,8 @@ MQTT_5 = (
     "else: enable MQTT 5"
 )
 PASSWORD = (
-    "name a user it knows: SPARSE_BROKER=mqtt://USER:PASSWORD@HOST:PORT; or let anybody in (Mosquitto: "
-    "allow_anonymous true)"
+    "name a user it knows, mqtts://USER@HOST:PORT, and a file with the password in SPARSE_PASSWORD_FILE; or, where "
+    "only friends reach it, let anybody in (Mosquitto: allow_anonymous true)"
 )
 SHARED = "Mosquitto has them, on by itself; else: enable shared subscriptions"
 KEPT = "Mosquitto: no persistent_client_expiration, max_queued_messages 1000; else: let sessions last for 24 h"

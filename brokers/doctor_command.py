@@ -118,7 +118,12 @@ def _elsewhere(pipeline: Pipeline | None, start: str | None) -> str:
 def _cuts(path: str) -> dict[str, int]:
     """What crosses each cut, in bytes; asked of another process, since brokers know nothing of networks."""
     asked = [sys.executable, "-m", "brokers.cli", "cuts", path, "--json"]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=_CUTS_S, check=False)
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=_CUTS_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise CutsUnknown(
+            f"{path}: its cuts were not computed within {_CUTS_S:g} s: see `sparse cuts {path}`"
+        ) from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"sparse cuts ended with {done.returncode}"]
         raise CutsUnknown(lines[-1].removeprefix("sparse: "))

@@ -68,9 +68,10 @@ class Relay:
             self._thread.join(_START_S)
 
     def cut(self) -> None:
-        """Break the link, and what is in flight on it; connections are refused from now on."""
+        """Break the link, and what is in flight on it; connections are ended at once from now on."""
         self._whole = False
-        self._loop.call_soon_threadsafe(self._break)
+        with contextlib.suppress(RuntimeError):  # it has been stopped: there is nothing to break
+            self._loop.call_soon_threadsafe(self._break)
 
     def mend(self) -> None:
         """Let connections through again."""
@@ -108,7 +109,8 @@ class Relay:
                 ways = (self._carry("there", reader, others), self._carry("back", far, writer))
                 ends = [asyncio.ensure_future(way) for way in ways]
                 try:
-                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                    # Who ends one direction may still read the other; what fails ends both.
+                    await asyncio.wait(ends, return_when=asyncio.FIRST_EXCEPTION)
                 finally:
                     for end in ends:
                         end.cancel()
@@ -125,6 +127,7 @@ class Relay:
         """Bring what is read to the other side, when its time has come."""
         link = _Way(self._delay_s, self._bytes_per_s)
         filling = asyncio.create_task(self._fill(link, reader))
+        writer.transport.set_write_buffer_limits(0)  # `drain` waits for all of it: what has come out is not lost
         try:
             while (piece := await link.take()) is not None:
                 writer.write(piece)
@@ -132,6 +135,8 @@ class Relay:
                 setattr(self.crossed, way, getattr(self.crossed, way) + len(piece))
                 if self.tap:
                     self.tap(way, piece)
+            if writer.can_write_eof():
+                writer.write_eof()
         finally:
             filling.cancel()
             await asyncio.gather(filling, return_exceptions=True)

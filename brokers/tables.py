@@ -76,7 +76,11 @@ class LinkTable(Table):
     to: Annotated[str, _name_of("site")]
     delay_ms: float = Field(default=0.0, ge=0, le=10_000, description="one way; imposed by `sparse run`")
     rate_mbit: float | None = Field(default=None, gt=0, le=1_000_000, description="Mbit/s each way; as above")
-    user: str | None = Field(default=None, min_length=1, description="by which the bridge greets the other broker")
+    user: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_.@-]{1,64}$",  # a word in the lines of mosquitto.conf and of an access list
+        description="by which the bridge greets the other broker",
+    )
     password_file: str | None = Field(default=None, description="what that broker knows the user by")
 
     @model_validator(mode="after")

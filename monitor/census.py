@@ -78,7 +78,8 @@ class Census(Roll):
             return record.model_copy(update={"node": record.node[:TEXT_CHARACTERS]})
         if topic != StageTopics(record.site, record.pipeline, record.stage).presence(record.worker):
             raise BadPayload(JSON, f"the record of worker {record.worker!r} is on another's topic")
-        if (place := place_of(record)) not in self._stages_s and len(self._stages_s) >= STAGES_LIMIT:
+        known = (place := place_of(record)) in self._stages_s or place in self.expected
+        if not known and len(self._stages_s) >= STAGES_LIMIT:
             raise BadPayload(JSON, f"a worker of one more stage than the {STAGES_LIMIT} that are watched")
         self._stages_s[place] = now_s
         texts = {name: getattr(record, name)[:TEXT_CHARACTERS] for name in ("node", "device", "fingerprint")}

@@ -89,7 +89,7 @@ class Checkpoints:
         Raises `CannotCheckpoint` or `Overtaken`; what is there stays as it is then.
         """
         path = self._path(version.number)
-        partial = path.with_suffix(".part")
+        partial = path.with_suffix(f".{version.term}.part")  # one of another term may be writing the same version
         metadata = {
             "fingerprint": self._fingerprint,
             "version": str(version.number),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from brokers.config_command import command
+from brokers.errors import BadFile
 from brokers.mqtt import MqttTransport
 from brokers.transport import Delivery, Properties
 from tests.contract.conftest import need_mosquitto
@@ -143,10 +144,17 @@ def test_a_bridges_password_comes_from_a_file(tmp_path: Path, capsys: pytest.Cap
     text = STREET + sites(**{name: f"mqtts://{name}.example" for name in SITES})
     link = 'links = [{ to = "cloud", user = "fog", password_file = "cloud.pw" }]'
     path.write_text(text.replace('links = [{ to = "cloud" }]', link))
-    (tmp_path / "cloud.pw").write_text("two words\n")
+    (tmp_path / "cloud.pw").write_bytes(b"two words\r\n")
     conf = printed(path, "cloudlet", capsys).splitlines()
     assert "remote_username fog" in conf
     assert "remote_password two words" in conf
+    for bad, problem in (
+        (b" spaced\n", "begins or ends with a space"),
+        (b"\n", "expected a password in its first line"),
+    ):
+        (tmp_path / "cloud.pw").write_bytes(bad)
+        with pytest.raises(BadFile, match=problem):
+            printed(path, "cloudlet", capsys)
 
 
 MISTAKES = {
@@ -154,6 +162,7 @@ MISTAKES = {
     "an open door": (("mqtt://c", "cloud"), "site 'cloud': mqtt://c:1883 lets everybody in who reaches it"),
     "no address": (("", "cloud"), "site: site 'cloud' has no address: expected broker = 'mqtts://HOST'"),
     "a bridge to a site of no address": (("", "device"), "site: site 'cloud' has no address"),
+    "a bridge to itself": (("mqtts://d:8883", "device"), "site: sites 'device' and 'cloud' share mqtts://d:8883"),
     "a bridge to a Unix socket": (("mqtt+unix:///run/x", "device"), "no bridge leads to a Unix socket"),
 }
 

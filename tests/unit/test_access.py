@@ -58,6 +58,15 @@ def test_who_is_elsewhere_is_not_named() -> None:
     assert users(away, "local")["camera.door"] == {"sparse/local/ingress/door": "write"}
 
 
+def test_a_camera_writes_to_where_the_gateway_reads_from_whatever_site_it_comes() -> None:
+    away = pipeline(
+        site=[{"name": "local"}, {"name": "yard", "links": [{"to": "local"}], "cameras": ["gate"]}],
+        source={"kind": "ingress"},
+    )
+    assert users(away, "yard")["camera.gate"] == {"sparse/local/ingress/gate": "write"}
+    assert users(away, "local")["broker.yard"]["sparse/local/ingress/+"] == "write"
+
+
 def test_a_bridge_that_logs_in_by_password_has_its_own_name() -> None:
     link = {"to": "cloud", "user": "fog-7", "password_file": "secret"}
     away = pipeline(site=[{"name": "local", "links": [link]}, {"name": "cloud"}])

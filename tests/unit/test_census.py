@@ -72,6 +72,14 @@ def test_a_flood_of_made_up_stages_ends_at_a_limit_and_known_stages_go_on() -> N
     assert stage_figures(board, 0.0)["street"]["body"]["queue"] == 5
 
 
+def test_a_flood_of_made_up_stages_takes_no_place_from_a_stage_that_is_asked_for(tmp_path: Path) -> None:
+    path = pipeline_file(tmp_path, [stage("body", "add_one")], name="street")
+    board = census(load_pipeline(path))
+    hear(board, *(worker_record("w", f"fake{number}") for number in range(2 * STAGES_LIMIT)))
+    hear(board, worker_record("w1", "body", queue=2))
+    assert stage_figures(board, 0.0)["street"]["body"]["workers"] == 1
+
+
 # What is forgotten ----------------------------------------------------------------------------------------------------
 
 

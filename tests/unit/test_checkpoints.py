@@ -283,3 +283,18 @@ def test_a_folder_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, monkey
     with pytest.raises(ForeignCheckpoint, match=r"it cannot be read .*Permission denied") as caught:
         checkpoints(tmp_path).check()
     assert "\n" not in str(caught.value)
+
+
+def test_who_wakes_does_not_take_what_its_successor_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    successor, sleeper = checkpoints(tmp_path), checkpoints(tmp_path)
+    successor.save(version(40, term=2))
+
+    def flush(_: Path) -> None:
+        monkeypatch.undo()
+        with pytest.raises(Overtaken):
+            sleeper.save(version(50, size=9, term=1))
+
+    monkeypatch.setattr("stages.training.checkpoints._flush", flush)
+    successor.save(version(50, term=2))
+    assert_is(checkpoints(tmp_path).load(50), 50)
+    assert named(tmp_path) == [name_of(40), name_of(50)]

@@ -23,6 +23,11 @@ def birth(worker: str = "w", *, capacity: int = 2, task_ms: float = 10.0, pid: i
     )  # fmt: skip
 
 
+def loaded(*, queue: int = 0, done: int = 0) -> Birth:
+    """A worker with room for three, and what it says of itself."""
+    return birth(capacity=3).model_copy(update={"load": Load(task_ms=10.0, queue=queue, done=done)})
+
+
 def workers(*births: Birth) -> Dispatcher:
     dispatcher = Dispatcher()
     for each in births:
@@ -332,8 +337,36 @@ def test_a_worker_that_is_heard_again_after_a_gap_may_have_done_what_it_had() ->
     assert dispatcher.seen(birth(capacity=1), 1.0 + GAP_S + 0.1) == set(), (
         "it is the same life: nothing is lost for sure"
     )
-    assert not dispatcher.holds("w", A)
     assert dispatcher.pick(5.0) == "w"
+
+
+def test_what_a_worker_may_have_had_before_a_gap_is_told_when_it_dies() -> None:
+    dispatcher = workers(birth())
+    assert dispatcher.pick(0.0, alone=A) == "w"
+    dispatcher.sent("w", A, 0.5)
+    dispatcher.seen(birth(), 1.0 + GAP_S)
+    assert dispatcher.holds("w", A)
+    assert dispatcher.gone("w") == {A}, "else a request that chokes its worker before it kills it is never blamed"
+
+
+def test_what_a_worker_had_before_a_gap_is_forgotten_when_it_has_done_all_of_then() -> None:
+    dispatcher = workers(birth(capacity=3))
+    dispatcher.sent("w", A, 0.5)
+    dispatcher.seen(loaded(queue=2, done=10), 1.0 + GAP_S)
+    for done, held in ((12, True), (13, False)):
+        dispatcher.seen(loaded(queue=2, done=done), 2.0 + GAP_S)
+        assert dispatcher.holds("w", A) is held
+
+
+def test_a_worker_that_comes_through_late_again_and_again_is_not_given_all_there_is() -> None:
+    dispatcher, given = workers(birth(capacity=3)), 0
+    for number in range(10):
+        now_s = number * (GAP_S + 1)
+        dispatcher.seen(loaded(queue=max(0, given - 1)), now_s)
+        while dispatcher.pick(now_s):
+            dispatcher.sent("w", bytes([given]) * 16, now_s)
+            given += 1
+    assert given <= 4, "its capacity, and the batch that it may be done with"
 
 
 def test_nobody_misses_records_of_a_worker_that_is_not_known() -> None:

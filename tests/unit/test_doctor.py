@@ -11,6 +11,7 @@ from brokers import doctor, older
 from brokers.address import parse_address
 from brokers.chunks import MESSAGE_LIMIT_BYTES
 from brokers.connack import limits_of
+from brokers.doctor_command import CutsUnknown, _cuts
 from brokers.findings import Carried, Finding, in_bytes, table, usable
 from brokers.probes import PROPERTIES
 from brokers.publication import MAX_REMAINING_BYTES
@@ -197,3 +198,9 @@ def test_only_a_connack_of_311_is_an_answer(data: bytes, code: int | None) -> No
 def test_the_password_of_an_address_is_in_no_line() -> None:
     address = parse_address("mqtt://ann:secret@host")
     assert "secret" not in "".join(doctor.unreachable(str(address), "refused", secured=False).lines())
+
+
+def test_cuts_that_take_too_long_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("brokers.doctor_command._CUTS_S", 0.001)
+    with pytest.raises(CutsUnknown, match=r"street.toml: its cuts were not computed within 0.001 s"):
+        _cuts("street.toml")

@@ -75,6 +75,11 @@ def test_a_file_that_does_not_do_is_named(
     assert SECRET not in str(caught.value)
 
 
+def test_a_folder_that_cannot_even_be_asked_for_is_named() -> None:
+    with pytest.raises(BadFile, match="n: cannot be read: file name too long"):
+        tls_of("n" * 300)
+
+
 def test_a_certificate_that_does_not_fit_its_key(certs: Path, mine: Path) -> None:
     (forge(certs, "viewer") / "tls.key").replace(mine / "tls.key")
     with pytest.raises(KeyMisfit, match=r"tls.crt: does not fit the key in .*tls.key"):

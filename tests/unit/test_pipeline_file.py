@@ -175,6 +175,8 @@ IN_SOURCE = {
     '[[site]]\nname = "c"\nlinks = [{ to = "local", delay_ms = -1 }]': "site.0.links.0.delay_ms: expected greater",
     '[[site]]\nname = "c"\nlinks = [{ to = "local", rate_mbit = 0 }]': "site.0.links.0.rate_mbit: expected greater",
     '[[site]]\nname = "c"\nlinks = [{ to = "l", password_file = "p" }]': "site.0.links.0: password_file: is of a user",
+    '[[site]]\nname = "c"\nlinks = [{ to = "l", user = "u\\nallow_anonymous true" }]': "site.0.links.0.user: ",
+    '[[site]]\nname = "c"\nlinks = [{ to = "l", user = "u v" }]': "site.0.links.0.user: ",
     '[[site]]\nname = "c"\ncameras = ["a/b"]': "site.0.cameras.0: source 'a/b' is not a name",
     "[sauce]": "sauce: unknown key (did you mean 'source'?): expected one of pipeline, stage, site, source",
 }

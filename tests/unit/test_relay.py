@@ -75,6 +75,20 @@ def test_what_goes_through_comes_out_whole_and_is_counted() -> None:
         assert (found.crossed.there, found.crossed.back) == (len(data), len(data))
 
 
+def test_who_has_said_all_still_hears_the_answer() -> None:
+    data = random.Random(2).randbytes(300_000)
+    with (
+        echo() as port,
+        relay(port, delay_ms=20) as found,
+        socket.create_connection(("127.0.0.1", found.port), timeout=10) as sock,
+    ):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        assert read_exactly(sock, len(data)) == data
+        with contextlib.suppress(ConnectionError):
+            assert sock.recv(1) == b""
+
+
 def test_nothing_comes_out_before_its_time() -> None:
     with echo() as port, relay(port, delay_ms=40) as found:
         back, took_s = round_trip(found, b"x")
@@ -116,6 +130,7 @@ def test_a_stopped_relay_leaves_no_thread_and_listens_no_more() -> None:
     found.start()
     found.stop()
     found.stop()
+    found.cut()
     assert "link to port 1" not in {thread.name for thread in threading.enumerate()}
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", found.port), timeout=1)
