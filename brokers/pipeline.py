@@ -50,7 +50,8 @@ class Pipeline(Table):
             if site not in known:
                 raise ValueError(f"{where}: site {site!r} is not one of {', '.join(sorted(known))}")
         tree, home = self.sites, self.source.site
-        for name in self.used_sites:
+        declared = [site.name for site in self.site] if len(self.site) > 1 else []
+        for name in dict.fromkeys([*self.used_sites, *declared]):
             if not tree.way(home, name):
                 raise ValueError(
                     f"site {name!r}: no link reaches it from {home!r}, where the source is: "

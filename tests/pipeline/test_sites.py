@@ -84,7 +84,7 @@ def test_a_pipeline_over_three_sites_sends_over_each_link_what_has_to_cross_it_a
     box.nothing_is_left()
 
 
-def test_a_link_costs_its_delay_and_no_more(box: Machine) -> None:
+def test_a_link_costs_its_delay_each_way(box: Machine) -> None:
     path = detector(box.folder, counter(20, window=1))
     said = box.sparse("run", path, "--json", "--out", box.folder / "out").end()
     assert said.status == 0, said.err
