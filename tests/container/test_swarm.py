@@ -1,20 +1,25 @@
-"""deploy/swarm/stack.yml on a swarm of this one machine: it comes up, answers a picture, scales, and is gone again."""
+"""deploy/swarm/stack.yml on a swarm of this one machine: locked, it comes up, answers, scales, and goes again."""
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from brokers.pipeline import load_pipeline
+from tests.support.checkout import ROOT
 from tests.support.door import Door
 from tests.support.engine import docker, docker_with
-from tests.support.parts import missing
+from tests.support.locks import certs_for
+from tests.support.parts import missing, need
 from tests.support.ports import free_port
 
 STACK = "sparse-test"
 OURS = ("broker", "gateway", "head", "body", "tail", "monitor")
+IDENTITIES = ("broker.local", "street.source", "street.head", "street.body", "street.tail", "monitor")
 
 
 @pytest.fixture(scope="module", name="swarm")
@@ -31,11 +36,22 @@ def _swarm(image: str) -> Iterator[None]:
         docker("swarm", "leave", "--force")
 
 
+@pytest.fixture(scope="module", name="certs")
+def _certs(swarm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates for all of the pipeline, and those of the stack as secrets of the swarm."""
+    certs = certs_for(tmp_path_factory.mktemp("swarm") / "certs", load_pipeline(ROOT / "deploy/locked/street.toml"))
+    for identity in IDENTITIES:
+        for name in ("ca.crt", "tls.crt", "tls.key"):
+            docker("secret", "create", f"{identity}.{name}", str(certs / identity / name))
+    return certs
+
+
 @pytest.fixture(scope="module", name="port")
-def _port(swarm: None) -> Iterator[int]:
+def _port(certs: Path) -> Iterator[int]:
     """The stack, deployed; the port of its broker."""
+    assert certs
     port = free_port()
-    environment = {"SPARSE_PORT": str(port), "SPARSE_MONITOR_PORT": str(free_port())}
+    environment = {"SPARSE_PORT": str(port)}
     # The image is on this machine only: there is no registry to ask for it.
     deploy = ("stack", "deploy", "--resolve-image", "never", "--compose-file", "deploy/swarm/stack.yml", STACK)
     docker_with(environment, *deploy)
@@ -70,8 +86,8 @@ def await_none(timeout_s: float = 120) -> None:
     docker("volume", "rm", "--force", f"{STACK}_results", f"{STACK}_broker")
 
 
-def test_the_stack_answers_a_picture_and_a_scaled_service_is_used(port: int, photograph: Path) -> None:
-    door = Door(port)
+def test_the_stack_answers_a_picture_and_a_scaled_service_is_used(port: int, certs: Path, photograph: Path) -> None:
+    door = Door(port, certs=certs)
     try:
         door.show(photograph)
         assert {"car", "bicycle", "dog"} <= {each["label"] for each in door.answer(90)["objects"]}
@@ -87,6 +103,16 @@ def test_the_stack_answers_a_picture_and_a_scaled_service_is_used(port: int, pho
         await_replicas("body", 1)
     finally:
         door.close()
+
+
+def test_nobody_comes_in_without_a_certificate_or_writes_what_is_not_theirs(port: int, certs: Path) -> None:
+    line = [str(need("mosquitto_pub")), "-h", "127.0.0.1", "-p", str(port), "-V", "5", "-q", "1", "-m", "{}"]
+    line += ["--cafile", f"{certs}/viewer/ca.crt", "-t", "sparse/local/ingress/door"]
+    stranger = subprocess.run(line, capture_output=True, timeout=30, check=False)
+    assert stranger.returncode != 0
+    viewer = ["--cert", f"{certs}/viewer/tls.crt", "--key", f"{certs}/viewer/tls.key"]
+    denied = subprocess.run([*line, *viewer], capture_output=True, text=True, timeout=30, check=False)
+    assert "Not authorized" in denied.stdout + denied.stderr
 
 
 def test_a_site_that_no_node_has_gets_no_task(port: int) -> None:
