@@ -59,7 +59,7 @@ def test_nobody_there_is_status_1(box: Machine) -> None:
 def test_one_that_is_told_to_leave_leaves_nothing_behind(box: Machine, tmp_path: Path, number: signal.Signals) -> None:
     async def test(port: int) -> None:
         async with Visit.to(f"mqtt://127.0.0.1:{port}").visitor() as witness:
-            await witness.subscribe("sparse/+/retained")
+            await witness.subscribe("sparse/doctor/+/retained")
             running = box.sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}")
             heard = await witness.hear(60)
             assert heard is not None
