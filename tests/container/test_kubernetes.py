@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from brokers.pipeline import load_pipeline
+from brokers.roles import MONITOR, broker_name, source_name, stage_name
 from tests.support.checkout import ROOT
 from tests.support.parts import need
 
@@ -85,6 +86,30 @@ def test_every_container_is_locked_down_and_bounded() -> None:
         assert ":" in container["image"], name
         if name != "broker":
             assert pod["terminationGracePeriodSeconds"] == 30, name
+
+
+@pytest.mark.parametrize(
+    ("folder", "site", "file"),
+    [
+        ("base", "local", "deploy/locked/street.toml"),
+        *((f"sites/{site}", site, "deploy/kubernetes/sites/pipeline/street.toml") for site in SITES),
+    ],
+)
+def test_each_has_the_secret_of_its_own_identity_and_comes_to_the_locked_broker(
+    folder: str, site: str, file: str
+) -> None:
+    pipeline = load_pipeline(ROOT / file)
+    identities = {stage.name: stage_name(pipeline, stage) for stage in pipeline.stage}
+    identities |= {"gateway": source_name(pipeline), "monitor": MONITOR, "broker": broker_name(site)}
+    for name, workload in workloads(folder).items():
+        (volume,) = (each for each in workload["spec"]["template"]["spec"]["volumes"] if "secret" in each)
+        assert volume["secret"] == {"secretName": identities[name], "defaultMode": 0o440}, name
+        container = container_of(workload)
+        (mounted,) = (each for each in container["volumeMounts"] if each["name"] == volume["name"])
+        assert mounted["readOnly"] is True
+        given = {each["name"]: each["value"] for each in container.get("env", [])}
+        assert mounted["mountPath"] == given.get("SPARSE_TLS", "/mosquitto/certs")
+        assert given.get("SPARSE_BROKER") == (pipeline.broker_of(site) if name == "monitor" else None)
 
 
 def test_a_configuration_that_changes_has_another_name_so_that_pods_are_replaced() -> None:

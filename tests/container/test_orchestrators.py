@@ -6,6 +6,7 @@ All but the first use one project that is up; each says first how many workers i
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 import urllib.request
 from collections import Counter
@@ -18,6 +19,7 @@ import yaml
 from tests.container.conftest import SERVICES
 from tests.support.door import Door
 from tests.support.engine import Compose, await_health, docker, inspect
+from tests.support.parts import need
 from tests.support.processes import eventually
 from tests.support.swarm import STACK, await_replicas, stack, swarm
 
@@ -34,11 +36,23 @@ def hosts_of(compose: Compose, service: str) -> set[str]:
     return {inspect(each)["Config"]["Hostname"] for each in compose.containers(service)}
 
 
-def test_the_stack_on_a_swarm_answers_a_picture_scales_and_leaves_nothing(image: str, photograph: Path) -> None:
+def knock(port: int, certs: Path, identity: str | None) -> str:
+    """What somebody is told who publishes to the ingress of the locked broker."""
+    line = ["-h", "127.0.0.1", "-p", str(port), "-V", "5", "-q", "1", "-m", "{}", "-t", "sparse/local/ingress/door"]
+    line += ["--cafile", f"{certs}/viewer/ca.crt"]
+    if identity is not None:
+        line += ["--cert", f"{certs}/{identity}/tls.crt", "--key", f"{certs}/{identity}/tls.key"]
+    done = subprocess.run([need("mosquitto_pub"), *line], capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout + done.stderr
+
+
+def test_the_stack_on_a_swarm_answers_a_picture_scales_and_leaves_nothing(
+    image: str, photograph: Path, tmp_path: Path
+) -> None:
     """Of deploy/swarm, on a swarm of this machine. First, as it must be over when the compose project is up."""
     assert image
-    with swarm(), stack() as port:
-        door = Door(port)
+    with swarm(), stack(tmp_path) as port:
+        door = Door(port, certs=tmp_path)
         try:
             door.show(photograph)
             assert {"car", "bicycle", "dog"} <= {each["label"] for each in door.answer(90)["objects"]}
@@ -53,6 +67,8 @@ def test_the_stack_on_a_swarm_answers_a_picture_scales_and_leaves_nothing(image:
             await_replicas("body", 1)
         finally:
             door.close()
+        assert "Error" in knock(port, tmp_path, None), "nobody comes in without a certificate"
+        assert "Not authorized" in knock(port, tmp_path, "viewer"), "or does what is not theirs"
         # A site that no node has gets no task.
         docker("service", "update", "--detach", "--constraint-add", "node.labels.site == cloud", f"{STACK}_tail")
         listed = ("service", "ps", "--no-trunc", f"{STACK}_tail")

@@ -12,10 +12,12 @@ import yaml
 
 from brokers.cli import main
 from brokers.pipeline import load_pipeline
+from brokers.roles import MONITOR, broker_name, source_name, stage_name
 from tests.support.checkout import ROOT, files
 
 SITES = "deploy/kubernetes/sites"
 CONFIG = ROOT / "deploy/config"
+LOCKED = "deploy/locked"
 COMPOSE = ROOT / "docker-compose.yml"
 STACKS = [ROOT / "deploy/swarm/stack.yml", ROOT / "deploy/swarm/telemetry.yml"]
 OURS = {"gateway", "head", "body", "tail", "monitor"}
@@ -35,20 +37,57 @@ def images() -> list[str]:
     return found
 
 
+def printed(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    assert main(["broker", *command]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_demos_broker_is_configured_as_the_project_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("config", "--open", "--data", "/mosquitto/data", str(CONFIG / "street.toml"), "local")
+    assert (CONFIG / "mosquitto.conf").read_text() == printed(capsys, *given)
+
+
 @pytest.mark.parametrize(
     ("pipeline", "site", "kept"),
     [
-        ("deploy/config/street.toml", "local", "deploy/config"),
+        (f"{LOCKED}/street.toml", "local", LOCKED),
         (f"{SITES}/pipeline/street.toml", "cloudlet", f"{SITES}/cloudlet"),
         (f"{SITES}/pipeline/street.toml", "cloud", f"{SITES}/cloud"),
     ],
     ids=["local", "cloudlet", "cloud"],
 )
-def test_a_brokers_configuration_is_what_the_project_prints(
+def test_every_other_broker_is_locked_as_the_project_prints(
     pipeline: str, site: str, kept: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["broker", "config", "--open", "--data", "/mosquitto/data", str(ROOT / pipeline), site]) == 0
-    assert (ROOT / kept / "mosquitto.conf").read_text() == capsys.readouterr().out
+    of = (str(ROOT / pipeline), site)
+    where = ("--certs", "/mosquitto/certs", "--access", "/mosquitto/config/access.list", "--data", "/mosquitto/data")
+    config = printed(capsys, "config", *where, *of)
+    assert (ROOT / kept / "mosquitto.conf").read_text() == config
+    assert (ROOT / kept / "access.list").read_text() == printed(capsys, "access", *of)
+    assert "require_certificate true" in config
+
+
+def test_the_pipeline_of_the_demo_and_the_locked_one_differ_in_their_locks_only() -> None:
+    demo, locked = (tomllib.loads((ROOT / folder / "street.toml").read_text()) for folder in (CONFIG, LOCKED))
+    assert locked.pop("site") == [{"name": "local", "broker": "mqtts://broker:8883", "cameras": ["door"]}]
+    assert demo.pop("site") == [{"name": "local", "broker": "mqtt://broker:1883"}]
+    assert demo == locked
+
+
+def test_each_service_of_the_swarm_has_the_secrets_of_its_own_identity_and_no_other() -> None:
+    stack = parsed(STACKS[0])
+    pipeline = load_pipeline(ROOT / LOCKED / "street.toml")
+    identities = {stage.name: stage_name(pipeline, stage) for stage in pipeline.stage}
+    identities |= {"gateway": source_name(pipeline), "monitor": MONITOR, "broker": broker_name("local")}
+    files = ("ca.crt", "tls.crt", "tls.key")
+    for name, identity in identities.items():
+        service = stack["services"][name]
+        folder = "/mosquitto/certs/" if name == "broker" else ""
+        assert [each["source"] for each in service["secrets"]] == [f"{identity}.{file}" for file in files]
+        assert [each["target"] for each in service["secrets"]] == [f"{folder}{file}" for file in files]
+        assert {each["mode"] for each in service["secrets"]} == {0o400}
+        assert name == "broker" or service["environment"] == {"SPARSE_TLS": "/run/secrets"}
+    assert set(stack["secrets"]) == {f"{identity}.{file}" for identity in identities.values() for file in files}
 
 
 def test_the_pipeline_is_one_that_loads_and_names_the_stages_that_are_started() -> None:

@@ -14,27 +14,35 @@ from tests.support.parts import need
 
 
 class Door:
-    """Publishes pictures to the ingress of site `local` at a port of this machine, and keeps what is answered."""
+    """Publishes pictures to the ingress of site `local` at a port of this machine, and keeps what is answered.
 
-    def __init__(self, port: int, source: str = "door") -> None:
+    With a folder of `sparse certs` it comes to a locked broker, as `camera.SOURCE` and as `viewer`.
+    """
+
+    def __init__(self, port: int, source: str = "door", certs: Path | None = None) -> None:
         self._port = port
         self._source = source
+        self._certs = certs
         self._came: queue.Queue[dict[str, Any]] = queue.Queue()
         topic = f"sparse/local/results/{source}"
-        command = [str(need("mosquitto_sub")), *self._line, "-q", "1", "-t", topic, "-F", "%p"]
+        command = [str(need("mosquitto_sub")), *self._line("viewer"), "-q", "1", "-t", topic, "-F", "%p"]
         self._reader = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._reading = threading.Thread(target=self._read, name="results", daemon=True)
         self._reading.start()
         time.sleep(0.5)  # until it has subscribed
 
-    @property
-    def _line(self) -> list[str]:
-        return ["-h", "127.0.0.1", "-p", str(self._port), "-V", "5"]
+    def _line(self, identity: str) -> list[str]:
+        line = ["-h", "127.0.0.1", "-p", str(self._port), "-V", "5"]
+        if self._certs is None:
+            return line
+        own = self._certs / identity
+        return [*line, "--cafile", f"{own}/ca.crt", "--cert", f"{own}/tls.crt", "--key", f"{own}/tls.key"]
 
     def show(self, picture: Path) -> None:
         """Publish one picture; returns when the broker has it."""
         topic = f"sparse/local/ingress/{self._source}"
-        command = [str(need("mosquitto_pub")), *self._line, "-q", "1", "-t", topic, "-f", str(picture)]
+        line = self._line(f"camera.{self._source}")
+        command = [str(need("mosquitto_pub")), *line, "-q", "1", "-t", topic, "-f", str(picture)]
         subprocess.run(command, check=True, timeout=30)
 
     def answer(self, timeout_s: float = 60) -> dict[str, Any]:

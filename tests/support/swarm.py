@@ -5,13 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from brokers.pipeline import load_pipeline
+from tests.support.checkout import ROOT
 from tests.support.engine import docker, docker_with
+from tests.support.locks import certs_for
 from tests.support.parts import missing
 from tests.support.ports import free_port
 
 STACK = "sparse-test"
 OURS = ("broker", "gateway", "head", "body", "tail", "monitor")
+IDENTITIES = ("broker.local", "street.source", "street.head", "street.body", "street.tail", "monitor")
 
 
 @contextmanager
@@ -31,10 +36,17 @@ def swarm() -> Iterator[None]:
 
 
 @contextmanager
-def stack() -> Iterator[int]:
-    """The stack, deployed, all of it well; gives the port of its broker."""
+def stack(certs: Path) -> Iterator[int]:
+    """The stack, deployed, all of it well, with certificates made in this folder; gives the port of its broker.
+
+    Its secrets go with the swarm.
+    """
+    certs_for(certs, load_pipeline(ROOT / "deploy/locked/street.toml"))
+    for identity in IDENTITIES:
+        for name in ("ca.crt", "tls.crt", "tls.key"):
+            docker("secret", "create", f"{identity}.{name}", str(certs / identity / name))
     port = free_port()
-    environment = {"SPARSE_PORT": str(port), "SPARSE_MONITOR_PORT": str(free_port())}
+    environment = {"SPARSE_PORT": str(port)}
     # The image is on this machine only: there is no registry to ask for it.
     deploy = ("stack", "deploy", "--resolve-image", "never", "--compose-file", "deploy/swarm/stack.yml", STACK)
     docker_with(environment, *deploy)
