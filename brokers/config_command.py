@@ -64,6 +64,8 @@ def command(
     config = _config(pipeline, table, address, Locks(certs, access, passwords), data)
     print(f"# Site {site} of pipeline {pipeline.name}, for Mosquitto 2.0 and later: made by `sparse broker config`.")  # noqa: T201 - the answer
     print(render(config), end="")  # noqa: T201 - the answer
+    if config.locks is None:
+        print(f"no locks: {address} says mqtt://, and whoever reaches it may do everything", file=sys.stderr)  # noqa: T201 - for a person
     if any(bridge.password for bridge in config.bridges):
         print("it holds the password of a bridge: let nobody but the broker read it", file=sys.stderr)  # noqa: T201 - for a person
     return 0

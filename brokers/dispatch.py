@@ -43,6 +43,10 @@ class _Worker:
     def is_up(self) -> bool:
         return self.birth.state == "up"
 
+    def is_life_of(self, birth: Birth) -> bool:
+        # In containers every process has the same id, and foreign workers may name no instance: either tells.
+        return (self.birth.pid, self.birth.instance) == (birth.pid, birth.instance)
+
     @property
     def batch(self) -> int:
         """How many tasks it computes at once."""
@@ -113,9 +117,8 @@ class Dispatcher:
     def seen(self, birth: Birth, now_s: float) -> set[bytes]:
         """A worker was born or reported its load; the requests in the hands of its former life, if it had one."""
         worker = self._workers.get(birth.worker)
-        # In containers every process has the same id, and foreign workers may name no instance: either tells.
-        if worker is not None and (worker.birth.pid, worker.birth.instance) == (birth.pid, birth.instance):
-            worker.heard(birth, now_s, missed=self.missed(birth.worker, now_s))
+        if worker is not None and worker.is_life_of(birth):
+            worker.heard(birth, now_s, missed=self.missed(birth, now_s))
             return set()
         if worker is None and len(self._workers) >= WORKERS_LIMIT:
             return set()
@@ -127,9 +130,15 @@ class Dispatcher:
         """Whether this worker is known and has not said that it has stopped."""
         return worker in self._workers and self._workers[worker].birth.state != "stopped"
 
-    def missed(self, worker: str, now_s: float) -> bool:
-        """Whether records of this worker are missing between the last one and one that comes now."""
-        return worker in self._workers and now_s - self._workers[worker].heard_s > GAP_S
+    def missed(self, birth: Birth, now_s: float) -> bool:
+        """Whether what went to this worker, or came from it, may be lost, by the record that comes now.
+
+        Records are missing before it; or the worker had lost its broker, which has lost what it held.
+        """
+        known = self._workers.get(birth.worker)
+        if known is None or not known.is_life_of(birth):
+            return False
+        return now_s - known.heard_s > GAP_S or birth.reconnects != known.birth.reconnects
 
     def silent(self, now_s: float) -> list[str]:
         """The workers that have not been heard of for too long."""

@@ -134,7 +134,7 @@ class MqttTransport:
                 wait_s = min(2 * wait_s, longest_s)
                 again = await self._try_again()
             connection = again
-            log.info("connected to %s again", self.address)
+            log.warning("connected to %s again", self.address)
             since_s = loop.time()
             self._set(connection)
             await self._call_back(connection)

@@ -168,7 +168,7 @@ class Outbox:
             log.warning("presence of worker %s: its record says %s", worker, birth.worker)
             return
         now_s = time.monotonic()
-        if self._dispatcher.missed(worker, now_s):
+        if self._dispatcher.missed(birth, now_s):
             self._on_gap()
         self._tell_lost(worker, self._dispatcher.seen(birth, now_s))
         self._complained = False

@@ -125,6 +125,7 @@ class Birth(_Record):
         default=(), max_length=FORMAT_LIMIT, description="Content Types that it takes; empty: it does not say"
     )
     up_s: _Seconds | None = Field(default=None, description="since it joined, by its own clock; None: it does not say")
+    reconnects: _Count = Field(default=0, description="how often its connection to its broker broke, and came back")
     state: _State = "up"
     load: Load = Load()
     training: Standing | None = Field(default=None, description="of a worker that trains: how far it has come")

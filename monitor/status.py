@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json as jsonlib
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from brokers.address import parse_address
 from brokers.errors import NoBroker
 from brokers.identity import transport_to
 from brokers.pipeline import broker_address, load_pipeline
@@ -65,6 +67,9 @@ def command(
     console.print(workers_table(workers, pipeline, headings=headings, gap=gap))
     console.print()
     console.print(sources_table(sources, headings=headings, gap=gap))
+    if not board.workers and not board.sources and parse_address(address).tls:
+        # Behind locked doors any subscription is granted, and what may not be read does not come.
+        print("nothing was heard: is this identity one that may read presence, as `monitor` may?", file=sys.stderr)  # noqa: T201 - for a person
     return 0
 
 

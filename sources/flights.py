@@ -88,7 +88,9 @@ class Flights:
     def worker_died(self) -> None:
         """A worker of a later stage died, or a bridge was down: what is then not answered in a while is sent again."""
         slowest_s = max(self._latencies_s, default=None)
-        patience_s = self._lease_s / 4 if slowest_s is None else max(SUSPICION_S, SUSPICION_TIMES * slowest_s)
+        patience_s = longest_s = self._lease_s / 4
+        if slowest_s is not None:  # one that took long may itself have waited for what was lost
+            patience_s = min(longest_s, max(SUSPICION_S, SUSPICION_TIMES * slowest_s))
         loop = asyncio.get_running_loop()
         for flight in self:
             loop.call_later(patience_s, self._suspect, flight.request, flight.attempt)

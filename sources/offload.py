@@ -144,6 +144,7 @@ class Offloader:
             await self.line.listen(self._inbox, self._heard, self._flights.garbage)
             await self._outbox.open()
             await self._places.open()
+            await self._standing.ask()
             self._standing.open()
         except BaseException:
             await self._outbox.close()

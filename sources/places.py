@@ -21,7 +21,7 @@ class Places:
 
     `died` is called when a worker of a later stage has died or fallen silent: it may have had requests of ours that
     nobody tells us of, since whoever passed them on to it may have died with it. So it is when records of one were lost
-    on their way: a bridge to its site was down, and what else went there is lost as well.
+    on their way, or its broker was: a bridge to its site was down, and what else went there is lost as well.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Places:
         except WireError:
             return  # whoever sends to that stage says so
         if birth.worker == worker:
-            if known.missed(worker, now_s):
+            if known.missed(birth, now_s):
                 self._died()
             known.seen(birth, now_s)
             self._changed()

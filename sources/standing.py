@@ -18,6 +18,7 @@ from brokers.line import Line
 from brokers.pipeline import Pipeline
 from brokers.presence import RECORD_EXPIRY_S, Latency, SourceBirth, SourceLoad
 from brokers.pulse import Pulse
+from brokers.refusals import Refused
 from brokers.topics import source_presence
 from brokers.transport import Properties, Will
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 _REPORT_EVERY_S = 1.0
 # How long a source that ends tries to take its record away at a broker that may be gone for good.
 _FAREWELL_S = 1.0
+# How long a source that begins waits to be told that it may.
+_ADMITTED_S = 5.0
 # What "lately" is: rates are of so many seconds, percentiles of so many results.
 _RATE_S = 5.0
 _RESULTS = 1024
@@ -93,6 +96,19 @@ class Standing:
     def will(self) -> Will:
         """What the broker is to publish when this process dies."""
         return Will(self._topic, b"", retain=True)
+
+    async def ask(self) -> None:
+        """Raise `Refused` where this identity may not be a source: its requests would be dropped without a word.
+
+        The line must be open. Whatever else goes wrong with this first record, the reports will tell.
+        """
+        try:
+            async with asyncio.timeout(_ADMITTED_S):
+                await self._publish(self._record())
+        except Refused:
+            raise
+        except Exception as error:  # noqa: BLE001 - as for every record
+            log.info("source %s was not told whether it may report: %s", self._birth.source, error or "no broker")
 
     def open(self) -> None:
         """Begin to report: now, each second, and whenever the connection has come back. The line must be open."""

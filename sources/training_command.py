@@ -70,6 +70,7 @@ class _Run:
         publishing = asyncio.create_task(self._publish_all(), name="events")
         try:
             await self._look_for_twin()
+            await self._standing.ask()
             self._standing.open()
             training = self._training = Training(
                 self._pipeline, self._dataset, self._name, self._line, self._inbox, self._tell, resume=resume

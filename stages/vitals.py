@@ -46,6 +46,8 @@ class Vitals:
         self.turned_away = 0
         self.expired = 0
         self._line, self._topics = line, topics
+        self._reconnects = 0
+        line.transport.on_reconnect(self._reconnected)
         self._pulse = Pulse()
         self._birth = Birth(
             worker=worker,
@@ -84,6 +86,10 @@ class Vitals:
                     await self._peers.changed.wait()
         if twin := self._peers.objection():
             raise twin
+
+    async def _reconnected(self) -> None:
+        """Say so with the next record: what the broker held for us, or had from us, may be lost."""
+        self._reconnects += 1
 
     async def probation(self) -> None:
         """Raise `WorkerTwin` when this worker, which has joined, must leave again; else wait until cancelled.
@@ -171,7 +177,13 @@ class Vitals:
         self._interval_waits_s = []
         if self._joined_s is None:
             self._joined_s = now_s
-        change = {"load": load, "state": self.state, "up_s": self._up_s, "training": self.training}
+        change = {
+            "load": load,
+            "state": self.state,
+            "up_s": self._up_s,
+            "reconnects": self._reconnects,
+            "training": self.training,
+        }
         self._birth = self._birth.model_copy(update=change)
         await self._publish(self._birth.to_bytes())
         self._pulse.beat()

@@ -172,6 +172,21 @@ def test_a_stage_with_anothers_certificate_is_told_so(box: Machine, door: Door, 
     assert "is SPARSE_TLS, or the user, the right one?" in last
 
 
+def test_a_source_with_anothers_certificate_ends_too(box: Machine, door: Door, path: Path) -> None:
+    environment = {"SPARSE_TLS": str(door.certs / "test.double")}
+    said = box.sparse("source", path, "--broker", door.address, environment=environment).end()
+    assert said.status == 1
+    assert said.err.splitlines()[-1].startswith(
+        "sparse: the broker refused the publication to 'sparse/local/test/source/up/"
+    )
+
+
+def test_who_may_read_no_presence_is_told_that_nothing_was_heard(box: Machine, door: Door, path: Path) -> None:
+    environment = {"SPARSE_TLS": str(door.certs / "viewer")}
+    said = box.sparse("status", path, "--broker", door.address, environment=environment).end()
+    assert said.err == "nothing was heard: is this identity one that may read presence, as `monitor` may?\n"
+
+
 def test_a_certificate_that_is_replaced_is_used_at_the_next_connection(
     folder: Path, path: Path, tmp_path: Path
 ) -> None:

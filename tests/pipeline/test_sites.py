@@ -6,7 +6,9 @@ A test listens at the link, counts every byte that crosses it, and cuts it.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -141,6 +143,25 @@ def test_what_a_short_cut_lost_is_sent_again_though_every_worker_is_still_there(
         summary = running.end().answer
     assert (summary["results"], summary["lost"], summary["failed"]) == (30, 0, 0)
     assert summary["retried"].get("Suspect", 0) >= 1
+    box.nothing_is_left()
+
+
+def test_a_broker_in_the_middle_that_is_killed_costs_no_request_however_soon_it_is_back(box: Machine) -> None:
+    # Records come once a second, so none need be missing: only its own clients see that it was away. No lease tells.
+    path = detector(box.folder, counter(100, every_s=0.05))
+    path.write_text(path.read_text().replace("[pipeline]", "[pipeline]\nlease_s = 600.0", 1))
+    out = box.folder / "out"
+    with sites_up(path) as sites:
+        running = box.sparse("run", path, "--json", "--out", out)
+        results = out / "results.jsonl"
+        eventually("some results", lambda: results.exists() and len(results.read_text().splitlines()) >= 20)
+        middle = sites.brokers["cloudlet"]
+        assert middle.own is not None
+        os.kill(middle.own.pid, signal.SIGKILL)
+        eventually("its end", lambda: middle.ended)
+        middle.restart()
+        summary = running.end().answer
+    assert (summary["results"], summary["lost"], summary["failed"]) == (100, 0, 0)
     box.nothing_is_left()
 
 

@@ -330,10 +330,10 @@ def test_a_lease_of_ones_own_is_kept_to() -> None:
 def test_a_worker_that_is_heard_again_after_a_gap_may_have_done_what_it_had() -> None:
     dispatcher = workers(birth(capacity=1))
     dispatcher.sent("w", A, 0.5)
-    assert not dispatcher.missed("w", 1.0)
+    assert not dispatcher.missed(birth(capacity=1), 1.0)
     dispatcher.seen(birth(capacity=1), 1.0)
     assert dispatcher.pick(1.0) is None
-    assert dispatcher.missed("w", 1.0 + GAP_S + 0.1)
+    assert dispatcher.missed(birth(capacity=1), 1.0 + GAP_S + 0.1)
     assert dispatcher.seen(birth(capacity=1), 1.0 + GAP_S + 0.1) == set(), (
         "it is the same life: nothing is lost for sure"
     )
@@ -370,4 +370,19 @@ def test_a_worker_that_comes_through_late_again_and_again_is_not_given_all_there
 
 
 def test_nobody_misses_records_of_a_worker_that_is_not_known() -> None:
-    assert not Dispatcher().missed("w", 100.0)
+    assert not Dispatcher().missed(birth(), 100.0)
+
+
+def test_a_worker_that_had_lost_its_broker_may_have_done_what_it_had_however_soon_it_is_back() -> None:
+    dispatcher = workers(birth(capacity=1))
+    dispatcher.sent("w", A, 0.5)
+    back = birth(capacity=1, reconnects=1)
+    assert dispatcher.missed(back, 1.0)
+    assert dispatcher.seen(back, 1.0) == set()
+    assert dispatcher.pick(1.0) == "w"
+    assert not dispatcher.missed(back, 2.0)
+
+
+def test_another_life_of_a_worker_has_missed_nothing() -> None:
+    dispatcher = workers(birth(pid=1, reconnects=3))
+    assert not dispatcher.missed(birth(pid=2), 1.0)
