@@ -7,8 +7,8 @@ of a worker or source that is lost are not told: they are its last, and it may b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 from brokers.presence import Birth, Load, SourceBirth, SourceLoad
 from monitor.census import Census, Place, place_of
@@ -20,21 +20,17 @@ WORKERS_SHOWN = 1024
 SOURCES_SHOWN = 128
 
 
-class _Figure(NamedTuple):
+L = TypeVar("L", Load, SourceLoad)
+
+
+class _Figure(NamedTuple, Generic[L]):
     name: str
     kind: Kind
     about: str
-    of: Callable[[Load], float]
+    of: Callable[[L], float]
 
 
-class _SourceFigure(NamedTuple):
-    name: str
-    kind: Kind
-    about: str
-    of: Callable[[SourceLoad], float]
-
-
-_OF_WORKERS = (
+_OF_WORKERS: tuple[_Figure[Load], ...] = (
     _Figure("queue", "gauge", "Tasks that wait.", lambda load: load.queue),
     _Figure("queue_seconds", "gauge", "How long tasks wait to be begun.", lambda load: _seconds(load.queue_ms)),
     _Figure("task_seconds", "gauge", "How long one task keeps the worker busy.", lambda load: _seconds(load.task_ms)),
@@ -46,14 +42,14 @@ _OF_WORKERS = (
     _Figure("turned_away_total", "counter", "Tasks given back, full or leaving.", lambda load: load.turned_away),
     _Figure("expired_total", "counter", "Tasks dropped past their deadline.", lambda load: load.expired),
 )
-_OF_SOURCES = (
-    _SourceFigure("requests_total", "counter", "Requests asked for.", lambda load: load.requests),
-    _SourceFigure("results_total", "counter", "Requests answered.", lambda load: load.results),
-    _SourceFigure("twins_total", "counter", "Second answers to one request, dropped.", lambda load: load.twins),
-    _SourceFigure("in_flight", "gauge", "Requests sent, and not answered yet.", lambda load: load.in_flight),
-    _SourceFigure("waiting", "gauge", "Requests that wait for room in the window.", lambda load: load.waiting),
-    _SourceFigure("window", "gauge", "How many requests may be in flight.", lambda load: load.window),
-    _SourceFigure("rate", "gauge", "Results a second, lately.", lambda load: load.rate),
+_OF_SOURCES: tuple[_Figure[SourceLoad], ...] = (
+    _Figure("requests_total", "counter", "Requests asked for.", lambda load: load.requests),
+    _Figure("results_total", "counter", "Requests answered.", lambda load: load.results),
+    _Figure("twins_total", "counter", "Second answers to one request, dropped.", lambda load: load.twins),
+    _Figure("in_flight", "gauge", "Requests sent, and not answered yet.", lambda load: load.in_flight),
+    _Figure("waiting", "gauge", "Requests that wait for room in the window.", lambda load: load.waiting),
+    _Figure("window", "gauge", "How many requests may be in flight.", lambda load: load.window),
+    _Figure("rate", "gauge", "Results a second, lately.", lambda load: load.rate),
 )
 _REASONS = (
     ("retries", "Attempts after the first, by what befell the one before."),
@@ -96,22 +92,14 @@ def _counted(census: Census, now_s: float) -> Iterator[Family]:
 
 def _of_workers(census: Census, now_s: float) -> Iterator[Family]:
     births = census.workers_here(now_s)[:WORKERS_SHOWN]
-    labels = [_worker_labels(birth) for birth in births]
-    for figure in _OF_WORKERS:
-        family = Family(f"sparse_worker_{figure.name}", figure.kind, figure.about)
-        for birth, names in zip(births, labels, strict=True):
-            family.add(figure.of(birth.load), names)
-        yield family
+    yield from _each("sparse_worker", _OF_WORKERS, [(birth.load, _worker_labels(birth)) for birth in births])
 
 
 def _of_sources(census: Census, now_s: float) -> Iterator[Family]:
     births = census.sources_here(now_s)[:SOURCES_SHOWN]
     labels = [_source_labels(birth) for birth in births]
-    for figure in _OF_SOURCES:
-        family = Family(f"sparse_source_{figure.name}", figure.kind, figure.about)
-        for birth, names in zip(births, labels, strict=True):
-            family.add(figure.of(birth.load), names)
-        yield family
+    loads = [birth.load for birth in births]
+    yield from _each("sparse_source", _OF_SOURCES, list(zip(loads, labels, strict=True)))
     latency = Family("sparse_source_latency_seconds", "gauge", "Round trips of the newest results, percentiles.")
     for birth, names in zip(births, labels, strict=True):
         latency.add(_seconds(birth.load.latency_ms.p50), {**names, "percentile": "50"})
@@ -122,6 +110,15 @@ def _of_sources(census: Census, now_s: float) -> Iterator[Family]:
         for birth, names in zip(births, labels, strict=True):
             for reason, count in getattr(birth.load, name).items():
                 family.add(count, {**names, "reason": reason})
+        yield family
+
+
+def _each(prefix: str, figures: Iterable[_Figure[L]], loads: Sequence[tuple[L, dict[str, str]]]) -> Iterator[Family]:
+    """A family for each figure, of all loads with their labels."""
+    for figure in figures:
+        family = Family(f"{prefix}_{figure.name}", figure.kind, figure.about)
+        for load, names in loads:
+            family.add(figure.of(load), names)
         yield family
 
 

@@ -85,7 +85,7 @@ class Flights:
         for flight in self:
             flight.heard.put_nowait(reason)
 
-    def worker_died(self) -> None:
+    def suspect_all(self) -> None:
         """A worker of a later stage died, or a bridge was down: what is then not answered in a while is sent again."""
         slowest_s = max(self._latencies_s, default=None)
         patience_s = longest_s = self._lease_s / 4

@@ -100,12 +100,12 @@ class Offloader:
         self._flights = Flights(self._lease_s)
         self.counters = self._flights.counters
         self._outbox = Outbox(
-            self.line, first, self._flights.lost, lease_s=self._lease_s, on_gap=self._flights.worker_died
+            self.line, first, self._flights.lost, lease_s=self._lease_s, on_gap=self._flights.suspect_all
         )
         fixed = window or self.pipeline.source.window
         self.window = Window(lambda: fixed or self._open_window(live))
         self._places = Places(
-            self.line, self.pipeline, self._outbox, changed=self.window.resized, died=self._flights.worker_died
+            self.line, self.pipeline, self._outbox, changed=self.window.resized, died=self._flights.suspect_all
         )
         self._saturation = Saturation(self._places.workers)
         self._standing = Standing(self.line, self.pipeline, self.name, self._load)

@@ -21,6 +21,7 @@ from brokers.visitor import Visit
 from tests.support.own_mosquitto import mosquitto
 from tests.support.parts import need
 from tests.support.ports import free_port
+from tests.support.retained import left_at
 
 SMALL = {"1 KiB": 1 << 10, "1 MiB": 1 << 20}
 
@@ -53,17 +54,6 @@ def probed(port: int, probe: Callable[[Visit], Awaitable[list[Finding]]]) -> Fin
 
 def by_what(findings: list[Finding]) -> dict[str, Finding]:
     return {finding.what: finding for finding in findings}
-
-
-def left_at(port: int) -> list[str]:
-    """The topics of all retained messages that are there."""
-
-    async def test() -> list[str]:
-        async with Visit.to(f"mqtt://127.0.0.1:{port}").visitor() as late:
-            await late.subscribe("sparse/#")
-            return [heard.topic for heard in await late.hear_all(100, 0.5)]
-
-    return asyncio.run(test())
 
 
 def sessions_at(port: int) -> int:

@@ -13,6 +13,7 @@ from brokers.findings import Carried, Finding
 from brokers.visitor import Visit
 from tests.support.own_mosquitto import RULES, bridged, mosquitto
 from tests.support.ports import free_port
+from tests.support.retained import left_at
 
 MQTT_5 = "bridge_protocol_version mqttv50"
 BOTH_WAYS = ("near to far", "far to near")
@@ -31,15 +32,6 @@ def crossed(near: int, far: int) -> dict[tuple[str, str], Finding]:
 
 def levels(found: dict[tuple[str, str], Finding], what: str) -> list[str]:
     return [found[what, way].level for way in BOTH_WAYS]
-
-
-def left_at(port: int) -> list[str]:
-    async def test() -> list[str]:
-        async with Visit.to(f"mqtt://127.0.0.1:{port}").visitor() as late:
-            await late.subscribe("sparse/#")
-            return [heard.topic for heard in await late.hear_all(100, 0.5)]
-
-    return asyncio.run(test())
 
 
 def wait_for_bridge(port: int) -> None:
