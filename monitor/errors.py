@@ -79,3 +79,14 @@ class NothingToWatch(SparseError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+@dataclass(eq=False)
+class BadStore(SparseError):
+    """A file or server of telemetry that cannot be read or written."""
+
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"telemetry in {self.where}: {self.problem}"
