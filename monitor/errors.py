@@ -107,3 +107,14 @@ class NoSamples(SparseError):
         if self.counted:
             return f"the run has no samples: none of the {self.counted} {self.what} after its warm-up has a result"
         return f"the run has no samples: its warm-up of {self.warm_up} takes all {self.ended} {self.what}"
+
+
+@dataclass(eq=False)
+class BadManifest(UsageError):
+    """A manifest that cannot be read."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: no manifest of a benchmark: {self.problem}"
