@@ -52,12 +52,12 @@ class Daemon:
     async def start(self, host: str | None, port: int, *, patient: bool = False) -> None:
         """Listen, unless there is no host, then connect; `patient`: a broker that is not there yet is waited for.
 
-        Raises `PortTaken`, `CannotServe` or `BrokerUnreachable`.
+        Raises `PortTaken`, `CannotServe`, `BrokerUnreachable`, and as `EventDoor.open`.
         """
-        if self._telemetry:
-            self._telemetry.start()
         if host is not None:
             await self._web.start(host, port)
+        if self._telemetry:
+            self._telemetry.start()
         if self._transport is None:
             return
         await self._transport.subscribe(self._filter, self._heard, qos=1)

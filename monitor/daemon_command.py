@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import platform
 import sys
@@ -22,13 +21,11 @@ from brokers.parent import STOPPED, Leaving, end_with_parent
 from brokers.pipeline import Pipeline, broker_address, load_pipeline
 from brokers.tables import LOCAL
 from monitor.daemon import Daemon
-from monitor.errors import BadSocket, NothingToWatch, SocketTaken
+from monitor.errors import NothingToWatch
 from monitor.event_door import EventDoor
 from monitor.stores import writers
 from monitor.telemetry import EVERY_S, Telemetry
 from monitor.writer import Writer
-
-log = logging.getLogger(__name__)
 
 PORT = 9100
 # Python lets a thread that computes go on for 5 ms while another waits: in that time a socket of ten datagrams is full.
@@ -129,23 +126,12 @@ def _telemetry(wanted: _Wanted) -> Telemetry:
         node,
         wanted.run,
         writers(wanted.store, wanted.limit_bytes),
-        door=_door(wanted),
+        door=EventDoor(wanted.socket or socket_path(os.environ)),
+        # A socket that was asked for must be had; the usual one may be another monitor's.
+        deaf=wanted.socket is None and not os.environ.get(SOCKET_VARIABLE),
         every_s=wanted.every_s,
         spans=spans,
     )
-
-
-def _door(wanted: _Wanted) -> EventDoor | None:
-    """Where a socket was asked for it must be had; at the usual place, a monitor does without where it cannot."""
-    door = EventDoor(wanted.socket or socket_path(os.environ))
-    try:
-        door.open()
-    except (SocketTaken, BadSocket) as error:
-        if wanted.socket is not None or os.environ.get(SOCKET_VARIABLE):
-            raise
-        log.warning("no events are heard: %s", error)
-        return None
-    return door
 
 
 def _first_line(wanted: _Wanted, telemetry: Telemetry) -> str:

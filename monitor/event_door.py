@@ -43,6 +43,7 @@ class EventDoor:
         self._waiting_bytes = 0
         self._mutex = threading.Lock()
         self._lock: int | None = None
+        self._made_folder = False
         self._socket: socket.socket | None = None
         self._wake = (-1, -1)
         self._thread: threading.Thread | None = None
@@ -52,7 +53,7 @@ class EventDoor:
         if len(os.fsencode(self.path)) > _PATH_LIMIT_BYTES:
             raise BadSocket(str(self.path), f"a socket's path has at most {_PATH_LIMIT_BYTES} bytes")
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._made_folder = not self.path.parent.exists()
             self._lock = _hold(self.path)
             _clear(self.path)
             self._socket = _listening(self.path)
@@ -94,6 +95,9 @@ class EventDoor:
                 _lock_file(self.path).unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
+            if self._made_folder:
+                with contextlib.suppress(OSError):  # others use it by now
+                    self.path.parent.rmdir()
 
     def _read(self) -> None:
         """The thread's work: to be at the socket again as soon as can be, since few datagrams wait there.
@@ -141,7 +145,11 @@ def _hold(path: Path) -> int:
     """The lock beside a socket, held until its file is closed; raises `SocketTaken`."""
     lock = _lock_file(path)
     while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:  # a daemon that ends has taken its folder away
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file), lock.stat()):

@@ -48,7 +48,8 @@ class EventReader:
         return self.door.dropped
 
     def start(self) -> None:
-        """Read what comes through the door, which is open."""
+        """Open the door; raises as `EventDoor.open`."""
+        self.door.open()
         self._thread.start()
 
     def stop(self) -> None:

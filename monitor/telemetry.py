@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from brokers.events import Event
+from monitor.errors import BadSocket, SocketTaken
 from monitor.event_door import EventDoor
 from monitor.event_reader import EventReader
 from monitor.points import Point, points_of
 from monitor.sampler import Sampler
 from monitor.writer import Writer
+
+log = logging.getLogger(__name__)
 
 EVERY_S = 0.5
 _STOP_S = 1.0
@@ -20,7 +24,7 @@ _STOP_S = 1.0
 class Telemetry:
     """Life: `start`, `stop`. What comes from any thread goes to all writers; `spans` takes events as they are.
 
-    `door` is open.
+    `deaf`: where the door cannot be opened it does without events, and says so.
     """
 
     def __init__(
@@ -30,6 +34,7 @@ class Telemetry:
         writers: Sequence[Writer[Point]] = (),
         *,
         door: EventDoor | None = None,
+        deaf: bool = False,
         every_s: float = EVERY_S,
         spans: Writer[Event] | None = None,
     ) -> None:
@@ -38,11 +43,18 @@ class Telemetry:
         self._node, self._writers, self._spans = node, writers, spans
         self._sampler = Sampler(node, run, every_s, self.add)
         self._reader = EventReader(door, self._heard) if door else None
+        self._deaf = deaf
 
     def start(self) -> None:
-        """Hear events, and sample."""
-        if self._reader:
-            self._reader.start()
+        """Hear events, and sample; raises as `EventDoor.open`."""
+        try:
+            if self._reader:
+                self._reader.start()
+        except (SocketTaken, BadSocket) as error:
+            if not self._deaf:
+                raise
+            log.warning("no events are heard: %s", error)
+            self._reader = None
         for writer in self._writers:
             writer.start()
         if self._spans:
