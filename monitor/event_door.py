@@ -28,7 +28,7 @@ _OVERHEAD_BYTES = 64  # of a datagram in memory, so that empty ones do not count
 # Linux counts what waits in a Unix socket on the sender's side; others count it here.
 _BUFFER_BYTES = 4 << 20
 # Of a `sockaddr_un`, on the narrowest of systems less; Linux takes 108 with the zero at the end.
-_PATH_LIMIT_BYTES = 107
+PATH_LIMIT_BYTES = 107
 
 
 class EventDoor:
@@ -50,8 +50,8 @@ class EventDoor:
 
     def open(self) -> None:
         """Listen; a folder that is not there is made, for its owner alone. Raises `SocketTaken` or `BadSocket`."""
-        if len(os.fsencode(self.path)) > _PATH_LIMIT_BYTES:
-            raise BadSocket(str(self.path), f"a socket's path has at most {_PATH_LIMIT_BYTES} bytes")
+        if len(os.fsencode(self.path)) > PATH_LIMIT_BYTES:
+            raise BadSocket(str(self.path), f"a socket's path has at most {PATH_LIMIT_BYTES} bytes")
         try:
             self._made_folder = not self.path.parent.exists()
             self._lock = _hold(self.path)
