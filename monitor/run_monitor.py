@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from brokers.event_client import EventClient
+from brokers.event_client import client_from
 from brokers.event_socket import RUN_VARIABLE, SOCKET_VARIABLE
 from brokers.pipeline import BROKER_VARIABLE, Pipeline
 from monitor.children import Child, end_all, kill_all
@@ -42,8 +42,8 @@ class RunMonitor:
         self._socket = Path(named) if named and wanted else _private_socket()
         if wanted and not named:
             self._child = self._made(pipeline)
-        place = {"run": self._run, "pipeline": pipeline.name}
-        self._events = EventClient(self._socket if wanted else None, "run", pipeline.name, place, {})
+        self._wanted = wanted
+        self._events = client_from(self.environment, "run", pipeline.name, pipeline=pipeline.name)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -59,7 +59,8 @@ class RunMonitor:
     def start(self) -> None:
         if self._child:
             self._child.start()
-        self._events.open()
+        if self._wanted:  # without, nothing is told
+            self._events.open()
 
     def keep(self, say: Callable[[str], None]) -> None:
         """Start it again should it have died, and tell what the links carried."""
@@ -73,7 +74,9 @@ class RunMonitor:
         said = child.last_line()
         if child.starts >= _STARTS_LIMIT or child.status == ProcessRefused.STATUS:
             self._over = True
-            say(f"there is no telemetry any more: the monitor ended: {said or 'it said nothing'} (its log: {child.log})")
+            say(
+                f"there is no telemetry any more: the monitor ended: {said or 'it said nothing'} (its log: {child.log})"
+            )
         else:
             say("the monitor ended by itself, and was started again")
             child.start()
@@ -102,7 +105,6 @@ class RunMonitor:
             crossed = link.relay.crossed
             self._events.tell(
                 "link_carried",
-                site=link.site,
                 from_site=link.site,
                 to_site=link.table.to,
                 bytes_out=crossed.there,
