@@ -15,10 +15,12 @@ from brokers.messages import JSON
 
 # One datagram holds any number of lines, up to this; more would not pass a Unix socket's default buffer.
 DATAGRAM_LIMIT_BYTES = 128 << 10
+TEXT_LIMIT = 128  # characters of a name
+HOPS_LIMIT = 64  # of one request
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Figure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Text = Annotated[str, Field(max_length=128)]
+_Text = Annotated[str, Field(max_length=TEXT_LIMIT)]
 Role = Literal["run", "stage", "source", "broker", "monitor", "bench", "other"]
 Phase = Literal["inference", "forward", "backward", "update"]
 
@@ -111,7 +113,7 @@ class RequestDone(_Event):
     attempts: _Count = 1
     bytes_out: _Count = Field(default=0, description="of its content, as it was sent")
     error: _Text = Field(default="", description="of a request without a result: the error's name")
-    hops: tuple[HopFigures, ...] = Field(default=(), max_length=64)
+    hops: tuple[HopFigures, ...] = Field(default=(), max_length=HOPS_LIMIT)
     trace: _Text = ""
     span: _Text = ""
     parent: _Text = ""
