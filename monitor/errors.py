@@ -128,3 +128,71 @@ class BadStore(SparseError):
 
     def __str__(self) -> str:
         return f"telemetry in {self.where}: {self.problem}"
+
+
+@dataclass(eq=False)
+class NoSamples(SparseError):
+    """A run of which nothing can be measured."""
+
+    what: str  # requests, or steps
+    ended: int
+    counted: int
+    warm_up: int
+
+    def __str__(self) -> str:
+        if not self.ended:
+            return f"the run has no samples: none of its {self.what} is in its telemetry"
+        if self.counted:
+            return f"the run has no samples: none of the {self.counted} {self.what} after its warm-up has a result"
+        return f"the run has no samples: its warm-up of {self.warm_up} takes all {self.ended} {self.what}"
+
+
+@dataclass(eq=False)
+class BadManifest(UsageError):
+    """A manifest that cannot be read."""
+
+
+class SocketTaken(UsageError):
+    """A socket on which a living monitor hears events already."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: a monitor that runs listens on this socket: stop it, or choose another with --socket "
+            "(and SPARSE_MONITOR for those who send)"
+        )
+
+
+@dataclass(eq=False)
+class BadSocket(UsageError):
+    """A path at which no socket can be made."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: no manifest of a benchmark: {self.problem}"
+
+        return f"{self.path}: events cannot be heard there: {self.problem}"
+
+
+@dataclass(eq=False)
+class BadCollector(UsageError):
+    """An address of no collector of traces."""
+
+    address: str
+
+    def __str__(self) -> str:
+        return f"--traces {self.address!r}: expected the address of a collector, such as http://127.0.0.1:4318"
+
+
+@dataclass(eq=False)
+class ExtraMissing(UsageError):
+    """Something was asked for that comes with an extra of the distribution."""
+
+    what: str
+    extra: str
+
+    def __str__(self) -> str:
+        return f"{self.what} needs more packages: pip install 'sparse-mqtt[{self.extra}]'"
