@@ -85,19 +85,6 @@ class CannotCompare(UsageError):
 
 
 @dataclass(eq=False)
-class NoFigures(UsageError):
-    """The library that draws figures is not there."""
-
-    package: str
-
-    def __str__(self) -> str:
-        return (
-            f"figures need {self.package}, which is not installed: "
-            "install Sparse with its extra 'report', pip install '.[report]'"
-        )
-
-
-@dataclass(eq=False)
 class CannotServe(UsageError):
     """An address that is none of this machine's, or a port that not everybody may use."""
 
@@ -151,7 +138,14 @@ class NoSamples(SparseError):
 class BadManifest(UsageError):
     """A manifest that cannot be read."""
 
+    path: str
+    problem: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: no manifest of a benchmark: {self.problem}"
+
+
+@dataclass(eq=False)
 class SocketTaken(UsageError):
     """A socket on which a living monitor hears events already."""
 
@@ -172,8 +166,6 @@ class BadSocket(UsageError):
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.path}: no manifest of a benchmark: {self.problem}"
-
         return f"{self.path}: events cannot be heard there: {self.problem}"
 
 
@@ -196,3 +188,14 @@ class ExtraMissing(UsageError):
 
     def __str__(self) -> str:
         return f"{self.what} needs more packages: pip install 'sparse-mqtt[{self.extra}]'"
+
+
+@dataclass(eq=False)
+class BadSetting(UsageError):
+    """An environment variable whose value cannot be used; `problem` never holds a secret."""
+
+    variable: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.variable}: {self.problem}"

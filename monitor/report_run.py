@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from monitor.figures import Figures, measured
+from monitor.manifest import Manifest
 from monitor.points import Point, Value
 from monitor.window import Kind, PointsByName, Window, number, window_of
 
@@ -27,7 +27,7 @@ class ReportRun:
     warm_up: int = 0
     setting: tuple[str, float] | None = None  # of a sweep: what was varied, and its value here
     suite: str = ""
-    manifest: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Manifest | None = None
 
     @property
     def label(self) -> str:

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from monitor.errors import CannotCompare, NoSamples, NotARun
+from monitor.errors import BadStore, CannotCompare, NoSamples, NotARun
+from monitor.influx_reader import InfluxReader
+from monitor.influx_target import URL, influx_target
+from monitor.manifest import FILE as MANIFEST
+from monitor.manifest import Manifest, SuiteRecord, load_manifest
 from monitor.points import Point
 from monitor.report_run import ReportRun
 from monitor.sqlite import FILE, SqliteReader
 from monitor.store import Reader
 
 INFLUX = "influx:"
-MANIFEST = "manifest.json"
 # All that a figure is made of.
 _OF_A_RUN = ("request", "hop", "task", "batch", "step", "link")
 _OF_A_NODE = ("interface", "process", "gpu", "power", "missing")
 
 
-def find_runs(names: Sequence[str]) -> list[ReportRun]:
-    """The runs of everything that was named on the command line, in that order, each with a label of its own.
+@dataclass
+class Found:
+    """What was named on the command line: runs, each group with a label of its own, and what had to be left out."""
 
-    Raises `NotARun`, `BadStore`, and `CannotCompare` for runs of both kinds.
+    runs: list[ReportRun] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def find_runs(names: Sequence[str]) -> Found:
+    """The runs of everything that was named, in that order.
+
+    Raises `NotARun`, `BadManifest`, `BadStore`, and `CannotCompare` for runs of both kinds.
     """
-    found: list[ReportRun] = []
+    found = Found()
     for name in names:
-        runs = _runs(name)
-        taken = {run.label for run in found}
+        runs = _runs(name, found.left_out)
+        taken = {run.label for run in found.runs}
         labels = {label: _free(label, taken) for label in dict.fromkeys(run.label for run in runs)}
-        found += [replace(run, group=labels[run.label]) for run in runs]
-    _check(found)
+        found.runs += [replace(run, group=labels[run.label]) for run in runs]
+    _check(found.runs)
     return found
 
 
@@ -48,70 +58,70 @@ def _free(label: str, taken: set[str]) -> str:
 def _check(runs: Sequence[ReportRun]) -> None:
     labels: dict[str, str] = {}
     for run in runs:
-        try:
-            labels.setdefault(run.kind, run.label)
-        except NoSamples as error:
-            raise NotARun(run.name, str(error)) from None
+        labels.setdefault(run.kind, run.label)
     if len(labels) > 1:
         raise CannotCompare(labels["inference"], labels["training"])
 
 
-def _runs(name: str) -> list[ReportRun]:
+def _runs(name: str, left_out: list[str]) -> list[ReportRun]:
     if name.startswith(INFLUX):
-        return [_from_influx(name.removeprefix(INFLUX))]
+        return _from_influx(name, name.removeprefix(INFLUX))
     path = Path(name)
     if path.is_file():
-        return _from_reader(SqliteReader(path), name, path.stem, {})
+        return _from_reader(SqliteReader(path), name, path.stem, 0)
     if not path.is_dir():
         raise NotARun(name, "there is no such file or folder")
-    manifest = _manifest(path)
     if (path / FILE).is_file():
-        return _from_reader(SqliteReader(path / FILE), name, path.resolve().name, manifest)
-    if manifest:
-        return _from_bench(path, manifest)
-    raise NotARun(name, f"expected the folder of a run, which has {FILE} in it, or of a benchmark, with {MANIFEST}")
+        above = load_manifest(path.resolve().parent)  # of the benchmark that it is a run of
+        return _from_reader(SqliteReader(path / FILE), name, path.resolve().name, above.warm_up if above else 0)
+    manifest = load_manifest(path)
+    if manifest is None:
+        expected = f"expected the folder of a run, which has {FILE} in it, or of a benchmark, with {MANIFEST}"
+        raise NotARun(name, expected)
+    return _from_bench(path, manifest, left_out)
 
 
-def _manifest(folder: Path) -> Mapping[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise NotARun(str(path), f"it is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise NotARun(str(path), "it is no JSON object")
-    return found
-
-
-def _from_bench(folder: Path, manifest: Mapping[str, Any]) -> list[ReportRun]:
-    found = []
-    suite = str(manifest.get("suite") or folder.resolve().name)
-    for path in sorted(folder.rglob(FILE)):
-        own = _manifest(path.parent)
-        for run in _from_reader(SqliteReader(path), str(path.parent), path.parent.name, {**manifest, **own}):
-            found.append(replace(run, group=suite, suite=suite))
+def _from_bench(folder: Path, manifest: Manifest, left_out: list[str]) -> list[ReportRun]:
+    """The runs that the manifest names; one that failed has no telemetry, or nothing in it, and is left out."""
+    found: list[ReportRun] = []
+    for suite in manifest.suites:
+        for name in suite.runs:
+            try:
+                runs = _from_reader(SqliteReader(folder / name / FILE), str(folder / name), name, manifest.warm_up)
+                found += [replace(run, group=suite.name, suite=suite.name, setting=_setting(suite)) for run in runs]
+            except (NotARun, BadStore) as error:
+                left_out.append(str(error))
     if not found:
-        raise NotARun(str(folder), f"no run of this benchmark has a {FILE}")
-    return found
+        raise NotARun(str(folder), f"none of its runs can be read: {'; '.join(left_out) or 'it has none'}")
+    return [replace(run, manifest=manifest) for run in found]
 
 
-def _from_reader(reader: Reader, name: str, label: str, manifest: Mapping[str, Any]) -> list[ReportRun]:
+def _setting(suite: SuiteRecord) -> tuple[str, float] | None:
+    """What a sweep varied, and its value at this point of it."""
+    for name, value in suite.about.items():
+        if isinstance(value, int | float):
+            return name, float(value)
+    return None
+
+
+def _from_reader(reader: Reader, name: str, label: str, warm_up: int) -> list[ReportRun]:
     """All runs of a file; `label` is for a single one, which may have no name, or one that says nothing."""
     runs = reader.runs()
     if not runs:
         raise NotARun(name, "the run has no samples: neither requests nor steps are in its telemetry")
-    warm_up = manifest.get("warm_up")
-    return [
-        ReportRun(
-            label if len(runs) == 1 else run or label,
-            _points(reader, run),
-            warm_up=warm_up if isinstance(warm_up, int) else 0,
-            manifest=manifest,
-        )
-        for run in runs
+    return _of_reader(reader, name, runs, label, warm_up)
+
+
+def _of_reader(reader: Reader, name: str, runs: Sequence[str], label: str, warm_up: int) -> list[ReportRun]:
+    found = [
+        ReportRun(label if len(runs) == 1 else run or label, _points(reader, run), warm_up=warm_up) for run in runs
     ]
+    for each in found:
+        try:
+            each.window  # noqa: B018 - it is made when it is asked for, and may have nothing in it
+        except NoSamples as error:
+            raise NotARun(name, str(error)) from None
+    return found
 
 
 def _points(reader: Reader, run: str) -> dict[str, Sequence[Point]]:
@@ -137,7 +147,11 @@ def _between(points: Iterable[Point], begin_ns: int, end_ns: int, everything: bo
     return [point for point in points if everything or begin_ns - margin_ns <= point.time_ns <= end_ns + margin_ns]
 
 
-def _from_influx(run: str) -> ReportRun:
-    from monitor.influx_reader import InfluxReader
-
-    return ReportRun(run, _points(InfluxReader(), run))
+def _from_influx(name: str, run: str) -> list[ReportRun]:
+    target = influx_target(os.environ)
+    if target is None:
+        raise NotARun(name, f"set {URL} to the address of InfluxDB")
+    reader = InfluxReader(target)
+    if run not in reader.runs():
+        raise NotARun(name, f"there is no such run in {target}")
+    return _of_reader(reader, name, [run], run, 0)
