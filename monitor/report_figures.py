@@ -104,7 +104,7 @@ def _machine(runs: Sequence[ReportRun], trains: bool) -> list[tuple[ReportFigure
         ),
         figure(
             "network-cdf", "Network rate, distribution",
-            "The share of the time in which the network carried at most so much: far left it idled; at a step it was full.",
+            "The share of the time in which the network carried at most so much: far left: idle; at a step: full.",
             report_load.network_distribution(runs),
             Lines("rate_mb_per_s", "share", "MB/s", "share of the time", steps=True, share=True), no_network,
         ),
