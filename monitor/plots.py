@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.artist import Artist
@@ -29,10 +29,18 @@ from monitor.plot_style import (
     shown,
 )
 from monitor.report_table import Lines, ReportFigure, Stacks, Table
+from monitor.report_text import number_text
 
 # Panels of one figure; more would be too small to read, or too tall to look at.
 PANELS = 6
 _MARKERS = 8  # on a line of many points, so that lines are told apart without colour
+_WRITTEN: Any = {
+    "ha": "center",
+    "va": "bottom",
+    "fontsize": 8,
+    "color": MUTED,
+    "bbox": {"facecolor": PAPER, "linewidth": 0, "pad": 0.5},
+}
 _WRITTEN_SHARE = 0.09  # a stage's name is written above its part of a bar if that is so much of the axis
 
 
@@ -68,14 +76,16 @@ def _draw_lines(table: Table, shape: Lines, names: Sequence[str]) -> Figure:
     known = list(names) if shape.series == "run" else table.values(shape.series)
     keys: dict[str, Artist] = {}
     for axes, panel in zip(all_axes, panels, strict=True):
+        axes.set_ylabel(shape.y_label)
         part = table.where(shape.panel, panel) if shape.panel else table
         for name in part.values(shape.series):
             keys[name] = _draw_line(axes, part.where(shape.series, name), shape, known.index(name))
-        _dress(axes, shape)
         if shape.panel and shape.series == "run":
             axes.set_ylabel(shown(panel))
         elif shape.panel:
             axes.set_title(shown(panel), loc="left", fontsize=9.5, color=MUTED)
+    for axes in all_axes:
+        _dress(axes, shape)  # only now: limits that were set do not grow with what is drawn later
     all_axes[-1].set_xlabel(shape.x_label)
     if len(keys) > 1 or (shape.panel and shape.series != "run"):
         _legend(drawn, list(keys.values()), list(keys))
@@ -109,7 +119,6 @@ def _draw_line(axes: Axes, part: Table, shape: Lines, place: int) -> Artist:
 
 
 def _dress(axes: Axes, shape: Lines) -> None:
-    axes.set_ylabel(shape.y_label)
     if shape.log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -134,7 +143,9 @@ def _draw_stacks(table: Table, shape: Stacks) -> Figure:
         total = _draw_bar(axes, place, part, shape, colours)
         _draw_bounds(axes, place, part, total)
         edge = max([total, *(value for value in part.numbers("high") if value == value)])
-        axes.annotate(f"{total:.3g}", (edge, place), xytext=(5, 0), textcoords="offset points", va="center", color=INK)
+        axes.annotate(
+            number_text(total), (edge, place), xytext=(5, 0), textcoords="offset points", va="center", color=INK
+        )
         if shape.within:
             _write_stages(axes, place, part, shape, widest)
     axes.set_yticks(range(len(bars)), [shown(bar) for bar in bars])
@@ -178,11 +189,14 @@ def _write_stages(axes: Axes, place: int, part: Table, shape: Stacks, widest: fl
         if stage and width > _WRITTEN_SHARE * widest:
             axes.plot([begin, begin + width], [place - 0.31] * 2, color=MUTED, linewidth=0.8, solid_capstyle="butt")
             text = shown(stage, max(3, int(60 * width / widest)))
-            axes.text(begin + width / 2, place - 0.34, text, ha="center", va="bottom", fontsize=8, color=MUTED)
+            axes.text(begin + width / 2, place - 0.34, text, **_WRITTEN)
         begin += width
 
 
 def _legend(drawn: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
     labels = [shown(name) for name in names]
     columns = max(1, min(len(labels), 60 // (max(len(label) for label in labels) + 6)))
+    # matplotlib fills column after column; a reader goes line by line.
+    order = [place for column in range(columns) for place in range(column, len(labels), columns)]
+    handles, labels = [handles[place] for place in order], [labels[place] for place in order]
     drawn.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9, handlelength=2.6)

@@ -88,7 +88,8 @@ def _machine(runs: Sequence[ReportRun], trains: bool) -> list[tuple[ReportFigure
     links = report_load.network_over(runs) == "links"
     over = "between sites, both ways" if links else "over all interfaces, both ways, the loopback once"
     no_network = "no monitor saw links or interfaces"
-    no_power = report_load.why_missing(runs, "gpu", "rapl", "jetson", "nvml") or "no monitor saw a power sensor"
+    said = report_load.why_missing(runs, "gpu", "rapl", "jetson")
+    no_power = f"no sensor of power could be read ({said})" if said else "no monitor saw a sensor of power"
     sample = "row" if trains else "request"
 
     def figure(
@@ -111,7 +112,7 @@ def _machine(runs: Sequence[ReportRun], trains: bool) -> list[tuple[ReportFigure
         figure(
             "link-bytes", "Bytes between sites",
             f"What crossed the links between sites for one {sample}, by direction.",
-            report_load.link_bytes(runs), Stacks("bytes_per_sample", f"bytes for a {sample}"),
+            report_load.link_bytes(runs), Stacks("kb_per_sample", f"kB for a {sample}"),
             "all of it was on one site: there are no links",
         ),
         figure(

@@ -11,7 +11,7 @@ from monitor.report_series import Growth, Spread, bin_width_s, counters, means, 
 from monitor.report_table import Cell, Table, thinned
 from monitor.report_tables import POINTS
 
-_MEGA = 1e6
+_KILO, _MEGA = 1e3, 1e6
 _LOOPBACK = "lo"
 # Processes that belong to what is measured; the monitor and what drives a benchmark do not.
 _WORKING = ("source", "stage", "broker", "run")
@@ -110,16 +110,16 @@ def energy(runs: Sequence[ReportRun]) -> Table:
 
 
 def link_bytes(runs: Sequence[ReportRun]) -> Table:
-    """Bytes that crossed each link between two sites for a sample, by direction."""
+    """Kilobytes that crossed each link between two sites for a sample, by direction."""
 
     def by_direction(run: ReportRun) -> dict[str, float]:
         found: dict[str, float] = {}
         for link, crossed in run.figures.links.items():
             here, _, there = link.partition(" - ")
-            found |= {f"{here} to {there}": crossed.there, f"{there} to {here}": crossed.back}
+            found |= {f"{here} to {there}": crossed.there / _KILO, f"{there} to {here}": crossed.back / _KILO}
         return found
 
-    return _for_a_sample("bytes", runs, by_direction)
+    return _for_a_sample("kb", runs, by_direction)
 
 
 def why_missing(runs: Iterable[ReportRun], *sensors: str) -> str:

@@ -12,11 +12,13 @@ from monitor.report_about import about
 from monitor.report_run import ReportRun
 from monitor.report_summary import Headline, SummaryRow, ratio
 from monitor.report_table import Absent, Cell, ReportFigure, thinned
+from monitor.report_text import number_text
 
 # Rows of a figure's numbers that stand on the page; the CSV file has all.
 _ROWS = 200
 # Within this of the baseline a ratio is called neither better nor worse.
 _SAME = 0.02
+_NAMED = 4  # runs in the title
 _REST = "#d0d5db"
 _ID = re.compile(r'(\bid="|href="#|url\(#)')
 _PREAMBLE = re.compile(r"^.*?(?=<svg)", re.DOTALL)
@@ -41,7 +43,7 @@ class Content:
 
 def page(content: Content, style: str) -> str:
     """The whole file; `style` is its CSS."""
-    title = "Report: " + " and ".join(_listed([row.label for row in content.rows]))
+    title = "Report: " + _listed([row.label for row in content.rows])
     figures = "\n".join(_figure(figure, content.drawn[figure.name]) for figure in content.figures)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -80,9 +82,10 @@ def page(content: Content, style: str) -> str:
 """
 
 
-def _listed(labels: Sequence[str]) -> list[str]:
-    """At most three, then how many more."""
-    return list(labels) if len(labels) <= 3 else [", ".join(labels[:2]), f"{len(labels) - 2} more"]
+def _listed(labels: Sequence[str]) -> str:
+    """`a, b and c`; of many, how many more there are."""
+    shown = list(labels) if len(labels) <= _NAMED else [*labels[: _NAMED - 1], f"{len(labels) - _NAMED + 1} more"]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
 
 
 def _lead(content: Content) -> str:
@@ -147,15 +150,6 @@ def _headline(row: SummaryRow, baseline: SummaryRow | None, column: Headline) ->
         verdict = " good" if gain > _SAME else " bad" if gain < -_SAME else ""
         found += f'<span class="ratio{verdict}">&times; {times:.2f}</span>'
     return f"<td>{found}</td>"
-
-
-def number_text(value: float) -> str:
-    """A number as a person reads it: three digits that count, and all of a whole number."""
-    if value == int(value) and abs(value) < 1e9:
-        return f"{value:,.0f}"
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.2e}"
 
 
 def _figure(figure: ReportFigure, svg: str) -> str:
