@@ -113,7 +113,14 @@ class NoSamples(SparseError):
 class BadManifest(UsageError):
     """A manifest that cannot be read."""
 
+    path: str
+    problem: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: no manifest of a benchmark: {self.problem}"
+
+
+@dataclass(eq=False)
 class SocketTaken(UsageError):
     """A socket on which a living monitor hears events already."""
 
@@ -134,8 +141,6 @@ class BadSocket(UsageError):
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.path}: no manifest of a benchmark: {self.problem}"
-
         return f"{self.path}: events cannot be heard there: {self.problem}"
 
 
