@@ -18,7 +18,7 @@ TWO_GPUS = Path(__file__).with_name("nvml_two_gpus.json")
 
 
 class RecordedNvml:
-    """Begins at the first sample; `moment` is set to go on. Its errors are the real module's, and so are their texts."""
+    """Begins at the first sample; `moment` is set to go on. Its errors, with their texts, are the real ones."""
 
     NVMLError = load_nvml().NVMLError
 
