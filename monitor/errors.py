@@ -163,3 +163,14 @@ class ExtraMissing(UsageError):
 
     def __str__(self) -> str:
         return f"{self.what} needs more packages: pip install 'sparse-mqtt[{self.extra}]'"
+
+
+@dataclass(eq=False)
+class BadSetting(UsageError):
+    """An environment variable whose value cannot be used; `problem` never holds a secret."""
+
+    variable: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.variable}: {self.problem}"
