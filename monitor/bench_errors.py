@@ -21,6 +21,18 @@ class UnknownSuite(UsageError):
 
 
 @dataclass(eq=False)
+class NoSuite(UsageError):
+    """A benchmark of nothing."""
+
+    known: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"which suite? Expected pipeline files, or some of {', '.join(self.known)}; `sparse bench --list` has all"
+        )
+
+
+@dataclass(eq=False)
 class NothingLeft(UsageError):
     """A warm-up that takes all there is."""
 

@@ -17,6 +17,7 @@ from monitor.children import Child
 from monitor.errors import BadStore, NoSamples
 from monitor.figures import MEASUREMENTS_READ, measured
 from monitor.run_monitor import RunMonitor
+from monitor.run_sites import find_sites
 from monitor.sqlite import FILE as TELEMETRY
 from monitor.sqlite import SqliteReader
 from monitor.variant import variant
@@ -67,18 +68,26 @@ class BenchRun:
         paths = [str(beside), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {"PYTHONPATH": os.pathsep.join(paths)}
         options = (str(file), "--json", "--no-pictures", "--out", str(self.folder))
-        if self.source_only:
-            with RunMonitor.beside(self.folder, self.name) as monitor:
-                child = Child("source", ("source", *options), logs / "run.log", environment={**environment, **monitor})
-                status = _wait(child, stopping)
-        else:
-            child = Child("run", ("run", *options), logs / "run.log", environment=environment)
-            status = _wait(child, stopping)
+        what = "source" if self.source_only else "run"
+        child = Child(what, (what, *options), logs / "run.log", environment=environment)
+        status = self._of_source(child, stopping) if self.source_only else _wait(child, stopping)
         self.summary = _summary(child.last_line())
         if stopping.asked:
             raise RunFailed("it was stopped")
         if status:
             raise RunFailed(self._why(child, status))
+
+    def _of_source(self, child: Child, stopping: Stopping) -> int:
+        """With a monitor of its own, as `sparse run` would have given it."""
+        pipeline = self.case.pipeline
+        with find_sites(pipeline, None, None) as sites:  # all have brokers that run already: nothing is started
+            monitor = RunMonitor(pipeline, sites, self.folder, True)
+            child.environment = {**child.environment, **monitor.environment}
+            monitor.start()
+            try:
+                return _wait(child, stopping)
+            finally:
+                monitor.stop()
 
     def _why(self, child: Child, status: int) -> str:
         if not self.summary:

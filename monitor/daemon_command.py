@@ -117,6 +117,7 @@ async def _serve(wanted: _Wanted) -> int:
 
 def _telemetry(wanted: _Wanted) -> Telemetry:
     node = platform.node() or "node"
+    kept = writers(wanted.store, wanted.limit_bytes, os.environ, beside=wanted.with_parent)
     spans: Writer[Event] | None = None
     if wanted.traces is not None:
         from monitor.traces import Traces  # an extra
@@ -125,7 +126,7 @@ def _telemetry(wanted: _Wanted) -> Telemetry:
     return Telemetry(
         node,
         wanted.run,
-        writers(wanted.store, wanted.limit_bytes),
+        kept,
         door=EventDoor(wanted.socket or socket_path(os.environ)),
         # A socket that was asked for must be had; the usual one may be another monitor's.
         deaf=wanted.socket is None and not os.environ.get(SOCKET_VARIABLE),
@@ -139,7 +140,8 @@ def _first_line(wanted: _Wanted, telemetry: Telemetry) -> str:
         f"watching {parse_address(wanted.address)}" if wanted.address else "watching this node, no broker is named"
     )
     heard = f"events at {telemetry.socket}" if telemetry.socket else "no events"
-    kept = f"kept in {wanted.store}" if wanted.store else "kept nowhere (--store FILE.sqlite keeps it)"
+    stores = " and ".join(telemetry.stores)
+    kept = f"kept in {stores}" if stores else "kept nowhere (--store FILE.sqlite keeps it)"
     parts = [watched, heard, kept]
     if not wanted.with_parent:
         place = f"[{wanted.host}]" if ":" in wanted.host else wanted.host

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from monitor.energy import adds_up
 from monitor.points import Point
 from monitor.window import Counter, Kind, PointsByName, Window, number, window_of
 
@@ -18,6 +19,7 @@ from monitor.window import Counter, Kind, PointsByName, Window, number, window_o
 MEASUREMENTS_READ = ("request", "hop", "task", "batch", "step", "link", "process", "gpu", "power", "missing")
 TIMES = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
 PERCENTS = (50, 95, 99)
+_POWER_SENSORS = ("gpu", "rapl", "jetson")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ class Figures:
     stages: Mapping[str, StageTime]  # in the order of the request's way
     links: Mapping[str, Crossed]  # by "device - cloud"
     cpu_s: Mapping[str, float]  # processor time for a sample, by the role of the process
-    energy_j: Mapping[str, float] | None  # of the whole node for a sample, by sensor: "gpu 0", "rail package-0"
+    # Of the whole node for a sample, by sensor: "gpu 0", "rail package-0"; of rails, those that add up.
+    energy_j: Mapping[str, float] | None
     energy_missing: str  # why there is none, where there is none
 
 
@@ -162,11 +165,12 @@ def _energy(points: PointsByName, window: Window, samples: int) -> tuple[dict[st
     by_sensor: dict[str, list[Point]] = defaultdict(list)
     for name, tag in (("gpu", "gpu"), ("power", "rail")):
         for point in points.get(name, ()):
-            if point.fields.get("energy_j") is not None:
+            if point.fields.get("energy_j") is not None and adds_up(point.tags[tag]):
                 by_sensor[f"{tag} {point.tags[tag]}"].append(point)
     if by_sensor:
         return {sensor: _joules(own, window) / samples for sensor, own in by_sensor.items()}, ""
-    reasons = {f"{point.tags['sensor']}: {point.fields.get('reason')}" for point in points.get("missing", ())}
+    missing = [point for point in points.get("missing", ()) if point.tags["sensor"].startswith(_POWER_SENSORS)]
+    reasons = {f"{point.tags['sensor']}: {point.fields.get('reason')}" for point in missing}
     return None, "; ".join(sorted(reasons)) or "no sensor said anything"
 
 

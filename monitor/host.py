@@ -12,6 +12,7 @@ from monitor.cgroup import MemoryGroups
 from monitor.points import Point, Value
 from monitor.sensor import Missing, why
 
+_FIELDS = ("cpu", "load", "memory_used_bytes", "memory_total_bytes")
 _IDLE = ("idle", "iowait")
 _TWICE = ("guest", "guest_nice")  # Linux counts them in `user` and `nice` as well
 
@@ -27,14 +28,14 @@ class Host:
 
     def sample(self, time_ns: int, now_s: float) -> list[Point]:
         """One point, and what cannot be read."""
-        fields: dict[str, Value] = {}
+        fields: dict[str, Value] = dict.fromkeys(_FIELDS)
         missing: list[Point] = []
         for name, read in (("cpu", self._cpu), ("load", _load), ("memory", self._memory)):
             try:
                 fields |= read()
             except (OSError, NotImplementedError, RuntimeError, psutil.Error) as error:
                 missing += self._missing.tell(time_ns, f"node.{name}", why(error))
-        return [Point("node", time_ns, {}, fields), *missing] if fields else missing
+        return [Point("node", time_ns, {}, fields), *missing]
 
     def close(self) -> None:
         """Nothing is held."""

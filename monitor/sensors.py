@@ -16,7 +16,7 @@ from monitor.points import Point
 from monitor.rapl import Rapl
 from monitor.sensor import Missing, Sensor, why
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def sensors_of(root: Path = Path("/")) -> list[Sensor]:
@@ -53,7 +53,8 @@ class Sensors:
             except Exception as error:
                 # A mistake of ours, or a driver's: it must not cost what the others measure.
                 told = self._missing.tell(time_ns, type(sensor).__name__.lower(), why(error))
-                _LOG.log(logging.ERROR if told else logging.DEBUG, "a sensor failed", exc_info=True)
+                if told:  # else it fails at every sample, as it is known to
+                    log.exception("a sensor failed")
                 points += told
         return [replace(point, tags={**self._tags, **point.tags}) for point in points]
 

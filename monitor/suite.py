@@ -28,7 +28,7 @@ class Suite:
     @property
     def about(self) -> str:
         """What the comment at the file's top says in its first sentence; empty where there is none."""
-        found = _COMMENT.match(self.path.read_text())
+        found = _COMMENT.match(self.path.read_text(errors="replace"))
         words = " ".join(line.strip("# ") for line in found.group().splitlines()) if found else ""
         return words.partition(". ")[0].rstrip(".") + "." if words else ""
 

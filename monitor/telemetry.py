@@ -83,6 +83,11 @@ class Telemetry:
         return self._reader.door.path if self._reader else None
 
     @property
+    def stores(self) -> list[str]:
+        """The names of what points are kept in."""
+        return [writer.name for writer in self._writers]
+
+    @property
     def latest(self) -> Sequence[Point]:
         """The newest sample of the node."""
         return self._sampler.latest

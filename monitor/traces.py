@@ -39,6 +39,7 @@ class Traces:
 
     def __init__(self, url: str, node: str) -> None:
         """`url` as people give a collector's, with or without the path; raises `BadCollector`."""
+        self.waiting = 0  # between two writes
         self.sent = 0
         self.dropped = 0
         self._node = node

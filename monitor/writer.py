@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from monitor.errors import BadStore
 
@@ -33,17 +33,28 @@ class Taker(Protocol[T_contra]):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Keeper(Protocol):
+    """What takes things on their way to somewhere else, and counts them."""
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def dropped(self) -> int: ...
+
+
 class Writer(Generic[T]):
     """Never makes a caller wait. What the store has no room for while it fails is dropped, the newest first, and
     counted. Life: `start`, `add`, `stop`; counts are since it was made."""
 
     def __init__(self, store: Taker[T], name: str, room: int = ROOM) -> None:
         self.name = name
-        self.dropped = 0
         self.written = 0
         self._store = store
         self._room = room
         self._waiting: deque[T] = deque()
+        self._dropped = 0
         self._mutex = threading.Lock()
         self._leaving = threading.Event()
         self._end_s = float("inf")  # when a store that fails is asked no more
@@ -52,8 +63,13 @@ class Writer(Generic[T]):
 
     @property
     def waiting(self) -> int:
-        """Items that the store has not taken yet."""
-        return len(self._waiting)
+        """Items that are not where they shall be yet."""
+        return len(self._waiting) + (self._store.waiting if isinstance(self._store, Keeper) else 0)
+
+    @property
+    def dropped(self) -> int:
+        """Items that will never be there."""
+        return self._dropped + (self._store.dropped if isinstance(self._store, Keeper) else 0)
 
     def start(self) -> None:
         self._thread.start()
@@ -65,7 +81,7 @@ class Writer(Generic[T]):
                 if len(self._waiting) < self._room:
                     self._waiting.append(item)
                 else:
-                    self.dropped += 1
+                    self._dropped += 1
 
     def stop(self, timeout_s: float) -> None:
         """Write what waits, if that can be done in time, and close the store. May be called twice."""
@@ -75,10 +91,8 @@ class Writer(Generic[T]):
             self._close()
             return
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            log.warning("%s did not take the last %d points in %g s", self.name, self.waiting, timeout_s)
-        elif self.waiting:
-            log.warning("%s did not take the last %d points", self.name, self.waiting)
+        if left := len(self._waiting):
+            log.warning("%s did not take the last %d points", self.name, left)
 
     def _run(self) -> None:
         wait_s = _FIRST_WAIT_S
@@ -117,7 +131,7 @@ class Writer(Generic[T]):
         now_s = time.monotonic()
         if now_s - self._complained_s >= _SAID_EVERY_S:
             self._complained_s = now_s
-            log.warning("%s; it is tried again, %d points wait", error, self.waiting)
+            log.warning("%s; it is tried again, %d points wait", error, len(self._waiting))
 
     def _close(self) -> None:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,23 +15,14 @@ from brokers.errors import UsageError
 from brokers.events import DATAGRAM_LIMIT_BYTES
 from monitor.errors import BadSocket, SocketTaken
 from monitor.event_door import EventDoor
+from tests.support.event_lines import send, short_folder
 from tests.support.processes import eventually
 
 
 @pytest.fixture(name="folder")
 def _folder() -> Iterator[Path]:
-    """Not pytest's own: a socket's path must be short."""
-    with tempfile.TemporaryDirectory(prefix="door-", dir="/tmp") as found:
-        yield Path(found)
-
-
-def send(path: Path, *datagrams: bytes) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * DATAGRAM_LIMIT_BYTES)
-        line.settimeout(10)
-        line.connect(str(path))
-        for datagram in datagrams:
-            line.send(datagram)
+    with short_folder() as found:
+        yield found
 
 
 def taken(door: EventDoor, count: int) -> list[bytes]:
