@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# A column of a paper at 0.65 of its size, half of a desktop page, and a phone's page at 0.7 of its size.
-WIDTH_IN, PNG_DPI = 5.4, 200
+# A column of a paper at three quarters of its size, and so is a phone; half of a desktop page.
+WIDTH_IN, PNG_DPI = 4.7, 200
 # Not quite black, white and grey: the page finds these in the SVG and gives each its counterpart for dark screens.
 INK, MUTED, FAINT, PAPER = "#1f2328", "#57606b", "#e3e6ea", "#fffffe"
 

@@ -33,6 +33,7 @@ from monitor.report_text import number_text
 
 # Panels of one figure; more would be too small to read, or too tall to look at.
 PANELS = 6
+_LEGEND_CHARACTERS, _LEGEND_ROW_IN = 52, 0.19
 _MARKERS = 8  # on a line of many points, so that lines are told apart without colour
 _WRITTEN: Any = {
     "ha": "center",
@@ -41,7 +42,8 @@ _WRITTEN: Any = {
     "color": MUTED,
     "bbox": {"facecolor": PAPER, "linewidth": 0, "pad": 0.5},
 }
-_WRITTEN_SHARE = 0.09  # a stage's name is written above its part of a bar if that is so much of the axis
+# A stage's name is written above its part of a bar where there is room: a letter takes so much of the axis.
+_LETTER_SHARE, _GAP_SHARE, _STAGE_CHARACTERS = 0.018, 0.01, 24
 
 
 def draw(figure: ReportFigure, names: Sequence[str]) -> Figure:
@@ -70,7 +72,7 @@ def _settings() -> Iterator[None]:
 
 def _draw_lines(table: Table, shape: Lines, names: Sequence[str]) -> Figure:
     panels = table.values(shape.panel)[:PANELS] if shape.panel else [""]
-    high = 3.3 if len(panels) == 1 else 0.7 + 1.75 * len(panels)
+    high = 3.0 if len(panels) == 1 else 0.7 + 1.6 * len(panels)
     drawn = Figure(figsize=(WIDTH_IN, high), layout="constrained")
     all_axes = drawn.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     known = list(names) if shape.series == "run" else table.values(shape.series)
@@ -186,16 +188,17 @@ def _write_stages(axes: Axes, place: int, part: Table, shape: Stacks, widest: fl
     begin = 0.0
     for stage in part.values(shape.within):
         width = sum(part.where(shape.within, stage).numbers(shape.value))
-        if stage and width > _WRITTEN_SHARE * widest:
+        text = shown(stage, _STAGE_CHARACTERS)
+        if stage and width > (_LETTER_SHARE * len(text) + _GAP_SHARE) * widest:
             axes.plot([begin, begin + width], [place - 0.31] * 2, color=MUTED, linewidth=0.8, solid_capstyle="butt")
-            text = shown(stage, max(3, int(60 * width / widest)))
             axes.text(begin + width / 2, place - 0.34, text, **_WRITTEN)
         begin += width
 
 
 def _legend(drawn: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
     labels = [shown(name) for name in names]
-    columns = max(1, min(len(labels), 60 // (max(len(label) for label in labels) + 6)))
+    columns = max(1, min(len(labels), _LEGEND_CHARACTERS // (max(len(label) for label in labels) + 6)))
+    drawn.set_figheight(drawn.get_figheight() + _LEGEND_ROW_IN * (-(-len(labels) // columns) - 1))
     # matplotlib fills column after column; a reader goes line by line.
     order = [place for column in range(columns) for place in range(column, len(labels), columns)]
     handles, labels = [handles[place] for place in order], [labels[place] for place in order]

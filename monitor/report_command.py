@@ -73,6 +73,8 @@ def _write(folder: Path, found: Any) -> dict[str, Any]:
         (folder / "figures" / f"{figure.name}.svg").write_bytes(svg)
         (folder / "figures" / f"{figure.name}.png").write_bytes(picture(canvas, "png"))
         (folder / "data" / f"{figure.name}.csv").write_text(figure.table.csv())
+        if figure.beside is not None:
+            (folder / "data" / f"{figure.name}-percentiles.csv").write_text(figure.beside.csv())
         drawn[figure.name] = svg.decode()
     numbers = summary_table(columns, rows)
     (folder / "data" / "summary.csv").write_text(numbers.csv())

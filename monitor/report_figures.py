@@ -71,6 +71,7 @@ def _progress(runs: Sequence[ReportRun], trains: bool) -> list[tuple[ReportFigur
                     "latency_ms", "share", f"latency of a {what} (ms)", f"share of {what}s",
                     steps=True, share=True, log_x=_is_wide(latency, "latency_ms"),
                 ),
+                report_tables.percentiles(runs),
             ),
             "",
         ),

@@ -134,8 +134,8 @@ def why_missing(runs: Iterable[ReportRun], *sensors: str) -> str:
 
 
 def _process(point: Point) -> str:
-    role, name = point.tags["role"], point.tags["name"]
-    return name if role == "stage" or not role else f"{role} {name}".strip()
+    """A worker by its name; of other kinds there is one, or all of them together."""
+    return point.tags["name"] if point.tags["role"] == "stage" else point.tags["role"]
 
 
 def _processor_s(run: ReportRun) -> dict[str, Growth]:

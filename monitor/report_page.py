@@ -160,12 +160,25 @@ def _figure(figure: ReportFigure, svg: str) -> str:
     )
     return f"""<figure id="{figure.name}">
 <figcaption><h3>{escape(figure.title)}</h3><p>{escape(figure.caption)}</p></figcaption>
-{inline(svg, figure.name, alt)}
+{inline(svg, figure.name, alt)}{_beside(figure)}
 <details><summary>The numbers</summary>
 {_numbers(figure)}
 </details>
 <p class="links">{links}</p>
 </figure>"""
+
+
+def _beside(figure: ReportFigure) -> str:
+    if figure.beside is None:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in figure.beside.columns)
+    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in figure.beside.rows)
+    return f"""
+<div class="box" tabindex="0" role="region" aria-label="{escape(figure.title)}: percentiles">
+<table><thead><tr>{head}</tr></thead>
+<tbody>
+{body}
+</tbody></table></div>"""
 
 
 def inline(svg: str, name: str, alt: str) -> str:
@@ -197,7 +210,7 @@ def _numbers(figure: ReportFigure) -> str:
 def _cell(cell: Cell) -> str:
     if isinstance(cell, str):
         return f'<td class="text">{escape(cell)}</td>'
-    return f"<td>{'' if cell is None else f'{cell:.6g}'}</td>"
+    return f"<td>{'' if cell is None else f'{cell:.5g}'}</td>"
 
 
 def _absent(content: Content) -> str:

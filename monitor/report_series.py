@@ -120,7 +120,7 @@ def means(
     bins: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
         value, time_s = measured_number(point.fields.get(name)), run.seconds(point)
-        if value is not None and 0 <= time_s <= run.duration_s:
+        if value is not None and 0 <= time_s < run.duration_s:
             bins[point.tags.get(key, "")][int(time_s / width_s)].append(value)
     return {
         name: [((place + 0.5) * width_s, sum(values) / len(values)) for place, values in sorted(found.items())]

@@ -89,6 +89,7 @@ class ReportFigure:
     caption: str
     table: Table
     shape: Shape
+    beside: Table | None = None  # numbers that stand under the picture, for all to see
 
 
 @dataclass(frozen=True)

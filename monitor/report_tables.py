@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from monitor.figures import PERCENTS
 from monitor.report_run import ReportRun, groups_of, measured_number
 from monitor.report_series import spread
 from monitor.report_table import Cell, Table, thinned
@@ -14,6 +15,7 @@ PARTS = ("queue", "decode", "compute", "encode")
 NETWORK = "network"
 PHASES = ("forward", "backward", "update")
 IDLE = "idle"
+_LATENCIES = ("mean", *(f"p{percent}" for percent in PERCENTS))
 # A line of a figure has at most so many points: more do not show, and make the page heavy.
 POINTS = 2000
 # The shares at which several repeats are compared.
@@ -65,13 +67,12 @@ def latencies_ms(run: ReportRun) -> list[float]:
 
 
 def percentiles(runs: Sequence[ReportRun]) -> Table:
-    """Of the latency, in milliseconds: the median of the repeats' own, their least and their most."""
+    """Of the latency, in milliseconds; of repeats, the median of their own."""
     rows: list[tuple[Cell, ...]] = []
     for name, repeats in groups_of(runs).items():
-        for which in repeats[0].figures.latency_ms:
-            found = spread([run.figures.latency_ms[which] for run in repeats])
-            rows.append((name, which, found.middle, found.low, found.high))
-    return Table(("run", "latency", "ms", "low", "high"), tuple(rows))
+        found = [spread([run.figures.latency_ms[which] for run in repeats]).middle for which in _LATENCIES]
+        rows.append((name, *found))
+    return Table(("run", *(f"{which}_ms" for which in _LATENCIES)), tuple(rows))
 
 
 def time_spent(runs: Sequence[ReportRun]) -> Table:
