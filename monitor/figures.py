@@ -130,8 +130,7 @@ def _stages(points: PointsByName, window: Window) -> dict[str, StageTime]:
 def _links(points: PointsByName, window: Window, samples: int) -> dict[str, Crossed]:
     """What crossed each link in the window.
 
-    A link carries nothing before the run's first request. What crossed by the window's end is what was seen next:
-    nothing but presence crosses after it.
+    A link carries nothing before the run's first request.
     """
     begun_ns = window_of(points).begin_ns
     by_link: dict[str, list[Point]] = defaultdict(list)
@@ -141,9 +140,23 @@ def _links(points: PointsByName, window: Window, samples: int) -> dict[str, Cros
 
     def crossed(own: list[Point], name: str) -> float:
         counter = Counter(((begun_ns, 0.0), *((point.time_ns, number(point, name)) for point in own)))
-        return (counter.after(window.end_ns) - counter.at(window.begin_ns)) / samples
+        return _grown(counter, window) / samples
 
     return {link: Crossed(crossed(own, "bytes_out"), crossed(own, "bytes_in")) for link, own in by_link.items()}
+
+
+def _grown(carried: Counter, window: Window) -> float:
+    """What a link carried in the window.
+
+    Of inference, up to what was seen first after its end: nothing but presence crosses then. Where one trains, the
+    weights are fetched then: what crossed up to what was seen last before it, and as much in proportion for the rest.
+    """
+    begun = carried.at(window.begin_ns)
+    inside = [entry for entry in carried.seen if window.begin_ns < entry[0] <= window.end_ns]
+    if window.kind == "inference" or not inside:
+        return carried.after(window.end_ns) - begun
+    last_ns, value = inside[-1]
+    return (value - begun) * (window.end_ns - window.begin_ns) / (last_ns - window.begin_ns)
 
 
 def _cpu(points: PointsByName, window: Window, samples: int) -> dict[str, float]:
