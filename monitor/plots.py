@@ -34,6 +34,7 @@ from monitor.report_text import number_text
 # Panels of one figure; more would be too small to read, or too tall to look at.
 PANELS = 6
 _LEGEND_CHARACTERS, _LEGEND_ROW_IN = 52, 0.19
+_ROOM = 0.08  # above the highest point, as a share of the axis
 _MARKERS = 8  # on a line of many points, so that lines are told apart without colour
 _WRITTEN: Any = {
     "ha": "center",
@@ -75,7 +76,8 @@ def _draw_lines(table: Table, shape: Lines, names: Sequence[str]) -> Figure:
     high = 3.0 if len(panels) == 1 else 0.7 + 1.6 * len(panels)
     drawn = Figure(figsize=(WIDTH_IN, high), layout="constrained")
     all_axes = drawn.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    known = list(names) if shape.series == "run" else table.values(shape.series)
+    own = table.values(shape.series)
+    known = list(names) if set(own) <= set(names) else own
     keys: dict[str, Artist] = {}
     for axes, panel in zip(all_axes, panels, strict=True):
         axes.set_ylabel(shape.y_label)
@@ -89,7 +91,7 @@ def _draw_lines(table: Table, shape: Lines, names: Sequence[str]) -> Figure:
     for axes in all_axes:
         _dress(axes, shape)  # only now: limits that were set do not grow with what is drawn later
     all_axes[-1].set_xlabel(shape.x_label)
-    if len(keys) > 1 or (shape.panel and shape.series != "run"):
+    if len(keys) > 1 or len(names) > 1:
         _legend(drawn, list(keys.values()), list(keys))
     return drawn
 
@@ -121,15 +123,16 @@ def _draw_line(axes: Axes, part: Table, shape: Lines, place: int) -> Artist:
 
 
 def _dress(axes: Axes, shape: Lines) -> None:
+    seen = axes.dataLim
     if shape.log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
-        axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+        axes.set_xlim(0, axes.get_xlim()[1])
     if shape.share:
-        axes.set_ylim(0, 1.02)
+        axes.set_ylim(0, 1 + _ROOM / 2)
     else:
+        axes.set_ylim(min(0.0, seen.y0 * (1 + _ROOM)), max(seen.y1 * (1 + _ROOM), 0.0) or 1.0)
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
 

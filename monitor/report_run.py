@@ -25,8 +25,9 @@ class ReportRun:
     points: PointsByName
     group: str = ""  # what it is a repeat of; runs of one group are shown as one
     warm_up: int = 0
-    setting: tuple[str, float] | None = None  # of a sweep: what was varied, and its value here
-    suite: str = ""
+    # Of a sweep: what it varied, and its value here, if it has one; and what the sweep is of.
+    setting: tuple[str, float | None] | None = None
+    sweep: str = ""
     manifest: Manifest | None = None
 
     @property

@@ -39,19 +39,21 @@ def find_runs(names: Sequence[str]) -> Found:
     found = Found()
     for name in names:
         runs = _runs(name, found.left_out)
-        taken = {run.label for run in found.runs}
-        labels = {label: _free(label, taken) for label in dict.fromkeys(run.label for run in runs)}
-        found.runs += [replace(run, group=labels[run.label]) for run in runs]
+        labels = _free((run.label for run in runs), {run.label for run in found.runs})
+        sweeps = _free((run.sweep for run in runs), {run.sweep for run in found.runs})
+        found.runs += [replace(run, group=labels[run.label], sweep=sweeps[run.sweep]) for run in runs]
     _check(found.runs)
     return found
 
 
-def _free(label: str, taken: set[str]) -> str:
-    """The label, with a number where somebody else has it."""
-    number, found = 2, label
-    while found in taken:
-        found, number = f"{label} ({number})", number + 1
-    taken.add(found)
+def _free(names: Iterable[str], taken: set[str]) -> dict[str, str]:
+    """Each of the names as it is, or with a number where somebody else has it."""
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        numbered, number = name, 2
+        while numbered in taken or numbered in found.values():
+            numbered, number = f"{name} ({number})", number + 1
+        found[name] = numbered
     return found
 
 
@@ -88,7 +90,8 @@ def _from_bench(folder: Path, manifest: Manifest, left_out: list[str]) -> list[R
         for name in suite.runs:
             try:
                 runs = _from_reader(SqliteReader(folder / name / FILE), str(folder / name), name, manifest.warm_up)
-                found += [replace(run, group=suite.name, suite=suite.name, setting=_setting(suite)) for run in runs]
+                of = Path(suite.path).stem
+                found += [replace(run, group=suite.name, sweep=of, setting=_setting(suite)) for run in runs]
             except (NotARun, BadStore) as error:
                 left_out.append(str(error))
     if not found:
@@ -96,12 +99,13 @@ def _from_bench(folder: Path, manifest: Manifest, left_out: list[str]) -> list[R
     return [replace(run, manifest=manifest) for run in found]
 
 
-def _setting(suite: SuiteRecord) -> tuple[str, float] | None:
-    """What a sweep varied, and its value at this point of it."""
-    for name, value in suite.about.items():
-        if isinstance(value, int | float):
-            return name, float(value)
-    return None
+def _setting(suite: SuiteRecord) -> tuple[str, float | None] | None:
+    """What a sweep varied, and its value at this point of it; None for one beside them all, as a network uncut."""
+    varied = suite.about.get("sweep")
+    if not isinstance(varied, str):
+        return None
+    value = suite.about.get(varied)
+    return varied, float(value) if isinstance(value, int | float) else None
 
 
 def _from_reader(reader: Reader, name: str, label: str, warm_up: int) -> list[ReportRun]:

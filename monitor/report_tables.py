@@ -128,22 +128,29 @@ def _busy(run: ReportRun) -> dict[str, dict[str, float]]:
 
 
 def sweep(runs: Sequence[ReportRun]) -> Table:
-    """Throughput over what a sweep varied: the median of the repeats at each value, their least and their most."""
-    varied: dict[tuple[str, float], list[float]] = defaultdict(list)
+    """Throughput over what a sweep varied: the median of the repeats at each value, their least and their most.
+
+    A point beside the sweep, such as a network that is not cut, has no value: it is level from the first to the last.
+    """
+    varied: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    beside: dict[str, list[float]] = defaultdict(list)
     for run in runs:
         if run.setting is not None:
-            varied[_swept(run), run.setting[1]].append(run.figures.throughput_per_s)
-    rows = []
-    order = list(dict.fromkeys(name for name, _ in varied))
-    for (name, value), found in sorted(varied.items(), key=lambda each: (order.index(each[0][0]), each[0][1])):
-        middle = spread(found)
-        rows.append((name, value, middle.middle, middle.low, middle.high, len(found)))
+            value = run.setting[1]
+            found = beside[run.label] if value is None else varied[run.sweep or run.label][value]
+            found.append(run.figures.throughput_per_s)
+    rows: list[tuple[Cell, ...]] = []
+    for name, values in varied.items():
+        rows += [_swept(name, value, found) for value, found in sorted(values.items())]
+    ends = sorted({value for values in varied.values() for value in values})
+    for name, found in beside.items():
+        rows += [_swept(name, value, found) for value in dict.fromkeys((ends or [0.0])[:1] + ends[-1:])]
     return Table(("run", "value", "throughput_per_s", "low", "high", "repeats"), tuple(rows))
 
 
-def _swept(run: ReportRun) -> str:
-    """The name of the sweep that a run is part of: its label, without the value."""
-    return run.suite or run.label
+def _swept(name: str, value: float, found: Sequence[float]) -> tuple[Cell, ...]:
+    middle = spread(found)
+    return name, value, middle.middle, middle.low, middle.high, len(found)
 
 
 def learning(runs: Sequence[ReportRun], over: str) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -132,7 +132,7 @@ def keep(points: Sequence[Point], folder: Path) -> Path:
     return folder
 
 
-def manifest(suites: dict[str, Sequence[str]], warm_up: int = 0, **about: Any) -> dict[str, Any]:
+def manifest(suites: Mapping[str, Sequence[str]], warm_up: int = 0, **about: Any) -> dict[str, Any]:
     """A benchmark's, of suites by name and the folders of their runs; `about`: what each point of a sweep is."""
     return {
         "command": ["sparse", "bench", *suites], "mode": "run", "begun": "2026-01-02T03:04:05+00:00",
@@ -141,7 +141,7 @@ def manifest(suites: dict[str, Sequence[str]], warm_up: int = 0, **about: Any) -
         "hardware": {"cpu": "made up", "cores": 4, "memory_bytes": 8_000_000_000, "gpus": []},
         "suites": [
             {
-                "name": name, "path": f"{name}.toml", "text": f'[pipeline]\nname = "{name}"\n', "changed": {},
+                "name": name, "path": "swept.toml" if about else f"{name}.toml", "text": f'[pipeline]\nname = "{name}"\n', "changed": {},
                 "about": about.get(name, {}), "kind": "inference", "seed": 0, "runs": list(runs),
                 "links": [{"site": "device", "to": "cloud", "delay_ms": 8.0, "rate_mbit": 50.0, "emulated": True}],
             }

@@ -198,13 +198,22 @@ def test_a_step_of_training_is_what_its_workers_computed_and_waited() -> None:
 
 def test_a_sweep_has_the_median_of_its_repeats_at_each_value() -> None:
     runs = [
-        run(f"{value}-{number}", [request(1, 1.0 + took, took * 1000)], setting=("batch", value), suite="sweep")
+        run(f"{value}-{number}", [request(1, 1.0 + took, took * 1000)], setting=("batch", value), sweep="cloud")
         for value in (4.0, 1.0)
         for number, took in enumerate((value / 8, value / 2, value))
     ]
     table = report_tables.sweep(runs)
     assert rows(table, "value", "throughput_per_s", "low", "high", "repeats") == [
         (1.0, 2.0, 1.0, 8.0, 3), (4.0, 0.5, 0.25, 2.0, 3)
+    ]  # fmt: skip
+
+
+def test_a_point_beside_a_sweep_is_level_over_it() -> None:
+    cut = [run(str(value), [request(1, 3.0, 2000.0)], setting=("cut", value), sweep="split") for value in (4.0, 13.0)]
+    uncut = run("a", [request(1, 3.0, 1000.0)], setting=("cut", None), group="uncut-at-device")
+    table = report_tables.sweep([*cut, uncut])
+    assert rows(table, "run", "value", "throughput_per_s") == [
+        ("split", 4.0, 0.5), ("split", 13.0, 0.5), ("uncut-at-device", 4.0, 1.0), ("uncut-at-device", 13.0, 1.0)
     ]  # fmt: skip
 
 
