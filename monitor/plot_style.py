@@ -80,6 +80,7 @@ SETTINGS: Any = {
     "legend.labelcolor": INK,
     "lines.linewidth": 1.7,
     "lines.markersize": 4.5,
+    "pdf.fonttype": 42,  # TrueType: publishers turn matplotlib's usual Type 3 away
     "svg.fonttype": "path",  # looks the same everywhere, also where a paper is made without our font
     "svg.hashsalt": "sparse",  # the same figure, the same file
     "text.color": INK,

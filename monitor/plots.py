@@ -1,4 +1,4 @@
-"""Draws the tables of a report by matplotlib: lines with their spread, and stacked bars; as PNG and SVG."""
+"""Draws the tables of a report by matplotlib: lines with their spread, and stacked bars; as PNG, SVG and PDF."""
 
 from __future__ import annotations
 
@@ -31,8 +31,13 @@ from monitor.plot_style import (
 from monitor.report_table import Lines, ReportFigure, Stacks, Table
 from monitor.report_text import number_text
 
+Kind = Literal["png", "svg", "pdf"]
+KINDS: tuple[Kind, ...] = ("svg", "pdf", "png")
+
 # Panels of one figure; more would be too small to read, or too tall to look at.
 PANELS = 6
+# No moment in a file: the same figure gives the same bytes.
+_TIMELESS: dict[Kind, Any] = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _LEGEND_CHARACTERS, _LEGEND_ROW_IN = 52, 0.19
 _ROOM = 0.08  # above the highest point, as a share of the axis
 _MARKERS = 8  # on a line of many points, so that lines are told apart without colour
@@ -55,11 +60,11 @@ def draw(figure: ReportFigure, names: Sequence[str]) -> Figure:
         return _draw_lines(figure.table, figure.shape, names)
 
 
-def picture(drawn: Figure, kind: Literal["png", "svg"]) -> bytes:
+def picture(drawn: Figure, kind: Kind) -> bytes:
     """As a file of this kind; the same figure gives the same bytes."""
     found = io.BytesIO()
     with _settings():
-        drawn.savefig(found, format=kind, dpi=PNG_DPI, metadata={"Date": None} if kind == "svg" else None)
+        drawn.savefig(found, format=kind, dpi=PNG_DPI, metadata=_TIMELESS[kind])
     return found.getvalue()
 
 
@@ -128,7 +133,7 @@ def _dress(axes: Axes, shape: Lines) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
-        axes.set_xlim(0, axes.get_xlim()[1])
+        axes.set_xlim(0, seen.x1 * (1 + _ROOM / 2) or 1.0)
     if shape.share:
         axes.set_ylim(0, 1 + _ROOM / 2)
     else:

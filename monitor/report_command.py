@@ -30,7 +30,7 @@ def command(
     """Draw the figures of one run, or of several beside each other, on one page.
 
     Repeats of one suite are shown together: their median, and how far they spread. The page has every figure's numbers;
-    beside it each figure lies as PNG and SVG, and its numbers as CSV. influx:RUN asks the InfluxDB that
+    beside it each figure lies as PNG, SVG and PDF, its numbers as CSV. influx:RUN asks the InfluxDB that
     SPARSE_INFLUX_URL names.
 
     Example: sparse report runs/cloud-20260101-120000 runs/cloudlet-20260101-121500
@@ -56,7 +56,7 @@ def command(
 
 def _write(folder: Path, found: Any) -> dict[str, Any]:
     """Everything into the folder; returns what `--json` ends with."""
-    from monitor.plots import draw, picture
+    from monitor.plots import KINDS, draw, picture
     from monitor.report_figures import figures_of
     from monitor.report_page import Content, page
     from monitor.report_summary import summary, summary_table
@@ -69,19 +69,19 @@ def _write(folder: Path, found: Any) -> dict[str, Any]:
     for figure in figures:
         print(f"drawing {figure.title}", file=sys.stderr)  # noqa: T201 - for a person
         canvas = draw(figure, [row.label for row in rows])
-        svg = picture(canvas, "svg")
-        (folder / "figures" / f"{figure.name}.svg").write_bytes(svg)
-        (folder / "figures" / f"{figure.name}.png").write_bytes(picture(canvas, "png"))
+        pictures = {kind: picture(canvas, kind) for kind in KINDS}
+        for kind, content in pictures.items():
+            (folder / "figures" / f"{figure.name}.{kind}").write_bytes(content)
         (folder / "data" / f"{figure.name}.csv").write_text(figure.table.csv())
         if figure.beside is not None:
             (folder / "data" / f"{figure.name}-percentiles.csv").write_text(figure.beside.csv())
-        drawn[figure.name] = svg.decode()
+        drawn[figure.name] = pictures["svg"].decode()
     numbers = summary_table(columns, rows)
     (folder / "data" / "summary.csv").write_text(numbers.csv())
     when = time.strftime("%Y-%m-%d at %H:%M")
-    content = Content(found.runs, columns, rows, figures, drawn, absent, found.left_out, when)
+    told = Content(found.runs, columns, rows, figures, drawn, absent, found.left_out, when)
     style = files("monitor").joinpath("report.css").read_text()
-    (folder / PAGE).write_text(page(content, style))
+    (folder / PAGE).write_text(page(told, style))
     return {
         "page": str(folder / PAGE),
         "runs": [_row(dict(zip(numbers.columns, row, strict=True))) for row in numbers.rows],

@@ -156,7 +156,7 @@ def _figure(figure: ReportFigure, svg: str) -> str:
     alt = f"{figure.title}. {figure.caption}"
     links = "".join(
         f'<a href="{folder}/{figure.name}.{end}">{end.upper()}</a>'
-        for folder, end in (("figures", "svg"), ("figures", "png"), ("data", "csv"))
+        for folder, end in (("figures", "svg"), ("figures", "pdf"), ("figures", "png"), ("data", "csv"))
     )
     return f"""<figure id="{figure.name}">
 <figcaption><h3>{escape(figure.title)}</h3><p>{escape(figure.caption)}</p></figcaption>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -47,7 +48,8 @@ def _completed(run: ReportRun) -> list[tuple[float, float]]:
 
 def _reached(curve: Sequence[tuple[float, float]], share: float) -> float:
     """When: the first time at which the curve is that high."""
-    return next((time_s for time_s, done in curve if done >= share - 1e-9), curve[-1][0])
+    place = bisect_left(curve, share - 1e-9, key=lambda point: point[1])
+    return curve[min(place, len(curve) - 1)][0]
 
 
 def latency(runs: Sequence[ReportRun]) -> Table:

@@ -49,6 +49,7 @@ def test_two_runs_are_compared_in_every_figure(box: Machine) -> None:
         svg = (box.folder / "report" / "figures" / f"{name}.svg").read_text()
         assert svg.count("<svg") == 1
         assert "var(" not in svg
+        assert (box.folder / "report" / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     box.nothing_is_left()
 
 

@@ -141,7 +141,8 @@ def manifest(suites: Mapping[str, Sequence[str]], warm_up: int = 0, **about: Any
         "hardware": {"cpu": "made up", "cores": 4, "memory_bytes": 8_000_000_000, "gpus": []},
         "suites": [
             {
-                "name": name, "path": "swept.toml" if about else f"{name}.toml", "text": f'[pipeline]\nname = "{name}"\n', "changed": {},
+                "name": name, "path": "swept.toml" if about else f"{name}.toml",
+                "text": f'[pipeline]\nname = "{name}"\n', "changed": {},
                 "about": about.get(name, {}), "kind": "inference", "seed": 0, "runs": list(runs),
                 "links": [{"site": "device", "to": "cloud", "delay_ms": 8.0, "rate_mbit": 50.0, "emulated": True}],
             }
