@@ -49,7 +49,7 @@ _WRITTEN: Any = {
     "bbox": {"facecolor": PAPER, "linewidth": 0, "pad": 0.5},
 }
 # A stage's name is written above its part of a bar where there is room: a letter takes so much of the axis.
-_LETTER_SHARE, _GAP_SHARE, _STAGE_CHARACTERS = 0.018, 0.01, 24
+_LETTER_SHARE, _GAP_SHARE, _STAGE_CHARACTERS = 0.019, 0.025, 24
 
 
 def draw(figure: ReportFigure, names: Sequence[str]) -> Figure:
@@ -147,12 +147,12 @@ def _draw_stacks(table: Table, shape: Stacks) -> Figure:
     drawn = Figure(figsize=(WIDTH_IN, 1.35 + (0.58 if shape.within else 0.42) * len(bars)), layout="constrained")
     axes = drawn.subplots()
     colours = part_colours(table.values(shape.part))
-    widest = max(sum(table.where(shape.bar, bar).numbers(shape.value)) for bar in bars) or 1.0
-    for place, bar in enumerate(bars):
+    ends = [_reaches(table.where(shape.bar, bar), shape) for bar in bars]
+    widest = max(ends) or 1.0
+    for place, (bar, edge) in enumerate(zip(bars, ends, strict=True)):
         part = table.where(shape.bar, bar)
         total = _draw_bar(axes, place, part, shape, colours)
         _draw_bounds(axes, place, part, total)
-        edge = max([total, *(value for value in part.numbers("high") if value == value)])
         axes.annotate(
             number_text(total), (edge, place), xytext=(5, 0), textcoords="offset points", va="center", color=INK
         )
@@ -170,6 +170,11 @@ def _draw_stacks(table: Table, shape: Stacks) -> Figure:
     ]
     _legend(drawn, list(handles), list(colours))
     return drawn
+
+
+def _reaches(part: Table, shape: Stacks) -> float:
+    """Where a bar ends, and what says how far its repeats spread."""
+    return max([sum(part.numbers(shape.value)), *(value for value in part.numbers("high") if value == value)])
 
 
 def _draw_bar(axes: Axes, place: int, part: Table, shape: Stacks, colours: Mapping[str, PartStyle]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy
 import pytest
 
 from monitor import report_load, report_tables
@@ -230,9 +231,26 @@ def test_what_is_drawn_are_the_numbers_of_the_table() -> None:
             drawn_widths = [bar.get_width() for bar in axes.patches]  # type: ignore[attr-defined]
             value = next(name for name in figure.table.columns if name in ("ms", "kb_per_sample"))
             assert drawn_widths == pytest.approx(figure.table.numbers(value)), figure.name
+            begins: dict[float, float] = defaultdict(float)  # by bar: where its next part begins
+            for bar in axes.patches:
+                assert bar.get_x() == pytest.approx(begins[bar.get_y()])  # type: ignore[attr-defined]
+                begins[bar.get_y()] += bar.get_width()  # type: ignore[attr-defined]
+            assert len(begins) == len(figure.table.values("run"))
     assert {figure.name for figure in figures} == {
         "completion", "where", "latency", "network", "network-cdf", "link-bytes"
     }  # fmt: skip
+
+
+def test_the_band_around_a_line_reaches_from_the_least_to_the_most() -> None:
+    repeats = [
+        run(name, [request(1, 1.0 + took, took * 1000)], group="x") for name, took in (("a", 1), ("b", 5), ("c", 2))
+    ]
+    completion = figures_of(repeats)[0][0]
+    (band,) = draw(completion, ["x"]).axes[0].collections
+    edge = {tuple(place) for place in numpy.asarray(band.get_paths()[0].vertices).tolist()}
+    low, high = completion.table.numbers("low"), completion.table.numbers("high")
+    shares = completion.table.numbers("share")
+    assert {*zip(low, shares, strict=True), *zip(high, shares, strict=True)} <= edge
 
 
 def test_a_figure_that_no_run_has_numbers_for_is_left_out_with_the_reason() -> None:
