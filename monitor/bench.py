@@ -126,7 +126,8 @@ class Bench:
         (self.folder / manifest.FILE).write_text(found.to_json())
         answer = json.dumps(bench_results.as_json(self.results), indent=1)
         (self.folder / bench_results.FILE).write_text(answer + "\n")
-        (self.folder / bench_results.TABLE).write_text(bench_results.as_csv(self.results))
+        about = {case.name: case.about for case in self.cases}
+        (self.folder / bench_results.TABLE).write_text(bench_results.as_csv(self.results, about))
 
     def _emulated(self, case: Case) -> bool:
         """Whether `sparse run` puts relays between the sites of a case: where it starts a Mosquitto for each."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -71,14 +71,20 @@ def make_bench(cases: Sequence[Case], plan: Plan, folder: Path) -> Bench:
     return Bench(cases, plan, folder, Console(stderr=True))
 
 
-def show(bench: Bench, results: Sequence[RunResult], what: str, json: bool) -> int:
-    """The results on standard output; the exit status."""
+def show(
+    bench: Bench, results: Sequence[RunResult], what: str, json: bool, more: Mapping[str, Any] | None = None
+) -> int:
+    """The results on standard output, `more` among them where they are JSON; the exit status."""
     console = Console(highlight=False)
     if json:
-        print(jsonlib.dumps({"folder": str(bench.folder), **as_json(results)}))  # noqa: T201 - the answer
+        answer = {"folder": str(bench.folder), **as_json(results), **(more or {})}
+        print(jsonlib.dumps(answer))  # noqa: T201 - the answer
     elif results:
-        console.print()
-        console.print(comparison(results, what))
+        training = {case.name for case in bench.cases if case.pipeline.trains}
+        for trains in (False, True):
+            if some := [result for result in results if (result.case in training) == trains]:
+                console.print()
+                console.print(comparison(some, what, trains))
         console.print(LEGEND, style="dim")
         console.print(f"all of it: {bench.folder}", soft_wrap=True)
     if bench.stopping.asked:

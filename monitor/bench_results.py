@@ -109,9 +109,15 @@ def _run(result: RunResult) -> dict[str, Any]:
     }
 
 
-def as_csv(results: Sequence[RunResult]) -> str:
-    """What results.csv holds: a line for each run, a column for each figure that any of them has."""
-    rows = [{"suite": result.case, "run": result.name, **_row(result)} for result in results]
+def as_csv(results: Sequence[RunResult], about: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """What results.csv holds: a line for each run, a column for each figure that any of them has.
+
+    `about` has more columns by case: which point of a sweep it is.
+    """
+    known = about or {}
+    rows: list[dict[str, Any]] = [
+        {"suite": result.case, "run": result.name, **known.get(result.case, {}), **_row(result)} for result in results
+    ]
     names = dict.fromkeys(name for row in rows for name in row)
     written = io.StringIO()
     writer = csv.DictWriter(written, [*names, "error"], lineterminator="\n")

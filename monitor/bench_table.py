@@ -9,10 +9,9 @@ from rich.table import Table
 from monitor.bench_results import RunResult, Spread, spreads
 
 
-def comparison(results: Sequence[RunResult], what: str = "suite") -> Table:
-    """Medians of each case over its runs, with the least and the most of its throughput."""
-    trains = any(result.figures.kind == "training" for result in results if result.figures)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", title_justify="left")
+def comparison(results: Sequence[RunResult], what: str, trains: bool) -> Table:
+    """Medians of each case over its runs, with the least and the most of its throughput; all of them train, or none."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", title_justify="left")
     table.title = "medians of the runs; in brackets the least and the most"
     table.add_column(what, no_wrap=True)
     network = () if trains else ("network",)
@@ -21,17 +20,17 @@ def comparison(results: Sequence[RunResult], what: str = "suite") -> Table:
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for case, figures in spreads(results).items():
         if not figures:
-            table.add_row(case, "failed")
+            table.add_row(case, "", "failed")
             continue
         rate = figures["throughput_per_s"]
         latencies = [f"{figures[f'latency_ms.{name}'].median:.0f}" for name in ("p50", "p95")]
-        shares = [f"{figures['network_ms'].median:.0f}"] if "network_ms" in figures and not trains else []
+        shares = [f"{figures['network_ms'].median:.0f}"] if network else []
         table.add_row(
             case,
             _rate(rate.median),
             f"({_rate(rate.least)}-{_rate(rate.most)})",
             *latencies,
-            *(shares or ["-"] * len(network)),
+            *shares,
             _total(figures, "links.", 1e-3),
             _total(figures, "cpu_s.", 1e3),
         )

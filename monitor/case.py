@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from brokers.pipeline import Pipeline
+from brokers.tables import LOCAL
 from monitor.bench_errors import NoEnd, NothingLeft
 from monitor.suite import Suite
 from monitor.variant import Changes
@@ -25,6 +26,16 @@ class Case:
     pipeline: Pipeline  # the file as it stands
     changes: Changes = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)  # of a sweep: which point it is
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where its messages go, from the source on; each once, those that they only pass through among them."""
+        home = self.pipeline.source.site
+        stages = [stage.site for stage in self.pipeline.stage]
+        if "stage" in self.changes:
+            stages = [stage.get("site", LOCAL) for stage in self.changes["stage"]]
+        ways = [self.pipeline.sites.way(home, site) or (site,) for site in stages]
+        return tuple(dict.fromkeys([home, *(site for way in ways for site in way)]))
 
 
 def case_of(suite: Suite, requests: int | None, warm_up: int) -> Case:

@@ -6,7 +6,7 @@ It lies beside the results as manifest.json. `load_manifest` reads it for whoeve
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,7 +76,7 @@ class Manifest(BaseModel):
 def suite_record(case: Case, emulated: bool, runs: Sequence[str]) -> SuiteRecord:
     """What the manifest says of a case; `emulated` says whether its links' delays and rates were imposed here."""
     pipeline = case.pipeline
-    used = set(_ways(case))
+    used = set(case.sites)
     links = [
         LinkRecord(
             site=site.name,
@@ -100,13 +100,6 @@ def suite_record(case: Case, emulated: bool, runs: Sequence[str]) -> SuiteRecord
         links=tuple(links),
         runs=tuple(runs),
     )
-
-
-def _ways(case: Case) -> Mapping[str, None]:
-    """The sites of a case, those that its messages only pass through among them."""
-    pipeline = case.pipeline
-    home = pipeline.source.site
-    return {site: None for used in pipeline.used_sites for site in (used, *pipeline.sites.way(home, used))}
 
 
 def without_passwords(text: str) -> str:

@@ -49,7 +49,7 @@ _WRITTEN: Any = {
     "bbox": {"facecolor": PAPER, "linewidth": 0, "pad": 0.5},
 }
 # A stage's name is written above its part of a bar where there is room: a letter takes so much of the axis.
-_LETTER_SHARE, _GAP_SHARE, _STAGE_CHARACTERS = 0.019, 0.025, 24
+_LETTER_SHARE, _GAP_SHARE, _STAGE_CHARACTERS = 0.022, 0.04, 24
 
 
 def draw(figure: ReportFigure, names: Sequence[str]) -> Figure:
