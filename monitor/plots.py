@@ -93,8 +93,10 @@ def _draw_lines(table: Table, shape: Lines, names: Sequence[str]) -> Figure:
             axes.set_ylabel(shown(panel))
         elif shape.panel:
             axes.set_title(shown(panel), loc="left", fontsize=9.5, color=MUTED)
+    # Only now: limits that were set do not grow with what is drawn later. Panels share their x axis.
+    right = max(axes.dataLim.x1 for axes in all_axes)
     for axes in all_axes:
-        _dress(axes, shape)  # only now: limits that were set do not grow with what is drawn later
+        _dress(axes, shape, right)
     all_axes[-1].set_xlabel(shape.x_label)
     if len(keys) > 1 or len(names) > 1:
         _legend(drawn, list(keys.values()), list(keys))
@@ -127,13 +129,13 @@ def _draw_line(axes: Axes, part: Table, shape: Lines, place: int) -> Artist:
     return line
 
 
-def _dress(axes: Axes, shape: Lines) -> None:
+def _dress(axes: Axes, shape: Lines, right: float) -> None:
     seen = axes.dataLim
     if shape.log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
-        axes.set_xlim(0, seen.x1 * (1 + _ROOM / 2) or 1.0)
+        axes.set_xlim(0, right * (1 + _ROOM / 2) or 1.0)
     if shape.share:
         axes.set_ylim(0, 1 + _ROOM / 2)
     else:

@@ -241,6 +241,20 @@ def test_what_is_drawn_are_the_numbers_of_the_table() -> None:
     }  # fmt: skip
 
 
+def test_panels_with_one_time_axis_show_the_longest_run_whole() -> None:
+    runs = []
+    for name, seconds in (("long", 9.0), ("short", 3.0)):
+        seen = [
+            point("process", second, tags={"role": "stage", "name": "head-1"}, cpu_s=second) for second in (0.0, 10.0)
+        ]
+        runs.append(run(name, [request(1, 1.5, 500.0), request(2, seconds, 100.0), *seen]))
+    (figure,) = [figure for figure in figures_of(runs)[0] if figure.name == "cpu"]
+    for axes in draw(figure, ["long", "short"]).axes:
+        begin, end = axes.get_xlim()
+        assert begin == 0
+        assert end >= max(figure.table.numbers("time_s")) == 7.75
+
+
 def test_the_band_around_a_line_reaches_from_the_least_to_the_most() -> None:
     repeats = [
         run(name, [request(1, 1.0 + took, took * 1000)], group="x") for name, took in (("a", 1), ("b", 5), ("c", 2))
