@@ -189,7 +189,7 @@ _ALL = (
     ),
     Measurement(
         "power",
-        "A power rail of the node: RAPL's zones, a Jetson's rails.",
+        "A power rail of the node: RAPL's zones, a Jetson's rails. Those without a slash in their name add up.",
         (*_HERE, "rail"),
         _POWER,
     ),
