@@ -174,10 +174,11 @@ def show(found: dict[str, Any]) -> None:
         )
     Console().print(table)
     line = found["line"]
-    print(
-        f"a line: {line['ours_us']:.1f} us (influxdb-client's own: {line['client_us']:.1f} us) and {line['gzip_us']:.1f} us "
-        f"of gzip; {line['plain_bytes']:.0f} bytes, {line['waiting_bytes']:.0f} as it waits on disk"
+    costs = (
+        f"{line['ours_us']:.1f} us, and {line['gzip_us']:.1f} us of gzip; influxdb-client's: {line['client_us']:.1f} us"
     )
+    print(f"a line: {costs}")
+    print(f"        {line['plain_bytes']:.0f} bytes, of which {line['waiting_bytes']:.0f} are left as it waits on disk")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The same on an InfluxDB 2: at an address that the environment names, or in a container where its image can be had.
 
-SPARSE_TEST_INFLUX2_URL, _ORG, _BUCKET and _TOKEN name a bucket that the tests may fill. It is no part of Debian or PyPI,
-so a build server without it skips these tests, and says why.
+SPARSE_TEST_INFLUX2_URL, _ORG, _BUCKET and _TOKEN name a bucket that the tests may fill. It is no part of Debian, so a
+build server without it skips these tests, and says why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from monitor.influx_reader import InfluxReader
 from monitor.influx_target import InfluxTarget
 from monitor.points import Point
 from monitor.schema import MEASUREMENTS
-from tests.contract.test_stores import full
+from tests.contract.test_stores import NOW_NS, full
 from tests.support.processes import eventually
 
 IMAGE = "influxdb:2.7"
@@ -69,9 +69,9 @@ def test_every_measurement_comes_back_as_it_went_in(target: InfluxTarget, tmp_pa
     run = uuid.uuid4().hex
     shift_ns = time.time_ns() % 1_000_000_000
     points = {
-        name: [replace(point, time_ns=point.time_ns + shift_ns) for number in (1, 2, 3) for point in [full(known, number, run=run)]]
+        name: [replace(full(known, number, run=run), time_ns=NOW_NS + shift_ns + number) for number in (1, 2, 3)]
         for name, known in MEASUREMENTS.items()
-    }  # fmt: skip
+    }
     store = InfluxStore(target, tmp_path / "spool")
     store.check()
     store.write([point for each in points.values() for point in each])
