@@ -73,6 +73,19 @@ def all_taken(store: InfluxStore) -> None:
     eventually("all points to be taken", lambda: not store.waiting)
 
 
+def attempts(store: InfluxStore) -> list[int]:
+    """The sizes of what it tries to send from now on."""
+    found: list[int] = []
+    write = store._http.write
+
+    def counted(body: bytes) -> None:
+        found.append(len(body))
+        write(body)
+
+    store._http.write = counted  # type: ignore[method-assign, assignment]
+    return found
+
+
 # A server that is there -----------------------------------------------------------------------------------------------
 
 
@@ -127,6 +140,8 @@ def _outage(server: Influx | Victoria, end: int, tmp_path: Path, caplog: pytest.
         for number in range(100, 6_100, 100):  # a few batches, in many writes
             store.write(batch(number, 100))
         eventually("it to be missed", lambda: "points wait in" in caplog.text)
+        tried = attempts(store)
+        eventually("more attempts", lambda: len(tried) > 3)
         store.write(batch(6_100, 100))
         assert store.waiting == 6_100
         server.start()
@@ -238,6 +253,8 @@ def test_a_wrong_token_loses_nothing_and_is_said_once(
         store.write(batch(0, 50))
         eventually("it to be said", lambda: "the token is not accepted (401); points wait in" in caplog.text)
         store.write(batch(50, 50))
+        tried = attempts(store)
+        eventually("more attempts", lambda: len(tried) > 3)
         server.door.end()
         server.door.token = "new-token"
         server.door.start()
