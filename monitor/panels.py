@@ -198,9 +198,7 @@ NODES = (
             _ask("power", ("node", "rail"), power='mean("power_w")'),
         ),
     ),
-    Panel(
-        "Energy per sample", "J", (_ENERGY,), note="Of nodes that can measure it; a sample is a result or a row."
-    ),
+    Panel("Energy per sample", "J", (_ENERGY,), note="Of nodes that can measure it; a sample is a result or a row."),
 )
 TRAINING = (
     Panel("Loss", "", (_ask("step", ("source",), loss='mean("loss")'),)),
