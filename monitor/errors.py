@@ -90,3 +90,14 @@ class BadStore(SparseError):
 
     def __str__(self) -> str:
         return f"telemetry in {self.where}: {self.problem}"
+
+
+@dataclass(eq=False)
+class BadSetting(UsageError):
+    """An environment variable whose value cannot be used; `problem` never holds a secret."""
+
+    variable: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.variable}: {self.problem}"
