@@ -106,11 +106,11 @@ _STAGE_LATENCY = Query(
     ("p50", "p95"),
     ("stage",),
 )
-# Only where something was done: in InfluxQL a division by 0 is 0, which would say that it cost nothing.
+# Only where something was done, and measured: in InfluxQL a division by 0 is 0, which would say that it cost nothing.
 _ENERGY = Query(
     'SELECT "energy" / "samples" AS "energy" FROM '
     '(SELECT sum("energy_j") AS "energy", sum("samples") AS "samples" FROM $db"energy" WHERE $here GROUP BY $every) '
-    'WHERE $when AND "samples" > 0',
+    'WHERE $when AND "samples" > 0 AND "energy" > 0',
     ("energy",),
     (),
 )
