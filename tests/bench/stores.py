@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from influxdb_client import Point as ClientPoint
+from influxdb_client.client.write.point import Point as ClientPoint
 from rich.console import Console
 from rich.table import Table
 
@@ -44,13 +44,13 @@ def made(count: int, begin_ns: int) -> list[Point]:
     points: list[Point] = []
     while len(points) < count:
         moment_ns = begin_ns + 200_000 * len(points)
-        ids = {
+        ids: dict[str, Any] = {
             "run": "street-20260101-0000",
             "site": "local",
             "pipeline": "street",
             "request": dice.randbytes(16).hex(),
         }
-        hops = []
+        hops: list[HopFigures] = []
         for stage in STAGES:
             figures = {
                 "queue_ms": 9 * dice.random(), "decode_ms": dice.random(), "compute_ms": 30 + dice.random(),

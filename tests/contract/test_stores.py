@@ -72,7 +72,8 @@ def keep(request: pytest.FixtureRequest, tmp_path: Path) -> Keep:
 
 
 def value(kind: str, number: int) -> Value:
-    return {"float": number / 7, "int": number, "bool": bool(number % 2), "text": f"text {number}"}[kind]
+    values: dict[str, Value] = {"float": number / 7, "int": number, "bool": bool(number % 2), "text": f"text {number}"}
+    return values[kind]
 
 
 def full(known: Measurement, number: int = 1, **tags: str) -> Point:

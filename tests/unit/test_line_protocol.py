@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from influxdb_client import Point as ClientPoint
+from influxdb_client.client.write.point import Point as ClientPoint
 
 from monitor.line_protocol import Lines, line, plain_tag, plain_text
 from monitor.points import Point, Value
