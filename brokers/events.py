@@ -6,7 +6,7 @@ may send them: docs/telemetry.md describes each field.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -15,10 +15,12 @@ from brokers.messages import JSON
 
 # One datagram holds any number of lines, up to this; more would not pass a Unix socket's default buffer.
 DATAGRAM_LIMIT_BYTES = 128 << 10
+TEXT_LIMIT = 128  # characters of a name
+HOPS_LIMIT = 64  # of one request
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Figure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Text = Annotated[str, Field(max_length=128)]
+_Text = Annotated[str, Field(max_length=TEXT_LIMIT)]
 Role = Literal["run", "stage", "source", "broker", "monitor", "bench", "other"]
 Phase = Literal["inference", "forward", "backward", "update"]
 
@@ -111,7 +113,7 @@ class RequestDone(_Event):
     attempts: _Count = 1
     bytes_out: _Count = Field(default=0, description="of its content, as it was sent")
     error: _Text = Field(default="", description="of a request without a result: the error's name")
-    hops: tuple[HopFigures, ...] = Field(default=(), max_length=64)
+    hops: tuple[HopFigures, ...] = Field(default=(), max_length=HOPS_LIMIT)
     trace: _Text = ""
     span: _Text = ""
     parent: _Text = ""
@@ -148,14 +150,28 @@ class EventsDropped(_Event):
 
 
 Event = Start | Stop | TaskProcessed | BatchProcessed | RequestDone | StepDone | LinkCarried | EventsDropped
+NAMES = tuple(str(kind.model_fields["event"].default) for kind in get_args(Event))
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
 def event_from_json(line: bytes) -> Event:
-    """The event of one line; raises `BadPayload` with what is wrong, and where."""
+    """The event of one line; raises `BadPayload` with what is wrong, and where, and nothing of what was sent."""
     try:
         return _ADAPTER.validate_json(line)
     except ValidationError as error:
-        mistake = error.errors(include_url=False, include_input=False)[0]
-        place = "".join(f"{level}: " for level in mistake["loc"])
-        raise BadPayload(JSON, f"not an event: {place}{mistake['msg']}") from None
+        raise BadPayload(JSON, f"not an event: {_said(error)}") from None
+
+
+def _said(error: ValidationError) -> str:
+    """What is wrong, in words that are ours alone: a log shows them, and keeps no text that somebody sent."""
+    mistake = error.errors(include_url=False, include_input=False)[0]
+    place = [str(level) for level in mistake["loc"]]
+    match mistake["type"]:
+        case "json_invalid":
+            return "not JSON"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"event: expected one of {', '.join(NAMES)}"
+        case "extra_forbidden":
+            return f"{': '.join(place[:-1])}: a field that it does not have"
+        case _:
+            return f"{''.join(f'{level}: ' for level in place)}{mistake['msg']}"

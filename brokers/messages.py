@@ -20,6 +20,7 @@ from brokers.errors import BadProperty
 from brokers.hops import HOPS, Hop
 from brokers.tensors import Tensor
 from brokers.topics import is_answerable
+from brokers.trace_context import TraceContext
 from brokers.transport import Buffer
 
 REQUEST_ID_BYTES = 16
@@ -122,7 +123,10 @@ def _check_content(content: Content, hops: tuple[Hop, ...]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """The first hop of a request. `sender` is where its worker reports that it has room again."""
+    """The first hop of a request. `sender` is where its worker reports that it has room again.
+
+    `trace` is the span that asks for it.
+    """
 
     request: bytes
     content: Content
@@ -132,6 +136,7 @@ class Task:
     attempt: int = 1
     deadline_ms: float | None = None
     priority: Priority = "interactive"
+    trace: TraceContext | None = None
     hops: tuple[Hop, ...] = ()
 
     def __post_init__(self) -> None:

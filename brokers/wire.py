@@ -40,6 +40,7 @@ from brokers.messages import (
     new_request_id,
 )
 from brokers.properties import milliseconds, required, whole
+from brokers.trace_context import TRACEPARENT, from_text
 from brokers.transport import Buffer, Properties
 
 VERSION = "1"
@@ -108,6 +109,8 @@ def _task_properties(task: Task, response_topic: str) -> list[tuple[str, str]]:
         user.append(("priority", task.priority))
     if task.deadline_ms is not None:
         user.append(("deadline-ms", f"{max(task.deadline_ms, _SHORTEST_MS):.3f}"))
+    if task.trace is not None:
+        user.append((TRACEPARENT, task.trace.to_text()))
     return user
 
 
@@ -126,7 +129,7 @@ def decode(properties: Properties, payload: memoryview) -> Message:
     user = dict(properties.user)
     version = user.get("sparse")
     if version is None:
-        return _decode_foreign(properties, payload)
+        return _decode_foreign(properties, user, payload)
     if version != VERSION:
         raise VersionMismatch(VERSION, version)
     kind = required(user, "kind")
@@ -169,11 +172,12 @@ def refusal(error: WireError, properties: Properties, stage: str, worker: str) -
     return reply, failure
 
 
-def _decode_foreign(properties: Properties, payload: memoryview) -> Task:
+def _decode_foreign(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Task:
     reply = _foreign_reply(properties, {})
     content = decode_content(properties.content_type, payload)
     deadline_ms = None if properties.expiry_s is None else 1000.0 * properties.expiry_s
-    return Task(request=new_request_id(), content=content, reply=reply, deadline_ms=deadline_ms)
+    trace = from_text(user.get(TRACEPARENT))
+    return Task(request=new_request_id(), content=content, reply=reply, deadline_ms=deadline_ms, trace=trace)
 
 
 def _foreign_reply(properties: Properties, user: Mapping[str, str]) -> ReplyTo:
@@ -201,6 +205,7 @@ def _decode_task(properties: Properties, user: Mapping[str, str], payload: memor
         attempt=whole(user, "attempt"),
         deadline_ms=milliseconds(user, "deadline-ms"),
         priority=_decode_priority(user),
+        trace=from_text(user.get(TRACEPARENT)),
         hops=hops,
     )
 

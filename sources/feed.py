@@ -137,7 +137,7 @@ class Feed:
         except BaseException:
             self._offload.window.leave()
             raise
-        return await self._offload.ask(content, source=sample.source, entered=True)
+        return await self._offload.ask(content, source=sample.source, entered=True, parent=sample.trace)
 
     async def refuse(self, source: str, refusal: dict[str, Any]) -> bool:
         """What a client published is nothing to work on: it counts as a request that failed, and is told so.

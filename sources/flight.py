@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from brokers.errors import DeadlinePassed, Disconnected, RequestFailed
 from brokers.messages import Failure, Priority, Result, check_priority
+from brokers.trace_context import TraceContext, span_of
 
 # How often a request may fail in a way that another worker might not, before its owner is told.
 RETRY_LIMIT = 3
@@ -30,12 +31,17 @@ class PoisonRequest(RequestFailed):
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A request that its owner holds. Words about it arrive in `heard`; a text says why to send it again."""
+    """A request that its owner holds. Words about it arrive in `heard`; a text says why to send it again.
+
+    `trace` is its span, which `parent` asked for, where somebody did.
+    """
 
     request: bytes
     begun_s: float
     deadline_ms: float | None
     priority: Priority = "interactive"
+    parent: TraceContext | None = None
+    trace: TraceContext = field(init=False)
     attempt: int = 0
     worker: str = ""
     avoid: set[str] = field(default_factory=set)
@@ -45,6 +51,7 @@ class Flight:
 
     def __post_init__(self) -> None:
         check_priority(self.priority)
+        self.trace = span_of(self.request, self.parent)
 
     def begin_attempt(self) -> None:
         """Count it; what was said of earlier attempts is forgotten, unless it ends the request."""

@@ -21,6 +21,7 @@ from brokers.messages import JPEG, PNG, SAFETENSORS
 from brokers.mqtt import MqttTransport
 from brokers.pipeline import Pipeline
 from brokers.topics import ingress, last_level
+from brokers.trace_context import TRACEPARENT, from_text
 from brokers.transport import Delivery, Transport
 from sources.intake import Intake
 from sources.samples import Sample, decode_picture
@@ -132,4 +133,6 @@ def sample_of(source: str, index: int, delivery: Delivery) -> Sample:
         decode_content(content_type, delivery.payload)  # what is broken is refused here, where its source is known
     data = bytes(delivery.payload)
     picture = (lambda: decode_picture(data)) if content_type in (JPEG, PNG) else None
-    return Sample(source, index, data, content_type, picture, settle=delivery.settle, again=delivery.again)
+    trace = from_text(dict(delivery.properties.user).get(TRACEPARENT))
+    settle, again = delivery.settle, delivery.again
+    return Sample(source, index, data, content_type, picture, settle=settle, again=again, trace=trace)

@@ -17,13 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from brokers.errors import (
-    DeadlinePassed,
-    Disconnected,
-    NoBroker,
-    NoWorker,
-    RequestError,
-)
+from brokers.errors import DeadlinePassed, Disconnected, NoBroker, NoWorker, RequestError
 from brokers.hops import Hop
 from brokers.identity import transport_to
 from brokers.line import Line
@@ -33,7 +27,9 @@ from brokers.pipeline import Pipeline, broker_address, load_pipeline
 from brokers.presence import SourceLoad
 from brokers.tables import LOCAL
 from brokers.topics import source_inbox
+from brokers.trace_context import TraceContext
 from brokers.transport import Transport
+from sources.account import client_of, name_of, tell_end
 from sources.flight import Flight
 from sources.flights import Flights, note
 from sources.places import Places
@@ -94,6 +90,7 @@ class Offloader:
         # Two sources of one name must not take each other's place at the broker.
         client_id = f"source.{self.name}.{new_request_id()[:4].hex()}"
         self.line = Line(transport or transport_to(self._address(broker), client_id=client_id))
+        self._events = client_of(self.pipeline, self.name)
         self._inbox = source_inbox(self.pipeline.source.site or LOCAL, self.name)
         self._lease_s = self.pipeline.pipeline.lease_s
         first = self.pipeline.topics(self.pipeline.stage[0])
@@ -139,6 +136,7 @@ class Offloader:
 
     async def __aenter__(self) -> Offloader:
         await self.line.open(will=self._standing.will)
+        self._events.open()
         self.line.transport.on_reconnect(self._flights.reconnected)
         try:
             await self.line.listen(self._inbox, self._heard, self._flights.garbage)
@@ -147,8 +145,7 @@ class Offloader:
             await self._standing.ask()
             self._standing.open()
         except BaseException:
-            await self._outbox.close()
-            await self.line.close()
+            await self._close()
             raise
         return self
 
@@ -157,7 +154,12 @@ class Offloader:
     ) -> None:
         await self.give_up("the offloader was closed")
         await self._standing.close()
+        await self._close()
+
+    async def _close(self) -> None:
+        await self._outbox.close()
         await self.line.close()
+        await asyncio.to_thread(self._events.close)  # a monitor that is slow may take a second
 
     async def give_up(self, reason: str) -> None:
         """Have all requests that are in flight raise `Disconnected`, and all to come."""
@@ -187,22 +189,27 @@ class Offloader:
         deadline_ms: float | None = None,
         priority: Priority | None = None,
         entered: bool = False,
+        parent: TraceContext | None = None,
     ) -> Answer:
         """Offload encoded content, and return the result as it came, with its hops.
 
-        `entered`: the caller has entered the window already, with `window.enter`; it is left here.
+        `entered`: the caller has entered the window already, with `window.enter`; it is left here. `parent`: the span
+        that asks for it, of who traces what it does.
         """
         table = self.pipeline.source
         deadline_ms = table.deadline_ms if deadline_ms is None else deadline_ms
-        flight = Flight(new_request_id(), time.monotonic(), deadline_ms, priority or table.priority)
+        flight = Flight(new_request_id(), time.monotonic(), deadline_ms, priority or table.priority, parent)
         self.counters["requests"] += 1
         try:
             if not entered:
                 await self._enter(flight)
             result = await self._fly(flight, content, source or self.name)
-        except RequestError as error:
-            note(self.failed, getattr(error, "error", type(error).__name__))
+        except BaseException as error:
+            if isinstance(error, RequestError):
+                note(self.failed, name_of(error))
+            tell_end(self._events, flight, content, error=error)
             raise
+        tell_end(self._events, flight, content, result.hops)
         self.counters["results"] += 1
         latency_ms = 1000 * (time.monotonic() - flight.begun_s)
         self._pace.answered(latency_ms, time.monotonic())
@@ -269,6 +276,7 @@ class Offloader:
             attempt=flight.attempt,
             deadline_ms=None if flight.deadline_ms is None else 1000 * left_s,
             priority=flight.priority,
+            trace=flight.trace,
         )
         try:
             # While the broker is away sending waits for it: with a deadline, no longer than that.

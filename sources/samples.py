@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from brokers.messages import JPEG, SAFETENSORS
+from brokers.trace_context import TraceContext
 
 Picture = NDArray[numpy.uint8]  # (H, W, 3), red, green, blue
 Encoding = Literal["jpeg", "raw"]
@@ -28,7 +29,7 @@ class Sample:
     `payload` is bytes of the content type, or named arrays, which travel as safetensors. `picture`, where there is one,
     gives the sample as (H, W, 3) uint8 RGB: what was decoded already is handed out, the rest is decoded when asked for.
     `settle`, where there is one, is for whoever has answered it: until then somebody else keeps it too. `again`: it may
-    have been answered before.
+    have been answered before. `trace`: the span that it came from, of who traces its own.
     """
 
     source: str
@@ -41,6 +42,7 @@ class Sample:
     )  # when it was captured, by this machine's monotonic clock
     settle: Callable[[], None] | None = None
     again: bool = False
+    trace: TraceContext | None = None
 
     @property
     def nbytes(self) -> int:

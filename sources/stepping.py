@@ -19,6 +19,7 @@ from brokers.line import Line
 from brokers.messages import Body, Failure, Message, ReplyTo, Result, Step, Task, new_request_id
 from brokers.pipeline import Pipeline
 from brokers.tensors import from_numpy, to_numpy
+from brokers.trace_context import TraceContext, root_of
 from brokers.training import LABELS, MICRO, MicroBatch, Mode, micro_seed
 from sources.crew import Crew, CrewWatch
 from sources.training_errors import StepFailed, TermOver
@@ -140,6 +141,7 @@ class Stepper:
     async def _send(self, crew: Crew, plan: Plan, hand: _InHand) -> None:
         stays = self._pipeline.training.labels == "stay"
         first, last = (self._watch.inbox(crew, self._pipeline.stage[index].name) for index in (0, -1))
+        trace = root_of(hand.step)  # one for the whole step: who watches sees its micro-batches side by side
         for index, (inputs, labels) in enumerate(plan.micros):
             micro = MicroBatch(
                 step=hand.step.hex(),
@@ -155,14 +157,14 @@ class Stepper:
             hand.requests[request] = index
             tensors, targets = {INPUT: from_numpy(inputs)}, {LABELS: from_numpy(labels)}
             if stays and len(self._pipeline.stage) > 1:
-                await self._line.send(last, self._task(request, targets, micro))
+                await self._line.send(last, self._task(request, targets, micro, trace))
             else:
                 tensors |= targets
-            await self._line.send(first, self._task(request, tensors, micro))
+            await self._line.send(first, self._task(request, tensors, micro, trace))
 
-    def _task(self, request: bytes, tensors: Mapping[str, Any], micro: MicroBatch) -> Task:
-        body = Body(tensors, {MICRO: micro.to_text()})
-        return Task(request=request, content=body, reply=ReplyTo(self._inbox), sender=self._inbox, source=self._name)
+    def _task(self, request: bytes, tensors: Mapping[str, Any], micro: MicroBatch, trace: TraceContext) -> Task:
+        body, reply = Body(tensors, {MICRO: micro.to_text()}), ReplyTo(self._inbox)
+        return Task(request=request, content=body, reply=reply, sender=self._inbox, source=self._name, trace=trace)
 
     async def _commit(self, crew: Crew, plan: Plan, hand: _InHand) -> None:
         details = {"source": self._name, **plan.commit()}

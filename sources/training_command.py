@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from brokers.errors import SparseError
+from brokers.event_client import EventClient
 from brokers.identity import transport_to
 from brokers.line import Line
 from brokers.messages import JSON, new_request_id
@@ -19,6 +20,7 @@ from brokers.presence import SourceBirth, SourceLoad
 from brokers.results import to_bytes
 from brokers.topics import results, source_inbox, source_presence
 from brokers.transport import Delivery, Properties
+from sources.account import client_of
 from sources.dataset import Dataset
 from sources.factory import make_dataset
 from sources.joined_weights import write_weights
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 _RETAINED_WAIT_S, _RENEWAL_WAIT_S = 0.15, 2.5
 # The step in hand may take so long, once the run is told to end; then it is given up.
 LEAVE_S = 10.0
+# What the monitor is told of a step.
+_FIGURES = ("step", "epoch", "rows", "step_ms", "loss", "accuracy")
 
 
 def train(
@@ -43,14 +47,24 @@ def train(
     with blaming(pipeline):
         dataset = make_dataset(pipeline.source, pipeline.folder)
         record = TrainingFolder(folder, pipeline.name, pictures)
-        return asyncio.run(_Run(pipeline, address, name, dataset, record).go(resume, with_parent))
+        with client_of(pipeline, name) as events:
+            return asyncio.run(_Run(pipeline, address, name, dataset, record, events).go(resume, with_parent))
 
 
 class _Run:
     """One run, on one loop."""
 
-    def __init__(self, pipeline: Pipeline, address: str, name: str, dataset: Dataset, record: TrainingFolder) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        address: str,
+        name: str,
+        dataset: Dataset,
+        record: TrainingFolder,
+        events: EventClient,
+    ) -> None:
         self._pipeline, self._name, self._dataset, self._record = pipeline, name, dataset, record
+        self._monitor = events
         self._line = Line(transport_to(address, client_id=f"source.{name}.{new_request_id()[:4].hex()}"))
         self._inbox = source_inbox(pipeline.source.site, name)
         self._tally = TrainingTally(pipeline.name)
@@ -166,6 +180,8 @@ class _Run:
         self._tally.add(whole)
         self._record.add(whole)
         self._events.put_nowait(whole)
+        if event["event"] == "step":
+            self._monitor.tell("step_done", **{figure: event[figure] for figure in _FIGURES})
 
     async def _publish_all(self) -> None:
         """Events, in order, for any MQTT client; training waits for none of them."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from brokers.errors import NoBroker
+from brokers.event_client import EventClient, client_from
 from brokers.parent import STOPPED, Leaving, end_with_parent
 from brokers.pipeline import Pipeline, blaming, broker_address, load_pipeline
 from brokers.tables import LOCAL, StageTable
@@ -60,11 +61,12 @@ def command(
     client_id = f"{pipeline.name}.{stage.name}.{worker_id}.{secrets.token_hex(4)}"
     count = threads or stage.threads or 1
     transport = _transport(address, client_id)
-    with blaming(pipeline):
+    where = {"site": stage.site, "pipeline": pipeline.name, "stage": stage.name}
+    with blaming(pipeline), client_from(os.environ, "stage", worker_id, **where, worker=worker_id) as events:
         if pipeline.trains:
-            make = _trainer(pipeline, stage, worker_id, count, checkpoints)
+            make = _trainer(pipeline, stage, worker_id, count, checkpoints, events)
         else:
-            make = _worker(pipeline, stage, worker_id, count)
+            make = _worker(pipeline, stage, worker_id, count, events)
         return asyncio.run(_serve(make, transport, with_parent))
 
 
@@ -81,18 +83,25 @@ def make_executor(pipeline: Pipeline, stage: StageTable, threads: int) -> tuple[
     return ModelExecutor(pipeline, stage, device=device, threads=threads), device
 
 
-def _worker(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int) -> Make:
+def _worker(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int, events: EventClient) -> Make:
     executor, device = make_executor(pipeline, stage, threads)
 
     def make(transport: Transport) -> Worker:
         from stages.worker import Worker
 
-        return Worker(transport, pipeline, stage, executor, worker_id, device)
+        return Worker(transport, pipeline, stage, executor, worker_id, device, events)
 
     return make
 
 
-def _trainer(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int, checkpoints: Path | None) -> Make:
+def _trainer(
+    pipeline: Pipeline,
+    stage: StageTable,
+    worker_id: str,
+    threads: int,
+    checkpoints: Path | None,
+    events: EventClient,
+) -> Make:
     from stages.inference import resolve_device
     from stages.training.learner import Learner
     from stages.training.memory import keep_memory
@@ -103,7 +112,8 @@ def _trainer(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int
     learner = Learner(pipeline, stage, device=device, threads=threads)
     stated = pipeline.training.checkpoints
     folder = checkpoints or (pipeline.folder / stated if stated else Path("checkpoints") / pipeline.name)
-    return lambda transport: make_trainer(transport, pipeline, stage, learner, worker_id, device, folder / stage.name)
+    folder = folder / stage.name
+    return lambda transport: make_trainer(transport, pipeline, stage, learner, worker_id, device, folder, events)
 
 
 def _transport(address: str, client_id: str) -> Transport:

@@ -14,6 +14,7 @@ from brokers.errors import DeadlinePassed, SparseError
 from brokers.hops import Hop
 from brokers.messages import Body, Task
 from brokers.tensors import from_array
+from brokers.trace_context import TraceContext, span_of
 from stages.batching import groups, join, split
 from stages.executor import TaskContext, TaskExecutor, Tensors
 
@@ -40,7 +41,7 @@ class NothingGiven(SparseError):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A task in a worker's hands, and when it came (monotonic seconds)."""
+    """A task in a worker's hands, and when it came (monotonic seconds). `trace` is the span of what is done here."""
 
     task: Task
     arrived_s: float
@@ -48,6 +49,10 @@ class Job:
     prepared: Tensors = field(default_factory=dict)
     queue_ms: float = 0.0
     decode_ms: float = 0.0
+    trace: TraceContext = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trace = span_of(self.task.request, self.task.trace)
 
     def left_ms(self, now_s: float) -> float | None:
         """What is left of the deadline; None where there is none."""
@@ -82,16 +87,26 @@ class Failed:
 Outcome = Done | Failed
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tasks that went into one call of the executor, and how long they kept the worker busy in all."""
+
+    tasks: int
+    busy_ms: float
+
+
 class Compute:
     """An executor, and the arithmetic of batches and durations around it. Runs in one thread."""
 
     def __init__(self, executor: TaskExecutor, stage: str, worker: str) -> None:
+        self.batches: list[Batch] = []  # of the latest `work`
         self.executor = executor
         self.stage = stage
         self.worker = worker
 
     def work(self, jobs: Sequence[Job]) -> list[Outcome]:
         """The outcome of each job; an executor's exception fails the jobs it was called for, and no others."""
+        self.batches = []
         outcomes: list[Outcome] = []
         ready: list[Job] = []
         for job in jobs:
@@ -103,7 +118,10 @@ class Compute:
             except _ANYTHING as error:  # an executor may raise what it likes; the sender is told
                 outcomes.append(self._failed(job, error))
         for group in self._groups(ready):
+            begin_s = time.monotonic()
             outcomes += self._execute(group)
+            busy_ms = sum(job.decode_ms for job in group) + 1000 * (time.monotonic() - begin_s)
+            self.batches.append(Batch(len(group), busy_ms))
         return outcomes
 
     def _groups(self, jobs: list[Job]) -> list[list[Job]]:

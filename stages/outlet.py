@@ -22,6 +22,7 @@ from brokers.results import describe, time_spent, to_bytes
 from brokers.tables import StageTable
 from brokers.transport import Properties
 from brokers.wire import Packet, refusal
+from stages.account import Account
 from stages.compute import Done, Failed, NothingGiven, Outcome
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,9 @@ def reason_of(error: BaseException) -> str:
 class Outlet:
     """Sends what one worker has to say."""
 
-    def __init__(self, line: Line, pipeline: Pipeline, stage: StageTable, worker: str) -> None:
+    def __init__(self, line: Line, pipeline: Pipeline, stage: StageTable, worker: str, account: Account) -> None:
         self.failed = 0
+        self._account = account
         self.turned_away = 0
         self._line, self._pipeline, self._stage, self._worker = line, pipeline, stage, worker
         self._inbox = pipeline.topics(stage).inbox(worker)
@@ -105,25 +107,30 @@ class Outlet:
 
         Not before: until the next worker has it, its sender must miss it should this process die.
         """
-        task = outcome.job.task
+        task, ended_ns = outcome.job.task, self._account.now_ns()
         try:
-            await self._pass_on_or_tell(outcome, detour)
+            error = await self._pass_on_or_tell(outcome, detour)
+            self._account.task(outcome, ended_ns, error, detour.body.nbytes if detour else None)
         finally:
             await self.make_room(task)
 
-    async def _pass_on_or_tell(self, outcome: Outcome, detour: Detour | None) -> None:
+    async def _pass_on_or_tell(self, outcome: Outcome, detour: Detour | None) -> str:
+        """What it failed of; empty when it is on its way."""
         task = outcome.job.task
         if isinstance(outcome, Failed):
             await self.tell(task, type(outcome.error).__name__, reason_of(outcome.error))
-            return
+            return type(outcome.error).__name__
         try:
             await self._pass_on(outcome, detour)
         except NoWorker as error:
             await self.tell(task, type(error).__name__, str(error), retry=True)
+            return type(error).__name__
         except Exception as error:  # noqa: BLE001 - whatever it was, the one who waits is told
             # Too large, or an executor's own metadata that makes no JSON: another attempt would end as this one did.
             log.warning("could not pass on what stage %s gave: %s", self._stage.name, reason_of(error))
             await self.tell(task, type(error).__name__, reason_of(error))
+            return type(error).__name__
+        return ""
 
     async def _pass_on(self, done: Done, detour: Detour | None) -> None:
         task, body = done.job.task, done.body
@@ -146,6 +153,7 @@ class Outlet:
             attempt=task.attempt,
             deadline_ms=None if left_ms is None else max(0.001, left_ms),
             priority=task.priority,
+            trace=done.job.trace,
             hops=hops,
         )
         outbox = await self._outbox(target)

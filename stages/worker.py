@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from brokers.errors import SparseError, WireError
+from brokers.event_client import EventClient
 from brokers.line import Line
 from brokers.messages import Body, Control, Message, Task
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from brokers.tensors import from_array
 from brokers.transport import Properties, Transport, Will
+from stages.account import Account
 from stages.backlog import Backlog
 from stages.compute import Compute, Failed, Job, Outcome
 from stages.executor import TaskContext, TaskExecutor
@@ -48,6 +50,7 @@ class Worker:
         executor: TaskExecutor,
         worker: str,
         device: str,
+        events: EventClient | None = None,
     ) -> None:
         self.pipeline, self.stage, self.worker, self.device = pipeline.name, stage.name, worker, device
         self.counters: Counter[str] = Counter()
@@ -61,7 +64,8 @@ class Worker:
         self._arrived = asyncio.Event()
         self._draining = asyncio.Event()
         self._unsent = asyncio.Semaphore(_UNSENT_LIMIT)
-        self._outlet = Outlet(self._line, pipeline, stage, worker)
+        self._account = Account(events)
+        self._outlet = Outlet(self._line, pipeline, stage, worker, self._account)
         self._detours: dict[bytes, Detour] = {}
         self._loaded = False
         self._vitals = Vitals(self._line, self._topics, pipeline, stage, worker, device)
@@ -218,6 +222,8 @@ class Worker:
         outcomes = await loop.run_in_executor(self._thread, self._compute.work, jobs)
         detours, self._detours = self._detours, {}
         self._vitals.worked(len(jobs), time.monotonic() - begin_s)
+        for batch in self._compute.batches:
+            self._account.batch(batch)
         self._outlet.begin(self._deliver(outcomes, detours))
 
     async def _deliver(self, outcomes: list[Outcome], detours: dict[bytes, Detour]) -> None:

@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from brokers.errors import SparseError
+from brokers.event_client import EventClient
 from brokers.messages import Activation, Body, Failure, Gradient, Result, Step
 from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from brokers.tensors import from_array, from_torch, to_torch
 from brokers.training import LABELS, SOURCES_LIMIT, Progress, Standing
+from stages.training.account import Account
 from stages.training.checkpoints import Checkpoints, Version
 from stages.training.errors import ForeignCheckpoint, NotFinite, StaleStep, TooManySources, VersionGone
 from stages.training.learner import Judged, Learner, model_state
@@ -37,6 +39,7 @@ class Execution:
         learner: Learner,
         post: Post,
         checkpoints: Callable[[str], Checkpoints],
+        events: EventClient | None = None,
     ) -> None:
         self.crew: dict[str, str] = {}
         self._pipeline, self._stage, self._worker = pipeline, stage, worker
@@ -49,6 +52,7 @@ class Execution:
         self._progress: dict[str, Progress] = {}
         self._since = 0  # the last term that told what is in memory to be a version
         self._times = Times()
+        self._account = Account(events, self._times)
 
     async def start(self) -> str:
         """Build the part and see what checkpoints there are; what tells the part from others.
@@ -88,13 +92,14 @@ class Execution:
 
     async def do(self, work: Work) -> None:
         """One operation of the step in hand. Raises whatever the network, the loss or the optimizer raises."""
-        match work:
-            case Forward():
-                await self._forward(work)
-            case Backward():
-                await self._backward(work)
-            case Commit():
-                await self._commit(work)
+        with self._account.doing(work):
+            match work:
+                case Forward():
+                    await self._forward(work)
+                case Backward():
+                    await self._backward(work)
+                case Commit():
+                    await self._commit(work)
 
     def prepared(self, work: Forward | Backward, term: int) -> None:
         """Tell the step's source that this stage has done all that it has to do for it, and how long that took."""
@@ -105,6 +110,7 @@ class Execution:
     async def abandon(self) -> None:
         """Let go of the step in hand: everything is as the last version left it."""
         self._times.take()
+        self._account.forget()
         await self._in_thread(self._learner.abandon)
 
     async def _forward(self, work: Forward) -> None:
@@ -125,7 +131,12 @@ class Execution:
         assert self._next is not None
         body = self._encoded(given, task.content.metadata)
         onward = Activation(
-            request=task.request, content=body, reply=task.reply, sender=self._inbox, source=task.source
+            request=task.request,
+            content=body,
+            reply=task.reply,
+            sender=self._inbox,
+            source=task.source,
+            trace=self._account.trace(task),
         )
         self._post.send(self._pipeline.topics(self._next).inbox(self.crew[self._next.name]), onward)
 

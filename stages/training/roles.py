@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from brokers.dispatch import SILENT_S
 from brokers.errors import SparseError, WireError
+from brokers.event_client import EventClient
 from brokers.messages import REQUEST_ID_BYTES, Step
 from brokers.pipeline import Pipeline
 from brokers.presence import Birth
@@ -192,8 +193,9 @@ def make_trainer(
     worker: str,
     device: str,
     checkpoints: Path,
+    events: EventClient | None = None,
 ) -> Trainer:
     """A worker that trains `stage`, with the role that its stage has, and its checkpoints in that folder."""
-    trainer = Trainer(transport, pipeline, stage, learner, worker, device, partial(Checkpoints, checkpoints))
+    trainer = Trainer(transport, pipeline, stage, learner, worker, device, partial(Checkpoints, checkpoints), events)
     trainer.role = (Leading if stage == pipeline.stage[0] else Following)(trainer, pipeline)
     return trainer

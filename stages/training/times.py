@@ -26,6 +26,10 @@ class Times:
         finally:
             self.add(name, 1000 * (time.monotonic() - begin_s))
 
+    def sums(self) -> Counter[str]:
+        """What there is of the step so far."""
+        return self._sums.copy()
+
     def take(self) -> dict[str, float]:
         """The sums of the step that ends; those of the next begin at 0."""
         sums, self._sums = self._sums, Counter()

@@ -11,9 +11,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from brokers.errors import SparseError, WireError
+from brokers.event_client import EventClient
 from brokers.line import Line
 from brokers.messages import REQUEST_ID_BYTES, Failure, Gradient, Message, Step, Task, Verb
 from brokers.pipeline import Pipeline
@@ -49,6 +51,7 @@ class Trainer:
         worker: str,
         device: str,
         checkpoints: Callable[[str], Checkpoints],
+        events: EventClient | None = None,
     ) -> None:
         self.counters: Counter[str] = Counter()
         self.pipeline, self.stage, self.worker = pipeline.name, stage.name, worker
@@ -59,7 +62,7 @@ class Trainer:
         index, stages = pipeline.stage.index(stage), len(pipeline.stage)
         stays = pipeline.training.labels == "stay" and 0 < index == stages - 1
         self.steps = Steps(pipeline.training.schedule, index, stages, awaits_labels=stays)
-        self._execution = Execution(pipeline, stage, worker, learner, self.post, checkpoints)
+        self._execution = Execution(pipeline, stage, worker, learner, self.post, checkpoints, events)
         self._vitals = Vitals(self.line, self._topics, pipeline, stage, worker, device)
         self._vitals.state = "standby"
         self._orders: list[Step] = []
@@ -115,11 +118,9 @@ class Trainer:
     async def _wait(self, until_s: float) -> None:
         self._changed.clear()
         left_s = None if until_s == float("inf") else max(0.0, until_s - time.monotonic())
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(left_s):
                 await self._changed.wait()
-        except TimeoutError:
-            pass
 
     async def drain(self) -> None:
         """Begin no further step; `run` returns when the one in hand is a version."""
@@ -173,8 +174,7 @@ class Trainer:
 
     def _refuse(self, message: Message, error: WireError) -> None:
         """Tell whoever sent what cannot be used, if it says where."""
-        topic = message.reply.topic if isinstance(message, Task) else getattr(message, "sender", "")
-        if topic:
+        if topic := message.reply.topic if isinstance(message, Task) else getattr(message, "sender", ""):
             self._fail(topic, message.request, type(error).__name__, str(error), retry=error.retry)
 
     def _garbage(self, error: WireError, properties: Properties) -> None:

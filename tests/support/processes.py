@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -93,6 +94,8 @@ class Machine:
             # pytest makes warnings errors in this process; what users start has none of its settings.
             "SPARSE_CACHE": str(cache_folder()),
             "TMPDIR": str(self.temporary),
+            # Not the monitor of this machine. Short: a socket's name has room for a hundred characters.
+            "SPARSE_MONITOR": str(Path(tempfile.gettempdir()) / f"sparse-{self.mark[:16]}.sock"),
             _MARK: self.mark,
             **(environment or {}),
         }
