@@ -6,7 +6,7 @@ may send them: docs/telemetry.md describes each field.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -150,14 +150,28 @@ class EventsDropped(_Event):
 
 
 Event = Start | Stop | TaskProcessed | BatchProcessed | RequestDone | StepDone | LinkCarried | EventsDropped
+NAMES = tuple(str(kind.model_fields["event"].default) for kind in get_args(Event))
 _ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 
 
 def event_from_json(line: bytes) -> Event:
-    """The event of one line; raises `BadPayload` with what is wrong, and where."""
+    """The event of one line; raises `BadPayload` with what is wrong, and where, and nothing of what was sent."""
     try:
         return _ADAPTER.validate_json(line)
     except ValidationError as error:
-        mistake = error.errors(include_url=False, include_input=False)[0]
-        place = "".join(f"{level}: " for level in mistake["loc"])
-        raise BadPayload(JSON, f"not an event: {place}{mistake['msg']}") from None
+        raise BadPayload(JSON, f"not an event: {_said(error)}") from None
+
+
+def _said(error: ValidationError) -> str:
+    """What is wrong, in words that are ours alone: a log shows them, and keeps no text that somebody sent."""
+    mistake = error.errors(include_url=False, include_input=False)[0]
+    place = [str(level) for level in mistake["loc"]]
+    match mistake["type"]:
+        case "json_invalid":
+            return "not JSON"
+        case "union_tag_invalid" | "union_tag_not_found":
+            return f"event: expected one of {', '.join(NAMES)}"
+        case "extra_forbidden":
+            return f"{': '.join(place[:-1])}: a field that it does not have"
+        case _:
+            return f"{''.join(f'{level}: ' for level in place)}{mistake['msg']}"

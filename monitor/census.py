@@ -63,6 +63,11 @@ class Census(Roll):
         """The sources that are not lost, in the order in which they came."""
         return [birth for topic, birth in self.sources.items() if not self.is_lost(topic, now_s)]
 
+    def heard_since(self, since_s: float) -> list[Birth | SourceBirth]:
+        """The newest records of the workers and sources that were heard live at that moment or later."""
+        births: dict[str, Birth | SourceBirth] = {**self.workers, **self.sources}
+        return [birth for topic, birth in births.items() if topic in self._alive and self._heard_s[topic] >= since_s]
+
     def forget(self, now_s: float) -> None:
         """Let go of whoever has been silent for long; to be called now and then."""
         silent = [topic for topic, heard_s in self._heard_s.items() if now_s - heard_s > FORGOTTEN_S]

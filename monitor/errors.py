@@ -90,3 +90,59 @@ class BadStore(SparseError):
 
     def __str__(self) -> str:
         return f"telemetry in {self.where}: {self.problem}"
+
+
+@dataclass(eq=False)
+class SocketTaken(UsageError):
+    """A socket on which a living monitor hears events already."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: a monitor that runs listens on this socket: stop it, or choose another with --socket "
+            "(and SPARSE_MONITOR for those who send)"
+        )
+
+
+@dataclass(eq=False)
+class BadSocket(UsageError):
+    """A path at which no socket can be made."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: events cannot be heard there: {self.problem}"
+
+
+@dataclass(eq=False)
+class BadCollector(UsageError):
+    """An address of no collector of traces."""
+
+    address: str
+
+    def __str__(self) -> str:
+        return f"--traces {self.address!r}: expected the address of a collector, such as http://127.0.0.1:4318"
+
+
+@dataclass(eq=False)
+class ExtraMissing(UsageError):
+    """Something was asked for that comes with an extra of the distribution."""
+
+    what: str
+    extra: str
+
+    def __str__(self) -> str:
+        return f"{self.what} needs more packages: pip install 'sparse-mqtt[{self.extra}]'"
+
+
+@dataclass(eq=False)
+class BadSetting(UsageError):
+    """An environment variable whose value cannot be used; `problem` never holds a secret."""
+
+    variable: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.variable}: {self.problem}"

@@ -36,9 +36,9 @@ class Point:
 _TASK = ("queue_ms", "decode_ms", "compute_ms", "encode_ms", "bytes_in", "bytes_out", "batch")
 
 
-def points_of(event: Event, node: str) -> list[Point]:
-    """What an event says, as points; `node` is the one that the monitor is on."""
-    tags = {"node": node, "run": event.run, "site": event.site, "pipeline": event.pipeline}
+def points_of(event: Event, node: str, run: str = "") -> list[Point]:
+    """What an event says, as points; `node` is the one that the monitor is on, `run` that of events that name none."""
+    tags = {"node": node, "run": event.run or run, "site": event.site, "pipeline": event.pipeline}
     match event:
         case Start() | Stop():
             fields: dict[str, Value] = {"event": event.event, "pid": event.pid}

@@ -22,6 +22,7 @@ from brokers.topics import every_presence, ingress, results
 from brokers.transport import Delivery
 from monitor.children import Child, end_all, kill_all
 from monitor.errors import CannotResume, ProcessEnded, ProcessRefused
+from monitor.run_monitor import RunMonitor
 from monitor.run_sites import RunSites, find_sites
 from monitor.summary import print_summary
 from monitor.watch import watch
@@ -50,6 +51,9 @@ def command(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the training of a former run: its folder below runs/.")
     ] = None,
+    telemetry: Annotated[
+        bool, typer.Option(help="Keep what happens in telemetry.sqlite, in the folder of the results.")
+    ] = True,
     json: Annotated[bool, typer.Option("--json", help="End with the summary as one line of JSON.")] = False,
 ) -> int:
     """Run a whole pipeline on this machine: broker, stages and source, with a live view.
@@ -62,11 +66,12 @@ def command(
     pipeline = load_pipeline(file)
     folder = _former(pipeline, resume) if resume else out or new_run_folder(Path("runs"), pipeline.name)
     with find_sites(pipeline, broker, port) as sites:
-        run = Run(pipeline, sites, folder, pictures, resume is not None)
+        run = Run(pipeline, sites, folder, pictures, resume is not None, telemetry)
         status, summary = asyncio.run(run.go())
     if summary is None:
         return status
     summary["broker"] = sites.main.label
+    summary["files"] = {**summary["files"], "telemetry": run.monitor.file}
     if sites.links:
         summary["links"] = [link.told() for link in sites.links]
     if json:
@@ -88,7 +93,9 @@ def _former(pipeline: Pipeline, folder: Path) -> Path:
 class Run:
     """The stages and the source of one pipeline as processes, and what is seen of them."""
 
-    def __init__(self, pipeline: Pipeline, sites: RunSites, folder: Path, pictures: bool, resume: bool) -> None:
+    def __init__(
+        self, pipeline: Pipeline, sites: RunSites, folder: Path, pictures: bool, resume: bool, telemetry: bool = True
+    ) -> None:
         self._pipeline, self._sites, self._folder = pipeline, sites, folder
         self._board, self._view = watch(pipeline, sites.named)
         logs = folder / "logs"
@@ -96,6 +103,7 @@ class Run:
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadFile(str(folder), f"the results cannot be written: {error.strerror}") from None
+        self.monitor = RunMonitor(pipeline, sites, folder, telemetry)
         file = pipeline.path
         workers = sum(stage.workers for stage in pipeline.stage)
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -115,14 +123,14 @@ class Run:
                     *kept,
                 ),
                 logs / f"{stage.name}-{number}.log",
-                environment={BROKER_VARIABLE: sites.address(stage.site)},
+                environment={BROKER_VARIABLE: sites.address(stage.site), **self.monitor.environment},
             )
             for stage in pipeline.stage
             for number in range(1, stage.workers + 1)
         ]
         options = (*(() if pictures else ("--no-pictures",)), *(("--resume",) if resume else ()))
         arguments = ("source", file, "--out", str(folder), "--json", *options)
-        handed = {BROKER_VARIABLE: sites.address(pipeline.source.site)}
+        handed = {BROKER_VARIABLE: sites.address(pipeline.source.site), **self.monitor.environment}
         self._source = Child("source", arguments, logs / "source.log", answers=True, environment=handed)
         self._leaving = asyncio.Event()
         self._left_with = STOPPED  # the exit status once told to leave
@@ -135,6 +143,7 @@ class Run:
             loop.add_signal_handler(number, self._leave, number)
         transport = transport_to(self._sites.main.address)
         try:
+            self.monitor.start()
             for child in self._stages:
                 child.start()
             with self._view:
@@ -146,12 +155,14 @@ class Run:
             await transport.close()
             await asyncio.to_thread(end_all, [self._source])
             await asyncio.to_thread(end_all, self._stages)
+            await asyncio.to_thread(self.monitor.stop)
         return self._left_with if self._leaving.is_set() else status, summary
 
     def _leave(self, number: int) -> None:
         """The first Ctrl-C, or SIGTERM, ends the run in good order; at a second one nothing is waited for."""
         if self._leaving.is_set():
             kill_all([self._source, *self._stages])
+            self.monitor.kill()
         else:  # a service that is told to end has not failed
             self._left_with = STOPPED if number == signal.SIGINT else 0
         self._leaving.set()
@@ -180,6 +191,7 @@ class Run:
                 if child.status is not None:
                     raise _ended(child, child.status)
             await self._keep_broker()
+            self.monitor.keep(self._view.say)
             self._view.update()
             await asyncio.sleep(_POLL_S)
         return False
@@ -198,6 +210,7 @@ class Run:
             else:
                 self._keep_stages()
             await self._keep_broker()
+            self.monitor.keep(self._view.say)
             self._view.update()
             await asyncio.wait({answer}, timeout=_POLL_S)
         self._view.status = "done"

@@ -189,9 +189,18 @@ _ALL = (
     ),
     Measurement(
         "power",
-        "A power rail of the node: RAPL's zones, a Jetson's rails.",
+        "A power rail of the node: RAPL's zones, a Jetson's rails. Those without a slash in their name add up.",
         (*_HERE, "rail"),
         _POWER,
+    ),
+    Measurement(
+        "energy",
+        "What a node's energy was spent on, so that the one can be divided by the other.",
+        _HERE,
+        (
+            Field("energy_j", "float", "J", "of all its GPUs and rails, each joule once, since the last point"),
+            _count("samples", "requests with a result and rows of steps, of sources on the node, since the last point"),
+        ),
     ),
     Measurement(
         "missing",
@@ -243,9 +252,11 @@ _ALL = (
         (
             _count("events", "it has taken since it began"),
             _count("bad_events", "it could not read"),
+            _count("dropped_events", "that came faster than it could read them"),
             _count("points", "it has made"),
             _count("waiting_points", "that a store has not taken yet"),
             _count("dropped_points", "that no store has room for any more"),
+            _count("dropped_spans", "that a collector of traces did not take"),
         ),
     ),
 )

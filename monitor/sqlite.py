@@ -16,13 +16,17 @@ from monitor.schema import MEASUREMENTS, Measurement
 FILE = "telemetry.sqlite"  # in the folder of a run
 _TYPES = {"float": "REAL", "int": "INTEGER", "bool": "INTEGER", "text": "TEXT"}
 _BUSY_S = 10.0  # a reader may hold the file for a moment
+# Of a file that has grown to its limit so much goes, the oldest; its place in the file is used again.
+_ROOM_MADE = 0.1
 
 
 class SqliteStore:
     """Writes points. One thread at a time; raises `BadStore` for a file that is none of ours, or cannot be written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit_bytes: int | None = None) -> None:
+        """A file that reaches its limit, if it has one, loses its oldest points."""
         self.path = path
+        self._limit_bytes = limit_bytes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False)
@@ -44,12 +48,30 @@ class SqliteStore:
             with self._connection:
                 for name, values in rows.items():
                     self._connection.executemany(_insert(MEASUREMENTS[name]), values)
+            if self._limit_bytes is not None and self._used_bytes() > self._limit_bytes:
+                self._make_room()
         except sqlite3.Error as error:
             raise BadStore(str(self.path), str(error)) from None
 
     def close(self) -> None:
         """Leaves one file: what SQLite keeps beside it goes into it."""
         self._connection.close()
+
+    def _used_bytes(self) -> int:
+        pages, free, page_bytes = (
+            self._connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * page_bytes)
+
+    def _make_room(self) -> None:
+        """Take the oldest tenth of each table: in the order of writing, since times are what senders say they are."""
+        for name in MEASUREMENTS:
+            first, last = self._connection.execute(f'SELECT min(rowid), max(rowid) FROM "{name}"').fetchone()
+            if first is not None:
+                cut = first + max(1, int((last - first) * _ROOM_MADE))
+                with self._connection:  # a transaction each, so that none is long
+                    self._connection.execute(f'DELETE FROM "{name}" WHERE rowid < ?', (cut,))
 
 
 class SqliteReader:

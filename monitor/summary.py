@@ -29,7 +29,7 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     folder = summary["outputs"]
     for what, name in summary["files"].items():
         if name:
-            console.print(f"  {what:<8} {folder}/{_shown(name)}")
+            console.print(f"  {what:<9} {folder}/{_shown(name)}")
 
 
 def _print_results(console: Console, summary: Mapping[str, Any]) -> None:

@@ -61,7 +61,9 @@ def test_a_run_that_is_stopped_ends_in_good_order(box: Machine, way: str) -> Non
     said = run.end()
     assert said.status == (0 if way == "by SIGTERM" else 130), said.err
     assert said.out.count("\n") == 1
-    assert said.answer == {**json.loads((out / "summary.json").read_text()), "broker": "embedded"}
+    kept = json.loads((out / "summary.json").read_text())
+    files = {**kept["files"], "telemetry": "telemetry.sqlite"}
+    assert said.answer == {**kept, "broker": "embedded", "files": files}
     lines = (out / "results.jsonl").read_text().splitlines()
     assert said.answer["results"] == said.answer["requests"] == len(lines)
     assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))

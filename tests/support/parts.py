@@ -26,6 +26,11 @@ PROGRAMS = {
     "mosquitto_rr": "apt-get install mosquitto-clients",
     "darknet": "apt-get install darknet",
     "ffmpeg": "apt-get install ffmpeg",
+    "influxd": "apt-get install influxdb",
+    "victoria-metrics": "apt-get install victoria-metrics",
+    "nginx": "apt-get install nginx-light",
+    "curl": "apt-get install curl",
+    "socat": "apt-get install socat",
     "kubectl": "see kubernetes.io, Install Tools",
 }
 FILES = {"darknet-files": (Path("/usr/share/darknet"), "apt-get install darknet")}

@@ -207,7 +207,7 @@ def test_a_slow_monitor_is_waited_for_by_the_thread_only_and_hears_all_that_was_
 
 
 def test_of_a_batch_that_goes_in_part_only_the_rest_is_sent_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of events so long that what is taken at once makes several datagrams, the second of which does not go."""
+    """Events so long that those taken at once make several datagrams, of which the second does not go."""
     told, sent, goes = EventClient(path), list[bytes](), iter([True, False])
 
     def send(datagram: bytes, count: int) -> bool:
