@@ -18,7 +18,7 @@ TRACEPARENT = "traceparent"
 # Lower case, and not all zeros: sections 3.2.2.3 and 3.2.2.4.
 _TRACE, _SPAN = "(?!0{32})[0-9a-f]{32}", "(?!0{16})[0-9a-f]{16}"
 _IDS = re.compile(f"{_TRACE}-{_SPAN}")
-# Version ff is none (section 3.2.2.1). Behind the flags 00 ends; a later version may have more (section 4.3).
+# Version ff is none (section 3.2.2.1). Behind the flags 00 ends; a later version may have more (section 3.2.4).
 _FORM = re.compile(f"(?!ff)([0-9a-f]{{2}})-({_TRACE})-({_SPAN})-([0-9a-f]{{2}})(-.*)?", re.DOTALL)
 _FIRST = "00"
 _SAMPLED = 1  # the one flag that version 00 has; the others are sent as zeros (section 3.2.2.5.2)

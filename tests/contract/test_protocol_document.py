@@ -23,6 +23,7 @@ from brokers.presence import Birth, Latency, Load, SourceBirth, SourceLoad
 from brokers.publication import encode_head, parse_head
 from brokers.tensors import from_numpy, to_numpy
 from brokers.topics import StageTopics
+from brokers.trace_context import from_text, root_of
 from brokers.training import MicroBatch
 from brokers.wire import VERSION, decode, encode
 from sources import flight
@@ -45,6 +46,7 @@ TASK = Task(
     source="cam",
     deadline_ms=500.0,
 )
+TRACE = root_of(TASK.request)
 TASK_TOPIC = StageTopics("local", "room", "smooth").inbox("w1")
 
 
@@ -107,7 +109,9 @@ def test_the_topics_are_those_of_the_code() -> None:
 
 def sent_user_properties() -> set[str]:
     """Every user property that our code ever sends: those of all kinds, and those of a chunk."""
-    full = dataclasses.replace(TASK, reply=ReplyTo("elsewhere", "json", b"1"), attempt=2, priority="background")
+    full = dataclasses.replace(
+        TASK, reply=ReplyTo("elsewhere", "json", b"1"), attempt=2, priority="background", trace=TRACE
+    )
     words = (Control(request=TASK.request, worker="w"), Step(request=TASK.request, verb="commit", term=1))
     found = {name for each in (full, *words) for name, _ in encode(each).properties.user}
 
@@ -151,6 +155,16 @@ def test_a_property_that_is_required_may_not_be_left_out(message: Task | Control
         left = tuple(pair for pair in encoded.properties.user if pair[0] != name)
         with pytest.raises(brokers.errors.BadProperty, match="is missing"):
             decode(dataclasses.replace(encoded.properties, user=left), memoryview(b"".join(encoded.pieces)))
+
+
+def test_a_trace_has_the_form_of_the_page() -> None:
+    text = dict(encode(dataclasses.replace(TASK, trace=TRACE)).properties.user)["traceparent"]
+    assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-01", text)
+    assert f"{len(text)} characters in all" in section("Traces")
+    assert text.split("-")[1] == TASK.request.hex()  # a source's trace id is the request id
+    broken = (text.upper(), f"00-{'0' * 32}-{'1' * 16}-01", text + "-", text[:-1], "ff" + text[2:])
+    assert [from_text(each) for each in broken] == [None] * len(broken)
+    assert from_text("01" + text[2:] + "-more") == TRACE
 
 
 def test_the_kinds_are_those_of_the_code() -> None:

@@ -149,6 +149,8 @@ class Machine:
 
     def clean(self) -> None:
         """Kill what is left, by its id."""
+        for started in self._started:
+            started.kill()  # for an instant after its start a process shows no environment, and so no mark
         for process in self.alive():
             try:
                 process.send_signal(signal.SIGKILL)

@@ -37,6 +37,7 @@ from brokers.messages import (
     Task,
 )
 from brokers.tensors import from_numpy
+from brokers.trace_context import TraceContext
 from brokers.transport import Properties
 from brokers.wire import Packet, answer_address, decode, encode, refusal
 from tests.unit.test_tensors import METADATA, NAMES, wire_tensors
@@ -65,6 +66,13 @@ TASK_FIELDS: dict[str, Any] = {
     "source": WORDS,
     "attempt": ATTEMPTS,
     "deadline_ms": st.none() | MILLISECONDS.filter(bool),
+    "trace": st.none()
+    | st.builds(
+        lambda trace, span, sampled: TraceContext(f"{trace:032x}", f"{span:016x}", sampled),
+        st.integers(1, (1 << 128) - 1),
+        st.integers(1, (1 << 64) - 1),
+        st.booleans(),
+    ),
 }
 MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Task, content=BLOBS, **TASK_FIELDS),
