@@ -26,7 +26,7 @@ from monitor.sqlite import FILE
 _STARTS_LIMIT = 5
 _LINKS_EVERY_S = 0.5
 # For what it has heard to reach the disk.
-_END_S = 8.0
+_END_S = 12.0
 
 
 class RunMonitor:

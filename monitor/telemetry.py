@@ -73,12 +73,15 @@ class Telemetry:
             writer.add(points)
 
     def stop(self, timeout_s: float) -> None:
-        """Keep all that has come in so far, if the stores take it in time. May be called however far `start` came."""
-        end_s = time.monotonic() + timeout_s
+        """Keep all that has come in so far, if the stores take it in time. May be called however far `start` came.
+
+        What waits to be read is bounded and is read first, however long that takes on a busy machine.
+        """
         self._sampler.stop(_STOP_S)
         if self._reader:
             self._reader.stop()
         self.add([self.own_point()])
+        end_s = time.monotonic() + timeout_s
         for writer in (*self._writers, *((self._spans,) if self._spans else ())):
             writer.stop(max(0.0, end_s - time.monotonic()))
 
