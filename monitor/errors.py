@@ -93,6 +93,34 @@ class BadStore(SparseError):
 
 
 @dataclass(eq=False)
+class NoSamples(SparseError):
+    """A run of which nothing can be measured."""
+
+    what: str  # requests, or steps
+    ended: int
+    counted: int
+    warm_up: int
+
+    def __str__(self) -> str:
+        if not self.ended:
+            return f"the run has no samples: none of its {self.what} is in its telemetry"
+        if self.counted:
+            return f"the run has no samples: none of the {self.counted} {self.what} after its warm-up has a result"
+        return f"the run has no samples: its warm-up of {self.warm_up} takes all {self.ended} {self.what}"
+
+
+@dataclass(eq=False)
+class BadManifest(UsageError):
+    """A manifest that cannot be read."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: no manifest of a benchmark: {self.problem}"
+
+
+@dataclass(eq=False)
 class SocketTaken(UsageError):
     """A socket on which a living monitor hears events already."""
 

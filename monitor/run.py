@@ -16,7 +16,7 @@ import typer
 from brokers.errors import BadFile, SparseError
 from brokers.identity import transport_to
 from brokers.mqtt import MqttTransport
-from brokers.parent import STOPPED
+from brokers.parent import STOPPED, end_with_parent
 from brokers.pipeline import BROKER_VARIABLE, Pipeline, load_pipeline, new_run_folder
 from brokers.topics import every_presence, ingress, results
 from brokers.transport import Delivery
@@ -55,6 +55,7 @@ def command(
         bool, typer.Option(help="Keep what happens in telemetry.sqlite, in the folder of the results.")
     ] = True,
     json: Annotated[bool, typer.Option("--json", help="End with the summary as one line of JSON.")] = False,
+    with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> int:
     """Run a whole pipeline on this machine: broker, stages and source, with a live view.
 
@@ -67,7 +68,7 @@ def command(
     folder = _former(pipeline, resume) if resume else out or new_run_folder(Path("runs"), pipeline.name)
     with find_sites(pipeline, broker, port) as sites:
         run = Run(pipeline, sites, folder, pictures, resume is not None, telemetry)
-        status, summary = asyncio.run(run.go())
+        status, summary = asyncio.run(run.go(with_parent))
     if summary is None:
         return status
     summary["broker"] = sites.main.label
@@ -136,11 +137,13 @@ class Run:
         self._left_with = STOPPED  # the exit status once told to leave
         self._end_s = float("inf")  # when the source, told to end, is waited for no longer
 
-    async def go(self) -> tuple[int, dict[str, Any] | None]:
+    async def go(self, with_parent: bool = False) -> tuple[int, dict[str, Any] | None]:
         """Run it all; the exit status, and the source's summary if it came to one."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._leave, number)
+        if with_parent:
+            end_with_parent(self._leaving)
         transport = transport_to(self._sites.main.address)
         try:
             self.monitor.start()

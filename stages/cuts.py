@@ -13,7 +13,7 @@ from brokers.pipeline import Pipeline
 from brokers.tables import StageTable
 from stages.loading import META
 from stages.models.registry import ModelSpec, model_spec
-from stages.partition import Part, partition
+from stages.partition import Part, layers, partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,37 @@ def find_cuts(pipeline: Pipeline) -> list[Cut]:
     table = pipeline.pipeline
     if table.model is None or not table.cuts:
         return []
+    spec = _spec(pipeline)
+    served = [stage for stage in pipeline.stage if stage.executor is None]
+    given = list(_given(spec, table.cuts, pipeline.trains, rows(pipeline)))
+    return [
+        _cut(after, sender, pipeline.after(sender) or receiver, tensors)
+        for after, sender, receiver, tensors in zip(table.cuts, served, served[1:], given, strict=False)
+    ]
+
+
+def every_cut(pipeline: Pipeline) -> list[Cut]:
+    """Return what would cross each cut that the network can have, each as the only one: from its first stage on.
+
+    Raises as `find_cuts` does.
+    """
+    if pipeline.pipeline.model is None:
+        return []
+    spec = _spec(pipeline)
+    with torch.random.fork_rng(devices=[]):
+        count = len(layers(spec.build().train(pipeline.trains)))
+    cuts = tuple(range(1, count))
+    served = [stage for stage in pipeline.stage if stage.executor is None]
+    # A value that is used further on than the next part passes through it: all cuts at once carry what each would.
+    given = _given(spec, cuts, pipeline.trains, rows(pipeline)) if cuts else ()
+    return [_cut(after, served[0], served[-1], tensors) for after, tensors in zip(cuts, given, strict=True)]
+
+
+def _spec(pipeline: Pipeline) -> ModelSpec:
+    """Raises `NoExample` for a network with no known input shape."""
+    table = pipeline.pipeline
     spec = model_spec(
-        table.model,
+        table.model or "",
         settings=table.model_settings,
         labels=table.labels,
         threshold=table.threshold,
@@ -67,12 +96,7 @@ def find_cuts(pipeline: Pipeline) -> list[Cut]:
     )
     if spec.input_shape is None:
         raise NoExample(spec.name, "it does not say its input's shape: expected an attribute `input_shape`")
-    served = [stage for stage in pipeline.stage if stage.executor is None]
-    given = list(_given(spec, table.cuts, pipeline.trains, rows(pipeline)))
-    return [
-        _cut(after, sender, pipeline.after(sender) or receiver, tensors)
-        for after, sender, receiver, tensors in zip(table.cuts, served, served[1:], given, strict=False)
-    ]
+    return spec
 
 
 def _given(spec: ModelSpec, cuts: tuple[int, ...], trains: bool, count: int) -> Iterator[dict[str, Tensor]]:

@@ -14,6 +14,9 @@ from brokers.pipeline import blaming, load_pipeline
 
 def command(
     file: Annotated[Path, typer.Argument(help="The pipeline file.")],
+    every: Annotated[bool, typer.Option("--all", help="Every cut that the network can have, not only the file's.")] = (
+        False
+    ),
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> int:
     """List the cuts of a network, with the bytes that cross each.
@@ -25,9 +28,9 @@ def command(
     """
     pipeline = load_pipeline(file)
     with blaming(pipeline):
-        from stages.cuts import find_cuts, rows
+        from stages.cuts import every_cut, find_cuts, rows
 
-        found = find_cuts(pipeline)
+        found = every_cut(pipeline) if every else find_cuts(pipeline)
     if json:
         answer = {"pipeline": pipeline.name, "rows": rows(pipeline), "cuts": [asdict(cut) for cut in found]}
         print(jsonlib.dumps(answer))  # noqa: T201 - the answer
@@ -37,5 +40,5 @@ def command(
         sent = f"{cut.wire_bytes:,} bytes as {cut.wire}"
         print(f"after {cut.after}: {cut.sender} to {cut.receiver}, {sent}: {shapes}")  # noqa: T201 - the answer
     if not found:
-        print(f"{file}: there is no network in it that is cut")  # noqa: T201 - the answer
+        print(f"{file}: there is no network in it that {'can be' if every else 'is'} cut")  # noqa: T201 - the answer
     return 0

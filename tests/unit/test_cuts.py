@@ -9,7 +9,7 @@ import torch
 
 from brokers.errors import BadFile
 from brokers.pipeline import blaming, load_pipeline
-from stages.cuts import find_cuts
+from stages.cuts import every_cut, find_cuts
 from tests.support.checkout import ROOT
 from tests.support.pipelines import pipeline_file, stage
 
@@ -55,3 +55,12 @@ def test_finding_cuts_leaves_the_random_numbers_of_this_process_alone() -> None:
     before = torch.random.get_rng_state()
     find_cuts(load_pipeline(ROOT / "examples" / "digits-inference.toml"))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_every_cut_carries_what_it_would_carry_alone() -> None:
+    pipeline = load_pipeline(ROOT / "examples" / "street.toml")
+    every = {cut.after: cut for cut in every_cut(pipeline)}
+    assert list(every) == list(range(1, max(every) + 1))
+    for cut in find_cuts(pipeline):
+        assert (every[cut.after].tensors, every[cut.after].wire_bytes) == (cut.tensors, cut.wire_bytes)
+    assert every_cut(load_pipeline(ROOT / "examples" / "sensor.toml")) == []

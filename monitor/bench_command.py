@@ -1,0 +1,99 @@
+"""`sparse bench SUITE...`: deployments of a network, measured against one another."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from brokers.errors import NoBroker
+from brokers.parent import STOPPED
+from brokers.pipeline import broker_address, new_run_folder
+from monitor.bench import Bench, Plan
+from monitor.bench_errors import NoSuite
+from monitor.bench_results import RunResult, as_json
+from monitor.bench_table import LEGEND, comparison
+from monitor.case import Case, case_of
+from monitor.suite import find_suites, packaged
+
+WARM_UP = 20
+REPEATS = 3
+
+
+def command(
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="Pipeline files, names of suites, or a task: all suites of it.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests (training: steps) of a run, the warm-up's among them.")
+    ] = None,
+    warm_up: Annotated[int, typer.Option(min=0, help="Requests (training: steps) at the beginning not to count.")] = (
+        WARM_UP
+    ),
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each suite.")] = REPEATS,
+    source_only: Annotated[
+        bool, typer.Option("--source-only", help="Stages and brokers are up already: start the source only.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for all of it; left out: a new folder below runs/.")
+    ] = None,
+    list_suites: Annotated[bool, typer.Option("--list", help="Print the suites that there are, and end.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="End with the results as one line of JSON.")] = False,
+) -> int:
+    """Measure suites, deployments of one network, against one another.
+
+    Each run is a `sparse run` of its own, in turns; what it told is in telemetry.sqlite of its folder. Beside the runs
+    lie manifest.json (what was run, on what), results.json and results.csv. `sparse report FOLDER` draws it.
+
+    Example: sparse bench detect-cloud detect-server --requests 100
+    """
+    if list_suites:
+        _list()
+        return 0
+    if not suites:
+        raise NoSuite((*packaged(), *(suite for ours in packaged().values() for suite in ours)))
+    cases = [case_of(suite, requests, warm_up) for suite in find_suites(suites)]
+    plan = Plan(repeats, warm_up, requests, source_only)
+    bench = make_bench(cases, plan, out or new_run_folder(Path("runs"), "bench"))
+    return show(bench, bench.go(), "suite", json)
+
+
+def make_bench(cases: Sequence[Case], plan: Plan, folder: Path) -> Bench:
+    """A benchmark that talks to standard error. Raises `NoBroker` where stages should be up and nobody says where."""
+    for case in cases if plan.source_only else ():
+        for site in case.pipeline.used_sites:
+            if broker_address(case.pipeline, site) is None:
+                raise NoBroker(str(case.path), site)
+    return Bench(cases, plan, folder, Console(stderr=True))
+
+
+def show(
+    bench: Bench, results: Sequence[RunResult], what: str, json: bool, more: Mapping[str, Any] | None = None
+) -> int:
+    """The results on standard output, `more` among them where they are JSON; the exit status."""
+    console = Console(highlight=False)
+    if json:
+        answer = {"folder": str(bench.folder), **as_json(results), **(more or {})}
+        print(jsonlib.dumps(answer))  # noqa: T201 - the answer
+    elif results:
+        training = {case.name for case in bench.cases if case.pipeline.trains}
+        for trains in (False, True):
+            if some := [result for result in results if (result.case in training) == trains]:
+                console.print()
+                console.print(comparison(some, what, trains))
+        console.print(LEGEND, style="dim")
+        console.print(f"all of it: {bench.folder}", soft_wrap=True)
+    if bench.stopping.asked:
+        return STOPPED
+    return 1 if any(result.figures is None for result in results) else 0
+
+
+def _list() -> None:
+    for task, names in packaged().items():
+        print(f"{task}: all of these")  # noqa: T201 - the answer
+        for suite in find_suites(names):
+            print(f"  {suite.name:<26} {suite.about}")  # noqa: T201 - the answer
