@@ -31,7 +31,7 @@ _TIDY_EVERY_S = 10.0
 _OWN_EVERY_S = 5.0
 _RETRY_S = 1.0
 # For what has come in to be kept at the end: a disk that takes longer has no end of its own.
-STOP_S = 5.0
+STOP_S = 10.0
 
 
 class Daemon:

@@ -66,7 +66,8 @@ class InfluxStore:
     @property
     def waiting(self) -> int:
         """Points that the server has not taken yet."""
-        return self._spool.points + len(self._fresh)
+        with self._guard:  # none is on its way from memory to disk
+            return self._spool.points + len(self._fresh)
 
     @property
     def dropped(self) -> int:

@@ -9,8 +9,9 @@ from enum import Enum
 from typing import Any
 
 import urllib3
-from influxdb_client import InfluxDBClient, WriteService
+from influxdb_client.client.influxdb_client import InfluxDBClient
 from influxdb_client.rest import ApiException
+from influxdb_client.service.write_service import WriteService
 
 from monitor.influx_target import InfluxTarget
 
@@ -51,7 +52,7 @@ class InfluxHttp:
         self._target = target
         self._client = InfluxDBClient(
             target.url,
-            token=target.token or None,
+            token=target.token,  # empty: no such header
             org=target.org,
             timeout=(1000 * CONNECT_S, 1000 * READ_S),
             ssl_ca_cert=str(target.ca) if target.ca else None,

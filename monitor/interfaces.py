@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -13,25 +13,14 @@ from monitor.sensor import Missing, why
 _RANGE_32 = 1 << 32
 
 
-class Counts(Protocol):
-    """What `psutil.net_io_counters` gives for each interface, in part."""
-
-    bytes_recv: int
-    bytes_sent: int
-    errin: int
-    errout: int
-    dropin: int
-    dropout: int
-
-
 class _Totals(NamedTuple):
     received: int
     sent: int
     errors: int
 
 
-def counters() -> Mapping[str, Counts]:
-    """As the system has them: psutil's own `nowrap` takes what a 32-bit counter lost at its end for lost for good."""
+def counters() -> Mapping[str, Any]:
+    """By interface, as the system has them: psutil's own `nowrap` takes each wrap for a new beginning."""
     return psutil.net_io_counters(pernic=True, nowrap=False)
 
 
@@ -41,7 +30,7 @@ class Interfaces:
     One that is new has no point yet: it may have carried anything before it came here, as those of containers do.
     """
 
-    def __init__(self, read: Callable[[], Mapping[str, Counts]] = counters) -> None:
+    def __init__(self, read: Callable[[], Mapping[str, Any]] = counters) -> None:
         self._read = read
         self._last: dict[str, _Totals] = {}
         self._last_s = 0.0
@@ -76,10 +65,10 @@ def since(last: int, value: int) -> int:
     if value >= last:
         return value - last
     wrapped = value + _RANGE_32 - last
-    return wrapped if 0 <= wrapped <= _RANGE_32 // 2 else value
+    return wrapped if last < _RANGE_32 and wrapped <= _RANGE_32 // 2 else value
 
 
-def _totals(counts: Counts) -> _Totals:
+def _totals(counts: Any) -> _Totals:
     return _Totals(counts.bytes_recv, counts.bytes_sent, counts.errin + counts.errout + counts.dropin + counts.dropout)
 
 

@@ -54,7 +54,7 @@ class OwnProcesses:
         """One point for each that lives."""
         points: list[Point] = []
         twins: Counter[tuple[str, str, str]] = Counter()
-        for own in [self._monitor, *list(self._known.values())]:
+        for own in [self._monitor, *self._known.values()]:
             fields = _look(own, now_s)
             if fields is None:
                 if self._known.get(own.process.pid) is own:

@@ -26,7 +26,7 @@ from monitor.sqlite import FILE
 _STARTS_LIMIT = 5
 _LINKS_EVERY_S = 0.5
 # For what it has heard to reach the disk.
-_END_S = 8.0
+_END_S = 12.0
 
 
 class RunMonitor:
@@ -74,9 +74,7 @@ class RunMonitor:
         said = child.last_line()
         if child.starts >= _STARTS_LIMIT or child.status == ProcessRefused.STATUS:
             self._over = True
-            say(
-                f"there is no telemetry any more: the monitor ended: {said or 'it said nothing'} (its log: {child.log})"
-            )
+            say(f"no more telemetry: the monitor ended: {said or 'it said nothing'} (its log: {child.log})")
         else:
             say("the monitor ended by itself, and was started again")
             child.start()

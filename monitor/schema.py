@@ -194,6 +194,15 @@ _ALL = (
         _POWER,
     ),
     Measurement(
+        "energy",
+        "What a node's energy was spent on, so that the one can be divided by the other.",
+        _HERE,
+        (
+            Field("energy_j", "float", "J", "of all its GPUs and rails, each joule once, since the last point"),
+            _count("samples", "requests with a result and rows of steps, of sources on the node, since the last point"),
+        ),
+    ),
+    Measurement(
         "missing",
         "Something that cannot be measured on the node; said once.",
         (*_HERE, "sensor"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from monitor.event_door import EventDoor
 from monitor.event_reader import EventReader
 from monitor.points import Point, points_of
 from monitor.sampler import Sampler
+from monitor.spending import Spending
 from monitor.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ class Telemetry:
         self.run = run
         self.points = 0
         self._node, self._writers, self._spans = node, writers, spans
-        self._sampler = Sampler(node, run, every_s, self.add)
+        self._spending, self._spending_guard = Spending(node), threading.Lock()
+        self._sampler = Sampler(node, run, every_s, self._sampled)
         self._reader = EventReader(door, self._heard) if door else None
         self._deaf = deaf
 
@@ -63,17 +66,22 @@ class Telemetry:
 
     def add(self, points: Sequence[Point]) -> None:
         """Have points kept."""
+        with self._spending_guard:
+            self._spending.heed(points)
         self.points += len(points)
         for writer in self._writers:
             writer.add(points)
 
     def stop(self, timeout_s: float) -> None:
-        """Keep all that has come in so far, if the stores take it in time. May be called however far `start` came."""
-        end_s = time.monotonic() + timeout_s
+        """Keep all that has come in so far, if the stores take it in time. May be called however far `start` came.
+
+        What waits to be read is bounded and is read first, however long that takes on a busy machine.
+        """
         self._sampler.stop(_STOP_S)
         if self._reader:
             self._reader.stop()
         self.add([self.own_point()])
+        end_s = time.monotonic() + timeout_s
         for writer in (*self._writers, *((self._spans,) if self._spans else ())):
             writer.stop(max(0.0, end_s - time.monotonic()))
 
@@ -105,6 +113,12 @@ class Telemetry:
             "dropped_spans": self._spans.dropped if self._spans else 0,
         }
         return Point("monitor", time.time_ns(), {"node": self._node, "run": self.run}, fields)
+
+    def _sampled(self, points: Sequence[Point]) -> None:
+        self.add(points)
+        with self._spending_guard:
+            spent = self._spending.points(time.time_ns())
+        self.add(spent)
 
     def _heard(self, events: Sequence[Event]) -> None:
         self._sampler.heard(events)

@@ -40,7 +40,7 @@ _FAREWELL_S = 2.0
 
 
 class Worker:
-    """Serves one stage of a pipeline through one broker. Implements `stages.executor.Node`."""
+    """Serves one stage of a pipeline through one broker, and tells `events`. Implements `stages.executor.Node`."""
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -60,11 +61,15 @@ def cost(make: Callable[[], Sensor | Sensors], seconds: float) -> dict[str, floa
     return {"cpu_s_per_s": spent_s / count * PER_S, "points": points / count, "first_ms": 1000 * first_s}
 
 
+def _one(place: int) -> Sensor:
+    return sensors_of()[place]
+
+
 def measure(seconds: float) -> dict[str, dict[str, float]]:
     """Each sensor for a fourth of the time, all of them for all of it."""
     found = {}
     for place, sensor in enumerate(sensors_of()):
-        found[type(sensor).__name__] = cost(lambda place=place: sensors_of()[place], seconds / 4)
+        found[type(sensor).__name__] = cost(partial(_one, place), seconds / 4)
     with own_processes(0) as processes:
         found["all"] = cost(lambda: Sensors("bench", "bench", processes), seconds)
     with own_processes(OWN) as processes:

@@ -14,7 +14,7 @@ from tests.support.image import IMAGE, build
 from tests.support.parts import need
 
 ENGINES = {"image", "address"}  # the fixtures that need an engine; all others are made of them
-# What can be had without the images of InfluxDB and Chronograf, which stand in a profile of their own.
+# What can be had without the images of InfluxDB, Chronograf and Grafana, which stand in a profile of their own.
 SERVICES = ("broker", "gateway", "head", "body", "tail", "monitor")
 
 

@@ -86,9 +86,9 @@ def test_a_photograph_published_from_outside_gives_its_detections(door: Door, ph
 
 
 def test_the_file_as_a_whole_is_one_that_the_engine_takes(compose: Compose) -> None:
-    """InfluxDB and Chronograf included, whose images are not started here."""
+    """Telemetry included, whose images are not started here."""
     read = yaml.safe_load(compose("--profile", "telemetry", "config"))
-    assert set(read["services"]) == {*SERVICES, "influxdb", "chronograf"}
+    assert set(read["services"]) == {*SERVICES, "recorder", "influxdb", "chronograf", "grafana"}
 
 
 def test_no_container_may_write_its_files_or_become_more_than_it_is(compose: Compose) -> None:

@@ -13,6 +13,8 @@ import yaml
 from brokers.cli import main
 from brokers.pipeline import load_pipeline
 from brokers.roles import MONITOR, broker_name, source_name, stage_name
+from monitor.chronograf import DIALECT
+from monitor.grafana import SOURCE
 from tests.support.checkout import ROOT, files
 
 SITES = "deploy/kubernetes/sites"
@@ -21,6 +23,8 @@ LOCKED = "deploy/locked"
 COMPOSE = ROOT / "docker-compose.yml"
 STACKS = [ROOT / "deploy/swarm/stack.yml", ROOT / "deploy/swarm/telemetry.yml"]
 OURS = {"gateway", "head", "body", "tail", "monitor"}
+TELLING = OURS - {"monitor"}  # who has a monitor to tell what it does
+TELEMETRY = {"recorder", "influxdb", "chronograf", "grafana"}
 
 
 def parsed(path: Path) -> dict[str, Any]:
@@ -108,6 +112,7 @@ def test_every_image_has_a_version() -> None:
         "eclipse-mosquitto": {"2.0.22"},
         "influxdb": {"2.7.12"},
         "chronograf": {"1.10.7"},
+        "grafana/grafana": {"12.0.1"},
     }
 
 
@@ -128,6 +133,90 @@ def test_every_container_of_ours_and_the_broker_is_locked_down(path: Path) -> No
         assert "container_name" not in service, f"{name} could not be scaled"
     for name in OURS:
         assert services[name]["stop_grace_period"] == "30s", name
+
+
+@pytest.mark.parametrize("path", [COMPOSE, STACKS[1]], ids=["compose", "swarm"])
+def test_telemetry_is_locked_down_as_well(path: Path) -> None:
+    services = parsed(path)["services"]
+    for name in TELEMETRY - {"influxdb"}:  # which begins as root, and chooses an account by itself
+        service = services[name]
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service.get("mem_limit") or service["deploy"]["resources"]["limits"]["memory"], name
+        assert name == "recorder" or service["user"].partition(":")[0] not in ("", "0", "root"), name
+
+
+def test_without_the_profile_no_service_needs_a_secret() -> None:
+    services = parsed(COMPOSE)["services"]
+    assert {name for name, service in services.items() if service.get("profiles") == ["telemetry"]} == TELEMETRY
+    assert {name for name, service in services.items() if "secrets" in service} == TELEMETRY
+    for name in OURS | {"broker"}:
+        assert "SPARSE_INFLUX_URL" not in services[name].get("environment", {}), name
+        assert TELEMETRY.isdisjoint(services[name].get("depends_on", {})), name
+
+
+@pytest.mark.parametrize("path", [COMPOSE, STACKS[1]], ids=["compose", "swarm"])
+def test_the_recorder_listens_where_the_others_tell(path: Path) -> None:
+    services = parsed(path)["services"]
+    socket = Path(services["recorder"]["environment"]["SPARSE_MONITOR"])
+    for name in TELLING | {"recorder"}:
+        told = services[name]["environment"]
+        assert told["SPARSE_MONITOR"] == str(socket), name
+        assert told["SPARSE_RUN"] == "${SPARSE_RUN:-street}", name
+        assert mounts(services[name])[str(socket.parent)] == "sockets", name
+    # Another monitor there would take the socket from it.
+    assert "SPARSE_MONITOR" not in services.get("monitor", {}).get("environment", {})
+
+
+def mounts(service: dict[str, Any]) -> dict[str, str]:
+    """What is mounted where, in either notation."""
+    found: dict[str, str] = {}
+    for volume in service["volumes"]:
+        if isinstance(volume, str):
+            source, target = volume.split(":")[:2]
+            found[target] = source
+        else:
+            found[volume["target"]] = volume.get("source", "")
+    return found
+
+
+def test_telemetry_is_set_up_alike_by_compose_and_by_swarm() -> None:
+    demo, stack = (parsed(path)["services"] for path in (COMPOSE, STACKS[1]))
+    for name in TELEMETRY:
+        own = {**stack[name]["environment"]}
+        locks = {"SPARSE_TLS": "/run/secrets"} if name == "recorder" else {}
+        assert own == {**demo[name]["environment"], **locks}, name
+        assert stack[name].get("entrypoint") == demo[name].get("entrypoint"), name
+
+
+def test_both_files_mount_the_dashboards_where_they_are_looked_for() -> None:
+    demo, stack = (parsed(path)["services"] for path in (COMPOSE, STACKS[1]))
+    configs = parsed(STACKS[1])["configs"]
+    for name in ("chronograf", "grafana"):
+        in_demo = {
+            f"{target}/{file.relative_to(ROOT / source)}": file
+            for target, source in mounts(demo[name]).items()
+            if source.startswith("./")
+            for file in files(f"{source}/*")
+        }
+        in_stack = {
+            config["target"]: (STACKS[1].parent / configs[config["source"]]["file"]).resolve()
+            for config in stack[name]["configs"]
+        }
+        assert in_stack == in_demo
+    looked = demo["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    provider = parsed(ROOT / "deploy/grafana/provisioning/dashboards/sparse.yaml")["providers"][0]
+    assert str(Path(looked).parent) == provider["options"]["path"]
+    assert demo["chronograf"]["environment"]["RESOURCES_PATH"] in mounts(demo["chronograf"])
+
+
+def test_grafanas_source_is_the_one_that_its_dashboard_asks_and_the_bucket_that_is_written_to() -> None:
+    [source] = parsed(ROOT / "deploy/grafana/provisioning/datasources/sparse.yaml")["datasources"]
+    written = parsed(COMPOSE)["services"]["recorder"]["environment"]
+    assert {"type": source["type"], "uid": source["uid"]} == SOURCE
+    assert source["url"] == written["SPARSE_INFLUX_URL"]
+    assert source["jsonData"]["dbName"] == written["SPARSE_INFLUX_BUCKET"]
+    assert DIALECT.database == f'"{written["SPARSE_INFLUX_BUCKET"]}"..'
 
 
 def test_no_secret_stands_in_a_file() -> None:

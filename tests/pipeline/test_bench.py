@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from brokers.site import start_broker
 from monitor.figures import MEASUREMENTS_READ, measured
 from monitor.manifest import load_manifest
 from monitor.sqlite import SqliteReader
-from monitor.suite import FOLDER, PLACES
+from monitor.suite import FOLDER
 from tests.support.checkout import ROOT
 from tests.support.parts import need
 from tests.support.pipelines import counter, pipeline_file, stage
@@ -30,33 +29,34 @@ def results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_all_suites_of_a_task_are_measured_against_one_another(box: Machine) -> None:
+@pytest.mark.parametrize(
+    "places", [("cloud", "cloudlet"), ("hybrid-on-device", "device"), ("hybrid-off-device", "server")], ids="-and-".join
+)
+def test_suites_are_measured_against_one_another(box: Machine, places: tuple[str, str]) -> None:
     need("mosquitto")
     out = box.folder / "bench"
-    said = box.sparse("bench", "detect", *SHORT, "--out", out).end(timeout_s=280)
+    names = [f"detect-{place}" for place in places]
+    said = box.sparse("bench", *names, *SHORT, "--out", out).end(timeout_s=280)
     assert said.status == 0, said.err
-    names = [f"detect-{place}" for place in PLACES]
     runs = results(out)["runs"]
     assert list(runs) == [f"{name}-1" for name in names]
-    assert [runs[f"{name}-1"]["samples"] for name in names] == [25] * 6
     for name in names:
         run = runs[f"{name}-1"]
         points = {each: SqliteReader(out / f"{name}-1" / "telemetry.sqlite").points(each) for each in MEASUREMENTS_READ}
-        assert run["throughput_per_s"] == round(measured(points, 5).throughput_per_s, 4)
         assert len(points["request"]) == 30
-        links = [key for key in run if key.startswith("links.")]
-        assert bool(links) == (name != "detect-device")
+        assert run["samples"] == 25
+        assert run["throughput_per_s"] == round(measured(points, 5).throughput_per_s, 4)
+        assert any(key.startswith("links.") for key in run) == (name != "detect-device")
         # All of the latency is somewhere.
         stages = sum(value for key, value in run.items() if key.startswith("stages."))
         assert stages + run["network_ms"] == pytest.approx(run["latency_ms.mean"], rel=0.01)
         assert f"{name}-1: " in said.err
         assert name in said.out
-    # A cut costs bytes: the uncut server is sent JPEGs only, and the link to the cloud has more to carry of a cut.
-    jpegs = runs["detect-server-1"]["links.device - cloud.there_bytes"]
-    assert jpegs < runs["detect-hybrid-off-device-1"]["links.cloudlet - cloud.there_bytes"]
-    assert runs["detect-hybrid-off-device-1"]["links.cloudlet - cloud.there_bytes"] == pytest.approx(
-        1_384_448, rel=0.05
-    )
+    if "server" in places:
+        # A cut costs bytes: `sparse cuts` says what crosses the second; of the uncut network JPEGs do.
+        cut = runs["detect-hybrid-off-device-1"]["links.cloudlet - cloud.there_bytes"]
+        assert cut == pytest.approx(1_384_448, rel=0.05)
+        assert runs["detect-server-1"]["links.device - cloud.there_bytes"] < cut / 10
     found = load_manifest(out)
     assert found is not None
     assert (found.warm_up, found.requests, found.repeats, found.mode) == (5, 30, 1, "run")
@@ -146,7 +146,8 @@ def test_stages_that_are_up_elsewhere_are_measured_from_the_source_alone(box: Ma
     run = results(out)["runs"]["far-1"]
     assert run["samples"] == 30
     assert "stages.a.compute_ms" in run
-    assert "cpu_s.source" in run
+    lives = SqliteReader(out / "far-1" / "telemetry.sqlite").points("life")
+    assert "source" in {life.tags["role"] for life in lives}  # it had a monitor, though no `sparse run` was there
     found = load_manifest(out)
     assert found is not None
     assert found.mode == "source"
@@ -222,14 +223,6 @@ def test_a_folder_that_is_not_empty_is_left_alone(box: Machine) -> None:
     assert (said.status, said.err.count("\n")) == (2, 1)
     assert "it is not empty" in said.err
     assert not (box.folder / "manifest.json").exists()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_one_line(box: Machine) -> None:
-    closed = box.folder / "closed"
-    closed.mkdir(mode=0o500)
-    said = box.sparse("bench", "detect-device", "--out", closed / "bench").end()
-    assert (said.status, said.err.count("\n")) == (2, 1)
 
 
 def test_a_folder_below_a_file_is_one_line(box: Machine) -> None:

@@ -18,6 +18,7 @@ from tests.support.packets import Wire
 from tests.support.pipelines import counter, pipeline_file, stage
 from tests.support.processes import Machine, eventually
 from tests.support.sites import THREE_SITES, link, listen, sites_up
+from tests.support.telemetry import points
 
 PRESENCE = re.compile(r"sparse/(\w+)/[^/]+/[^/]+/up/[^/]+")
 READER = re.compile(r"sparse/(\w+)/")
@@ -98,6 +99,13 @@ def test_a_link_costs_its_delay_each_way(box: Machine) -> None:
         ("device", "cloudlet", 1.0),
     ]
     assert all(each["bytes_there"] > 20 * 800_000 for each in summary["links"])
+    told = points(box.folder / "out" / summary["files"]["telemetry"], "link")
+    assert len(told) > 2  # twice a second, and at the end
+    last = {(point.tags["from"], point.tags["to"]): point.fields for point in told}
+    for each in summary["links"]:
+        carried = last[each["site"], each["to"]]
+        for field, crossed in (("bytes_out", each["bytes_there"]), ("bytes_in", each["bytes_back"])):
+            assert crossed - 10_000 <= int(carried[field] or 0) <= crossed  # a goodbye may cross after it was told
     box.nothing_is_left()
 
 

@@ -30,6 +30,8 @@ PROGRAMS = {
     "influxd": "apt-get install influxdb",
     "victoria-metrics": "apt-get install victoria-metrics",
     "nginx": "apt-get install nginx-light",
+    "curl": "apt-get install curl",
+    "socat": "apt-get install socat",
     "kubectl": "see kubernetes.io, Install Tools",
 }
 FILES = {"darknet-files": (Path("/usr/share/darknet"), "apt-get install darknet")}

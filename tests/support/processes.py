@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,14 +89,15 @@ class Machine:
         self.temporary = folder / "temporary"
         self.temporary.mkdir(exist_ok=True)
         self.mark = uuid.uuid4().hex
+        self.sockets = Path(tempfile.gettempdir()) / f"sparse-{self.mark[:12]}"
         self._started: list[subprocess.Popen[bytes]] = []
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SPARSE_")},
             # pytest makes warnings errors in this process; what users start has none of its settings.
             "SPARSE_CACHE": str(cache_folder()),
             "TMPDIR": str(self.temporary),
-            # Not the monitor of this machine. Short: a socket's name has room for a hundred characters.
-            "SPARSE_MONITOR": str(Path(tempfile.gettempdir()) / f"sparse-{self.mark[:16]}.sock"),
+            # Where no monitor of this machine listens. Short: a socket's path has some hundred bytes.
+            "XDG_RUNTIME_DIR": str(self.sockets),
             _MARK: self.mark,
             **(environment or {}),
         }
@@ -147,6 +149,8 @@ class Machine:
 
     def clean(self) -> None:
         """Kill what is left, by its id."""
+        for started in self._started:
+            started.kill()  # for an instant after its start a process shows no environment, and so no mark
         for process in self.alive():
             try:
                 process.send_signal(signal.SIGKILL)
@@ -154,6 +158,7 @@ class Machine:
                 continue
         for started in self._started:
             started.wait(PATIENCE_S)
+        shutil.rmtree(self.sockets, ignore_errors=True)  # of monitors that were killed
 
 
 def _words(process: psutil.Process) -> list[str]:

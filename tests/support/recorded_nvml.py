@@ -24,13 +24,14 @@ class RecordedNvml:
 
     def __init__(self, recording: Path = TWO_GPUS, *, refuses_to_begin: int = 0) -> None:
         self.gpus = json.loads(recording.read_text())["gpus"]
+        self.questions = frozenset(self.gpus[0]["samples"][0])
         self.moment = 0
         self.begun = 0  # how often it was begun, less how often it was let go of
         self.calls: Counter[str] = Counter()
         self._refuses_to_begin = refuses_to_begin
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in {*self._lasting(), *self.gpus[0]["samples"][0]}:
+        if name not in {*self._lasting(), *self.questions}:
             raise AttributeError(name)
         return lambda *arguments: self._call(name, *arguments)
 

@@ -78,7 +78,7 @@ class Server(ABC):
 
 
 class Influx(Server):
-    """InfluxDB 1.6, behind nginx. `end` and `start` are those of the database; nginx stays, or goes with `away`."""
+    """InfluxDB 1.6. Clients come in by its door, which is another process: `end` ends the database only."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -134,6 +134,7 @@ class Door(Server):
     def __init__(self, folder: Path, behind: int) -> None:
         super().__init__(folder)
         self.behind = behind
+        self.token = TOKEN  # that it wants, from its next start on
 
     def command(self) -> list[str | Path]:
         path = self.folder / "nginx.conf"
@@ -149,7 +150,7 @@ http {{
     access_log off; client_max_body_size 25m; {temporary}
     server {{
         listen 127.0.0.1:{self.port};
-        if ($http_authorization != "Token {TOKEN}") {{ return 401 '{refusal}'; }}
+        if ($http_authorization != "Token {self.token}") {{ return 401 '{refusal}'; }}
         proxy_set_header Authorization "";
         location = /door {{ return 204; }}
         location = /api/v2/write {{
@@ -164,7 +165,7 @@ http {{
         return [need("nginx"), "-e", "stderr", "-c", path]
 
     def ready(self) -> bool:
-        asked = urllib.request.Request(f"{self.url}/door", headers={"Authorization": f"Token {TOKEN}"})
+        asked = urllib.request.Request(f"{self.url}/door", headers={"Authorization": f"Token {self.token}"})
         with urllib.request.urlopen(asked, timeout=5):
             return True
 

@@ -58,8 +58,9 @@ def test_without_a_limit_below_the_machines_memory_there_is_none(tmp_path: Path)
 
 
 def test_a_group_in_another_namespace_is_not_looked_for_outside_the_mount(tmp_path: Path) -> None:
-    own_groups(tmp_path, "0::/../../other")
+    own_groups(tmp_path, "0::/../other")
     group_v2(tmp_path, "", str(GIB), 600, 200)
+    group_v2(tmp_path, "../other", "4096", 7, 0)
     assert memory(tmp_path) == Memory(400, GIB)
 
 

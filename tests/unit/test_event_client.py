@@ -5,6 +5,7 @@ A socket in this process plays the monitor: tests/support/stand_in_monitor.py.
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import threading
@@ -203,6 +204,37 @@ def test_a_slow_monitor_is_waited_for_by_the_thread_only_and_hears_all_that_was_
         eventually("the sum", lambda: dropped_of(monitor) + len(monitor.of("start", "step_done")) == count + 1)
         assert steps_of(monitor)[-1] == count - 1
         assert dropped_of(monitor) > 0
+
+
+def test_of_a_batch_that_goes_in_part_only_the_rest_is_sent_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events so long that those taken at once make several datagrams, of which the second does not go."""
+    told, sent, goes = EventClient(path), list[bytes](), iter([True, False])
+
+    def send(datagram: bytes, count: int) -> bool:
+        if going := next(goes, True):
+            sent.append(datagram)
+        return going
+
+    monkeypatch.setattr(told, "_send", send)
+    for step in range(200):
+        told._put("step_done", None, {"step": step, "x" * 1000: 1})
+    assert not told._pass_on()
+    assert len(sent) == 1
+    assert told._pass_on()
+    steps = [json.loads(line)["step"] for datagram in sent for line in datagram.splitlines()]
+    assert steps == list(range(200))
+
+
+def test_of_what_comes_back_when_too_much_waits_the_oldest_go_and_are_counted(path: Path) -> None:
+    told = EventClient(path)
+    for step in range(WAITING_LIMIT):
+        told._put("step_done", None, {"step": step})
+    taken = told._take()
+    for step in range(100):
+        told._put("step_done", None, {"step": WAITING_LIMIT + step})
+    told._put_back(taken)
+    assert [figures["step"] for _, _, figures in told._waiting] == list(range(100, WAITING_LIMIT + 100))
+    assert told.dropped == 100
 
 
 def test_a_monitor_that_takes_nothing_is_given_up_at_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monitor.interfaces import Counts, Interfaces, counters, since
+from monitor.interfaces import Interfaces, counters, since
 from monitor.points import Point
 from tests.support.points import as_in_the_schema, reasons
 from tests.support.processes import eventually
@@ -32,8 +31,7 @@ class Counted:
 
 def play(*moments: dict[str, Counted]) -> list[dict[str, dict[str, Any]]]:
     """What is said of each interface at each of these moments, two a second."""
-    at: list[Mapping[str, Counts]] = [dict(moment) for moment in moments]
-    following = iter(at)
+    following = iter(moments)
     sensor = Interfaces(lambda: next(following))
     return [by_interface(sensor.sample(number, number / 2)) for number in range(len(moments))]
 
@@ -81,6 +79,10 @@ def test_a_counter_that_starts_again_has_what_it_counted_since() -> None:
     assert third["eth0"]["received_bytes"] == 1000
 
 
+def test_a_counter_beyond_32_bits_has_not_wrapped_there() -> None:
+    assert since(RANGE_32 + 5, 10) == 10
+
+
 def test_errors_that_were_counted_back_are_not_known() -> None:
     _, second, third = play({"eth0": Counted(dropin=9)}, {"eth0": Counted(dropin=2)}, {"eth0": Counted(dropin=3)})
     assert (second["eth0"]["errors"], third["eth0"]["errors"]) == (None, 1)
@@ -121,14 +123,14 @@ def test_an_interface_that_never_carried_anything_has_no_points() -> None:
 
 
 def test_counters_that_cannot_be_read_are_told_once_and_make_no_difference_up() -> None:
-    moments: list[dict[str, Counted] | None] = [{"lo": Counted(1)}, None, None, {"lo": Counted(9)}, {"lo": Counted(10)}]
+    moments = [{"lo": Counted(1)}, None, None, {"lo": Counted(9)}, {"lo": Counted(10)}]
     following = iter(moments)
 
-    def read() -> Mapping[str, Counts]:
+    def read() -> dict[str, Counted]:
         found = next(following)
         if found is None:
             raise PermissionError(13, "Permission denied", "/proc/net/dev")
-        return dict(found)
+        return found
 
     sensor = Interfaces(read)
     found = [sensor.sample(number, float(number)) for number in range(5)]
@@ -141,7 +143,7 @@ def test_counters_are_the_systems_own_and_not_what_psutil_makes_of_a_wrap(monkey
     # psutil adds the last value to all that comes after a lower one: of a wrap at 2**32, what was left to it is lost.
     asked = {}
 
-    def of_psutil(**settings: bool) -> dict[str, Counts]:
+    def of_psutil(**settings: bool) -> dict[str, Counted]:
         asked.update(settings)
         return {}
 
@@ -165,7 +167,7 @@ def test_what_goes_through_the_loopback_of_this_machine_is_seen() -> None:
         nonlocal received
         points = sensor.sample(2, 1.0)
         as_in_the_schema(points)
-        received += by_interface(points).get("lo", {}).get("received_bytes", 0)
+        received += int(by_interface(points).get("lo", {}).get("received_bytes", 0))
         return received >= 20 * 10_000
 
     eventually("the loopback's counters", seen)

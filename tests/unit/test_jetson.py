@@ -78,6 +78,7 @@ def test_what_the_whole_module_draws_is_the_total_and_its_parts_are_not_added_to
     found = Jetson(tmp_path).sample(1, 0.0)
     assert set(rails(found)) == {"VDD_IN", "VDD_IN/VDD_CPU_GPU_CV", "VDD_IN/VDD_SOC"}
     assert total(found) == {"VDD_IN"}
+    assert set(reasons(found)) == {"jetson.gpu"}
 
 
 def test_a_board_without_such_a_rail_has_the_sum_of_its_rails(tmp_path: Path) -> None:

@@ -46,8 +46,9 @@ def test_the_monitor_itself_is_always_among_them() -> None:
 def test_the_monitor_stays_the_monitor_whoever_else_it_says_it_is() -> None:
     own = OwnProcesses()
     own.began("run", "street", os.getpid(), "r1")
-    own.ended(os.getpid())
     assert [point.tags["role"] for point in own.sample(1, 0.0)] == ["monitor"]
+    own.ended(os.getpid())
+    assert [point.tags["role"] for point in own.sample(2, 0.5)] == ["monitor"]
 
 
 def test_a_process_that_began_is_sampled_with_its_role_name_and_run_until_it_ends(box: Machine) -> None:

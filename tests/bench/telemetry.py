@@ -1,0 +1,156 @@
+"""What telemetry costs a pipeline: `python -m tests.bench.telemetry`.
+
+The pipeline of `tests.bench.throughput` (VGG-11 at 224x224, two stages of one thread), its stages and its source told
+to tell a real monitor with a SQLite file, and told of a monitor that is not there. Both are up throughout, each with
+its own stages on one broker; rounds alternate, so that a machine that others use as well is slow for both. "ratio" is
+that of the medians; the monitor's processor time is what its own sensors say, over its rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from brokers.event_socket import SOCKET_VARIABLE
+from brokers.mosquitto import find as find_mosquitto
+from brokers.site import Kind, start_broker
+from monitor.children import Child, end_all
+from monitor.sqlite import FILE as STORE
+from tests.bench.events import await_socket, cpu_s
+from tests.bench.throughput import FILE, MODEL, pipelined
+from tests.support.telemetry import points
+
+
+@dataclass(slots=True)
+class Side:
+    """One of the two pipelines, and what its rounds gave."""
+
+    name: str
+    file: Path
+    address: str
+    socket: Path
+    stages: list[Child]
+    rates: list[float] = field(default_factory=list)  # results a second
+
+    def round(self, requests: int) -> None:
+        """One more round; the client in this process tells as the stages do."""
+        os.environ[SOCKET_VARIABLE] = str(self.socket)
+        self.rates.append(asyncio.run(pipelined(self.file, self.address, requests))[0])
+
+
+@contextmanager
+def side(name: str, folder: Path, address: str, cut: int, window: int) -> Iterator[Side]:
+    """A pipeline of its own name, whose stages tell who listens at `folder/NAME`, if anybody does."""
+    file, socket = folder / f"{name}.toml", folder / name
+    text = FILE.format(model=MODEL, cut=cut, window=window).replace('name = "bench"', f'name = "{name}"')
+    file.write_text(text)
+    stages = [
+        Child(
+            stage,
+            ("stage", str(file), stage, "--broker", address),
+            folder / f"{name}-{stage}.log",
+            environment={SOCKET_VARIABLE: str(socket)},
+        )
+        for stage in ("first", "second")
+    ]
+    try:
+        for stage in stages:
+            stage.start()
+        yield Side(name, file, address, socket, stages)
+    finally:
+        end_all(stages)
+
+
+def measure(kind: Kind, cut: int, requests: int, window: int, rounds: int) -> dict[str, float]:
+    """Medians of the rounds of both sides, and what the monitor took for its own."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name, start_broker(kind=kind) as broker:
+        folder = Path(name)
+        words = (
+            "monitor",
+            "--broker",
+            broker.address,
+            "--socket",
+            str(folder / "with"),
+            "--store",
+            str(folder / STORE),
+        )
+        monitor = Child("monitor", words, folder / "monitor.log")
+        try:
+            monitor.start()
+            await_socket(folder / "with")
+            with (
+                side("with", folder, broker.address, cut, window) as told,
+                side("without", folder, broker.address, cut, window) as untold,
+            ):
+                for each in (told, untold):  # the stages load, and the machine warms up
+                    each.round(requests)
+                    each.rates.clear()
+                used_s, took_s = _rounds((told, untold), monitor.process.pid, requests, rounds)
+        finally:
+            end_all([monitor])
+        kept = len(points(folder / STORE, "request"))
+    return {
+        "with_per_s": median(told.rates),
+        "without_per_s": median(untold.rates),
+        "ratio": median(told.rates) / median(untold.rates),
+        "rounds": rounds,
+        "requests": requests,
+        "kept": kept,
+        "monitor_cores": used_s / took_s,
+    }
+
+
+def _rounds(sides: Sequence[Side], pid: int, requests: int, rounds: int) -> tuple[float, float]:
+    """All rounds, in turns; the monitor's processor time in those that told it, and how long these took."""
+    used_s = took_s = 0.0
+    for number in range(rounds):
+        for each in sides if number % 2 else sides[::-1]:
+            before_s = cpu_s(pid)
+            each.round(requests)
+            if each is sides[0]:
+                used_s += cpu_s(pid) - before_s
+                took_s += requests / each.rates[-1]
+    return used_s, took_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=60, help="of a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--window", type=int, default=4)
+    parser.add_argument("--cut", type=int, default=11)
+    parser.add_argument(
+        "--broker", choices=["mosquitto", "embedded"], default="mosquitto" if find_mosquitto() else "embedded"
+    )
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    row = measure(options.broker, options.cut, options.requests, options.window, options.rounds)
+    if options.json:
+        print(json.dumps(row))
+        return
+    table = Table(title=f"VGG-11, two stages, {options.rounds} rounds of {options.requests} in turns, {options.broker}")
+    for column in ("with telemetry /s", "without /s", "ratio", "monitor, cores"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        *(f"{row[key]:.2f}" for key in ("with_per_s", "without_per_s")),
+        f"{row['ratio']:.3f}",
+        f"{row['monitor_cores']:.4f}",
+    )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
