@@ -39,6 +39,7 @@ PANELS = 6
 # No moment in a file: the same figure gives the same bytes.
 _TIMELESS: dict[Kind, Any] = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _LEGEND_CHARACTERS, _LEGEND_ROW_IN = 52, 0.19
+_TICKED = 8  # values, each of which has its tick, where points are few
 _ROOM = 0.08  # above the highest point, as a share of the axis
 _MARKERS = 8  # on a line of many points, so that lines are told apart without colour
 _WRITTEN: Any = {
@@ -97,6 +98,8 @@ def _draw_lines(table: Table, shape: Lines, names: Sequence[str]) -> Figure:
     right = max(axes.dataLim.x1 for axes in all_axes)
     for axes in all_axes:
         _dress(axes, shape, right)
+    if shape.markers and len(values := sorted(set(table.numbers(shape.x)))) <= _TICKED:
+        all_axes[-1].set_xticks(values, [f"{value:g}" for value in values])
     all_axes[-1].set_xlabel(shape.x_label)
     if len(keys) > 1 or len(names) > 1:
         _legend(drawn, list(keys.values()), list(keys))

@@ -10,6 +10,7 @@ from monitor.report_run import ReportRun, groups_of
 from monitor.report_series import Growth, Spread, bin_width_s, counters, means, over_repeats, rates, spread
 from monitor.report_table import Cell, Table, thinned
 from monitor.report_tables import POINTS
+from monitor.window import number
 
 _KILO, _MEGA = 1e3, 1e6
 _LOOPBACK = "lo"
@@ -99,7 +100,7 @@ def processor_s(runs: Sequence[ReportRun]) -> Table:
     """Seconds of processor time for a sample, by what the processes are."""
 
     def by_role(run: ReportRun) -> dict[str, float]:
-        return {role: seconds for role, seconds in run.figures.cpu_s.items() if role in _WORKING}
+        return {role: run.figures.cpu_s[role] for role in _WORKING if role in run.figures.cpu_s}
 
     return _for_a_sample("s", runs, by_role)
 
@@ -139,7 +140,18 @@ def _process(point: Point) -> str:
 
 
 def _processor_s(run: ReportRun) -> dict[str, Growth]:
+    """By process: the source, the workers in the order of a request's way, the others. Stores may mix them up."""
+    hops = sorted(run.points.get("hop", ()), key=lambda hop: (number(hop, "place"), hop.tags.get("worker", "")))
+    place = {name: count for count, name in enumerate(dict.fromkeys(hop.tags.get("worker", "") for hop in hops))}
     working = [point for point in run.points.get("process", ()) if point.tags.get("role") in _WORKING]
+    working.sort(
+        key=lambda point: (
+            _WORKING.index(point.tags["role"]),
+            place.get(point.tags["name"], len(place)),
+            point.tags["name"],
+            point.time_ns,
+        )
+    )
     return counters(run, working, ("cpu_s",), _process, added=False)
 
 

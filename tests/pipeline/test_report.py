@@ -13,12 +13,14 @@ import pytest
 from PIL import Image
 
 from brokers.site import LocalBroker
+from monitor.influx import InfluxStore
 from monitor.sqlite import FILE, SqliteReader, SqliteStore
 from tests.support.browser import PROGRAM, look
 from tests.support.made_up_runs import MadeUp, at, keep, manifest
 from tests.support.parts import need
 from tests.support.pipelines import counter, pipeline_file, stage
-from tests.support.processes import Machine, Said
+from tests.support.processes import Machine, Said, eventually
+from tests.support.servers import influx
 
 HOSTILE = "<script>alert(1)</script> & $x^2$ _"
 INFERENCE = ("completion", "where", "latency", "network", "network-cdf", "link-bytes", "cpu", "cpu-seconds")
@@ -165,6 +167,34 @@ def test_a_real_run_is_reported(box: Machine, embedded: LocalBroker) -> None:
     with (box.folder / "report" / "data" / "where.csv").open() as file:
         assert list(dict.fromkeys(row["stage"] for row in csv.DictReader(file))) == ["first", "second", ""]
     box.nothing_is_left()
+
+
+def test_a_run_in_influxdb_has_the_figures_of_the_same_run_in_a_file(box: Machine) -> None:
+    made_up = MadeUp("one", gpu=True)
+    points = made_up.points()
+    with influx(box.folder / "influx") as server:
+        store = InfluxStore(server.target, box.folder / "spool")
+        try:
+            store.write(points)
+            kept = sum(point.measurement == "process" for point in points)
+            eventually("all points in InfluxDB", lambda: server.count("process", "pid") == kept)
+            eventually("all hops in InfluxDB", lambda: server.count("hop", "place") == 3 * made_up.requests)
+        finally:
+            store.close()
+        there = {
+            "SPARSE_INFLUX_URL": server.target.url,
+            "SPARSE_INFLUX_BUCKET": server.target.bucket,
+            "SPARSE_INFLUX_TOKEN": server.target.token,
+        }
+        said = report(box, "influx:one", **there)
+        assert said.status == 0, said.err
+        unknown = report(box, "influx:two", **there)
+    assert (unknown.status, len(unknown.err.splitlines())) == (2, 1)
+    assert "influx:two: there is no such run in bucket" in unknown.err
+    data = box.folder / "report" / "data"
+    from_influx = {path.name: path.read_text() for path in data.iterdir()}
+    assert report(box, keep(points, box.folder / "one")).status == 0
+    assert from_influx == {path.name: path.read_text() for path in data.iterdir()}
 
 
 @pytest.mark.parametrize(
