@@ -60,6 +60,31 @@ class CannotResume(UsageError):
 
 
 @dataclass(eq=False)
+class NotARun(UsageError):
+    """Something that was to be reported on, and has no telemetry."""
+
+    what: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"cannot report on {self.what}: {self.problem}"
+
+
+@dataclass(eq=False)
+class CannotCompare(UsageError):
+    """Runs that have no figure in common."""
+
+    inference: str
+    training: str
+
+    def __str__(self) -> str:
+        return (
+            f"cannot compare {self.inference!r} with {self.training!r}: the first is of inference, the second of "
+            "training, and they have no figure in common; make a report of each"
+        )
+
+
+@dataclass(eq=False)
 class CannotServe(UsageError):
     """An address that is none of this machine's, or a port that not everybody may use."""
 

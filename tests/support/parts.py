@@ -19,6 +19,7 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/lo
 
 # What to install for each: Debian packages for programs and files, a distribution for modules.
 PROGRAMS = {
+    "chromium": "apt-get install chromium",
     "mosquitto": "apt-get install mosquitto",
     "mosquitto_passwd": "apt-get install mosquitto",
     "mosquitto_pub": "apt-get install mosquitto-clients",

@@ -18,6 +18,7 @@ from brokers.hops import Hop
 from brokers.messages import JPEG, JSON, SAFETENSORS, Blob, Body, Content
 from brokers.pipeline import load_pipeline
 from brokers.tensors import from_array
+from brokers.trace_context import TraceContext
 from brokers.transport import Properties
 from sources.feed import Feed, Report, content_of, draw
 from sources.intake import Intake
@@ -53,7 +54,7 @@ class Offload:
         self.window = Window(lambda: window)
         self._ask = ask
 
-    async def ask(self, content: Content, *, source: str, entered: bool) -> Answer:
+    async def ask(self, content: Content, *, source: str, entered: bool, parent: TraceContext | None) -> Answer:
         assert entered
         try:
             return await self._answer(content)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from monitor.census import Census
 from monitor.presence_points import presence_points
 from monitor.schema import MEASUREMENTS
 from tests.support.records import source_record, worker_record
 
 
-def heard(census: Census, now_s: float, *, retained: bool = False, **load: float) -> None:
+def heard(census: Census, now_s: float, *, retained: bool = False, **load: Any) -> None:
     for topic, record in (worker_record("w1", node="rack", **load), source_record("cam", window=4)):
         census.heard_birth(topic, record.to_bytes(), now_s, retained=retained)
 
 
 def test_a_record_is_a_point_with_all_fields_of_the_schema() -> None:
     census = Census()
-    load = {"queue": 4, "queue_ms": 250.0, "done": 9, "busy": 0.75, "task_ms": 12.5}
+    load: dict[str, Any] = {"queue": 4, "queue_ms": 250.0, "done": 9, "busy": 0.75, "task_ms": 12.5}
     heard(census, 10.0, **load)
     topic, record = source_record("yard", node="tower", dropped={"newer_came": 2, "x": 1}, retries={"WorkerLost": 5})
     census.heard_birth(topic, record.to_bytes(), 10.0)

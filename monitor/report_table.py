@@ -1,0 +1,108 @@
+"""The numbers of one figure, as rows: what is drawn, what stands on the page, and what its CSV file holds. Pure."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells, one for each column; None is what was not measured. A column's name ends with its unit."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def column(self, name: str) -> list[Cell]:
+        """All of its cells; raises `ValueError` for a column that is not there."""
+        place = self.columns.index(name)
+        return [row[place] for row in self.rows]
+
+    def numbers(self, name: str) -> list[float]:
+        """The same as numbers; NaN where there is none."""
+        return [float(cell) if isinstance(cell, int | float) else float("nan") for cell in self.column(name)]
+
+    def where(self, name: str, value: Cell) -> Table:
+        """Only the rows that have this value there."""
+        place = self.columns.index(name)
+        return Table(self.columns, tuple(row for row in self.rows if row[place] == value))
+
+    def values(self, name: str) -> list[str]:
+        """The different cells of a column of text, in the order in which they come."""
+        return list(dict.fromkeys(str(cell) for cell in self.column(name)))
+
+    def csv(self) -> str:
+        """As a CSV file: a line of names, then the rows; nothing where nothing was measured."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Drawn as lines: one for each value of `series`, a panel below the other for each value of `panel`."""
+
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+    series: str = "run"
+    panel: str = ""
+    spread: Literal["", "x", "y"] = ""  # `low` and `high` are columns, and bounds of this
+    steps: bool = False  # a value holds until the next point
+    share: bool = False  # y goes from 0 to 1
+    log_x: bool = False
+    markers: bool = False  # each point is a value of its own
+    one_key: bool = True  # one legend for all panels
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Drawn as one bar for each value of `bar`, made of `part`s end to end; `low` and `high` bound the whole."""
+
+    value: str
+    label: str
+    bar: str = "run"
+    part: str = "part"
+    within: str = ""  # a column by which parts belong together: written above them
+
+
+Shape = Lines | Stacks
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """One figure: how it is drawn, from which numbers, and what a reader sees in it."""
+
+    name: str
+    title: str
+    caption: str
+    table: Table
+    shape: Shape
+    beside: Table | None = None  # numbers that stand under the picture, for all to see
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A figure that no run has the numbers for."""
+
+    title: str
+    reason: str
+
+
+def thinned(rows: Sequence[tuple[Cell, ...]], limit: int) -> list[tuple[Cell, ...]]:
+    """At most so many of these rows, evenly chosen, the first and the last among them."""
+    if len(rows) <= limit:
+        return list(rows)
+    last = len(rows) - 1
+    return [rows[round(place * last / (limit - 1))] for place in range(limit)]
