@@ -23,26 +23,29 @@ from monitor.suite import find_suites, packaged
 WARM_UP = 20
 REPEATS = 3
 
+# Options of all that measures.
+Requests = Annotated[
+    int | None, typer.Option(min=1, help="Requests (training: steps) of a run, the warm-up's among them.")
+]
+WarmUp = Annotated[int, typer.Option(min=0, help="Requests (training: steps) at the beginning not to count.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Runs of each suite, or of each point of a sweep.")]
+Out = Annotated[Path | None, typer.Option(help="A folder for all of it; left out: a new folder below runs/.")]
+Json = Annotated[bool, typer.Option("--json", help="End with the results as one line of JSON.")]
+
 
 def command(
     suites: Annotated[
         list[str] | None, typer.Argument(help="Pipeline files, names of suites, or a task: all suites of it.")
     ] = None,
-    requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests (training: steps) of a run, the warm-up's among them.")
-    ] = None,
-    warm_up: Annotated[int, typer.Option(min=0, help="Requests (training: steps) at the beginning not to count.")] = (
-        WARM_UP
-    ),
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each suite.")] = REPEATS,
+    requests: Requests = None,
+    warm_up: WarmUp = WARM_UP,
+    repeats: Repeats = REPEATS,
     source_only: Annotated[
         bool, typer.Option("--source-only", help="Stages and brokers are up already: start the source only.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for all of it; left out: a new folder below runs/.")
-    ] = None,
+    out: Out = None,
     list_suites: Annotated[bool, typer.Option("--list", help="Print the suites that there are, and end.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="End with the results as one line of JSON.")] = False,
+    json: Json = False,
 ) -> int:
     """Measure suites, deployments of one network, against one another.
 

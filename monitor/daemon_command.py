@@ -60,15 +60,12 @@ def command(
         Path | None, typer.Option(help="Where events are heard; left out: SPARSE_MONITOR, else the usual place.")
     ] = None,
     store: Annotated[
-        Path | None,
-        typer.Option(help="Keep all that is heard and measured in this SQLite file. Left out: no file is written."),
+        Path | None, typer.Option(help="Keep all that is heard and measured in this SQLite file; left out: in none.")
     ] = None,
     limit: Annotated[
         float, typer.Option(min=0.001, help="GB that the file may grow to; then its oldest points go.")
     ] = 4.0,
-    run: Annotated[
-        str | None, typer.Option(help="The run that points belong to which name none; left out: SPARSE_RUN.")
-    ] = None,
+    run: Annotated[str | None, typer.Option(help="Of points that name no run; left out: SPARSE_RUN.")] = None,
     every: Annotated[float, typer.Option(min=0.05, max=3600.0, help="Seconds between two samples.")] = EVERY_S,
     traces: Annotated[
         str | None, typer.Option(help="Send spans to the OpenTelemetry collector at this URL (OTLP over HTTP).")
@@ -89,14 +86,12 @@ def command(
     if address is None and file is not None:
         raise NoBroker(str(file), site)
     name = os.environ.get(RUN_VARIABLE, "") if run is None else run
-    limit_bytes = int(limit * 1e9)
-    sys.setswitchinterval(_SWITCH_S)
-    return asyncio.run(
-        _serve(_Wanted(address, pipeline, host, port, socket, store, limit_bytes, name, every, traces, with_parent))
-    )
+    wanted = _Wanted(address, pipeline, host, port, socket, store, int(limit * 1e9), name, every, traces, with_parent)
+    return asyncio.run(_serve(wanted))
 
 
 async def _serve(wanted: _Wanted) -> int:
+    sys.setswitchinterval(_SWITCH_S)
     leaving = Leaving()
     leaving.heed_signals()
     if wanted.with_parent:

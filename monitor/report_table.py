@@ -63,7 +63,6 @@ class Lines:
     share: bool = False  # y goes from 0 to 1
     log_x: bool = False
     markers: bool = False  # each point is a value of its own
-    one_key: bool = True  # one legend for all panels
 
 
 @dataclass(frozen=True)

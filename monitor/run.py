@@ -18,6 +18,7 @@ from brokers.identity import transport_to
 from brokers.mqtt import MqttTransport
 from brokers.parent import STOPPED, end_with_parent
 from brokers.pipeline import BROKER_VARIABLE, Pipeline, load_pipeline, new_run_folder
+from brokers.tables import StageTable
 from brokers.topics import every_presence, ingress, results
 from brokers.transport import Delivery
 from monitor.children import Child, end_all, kill_all
@@ -38,15 +39,9 @@ CHECKPOINTS = "checkpoints"
 
 def command(
     file: Annotated[Path, typer.Argument(help="The pipeline file.")],
-    broker: Annotated[
-        str | None, typer.Option(help="mosquitto, embedded, or the address of one that runs: mqtt://HOST:PORT.")
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Where the broker that is started listens.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where results are kept; left out: a new folder below runs/.")
-    ] = None,
+    broker: Annotated[str | None, typer.Option(help="mosquitto, embedded, or an address: mqtt://HOST:PORT.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where a broker of ours listens.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where results go; left out: a new folder below runs/.")] = None,
     pictures: Annotated[bool, typer.Option(help="Keep annotated pictures of what was found.")] = True,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the training of a former run: its folder below runs/.")
@@ -71,8 +66,7 @@ def command(
         status, summary = asyncio.run(run.go(with_parent))
     if summary is None:
         return status
-    summary["broker"] = sites.main.label
-    summary["files"] = {**summary["files"], "telemetry": run.monitor.file}
+    summary |= {"broker": sites.main.label, "files": {**summary["files"], "telemetry": run.monitor.file}}
     if sites.links:
         summary["links"] = [link.told() for link in sites.links]
     if json:
@@ -105,37 +99,30 @@ class Run:
         except OSError as error:
             raise BadFile(str(folder), f"the results cannot be written: {error.strerror}") from None
         self.monitor = RunMonitor(pipeline, sites, folder, telemetry)
-        file = pipeline.path
-        workers = sum(stage.workers for stage in pipeline.stage)
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        own = pipeline.trains and pipeline.training.checkpoints is None
-        kept = ("--checkpoints", str(folder / CHECKPOINTS)) if own else ()
         self._stages = [
-            Child(
-                f"stage {stage.name}",
-                (
-                    "stage",
-                    file,
-                    stage.name,
-                    "--worker",
-                    f"{stage.name}-{number}",
-                    "--threads",
-                    str(stage.threads or threads),
-                    *kept,
-                ),
-                logs / f"{stage.name}-{number}.log",
-                environment={BROKER_VARIABLE: sites.address(stage.site), **self.monitor.environment},
-            )
-            for stage in pipeline.stage
-            for number in range(1, stage.workers + 1)
+            self._worker(stage, number) for stage in pipeline.stage for number in range(1, stage.workers + 1)
         ]
         options = (*(() if pictures else ("--no-pictures",)), *(("--resume",) if resume else ()))
-        arguments = ("source", file, "--out", str(folder), "--json", *options)
+        arguments = ("source", pipeline.path, "--out", str(folder), "--json", *options)
         handed = {BROKER_VARIABLE: sites.address(pipeline.source.site), **self.monitor.environment}
         self._source = Child("source", arguments, logs / "source.log", answers=True, environment=handed)
         self._leaving = asyncio.Event()
         self._left_with = STOPPED  # the exit status once told to leave
         self._end_s = float("inf")  # when the source, told to end, is waited for no longer
+
+    def _worker(self, stage: StageTable, number: int) -> Child:
+        """One worker of a stage; the workers share the machine's threads, unless the file says otherwise."""
+        workers = sum(each.workers for each in self._pipeline.stage)
+        threads = stage.threads or max(1, (os.cpu_count() or 1) // workers)
+        name = f"{stage.name}-{number}"
+        own = self._pipeline.trains and self._pipeline.training.checkpoints is None
+        kept = ("--checkpoints", str(self._folder / CHECKPOINTS)) if own else ()
+        return Child(
+            f"stage {stage.name}",
+            ("stage", self._pipeline.path, stage.name, "--worker", name, "--threads", str(threads), *kept),
+            self._folder / "logs" / f"{name}.log",
+            environment={BROKER_VARIABLE: self._sites.address(stage.site), **self.monitor.environment},
+        )
 
     async def go(self, with_parent: bool = False) -> tuple[int, dict[str, Any] | None]:
         """Run it all; the exit status, and the source's summary if it came to one."""

@@ -13,7 +13,7 @@ import typer
 
 from brokers.pipeline import new_run_folder
 from monitor.bench import Plan
-from monitor.bench_command import REPEATS, WARM_UP, make_bench, show
+from monitor.bench_command import REPEATS, WARM_UP, Json, Out, Repeats, Requests, WarmUp, make_bench, show
 from monitor.bench_errors import NoSweep
 from monitor.case import Case
 from monitor.suite import Suite, find_suites
@@ -32,17 +32,11 @@ def command(
         str | None,
         typer.Option(help="Cuts, as 4,8,13, or all, each in turn, and no cut, of a network in two stages."),
     ] = None,
-    requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests (training: steps) of a run, the warm-up's among them.")
-    ] = None,
-    warm_up: Annotated[int, typer.Option(min=0, help="Requests (training: steps) at the beginning not to count.")] = (
-        WARM_UP
-    ),
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each point.")] = REPEATS,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for all of it; left out: a new folder below runs/.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="End with the results as one line of JSON.")] = False,
+    requests: Requests = None,
+    warm_up: WarmUp = WARM_UP,
+    repeats: Repeats = REPEATS,
+    out: Out = None,
+    json: Json = False,
 ) -> int:
     """Measure a pipeline at several batch sizes or cuts, and name the best.
 
