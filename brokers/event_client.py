@@ -25,7 +25,8 @@ from brokers.events import DATAGRAM_LIMIT_BYTES, Role
 
 log = logging.getLogger(__name__)
 
-Work = Literal["task_processed", "batch_processed", "request_done", "step_done", "link_carried"]
+# `start` is of another process, which cannot say it itself: a broker.
+Work = Literal["start", "task_processed", "batch_processed", "request_done", "step_done", "link_carried"]
 
 # About 6 MB: a worker that does 100 tasks a second tells so much in 40 s.
 WAITING_LIMIT = 8192

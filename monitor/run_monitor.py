@@ -38,6 +38,7 @@ class RunMonitor:
         named = os.environ.get(SOCKET_VARIABLE)
         self._child: Child | None = None
         self._links_s = 0.0
+        self._brokers: set[int] = set()  # process ids of those that the monitor has been told of
         self._over = False
         self._socket = Path(named) if named and wanted else _private_socket()
         if wanted and not named:
@@ -67,6 +68,7 @@ class RunMonitor:
         now_s = time.monotonic()
         if now_s - self._links_s >= _LINKS_EVERY_S:
             self._links_s = now_s
+            self._tell_brokers()
             self._tell_links()
         child = self._child
         if child is None or self._over or child.status is None:
@@ -97,6 +99,13 @@ class RunMonitor:
         words = ("monitor", pipeline.path, "--socket", str(self._socket), "--store", store, "--run", self._run)
         handed = {BROKER_VARIABLE: self._sites.main.address}
         return Child("monitor", words, self._folder / "logs" / "monitor.log", environment=handed)
+
+    def _tell_brokers(self) -> None:
+        """Brokers of ours are part of what a run costs, and cannot say so themselves."""
+        for site, broker in self._sites.brokers.items():
+            if broker.own and broker.own.pid not in self._brokers:
+                self._brokers.add(broker.own.pid)
+                self._events.tell("start", role="broker", name=site, pid=broker.own.pid)
 
     def _tell_links(self) -> None:
         for link in self._sites.links:
