@@ -60,6 +60,8 @@ def test_one_datagram_holds_one_event_or_many(ear: Ear) -> None:
         (task(queue_ms=float("nan")), "task_processed: queue_ms: Input should be"),
         (task(stage=None), "task_processed: stage: Input should be a valid string"),
     ],
+    # A line says what time it is, which no two processes of pytest would agree on.
+    ids=lambda value: value if isinstance(value, str) else "line",
 )  # fmt: skip
 def test_a_line_that_is_no_event_is_counted_and_said_without_what_it_held(
     ear: Ear, line: bytes, said: str, caplog: pytest.LogCaptureFixture
