@@ -224,13 +224,15 @@ class EventClient:
         if now_s - self._looked_s < LOOK_EVERY_S:
             return False
         self._looked_s = now_s
-        line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        line = None
         try:
+            line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * DATAGRAM_LIMIT_BYTES)
             line.settimeout(_SEND_S)
             line.connect(str(self._path))
-        except OSError as error:
-            line.close()
+        except OSError as error:  # this process may have no descriptor left, too
+            if line is not None:
+                line.close()
             self._complain(error)
             return False
         self._socket = line

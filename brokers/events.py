@@ -19,7 +19,10 @@ TEXT_LIMIT = 128  # characters of a name
 HOPS_LIMIT = 64  # of one request
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-_Figure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Sums of what is made up must stay numbers, too, and a time plus some nanoseconds one that SQLite can hold.
+_LARGEST_FIGURE = 1e12
+_TIME_LIMIT_NS = 1 << 62
+_Figure = Annotated[float, Field(ge=0, le=_LARGEST_FIGURE, allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=TEXT_LIMIT)]
 Role = Literal["run", "stage", "source", "broker", "monitor", "bench", "other"]
 Phase = Literal["inference", "forward", "backward", "update"]
@@ -30,7 +33,7 @@ class _Event(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    time_ns: Annotated[int, Field(gt=0, lt=1 << 63)] = Field(description="Unix time, by the sender's clock")
+    time_ns: Annotated[int, Field(gt=0, lt=_TIME_LIMIT_NS)] = Field(description="Unix time, by the sender's clock")
     run: _Text = Field(default="", description="which run it is part of: SPARSE_RUN of the sender")
     site: _Text = ""
     pipeline: _Text = ""

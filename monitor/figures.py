@@ -10,13 +10,15 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil
 
 from monitor.energy import adds_up
+from monitor.errors import NoSamples
 from monitor.points import Point
 from monitor.window import Counter, Kind, PointsByName, Window, number, window_of
 
 # Of `monitor.schema`: what `measured` looks at.
-MEASUREMENTS_READ = ("request", "hop", "task", "batch", "step", "link", "process", "gpu", "power", "missing")
+MEASUREMENTS_READ = ("request", "hop", "task", "batch", "step", "link", "life", "process", "gpu", "power", "missing")
 TIMES = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
 PERCENTS = (50, 95, 99)
 _POWER_SENSORS = ("gpu", "rapl", "jetson")
@@ -77,6 +79,8 @@ def measured(points: PointsByName, warm_up: int = 0) -> Figures:
     trains = window.kind == "training"
     done = window.done
     samples = sum(round(number(point, "rows")) for point in done) if trains else len(done)
+    if not samples:  # steps of no rows
+        raise NoSamples("rows", 0, 0, warm_up)
     took_ms = [number(point, "step_ms" if trains else "latency_ms") for point in done]
     span_s = sum(took_ms) / 1000 if trains else window.span_s
     energy, missing = _energy(points, window, samples)
@@ -101,8 +105,7 @@ def measured(points: PointsByName, warm_up: int = 0) -> Figures:
 def percentiles(values: Collection[float]) -> dict[str, float]:
     """`p50`, `p95` and `p99`: values that were there, by the nearest rank; empty where there are none."""
     ordered = sorted(values)
-    last = len(ordered) - 1
-    return {f"p{percent}": ordered[round(last * percent / 100)] for percent in PERCENTS if ordered}
+    return {f"p{percent}": ordered[ceil(len(ordered) * percent / 100) - 1] for percent in PERCENTS if ordered}
 
 
 def _mean(values: Collection[float]) -> float:
@@ -160,14 +163,25 @@ def _grown(carried: Counter, window: Window) -> float:
 
 
 def _cpu(points: PointsByName, window: Window, samples: int) -> dict[str, float]:
-    """Processor time in the window by role; a process that began in the window counts from its beginning."""
+    """Processor time in the window by role; a process that began in the window counts from its beginning.
+
+    One that was there before, and is first seen in it, has what is seen then from before.
+    """
+    born_ns = {
+        (point.tags.get("role", ""), point.tags.get("name", ""), str(point.fields.get("pid"))): point.time_ns
+        for point in points.get("life", ())
+        if point.fields.get("event") == "start"
+    }
     seen: dict[tuple[str, ...], list[tuple[int, float]]] = defaultdict(list)
     for point in points.get("process", ()):
         if point.fields.get("cpu_s") is not None:
             which = tuple(point.tags.get(tag, "") for tag in ("role", "node", "name"))
             seen[*which, str(point.fields.get("pid"))].append((point.time_ns, number(point, "cpu_s")))
     by_role: dict[str, float] = defaultdict(float)
-    for (role, *_), own in seen.items():
+    for (role, _, name, pid), own in seen.items():
+        first_ns, first_s = own[0]
+        if born_ns.get((role, name, pid), 0) <= window.begin_ns < first_ns:
+            own.insert(0, (window.begin_ns, first_s))
         counter = Counter(tuple(own))
         by_role[role] += (counter.at(window.end_ns) - counter.at(window.begin_ns)) / samples
     return dict(by_role)

@@ -66,9 +66,9 @@ def _checked_url(text: str) -> str:
     if parts.username is not None or parts.password is not None:
         raise BadSetting(URL, f"no user and no password belong there: {TOKEN_FILE} names a file with the token")
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadSetting(URL, f"{text!r} is no address of a server; {expected}")
+        raise BadSetting(URL, f"it is no address of a server; {expected}")
     if parts.query or parts.fragment or not text.isprintable() or " " in text:
-        raise BadSetting(URL, f"{text!r} has more than an address; {expected}")
+        raise BadSetting(URL, f"it has more than an address; {expected}")
     return text.rstrip("/")
 
 

@@ -19,6 +19,8 @@ from monitor.points import Point, Value
 from monitor.schema import MEASUREMENTS, Type
 
 _SERIES_LIMIT = 4096  # whose last times are remembered, and whose text is
+# Points of a series that come out of order by less than this are written in the order in which they come.
+_NEAR_NS = 1_000_000
 _INT_LIMIT = 1 << 63  # of a signed integer of 64 bits
 _CONTROLS = dict.fromkeys((*range(0x20), 0x7F), " ")
 _PLAIN_TAG = str.maketrans({**_CONTROLS, ord("\\"): "/"})
@@ -38,11 +40,12 @@ def plain_text(value: str) -> str:
 
 class Lines:
     """Makes lines of points, in order. To InfluxDB two points of one series at one time are one point: the second comes
-    a nanosecond later, the third two. A clock that counts milliseconds makes such points, and all shall be there.
+    a nanosecond later, the third two. A clock that counts milliseconds makes such points, and all shall be there: also
+    those that another thread had a moment earlier, and that come a moment later.
     """
 
     def __init__(self) -> None:
-        self._last: dict[str, tuple[int, int]] = {}  # of each series: the time of its last points, how many had it
+        self._last: dict[str, int] = {}  # of each series: the time that was written last
 
     def of(self, points: Iterable[Point]) -> list[str]:
         """A line for each point that has a value; raises `KeyError` for a measurement that is none of the schema's."""
@@ -51,12 +54,13 @@ class Lines:
     def _apart(self, point: Point) -> int:
         last = self._last
         key = series(point)
-        time_ns, count = last.get(key, (0, 0))
-        count = count + 1 if time_ns == point.time_ns else 0
+        time_ns, before_ns = point.time_ns, last.get(key, 0)
+        if 0 <= before_ns - time_ns < _NEAR_NS:
+            time_ns = before_ns + 1
         if len(last) >= _SERIES_LIMIT:
             last.clear()
-        last[key] = (point.time_ns, count)
-        return point.time_ns + count
+        last[key] = time_ns
+        return time_ns
 
 
 def line(point: Point, time_ns: int) -> str:

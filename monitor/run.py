@@ -25,6 +25,7 @@ from monitor.children import Child, end_all, kill_all
 from monitor.errors import CannotResume, ProcessEnded, ProcessRefused
 from monitor.run_monitor import RunMonitor
 from monitor.run_sites import RunSites, find_sites
+from monitor.sqlite import FILE
 from monitor.summary import print_summary
 from monitor.watch import watch
 
@@ -60,7 +61,7 @@ def command(
     Example: sparse run examples/street.toml
     """
     pipeline = load_pipeline(file)
-    folder = _former(pipeline, resume) if resume else out or new_run_folder(Path("runs"), pipeline.name)
+    folder = _former(pipeline, resume) if resume else _fresh(out) or new_run_folder(Path("runs"), pipeline.name)
     with find_sites(pipeline, broker, port) as sites:
         run = Run(pipeline, sites, folder, pictures, resume is not None, telemetry)
         status, summary = asyncio.run(run.go(with_parent))
@@ -74,6 +75,13 @@ def command(
     else:
         print_summary(summary)
     return status
+
+
+def _fresh(out: Path | None) -> Path | None:
+    """The folder that is asked for: one with a run in it would take the two for one, in all that is counted later."""
+    if out is not None and (out / FILE).exists():
+        raise BadFile(str(out), f"it holds a run already ({FILE}): name another folder for this one")
+    return out
 
 
 def _former(pipeline: Pipeline, folder: Path) -> Path:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from monitor.points import Point
 
+# What stores can hold, whatever number of rows somebody makes up.
+_MOST = 1 << 53
+
 
 @dataclass(slots=True)
 class _Spent:
@@ -32,7 +35,8 @@ class Spending:
                 case "request" if not point.fields["error"]:
                     self._of(point).samples += 1
                 case "step":
-                    self._of(point).samples += int(point.fields["rows"] or 0)
+                    spent = self._of(point)
+                    spent.samples = min(spent.samples + int(point.fields["rows"] or 0), _MOST)
                 # A rail with a slash in its name is part of another one.
                 case "gpu":
                     self._use(point)

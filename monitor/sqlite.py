@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ _TYPES = {"float": "REAL", "int": "INTEGER", "bool": "INTEGER", "text": "TEXT"}
 _BUSY_S = 10.0  # a reader may hold the file for a moment
 # Of a file that has grown to its limit so much goes, the oldest; its place in the file is used again.
 _ROOM_MADE = 0.1
+_SHORT_TABLE = 1000  # rows
 
 
 class SqliteStore:
@@ -54,7 +55,9 @@ class SqliteStore:
             raise BadStore(str(self.path), str(error)) from None
 
     def close(self) -> None:
-        """Leaves one file: what SQLite keeps beside it goes into it."""
+        """Leaves one file: what SQLite keeps beside it goes into it, and readers make nothing new."""
+        with suppress(sqlite3.Error):  # somebody reads it just now
+            self._connection.execute("PRAGMA journal_mode=DELETE")
         self._connection.close()
 
     def _used_bytes(self) -> int:
@@ -65,10 +68,13 @@ class SqliteStore:
         return int((pages - free) * page_bytes)
 
     def _make_room(self) -> None:
-        """Take the oldest tenth of each table: in the order of writing, since times are what senders say they are."""
+        """Take the oldest tenth of each table: in the order of writing, since times are what senders say they are.
+
+        Short tables stay: what is said once, such as a sensor that is missing, is in one.
+        """
         for name in MEASUREMENTS:
             first, last = self._connection.execute(f'SELECT min(rowid), max(rowid) FROM "{name}"').fetchone()
-            if first is not None:
+            if first is not None and last - first >= _SHORT_TABLE:
                 cut = first + max(1, int((last - first) * _ROOM_MADE))
                 with self._connection:  # a transaction each, so that none is long
                     self._connection.execute(f'DELETE FROM "{name}" WHERE rowid < ?', (cut,))

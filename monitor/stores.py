@@ -33,13 +33,14 @@ def writers(
     from monitor.influx import InfluxStore
 
     folder = file.parent / "influx-spool" if beside and file else spool_folder(environment)
-    store = InfluxStore(target, folder)
     try:
+        store = InfluxStore(target, folder)
+        found.append(Writer(store, str(target)))
         store.check()
     except BadStore as error:
         if not beside:
-            store.close()
+            for writer in found:
+                writer.stop(0.0)
             raise
         log.warning("%s", error)
-    found.append(Writer(store, str(target)))
     return found

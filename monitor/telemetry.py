@@ -68,7 +68,7 @@ class Telemetry:
         """Have points kept."""
         with self._spending_guard:
             self._spending.heed(points)
-        self.points += len(points)
+            self.points += len(points)
         for writer in self._writers:
             writer.add(points)
 
@@ -80,9 +80,12 @@ class Telemetry:
         self._sampler.stop(_STOP_S)
         if self._reader:
             self._reader.stop()
-        self.add([self.own_point()])
+        self._sampled([self.own_point()])
         end_s = time.monotonic() + timeout_s
-        for writer in (*self._writers, *((self._spans,) if self._spans else ())):
+        writers = (*self._writers, *((self._spans,) if self._spans else ()))
+        for writer in writers:  # all at once: one that hangs takes none of the others' time
+            writer.leave(timeout_s)
+        for writer in writers:
             writer.stop(max(0.0, end_s - time.monotonic()))
 
     @property

@@ -83,10 +83,14 @@ class Writer(Generic[T]):
                 else:
                     self._dropped += 1
 
-    def stop(self, timeout_s: float) -> None:
-        """Write what waits, if that can be done in time, and close the store. May be called twice."""
+    def leave(self, timeout_s: float) -> None:
+        """Begin to stop: write what waits, if that can be done in time. `stop` still has to be called."""
         self._end_s = time.monotonic() + timeout_s
         self._leaving.set()
+
+    def stop(self, timeout_s: float) -> None:
+        """Write what waits, if that can be done in time, and close the store. May be called twice."""
+        self.leave(timeout_s)
         if self._thread.ident is None:  # never started
             self._close()
             return
@@ -121,10 +125,14 @@ class Writer(Generic[T]):
             except BadStore as error:
                 self._complain(error)
                 return False
+            except Exception:  # what is in it would meet the store again and again, and all that comes behind it wait
+                log.exception("%s cannot take %d points: they are dropped", self.name, len(batch))
+                self._dropped += len(batch)
+            else:
+                self.written += len(batch)
             with self._mutex:
                 for _ in batch:
                     self._waiting.popleft()
-            self.written += len(batch)
         return True
 
     def _complain(self, error: BadStore) -> None:

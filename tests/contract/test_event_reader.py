@@ -87,8 +87,9 @@ def test_a_flood_of_garbage_is_one_line_a_kind_and_takes_nothing_from_the_rest(
     for number in range(300):
         send(ear.reader.door.path, b"garbage\n" * 100 + event(f"unknown-{number}") + task(number))
     eventually("all of it", lambda: ear.reader.events == 300 and ear.reader.bad_events == 300 * 101)
-    assert len(caplog.messages) == 2
-    assert len(ear.heard) == 300
+    eventually("all events", lambda: len(ear.heard) == 300)
+    eventually("what is wrong with them", lambda: len(caplog.messages) >= 2)
+    assert len(caplog.messages) < 20  # two, and two more for each 10 s that a busy machine takes
 
 
 def test_what_memory_has_no_room_for_is_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -44,7 +44,7 @@ def test_without_a_warm_up_the_window_begins_with_the_first_request() -> None:
     assert (found.kind, found.samples, found.failed, found.retries) == ("inference", 4, 1, 3)
     assert found.span_s == 3.0  # 10.0 to 13.0
     assert found.throughput_per_s == pytest.approx(4 / 3)
-    assert found.latency_ms == {"mean": 350.0, "p50": 400.0, "p95": 500.0, "p99": 500.0}
+    assert found.latency_ms == {"mean": 350.0, "p50": 300.0, "p95": 500.0, "p99": 500.0}
     assert found.network_ms == 55.0
 
 
@@ -127,9 +127,23 @@ def test_processor_time_is_of_the_window_and_by_role() -> None:
         process(11.0, "source", 3, 1.25),
         process(11.0, "source", 3, None),
     ]
-    found = measured({"request": REQUESTS, "process": seen}, warm_up=2)
+    born = point("life", 11.5, {"role": "stage", "name": "stage-1"}, event="start", pid=2)
+    found = measured({"request": REQUESTS, "process": seen, "life": [born]}, warm_up=2)
     # Stage: at 11.0 it is 5.5, at 13.0 it is 7.5; and 0.7 of the other.
     assert found.cpu_s == {"stage": pytest.approx((2.0 + 0.7) / 2), "source": 0.0}
+
+
+def test_processor_time_from_before_the_window_is_no_samples() -> None:
+    """A process that imported for seconds, began just before the window, and is seen in it for the first time."""
+    born = point("life", 10.9, {"role": "source", "name": "source-1"}, event="start", pid=7)
+    seen = [process(11.4, "source", 7, 3.0), process(13.0, "source", 7, 3.5)]
+    found = measured({"request": REQUESTS, "process": seen, "life": [born]}, warm_up=2)
+    assert found.cpu_s == {"source": pytest.approx(0.25)}
+
+
+def test_steps_of_no_rows_are_no_samples() -> None:
+    with pytest.raises(NoSamples, match="no samples"):
+        measured({"step": [point("step", 1, step=1, rows=0, step_ms=10.0)]})
 
 
 def energy(at_s: float, joules: float | None, rail: str = "package-0") -> Point:
@@ -168,7 +182,7 @@ def test_a_run_with_nothing_to_measure_says_so(points: Sequence[Point], warm_up:
 
 
 def test_percentiles_are_values_that_were_there() -> None:
-    assert percentiles([float(value) for value in range(1, 101)]) == {"p50": 51.0, "p95": 95.0, "p99": 99.0}
+    assert percentiles([float(value) for value in range(1, 101)]) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
     assert percentiles([7.0]) == {"p50": 7.0, "p95": 7.0, "p99": 7.0}
     assert percentiles([]) == {}
 

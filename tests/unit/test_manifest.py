@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from brokers.pipeline import load_pipeline
 from monitor.case import Case, case_of
 from monitor.errors import BadManifest
 from monitor.hardware import hardware, revision, versions
-from monitor.manifest import FILE, Manifest, load_manifest, suite_record
+from monitor.manifest import FILE, Manifest, load_manifest, suite_record, without_passwords
 from monitor.suite import FOLDER, find_suites
 from monitor.sweep import cut_cases
 from tests.support.checkout import ROOT
@@ -66,6 +67,22 @@ def test_a_password_in_a_brokers_address_is_not_in_it(tmp_path: Path) -> None:
     text = suite_record(Case("far", path, load_pipeline(path)), False, []).text
     assert "hush" not in text
     assert "broker = 'mqtts://fog@far.example:8884'" in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"broker" = "mqtt://me:hush@far"',
+        """broker = "mqtt://me:hu'sh@far" """,
+        "# was mqtt://me:hush@far",
+        '# broker = "see below"',
+        "links = [{ to = 'mqtt://:hush@far' }] # hu",
+    ],
+)
+def test_a_password_is_left_out_wherever_it_stands(line: str) -> None:
+    found = without_passwords(line)
+    assert not re.search("hu'?sh", found)
+    assert ("@far" in found) == ("@far" in line)
 
 
 def test_the_machine_and_the_versions_are_told() -> None:

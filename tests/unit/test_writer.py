@@ -86,3 +86,37 @@ def test_one_that_was_never_started_closes_its_store() -> None:
     store = Store()
     Writer(store, "the store").stop(1)
     assert store.closed == 1
+
+
+def test_what_a_store_can_make_nothing_of_is_dropped_and_holds_up_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Picky(Store):
+        def write(self, points: Sequence[int]) -> None:
+            if -1 in points:
+                raise OverflowError("too large to keep")
+            super().write(points)
+
+    store = Picky()
+    writer = Writer(store, "the store")
+    writer.start()
+    writer.add([-1])
+    eventually("the end of it", lambda: writer.dropped == 1)
+    writer.add([1, 2])
+    writer.stop(10)
+    assert (store.kept, writer.waiting, writer.dropped, writer.written) == ([1, 2], 0, 1, 2)
+    assert "the store cannot take 1 points" in caplog.text
+
+
+def test_two_stores_that_are_told_to_leave_at_once_have_the_same_time() -> None:
+    slow, quick = Store(), Store()
+    slow.goes_on.clear()
+    writers_of_both = [Writer(slow, "slow"), Writer(quick, "quick")]
+    for writer in writers_of_both:
+        writer.start()
+        writer.add([1])
+        writer.leave(5)
+    eventually("the quick one", lambda: quick.closed)
+    assert (quick.kept, slow.kept) == ([1], [])
+    slow.goes_on.set()
+    for writer in writers_of_both:
+        writer.stop(5)
+    assert slow.kept == [1]
