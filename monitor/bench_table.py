@@ -39,7 +39,8 @@ def comparison(results: Sequence[RunResult], what: str, trains: bool) -> Table:
 
 LEGEND = (
     "p50, p95: of a request's latency (training: of a step). network: its mean part that no stage accounts for. "
-    "kB link, cpu ms: what crossed links between sites, and processor time, for a sample."
+    "kB link, cpu ms: what crossed links between sites, and processor time of sources, stages and "
+    "brokers, for a sample."
 )
 
 

@@ -21,6 +21,8 @@ from monitor.window import Counter, Kind, PointsByName, Window, number, window_o
 MEASUREMENTS_READ = ("request", "hop", "task", "batch", "step", "link", "life", "process", "gpu", "power", "missing")
 TIMES = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
 PERCENTS = (50, 95, 99)
+# Roles of processes that measure, and are no part of what is measured.
+MEASURING = frozenset({"monitor", "bench"})
 _POWER_SENSORS = ("gpu", "rapl", "jetson")
 
 
@@ -64,7 +66,7 @@ class Figures:
     network_ms: float | None  # the mean part of a request's latency that no stage accounts for; None of training
     stages: Mapping[str, StageTime]  # in the order of the request's way
     links: Mapping[str, Crossed]  # by "device - cloud"
-    cpu_s: Mapping[str, float]  # processor time for a sample, by the role of the process
+    cpu_s: Mapping[str, float]  # processor time for a sample, by the role of the process; none of what measures
     # Of the whole node for a sample, by sensor: "gpu 0", "rail package-0"; of rails, those that add up.
     energy_j: Mapping[str, float] | None
     energy_missing: str  # why there is none, where there is none
@@ -174,7 +176,7 @@ def _cpu(points: PointsByName, window: Window, samples: int) -> dict[str, float]
     }
     seen: dict[tuple[str, ...], list[tuple[int, float]]] = defaultdict(list)
     for point in points.get("process", ()):
-        if point.fields.get("cpu_s") is not None:
+        if point.fields.get("cpu_s") is not None and point.tags.get("role") not in MEASURING:
             which = tuple(point.tags.get(tag, "") for tag in ("role", "node", "name"))
             seen[*which, str(point.fields.get("pid"))].append((point.time_ns, number(point, "cpu_s")))
     by_role: dict[str, float] = defaultdict(float)

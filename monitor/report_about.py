@@ -67,7 +67,9 @@ def _said(found: Any) -> str:
         return ", ".join(f"{name} {_said(value)}" for name, value in found.items() if value not in (None, "", {}, []))
     if isinstance(found, list | tuple):
         return "; ".join(_said(each) for each in found)
-    return {None: "unknown", True: "yes", False: "no"}.get(found, str(found))
+    if isinstance(found, bool):  # 1 and 0 are numbers, though they equal these
+        return "yes" if found else "no"
+    return "unknown" if found is None else str(found)
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ def command(
         raise ExtraMissing("drawing figures", "report") from None
     found = find_runs(runs)
     folder = out or new_run_folder(Path("runs"), "report")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / PAGE).is_file():
+        raise BadFile(str(folder), "it holds something else than a report: name another folder, or an empty one")
     try:
         answer = _write(folder, found)
     except OSError as error:
@@ -64,6 +67,8 @@ def _write(folder: Path, found: Any) -> dict[str, Any]:
     columns, rows = summary(found.runs)
     figures, absent = figures_of(found.runs)
     for name in ("figures", "data"):
+        if (folder / PAGE).is_file():  # an earlier report's: its figures shall not stand among these
+            shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True, exist_ok=True)
     drawn = {}
     for figure in figures:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from monitor.errors import BadStore, CannotCompare, NoSamples, NotARun
+from monitor.errors import BadManifest, BadStore, CannotCompare, NoSamples, NotARun
 from monitor.influx_reader import InfluxReader
 from monitor.influx_target import URL, influx_target
 from monitor.manifest import FILE as MANIFEST
@@ -74,13 +74,22 @@ def _runs(name: str, left_out: list[str]) -> list[ReportRun]:
     if not path.is_dir():
         raise NotARun(name, "there is no such file or folder")
     if (path / FILE).is_file():
-        above = load_manifest(path.resolve().parent)  # of the benchmark that it is a run of
-        return _from_reader(SqliteReader(path / FILE), name, path.resolve().name, above.warm_up if above else 0)
+        return _from_reader(SqliteReader(path / FILE), name, path.resolve().name, _warm_up_of(path.resolve()))
     manifest = load_manifest(path)
     if manifest is None:
         expected = f"expected the folder of a run, which has {FILE} in it, or of a benchmark, with {MANIFEST}"
         raise NotARun(name, expected)
     return _from_bench(path, manifest, left_out)
+
+
+def _warm_up_of(folder: Path) -> int:
+    """As the benchmark says that this is a run of; a manifest of anything else in the folder above says nothing."""
+    try:
+        above = load_manifest(folder.parent)
+    except BadManifest:
+        return 0
+    of_it = above is not None and any(folder.name in suite.runs for suite in above.suites)
+    return above.warm_up if above is not None and of_it else 0
 
 
 def _from_bench(folder: Path, manifest: Manifest, left_out: list[str]) -> list[ReportRun]:

@@ -89,5 +89,4 @@ def _link_kb(figures: Figures) -> float | None:
 
 
 def _processor_s(figures: Figures) -> float | None:
-    working = [seconds for role, seconds in figures.cpu_s.items() if role not in ("monitor", "bench")]
-    return sum(working) if working else None
+    return sum(figures.cpu_s.values()) if figures.cpu_s else None

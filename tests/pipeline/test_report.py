@@ -135,6 +135,29 @@ def test_the_repeats_of_a_benchmark_are_one_line_and_its_manifest_is_told(box: M
     assert "torch 2.7.0" in page(box)
 
 
+def test_a_run_of_a_benchmark_has_its_warm_up_cut_off_and_a_strangers_manifest_says_nothing(box: Machine) -> None:
+    bench(box.folder / "bench", {"cloud": [MadeUp("cloud", requests=60)]})
+    alone = keep(MadeUp("alone", requests=60).points(), box.folder / "app" / "alone")
+    (box.folder / "app" / "manifest.json").write_text('{"name": "an app of the web"}')
+    said = report(box, box.folder / "bench" / "cloud-1", alone)
+    assert said.status == 0, said.err
+    assert [row["samples"] for row in said.answer["runs"]] == [40, 60]
+
+
+def test_no_figure_of_an_earlier_report_stays_and_no_other_folder_is_written_to(box: Machine) -> None:
+    folder = keep(MadeUp("one", requests=40).points(), box.folder / "one")
+    assert report(box, folder).status == 0
+    old = box.folder / "report" / "figures" / "sweep.pdf"
+    old.write_bytes(b"of another comparison")
+    assert report(box, folder).status == 0
+    assert not old.exists()
+    said = box.sparse("report", folder, "--out", folder).end()
+    assert said.status == 2
+    assert said.err.splitlines() == [
+        f"sparse: {folder}: it holds something else than a report: name another folder, or an empty one"
+    ]
+
+
 def test_a_sweep_is_drawn_over_what_it_varied(box: Machine) -> None:
     points = {f"batch {batch}": [MadeUp("x", rate_per_s=4.0 * batch)] * 2 for batch in (1, 4, 2)}
     folder = bench(

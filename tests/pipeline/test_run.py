@@ -43,6 +43,17 @@ def test_a_password_is_shown_to_nobody(box: Machine, embedded: LocalBroker) -> N
     box.nothing_is_left()
 
 
+def test_a_folder_that_holds_a_run_is_not_taken_for_another_one(box: Machine, embedded: LocalBroker) -> None:
+    path = pipeline_file(box.folder, [stage("first", "double")], counter(3))
+    asked = ("run", path, "--broker", embedded.address, "--json", "--out", box.folder / "out")
+    own = {"SPARSE_MONITOR": ""}
+    assert box.sparse(*asked, environment=own).end().status == 0
+    said = box.sparse(*asked, environment=own).end()
+    assert said.status == 2
+    assert "it holds a run already (telemetry.sqlite): name another folder" in said.err
+    box.nothing_is_left()
+
+
 @pytest.mark.parametrize("says", ["here I am", '{"a": 1}'])
 def test_what_a_source_of_ones_own_prints_is_no_summary(box: Machine, embedded: LocalBroker, says: str) -> None:
     source = {"kind": "tests.support.workshop:Talker", "name": "talker"}
