@@ -27,6 +27,8 @@ from tests.soak.measure import held
 AT_ONCE = 8
 # The share of the requests after which everything has been used, and what is kept for use again is there.
 WARM_UP = 0.1
+# Until the monitor has been told of all that happened: ten times what that takes.
+TOLD_S = 0.5
 
 
 async def _ask(offload: Offloader, numbers: Iterator[int], values: int) -> None:
@@ -40,6 +42,7 @@ async def _ask_all(offload: Offloader, numbers: range, values: int) -> int:
     """Ask for each number; return how many objects the offloader then holds."""
     given = iter(numbers)
     await asyncio.gather(*(_ask(offload, given, values) for _ in range(AT_ONCE)))
+    await asyncio.sleep(TOLD_S)
     gc.collect()
     return held(offload)
 

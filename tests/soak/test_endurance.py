@@ -18,6 +18,7 @@ from tests.soak.measure import MIB, Trend, Watch, look
 from tests.support.pipelines import pipeline_file, stage
 from tests.support.presence import await_workers
 from tests.support.processes import PATIENCE_S, Machine, eventually, machine
+from tests.support.stand_in_monitor import StandInMonitor, monitor_path
 
 TWO = [stage("double", "double"), stage("add", "add_one")]
 # Between a hundred requests and ten thousand the number of objects that an offloader holds has been seen to differ by
@@ -55,17 +56,24 @@ class Served:
     path: Path
     broker: LocalBroker
     processes: dict[str, int]
+    told: dict[str, str]  # the environment of who tells events: without a monitor thousands are kept for one to come
 
 
 @pytest.fixture(scope="module", name="served")
 def _served(mosquitto: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with machine(tmp_path_factory.mktemp("served")) as box, start_broker(kind="mosquitto") as broker:
-        path = pipeline_file(box.folder, TWO)
+    with (
+        machine(tmp_path_factory.mktemp("served")) as box,
+        monitor_path() as socket,
+        StandInMonitor(socket),
+        start_broker(kind="mosquitto") as broker,
+    ):
+        path, told = pipeline_file(box.folder, TWO), {"SPARSE_MONITOR": str(socket)}
         workers = {
-            each["name"]: box.sparse("stage", path, each["name"], "--broker", broker.address).pid for each in TWO
+            each["name"]: box.sparse("stage", path, each["name"], "--broker", broker.address, environment=told).pid
+            for each in TWO
         }
         await_workers(broker.address, lambda found: len(found) == len(TWO))
-        yield Served(box, path, broker, {"broker": broker.pid, **workers})
+        yield Served(box, path, broker, {"broker": broker.pid, **workers}, told)
 
 
 @pytest.mark.timeout(2 * SMALL.limit_s)
@@ -81,9 +89,8 @@ def test_many_large_requests_leave_nothing_behind(served: Served, long: bool, te
 def endure(served: Served, load: Load, tell: Tell | None) -> None:
     """Ask, and assert that nothing has grown in any process meanwhile, nor is left afterwards."""
     before = looks(served)
-    asker = served.box.start(
-        sys.executable, "-m", "tests.soak.asker", served.path, served.broker.address, str(load.count), str(load.values)
-    )
+    words = ("tests.soak.asker", served.path, served.broker.address, str(load.count), str(load.values))
+    asker = served.box.start(sys.executable, "-m", *words, environment=served.told)
     eventually("the first answers", lambda: "begun" in asker.out() or asker.process.poll() is not None)
     with Watch({**served.processes, "source": asker.pid}, load.every_s) as watch:
         eventually("all answers", lambda: "asked" in asker.out() or asker.process.poll() is not None, load.limit_s)

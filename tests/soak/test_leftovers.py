@@ -26,6 +26,7 @@ from stages.command import make_executor
 from stages.worker import Worker
 from tests.soak.measure import held
 from tests.support.pipelines import pipeline_file, stage
+from tests.support.stand_in_monitor import StandInMonitor, monitor_path
 
 STAGES = [stage("picky", "picky"), stage("add", "add_one")]
 # A round in which each request leaves one object behind, or each that fails, or is late, or is answered, shows.
@@ -114,5 +115,7 @@ def test_requests_that_were_answered_failed_or_late_leave_nothing_in_any_table(
             await one_round(asks, values)
             await back_to(before, (asks, *workers))
 
-    with start_broker(kind="mosquitto") as broker:
+    # Somebody listens to events: without a monitor thousands of them are kept for one that may come.
+    with monitor_path() as path, StandInMonitor(path), start_broker(kind="mosquitto") as broker:
+        monkeypatch.setenv("SPARSE_MONITOR", str(path))
         asyncio.run(go(broker.address))

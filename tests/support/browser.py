@@ -9,6 +9,7 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
+from tests.support.event_lines import short_folder
 from tests.support.processes import PATIENCE_S, Machine
 
 PROGRAM = "chromium"
@@ -49,11 +50,13 @@ def look(box: Machine, page: Path, width: int) -> Looked:
     """Open the page in a frame so wide, with a script that looks around in it."""
     probed = box.folder / f"probed-{width}.html"
     probed.write_text(_HOST.format(page=escape(page.read_text()), width=width))
-    said = box.start(
-        PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--enable-logging=stderr", "--v=0", f"--user-data-dir={box.folder / f'chromium-{width}'}",
-        "--hide-scrollbars", "--window-size=1400,1000", "--dump-dom", probed.as_uri(),
-    ).end(timeout_s=PATIENCE_S)  # fmt: skip
+    with short_folder() as folder:  # it has sockets among its temporary files
+        said = box.start(
+            PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+            "--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}",
+            "--hide-scrollbars", "--window-size=1400,1000", "--dump-dom", probed.as_uri(),
+            environment={"TMPDIR": str(folder)},
+        ).end(timeout_s=PATIENCE_S)  # fmt: skip
     assert said.status == 0, said.err
     told = re.search(r'<pre id="probe">(.+?)</pre>', said.out, re.DOTALL)
     assert told, said.out[-500:]
