@@ -134,7 +134,7 @@ def test_a_gateway_that_leaves_answers_what_it_has_begun_and_leaves_the_rest_at_
     box: Machine, mosquitto: LocalBroker
 ) -> None:
     address = mosquitto.address
-    path = pipeline(box, address, stage("step", "Slow", settings={"seconds": 0.1}))
+    path = pipeline(box, address, stage("step", "Slow", settings={"seconds": 0.04}))
 
     async def go() -> Counter[int]:
         async with Camera(address) as camera:
