@@ -11,6 +11,7 @@ from brokers.presence import REASON_LIMIT
 from monitor.census import Census
 from monitor.exposition import Family, exposition
 from monitor.metrics import SOURCES_SHOWN, WORKERS_SHOWN, metrics
+from monitor.node_metrics import _FIGURES
 from monitor.roll import LOST_S, RECORDS_LIMIT
 from tests.support.checkout import ROOT
 from tests.support.exposition import Series, labelled, read_exposition, value_of
@@ -128,6 +129,7 @@ def test_numbers_of_any_size_are_written_as_numbers() -> None:
 def test_the_series_of_the_page_in_docs_are_those_that_are_told() -> None:
     load: dict[str, Any] = {"dropped": {"a": 1}, "retries": {"a": 1}, "failed": {"a": 1}}
     told = {name for name, _ in page(hear(Census(), worker_record(), source_record("cam", **load)))}
+    told |= {figure.name for figure in _FIGURES}
     page_text = (ROOT / "docs" / "operations.md").read_text()
     section = page_text.partition("## Watching it from outside")[2].partition("\n## ")[0]
     assert set(re.findall(r"`(sparse_\w+)`", section)) == told

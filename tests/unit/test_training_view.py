@@ -213,8 +213,8 @@ def test_the_end_of_a_run_says_what_was_learned_and_where_the_time_went() -> Non
         "40 steps, 4 epochs, in 61.2 s: 320 rows/s, a step p50 200, p95 200, p99 200 ms",
         *("training loss 0.1712, accuracy 97.0%", "test     loss 0.5, accuracy 80.0%"),
         "went back to a checkpoint 2 times, did 7 steps again",
-        *("mean time of a micro-batch, in ms", "  model    runs/x/model.safetensors"),
-        *("  parts    runs/x/head.safetensors, tail.safetensors", "  curves   runs/x/training.png"),
+        *("mean time of a micro-batch, in ms", "  model     runs/x/model.safetensors"),
+        *("  parts     runs/x/head.safetensors, tail.safetensors", "  curves    runs/x/training.png"),
     ):
         assert line in text, line
     stage = next(line.split() for line in text.splitlines() if line.startswith("head"))
