@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
+from monitor.energy import adds_up
 from monitor.points import Point
 from monitor.report_run import ReportRun, groups_of
 from monitor.report_series import Growth, Spread, bin_width_s, counters, means, over_repeats, rates, spread
@@ -81,7 +82,7 @@ def gpu(runs: Sequence[ReportRun]) -> Table:
 
 def _rails(run: ReportRun) -> list[Point]:
     """The samples of the power rails that are no part of another one."""
-    return [point for point in run.points.get("power", ()) if "/" not in point.tags["rail"]]
+    return [point for point in run.points.get("power", ()) if adds_up(point.tags["rail"])]
 
 
 def processors(runs: Sequence[ReportRun]) -> Table:
