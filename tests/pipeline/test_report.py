@@ -151,11 +151,21 @@ def test_no_figure_of_an_earlier_report_stays_and_no_other_folder_is_written_to(
     old.write_bytes(b"of another comparison")
     assert report(box, folder).status == 0
     assert not old.exists()
-    said = box.sparse("report", folder, "--out", folder).end()
-    assert said.status == 2
-    assert said.err.splitlines() == [
-        f"sparse: {folder}: it holds something else than a report: name another folder, or an empty one"
-    ]
+    web = box.folder / "web"
+    (web / "figures").mkdir(parents=True)
+    (web / "index.html").write_text("<!DOCTYPE html>\n<title>Report: our year</title>\n")
+    (web / "figures" / "gpu.png").write_bytes(b"a photo")
+    note = box.folder / "report" / "data" / "note.txt"
+    note.write_text("of a person")
+    for other in (folder, web, box.folder / "report"):
+        said = box.sparse("report", folder, "--out", other).end()
+        assert said.status == 2
+        assert said.err.splitlines() == [
+            f"sparse: {other}: it holds something else than a report: name another folder, or an empty one"
+        ]
+    assert (web / "figures" / "gpu.png").exists()
+    assert note.exists()
+    assert (box.folder / "report" / "index.html").exists()
 
 
 def test_a_sweep_is_drawn_over_what_it_varied(box: Machine) -> None:
