@@ -133,9 +133,7 @@ def test_a_monitor_that_cannot_live_is_said_once_and_the_run_goes_on(box: Machin
     run = start(box, embedded, SPARSE_INFLUX_URL="nonsense")
     finished(run)
     (line,) = [line for line in run.said().splitlines() if "telemetry" in line]
-    assert line.startswith(
-        "no more telemetry: the monitor ended: SPARSE_INFLUX_URL: it is no address of a server"
-    )
+    assert line.startswith("no more telemetry: the monitor ended: SPARSE_INFLUX_URL: it is no address of a server")
     box.nothing_is_left()
 
 
