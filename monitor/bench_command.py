@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from monitor.suite import find_suites, packaged
 
 WARM_UP = 20
 REPEATS = 3
+WIDTH = 80  # of a terminal, in columns
 
 # Options of all that measures.
 Requests = Annotated[
@@ -99,4 +101,10 @@ def _list() -> None:
     for task, names in packaged().items():
         print(f"{task}: all of these")  # noqa: T201 - the answer
         for suite in find_suites(names):
-            print(f"  {suite.name:<26} {suite.about}")  # noqa: T201 - the answer
+            begin = f"  {suite.name:<26} "
+            print(wrapped(begin + suite.about, len(begin)))  # noqa: T201 - the answer
+
+
+def wrapped(text: str, indent: int) -> str:
+    """In lines for a terminal, all but the first indented; names stay whole."""
+    return fill(text, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)

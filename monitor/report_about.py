@@ -9,6 +9,8 @@ from typing import Any
 from monitor.manifest import Manifest, SuiteRecord
 from monitor.report_run import ReportRun
 
+_MEMORY, _GIB = "memory_bytes", 1 << 30  # of `monitor.hardware`
+
 
 def about(runs: Iterable[ReportRun]) -> str:
     """A part for each benchmark; for runs that have no manifest, what their telemetry says."""
@@ -49,10 +51,15 @@ def _of_manifest(manifest: Manifest) -> str:
 def _suite(suite: SuiteRecord) -> str:
     rows = {"links": "; ".join(_link(link) for link in suite.links) or "none", "seed": str(suite.seed)}
     if suite.changed:
-        rows["changed"] = _said(suite.changed)
+        rows["changed"] = ", ".join(_changed(name, value) for name, value in suite.changed.items())
     return f"""<details><summary>{escape(suite.name)}: its links and its pipeline file</summary>
 {_table(rows)}
 <pre tabindex="0">{escape(suite.text)}</pre></details>"""
+
+
+def _changed(name: str, value: Any) -> str:
+    """None is a key that was taken out of the file, not one that is unknown."""
+    return f"{name} left out" if value is None else f"{name} {_said(value)}"
 
 
 def _link(link: Any) -> str:
@@ -64,12 +71,18 @@ def _link(link: Any) -> str:
 def _said(found: Any) -> str:
     """Anything of JSON as one line."""
     if isinstance(found, Mapping):
-        return ", ".join(f"{name} {_said(value)}" for name, value in found.items() if value not in (None, "", {}, []))
+        return ", ".join(_named(name, value) for name, value in found.items() if value not in (None, "", {}, []))
     if isinstance(found, list | tuple):
         return "; ".join(_said(each) for each in found)
     if isinstance(found, bool):  # 1 and 0 are numbers, though they equal these
         return "yes" if found else "no"
     return "unknown" if found is None else str(found)
+
+
+def _named(name: str, value: Any) -> str:
+    if name == _MEMORY and isinstance(value, int | float):
+        return f"memory {value / _GIB:.1f} GiB"
+    return f"{name} {_said(value)}"
 
 
 def _table(rows: Mapping[str, str]) -> str:

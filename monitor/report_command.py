@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ import typer
 from brokers.errors import BadFile
 from brokers.pipeline import new_run_folder
 from monitor.errors import ExtraMissing
-
-PAGE = "index.html"
 
 
 def command(
@@ -36,17 +33,19 @@ def command(
 
     Example: sparse report runs/cloud-20260101-120000 runs/cloudlet-20260101-121500
     """
+    from monitor.report_folder import check_folder
     from monitor.report_sources import find_runs
 
     try:
         import matplotlib  # noqa: F401 - looked for before anything is read, which may take a while
     except ImportError:
         raise ExtraMissing("drawing figures", "report") from None
+    from monitor.plots import KINDS
+
     found = find_runs(runs)
     folder = out or new_run_folder(Path("runs"), "report")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / PAGE).is_file():
-        raise BadFile(str(folder), "it holds something else than a report: name another folder, or an empty one")
     try:
+        check_folder(folder, KINDS)
         answer = _write(folder, found)
     except OSError as error:
         raise BadFile(str(error.filename or folder), f"the report cannot be written: {error.strerror}") from None
@@ -61,28 +60,26 @@ def _write(folder: Path, found: Any) -> dict[str, Any]:
     """Everything into the folder; returns what `--json` ends with."""
     from monitor.plots import KINDS, draw, picture
     from monitor.report_figures import figures_of
+    from monitor.report_folder import DATA, FIGURES, PAGE, PERCENTILES, SUMMARY, make_room
     from monitor.report_page import Content, page
     from monitor.report_summary import summary, summary_table
 
     columns, rows = summary(found.runs)
     figures, absent = figures_of(found.runs)
-    for name in ("figures", "data"):
-        if (folder / PAGE).is_file():  # an earlier report's: its figures shall not stand among these
-            shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    make_room(folder, KINDS)
     drawn = {}
     for figure in figures:
         print(f"drawing {figure.title}", file=sys.stderr)  # noqa: T201 - for a person
         canvas = draw(figure, [row.label for row in rows])
         pictures = {kind: picture(canvas, kind) for kind in KINDS}
         for kind, content in pictures.items():
-            (folder / "figures" / f"{figure.name}.{kind}").write_bytes(content)
-        (folder / "data" / f"{figure.name}.csv").write_text(figure.table.csv())
+            (folder / FIGURES / f"{figure.name}.{kind}").write_bytes(content)
+        (folder / DATA / f"{figure.name}.csv").write_text(figure.table.csv())
         if figure.beside is not None:
-            (folder / "data" / f"{figure.name}-percentiles.csv").write_text(figure.beside.csv())
+            (folder / DATA / f"{figure.name}{PERCENTILES}.csv").write_text(figure.beside.csv())
         drawn[figure.name] = pictures["svg"].decode()
     numbers = summary_table(columns, rows)
-    (folder / "data" / "summary.csv").write_text(numbers.csv())
+    (folder / DATA / f"{SUMMARY}.csv").write_text(numbers.csv())
     when = time.strftime("%Y-%m-%d at %H:%M")
     told = Content(found.runs, columns, rows, figures, drawn, absent, found.left_out, when)
     style = files("monitor").joinpath("report.css").read_text()

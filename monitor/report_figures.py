@@ -12,6 +12,12 @@ from monitor.report_table import Absent, Lines, ReportFigure, Stacks, Table
 # A distribution whose largest value is so many times its median is drawn over a logarithmic axis.
 _WIDE = 20.0
 
+# All figures that there may be: a later report takes them away.
+NAMES = (
+    "completion", "where", "latency", "network", "network-cdf", "link-bytes", "gpu", "cpu", "energy", "cpu-seconds",
+    "sweep", "learning-step", "learning-time",
+)  # fmt: skip
+
 # A figure, and why it is not there should its table be empty.
 _Maybe = tuple[ReportFigure, str]
 
@@ -58,11 +64,25 @@ def _completion(runs: Sequence[ReportRun]) -> list[_Maybe]:
 def _time_spent(runs: Sequence[ReportRun]) -> list[_Maybe]:
     caption = (
         "Mean time of one request, along its way: what each stage spent on queueing, decoding, computing and "
-        "encoding; the rest of the round trip is the network. No clocks need to agree for this."
+        "encoding; the rest of the round trip is the network. No clocks need to agree for this. " + _way(runs)
     )
     shape = Stacks("ms", "ms of a request", within="stage")
     figure = ReportFigure("where", "Where the time went", caption, report_tables.time_spent(runs), shape)
     return [(figure, "no stage said how long it took")]
+
+
+def _way(runs: Sequence[ReportRun]) -> str:
+    """The stages in their order: above a short part of a bar there is no room for a name."""
+    ways: dict[tuple[str, ...], list[str]] = {}
+    for name, repeats in groups_of(runs).items():
+        stages = tuple(dict.fromkeys(stage for run in repeats for stage in run.figures.stages))
+        if stages:
+            ways.setdefault(stages, []).append(name)
+    listed = [", ".join(stages) for stages in ways]
+    if len(listed) < 2:
+        return f"Stages, in order: {listed[0]}." if listed else ""
+    each = (f"of {', '.join(names)}: {said}" for names, said in zip(ways.values(), listed, strict=True))
+    return f"Stages, in order, {'; '.join(each)}."
 
 
 def _step_spent(runs: Sequence[ReportRun]) -> list[_Maybe]:
@@ -99,7 +119,7 @@ def _network(runs: Sequence[ReportRun]) -> list[_Maybe]:
     over = "between sites, both ways" if links else "over all interfaces, both ways, the loopback once"
     caption = f"Megabytes a second {over}. {_width(runs)}"
     share = "The share of the time in which the network carried at most so much: far left: idle; at a step: full."
-    sample = _sample(runs)
+    sample, unseen = _sample(runs), _no_counter(runs, "links or interfaces", "link", "interface")
     crossed = f"What crossed the links between sites for one {sample}, by direction."
     rate = Lines("time_s", "rate_mb_per_s", _time(runs), "MB/s", spread="y")
     shares = Lines("rate_mb_per_s", "share", "MB/s", "share of the time", steps=True, share=True)
@@ -107,17 +127,26 @@ def _network(runs: Sequence[ReportRun]) -> list[_Maybe]:
     return [
         (
             ReportFigure("network", "Network rate", caption, report_load.network(runs), rate),
-            "no monitor saw links or interfaces",
+            unseen,
         ),
         (
             ReportFigure("network-cdf", "Network rate, distribution", share, distribution, shares),
-            "no monitor saw links or interfaces",
+            unseen,
         ),
         (
             ReportFigure("link-bytes", "Bytes between sites", crossed, report_load.link_bytes(runs), stacks),
             "all of it was on one site: there are no links",
         ),
     ]
+
+
+def _no_counter(runs: Sequence[ReportRun], what: str, *measurements: str) -> str:
+    """Why nothing is known of something that a monitor counts."""
+    if any(run.points.get(name) for run in runs for name in measurements):
+        return (
+            f"no monitor saw {what} from the beginning to the end of any {bin_width_s(runs):g} s, or of a shorter run"
+        )
+    return f"no monitor saw {what}"
 
 
 def _width(runs: Sequence[ReportRun]) -> str:
@@ -127,13 +156,12 @@ def _width(runs: Sequence[ReportRun]) -> str:
 def _node(runs: Sequence[ReportRun]) -> list[_Maybe]:
     gpu = Lines("time_s", "value", _time(runs), "", panel="of", spread="y")
     cores = Lines("time_s", "cores", _time(runs), "cores", series="process", panel="run", spread="y")
-    powered, busy = (
-        f"GPUs and power rails of the nodes. {_width(runs)}",
-        f"How many cores each process kept busy. {_width(runs)}",
-    )
+    powered = f"GPUs and power rails of the nodes. {_width(runs)}"
+    busy = f"How many cores each process kept busy; brokers count, the monitor does not. {_width(runs)}"
+    unseen = _no_counter(runs, "the processes", "process")
     return [
         (ReportFigure("gpu", "GPU use and power", powered, report_load.gpu(runs), gpu), _no_power(runs)),
-        (ReportFigure("cpu", "Processors", busy, report_load.processors(runs), cores), "no monitor saw the processes"),
+        (ReportFigure("cpu", "Processors", busy, report_load.processors(runs), cores), unseen),
     ]
 
 
@@ -145,8 +173,10 @@ def _no_power(runs: Sequence[ReportRun]) -> str:
 def _cost(runs: Sequence[ReportRun]) -> list[_Maybe]:
     sample, energy = _sample(runs), report_load.energy(runs)
     drew = f"What the nodes drew for one {sample}, idle share included, by sensor."
-    took = f"Seconds of processor time for one {sample}, by what the processes are"
-    took += "." if energy else "; no power sensor could be read, so this stands for the energy."
+    took = (
+        f"Seconds of processor time for one {sample}, by what the processes are; brokers count, the monitor does not."
+    )
+    took += "" if energy else " No power sensor could be read, so this stands for the energy."
     joules, seconds = Stacks("j_per_sample", f"J for a {sample}"), Stacks("s_per_sample", f"s for a {sample}")
     return [
         (ReportFigure("energy", "Energy", drew, energy, joules), _no_power(runs)),

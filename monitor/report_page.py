@@ -9,6 +9,7 @@ from html import escape
 
 from monitor.plot_style import FAINT, INK, LINES, MUTED, PAPER
 from monitor.report_about import about
+from monitor.report_folder import MARK
 from monitor.report_run import ReportRun
 from monitor.report_summary import Headline, SummaryRow, ratio
 from monitor.report_table import Absent, Cell, ReportFigure, thinned
@@ -50,6 +51,7 @@ def page(content: Content, style: str) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+{MARK}
 <link rel="icon" href="data:,">
 <title>{escape(title)}</title>
 <style>

@@ -103,9 +103,12 @@ def bin_width_s(runs: Iterable[ReportRun]) -> float:
 def rates(run: ReportRun, counter: Growth, width_s: float) -> list[tuple[float, float]]:
     """The middle of each whole bin of the measured time, in seconds, and by how much a second the counter grew in it.
 
-    A bin in which the counter is not known from its begin to its end is left out.
+    A run shorter than a bin has one, which ends with it. A bin in which the counter is not known from its begin to its
+    end is left out.
     """
     found = []
+    if 0 < run.duration_s < width_s and counter.times_s[0] <= 0 and run.duration_s <= counter.times_s[-1]:
+        found.append((width_s / 2, counter.grown(0.0, run.duration_s) / run.duration_s))
     for place in range(int(run.duration_s / width_s + 1e-9)):
         begin, end = place * width_s, (place + 1) * width_s
         if counter.times_s[0] <= begin and end <= counter.times_s[-1]:

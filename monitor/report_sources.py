@@ -70,11 +70,11 @@ def _runs(name: str, left_out: list[str]) -> list[ReportRun]:
         return _from_influx(name, name.removeprefix(INFLUX))
     path = Path(name)
     if path.is_file():
-        return _from_reader(SqliteReader(path), name, path.stem, 0)
+        return _from_file(path, name, path.stem, 0)
     if not path.is_dir():
         raise NotARun(name, "there is no such file or folder")
     if (path / FILE).is_file():
-        return _from_reader(SqliteReader(path / FILE), name, path.resolve().name, _warm_up_of(path.resolve()))
+        return _from_file(path / FILE, name, path.resolve().name, _warm_up_of(path.resolve()))
     manifest = load_manifest(path)
     if manifest is None:
         expected = f"expected the folder of a run, which has {FILE} in it, or of a benchmark, with {MANIFEST}"
@@ -115,6 +115,14 @@ def _setting(suite: SuiteRecord) -> tuple[str, float | None] | None:
         return None
     value = suite.about.get(varied)
     return varied, float(value) if isinstance(value, int | float) else None
+
+
+def _from_file(path: Path, name: str, label: str, warm_up: int) -> list[ReportRun]:
+    """What a person named: a file of something else is a mistake of theirs, and no failure of ours."""
+    try:
+        return _from_reader(SqliteReader(path), name, label, warm_up)
+    except BadStore as error:
+        raise NotARun(name, error.problem) from None
 
 
 def _from_reader(reader: Reader, name: str, label: str, warm_up: int) -> list[ReportRun]:

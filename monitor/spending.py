@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from monitor.energy import adds_up
 from monitor.points import Point
 
 # What stores can hold, whatever number of rows somebody makes up.
@@ -37,10 +38,9 @@ class Spending:
                 case "step":
                     spent = self._of(point)
                     spent.samples = min(spent.samples + int(point.fields["rows"] or 0), _MOST)
-                # A rail with a slash in its name is part of another one.
                 case "gpu":
                     self._use(point)
-                case "power" if "/" not in point.tags["rail"]:
+                case "power" if adds_up(point.tags["rail"]):
                     self._use(point)
 
     def points(self, time_ns: int) -> list[Point]:

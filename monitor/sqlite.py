@@ -116,7 +116,13 @@ class SqliteReader:
             with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as file:
                 return file.execute(query, tuple(values)).fetchall()
         except sqlite3.Error as error:
-            raise BadStore(str(self.path), f"no telemetry of Sparse: {error}") from None
+            raise BadStore(str(self.path), _told(error)) from None
+
+
+def _told(error: sqlite3.Error) -> str:
+    if isinstance(error, sqlite3.OperationalError) and str(error).startswith("no such table"):
+        return "it holds no telemetry of Sparse"
+    return f"no telemetry of Sparse: {error}"
 
 
 def _create(measurement: Measurement) -> str:

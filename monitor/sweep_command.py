@@ -13,7 +13,7 @@ import typer
 
 from brokers.pipeline import new_run_folder
 from monitor.bench import Plan
-from monitor.bench_command import REPEATS, WARM_UP, Json, Out, Repeats, Requests, WarmUp, make_bench, show
+from monitor.bench_command import REPEATS, WARM_UP, Json, Out, Repeats, Requests, WarmUp, make_bench, show, wrapped
 from monitor.bench_errors import NoSweep
 from monitor.case import Case
 from monitor.suite import Suite, find_suites
@@ -57,7 +57,7 @@ def command(
     best = verdict(results)
     status = show(bench, results, "point", json, {"best": asdict(best) if best else None})
     if best and not json:
-        print(best)  # noqa: T201 - the answer
+        print(wrapped(str(best), len("best: ")))  # noqa: T201 - the answer
     return status
 
 

@@ -246,3 +246,4 @@ def test_the_suites_are_listed(box: Machine) -> None:
     assert said.status == 0
     for path in FOLDER.glob("*.toml"):
         assert f"  {path.stem} " in said.out
+    assert max(len(line) for line in said.out.splitlines()) <= 80

@@ -151,11 +151,21 @@ def test_no_figure_of_an_earlier_report_stays_and_no_other_folder_is_written_to(
     old.write_bytes(b"of another comparison")
     assert report(box, folder).status == 0
     assert not old.exists()
-    said = box.sparse("report", folder, "--out", folder).end()
-    assert said.status == 2
-    assert said.err.splitlines() == [
-        f"sparse: {folder}: it holds something else than a report: name another folder, or an empty one"
-    ]
+    web = box.folder / "web"
+    (web / "figures").mkdir(parents=True)
+    (web / "index.html").write_text("<!DOCTYPE html>\n<title>Report: our year</title>\n")
+    (web / "figures" / "gpu.png").write_bytes(b"a photo")
+    note = box.folder / "report" / "data" / "note.txt"
+    note.write_text("of a person")
+    for other in (folder, web, box.folder / "report"):
+        said = box.sparse("report", folder, "--out", other).end()
+        assert said.status == 2
+        assert said.err.splitlines() == [
+            f"sparse: {other}: it holds something else than a report: name another folder, or an empty one"
+        ]
+    assert (web / "figures" / "gpu.png").exists()
+    assert note.exists()
+    assert (box.folder / "report" / "index.html").exists()
 
 
 def test_a_sweep_is_drawn_over_what_it_varied(box: Machine) -> None:
@@ -225,8 +235,8 @@ def test_a_run_in_influxdb_has_the_figures_of_the_same_run_in_a_file(box: Machin
     [
         ("nowhere", "nowhere: there is no such file or folder"),
         ("folder", f"expected the folder of a run, which has {FILE} in it, or of a benchmark, with manifest.json"),
-        ("empty.sqlite", "no telemetry of Sparse"),
-        ("text.sqlite", "no telemetry of Sparse"),
+        ("empty.sqlite", "it holds no telemetry of Sparse"),
+        ("text.sqlite", "no telemetry of Sparse: file is not a database"),
         ("new", "the run has no samples"),
         ("all-failed", "the run has no samples: none of the 1 requests after its warm-up has a result"),
         ("no-json", "no manifest of a benchmark"),
@@ -246,8 +256,7 @@ def test_what_is_no_run_gives_one_line(box: Machine, name: str, told: str) -> No
     keep([type(each)(each.measurement, at(1), each.tags, {**each.fields, "error": "NoWorker"}) for each in failed],
          box.folder / "all-failed")  # fmt: skip
     said = report(box, name if name.startswith("influx:") else box.folder / name)
-    assert said.status in (1, 2)
-    assert (len(said.err.splitlines()), said.out) == (1, "")
+    assert (said.status, len(said.err.splitlines()), said.out) == (2, 1, "")
     assert said.err.startswith("sparse: ")
     assert told in said.err
     assert not (box.folder / "report").exists()
