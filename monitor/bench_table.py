@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from rich.table import Table
 
 from monitor.bench_results import RunResult, Spread, spreads
+from monitor.figures import Figures
 
 
 def comparison(results: Sequence[RunResult], what: str, trains: bool) -> Table:
@@ -32,20 +34,26 @@ def comparison(results: Sequence[RunResult], what: str, trains: bool) -> Table:
             *latencies,
             *shares,
             _total(figures, "links.", 1e-3),
-            _total(figures, "cpu_s.", 1e3),
+            _processor_ms([each.figures for each in results if each.case == case and each.figures]),
         )
     return table
 
 
 LEGEND = (
     "p50, p95: of a request's latency (training: of a step). network: its mean part that no stage accounts for. "
-    "kB link, cpu ms: what crossed links between sites, and processor time of sources, stages and "
-    "brokers, for a sample."
+    "kB link, cpu ms: what crossed links between sites, and processor time of all processes of the "
+    "run, brokers too, the monitor not, for a sample."
 )
 
 
 def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _processor_ms(runs: Sequence[Figures]) -> str:
+    """The median of what each run took: a report says the same."""
+    found = [seconds for run in runs if (seconds := run.processor_s) is not None]
+    return f"{1000 * median(found):.0f}" if found else "-"
 
 
 def _total(figures: Mapping[str, Spread], prefix: str, factor: float) -> str:

@@ -71,6 +71,11 @@ class Figures:
     energy_j: Mapping[str, float] | None
     energy_missing: str  # why there is none, where there is none
 
+    @property
+    def processor_s(self) -> float | None:
+        """Processor time for a sample, of all roles but those that measure."""
+        return sum(self.cpu_s.values()) if self.cpu_s else None
+
 
 def measured(points: PointsByName, warm_up: int = 0) -> Figures:
     """The figures of a run, from its points by measurement (those in `MEASUREMENTS_READ`).

@@ -28,7 +28,7 @@ from monitor.plot_style import (
     part_colours,
     shown,
 )
-from monitor.report_table import Lines, ReportFigure, Stacks, Table
+from monitor.report_table import TOTAL, Lines, ReportFigure, Stacks, Table
 from monitor.report_text import number_text
 
 Kind = Literal["png", "svg", "pdf"]
@@ -151,13 +151,15 @@ def _draw_stacks(table: Table, shape: Stacks) -> Figure:
     bars = table.values(shape.bar)
     drawn = Figure(figsize=(WIDTH_IN, 1.35 + (0.58 if shape.within else 0.42) * len(bars)), layout="constrained")
     axes = drawn.subplots()
-    colours = part_colours(table.values(shape.part))
+    parts, wholes = table.without(shape.part, TOTAL), table.where(shape.part, TOTAL)
+    colours = part_colours(parts.values(shape.part))
     ends = [_reaches(table.where(shape.bar, bar), shape) for bar in bars]
     widest = max(ends) or 1.0
     for place, (bar, edge) in enumerate(zip(bars, ends, strict=True)):
-        part = table.where(shape.bar, bar)
-        total = _draw_bar(axes, place, part, shape, colours)
-        _draw_bounds(axes, place, part, total)
+        part, whole = parts.where(shape.bar, bar), wholes.where(shape.bar, bar)
+        _draw_bar(axes, place, part, shape, colours)
+        (total,) = whole.numbers(shape.value)
+        _draw_bounds(axes, place, whole, total)
         axes.annotate(
             number_text(total), (edge, place), xytext=(5, 0), textcoords="offset points", va="center", color=INK
         )
@@ -179,11 +181,12 @@ def _draw_stacks(table: Table, shape: Stacks) -> Figure:
 
 def _reaches(part: Table, shape: Stacks) -> float:
     """Where a bar ends, and what says how far its repeats spread."""
-    return max([sum(part.numbers(shape.value)), *(value for value in part.numbers("high") if value == value)])
+    drawn = sum(part.without(shape.part, TOTAL).numbers(shape.value))
+    return max([drawn, *(value for value in part.numbers("high") if value == value)])
 
 
-def _draw_bar(axes: Axes, place: int, part: Table, shape: Stacks, colours: Mapping[str, PartStyle]) -> float:
-    """One bar, part by part; returns where it ends."""
+def _draw_bar(axes: Axes, place: int, part: Table, shape: Stacks, colours: Mapping[str, PartStyle]) -> None:
+    """One bar, part by part."""
     end = 0.0
     for name, value in zip(part.column(shape.part), part.numbers(shape.value), strict=True):
         look = colours[str(name)]
@@ -191,11 +194,10 @@ def _draw_bar(axes: Axes, place: int, part: Table, shape: Stacks, colours: Mappi
             place, value, left=end, height=0.5, color=look.colour, hatch=look.hatch, edgecolor=PAPER, linewidth=0.6
         )
         end += value
-    return end
 
 
-def _draw_bounds(axes: Axes, place: int, part: Table, total: float) -> None:
-    low, high = part.numbers("low")[0], part.numbers("high")[0]
+def _draw_bounds(axes: Axes, place: int, whole: Table, total: float) -> None:
+    low, high = whole.numbers("low")[0], whole.numbers("high")[0]
     if low == low and high == high:  # not NaN: there are repeats
         bounds = [[max(0.0, total - low)], [max(0.0, high - total)]]
         axes.errorbar([total], [place], xerr=bounds, fmt="none", ecolor=INK, capsize=3, elinewidth=1)

@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
 from monitor.energy import adds_up
+from monitor.figures import MEASURING
 from monitor.points import Point
 from monitor.report_run import ReportRun, groups_of
 from monitor.report_series import Growth, Spread, bin_width_s, counters, means, over_repeats, rates, spread
-from monitor.report_table import Cell, Table, thinned
+from monitor.report_table import TOTAL, Cell, Table, thinned
 from monitor.report_tables import POINTS
 from monitor.window import number
 
 _KILO, _MEGA = 1e3, 1e6
 _LOOPBACK = "lo"
-# Processes that belong to what is measured; the monitor and what drives a benchmark do not.
-_WORKING = ("source", "stage", "broker", "run")
+# What processes are, in the order in which each bar has its parts; those that are not here come after.
+_ROLES = ("stage", "source", "run", "broker")
 # Lines in one panel before the smallest are put together.
 _PROCESSES = 7
 
@@ -99,11 +100,7 @@ def processors(runs: Sequence[ReportRun]) -> Table:
 
 def processor_s(runs: Sequence[ReportRun]) -> Table:
     """Seconds of processor time for a sample, by what the processes are."""
-
-    def by_role(run: ReportRun) -> dict[str, float]:
-        return {role: run.figures.cpu_s[role] for role in _WORKING if role in run.figures.cpu_s}
-
-    return _for_a_sample("s", runs, by_role)
+    return _for_a_sample("s", runs, lambda run: run.figures.cpu_s, _ROLES)
 
 
 def energy(runs: Sequence[ReportRun]) -> Table:
@@ -141,13 +138,14 @@ def _process(point: Point) -> str:
 
 
 def _processor_s(run: ReportRun) -> dict[str, Growth]:
-    """By process: the source, the workers in the order of a request's way, the others. Stores may mix them up."""
+    """By process: the workers in the order of a request's way, the source, the others. Stores may mix them up."""
     hops = sorted(run.points.get("hop", ()), key=lambda hop: (number(hop, "place"), hop.tags.get("worker", "")))
     place = {name: count for count, name in enumerate(dict.fromkeys(hop.tags.get("worker", "") for hop in hops))}
-    working = [point for point in run.points.get("process", ()) if point.tags.get("role") in _WORKING]
+    working = [point for point in run.points.get("process", ()) if point.tags.get("role") not in MEASURING]
     working.sort(
         key=lambda point: (
-            _WORKING.index(point.tags["role"]),
+            _place(point.tags["role"], _ROLES),
+            point.tags["role"],
             place.get(point.tags["name"], len(place)),
             point.tags["name"],
             point.time_ns,
@@ -156,14 +154,29 @@ def _processor_s(run: ReportRun) -> dict[str, Growth]:
     return counters(run, working, ("cpu_s",), _process, added=False)
 
 
-def _for_a_sample(unit: str, runs: Sequence[ReportRun], parts_of: Callable[[ReportRun], Mapping[str, float]]) -> Table:
+def _place(name: str, order: Sequence[str]) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _for_a_sample(
+    unit: str,
+    runs: Sequence[ReportRun],
+    parts_of: Callable[[ReportRun], Mapping[str, float]],
+    first: Sequence[str] = (),
+) -> Table:
+    """A bar for each group: its parts, those named in `first` before the others, and all of it together."""
+    shares = {name: [found for run in own if (found := parts_of(run))] for name, own in groups_of(runs).items()}
+    # The same order in every bar, whatever a run happens to lack.
+    order = sorted(_keys(each for own in shares.values() for each in own), key=lambda part: _place(part, first))
     rows: list[tuple[Cell, ...]] = []
-    for name, repeats in groups_of(runs).items():
-        if shares := [found for run in repeats if (found := parts_of(run))]:
-            whole = spread([sum(each.values()) for each in shares])
-            for part in _keys(shares):
-                middle = median([each.get(part, 0.0) for each in shares])
-                rows.append((name, part, middle, whole.low, whole.high))
+    for name, own in shares.items():
+        for part in order:
+            if any(part in each for each in own):
+                middle = median([each.get(part, 0.0) for each in own])
+                rows.append((name, part, middle, None, None))
+        if own:
+            whole = spread([sum(each.values()) for each in own])
+            rows.append((name, TOTAL, whole.middle, whole.low, whole.high))
     return Table(("run", "part", f"{unit}_per_sample", "low", "high"), tuple(rows))
 
 

@@ -41,7 +41,7 @@ def headlines(trains: bool) -> tuple[Headline, ...]:
         Headline("p99", "ms", -1, lambda each: each.latency_ms["p99"]),
         *(() if trains else (Headline("network", "ms", -1, lambda each: each.network_ms),)),
         Headline("between sites", f"kB/{sample}", -1, _link_kb),
-        Headline("processors", f"s/{sample}", -1, _processor_s),
+        Headline("processors", f"s/{sample}", -1, lambda each: each.processor_s),
         Headline("energy", f"J/{sample}", -1, lambda each: sum(each.energy_j.values()) if each.energy_j else None),
         *(() if trains else (Headline("failed", "", 0, lambda each: each.failed),)),
         *(() if trains else (Headline("retries", "", 0, lambda each: each.retries),)),
@@ -86,7 +86,3 @@ def _column(headline: Headline) -> str:
 
 def _link_kb(figures: Figures) -> float | None:
     return sum(link.there + link.back for link in figures.links.values()) / 1000 if figures.links else None
-
-
-def _processor_s(figures: Figures) -> float | None:
-    return sum(figures.cpu_s.values()) if figures.cpu_s else None

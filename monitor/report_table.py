@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Cell = str | float | int | None
+# The part of a bar that is no part but all of it: of repeats, the median of their wholes, with the least and the most.
+TOTAL = "total"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Table:
         """Only the rows that have this value there."""
         place = self.columns.index(name)
         return Table(self.columns, tuple(row for row in self.rows if row[place] == value))
+
+    def without(self, name: str, value: Cell) -> Table:
+        """Only the rows that have another value there."""
+        place = self.columns.index(name)
+        return Table(self.columns, tuple(row for row in self.rows if row[place] != value))
 
     def values(self, name: str) -> list[str]:
         """The different cells of a column of text, in the order in which they come."""
@@ -67,7 +74,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Stacks:
-    """Drawn as one bar for each value of `bar`, made of `part`s end to end; `low` and `high` bound the whole."""
+    """Drawn as one bar for each value of `bar`, made of `part`s end to end; its `TOTAL` has the bounds of the whole."""
 
     value: str
     label: str

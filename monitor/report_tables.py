@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from monitor.figures import PERCENTS
 from monitor.report_run import ReportRun, groups_of, measured_number
 from monitor.report_series import spread
-from monitor.report_table import Cell, Table, thinned
+from monitor.report_table import TOTAL, Cell, Table, thinned
 from monitor.window import number
 
 PARTS = ("queue", "decode", "compute", "encode")
@@ -86,7 +86,9 @@ def time_spent(runs: Sequence[ReportRun]) -> Table:
         whole = spread([sum(found.values()) for found in spent] or [0.0])
         for stage, part in keys:
             middle = spread([found.get((stage, part), 0.0) for found in spent]).middle
-            rows.append((name, stage, part, middle, whole.low, whole.high))
+            rows.append((name, stage, part, middle, None, None))
+        if spent:
+            rows.append((name, "", TOTAL, whole.middle, whole.low, whole.high))
     return Table(("run", "stage", "part", "ms", "low", "high"), tuple(rows))
 
 
@@ -107,8 +109,10 @@ def step_spent(runs: Sequence[ReportRun]) -> Table:
         for stage in dict.fromkeys(stage for found in busy for stage in found):
             shown = f"{name}: {stage}"
             for phase in (*PHASES, IDLE):
-                found = spread([each.get(stage, {}).get(phase, 0.0) for each in busy])
-                rows.append((shown, phase, found.middle, found.low, found.high))
+                middle = spread([each.get(stage, {}).get(phase, 0.0) for each in busy]).middle
+                rows.append((shown, phase, middle, None, None))
+            whole = spread([sum(each.get(stage, {}).values()) for each in busy])
+            rows.append((shown, TOTAL, whole.middle, whole.low, whole.high))
     return Table(("stage", "part", "ms", "low", "high"), tuple(rows))
 
 

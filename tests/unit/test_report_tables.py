@@ -9,13 +9,15 @@ import numpy
 import pytest
 
 from monitor import report_load, report_tables
+from monitor.manifest import Manifest
 from monitor.plots import draw
 from monitor.points import Point, Value
-from monitor.report_figures import figures_of
+from monitor.report_about import about
+from monitor.report_figures import NAMES, figures_of
 from monitor.report_run import ReportRun
 from monitor.report_summary import ratio, summary
-from monitor.report_table import Table, thinned
-from tests.support.made_up_runs import at
+from monitor.report_table import TOTAL, Table, thinned
+from tests.support.made_up_runs import at, manifest
 
 
 def point(name: str, second: float, *, tags: dict[str, str] | None = None, **fields: Value) -> Point:
@@ -99,6 +101,7 @@ def test_percentiles_are_those_of_the_benchmarks() -> None:
 
 def test_where_the_time_went_is_the_mean_of_each_part_of_the_requests_that_succeeded() -> None:
     found = rows(report_tables.time_spent([run("a", FOUR)]), "stage", "part", "ms")
+    assert found.pop() == ("", "total", pytest.approx(70 / 3 + 23 + 47 + 300))
     head = [("head", "queue", 70 / 3), ("head", "decode", 1.0), ("head", "compute", 20.0), ("head", "encode", 2.0)]
     tail = [("tail", "queue", 0.0), ("tail", "decode", 3.0), ("tail", "compute", 40.0), ("tail", "encode", 4.0)]
     assert [each[:2] for each in found] == [each[:2] for each in [*head, *tail, ("", "network", 300.0)]]
@@ -141,7 +144,8 @@ def test_without_links_the_interfaces_count_and_the_loopback_once() -> None:
 def test_bytes_between_sites_are_for_a_sample_and_by_direction() -> None:
     # A link carries nothing before the first request: 4 MB there and 0.1 MB back, for three results.
     found = rows(report_load.link_bytes([run("a", [*FOUR, *OVER_LINK])]), "part", "kb_per_sample")
-    assert found == [("device to cloud", pytest.approx(4000 / 3)), ("cloud to device", pytest.approx(100 / 3))]
+    there, back = pytest.approx(4000 / 3), pytest.approx(100 / 3)
+    assert found == [("device to cloud", there), ("cloud to device", back), ("total", pytest.approx(4100 / 3))]
 
 
 def test_processors_are_the_growth_of_their_time_in_each_bin() -> None:
@@ -156,7 +160,58 @@ def test_processors_are_the_growth_of_their_time_in_each_bin() -> None:
     ]  # fmt: skip
     # From 11.0 s at 1.0 to 12.5 s at 3.0, for three results; the monitor is not what is measured.
     cost = report_load.processor_s([run("a", [*FOUR, *seen])])
-    assert rows(cost, "part", "s_per_sample") == [("stage", pytest.approx(0.5))]
+    assert rows(cost, "part", "s_per_sample") == [("stage", pytest.approx(0.5)), ("total", pytest.approx(0.5))]
+
+
+def test_every_bar_has_its_parts_in_one_order_and_its_spread_on_the_whole_alone() -> None:
+    def of(name: str, **cpu_s: float) -> ReportRun:
+        seen = [
+            point("process", second, tags={"role": role, "name": role}, cpu_s=second * each, pid=1)
+            for second in (0.0, 4.0)
+            for role, each in cpu_s.items()
+        ]
+        return run(name, [*FOUR, *seen], group=name[0])
+
+    runs = [of("a1", broker=3.0, monitor=9.0, stage=3.0), of("a2", other=3.0, run=3.0, stage=9.0), of("b", source=3.0)]
+    found = rows(report_load.processor_s(runs), "run", "part", "s_per_sample", "low", "high")
+    assert found == [
+        *(("a", part, pytest.approx(each), None, None)
+          for part, each in (("stage", 4.0), ("run", 1.0), ("broker", 1.0), ("other", 1.0))),
+        ("a", "total", pytest.approx(7.0), pytest.approx(4.0), pytest.approx(10.0)),
+        ("b", "source", pytest.approx(2.0), None, None),
+        ("b", "total", pytest.approx(2.0), None, None),
+    ]  # fmt: skip
+    assert summary(runs[:2])[1][0].values["processors"].middle == pytest.approx(7.0)  # type: ignore[union-attr]
+    figures, _ = figures_of(runs)
+    assert {figure.name for figure in figures} <= set(NAMES)
+
+
+def test_a_run_shorter_than_a_bin_has_one_network_rate() -> None:
+    # One request, asked at 1.0 and done at 1.2: a tenth of what crosses from 1.0 to 3.0 would, had it been even.
+    short = run("a", [request(1, 1.2, 200.0), *OVER_LINK])
+    assert rows(report_load.network([short]), "time_s", "rate_mb_per_s") == [(0.25, pytest.approx(2.1))]
+    unseen = run("b", [request(1, 0.4, 200.0), *OVER_LINK])
+    reasons = {each.title: each.reason for each in figures_of([unseen])[1]}
+    assert reasons["Network rate"].startswith("no monitor saw links or interfaces from the beginning to the end of any")
+
+
+def test_the_stages_are_listed_in_order_where_bars_are_too_short_for_their_names() -> None:
+    fast = [request(1, 1.5, 500.0), hop(1, 0.0, "only", 0, (1.0, 1.0, 1.0, 1.0))]
+    captions = [
+        next(figure.caption for figure in figures_of(runs)[0] if figure.name == "where")
+        for runs in ([run("a", FOUR), run("b", FOUR)], [run("a", FOUR), run("b", fast)])
+    ]
+    assert captions[0].endswith("Stages, in order: head, tail.")
+    assert captions[1].endswith("Stages, in order, of a: head, tail; of b: only.")
+
+
+def test_what_was_taken_out_of_a_file_and_numbers_that_equal_yes_and_no_are_told_as_they_are() -> None:
+    told = manifest({"cloud": []})
+    told["suites"][0]["changed"] = {"pipeline.cuts": None, "source.limit": 1, "source.loop": True}
+    page = about([run("a", FOUR, manifest=Manifest.model_validate(told))])
+    assert "pipeline.cuts left out, source.limit 1, source.loop yes" in page
+    assert "memory 7.5 GiB" in page
+    assert "dirty no" in page
 
 
 def test_energy_is_that_of_the_measured_time_alone() -> None:
@@ -165,7 +220,7 @@ def test_energy_is_that_of_the_measured_time_alone() -> None:
         for second in (0.0, 1.0, 2.0, 3.0, 4.0)
     ]
     table = report_load.energy([run("a", [*FOUR, *seen])])
-    assert rows(table, "part", "j_per_sample") == [("gpu 0", pytest.approx(40 / 3))]
+    assert rows(table, "part", "j_per_sample") == [("gpu 0", pytest.approx(40 / 3)), ("total", pytest.approx(40 / 3))]
     use = report_load.gpu([run("a", [*FOUR, *seen])])
     assert rows(use.where("of", "GPU use (share)"), "time_s", "value") == [(0.25, 0.1), (1.25, 0.2)]
 
@@ -194,7 +249,8 @@ def test_a_step_of_training_is_what_its_workers_computed_and_waited() -> None:
         for phase, busy_ms in (("forward", 200.0), ("backward", 300.0), ("update", 100.0))
     ]
     table = report_tables.step_spent([run("a", [*steps(4.0, 2.0), *batches])])
-    assert rows(table, "part", "ms") == [("forward", 200.0), ("backward", 300.0), ("update", 100.0), ("idle", 400.0)]
+    parts = [("forward", 200.0), ("backward", 300.0), ("update", 100.0), ("idle", 400.0)]
+    assert rows(table, "part", "ms") == [*parts, ("total", 1000.0)]
 
 
 def test_a_sweep_has_the_median_of_its_repeats_at_each_value() -> None:
@@ -230,7 +286,7 @@ def test_what_is_drawn_are_the_numbers_of_the_table() -> None:
         else:
             drawn_widths = [bar.get_width() for bar in axes.patches]  # type: ignore[attr-defined]
             value = next(name for name in figure.table.columns if name in ("ms", "kb_per_sample"))
-            assert drawn_widths == pytest.approx(figure.table.numbers(value)), figure.name
+            assert drawn_widths == pytest.approx(figure.table.without("part", TOTAL).numbers(value)), figure.name
             begins: dict[float, float] = defaultdict(float)  # by bar: where its next part begins
             for bar in axes.patches:
                 assert bar.get_x() == pytest.approx(begins[bar.get_y()])  # type: ignore[attr-defined]
