@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from brokers.errors import NoBroker
+from brokers.errors import BadFile
 from brokers.parent import STOPPED
 from brokers.pipeline import broker_address, new_run_folder
 from monitor.bench import Bench, Plan
@@ -68,11 +68,12 @@ def command(
 
 
 def make_bench(cases: Sequence[Case], plan: Plan, folder: Path) -> Bench:
-    """A benchmark that talks to standard error. Raises `NoBroker` where stages should be up and nobody says where."""
+    """A benchmark that talks to standard error. Raises `BadFile` where stages should be up and nobody says where."""
     for case in cases if plan.source_only else ():
         for site in case.pipeline.used_sites:
             if broker_address(case.pipeline, site) is None:
-                raise NoBroker(str(case.path), site)
+                problem = f"no broker is known for site {site!r}, where --source-only expects what runs already"
+                raise BadFile(str(case.path), f"{problem}: set SPARSE_BROKER, or add a [[site]] with name and broker")
     return Bench(cases, plan, folder, Console(stderr=True))
 
 

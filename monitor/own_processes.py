@@ -20,15 +20,16 @@ class _Own:
     name: str
     run: str
     process: psutil.Process
+    clients: int = 1  # that said `start` in it, and have not said `stop`
     last: tuple[float, float] | None = None  # processor time, and when
 
 
 class OwnProcesses:
     """The measurement `process`. `began` and `ended` may be called from another thread than `sample`.
 
-    A pid that means nothing here, such as one of another container, is left out without a word. One that is given to
-    somebody else later is noticed by the time at which its process was made. Our own pid is the monitor, whoever else
-    it says that it is.
+    A process ends with the last of those in it that began: one with two sources is one. A pid that means nothing here,
+    such as one of another container, is left out without a word. One that is given to somebody else later is noticed by
+    the time at which its process was made. Our own pid is the monitor, whoever else it says that it is.
     """
 
     def __init__(self) -> None:
@@ -42,13 +43,21 @@ class OwnProcesses:
         if pid not in self._known and len(self._known) >= PROCESSES_LIMIT:
             return
         try:
-            self._known[pid] = _Own(role, name, run, psutil.Process(pid))
+            own = _Own(role, name, run, psutil.Process(pid))
         except psutil.Error:
             return
+        known = self._known.get(pid)
+        if known is not None and known.process == own.process:  # and not another one that has its pid by now
+            own.clients = known.clients + 1
+        self._known[pid] = own
 
     def ended(self, pid: int) -> None:
-        """It is sampled no more; one that is not known is nothing to worry about."""
-        self._known.pop(pid, None)
+        """Somebody in it has ended: with the last one it is sampled no more. One that is not known is no matter."""
+        if (own := self._known.get(pid)) is None:
+            return
+        own.clients -= 1
+        if own.clients <= 0:
+            self._known.pop(pid, None)
 
     def sample(self, time_ns: int, now_s: float) -> list[Point]:
         """One point for each that lives."""
@@ -58,7 +67,7 @@ class OwnProcesses:
             fields = _look(own, now_s)
             if fields is None:
                 if self._known.get(own.process.pid) is own:
-                    self.ended(own.process.pid)
+                    self._known.pop(own.process.pid, None)
                 continue
             tags = {"role": own.role, "name": own.name} | ({"run": own.run} if own.run else {})
             # A nanosecond apart: to InfluxDB two processes of one name would be one point, by their tags and time.

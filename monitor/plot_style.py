@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 WIDTH_IN, PNG_DPI = 4.7, 200
 # Not quite black, white and grey: the page finds these in the SVG and gives each its counterpart for dark screens.
 INK, MUTED, FAINT, PAPER = "#1f2328", "#57606b", "#e3e6ea", "#fffffe"
+REST = "#d0d5db"  # of a bar: where nothing was done
 
 _LABEL_CHARACTERS = 34
 
@@ -51,7 +52,7 @@ _KNOWN_PARTS = {
     "forward": PartStyle(BLUE, ""),
     "backward": PartStyle(SKY, "//"),
     "update": PartStyle(GREEN, "...."),
-    "idle": PartStyle("#d0d5db", ""),
+    "idle": PartStyle(REST, ""),
 }
 _FURTHER_PARTS = (
     PartStyle(BLUE, ""),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from monitor.plot_style import FAINT, INK, LINES, MUTED, PAPER
+from monitor.plot_style import FAINT, INK, LINES, MUTED, PAPER, REST
 from monitor.report_about import about
 from monitor.report_folder import MARK
 from monitor.report_run import ReportRun
@@ -20,7 +20,6 @@ _ROWS = 200
 # Within this of the baseline a ratio is called neither better nor worse.
 _SAME = 0.02
 _NAMED = 4  # runs in the title
-_REST = "#d0d5db"
 _ID = re.compile(r'(\bid="|href="#|url\(#)')
 _PREAMBLE = re.compile(r"^.*?(?=<svg)", re.DOTALL)
 _METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
@@ -188,7 +187,7 @@ def inline(svg: str, name: str, alt: str) -> str:
     svg = _METADATA.sub("", _PREAMBLE.sub("", svg, count=1), count=1)
     svg = _HEIGHT.sub(r"\1", _SIZE.sub(r"\1", svg, count=1), count=1)
     svg = _ID.sub(lambda found: f"{found[1]}{name}-", svg)
-    colours = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "card", _REST: "rest"}
+    colours = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "card", REST: "rest"}
     colours |= {style.colour: f"c{place}" for place, style in enumerate(LINES)}
     for colour, variable in colours.items():
         svg = svg.replace(colour, f"var(--{variable})")

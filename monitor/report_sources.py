@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from monitor.errors import BadManifest, BadStore, CannotCompare, NoSamples, NotARun
+from monitor.figures import MEASUREMENTS_READ
 from monitor.influx_reader import InfluxReader
 from monitor.influx_target import URL, influx_target
 from monitor.manifest import FILE as MANIFEST
@@ -18,9 +19,9 @@ from monitor.sqlite import FILE, SqliteReader
 from monitor.store import Reader
 
 INFLUX = "influx:"
-# All that a figure is made of.
-_OF_A_RUN = ("request", "hop", "task", "batch", "step", "link")
+# What a monitor saw of its node, for whichever run that was; the others are told by the run itself.
 _OF_A_NODE = ("interface", "process", "gpu", "power", "missing")
+_OF_A_RUN = tuple(name for name in MEASUREMENTS_READ if name not in _OF_A_NODE)
 
 
 @dataclass

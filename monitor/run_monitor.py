@@ -30,7 +30,7 @@ _END_S = 12.0
 
 
 class RunMonitor:
-    """Life: `start`, `keep` now and then, `tell_end` when the others have ended, `stop`."""
+    """Life: `start`, `keep` now and then, `stop` when the others have ended; `kill` where nobody waits any more."""
 
     def __init__(self, pipeline: Pipeline, sites: RunSites, folder: Path, wanted: bool) -> None:
         self._sites, self._folder = sites, folder

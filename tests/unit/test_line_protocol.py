@@ -92,6 +92,16 @@ def test_points_of_one_series_and_time_are_put_apart_and_others_are_not() -> Non
     assert [read_line(each)[3] for each in found] == [5, 5, 6, 7, 9, 9]
 
 
+def test_points_that_come_a_moment_late_are_put_apart_from_those_before_them() -> None:
+    found = Lines().of([Point("batch", time_ns, {}, {"tasks": 1}) for time_ns in (5, 5, 6, 5)])
+    assert len({read_line(each)[3] for each in found}) == 4
+
+
+def test_a_point_of_long_ago_keeps_its_time() -> None:
+    found = Lines().of([Point("batch", time_ns, {}, {"tasks": 1}) for time_ns in (10**10, 5)])
+    assert [read_line(each)[3] for each in found] == [10**10, 5]
+
+
 def test_points_of_two_writes_are_put_apart_too() -> None:
     lines = Lines()
     found = [lines.of([Point("batch", 5, {}, {"tasks": number})])[0] for number in range(3)]

@@ -128,6 +128,17 @@ def test_a_process_that_begins_once_more_is_what_it_said_last(box: Machine) -> N
     assert set(by_name(own.sample(1, 0.0))) == {"monitor", "head"}
 
 
+def test_a_process_ends_with_the_last_of_those_in_it_that_began(box: Machine) -> None:
+    pid = box.start(sys.executable, "-c", SLEEP).pid
+    own = OwnProcesses()
+    for name in ("left", "right"):
+        own.began("source", name, pid, "")
+    own.ended(pid)
+    assert set(by_name(own.sample(1, 0.0))) == {"monitor", "right"}
+    own.ended(pid)
+    assert set(by_name(own.sample(2, 0.5))) == {"monitor"}
+
+
 def test_two_processes_of_one_name_are_two_points_to_a_database_that_goes_by_tags_and_time(box: Machine) -> None:
     own = OwnProcesses()
     for _ in range(2):

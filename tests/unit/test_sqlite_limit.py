@@ -22,6 +22,7 @@ def batch(number: int) -> list[Point]:
 def test_a_file_stays_below_its_limit_and_keeps_the_newest(tmp_path: Path) -> None:
     path = tmp_path / "telemetry.sqlite"
     store = SqliteStore(path, LIMIT_BYTES)
+    store.write([Point("missing", 1, {"node": "here", "sensor": "gpu"}, {"reason": "there is none"})])
     for number in range(100):
         store.write(batch(number))
     store.close()
@@ -32,6 +33,15 @@ def test_a_file_stays_below_its_limit_and_keeps_the_newest(tmp_path: Path) -> No
     assert 1 < times[0] < 95  # the oldest are gone, and not much more than had to go
     nodes = [point.time_ns for point in SqliteReader(path).points("node")]
     assert nodes == list(range(nodes[0], 101))
+    assert len(SqliteReader(path).points("missing")) == 1  # what is said once is not what makes a file large
+
+
+def test_a_file_that_was_closed_is_one_file_and_stays_so_when_it_is_read(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "telemetry.sqlite")
+    store.write(batch(0))
+    store.close()
+    assert SqliteReader(tmp_path / "telemetry.sqlite").points("node")
+    assert [path.name for path in tmp_path.iterdir()] == ["telemetry.sqlite"]
 
 
 def test_times_that_a_sender_made_up_do_not_keep_a_file_from_being_bounded(tmp_path: Path) -> None:
