@@ -1,7 +1,7 @@
 """The command `sparse`: finds a subcommand by name, runs it, and makes one line of whatever goes wrong.
 
 A subcommand is a plain function, named in the entry-point group `sparse.commands` of any installed distribution
-(`run = "monitor.run:command"`; `"broker.config"` is asked for as `sparse broker config`). Nothing here imports one
+(`run = "monitor.launch.run:command"`; `"broker.config"` is asked for as `sparse broker config`). Nothing here imports one
 until it is asked for. The convention:
 
 * `def command(file: Annotated[Path, typer.Argument(help="...")], json: Annotated[bool, ...] = False) -> int | None`,
@@ -28,7 +28,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 from brokers.errors import SparseError, UsageError
-from brokers.sparing import Sparing
+from brokers.process.log_rate_limit import Sparing
 
 GROUP = "sparse.commands"
 USAGE = "usage: sparse [-v] COMMAND ..."

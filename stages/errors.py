@@ -168,6 +168,23 @@ class TensorMissing(WireError):
         return f"expected a tensor {self.name!r}, the message has {', '.join(map(repr, self.actual)) or 'none'}"
 
 
+@dataclass(eq=False)
+class SharedWeights(UsageError):
+    """A parameter that two parts use: each would train a copy of its own."""
+
+    key = "pipeline.cuts"
+
+    name: str
+    first: int
+    second: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name!r} is used before and after a cut, by parts {self.first} and {self.second} (from 0): "
+            "each would train a copy of its own; cut where it is not shared"
+        )
+
+
 # Executors ----------------------------------------------------------------------------------------------------------
 
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from brokers.errors import BadPayload, SparseError
-from brokers.messages import JSON, SAFETENSORS, Blob, Content
-from brokers.own_code import CannotLoad, load_named, told
-from brokers.tensors import to_numpy, to_torch
+from brokers.process.import_string import CannotLoad, load_named, told
+from brokers.protocol.messages import JSON, SAFETENSORS, Blob, Content
+from brokers.protocol.safetensors_codec import to_numpy, to_torch
 from stages.errors import BadExecutor
 
 Tensors = dict[str, Any]

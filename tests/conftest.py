@@ -11,7 +11,7 @@ import pytest
 
 # Read by torch's OpenMP when it is first imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A test that wants to be told of events listens at this name or another: tests/support/stand_in_monitor.py.
+# A test that wants to be told of events listens at this name or another: tests/support/monitor/fake_monitor.py.
 os.environ["SPARSE_MONITOR"] = str(Path(tempfile.gettempdir()) / f"sparse-test-{os.getpid()}.sock")
 os.environ.pop("SPARSE_RUN", None)
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brokers.own_code import CannotLoad, load_named, told
+from brokers.process.import_string import CannotLoad, load_named, told
 from stages.errors import BadModel, UnknownModel
 from stages.models.errors import BadModelSettings, LabelsDoNotFit
-from stages.pictures import Picture
+from stages.models.image_preprocess import Picture
 
 YOLO_SIDE = 416  # pixels: what yolov3-tiny.cfg asks for, and the smallest of the three sizes in the paper's tables
 TORCHVISION = "torchvision:"
@@ -56,7 +56,7 @@ class ModelSpec:
 
     name: str
     build: Callable[[], nn.Module]
-    input_name: str = "input"  # what `stages.partition` calls the one input of a network
+    input_name: str = "input"  # what `stages.partition.partition` calls the one input of a network
     input_shape: tuple[int, ...] | None = None  # of one request, (1, C, H, W) for pictures; None: not known
     prepare: Prepare | None = None
     finish: Finish | None = None
@@ -99,8 +99,8 @@ def model_spec(
 
 
 def _yolo(name: str, settings: Mapping[str, Any], threshold: float, nms: float) -> ModelSpec:
+    from stages.models.image_preprocess import letterbox
     from stages.models.yolov3 import yolov3, yolov3_tiny
-    from stages.pictures import letterbox
 
     if settings:
         raise BadModelSettings(name, f"it takes none, got {', '.join(settings)}")
@@ -114,7 +114,7 @@ def _yolo(name: str, settings: Mapping[str, Any], threshold: float, nms: float) 
 
 
 def _detections(outputs: Mapping[str, Tensor], picture_size: Size, *, threshold: float, nms: float) -> Finished:
-    from stages.detection import detect
+    from stages.models.yolo_postprocess import detect
 
     ordered = tuple(outputs[key] for key in sorted(outputs, key=int))
     found = detect(ordered, (YOLO_SIDE, YOLO_SIDE), picture_size, threshold, nms)
@@ -127,9 +127,9 @@ def _detections(outputs: Mapping[str, Tensor], picture_size: Size, *, threshold:
 
 
 def _small_vgg(name: str, settings: Mapping[str, Any], labels: Sequence[str]) -> ModelSpec:
+    from stages.models.image_preprocess import normalise, stretched
     from stages.models.vgg import CLASSES as USUAL
     from stages.models.vgg import MEAN, SIDE_PX, STD, small_vgg
-    from stages.pictures import normalise, stretched
 
     _check_call(name, partial(small_vgg, name), settings)
     names = _labels(name, settings, labels, tuple(map(str, range(USUAL))))
@@ -147,7 +147,7 @@ def _small_vgg(name: str, settings: Mapping[str, Any], labels: Sequence[str]) ->
 def _torchvision(name: str, settings: Mapping[str, Any], labels: Sequence[str]) -> ModelSpec:
     from torchvision import models
 
-    from stages.pictures import classify_input, normalise
+    from stages.models.image_preprocess import classify_input, normalise
 
     short = name.removeprefix(TORCHVISION)
     if short not in _classifiers():

@@ -5,7 +5,7 @@ The tables hold what yolov3.cfg and yolov3-tiny.cfg say; a row's place in its ta
 
 from __future__ import annotations
 
-from stages.models.darknet import Anchors, Convolutional, Darknet, MaxPool, Route, Row, Shortcut, Upsample, Yolo
+from stages.models.darknet_layers import Anchors, Convolutional, Darknet, MaxPool, Route, Row, Shortcut, Upsample, Yolo
 
 COCO_CLASSES = 80
 

@@ -2,7 +2,7 @@
 
 A file holds the parameters and buffers under `model/NAME`, and what the optimizer keeps of each parameter under
 `optimizer/NAME/KEY`. There is no random state to keep: what a random layer draws follows from the source's seed, the
-step and the micro-batch (`brokers.training.micro_seed`).
+step and the micro-batch (`brokers.protocol.training.micro_seed`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from brokers.training import Progress
+from brokers.protocol.training import Progress
 from stages.training.errors import CannotCheckpoint, ForeignCheckpoint, Overtaken
 
 # Two: should a worker die while some have written the newest and others have not, all have the one before.

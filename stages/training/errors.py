@@ -21,23 +21,6 @@ class BadRecipe(UsageError):
         return f"{self.key.rpartition('.')[2]} {self.name!r}: {self.problem}"
 
 
-@dataclass(eq=False)
-class SharedWeights(UsageError):
-    """A parameter that two parts use: each would train a copy of its own."""
-
-    key = "pipeline.cuts"
-
-    name: str
-    first: int
-    second: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name!r} is used before and after a cut, by parts {self.first} and {self.second} (from 0): "
-            "each would train a copy of its own; cut where it is not shared"
-        )
-
-
 # Messages ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from brokers.messages import Step
-from brokers.training import Standing
+from brokers.protocol.messages import Step
+from brokers.protocol.training import Standing
 
 
 class Role:
-    """What a trainer does beside its own part of the work: nothing, here. See `stages.training.roles`."""
+    """What a trainer does beside its own part of the work: nothing, here. See `stages.training.membership`."""
 
     async def open(self) -> None:
         """Begin to listen: the trainer has joined."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from brokers.training import Mode
+from brokers.protocol.training import Mode
 
 Name = Literal["1f1b", "gpipe"]
 Op = tuple[Literal["forward", "backward"], int]

@@ -33,17 +33,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from brokers.messages import Body, new_request_id
-from brokers.mosquitto import find as find_mosquitto
-from brokers.mqtt import MqttTransport
-from brokers.pipeline import load_pipeline
-from brokers.site import Kind, start_broker
-from brokers.tensors import from_numpy
-from brokers.transport import Delivery, Properties
-from monitor.children import Child, end_all
-from sources.offload import Offloader
-from tests.support.pipelines import pipeline_file, stage
-from tests.support.presence import await_workers
+from brokers.config.pipeline_file import load_pipeline
+from brokers.mqtt.client import MqttTransport
+from brokers.protocol.messages import Body, new_request_id
+from brokers.protocol.safetensors_codec import from_numpy
+from brokers.protocol.transport import Delivery, Properties
+from brokers.server.local_broker import Kind, start_broker
+from brokers.server.mosquitto_conf import find as find_mosquitto
+from monitor.launch.child_process import Child, end_all
+from sources.client.offloader import Offloader
+from tests.support.brokers.presence import await_workers
+from tests.support.pipelines.pipeline_files import pipeline_file, stage
 
 EQUAL = (1, 2, 4, 8)
 EQUAL_S = 0.05

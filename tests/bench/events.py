@@ -1,6 +1,6 @@
 """How many events a second a monitor takes without loss: `python -m tests.bench.events`.
 
-A real `sparse monitor` with a SQLite file, and processes that send as `brokers.event_client` does: lines of
+A real `sparse monitor` with a SQLite file, and processes that send as `brokers.telemetry.client` does: lines of
 `task_processed`, many in a datagram, a fixed number a second for some seconds. What counts is what is in the file at
 the end: each event of each sender, once. "as fast as they go" is what the same senders reach when they only wait for
 the socket: that is a burst, which waits in the monitor's memory. "kept /s" is up to the monitor's end, when all are in
@@ -28,8 +28,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from brokers.events import DATAGRAM_LIMIT_BYTES
-from monitor.sqlite import FILE
+from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
+from monitor.stores.sqlite import FILE
 
 WANTED_PER_S = 20_000
 ASKED_PER_S = 22_000  # a sender that is late now and then still gives what is wanted

@@ -1,6 +1,6 @@
 """What channels-last costs or saves on this CPU, one thread: `python -m tests.bench.layout`.
 
-Why `stages.inference` lays a part out so: times of both layouts in turns, medians, and their ratio (below 1.0: it
+Why `stages.worker.model_executor` lays a part out so: times of both layouts in turns, medians, and their ratio (below 1.0: it
 saves).
 """
 

@@ -27,12 +27,12 @@ from multiprocessing.connection import Connection as Pipe
 
 import torch
 
-from brokers.chunks import CHUNK_BYTES
-from brokers.line import Line
-from brokers.messages import Body, Message, ReplyTo, Task, new_request_id
-from brokers.mqtt import MqttTransport
-from brokers.site import LocalBroker, start_broker
-from brokers.tensors import from_torch, to_torch
+from brokers.dispatch.channel import Line
+from brokers.mqtt.client import MqttTransport
+from brokers.protocol.chunking import CHUNK_BYTES
+from brokers.protocol.messages import Body, Message, ReplyTo, Task, new_request_id
+from brokers.protocol.safetensors_codec import from_torch, to_torch
+from brokers.server.local_broker import LocalBroker, start_broker
 
 KIB = 1 << 10
 SIZES = tuple(size * KIB for size in (1, 16, 64, 256, 1 << 10, 4 << 10, 16 << 10, 64 << 10))

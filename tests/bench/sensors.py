@@ -20,9 +20,9 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from monitor.own_processes import OwnProcesses
-from monitor.sensor import Sensor
-from monitor.sensors import Sensors, sensors_of
+from monitor.sensors.all import Sensors, sensors_of
+from monitor.sensors.base import Sensor
+from monitor.sensors.processes import OwnProcesses
 
 PER_S = 2.0
 OWN = 20

@@ -25,13 +25,13 @@ from influxdb_client.client.write.point import Point as ClientPoint
 from rich.console import Console
 from rich.table import Table
 
-from brokers.events import HopFigures, RequestDone, TaskProcessed
-from monitor.influx import InfluxStore
-from monitor.line_protocol import Lines
-from monitor.points import Point, points_of
-from monitor.sqlite import SqliteReader, SqliteStore
-from monitor.store import Store
-from tests.support.servers import Influx, influx
+from brokers.telemetry.schema import HopFigures, RequestDone, TaskProcessed
+from monitor.points.points import Point, points_of
+from monitor.stores.base import Store
+from monitor.stores.influx.store import InfluxStore
+from monitor.stores.line_protocol import Lines
+from monitor.stores.sqlite import SqliteReader, SqliteStore
+from tests.support.monitor.influx_servers import Influx, influx
 
 NEEDED_PER_S = 5_000
 WRITES_PER_S = 10

@@ -23,14 +23,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from brokers.event_socket import SOCKET_VARIABLE
-from brokers.mosquitto import find as find_mosquitto
-from brokers.site import Kind, start_broker
-from monitor.children import Child, end_all
-from monitor.sqlite import FILE as STORE
+from brokers.server.local_broker import Kind, start_broker
+from brokers.server.mosquitto_conf import find as find_mosquitto
+from brokers.telemetry.event_socket import SOCKET_VARIABLE
+from monitor.launch.child_process import Child, end_all
+from monitor.stores.sqlite import FILE as STORE
 from tests.bench.events import await_socket, cpu_s
 from tests.bench.throughput import FILE, MODEL, pipelined
-from tests.support.telemetry import points
+from tests.support.monitor.telemetry_file import points
 
 
 @dataclass(slots=True)

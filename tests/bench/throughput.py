@@ -21,13 +21,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from brokers.mosquitto import find as find_mosquitto
-from brokers.site import Kind, start_broker
-from monitor.children import Child, end_all
-from sources.offload import Offloader
-from sources.values import to_content
-from stages.loading import load_part
+from brokers.server.local_broker import Kind, start_broker
+from brokers.server.mosquitto_conf import find as find_mosquitto
+from monitor.launch.child_process import Child, end_all
+from sources.client.offloader import Offloader
+from sources.conversion import to_content
 from stages.models.registry import model_spec
+from stages.partition.part_loader import load_part
 
 MODEL = "torchvision:vgg11"
 WARM_UP = 6

@@ -31,13 +31,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from brokers.mosquitto import find as find_mosquitto
-from brokers.site import Kind
-from tests.support.ideal_pipeline import ideal_step_s
-from tests.support.sparse_pipeline import sparse_pipeline
-from tests.support.torch_pipeline import torch_pipeline
-from tests.support.training_alone import alone, losses_alone
-from tests.support.training_job import Job
+from brokers.server.local_broker import Kind
+from brokers.server.mosquitto_conf import find as find_mosquitto
+from tests.bench.training_peers.ideal_pipeline import ideal_step_s
+from tests.bench.training_peers.job import Job
+from tests.bench.training_peers.single_process import alone, losses_alone
+from tests.bench.training_peers.sparse_pipeline import sparse_pipeline
+from tests.bench.training_peers.torch_pipeline import torch_pipeline
 
 CUTS = (6, 11)
 SOLO_STEPS = 6

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.door import Door
-from tests.support.engine import Compose, need_engine
-from tests.support.image import IMAGE, build
-from tests.support.parts import need
+from tests.support.environment.container_engine import Compose, need_engine
+from tests.support.environment.external_programs import need
+from tests.support.environment.image import IMAGE, build
+from tests.support.pipelines.mqtt_camera import Door
 
 ENGINES = {"image", "address"}  # the fixtures that need an engine; all others are made of them
 # What can be had without the images of InfluxDB, Chronograf and Grafana, which stand in a profile of their own.

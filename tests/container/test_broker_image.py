@@ -11,10 +11,10 @@ from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.wait_strategies import PortWaitStrategy
 
-from brokers.mqtt import MqttTransport
-from brokers.transport import Properties, Will
-from tests.support.checkout import ROOT
-from tests.support.lines import Inbox, abandon, run
+from brokers.mqtt.client import MqttTransport
+from brokers.protocol.transport import Properties, Will
+from tests.support.brokers.broker_kinds import Inbox, abandon, run
+from tests.support.environment.checkout import ROOT
 
 LARGE_BYTES = 5_000_000  # more than Mosquitto 2.1 takes by default
 

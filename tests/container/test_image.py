@@ -6,9 +6,9 @@ import signal
 import subprocess
 import time
 
-from tests.support.checkout import ROOT
-from tests.support.engine import docker, inspect
-from tests.support.image import build
+from tests.support.environment.checkout import ROOT
+from tests.support.environment.container_engine import docker, inspect
+from tests.support.environment.image import build
 
 LIMIT_BYTES = 1_600_000_000  # with a CPU build of PyTorch, which is half of it
 
@@ -28,7 +28,7 @@ def test_it_holds_what_runs_and_nothing_that_tests_or_builds(image: str) -> None
 
 
 def test_its_weights_are_there_without_a_network(image: str) -> None:
-    look = "from stages.weights import find_weights; print(find_weights('yolov3-tiny').stat().st_size)"
+    look = "from stages.partition.weight_files import find_weights; print(find_weights('yolov3-tiny').stat().st_size)"
     said = docker("run", "--rm", "--network", "none", "--read-only", "--entrypoint", "python3", image, "-c", look)
     assert said.strip() == "35434956"
 

@@ -13,10 +13,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from brokers.pipeline import load_pipeline
-from brokers.roles import MONITOR, broker_name, source_name, stage_name
-from tests.support.checkout import ROOT
-from tests.support.parts import need
+from brokers.config.pipeline_file import load_pipeline
+from brokers.security.principals import MONITOR, broker_name, source_name, stage_name
+from tests.support.environment.checkout import ROOT
+from tests.support.environment.external_programs import need
 
 # The oldest that its makers still mend, or that clouds still run, to the newest whose schemas are at hand.
 VERSIONS = ("1.31", "1.33", kubernetes_validate.latest_version())

@@ -17,11 +17,11 @@ import pytest
 import yaml
 
 from tests.container.conftest import SERVICES
-from tests.support.door import Door
-from tests.support.engine import Compose, await_health, docker, inspect
-from tests.support.parts import need
-from tests.support.processes import eventually
-from tests.support.swarm import STACK, await_replicas, stack, swarm
+from tests.support.environment.container_engine import Compose, await_health, docker, inspect
+from tests.support.environment.external_programs import need
+from tests.support.environment.swarm import STACK, await_replicas, stack, swarm
+from tests.support.pipelines.mqtt_camera import Door
+from tests.support.pipelines.processes import eventually
 
 PICTURES = 40
 

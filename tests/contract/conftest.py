@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from brokers import mosquitto
-from tests.support.lines import BrokerPlace, MemoryPlace, Place
+from brokers.server import mosquitto_conf as mosquitto
+from tests.support.brokers.broker_kinds import BrokerPlace, MemoryPlace, Place
 
 # What Mosquitto 2.1 and later allow by default.
 SMALL_PACKETS_BYTES = 2_000_000

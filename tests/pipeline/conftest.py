@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from brokers.site import Kind, LocalBroker, start_broker
-from tests.support.parts import need
-from tests.support.processes import Machine, machine
+from brokers.server.local_broker import Kind, LocalBroker, start_broker
+from tests.support.environment.external_programs import need
+from tests.support.pipelines.processes import Machine, machine
 
 KINDS: tuple[Kind, ...] = ("embedded", "mosquitto")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.pipeline.conftest import _box, _broker, _embedded  # noqa: F401 - fixtures
-from tests.support.parts import need
+from tests.support.environment.external_programs import need
 
 Tell = Callable[[str], None]
 

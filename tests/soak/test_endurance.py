@@ -11,14 +11,14 @@ from typing import Any
 import psutil
 import pytest
 
-from brokers.site import LocalBroker, start_broker
-from tests.soak.asker import AT_ONCE, WARM_UP
+from brokers.server.local_broker import LocalBroker, start_broker
 from tests.soak.conftest import Tell
-from tests.soak.measure import MIB, Trend, Watch, look
-from tests.support.pipelines import pipeline_file, stage
-from tests.support.presence import await_workers
-from tests.support.processes import PATIENCE_S, Machine, eventually, machine
-from tests.support.stand_in_monitor import StandInMonitor, monitor_path
+from tests.soak.harness.request_load import AT_ONCE, WARM_UP
+from tests.soak.harness.resource_usage import MIB, Trend, Watch, look
+from tests.support.brokers.presence import await_workers
+from tests.support.monitor.fake_monitor import StandInMonitor, monitor_path
+from tests.support.pipelines.pipeline_files import pipeline_file, stage
+from tests.support.pipelines.processes import PATIENCE_S, Machine, eventually, machine
 
 TWO = [stage("double", "double"), stage("add", "add_one")]
 # Between a hundred requests and ten thousand the number of objects that an offloader holds has been seen to differ by
@@ -89,7 +89,7 @@ def test_many_large_requests_leave_nothing_behind(served: Served, long: bool, te
 def endure(served: Served, load: Load, tell: Tell | None) -> None:
     """Ask, and assert that nothing has grown in any process meanwhile, nor is left afterwards."""
     before = looks(served)
-    words = ("tests.soak.asker", served.path, served.broker.address, str(load.count), str(load.values))
+    words = ("tests.soak.harness.request_load", served.path, served.broker.address, str(load.count), str(load.values))
     asker = served.box.start(sys.executable, "-m", *words, environment=served.told)
     eventually("the first answers", lambda: "begun" in asker.out() or asker.process.poll() is not None)
     with Watch({**served.processes, "source": asker.pid}, load.every_s) as watch:

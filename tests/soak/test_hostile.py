@@ -22,16 +22,16 @@ import numpy as np
 import psutil
 import pytest
 
+from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import SparseError
-from brokers.messages import JSON
-from brokers.mqtt import MqttTransport
-from brokers.pipeline import load_pipeline
-from brokers.transport import Delivery, Properties
-from sources.offload import Offloader
-from tests.soak.attack import BASE, LOOK, WORKERS, Attacker, Town, town
+from brokers.mqtt.client import MqttTransport
+from brokers.protocol.messages import JSON
+from brokers.protocol.transport import Delivery, Properties
+from sources.client.offloader import Offloader
 from tests.soak.conftest import Tell
-from tests.soak.corpus import GIGANTIC, Hostile, valid
-from tests.support.processes import PATIENCE_S, machine
+from tests.soak.harness.hostile_clients import BASE, LOOK, WORKERS, Attacker, Town, town
+from tests.soak.harness.hostile_messages import GIGANTIC, Hostile, valid
+from tests.support.pipelines.processes import PATIENCE_S, machine
 
 # Messages in the short form and the long one.
 SHORT, LONG = 3_000, 200_000

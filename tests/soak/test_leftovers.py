@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from brokers.config.pipeline_file import Pipeline, load_pipeline
+from brokers.dispatch.channel import Line
 from brokers.errors import DeadlinePassed, RequestFailed
-from brokers.line import Line
-from brokers.mqtt import MqttTransport
-from brokers.pipeline import Pipeline, load_pipeline
-from brokers.site import start_broker
-from sources.offload import Offloader
-from stages.command import make_executor
-from stages.worker import Worker
-from tests.soak.measure import held
-from tests.support.pipelines import pipeline_file, stage
-from tests.support.stand_in_monitor import StandInMonitor, monitor_path
+from brokers.mqtt.client import MqttTransport
+from brokers.server.local_broker import start_broker
+from sources.client.offloader import Offloader
+from stages.commands.stage import make_executor
+from stages.worker.worker import Worker
+from tests.soak.harness.resource_usage import held
+from tests.support.monitor.fake_monitor import StandInMonitor, monitor_path
+from tests.support.pipelines.pipeline_files import pipeline_file, stage
 
 STAGES = [stage("picky", "picky"), stage("add", "add_one")]
 # A round in which each request leaves one object behind, or each that fails, or is late, or is answered, shows.
@@ -99,7 +99,7 @@ async def back_to(before: Sequence[int], roots: Sequence[object]) -> None:
 def test_requests_that_were_answered_failed_or_late_leave_nothing_in_any_table(
     mosquitto: None, tmp_path: Path, values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("brokers.chunks._REMEMBERED", REMEMBERED)
+    monkeypatch.setattr("brokers.protocol.chunking._REMEMBERED", REMEMBERED)
     pipeline = load_pipeline(pipeline_file(tmp_path, STAGES))
 
     async def go(address: str) -> None:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from brokers.presence import Birth
-from brokers.site import Kind, LocalBroker, start_broker
+from brokers.dispatch.presence import Birth
+from brokers.server.local_broker import Kind, LocalBroker, start_broker
 from tests.pipeline.conftest import KINDS
-from tests.soak.chain import CHAIN
 from tests.soak.conftest import Tell
-from tests.soak.fleet import Fleet, Load, chain_file, figures
-from tests.support.parts import need
-from tests.support.pipelines import counter, pipeline_file, stage
-from tests.support.presence import await_workers
-from tests.support.processes import Machine
+from tests.soak.harness.numeric_chain import CHAIN
+from tests.soak.harness.worker_fleet import Fleet, Load, chain_file, figures
+from tests.support.brokers.presence import await_workers
+from tests.support.environment.external_programs import need
+from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
+from tests.support.pipelines.processes import Machine
 
 WORKERS = 2  # of each stage
 LONG_AWAY_S = 20.0
@@ -94,7 +94,7 @@ def test_the_requests_of_a_source_that_is_killed_are_gone_from_its_worker_when_t
     """The worker is kept busy by one task all the while: those that wait behind it go by themselves, not computed."""
     gate, diary = box.folder / "gate", box.folder / "diary"
     settings = {"gate": str(gate), "diary": str(diary)}
-    gated = stage("gated", executor="tests.soak.chain:Gated", settings=settings, max_batch=8)
+    gated = stage("gated", executor="tests.soak.harness.numeric_chain:Gated", settings=settings, max_batch=8)
     dying = pipeline_file(box.folder, [gated], counter(10_000, window=6, deadline_ms=DEADLINE_MS), name="gated")
     worker = box.sparse("stage", dying, "gated", "--broker", broker.address, "--worker", "gated-1")
     await_workers(broker.address, lambda workers: len(_ours(workers)) == 1)

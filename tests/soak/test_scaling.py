@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from brokers.site import LocalBroker, start_broker
+from brokers.server.local_broker import LocalBroker, start_broker
 from tests.bench.dispatch import EQUAL, EQUAL_S, PAIR_S, PER_WORKER, Answers, Bench, Ours, crew, so_many, stage_file
 from tests.soak.conftest import Tell
 

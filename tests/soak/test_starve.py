@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from brokers.site import Kind, LocalBroker, start_broker
-from tests.soak.camera import Camera, frame
+from brokers.server.local_broker import Kind, LocalBroker, start_broker
 from tests.soak.conftest import Tell
-from tests.soak.measure import MIB, Trend, Watch
-from tests.support.parts import need
-from tests.support.pipelines import counter, pipeline_file, stage
-from tests.support.presence import await_workers
-from tests.support.processes import Machine, Running, eventually
+from tests.soak.harness.camera import Camera, frame
+from tests.soak.harness.resource_usage import MIB, Trend, Watch
+from tests.support.brokers.presence import await_workers
+from tests.support.environment.external_programs import need
+from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
+from tests.support.pipelines.processes import Machine, Running, eventually
 
 # Samples for each that the pipeline has time for.
 SPEED = 10
@@ -76,7 +76,7 @@ def test_a_camera_at_the_ingress_ten_times_too_fast_sees_fresh_results_of_its_fr
     box: Machine, mosquitto: None, long: bool, tell: Tell
 ) -> None:
     form = LONG if long else SHORT
-    table = {"name": "glance", "executor": "tests.soak.camera:Glance", "settings": {"seconds": form.stage_s}}
+    table = {"name": "glance", "executor": "tests.soak.harness.camera:Glance", "settings": {"seconds": form.stage_s}}
     path = pipeline_file(box.folder, [table])
     with pipeline(box, path, ["glance"], "mosquitto") as (broker, workers):
         source = box.sparse("source", path, "--broker", broker.address, "--json", "--out", box.folder, "--no-pictures")

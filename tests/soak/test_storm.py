@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 
-from brokers.site import LocalBroker
-from tests.soak.chain import CHAIN
+from brokers.server.local_broker import LocalBroker
 from tests.soak.conftest import Tell
-from tests.soak.fleet import Fleet, Load, Member, chain_file, figures
-from tests.support.processes import Machine
-from tests.support.stranger import Stranger
+from tests.soak.harness.numeric_chain import CHAIN
+from tests.soak.harness.worker_fleet import Fleet, Load, Member, chain_file, figures
+from tests.support.brokers.foreign_client import Stranger
+from tests.support.pipelines.processes import Machine
 
 WORKERS = 2  # of each stage
 WINDOW = 12  # two requests for each worker: each that is killed has work in hand

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from brokers.pipeline import load_pipeline
-from sources.batches import Batches, micro
-from sources.digits import Digits
-from sources.learning_rate import learning_rate
+from brokers.config.pipeline_file import load_pipeline
+from sources.datasets.batches import Batches, micro
+from sources.datasets.digits import Digits
+from sources.training.lr_schedule import learning_rate
 from stages.models.registry import model_spec
 from tests.soak.conftest import Tell
-from tests.soak.lesson import STAGES, Lesson, assert_equal, expected, lesson_file
-from tests.soak.measure import MIB, Watch
-from tests.support.checkout import ROOT
-from tests.support.lessons import MODEL
-from tests.support.processes import Machine
+from tests.soak.harness.resource_usage import MIB, Watch
+from tests.soak.harness.training_run import STAGES, Lesson, assert_equal, expected, lesson_file
+from tests.support.environment.checkout import ROOT
+from tests.support.pipelines.processes import Machine
+from tests.support.training.training_network import MODEL
 
 STEPS, SHORT_STEPS = 501, 150
 # One forward that is kept of each step would be a hundred MiB in the long form. Seen: 0.3.

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from brokers.mqtt import MqttTransport
-from brokers.site import start_broker
+from brokers.mqtt.client import MqttTransport
+from brokers.server.local_broker import start_broker
 from tests.soak.conftest import Tell
-from tests.soak.corpus import Mutator
-from tests.soak.lesson import STAGES, Lesson, assert_equal, expected, lesson_file
-from tests.support.processes import Machine
+from tests.soak.harness.hostile_messages import Mutator
+from tests.soak.harness.training_run import STAGES, Lesson, assert_equal, expected, lesson_file
+from tests.support.pipelines.processes import Machine
 
 STEPS = 60
 KILLS, SHORT_KILLS = 10, 3

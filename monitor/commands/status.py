@@ -1,0 +1,95 @@
+"""`sparse status [FILE]`: who is up, and how their work fares."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json as jsonlib
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from brokers.config.pipeline_file import broker_address, load_pipeline
+from brokers.config.schema import LOCAL
+from brokers.errors import NoBroker
+from brokers.mqtt.client_identity import transport_to
+from brokers.protocol.broker_url import parse_address
+from brokers.protocol.topics import every_presence
+from brokers.protocol.transport import Delivery
+from monitor.presence.presence_table import Roll
+from monitor.terminal.status_tables import sources_table, workers_table
+
+# Retained records come right after the subscription; this waits out a slow link.
+_LISTEN_S = 0.3
+# All report every second: one of which only a retained record comes in this time is frozen, or its line is.
+_REPORT_WAIT_S = 2.0
+_WIDTH = 400
+# Below this width, which is what a terminal has that nobody has made larger, columns stand close together.
+_ROOMY = 100
+
+
+def command(
+    file: Annotated[Path | None, typer.Argument(help="Only this pipeline, at the broker it names.")] = None,
+    broker: Annotated[str | None, typer.Option(help="The broker's address, mqtt://HOST:PORT.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object with all records.")] = False,
+) -> int:
+    """Show who is up: sites, stages, workers, and how busy each is.
+
+    And sources: how fast results come, and what was sent again, dropped or given up, and why.
+
+    Example: sparse status --broker mqtt://127.0.0.1:1883
+    """
+    pipeline = load_pipeline(file) if file else None
+    address = broker_address(pipeline, pipeline.source.site if pipeline else LOCAL, broker)
+    if address is None:
+        raise NoBroker(str(file or "sparse status"), LOCAL)
+    board = asyncio.run(_listen(address, pipeline.name if pipeline else "+"))
+    silent = board.silent
+    workers = [(birth, topic in silent) for topic, birth in board.workers.items()]
+    workers.sort(key=lambda item: (item[0].site, item[0].pipeline, item[0].stage, item[0].worker))
+    sources = [(birth, topic in silent) for topic, birth in board.sources.items()]
+    sources.sort(key=lambda item: (item[0].site, item[0].pipeline, item[0].source))
+    if json:
+        answer = {
+            "workers": [{**birth.model_dump(), "lost": lost} for birth, lost in workers],
+            "sources": [{**birth.model_dump(), "lost": lost} for birth, lost in sources],
+        }
+        print(jsonlib.dumps(answer))  # noqa: T201 - the answer
+        return 0
+    console = Console(highlight=False)
+    if not (headings := console.is_terminal):  # a file or a pipe has no width: let no column be cut
+        console.width = _WIDTH
+    gap = 1 if console.width < _ROOMY else 2
+    console.print(workers_table(workers, pipeline, headings=headings, gap=gap))
+    console.print()
+    console.print(sources_table(sources, headings=headings, gap=gap))
+    if not board.workers and not board.sources and parse_address(address).tls:
+        # Behind locked doors any subscription is granted, and what may not be read does not come.
+        print("nothing was heard: is this identity one that may read presence, as `monitor` may?", file=sys.stderr)  # noqa: T201 - for a person
+    return 0
+
+
+async def _listen(address: str, pipeline: str) -> Roll:
+    board, changed = Roll(), asyncio.Event()
+    transport = transport_to(address)
+
+    def heard(delivery: Delivery) -> None:
+        board.heard_birth(delivery.topic, bytes(delivery.payload), time.monotonic(), retained=delivery.retain)
+        changed.set()
+
+    try:
+        await transport.connect()
+        await transport.subscribe(every_presence(pipeline=pipeline), heard, qos=1)
+        await asyncio.sleep(_LISTEN_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REPORT_WAIT_S):
+                while board.silent:
+                    changed.clear()
+                    await changed.wait()
+    finally:
+        await transport.close()
+    return board

@@ -1,0 +1,130 @@
+"""What a daemon keeps of its node: events, samples, presence and its own counts, on their way to the stores."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from brokers.telemetry.schema import Event
+from monitor.daemon.event_parser import EventReader
+from monitor.daemon.unix_listener import EventDoor
+from monitor.errors import BadSocket, SocketTaken
+from monitor.points.points import Point, points_of
+from monitor.sensors.energy_per_sample import Spending
+from monitor.sensors.sampler import Sampler
+from monitor.stores.batch_writer import Writer
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 0.5
+_STOP_S = 1.0
+
+
+class Telemetry:
+    """Life: `start`, `stop`. What comes from any thread goes to all writers; `spans` takes events as they are.
+
+    `deaf`: where the door cannot be opened it does without events, and says so.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        run: str,
+        writers: Sequence[Writer[Point]] = (),
+        *,
+        door: EventDoor | None = None,
+        deaf: bool = False,
+        every_s: float = EVERY_S,
+        spans: Writer[Event] | None = None,
+    ) -> None:
+        self.run = run
+        self.points = 0
+        self._node, self._writers, self._spans = node, writers, spans
+        self._spending, self._spending_guard = Spending(node), threading.Lock()
+        self._sampler = Sampler(node, run, every_s, self._sampled)
+        self._reader = EventReader(door, self._heard) if door else None
+        self._deaf = deaf
+
+    def start(self) -> None:
+        """Hear events, and sample; raises as `EventDoor.open`."""
+        try:
+            if self._reader:
+                self._reader.start()
+        except (SocketTaken, BadSocket) as error:
+            if not self._deaf:
+                raise
+            log.warning("no events are heard: %s", error)
+            self._reader = None
+        for writer in self._writers:
+            writer.start()
+        if self._spans:
+            self._spans.start()
+        self._sampler.start()
+
+    def add(self, points: Sequence[Point]) -> None:
+        """Have points kept."""
+        with self._spending_guard:
+            self._spending.heed(points)
+            self.points += len(points)
+        for writer in self._writers:
+            writer.add(points)
+
+    def stop(self, timeout_s: float) -> None:
+        """Keep all that has come in so far, if the stores take it in time. May be called however far `start` came.
+
+        What waits to be read is bounded and is read first, however long that takes on a busy machine.
+        """
+        self._sampler.stop(_STOP_S)
+        if self._reader:
+            self._reader.stop()
+        self._sampled([self.own_point()])
+        end_s = time.monotonic() + timeout_s
+        writers = (*self._writers, *((self._spans,) if self._spans else ()))
+        for writer in writers:  # all at once: one that hangs takes none of the others' time
+            writer.leave(timeout_s)
+        for writer in writers:
+            writer.stop(max(0.0, end_s - time.monotonic()))
+
+    @property
+    def socket(self) -> Path | None:
+        """Where events are heard, if they are."""
+        return self._reader.door.path if self._reader else None
+
+    @property
+    def stores(self) -> list[str]:
+        """The names of what points are kept in."""
+        return [writer.name for writer in self._writers]
+
+    @property
+    def latest(self) -> Sequence[Point]:
+        """The newest sample of the node."""
+        return self._sampler.latest
+
+    def own_point(self) -> Point:
+        """The monitor's own counts, as of now."""
+        reader = self._reader
+        fields = {
+            "events": reader.events if reader else 0,
+            "bad_events": reader.bad_events if reader else 0,
+            "dropped_events": reader.dropped if reader else 0,
+            "points": self.points,
+            "waiting_points": max((writer.waiting for writer in self._writers), default=0),
+            "dropped_points": sum(writer.dropped for writer in self._writers),
+            "dropped_spans": self._spans.dropped if self._spans else 0,
+        }
+        return Point("monitor", time.time_ns(), {"node": self._node, "run": self.run}, fields)
+
+    def _sampled(self, points: Sequence[Point]) -> None:
+        self.add(points)
+        with self._spending_guard:
+            spent = self._spending.points(time.time_ns())
+        self.add(spent)
+
+    def _heard(self, events: Sequence[Event]) -> None:
+        self._sampler.heard(events)
+        self.add([point for event in events for point in points_of(event, self._node, self.run)])
+        if self._spans:
+            self._spans.add(events)

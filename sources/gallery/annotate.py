@@ -1,0 +1,151 @@
+"""Results drawn into their pictures: boxes with labels for detections, a panel with bars for classes."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sources.inputs.sample import Picture
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+Colour = tuple[int, int, int]
+
+INK: Colour = (16, 18, 22)
+PAPER: Colour = (240, 242, 246)
+SHADE = (*INK, 190)  # behind text that stands in the picture
+# Bright and far apart, so that dark text can be read on each, and each can be seen on a street, a lawn and a night sky.
+PALETTE: tuple[Colour, ...] = (
+    (255, 176, 0),
+    (0, 200, 255),
+    (255, 100, 150),
+    (110, 225, 130),
+    (182, 146, 255),
+    (255, 128, 66),
+    (46, 230, 200),
+    (242, 233, 78),
+    (120, 165, 255),
+    (238, 120, 240),
+    (165, 226, 45),
+    (255, 92, 92),
+)
+CLASSES_SHOWN = 3
+SMALLEST_TEXT_PX = 13
+_SEED = 46678  # chosen so that what moves in a street (person, bicycle, car, bus, truck, dog, ...) differs in colour
+
+
+def colour_of(label: str) -> Colour:
+    """Return the colour of a label: the same in every picture, process and run."""
+    return PALETTE[zlib.crc32(label.encode(), _SEED) % len(PALETTE)]
+
+
+@functools.lru_cache(maxsize=32)
+def font_of(size: int) -> Font:
+    """Return Pillow's own scalable font: no font needs to be installed."""
+    return ImageFont.load_default(size)
+
+
+def annotate(picture: Picture, result: Mapping[str, Any], width: int, *, badge: bool = True) -> Image.Image:
+    """Return the picture (H, W, 3) at this width with its result drawn in; its boxes are in pixels of `picture`.
+
+    `badge` adds the number of the picture, of its objects, and their age, unless classes take its place.
+    """
+    scale = width / picture.shape[1]
+    image = Image.fromarray(picture)
+    if scale != 1:
+        size = (width, max(1, round(picture.shape[0] * scale)))
+        image = image.resize(size, Image.Resampling.BILINEAR if scale > 1 else Image.Resampling.BOX)
+    draw = ImageDraw.Draw(image, "RGBA")
+    objects = result.get("objects") or []
+    text_px = max(SMALLEST_TEXT_PX, round(min(image.width / 60, image.height / 22)))
+    _draw_objects(draw, image.size, objects, scale, text_px)
+    if result.get("classes"):
+        _draw_classes(draw, image.size, result["classes"], text_px)
+    elif badge:
+        _draw_badge(draw, image.size, _badge_text(result, len(objects)), text_px)
+    return image
+
+
+def _draw_objects(
+    draw: ImageDraw.ImageDraw, size: tuple[int, int], objects: Sequence[Mapping[str, Any]], scale: float, text_px: int
+) -> None:
+    ranked = sorted(objects, key=lambda item: float(item["score"]), reverse=True)
+    boxes = [_scaled(item["box"], scale, size) for item in ranked]
+    line_px = max(2, round(text_px / 7))
+    for item, box in zip(reversed(ranked), reversed(boxes), strict=True):  # the surest is drawn last, on top
+        grown = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
+        draw.rounded_rectangle(grown, radius=line_px * 2 + 1, outline=(*INK, 150), width=line_px + 2)
+        draw.rounded_rectangle(box, radius=line_px * 2, outline=colour_of(item["label"]), width=line_px)
+    taken: list[Box] = []
+    for item, box in zip(ranked, boxes, strict=True):  # the surest chooses the place of its label first
+        text = f"{item['label']} {float(item['score']):.0%}"
+        place = _place(_label_size(text, text_px), box, size, taken)
+        taken.append(place)
+        draw.rounded_rectangle(place, radius=text_px // 4, fill=colour_of(item["label"]))
+        draw.text((place[0] + text_px * 0.4, (place[1] + place[3]) / 2), text, INK, font_of(text_px), anchor="lm")
+
+
+def _scaled(box: Sequence[float], scale: float, size: tuple[int, int]) -> Box:
+    """A box [left, top, width, height] as its corners in the drawn picture, inside of it."""
+    left, top, wide, high = (float(value) * scale for value in box)
+    right, bottom = min(size[0] - 1.0, left + wide), min(size[1] - 1.0, top + high)
+    left, top = max(0.0, left), max(0.0, top)
+    return left, top, max(left, right), max(top, bottom)
+
+
+def _label_size(text: str, text_px: int) -> tuple[float, float]:
+    return font_of(text_px).getlength(text) + text_px * 0.8, text_px * 1.45
+
+
+def _place(label: tuple[float, float], box: Box, size: tuple[int, int], taken: Sequence[Box]) -> Box:
+    """Above the box, else inside its top, else below it: the first of these that is in the picture and free."""
+    wide, high = label
+    left = max(0.0, min(box[0], size[0] - wide))
+    tops = [top for top in (box[1] - high - 1, box[1] + 2, box[3] + 1, box[3] - high - 2) if 0 <= top <= size[1] - high]
+    places = [(left, top, left + wide, top + high) for top in tops or [0.0]]
+    return next((place for place in places if not any(_overlap(place, other) for other in taken)), places[0])
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _badge_text(result: Mapping[str, Any], objects: int) -> str:
+    parts = [f"#{result['index']}"] if "index" in result else []
+    parts.append(f"{objects} object{'' if objects == 1 else 's'}" if objects else "nothing found")
+    if result.get("age_ms") is not None:
+        parts.append(f"{float(result['age_ms']):.0f} ms")
+    return "   ".join(parts)
+
+
+def _draw_badge(draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, text_px: int) -> None:
+    wide, high = _label_size(text, text_px)
+    left, top = text_px * 0.5, size[1] - high - text_px * 0.5
+    draw.rounded_rectangle((left, top, left + wide, top + high), radius=text_px // 3, fill=SHADE)
+    draw.text((left + text_px * 0.4, top + high / 2), text, PAPER, font_of(text_px), anchor="lm")
+
+
+def _draw_classes(
+    draw: ImageDraw.ImageDraw, size: tuple[int, int], classes: Sequence[Mapping[str, Any]], text_px: int
+) -> None:
+    shown = classes[:CLASSES_SHOWN]
+    font = font_of(text_px)
+    label_px = min(size[0] * 0.5, max(font.getlength(str(item["label"])) for item in shown))
+    bar_px, gap = size[0] * 0.16, text_px * 0.6
+    wide = label_px + bar_px + font.getlength("100%") + 4 * gap
+    row_px = text_px * 1.5
+    left, top = gap, size[1] - row_px * len(shown) - 2 * gap
+    draw.rounded_rectangle((left, top, left + wide, size[1] - gap), radius=text_px // 3, fill=SHADE)
+    for row, item in enumerate(shown):
+        score = min(1.0, max(0.0, float(item["score"])))
+        middle = top + gap / 2 + row_px * (row + 0.5)
+        draw.text((left + gap, middle), str(item["label"]), PAPER, font, anchor="lm")
+        start = left + label_px + 2 * gap
+        draw.rectangle((start, middle - text_px / 3, start + bar_px, middle + text_px / 3), fill=(255, 255, 255, 40))
+        end = start + bar_px * score
+        draw.rectangle((start, middle - text_px / 3, end, middle + text_px / 3), fill=colour_of(str(item["label"])))
+        draw.text((start + bar_px + gap, middle), f"{score:.0%}", PAPER, font, anchor="lm")

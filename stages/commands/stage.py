@@ -1,0 +1,156 @@
+"""`sparse stage FILE NAME`: one worker of one stage, in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from brokers.config.pipeline_file import Pipeline, blaming, broker_address, load_pipeline
+from brokers.config.schema import LOCAL, StageTable
+from brokers.errors import NoBroker
+from brokers.process.shutdown import STOPPED, Leaving, end_with_parent
+from brokers.protocol.topics import checked_name
+from brokers.telemetry.client import EventClient, client_from
+from stages.executor import TaskExecutor, load_executor
+
+if TYPE_CHECKING:
+    from brokers.protocol.transport import Transport
+    from stages.training.worker import Trainer
+    from stages.worker.worker import Worker
+
+    Make = Callable[[Transport], Worker | Trainer]
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="The pipeline file.")],
+    name: Annotated[str, typer.Argument(help="The stage to serve.")],
+    broker: Annotated[str | None, typer.Option(help="Its address, mqtt://HOST:PORT, if the file has none.")] = None,
+    worker: Annotated[
+        str | None, typer.Option(help="This worker's id; left out: the host's name and the process id.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Compute threads; left out: the file's, or one.")] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Of a pipeline that trains: the folder of its checkpoints, if not the file's.")
+    ] = None,
+    with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> int:
+    """Serve one stage of a pipeline with one worker, until told to leave.
+
+    At SIGTERM or Ctrl-C it finishes what it holds first; at a second one it does not.
+
+    Start as many as you like, anywhere the broker can be reached: each is used as soon as it is up.
+
+    Example: sparse stage examples/street.toml body --broker mqtt://127.0.0.1:1883
+    """
+    pipeline = load_pipeline(file)
+    stage = pipeline.find_stage(name)
+    address = broker_address(pipeline, stage.site, broker, handed=with_parent)
+    if address is None:
+        raise NoBroker(str(file), stage.site)
+    worker_id = checked_name("worker", worker or f"{platform.node()[:40] or LOCAL}-{os.getpid()}")
+    # The ending is another each time: a broker ends the connection of a client whose id comes again, and a worker that
+    # is up would be thrown out by its twin before that can be refused.
+    client_id = f"{pipeline.name}.{stage.name}.{worker_id}.{secrets.token_hex(4)}"
+    count = threads or stage.threads or 1
+    transport = _transport(address, client_id)
+    where = {"site": stage.site, "pipeline": pipeline.name, "stage": stage.name}
+    with blaming(pipeline), client_from(os.environ, "stage", worker_id, **where, worker=worker_id) as events:
+        if pipeline.trains:
+            make = _trainer(pipeline, stage, worker_id, count, checkpoints, events)
+        else:
+            make = _worker(pipeline, stage, worker_id, count, events)
+        return asyncio.run(_serve(make, transport, with_parent))
+
+
+def make_executor(pipeline: Pipeline, stage: StageTable, threads: int) -> tuple[TaskExecutor, str]:
+    """The stage's own executor, or its part of the model; and the device it runs on."""
+    if stage.executor is not None:
+        # `auto` would have to ask torch; an executor that uses it can do so itself.
+        device = "cpu" if stage.device == "auto" else stage.device
+        return load_executor(stage.executor, stage.settings, str(pipeline.folder)), device
+    # Only here: a stage of plain functions starts, and stays small, without torch.
+    from stages.worker.model_executor import ModelExecutor, resolve_device
+
+    device = resolve_device(stage.device)
+    return ModelExecutor(pipeline, stage, device=device, threads=threads), device
+
+
+def _worker(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int, events: EventClient) -> Make:
+    executor, device = make_executor(pipeline, stage, threads)
+
+    def make(transport: Transport) -> Worker:
+        from stages.worker.worker import Worker
+
+        return Worker(transport, pipeline, stage, executor, worker_id, device, events)
+
+    return make
+
+
+def _trainer(
+    pipeline: Pipeline,
+    stage: StageTable,
+    worker_id: str,
+    threads: int,
+    checkpoints: Path | None,
+    events: EventClient,
+) -> Make:
+    from stages.training.malloc_tuning import keep_memory
+    from stages.training.membership import make_trainer
+    from stages.training.part_trainer import Learner
+    from stages.worker.model_executor import resolve_device
+
+    keep_memory()
+    device = resolve_device(stage.device)
+    learner = Learner(pipeline, stage, device=device, threads=threads)
+    stated = pipeline.training.checkpoints
+    folder = checkpoints or (pipeline.folder / stated if stated else Path("checkpoints") / pipeline.name)
+    folder = folder / stage.name
+    return lambda transport: make_trainer(transport, pipeline, stage, learner, worker_id, device, folder, events)
+
+
+def _transport(address: str, client_id: str) -> Transport:
+    """The line to the broker; what is wrong with our credentials is told before a network is loaded."""
+    from brokers.mqtt.client_identity import transport_to
+
+    return transport_to(address, client_id=client_id)
+
+
+async def _serve(make: Make, transport: Transport, with_parent: bool) -> int:
+    worker = make(transport)
+    leaving = Leaving()
+    leaving.heed_signals()
+    if with_parent:
+        end_with_parent(leaving)
+    try:
+        await worker.start()
+        if not with_parent:
+            where = f"stage {worker.stage!r} of {worker.pipeline!r} at {transport.address}"
+            print(f"worker {worker.worker} serves {where}; Ctrl-C ends it", file=sys.stderr)  # noqa: T201 - for a person
+        await _work(worker, leaving)
+    finally:
+        await worker.stop()
+    return STOPPED if leaving.interrupted else 0
+
+
+async def _work(worker: Worker | Trainer, leaving: Leaving) -> None:
+    """Serve until told to leave, or until another worker objects: raises `WorkerTwin`."""
+    serving = asyncio.create_task(worker.run(), name="serve")
+    left = asyncio.create_task(leaving.wait(), name="leaving")
+    objection = asyncio.create_task(worker.objection(), name="objection")
+    await asyncio.wait({serving, left, objection}, return_when=asyncio.FIRST_COMPLETED)
+    left.cancel()
+    if objection.done():  # what it has in hand is sent again to those that stay
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        objection.result()
+    objection.cancel()
+    await worker.drain()
+    await serving

@@ -1,0 +1,201 @@
+"""What a trainer does for the whole pipeline: the first stage's conducts, the others follow.
+
+The one that conducts hears who is up, asks its conductor, and tells the crew what that decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from brokers.config.pipeline_file import Pipeline
+from brokers.config.schema import StageTable
+from brokers.dispatch.presence import Birth
+from brokers.dispatch.worker_pool import SILENT_S
+from brokers.errors import SparseError, WireError
+from brokers.protocol.messages import REQUEST_ID_BYTES, Step
+from brokers.protocol.topics import last_level, source_presence
+from brokers.protocol.training import Standing
+from brokers.protocol.transport import Delivery, Transport
+from brokers.telemetry.client import EventClient
+from stages.training.checkpoints import Checkpoints
+from stages.training.coordinator import Conductor, Order
+from stages.training.part_trainer import Learner
+from stages.training.role import Role
+from stages.training.worker import Trainer
+
+log = logging.getLogger(__name__)
+
+# Workers renew their record each second: who has not been heard by then is not there.
+_LISTEN_S = 1.3
+# It looks around each second: when it did not for so long it was frozen, and soon others take its place.
+_FROZEN_S = SILENT_S / 2
+
+
+class Leading(Role):
+    """Conducts the pipeline as long as its trainer is the one of the first stage that leads; else stands by."""
+
+    def __init__(self, trainer: Trainer, pipeline: Pipeline) -> None:
+        self._trainer, self._pipeline = trainer, pipeline
+        stages = tuple(stage.name for stage in pipeline.stage)
+        self._conductor = Conductor(trainer.worker, stages, pipeline.pipeline.lease_s)
+        self._leading = False
+        self._begun_s = self._looked_s = time.monotonic()
+        self._sources_s: dict[str, float] = {}  # who feeds, and when it was heard last
+
+    async def open(self) -> None:
+        """Listen; the trainer must have started."""
+        self._begun_s = self._looked_s = time.monotonic()
+        transport = self._trainer.line.transport
+        for stage in self._pipeline.stage:
+            topics = self._pipeline.topics(stage)
+            await transport.subscribe(topics.all_presence, partial(self._heard_worker, stage.name), qos=1)
+        await transport.subscribe(source_presence("+", self._pipeline.name, "+"), self._heard_source, qos=1)
+        transport.on_reconnect(self._reconnected)
+
+    # Heard --------------------------------------------------------------------------------------------------------
+
+    def _heard_worker(self, stage: str, delivery: Delivery) -> None:
+        worker, birth = last_level(delivery.topic), None
+        if delivery.payload:
+            try:
+                birth = Birth.from_bytes(bytes(delivery.payload))
+            except WireError:
+                return  # nobody who could be in a crew
+            if (birth.worker, birth.stage) != (worker, stage):
+                return
+        self._conductor.heard(stage, worker, birth, time.monotonic(), retained=delivery.retain)
+        self.look()
+
+    def _heard_source(self, delivery: Delivery) -> None:
+        source = last_level(delivery.topic)
+        if delivery.payload:
+            self._sources_s[source] = time.monotonic()
+        elif self._sources_s.pop(source, None) is not None and source in self._trainer.steps.sources:
+            self._conductor.give_up(f"source {source} has gone in the middle of a step")
+            self.look()
+
+    def heard(self, word: Step) -> None:
+        stage, worker = str(word.details.get("stage")), str(word.details.get("worker"))
+        if word.verb == "halted":
+            try:
+                standing = Standing.model_validate(word.details.get("standing"))
+            except ValidationError:
+                return
+            self._conductor.halted(stage, worker, word.term, standing)
+        elif word.verb == "restored":
+            problem = str(word.details.get("problem", ""))[:300]
+            self._conductor.restored(stage, worker, word.term, time.monotonic(), problem)
+        elif word.verb == "abandon" and word.term == self._conductor.term:
+            self._conductor.give_up(str(word.details.get("why", "a source gave up its step"))[:200])
+        self.look()
+
+    async def _reconnected(self) -> None:
+        self._conductor.give_up("the connection of the first stage broke")
+
+    # Decide -------------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._looked_s > _FROZEN_S:
+            # Whatever it was about to decide may be settled by now: it listens first, as one that begins does.
+            self._begun_s = now_s
+        self._looked_s = now_s
+        if now_s - self._begun_s < _LISTEN_S:
+            return
+        leads = self._conductor.leads(now_s, leading=self._leading)
+        if leads != self._leading:
+            self._leading = leads
+            log.info("worker %s %s", self._trainer.worker, "leads" if leads else "stands by")
+            self._conductor.give_up("another worker of the first stage leads now")
+            if not leads:
+                self._trainer.stand_by(self._trainer.steps.term)
+        if not leads:
+            return
+        self._look_for_silence(now_s)
+        phase = self._conductor.phase
+        while order := self._conductor.look(now_s, int(1000 * time.time())):
+            self._tell(order)
+        if phase != "open" and self._conductor.phase == "open":
+            log.info("term %d begins: %s", self._conductor.term, self._conductor.why)
+            self._trainer.report_soon()
+
+    def _look_for_silence(self, now_s: float) -> None:
+        steps = self._trainer.steps
+        if self._conductor.phase != "open" or not steps.sources:
+            self._trainer.moved_s = now_s
+            return
+        silent = [name for name in steps.sources if now_s - self._sources_s.get(name, now_s) > SILENT_S]
+        lease_s = self._pipeline.pipeline.lease_s
+        if silent:
+            self._conductor.give_up(f"source {silent[0]} has fallen silent in the middle of a step")
+        elif now_s - self._trainer.moved_s > lease_s:
+            self._conductor.give_up(f"nothing was heard of the step of {steps.source} for {lease_s:g} s")
+
+    def _tell(self, order: Order) -> None:
+        details: Mapping[str, Any] = {"version": order.version, "since": order.since}
+        if order.verb == "halt":
+            details = {"crew": order.crew}
+        word = Step(
+            request=secrets.token_bytes(REQUEST_ID_BYTES),
+            verb=order.verb,
+            term=order.term,
+            sender=self._trainer.inbox,
+            details=details,
+        )
+        for stage in self._pipeline.stage:
+            self._trainer.post.send(self._pipeline.topics(stage).inbox(order.crew[stage.name]), word)
+        self._trainer.report_soon()
+
+    def announce(self, standing: Standing) -> Standing:
+        """The record of the one who leads says who the crew is; sources train while it does."""
+        if not self._leading:
+            return standing
+        conductor = self._conductor
+        crew = conductor.crew if conductor.phase == "open" else {}
+        change = {"term": conductor.term, "crew": crew, "problem": conductor.problem, "why": conductor.why[:400]}
+        return standing.model_copy(update=change)
+
+
+class Following(Role):
+    """A worker of a later stage: it stands by as soon as a term has begun in which another one trains its stage."""
+
+    def __init__(self, trainer: Trainer, pipeline: Pipeline) -> None:
+        self._trainer, self._pipeline = trainer, pipeline
+
+    async def open(self) -> None:
+        """Listen to whoever conducts; the trainer must have started."""
+        topics = self._pipeline.topics(self._pipeline.stage[0])
+        await self._trainer.line.transport.subscribe(topics.all_presence, self._heard, qos=1)
+
+    def _heard(self, delivery: Delivery) -> None:
+        try:
+            birth = Birth.from_bytes(bytes(delivery.payload))
+        except SparseError:
+            return
+        found = birth.training
+        if found is not None and found.crew.get(self._trainer.stage, self._trainer.worker) != self._trainer.worker:
+            self._trainer.stand_by(found.term)
+
+
+def make_trainer(
+    transport: Transport,
+    pipeline: Pipeline,
+    stage: StageTable,
+    learner: Learner,
+    worker: str,
+    device: str,
+    checkpoints: Path,
+    events: EventClient | None = None,
+) -> Trainer:
+    """A worker that trains `stage`, with the role that its stage has, and its checkpoints in that folder."""
+    trainer = Trainer(transport, pipeline, stage, learner, worker, device, partial(Checkpoints, checkpoints), events)
+    trainer.role = (Leading if stage == pipeline.stage[0] else Following)(trainer, pipeline)
+    return trainer

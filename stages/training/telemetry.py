@@ -1,0 +1,113 @@
+"""What a worker that trains tells the monitor of its node: each operation, and each micro-batch that it is done with.
+
+A micro-batch that is trained is done with after its backward; one of an evaluation, which is inference to who counts
+phases, after its forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from brokers.protocol.messages import Task
+from brokers.protocol.traceparent import TraceContext, span_of
+from brokers.protocol.training import LABELS
+from brokers.telemetry.client import EventClient
+from brokers.telemetry.schema import Phase
+from stages.training.step_queue import Backward, Commit, Forward, Work
+from stages.training.step_timing import Times
+
+
+@dataclass(slots=True, eq=False)
+class _Begun:
+    """A micro-batch, and the sums of what was done for it so far."""
+
+    rows: int
+    trace: TraceContext
+    sums: Counter[str] = field(default_factory=Counter)
+
+
+class Account:
+    """Of one worker; `times` is where the durations and sizes of its operations are added up."""
+
+    def __init__(self, events: EventClient | None, times: Times) -> None:
+        self._events, self._times = events or EventClient(), times
+        self._begun: dict[bytes, _Begun] = {}
+        self._trained: list[int] = []  # the rows of each micro-batch since the last update
+
+    def forget(self) -> None:
+        """The step in hand is given up."""
+        self._begun.clear()
+        self._trained.clear()
+
+    def trace(self, task: Task) -> TraceContext:
+        """The span of what is done here for a micro-batch whose forward has begun."""
+        return self._begun[task.request].trace
+
+    @contextmanager
+    def doing(self, work: Work) -> Iterator[None]:
+        """Tell of an operation, which is the block: how long it took, and what it failed of."""
+        if isinstance(work, Forward):
+            self._begun[work.task.request] = _Begun(_rows(work), span_of(work.task.request, work.task.trace))
+        begin_s, before, error = time.monotonic(), self._times.sums(), ""
+        try:
+            yield
+        except BaseException as problem:
+            error = type(problem).__name__
+            raise
+        finally:
+            busy_ms = 1000 * (time.monotonic() - begin_s)
+            if isinstance(work, Commit):
+                self._committed(busy_ms)
+            else:
+                self._operated(work, busy_ms, self._times.sums() - before, error)
+
+    def _committed(self, busy_ms: float) -> None:
+        self._batch("update", len(self._trained), sum(self._trained), busy_ms)
+        self._trained.clear()
+
+    def _operated(self, work: Forward | Backward, busy_ms: float, spent: Counter[str], error: str) -> None:
+        begun = self._begun.get(work.task.request)
+        if begun is None:  # it was given up meanwhile
+            return
+        begun.sums += spent
+        phase: Phase = "backward" if isinstance(work, Backward) else "forward"
+        if work.micro.mode == "evaluate":
+            phase = "inference"
+        self._batch(phase, 1, begun.rows, busy_ms)
+        if phase == "forward" and not error:
+            return
+        del self._begun[work.task.request]
+        if phase == "backward":
+            self._trained.append(begun.rows)
+        self._task(work.task, begun, error)
+
+    def _batch(self, phase: Phase, tasks: int, rows: int, busy_ms: float) -> None:
+        self._events.tell("batch_processed", phase=phase, tasks=tasks, rows=rows, busy_ms=round(busy_ms, 3))
+
+    def _task(self, task: Task, begun: _Begun, error: str) -> None:
+        sums: Counter[str] = begun.sums
+        self._events.tell(
+            "task_processed",
+            request=task.request,
+            decode_ms=round(sums["decode_ms"], 3),
+            compute_ms=round(sums["forward_ms"] + sums["backward_ms"], 3),
+            encode_ms=round(sums["encode_ms"], 3),
+            bytes_in=sums["bytes_in"],
+            bytes_out=sums["bytes_out"],
+            error=error,
+            trace=begun.trace.trace,
+            span=begun.trace.span,
+            parent=task.trace.span if task.trace else "",
+        )
+
+
+def _rows(work: Forward) -> int:
+    """Samples of a micro-batch: as many as it has labels, wherever they come from."""
+    tensors = getattr(work.task.content, "tensors", {})
+    labels = work.labels or tensors.get(LABELS)
+    shape = labels.shape if labels else next((tensor.shape for tensor in tensors.values()), ())
+    return int(shape[0]) if shape else 0

@@ -1,0 +1,51 @@
+"""What a worker tells the monitor of its node: each task that it is done with, and each batch that it has computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from brokers.protocol.stage_timing import Hop
+from brokers.telemetry.client import EventClient
+from stages.worker.batch_runner import Batch, Done, Outcome
+
+
+class Account:
+    """Of one worker. With no client, or with nobody who listens, it costs next to nothing."""
+
+    def __init__(self, events: EventClient | None) -> None:
+        self._events = events or EventClient()
+
+    def now_ns(self) -> int:
+        """When something was, for who tells it later."""
+        return self._events.now_ns()
+
+    def batch(self, batch: Batch) -> None:
+        """It was computed just now."""
+        self._events.tell("batch_processed", tasks=batch.tasks, busy_ms=round(batch.busy_ms, 3))
+
+    def task(self, outcome: Outcome, ended_ns: int, error: str, detour_bytes: int | None) -> None:
+        """A task was computed by then, and has left now, or failed. `detour_bytes`: what its executor passed on."""
+        job = outcome.job
+        hop = outcome.hop if isinstance(outcome, Done) else _unfinished(outcome.job.queue_ms, outcome.job.decode_ms)
+        if detour_bytes is not None:
+            hop = replace(hop, bytes_out=detour_bytes)
+        self._events.tell(
+            "task_processed",
+            time_ns=ended_ns,
+            request=job.task.request,
+            queue_ms=hop.queue_ms,
+            decode_ms=hop.decode_ms,
+            compute_ms=hop.compute_ms,
+            encode_ms=hop.encode_ms,
+            bytes_in=job.task.content.nbytes,
+            bytes_out=hop.bytes_out,
+            batch=hop.batch,
+            error=error,
+            trace=job.trace.trace,
+            span=job.trace.span,
+            parent=job.task.trace.span if job.task.trace else "",
+        )
+
+
+def _unfinished(queue_ms: float, decode_ms: float) -> Hop:
+    return Hop("", "", round(queue_ms, 3), round(decode_ms, 3))

@@ -1,0 +1,114 @@
+"""Ours in the training benchmark: a worker for each stage, in a process of its own, a broker, and a source here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from brokers.config.pipeline_file import load_pipeline
+from brokers.dispatch.channel import Line
+from brokers.mqtt.client import MqttTransport
+from brokers.protocol.topics import source_inbox
+from brokers.server.local_broker import Kind, start_broker
+from monitor.launch.child_process import Child, end_all
+from sources.datasets.dataset import Dataset, Examples
+from sources.training.training_loop import Event, Training
+from stages.training.schedule import Name
+from tests.bench.training_peers.job import BATCHES, Job
+
+STAGE_TIMES = ("queue_ms", "decode_ms", "forward_ms", "backward_ms", "encode_ms", "commit_ms")
+FILE = """
+[pipeline]
+name = "bench"
+kind = "training"
+model = "{job.model}"
+cuts = {cuts}
+{stages}
+[training]
+batch = {job.batch}
+micro_batches = {job.micro_batches}
+epochs = {epochs}
+lr = {job.lr}
+settings = {{momentum = {job.momentum}}}
+schedule = "{schedule}"
+shuffle = false
+evaluate_every = 0
+checkpoint_every = 1000000
+"""
+
+
+class Drawn(Dataset):
+    """The examples of a job."""
+
+    name = "drawn"
+    classes = tuple("0123456789")
+
+    def __init__(self, job: Job) -> None:
+        self._examples = Examples(*job.examples())
+
+    def train(self) -> Examples:
+        return self._examples
+
+    def test(self) -> Examples:
+        return self._examples.first(1)
+
+
+def sparse_pipeline(job: Job, schedule: Name, kind: Kind, folder: Path) -> dict[str, Any]:
+    """`steps_s`, what each step took, the `losses`, and what the `stages` say of a step: medians, in milliseconds.
+
+    `folder` is empty.
+    """
+    # The last step leaves a checkpoint behind: it is beyond those that count.
+    epochs = -(-(job.warm_up + job.steps + 1) // BATCHES)
+    names = [f"stage-{index}" for index in range(len(job.cuts) + 1)]
+    file = folder / "bench.toml"
+    stages = "".join(f'[[stage]]\nname = "{name}"\nthreads = 1\n' for name in names)
+    file.write_text(FILE.format(job=job, cuts=list(job.cuts), stages=stages, epochs=epochs, schedule=schedule))
+    with start_broker(kind=kind) as broker:
+        common = ("--broker", broker.address, "--checkpoints")
+        children = [
+            Child(name, ("stage", str(file), name, *common, str(folder / name)), folder / f"{name}.log")
+            for name in names
+        ]
+        try:
+            for child in children:
+                child.start()
+            events = asyncio.run(_train(job, file, broker.address))
+        finally:
+            end_all(children)
+    return _figures(job, events)
+
+
+async def _train(job: Job, file: Path, address: str) -> list[tuple[float, Event]]:
+    """The events of the steps, with the time at which each was done."""
+    pipeline = load_pipeline(file)
+    events: list[tuple[float, Event]] = []
+    line = Line(MqttTransport(address))
+    await line.open()
+    try:
+        inbox = source_inbox(pipeline.source.site, "bench")
+        tell = lambda event: events.append((time.monotonic(), event))  # noqa: E731
+        training = Training(pipeline, Drawn(job), "bench", line, inbox, tell)
+        await line.listen(inbox, training.stepper.heard)
+        await training.watch.open(line)
+        await training.run()
+    finally:
+        await line.close()
+    return events
+
+
+def _figures(job: Job, events: list[tuple[float, Event]]) -> dict[str, Any]:
+    if wrong := [event for _, event in events if event["event"] != "step"]:
+        raise RuntimeError(f"the run was disturbed: {wrong[0]}")
+    counted = [event for _, event in events[job.warm_up : job.warm_up + job.steps]]
+    return {
+        "steps_s": job.counted([at_s for at_s, _ in events]),
+        "losses": [event["loss"] for _, event in events],
+        "stages": [
+            {name: median(event["time"]["stages"][index][name] for event in counted) for name in STAGE_TIMES}
+            for index in range(len(job.cuts) + 1)
+        ],
+    }

@@ -1,0 +1,125 @@
+"""The doctor at two brokers that a bridge joins: what it says of one that is right, and of each way to be wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from brokers.doctor import bridge_checks as across
+from brokers.doctor.check_result import Carried, Finding
+from brokers.doctor.probe_client import Visit
+from brokers.doctor.runner import Examination, Question
+from tests.support.brokers.mosquitto import RULES, bridged, mosquitto
+from tests.support.brokers.ports import free_port
+from tests.support.brokers.retained_messages import left_at
+
+MQTT_5 = "bridge_protocol_version mqttv50"
+BOTH_WAYS = ("near to far", "far to near")
+
+
+def crossed(near: int, far: int) -> dict[tuple[str, str], Finding]:
+    """What is found across, by what it is and by its way."""
+
+    async def test() -> list[Finding]:
+        async with Visit.to(f"mqtt://127.0.0.1:{near}") as here, Visit.to(f"mqtt://127.0.0.1:{far}") as there:
+            ends = across.End("near", here), across.End("far", there)
+            return [finding async for finding in across.examine_across(*ends)]
+
+    return {(finding.what, finding.said.partition(":")[0]): finding for finding in asyncio.run(test())}
+
+
+def levels(found: dict[tuple[str, str], Finding], what: str) -> list[str]:
+    return [found[what, way].level for way in BOTH_WAYS]
+
+
+def wait_for_bridge(port: int) -> None:
+    """Return when the broker says that the bridge that it keeps stands."""
+
+    async def test() -> None:
+        async with Visit.to(f"mqtt://127.0.0.1:{port}").visitor() as asking:
+            await asking.subscribe("$SYS/broker/connection/+/state")
+            while (heard := await asking.hear(20)) is not None and bytes(heard.payload) != b"1":
+                pass
+            assert heard is not None
+
+    asyncio.run(test())
+
+
+def test_a_bridge_of_mqtt_5_carries_all_and_nothing_is_left_at_either_end(tmp_path: Path) -> None:
+    with bridged(tmp_path, MQTT_5) as (near, far):
+        found = crossed(near, far)
+        for what in ("bridge", "once", "properties", "chunk", "presence", "last will"):
+            assert levels(found, what) == ["ok", "ok"], found
+        assert (left_at(near), left_at(far)) == ([], [])
+
+
+def test_a_bridge_of_311_loses_properties_and_the_line_that_mends_it_is_named(tmp_path: Path) -> None:
+    with bridged(tmp_path) as (near, far):
+        found = crossed(near, far)
+        assert levels(found, "properties") == ["FAIL", "FAIL"]
+        for way in BOTH_WAYS:
+            assert MQTT_5 in found["properties", way].mend
+            assert "Response Topic" in found["properties", way].said
+        assert levels(found, "bridge") == ["ok", "ok"]
+        assert (left_at(near), left_at(far)) == ([], [])  # though this bridge loses the time at which records expire
+
+
+def test_a_broker_behind_a_bridge_that_takes_no_chunk_of_the_usual_size_is_told(tmp_path: Path) -> None:
+    with bridged(tmp_path, MQTT_5, far=("max_packet_size 100000",)) as (near, far):
+        found = crossed(near, far)
+        assert levels(found, "chunk") == ["FAIL", "ok"]  # who sends from there knows the limit
+        assert "max_packet_size" in found["chunk", "near to far"].mend
+
+
+def test_a_bridge_without_presence_is_told_for_the_way_that_lacks_it(tmp_path: Path) -> None:
+    lacking = "topic sparse/far/+/+/up/+ in 1"
+    assert lacking in RULES
+    with bridged(tmp_path, MQTT_5, topics=tuple(rule for rule in RULES if rule != lacking)) as (near, far):
+        found = crossed(near, far)
+        assert levels(found, "presence") == ["ok", "FAIL"]
+        assert lacking in found["presence", "far to near"].mend
+
+
+def test_no_bridge_is_told_and_no_more_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(across, "REACH_S", 1.0)
+    with mosquitto(tmp_path) as near, mosquitto(tmp_path) as far:
+        found = crossed(near, far)
+        assert set(found) == {("bridge", way) for way in BOTH_WAYS}
+        assert levels(found, "bridge") == ["FAIL", "FAIL"]
+        assert "topic sparse/far/+/+/in/+ out 0" in found["bridge", "near to far"].mend
+
+
+def test_bridges_that_make_a_loop_are_told(tmp_path: Path) -> None:
+    near_port, far_port = free_port(), free_port()
+
+    def bridge(name: str, to: int) -> tuple[str, ...]:
+        return (
+            *(f"connection {name}", f"address 127.0.0.1:{to}", MQTT_5, "restart_timeout 1"),
+            *("notifications_local_only true", "topic sparse/# both 0"),
+        )
+
+    lines = bridge("one", far_port)
+    with (
+        mosquitto(tmp_path, *bridge("two", near_port), port=far_port),
+        mosquitto(tmp_path, *lines, port=near_port),
+    ):
+        for port in (near_port, far_port):
+            wait_for_bridge(port)
+        found = crossed(near_port, far_port)
+        assert levels(found, "once") == ["FAIL", "FAIL"]
+        assert not any(what == "presence" for what, _ in found)  # what goes round without end is not added to
+
+
+def test_a_round_trip_across_is_measured(tmp_path: Path) -> None:
+    with bridged(tmp_path, MQTT_5) as (near, far):
+        addresses = [f"mqtt://127.0.0.1:{port}" for port in (near, far)]
+        question = Question(addresses[0], {"1 MiB": 1 << 20}, across=addresses[1], sites=("near", "far"))
+        found = Examination(question, lambda _: None)
+        asyncio.run(found.run())
+        assert {finding.level for finding in found.findings} == {"ok"}
+        assert {finding.at for finding in found.findings} == {*addresses, ""}
+        (row,) = found.carried
+        assert isinstance(row, Carried)
+        assert row.frames_per_s > 0

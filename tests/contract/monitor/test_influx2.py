@@ -1,0 +1,97 @@
+"""The same on an InfluxDB 2: at an address that the environment names, or in a container where its image can be had.
+
+SPARSE_TEST_INFLUX2_URL, _ORG, _BUCKET and _TOKEN name a bucket that the tests may fill. It is no part of Debian, so a
+build server without it skips these tests, and says why.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from monitor.errors import BadStore
+from monitor.points.points import Point
+from monitor.points.schema import MEASUREMENTS
+from monitor.stores.influx.config import InfluxTarget
+from monitor.stores.influx.reader import InfluxReader
+from monitor.stores.influx.store import InfluxStore
+from tests.contract.monitor.test_stores import NOW_NS, full
+from tests.support.pipelines.processes import eventually
+
+IMAGE = "influxdb:2.7"
+_PULL_S = 60
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[InfluxTarget]:
+    named = {name: os.environ.get(f"SPARSE_TEST_INFLUX2_{name}", "") for name in ("URL", "ORG", "BUCKET", "TOKEN")}
+    if named["URL"]:
+        yield InfluxTarget(
+            named["URL"].rstrip("/"), named["ORG"] or "sparse", named["BUCKET"] or "sparse", named["TOKEN"]
+        )
+        return
+    if problem := _no_image():
+        pytest.skip(f"no InfluxDB 2: SPARSE_TEST_INFLUX2_URL names none, and {problem}")
+    from testcontainers.influxdb2 import InfluxDb2Container
+
+    container = InfluxDb2Container(
+        IMAGE, init_mode="setup", username="sparse", password="for-tests-only", org_name="sparse", bucket="sparse",
+        admin_token="a-token-for-tests",
+    )  # fmt: skip
+    with container:
+        yield InfluxTarget(container.get_url(), token="a-token-for-tests")
+
+
+def _no_image() -> str:
+    """Why a container cannot be started; empty where it can."""
+    docker = shutil.which("docker")
+    if docker is None:
+        return "there is no docker"
+    for command in (["image", "inspect", IMAGE], ["pull", "--quiet", IMAGE]):
+        try:
+            done = subprocess.run([docker, *command], capture_output=True, text=True, timeout=_PULL_S, check=False)
+        except subprocess.TimeoutExpired:
+            return f"{IMAGE} cannot be had within {_PULL_S} s"
+        if done.returncode == 0:
+            return ""
+    return f"{IMAGE} cannot be had: {(done.stderr.strip().splitlines() or ['docker said nothing'])[-1]}"
+
+
+def test_every_measurement_comes_back_as_it_went_in(target: InfluxTarget, tmp_path: Path) -> None:
+    run = uuid.uuid4().hex
+    shift_ns = time.time_ns() % 1_000_000_000
+    points = {
+        name: [replace(full(known, number, run=run), time_ns=NOW_NS + shift_ns + number) for number in (1, 2, 3)]
+        for name, known in MEASUREMENTS.items()
+    }
+    store = InfluxStore(target, tmp_path / "spool")
+    store.check()
+    store.write([point for each in points.values() for point in each])
+    eventually("all points to be taken", lambda: not store.waiting)
+    store.close()
+    assert store.dropped == 0
+    reader = InfluxReader(target)
+    for name, expected in points.items():
+        assert reader.points(name, run) == expected
+    assert run in reader.runs()
+
+
+def test_a_wrong_token_and_a_bucket_that_is_not_there_are_one_line(target: InfluxTarget, tmp_path: Path) -> None:
+    for wrong, problem in [
+        (replace(target, token="wrong"), "the token is not accepted"),
+        (replace(target, bucket=uuid.uuid4().hex), "not found"),
+    ]:
+        store = InfluxStore(wrong, tmp_path / "spool")
+        with pytest.raises(BadStore, match=problem):
+            store.check()
+        store.write([Point("batch", time.time_ns(), {}, {"tasks": 1})])
+        store.close()
+        assert (store.waiting > 0, store.dropped) == (True, 0)

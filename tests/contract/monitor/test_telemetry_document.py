@@ -1,0 +1,103 @@
+"""The examples of docs/telemetry.md, run: what it sends is an event, and what it asks is answered."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from brokers.telemetry.schema import Event, Start, TaskProcessed, event_from_json
+from monitor.points.points import Point
+from monitor.points.schema import MEASUREMENTS
+from monitor.stores.influx.store import InfluxStore
+from monitor.stores.sqlite import SqliteStore
+from tests.contract.monitor.test_stores import full
+from tests.support.environment.external_programs import need
+from tests.support.monitor.influx_servers import Influx, influx
+from tests.support.monitor.telemetry_document import blocks
+from tests.support.pipelines.processes import eventually
+
+POINTS = [
+    Point(point.measurement, time.time_ns() - 1_000_000 * number, point.tags, {**point.fields, "error": ""})
+    for known in MEASUREMENTS.values()
+    for number in range(1, 11)
+    for point in [full(known, number)]
+]
+INFLUXQL = [line for block in blocks("sql", "InfluxQL") for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Influx]:
+    with influx(tmp_path_factory.mktemp("influx")) as found:
+        store = InfluxStore(found.target, tmp_path_factory.mktemp("spool"))
+        store.write(POINTS)
+        eventually("all points to be taken", lambda: not store.waiting)
+        store.close()
+        assert store.dropped == 0
+        yield found
+
+
+def sent(command: list[str], folder: Path) -> Event:
+    """The event that a program sends to the monitor's socket."""
+    place = folder / "monitor.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as monitor:
+        monitor.bind(str(place))
+        monitor.settimeout(30)
+        subprocess.run(command, env={"SPARSE_MONITOR": str(place), "PATH": "/usr/bin:/bin"}, check=True, timeout=60)
+        lines = monitor.recv(1 << 17).splitlines()
+    assert len(lines) == 1
+    return event_from_json(lines[0])
+
+
+def test_the_example_in_python_sends_an_event(tmp_path: Path) -> None:
+    [example] = blocks("python", "Sending an event")
+    assert isinstance(sent([sys.executable, "-c", example], tmp_path), TaskProcessed)
+
+
+def test_the_example_in_a_shell_sends_an_event(tmp_path: Path) -> None:
+    need("socat")
+    [example] = blocks("sh", "Sending an event")
+    event = sent(["sh", "-c", example], tmp_path)
+    assert isinstance(event, Start)
+    assert event.pid > 0
+
+
+@pytest.mark.parametrize("query", blocks("sql", "SQLite"))
+def test_a_query_of_the_file_is_answered(query: str, tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "telemetry.sqlite")
+    store.write(POINTS)
+    with closing(sqlite3.connect(store.path)) as file:
+        found = file.execute(query).fetchall()
+    store.close()
+    assert found
+    assert all(value is not None for row in found for value in row)
+
+
+@pytest.mark.parametrize("query", INFLUXQL)
+def test_a_query_in_influxql_is_answered(server: Influx, query: str) -> None:
+    found = server.ask(query)
+    assert found
+    assert all(value is not None for series in found for row in series["values"] for value in row)
+
+
+def test_the_query_from_a_shell_is_answered(server: Influx, tmp_path: Path) -> None:
+    [example] = blocks("sh", "InfluxQL")
+    token = tmp_path / "token"
+    token.write_text(server.target.token + "\n")
+    named = {"SPARSE_INFLUX_URL": server.target.url, "SPARSE_INFLUX_TOKEN_FILE": str(token), "PATH": "/usr/bin:/bin"}
+    need("curl")
+    answer = subprocess.run(["sh", "-c", example], env=named, capture_output=True, text=True, check=True, timeout=60)
+    assert re.search(r'"values":\[\[.*,10\]\]', answer.stdout)
+
+
+def test_there_are_examples() -> None:
+    assert len(blocks("sql", "SQLite")) == 4
+    assert len(INFLUXQL) == 5

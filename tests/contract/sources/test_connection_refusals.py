@@ -1,0 +1,61 @@
+"""A source whose only worker is full: it waits, asks again, and gives up when its deadline says so."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brokers.config.pipeline_file import load_pipeline
+from brokers.dispatch.channel import Line
+from brokers.errors import DeadlinePassed
+from brokers.mqtt.in_memory import MemoryHub, MemoryTransport
+from brokers.protocol.messages import Failure, Message, Task
+from sources.client.offloader import Offloader
+from tests.support.brokers.broker_kinds import run
+from tests.support.pipelines.pipeline_files import pipeline_file, stage
+from tests.unit.brokers.dispatch.test_worker_pool import birth
+
+
+def test_a_deadline_that_passes_while_all_are_full_is_told_when_it_passes(tmp_path: Path) -> None:
+    pipeline = load_pipeline(pipeline_file(tmp_path, [stage("head", "double")]))
+    topics = pipeline.topics(pipeline.stage[0])
+
+    async def test() -> None:
+        hub = MemoryHub()
+        line = Line(MemoryTransport(hub))
+        asked = []
+
+        def turn_away(topic: str, message: Message) -> None:
+            assert isinstance(message, Task)
+            asked.append(message.attempt)
+            full = Failure(
+                request=message.request,
+                stage="head",
+                worker="w",
+                error="Busy",
+                reason="full",
+                attempt=message.attempt,
+                retry=True,
+            )
+            telling.append(asyncio.create_task(line.send(message.reply.topic, full)))
+
+        telling: list[asyncio.Task[None]] = []
+        await line.open()
+        await line.listen(topics.inbox("w"), turn_away)
+        record = birth("w").model_copy(update={"pipeline": pipeline.name}).to_bytes()
+        await line.transport.publish(topics.presence("w"), record, qos=1, retain=True)
+        async with Offloader(pipeline, transport=MemoryTransport(hub)) as offload:
+            begin_s = time.monotonic()
+            with pytest.raises(DeadlinePassed):
+                await offload(np.array(1.0), deadline_ms=900)  # in the middle of the wait after the fifth attempt
+            took_s = time.monotonic() - begin_s
+        await asyncio.gather(*telling)
+        await line.close()
+        assert asked == [1, 2, 3, 4, 5]
+        assert 0.9 <= took_s < 1.3, took_s
+
+    run(test())

@@ -1,0 +1,209 @@
+"""However a run is ended, no process is left and no file is half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import av
+import psutil
+import pytest
+from PIL import Image
+
+from brokers.server.local_broker import LocalBroker
+from tests.support.brokers.ports import free_port
+from tests.support.environment.clips import video_file
+from tests.support.environment.external_programs import need
+from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
+from tests.support.pipelines.processes import Machine, Running, Said, eventually
+
+# What a terminal does at a Ctrl-C, what `kill -INT` or `timeout -s INT` does, and what a service manager does.
+WAYS = {
+    "to the process group": lambda run: os.killpg(run.pid, signal.SIGINT),
+    "to the parent only": lambda run: os.kill(run.pid, signal.SIGINT),
+    "by SIGTERM": lambda run: os.kill(run.pid, signal.SIGTERM),
+}
+
+
+@pytest.fixture(autouse=True)
+def _embedded_broker_is_there() -> None:
+    need("iotcore")
+
+
+def endless(box: Machine, *words: str, seconds: float = 0.02) -> tuple[Running, Path]:
+    """A run that does not end by itself, and its folder."""
+    stages = [stage("first", "double"), stage("slow", "Slow", settings={"seconds": seconds})]
+    path = pipeline_file(box.folder, stages, counter(1_000_000))
+    out = box.folder / "out"
+    return box.sparse("run", path, "--broker", "embedded", "--json", "--out", out, *words), out
+
+
+def some_results(out: Path, count: int = 5) -> None:
+    results = out / "results.jsonl"
+    eventually("some results", lambda: results.exists() and results.read_text().count("\n") >= count)
+
+
+def no_file_is_half_written(out: Path) -> None:
+    names = [str(path.relative_to(out)) for path in out.rglob("*")]
+    assert [name for name in names if name.endswith(".part") or name.startswith(".") or "/." in name] == []
+    for line in (out / "results.jsonl").read_text().splitlines(keepends=True):
+        assert line.endswith("\n")
+        json.loads(line)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_is_stopped_ends_in_good_order(box: Machine, way: str) -> None:
+    run, out = endless(box)
+    some_results(out)
+    WAYS[way](run)
+    said = run.end()
+    assert said.status == (0 if way == "by SIGTERM" else 130), said.err
+    assert said.out.count("\n") == 1
+    kept = json.loads((out / "summary.json").read_text())
+    files = {**kept["files"], "telemetry": "telemetry.sqlite"}
+    assert said.answer == {**kept, "broker": "embedded", "files": files}
+    lines = (out / "results.jsonl").read_text().splitlines()
+    assert said.answer["results"] == said.answer["requests"] == len(lines)
+    assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))
+    assert said.answer["lost"] == 0
+    assert "Traceback" not in said.err
+    box.nothing_is_left()
+    no_file_is_half_written(out)
+
+
+def test_a_second_ctrl_c_waits_for_nothing(box: Machine) -> None:
+    run, out = endless(box, seconds=60)
+    eventually("the source", lambda: box.find("source"))
+    eventually("its file", (out / "results.jsonl").exists)
+    os.killpg(run.pid, signal.SIGINT)
+    with pytest.raises(TimeoutError):  # it waits for the stage, which sleeps
+        _wait(run, 2.0)
+    os.killpg(run.pid, signal.SIGINT)
+    said = run.end(timeout_s=20)
+    assert said.status == 130, said.err
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    box.nothing_is_left()
+
+
+@pytest.mark.parametrize("moment", ["the broker", "the first stage", "the second stage", "the source"])
+def test_a_ctrl_c_while_it_starts_leaves_nothing(box: Machine, moment: str) -> None:
+    run, _ = endless(box)
+    words = {"the broker": ("broker-guard",), "the first stage": ("first",), "the second stage": ("slow",)}
+    eventually(moment, lambda: box.find(*words.get(moment, ("source",))))
+    os.killpg(run.pid, signal.SIGINT)
+    said = run.end()
+    assert said.status == 130, said.err
+    assert "Traceback" not in said.err
+    box.nothing_is_left(within_s=5)  # a broker that was just starting is ended by its guard
+
+
+def test_a_run_that_is_killed_takes_its_processes_with_it(box: Machine) -> None:
+    run, out = endless(box)
+    some_results(out)
+    assert len(box.alive()) >= 5  # itself, the broker and its guard, two stages, the source
+    run.process.kill()
+    run.process.wait()
+    box.nothing_is_left(within_s=20)
+
+
+def test_a_source_that_does_not_mind_being_closed_is_left_behind(box: Machine) -> None:
+    source = {"kind": "tests.support.pipelines.example_code:Deaf", "name": "deaf"}
+    path = pipeline_file(box.folder, [stage("first", "double")], source)
+    out = box.folder / "out"
+    run = box.sparse("run", path, "--broker", "embedded", "--json", "--out", out)
+    some_results(out, 1)
+    said = run.end(signal.SIGINT)
+    assert said.status == 130, said.err
+    assert said.answer["results"] == 1
+    box.nothing_is_left()
+
+
+@pytest.mark.parametrize("command", ["stage", "source"])
+def test_a_process_in_the_foreground_ends_at_a_ctrl_c(box: Machine, command: str) -> None:
+    broker = box.sparse("broker", "--kind", "embedded", "--port", str(free_port()))
+    eventually("the broker", lambda: "listens on" in broker.said())
+    address = broker.said().split("listens on ")[1].split(";")[0]
+    path = pipeline_file(box.folder, [stage("first", "double")], counter(3))
+    words = ("stage", path, "first") if command == "stage" else ("source", path, "--out", box.folder / "out")
+    one = box.sparse(*words, "--broker", address)
+    eventually("its connection", lambda: psutil.Process(one.pid).net_connections(kind="tcp"))
+    said = one.end(signal.SIGINT) if command == "stage" else _twice(one)
+    assert said.status == 130, said.err
+    assert "Traceback" not in said.err
+    assert broker.end(signal.SIGINT).status == 130
+    box.nothing_is_left(within_s=5)
+
+
+def test_a_service_that_is_told_to_end_has_done_what_it_should(box: Machine, embedded: LocalBroker) -> None:
+    """SIGTERM is how containers and service managers end what runs for ever: no failure."""
+    broker = box.sparse("broker", "--kind", "embedded", "--port", str(free_port()))
+    path = pipeline_file(box.folder, [stage("first", "double")], counter(3))
+    worker = box.sparse("-v", "stage", path, "first", "--broker", embedded.address)
+    eventually("the broker", lambda: "listens on" in broker.said())
+    eventually("the stage", lambda: "serves stage" in worker.said())
+    assert broker.end(signal.SIGTERM).status == 0
+    path = pipeline_file(box.folder, [stage("first", "double")], name="door")
+    gateway = box.sparse("-v", "source", path, "--broker", embedded.address, "--out", box.folder / "out")
+    eventually("the gateway", lambda: "publish pictures or readings" in gateway.said())
+    assert worker.end(signal.SIGTERM).status == 0
+    assert gateway.end(signal.SIGTERM).status == 0
+    box.nothing_is_left(within_s=5)
+
+
+def test_a_broker_that_dies_says_so(box: Machine) -> None:
+    port = free_port()
+    broker = box.sparse("broker", "--kind", "embedded", "--port", str(port))
+    eventually("the broker", lambda: "listens on" in broker.said())
+    for process in eventually("its process", lambda: _listening(box, port)):
+        process.kill()
+    said = broker.end()
+    assert said.status == 1
+    assert said.err.splitlines()[-1].startswith(
+        f"sparse: the embedded broker at mqtt://127.0.0.1:{port} ended by itself: "
+    )
+    box.nothing_is_left(within_s=5)
+
+
+def _listening(box: Machine, port: int) -> list[psutil.Process]:
+    """The broker itself, and not its guard: who listens at this port."""
+    return [
+        process
+        for process in box.alive()
+        if any(line.status == psutil.CONN_LISTEN and line.laddr.port == port for line in process.net_connections("tcp"))
+    ]
+
+
+def _twice(run: Running) -> Said:
+    """A source without a stage waits for one, until it is asked twice."""
+    run.process.send_signal(signal.SIGINT)
+    with pytest.raises(TimeoutError):
+        _wait(run, 1.0)
+    return run.end(signal.SIGINT)
+
+
+def _wait(run: Running, timeout_s: float) -> None:
+    try:
+        psutil.Process(run.pid).wait(timeout_s)
+    except psutil.TimeoutExpired:
+        raise TimeoutError from None
+
+
+def test_the_pictures_of_a_run_that_is_stopped_are_whole(box: Machine) -> None:
+    video = video_file(box.folder / "long.mp4", 200)
+    path = pipeline_file(box.folder, [stage("bytes", "Bytes")], {"kind": "video", "path": str(video), "loop": True})
+    out = box.folder / "out"
+    run = box.sparse("run", path, "--broker", "embedded", "--json", "--out", out)
+    some_results(out, 30)
+    said = run.end(signal.SIGINT)
+    assert said.status == 130, said.err
+    box.nothing_is_left()
+    no_file_is_half_written(out)
+    files = said.answer["files"]
+    with av.open(str(out / files["clip"])) as clip:
+        assert sum(1 for _ in clip.decode(video=0)) > 0
+    for name in (files["sheet"], *files["frames"]):
+        with Image.open(out / name) as picture:
+            picture.load()

@@ -1,0 +1,119 @@
+"""Who gets what, with real workers: poison, priority, and a window that follows the workers that are up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+
+import numpy as np
+
+from brokers.config.pipeline_file import load_pipeline
+from brokers.protocol.messages import Body
+from brokers.protocol.safetensors_codec import from_numpy
+from brokers.server.local_broker import LocalBroker
+from sources.client.offloader import ON_THEIR_WAY, Offloader
+from tests.support.brokers.presence import await_workers
+from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
+from tests.support.pipelines.processes import PATIENCE_S, Machine
+
+POISON = 7
+
+
+def body(value: float) -> Body:
+    return Body({"values": from_numpy(np.array(value))})
+
+
+def test_a_request_that_kills_three_workers_is_given_back_and_no_other_is_blamed(
+    box: Machine, embedded: LocalBroker
+) -> None:
+    stages = [stage("first", "add_one"), stage("deadly", "Deadly", settings={"value": POISON + 1.0}, workers=2)]
+    path = pipeline_file(box.folder, stages, counter(20), name="poisoned")
+    out = box.folder / "out"
+    said = box.sparse("run", path, "--broker", embedded.address, "--json", "--out", out).end()
+    summary = said.answer
+    assert (summary["requests"], summary["results"], summary["lost"]) == (20, 19, 0), said.err
+    assert summary["failures"] == {"PoisonRequest": 1}
+    found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    (poison,) = [result for result in found if "error" in result]
+    assert (poison["index"], poison["error"], poison["stage"]) == (POISON, "PoisonRequest", "deadly")
+    assert "3 workers in turn did not come back from it: deadly-" in poison["reason"]
+    assert {result["index"] for result in found} == set(range(20))
+    assert summary["retried"]["WorkerLost"] >= 2
+
+
+def test_what_somebody_waits_for_overtakes_what_waits_in_the_background(box: Machine, embedded: LocalBroker) -> None:
+    path = pipeline_file(box.folder, [stage("slow", "Slow", settings={"seconds": 0.05})], name="ranked")
+    box.sparse("stage", path, "slow", "--broker", embedded.address)
+    await_workers(embedded.address, lambda workers: any("/ranked/" in topic for topic in workers))
+
+    async def go() -> list[int]:
+        done = 0
+
+        async def background(offload: Offloader) -> None:
+            nonlocal done
+            await offload.ask(body(1.0), priority="background")
+            done += 1
+
+        pipeline = load_pipeline(path)
+        async with (
+            Offloader(pipeline, broker=embedded.address) as crowd,
+            Offloader(pipeline, broker=embedded.address) as person,
+        ):
+            asking = [asyncio.create_task(background(crowd)) for _ in range(30)]
+            await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            overtaken = []
+            for _ in range(5):
+                before = done
+                await person.ask(body(2.0))
+                overtaken.append(done - before)
+            assert done < 30, "there was nothing left to overtake"
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        return overtaken
+
+    # Of the background, the one that was being computed ends first, and the word of the one before may be on its way.
+    assert max(asyncio.run(go())) <= 2
+
+
+def test_the_window_follows_the_workers_that_are_up(box: Machine, broker: LocalBroker) -> None:
+    stages = [stage("one", "add_one"), stage("two", "add_one")]
+    path = pipeline_file(box.folder, stages, name="grows")
+
+    async def reaches(offload: Offloader, places: int, widest: int) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while offload.window.size != places + ON_THEIR_WAY * widest:  # noqa: ASYNC110 - nobody tells of it
+                await asyncio.sleep(0.05)
+
+    async def go() -> None:
+        async with Offloader(load_pipeline(path), broker=broker.address) as offload:
+            assert offload.window.size == 2 + ON_THEIR_WAY  # what the file says, while nobody is up
+            workers = [box.sparse("stage", path, name, "--broker", broker.address) for name in ("one", "two", "two")]
+            await reaches(offload, 3, 2)
+            workers[-1].process.send_signal(signal.SIGTERM)
+            await reaches(offload, 2, 1)
+            workers[0].process.kill()
+            workers.append(box.sparse("stage", path, "two", "--broker", broker.address))
+            await reaches(offload, 2, 2)
+
+    asyncio.run(go())
+
+
+def test_a_source_of_priority_background_asks_in_the_background(box: Machine, embedded: LocalBroker) -> None:
+    path = pipeline_file(box.folder, [stage("one", "add_one")], {"priority": "background"}, name="humble")
+
+    async def go() -> None:
+        async with Offloader(load_pipeline(path), broker=embedded.address) as offload:
+            heard: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+            topics = offload.pipeline.topics(offload.pipeline.stage[0])
+            await offload.line.transport.subscribe(
+                topics.inbox("+"), lambda delivery: heard.put_nowait(dict(delivery.properties.user)), qos=0
+            )
+            box.sparse("stage", path, "one", "--broker", embedded.address)
+            await offload.ask(body(1.0))
+            await offload.ask(body(1.0), priority="interactive")
+            asked = [(await heard.get()).get("priority") for _ in range(2)]
+            assert asked == ["background", None]
+
+    asyncio.run(go())

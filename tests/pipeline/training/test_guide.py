@@ -1,0 +1,60 @@
+"""docs/training.md does what it says: its files are written out, its command is run, its keys are those of the code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from brokers.config.pipeline_file import load_pipeline
+from brokers.config.schema import TrainingTable
+from brokers.process.import_string import load_named
+from tests.pipeline.cli.test_stages_guide import FILES as STAGES_FILES
+from tests.support.environment.checkout import ROOT
+from tests.support.pipelines.processes import Machine
+
+PAGE = (ROOT / "docs" / "training.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+FILES = {text.split()[1]: text for kind, text in BLOCKS if kind in ("python", "toml")}
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+
+
+def test_a_data_set_and_a_network_of_ones_own_are_trained_and_the_weights_fit_the_uncut_network(box: Machine) -> None:
+    for name, text in {"digits.py": STAGES_FILES["digits.py"], **FILES}.items():
+        (box.folder / name).write_text(text)
+    assert COMMANDS == ["sparse run waves.toml --json"]
+    out = box.folder / "run"
+    said = box.sparse("run", box.folder / "waves.toml", "--json", "--out", out).end()
+    assert said.status == 0, said.err
+    assert said.answer["test_accuracy"] > 0.95
+    assert said.answer["steps"] == 12
+    network = load_named("digits:digits", box.folder)()
+    network.load_state_dict(load_file(out / "model.safetensors"), strict=True)
+    parts: dict[str, torch.Tensor] = {}
+    for stage in ("head", "body", "tail"):
+        parts |= load_file(out / "parts" / f"{stage}.safetensors")
+    assert parts.keys() == network.state_dict().keys()
+    assert (out / "training.png").stat().st_size > 10_000
+    events = [json.loads(line)["event"] for line in (out / "training.jsonl").read_text().splitlines()]
+    assert (events.count("step"), events.count("evaluation")) == (12, 3)
+    box.nothing_is_left()
+
+
+def test_the_keys_of_the_page_are_those_of_the_code() -> None:
+    section = PAGE[PAGE.index("## The recipe") : PAGE.index("Models: ")]
+    said = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
+    assert said | {"lr_every", "lr_factor"} == set(TrainingTable.model_fields)
+
+
+def test_the_examples_of_the_page_are_pipelines_that_train() -> None:
+    for name in re.findall(r"examples/([a-z-]+\.toml)", PAGE):
+        pipeline = load_pipeline(ROOT / "examples" / name)
+        assert pipeline.trains is (name != "digits-inference.toml")
+
+
+def test_its_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE):
+        assert (ROOT / "docs" / Path(target)).exists(), target

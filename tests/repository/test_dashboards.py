@@ -1,0 +1,43 @@
+"""The dashboards of deploy/: written by the project, of one table, and of nothing that the schema does not have."""
+
+from __future__ import annotations
+
+import pytest
+
+from deploy.dashboards.panels import SECTIONS
+from deploy.dashboards.write import files
+from monitor.points.schema import MEASUREMENTS
+from tests.support.environment.checkout import ROOT
+from tests.support.monitor.dashboards import asked, chronograf, grafana
+
+PANELS = [panel for panels in SECTIONS.values() for panel in panels]
+QUERIES = [
+    pytest.param(query, id=f"{program}-{title}-{number}")
+    for program, panels in {"chronograf": chronograf(), "grafana": grafana()}.items()
+    for title, queries in panels.items()
+    for number, query in enumerate(queries)
+]
+
+
+@pytest.mark.parametrize("place", list(files()))
+def test_each_file_is_what_the_project_writes(place: str) -> None:
+    hint = "write them again: python -m deploy.dashboards.write deploy"
+    assert (ROOT / "deploy" / place).read_text() == files()[place], hint
+
+
+def test_both_dashboards_have_every_panel_once_and_ask_the_same_of_it() -> None:
+    titles = [panel.title for panel in PANELS]
+    assert len(titles) == len(set(titles))
+    assert list(chronograf()) == list(grafana()) == titles
+    for title, queries in chronograf().items():
+        assert [asked(query) for query in queries] == [asked(query) for query in grafana()[title]]
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_every_query_asks_one_measurement_for_fields_and_tags_that_it_has(query: str) -> None:
+    [(name, used)] = asked(query)
+    measurement = MEASUREMENTS[name]
+    fields = {field.name for field in measurement.fields}
+    assert used <= fields | set(measurement.tags), used
+    assert used & fields
+    assert "run" in used, "whatever was picked, all runs would be shown"

@@ -1,0 +1,60 @@
+"""Real videos and pictures, made on the spot: no test needs a download."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import av
+import numpy
+from PIL import Image
+
+from sources.inputs.sample import Picture
+
+SIZE = (64, 48)  # width, height
+
+
+def numbered(index: int) -> Picture:
+    """A grey picture (H, W, 3) whose brightness tells its number, in steps that survive compression."""
+    return numpy.full((SIZE[1], SIZE[0], 3), 8 * index % 256, numpy.uint8)
+
+
+def number_of(picture: Picture) -> int:
+    return round(float(picture.mean()) / 8)
+
+
+def video_bytes(frames: int, *, container: str = "mp4", codec: str = "mpeg4", fps: int = 25) -> bytes:
+    """A video whose frames are `numbered`."""
+    body = io.BytesIO()
+    with av.open(body, "w", format=container) as output:
+        stream = output.add_stream(codec, rate=fps, options={"qscale": "2", "g": "1"})
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        for index in range(frames):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(index), format="rgb24")))
+        output.mux(stream.encode(None))
+    return body.getvalue()
+
+
+def video_file(path: Path, frames: int) -> Path:
+    path.write_bytes(video_bytes(frames))
+    return path
+
+
+def sound_bytes() -> bytes:
+    """A tenth of a second of silence as a WAV file: media, but no video."""
+    body = io.BytesIO()
+    with av.open(body, "w", format="wav") as output:
+        stream = output.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(numpy.zeros((1, 800), numpy.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return body.getvalue()
+
+
+def picture_bytes(kind: str = "JPEG", index: int = 3) -> bytes:
+    body = io.BytesIO()
+    Image.fromarray(numbered(index)).save(body, kind)
+    return body.getvalue()

@@ -1,0 +1,162 @@
+"""Two other implementations of Darknet to hold ours against: the original C library, and OpenCV 4's.
+
+Both come from outside (Debian's `darknet`, which has the sample photographs too; `opencv-python-headless`): where they
+are missing a test is skipped, and fails in CI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from brokers.errors import SparseError
+from stages.models.darknet_layers import NORM_MOMENTUM, Convolutional, Darknet
+from stages.partition.weight_files import find_weights
+from tests.support.environment.external_programs import need
+
+Floats = npt.NDArray[np.float32]
+LIBRARY = "/usr/lib/darknet/libdarknet.so"
+
+
+def darknet_file(path: str) -> Path:
+    """A file of Debian's `darknet`, below /usr/share/darknet."""
+    return need("darknet-files") / path
+
+
+def cfg_of_size(name: str, size: int, folder: Path) -> Path:
+    """The named network's .cfg for input of size x size, in a batch of one, written into `folder`."""
+    text = darknet_file(f"cfg/{name}.cfg").read_text()
+    for key, number in (("width", size), ("height", size), ("batch", 1), ("subdivisions", 1)):
+        text = re.sub(rf"^{key} *=.*$", f"{key}={number}", text, flags=re.MULTILINE)
+    path = folder / f"{name}-{size}.cfg"
+    path.write_text(text)
+    return path
+
+
+def trained_weights(name: str) -> Path:
+    """The published weights of this name; skipped where they can neither be found nor fetched, which fails in CI."""
+    try:
+        return find_weights(name)
+    except SparseError as problem:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(problem))
+
+
+def fill_sanely(model: Darknet, seed: int) -> None:
+    """Seeded weights under which signals neither die nor explode: rolling means and variances of real signals.
+
+    Leaves the model in evaluation mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: torch.Tensor | None, mean: float, deviation: float) -> None:
+        assert tensor is not None
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * deviation + mean)
+
+    convolutions = [layer for layer in model.layers if isinstance(layer, Convolutional)]
+    with torch.no_grad():
+        for layer in convolutions:
+            normal(layer.conv.weight, 0.0, layer.conv.weight[0].numel() ** -0.5)
+            if layer.norm is None:
+                normal(layer.conv.bias, 0.0, 0.5)
+            else:
+                normal(layer.norm.weight, 1.0, 0.1)
+                normal(layer.norm.bias, 0.0, 0.3)
+                layer.norm.momentum = 1.0
+        model.train()(torch.rand(2, 3, 96, 96, generator=generator))
+    for layer in convolutions:
+        if layer.norm is not None:
+            layer.norm.momentum = NORM_MOMENTUM
+    model.eval()
+
+
+def opencv_raw(cfg: Path, weights: Path, blob: Floats, layers: list[str]) -> list[Floats]:
+    """What OpenCV computes for the named layers (`conv_15` is layer 15): (1, C, H, W) each."""
+    need("cv2")
+    import cv2
+
+    network = cv2.dnn.readNetFromDarknet(str(cfg), str(weights))
+    network.setInput(blob)
+    return [np.asarray(output, np.float32) for output in network.forward(layers)]
+
+
+class _Box(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_float), ("y", ctypes.c_float), ("w", ctypes.c_float), ("h", ctypes.c_float)]
+
+
+class _Detection(ctypes.Structure):
+    _fields_ = [
+        ("bbox", _Box),
+        ("classes", ctypes.c_int),
+        ("prob", ctypes.POINTER(ctypes.c_float)),
+        ("mask", ctypes.POINTER(ctypes.c_float)),
+        ("objectness", ctypes.c_float),
+        ("sort_class", ctypes.c_int),
+    ]
+
+
+class _Image(ctypes.Structure):
+    _fields_ = [("w", ctypes.c_int), ("h", ctypes.c_int), ("c", ctypes.c_int), ("data", ctypes.POINTER(ctypes.c_float))]
+
+
+class Original:
+    """The original C library. It ends the process on a bad file, and never frees: for short-lived tests only."""
+
+    def __init__(self) -> None:
+        need("darknet")
+        self._library: Any = ctypes.CDLL(LIBRARY)
+        # It was compiled with -ffast-math, and loading it has this process flush subnormal numbers to zero: undo that.
+        torch.set_flush_denormal(False)
+        self._library.letterbox_image.restype = _Image
+        self._library.letterbox_image.argtypes = [_Image, ctypes.c_int, ctypes.c_int]
+        self._library.load_network.restype = ctypes.c_void_p
+        self._library.load_network.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
+        self._library.network_predict_image.argtypes = [ctypes.c_void_p, _Image]
+        self._library.get_network_boxes.restype = ctypes.POINTER(_Detection)
+        self._library.get_network_boxes.argtypes = [
+            ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_float, ctypes.c_float,
+            ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(ctypes.c_int),
+        ]  # fmt: skip
+        self._library.do_nms_sort.argtypes = [ctypes.POINTER(_Detection), ctypes.c_int, ctypes.c_int, ctypes.c_float]
+
+    def letterbox(self, picture: npt.NDArray[np.uint8], width: int, height: int) -> Floats:
+        """uint8 (H, W, 3) -> (3, height, width)"""
+        image, _alive = _image(picture)
+        boxed = self._library.letterbox_image(image, width, height)
+        return np.ctypeslib.as_array(boxed.data, (3, height, width)).copy()
+
+    def load(self, cfg: Path, weights: Path) -> int:
+        """A network, by its handle."""
+        handle: int = self._library.load_network(str(cfg).encode(), str(weights).encode(), 0)
+        return handle
+
+    def detect(
+        self, network: int, picture: npt.NDArray[np.uint8], threshold: float, nms: float
+    ) -> list[tuple[float, int, tuple[float, float, float, float]]]:
+        """(score, class, (left, top, width, height) in pixels), best first, by the steps of `detector test`."""
+        image, _alive = _image(picture)
+        self._library.network_predict_image(network, image)
+        count = ctypes.c_int(0)
+        found = self._library.get_network_boxes(network, image.w, image.h, threshold, 0.5, None, 0, ctypes.byref(count))
+        self._library.do_nms_sort(found, count.value, 80, nms)
+        detections = []
+        for one in found[: count.value]:
+            box = (one.bbox.x - one.bbox.w / 2, one.bbox.y - one.bbox.h / 2, one.bbox.w, one.bbox.h)
+            detections += [(one.prob[label], label, box) for label in range(one.classes) if one.prob[label] > threshold]
+        return sorted(detections, key=lambda detection: -detection[0])
+
+
+def _image(picture: npt.NDArray[np.uint8]) -> tuple[_Image, Floats]:
+    """Darknet's image of a picture, and the numbers it points to, which the caller keeps alive."""
+    planes = np.ascontiguousarray((picture / 255.0).astype(np.float32).transpose(2, 0, 1))
+    height, width = picture.shape[:2]
+    return _Image(width, height, 3, planes.ctypes.data_as(ctypes.POINTER(ctypes.c_float))), planes

@@ -1,0 +1,110 @@
+"""The image of deploy/Dockerfile, built as a test needs it: `python3 -m tests.support.environment.image` does so by itself.
+
+It needs no package, so that `.ci/run` can build the image while everything else is still being installed. What pip is
+set to use here, the build uses: a mirror of the package index, and a CPU build of PyTorch in a local folder, where
+there is one. Elsewhere PyTorch comes from its own index, as in the image that a user builds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import http.server
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parents[3]
+IMAGE = "sparse:0.1.0"
+# The first that is free serves the local folder. It is part of the command that fetches PyTorch, and a build that is
+# repeated takes a step from the last one only where the commands are the same.
+PORTS = range(18970, 18990)
+_WHEEL = re.compile(r"torch-([^-]+)-cp(\d+)-.*x86_64\.whl")
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nothing: each file that is fetched is no news."""
+
+
+def pip_settings() -> dict[str, str]:
+    """What pip is set to on this machine, by its files and its environment: `{"index-url": ...}`."""
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, str] = {}
+    for line in listed.splitlines():
+        name, _, value = line.partition("=")
+        found[name.rpartition(".")[2]] = value.strip("'\"")
+    return found
+
+
+def local_torch(settings: dict[str, str]) -> tuple[Path, str] | None:
+    """A folder with a wheel of PyTorch for the image's Python, and its version; None where there is none."""
+    for folder in settings.get("find-links", "").split():
+        for wheel in sorted(Path(folder).glob("torch-*.whl")) if "://" not in folder else ():
+            named = _WHEEL.fullmatch(wheel.name)
+            if named and named[2] == "311":
+                return Path(folder), named[1]
+    return None
+
+
+@contextmanager
+def build_arguments(lock: IO[str]) -> Iterator[list[str]]:
+    """The arguments of `docker build` for this machine; what they name is served until the end of the block."""
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    settings = pip_settings()
+    arguments = []
+    for name, argument in (("index-url", "PIP_INDEX_URL"), ("extra-index-url", "PIP_EXTRA_INDEX_URL")):
+        addresses = " ".join(each for each in settings.get(name, "").split() if each.startswith("http"))
+        if addresses:
+            arguments += ["--build-arg", f"{argument}={addresses}"]
+    found = local_torch(settings)
+    if found is None:
+        yield arguments
+        return
+    folder, version = found
+    server = _serve(folder)
+    try:
+        links = f"http://127.0.0.1:{server.server_address[1]}/"
+        named = {"PIP_FIND_LINKS": links, "TORCH_INDEX": "", "TORCH": f"torch=={version}"}
+        for argument, value in named.items():
+            arguments += ["--build-arg", f"{argument}={value}"]
+        yield [*arguments, "--network", "host"]
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def build(tag: str = IMAGE, *more: str) -> None:
+    """Build the image; raise `subprocess.CalledProcessError`, with what the engine said, when that fails.
+
+    One process builds at a time: the next takes all steps from the engine's cache.
+    """
+    with (Path(tempfile.gettempdir()) / "sparse-test-image.lock").open("w") as lock, build_arguments(lock) as arguments:
+        command = ["docker", "build", "--file", "deploy/Dockerfile", "--tag", tag, *arguments, *more, "."]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _serve(folder: Path) -> http.server.ThreadingHTTPServer:
+    handler = functools.partial(_Quiet, directory=str(folder))
+    for port in PORTS:
+        try:
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+        except OSError:
+            continue
+        threading.Thread(target=server.serve_forever, name="wheels", daemon=True).start()
+        return server
+    raise OSError(f"no port of {PORTS.start} to {PORTS.stop - 1} is free")
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{IMAGE} could not be built:\n{error.stdout}")

@@ -1,0 +1,45 @@
+"""docs/protocol.md as data: its tables, and the packet in its hex dump."""
+
+from __future__ import annotations
+
+import re
+
+from tests.support.environment.checkout import ROOT
+
+TEXT = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+
+Row = list[str]
+
+
+def section(heading: str) -> str:
+    """The text under a heading of any depth, up to the next heading of the same or a lesser depth."""
+    found = re.search(rf"^(#+) {re.escape(heading)}\n(.*?)(?=^#{{1,9}} |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    assert found, f"no heading {heading!r}"
+    return found[2]
+
+
+def tables(heading: str) -> list[list[Row]]:
+    """The tables under a heading: rows of cells, without the head."""
+    rows = re.findall(r"(?:^\|.*\n)+", section(heading), re.MULTILINE)
+    return [
+        [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()[2:]] for table in rows
+    ]
+
+
+def names(cell: str) -> list[str]:
+    """What stands in backticks in a cell."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def column(table: list[Row], number: int = 0) -> list[str]:
+    """What stands in backticks in a column, in order."""
+    return [name for row in table for name in names(row[number])]
+
+
+def packet() -> bytes:
+    """The bytes of the hex dump; each line must say where it begins."""
+    data = b""
+    for line in re.findall(r"```text\n(.*?)```", section("One message, byte by byte"), re.DOTALL)[0].splitlines():
+        assert int(line[:4], 16) == len(data), line
+        data += bytes.fromhex(line[6:53])
+    return data

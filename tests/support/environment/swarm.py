@@ -1,0 +1,83 @@
+"""A swarm of this one machine, and the stack of deploy/swarm on it, for the length of a block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from brokers.config.pipeline_file import load_pipeline
+from tests.support.brokers.locked_broker import certs_for
+from tests.support.brokers.ports import free_port
+from tests.support.environment.checkout import ROOT
+from tests.support.environment.container_engine import docker, docker_with
+from tests.support.environment.external_programs import missing
+
+STACK = "sparse-test"
+OURS = ("broker", "gateway", "head", "body", "tail", "monitor")
+IDENTITIES = ("broker.local", "street.source", "street.head", "street.body", "street.tail", "monitor")
+
+
+@contextmanager
+def swarm() -> Iterator[None]:
+    """This machine as a swarm, and as the site `cloudlet`.
+
+    To leave a swarm, Docker 20.10 forgets the names of all containers on other networks, too: nothing else may be up.
+    """
+    if docker("info", "--format", "{{.Swarm.LocalNodeState}}").strip() != "inactive":
+        missing("this machine is part of a swarm, which a test must leave alone: the swarm stack is left out")
+    docker("swarm", "init", "--advertise-addr", "127.0.0.1", "--listen-addr", "127.0.0.1")
+    try:
+        docker("node", "update", "--label-add", "site=cloudlet", docker("node", "ls", "--quiet").strip())
+        yield
+    finally:
+        docker("swarm", "leave", "--force")
+
+
+@contextmanager
+def stack(certs: Path) -> Iterator[int]:
+    """The stack, deployed, all of it well, with certificates made in this folder; gives the port of its broker.
+
+    Its secrets go with the swarm.
+    """
+    certs_for(certs, load_pipeline(ROOT / "deploy/locked/street.toml"))
+    for identity in IDENTITIES:
+        for name in ("ca.crt", "tls.crt", "tls.key"):
+            docker("secret", "create", f"{identity}.{name}", str(certs / identity / name))
+    port = free_port()
+    environment = {"SPARSE_PORT": str(port)}
+    # The image is on this machine only: there is no registry to ask for it.
+    deploy = ("stack", "deploy", "--resolve-image", "never", "--compose-file", "deploy/swarm/stack.yml", STACK)
+    docker_with(environment, *deploy)
+    try:
+        for service in OURS:
+            await_replicas(service, 1)
+        yield port
+    finally:
+        docker("stack", "rm", STACK)
+        await_none()
+
+
+def running(service: str) -> list[str]:
+    """The tasks of a service that run, which those are that are healthy."""
+    what = ("--filter", "desired-state=running", "--format", "{{.ID}} {{.CurrentState}}")
+    lines = docker("service", "ps", *what, f"{STACK}_{service}").splitlines()
+    return [line.split()[0] for line in lines if line.split()[1] == "Running"]
+
+
+def await_replicas(service: str, count: int, timeout_s: float = 180) -> None:
+    """Wait until so many tasks of a service run; fail with what became of them."""
+    end_s = time.monotonic() + timeout_s
+    while len(running(service)) != count:
+        assert time.monotonic() < end_s, docker("service", "ps", "--no-trunc", f"{STACK}_{service}")
+        time.sleep(0.5)
+
+
+def await_none(timeout_s: float = 120) -> None:
+    """Wait until no container of the stack is left, and take its volumes away."""
+    end_s = time.monotonic() + timeout_s
+    while docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.stack.namespace={STACK}").strip():
+        assert time.monotonic() < end_s, "containers of the stack are left"
+        time.sleep(0.5)
+    docker("volume", "rm", "--force", f"{STACK}_results", f"{STACK}_broker")

@@ -1,0 +1,33 @@
+"""Points, as tests look at them; and that each is what the schema says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from monitor.points.points import Point
+from monitor.points.schema import MEASUREMENTS
+
+_TYPES: dict[str, tuple[type, ...]] = {"float": (float,), "int": (int,), "bool": (bool,), "text": (str,)}
+
+
+def only(points: Iterable[Point], measurement: str) -> dict[str, Any]:
+    """The fields of the one point of a measurement."""
+    (found,) = [point for point in points if point.measurement == measurement]
+    return dict(found.fields)
+
+
+def reasons(points: Iterable[Point]) -> dict[str, Any]:
+    """What is said to be missing, and why."""
+    return {point.tags["sensor"]: point.fields["reason"] for point in points if point.measurement == "missing"}
+
+
+def as_in_the_schema(points: Iterable[Point]) -> None:
+    """Assert that each has all fields of its measurement, in their types, and no tag of another."""
+    for point in points:
+        measurement = MEASUREMENTS[point.measurement]
+        assert set(point.fields) == {field.name for field in measurement.fields}, point
+        assert set(point.tags) <= set(measurement.tags), point
+        for field in measurement.fields:
+            value = point.fields[field.name]
+            assert value is None or type(value) in _TYPES[field.type], (field.name, value)

@@ -1,0 +1,129 @@
+"""docs/telemetry.md: its code, and its tables, which `python -m tests.support.monitor.telemetry_document` writes afresh.
+
+A table stands between `<!-- NAME: from the code -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from brokers.telemetry.schema import Event, HopFigures, Phase, Role
+from monitor.points.schema import MEASUREMENTS, Measurement
+from tests.support.environment.checkout import ROOT
+
+PATH = ROOT / "docs" / "telemetry.md"
+
+# What the models do not say themselves, since their names say it to a programmer.
+MEANS = {
+    "event": "which one it is",
+    "site": "of the sender",
+    "pipeline": "its name",
+    "role": ", ".join(f"`{role}`" for role in get_args(Role)),
+    "name": "of the process: a worker's id, a source's name",
+    "pid": "its process id; 0: unknown",
+    "stage": "its name",
+    "worker": "its id",
+    "source": "its name",
+    "request": "its id, in hex",
+    "queue_ms": "it waited for the worker",
+    "decode_ms": "its bytes were made tensors",
+    "compute_ms": "it was computed",
+    "encode_ms": "its result was made bytes",
+    "bytes_in": "of what came in",
+    "bytes_out": "of what went out",
+    "batch": "tasks that were computed together",
+    "phase": ", ".join(f"`{phase}`" for phase in get_args(Phase)),
+    "attempts": "how often it was sent",
+    "hops": "what each stage did for it, in order; at most 64",
+    "trace": "W3C trace id, in hex",
+    "span": "W3C id of its span, in hex",
+    "parent": "and of the span that asked for it",
+    "step": "its number",
+    "epoch": "it is part of",
+    "step_ms": "it took",
+    "loss": "mean over its rows",
+    "accuracy": "of its rows, where the loss has one",
+    "from_site": "name of a site",
+    "to_site": "name of a site",
+    "count": "events that are lost",
+}
+_KINDS = (("str", "text"), ("int", "int"), ("float", "float"), ("Literal", "text"), ("tuple", "list of hops"))
+COMMON = ("time_ns", "run", "site", "pipeline")
+
+
+def _first_line(model: type) -> str:
+    return (model.__doc__ or "").splitlines()[0]
+
+
+def _kind(field: FieldInfo) -> str:
+    return next(kind for name, kind in reversed(_KINDS) if name in str(field.annotation).replace("None", ""))
+
+
+def _default(field: FieldInfo) -> str:
+    default: Any = field.default
+    if default is PydanticUndefined:
+        return "required"
+    if isinstance(default, str):
+        return f"`{default}`" if default else "empty"
+    return "null" if default is None else "none" if default == () else f"{default:g}"
+
+
+def _rows(fields: dict[str, FieldInfo]) -> list[str]:
+    return [
+        f"| `{name}` | {_kind(field)} | {_default(field)} | {field.description or MEANS[name]} |"
+        for name, field in fields.items()
+    ]
+
+
+def _events() -> str:
+    """Every event's own fields, after those that all have."""
+    events = get_args(Event)
+    head = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    parts = ["All events have", "", *head]
+    parts += _rows({name: events[0].model_fields[name] for name in COMMON})
+    for model in events:
+        fields = {name: field for name, field in model.model_fields.items() if name not in (*COMMON, "event")}
+        parts += ["", f"**`{model.model_fields['event'].default}`**: {_first_line(model)}", "", *head, *_rows(fields)]
+    parts += ["", "**Each of `hops`**:", "", *head, *_rows(dict(HopFigures.model_fields))]
+    return "\n".join(["", *parts, "", ""])
+
+
+def _measurement(known: Measurement) -> list[str]:
+    tags = ", ".join(f"`{tag}`" for tag in known.tags)
+    rows = [f"| `{field.name}` | {field.type} | {field.unit} | {field.means} |" for field in known.fields]
+    head = ["| field | type | unit | meaning |", "|---|---|---|---|"]
+    return [f"**`{known.name}`**: {known.means} Tags: {tags}.", "", *head, *rows, ""]
+
+
+def _measurements() -> str:
+    return "\n".join(["", *[line for known in MEASUREMENTS.values() for line in _measurement(known)], ""])
+
+
+TABLES = {"events": _events, "measurements": _measurements}
+
+
+def with_tables(text: str) -> str:
+    """The page with its tables as the code has them."""
+    for name, made in TABLES.items():
+        begin, end = f"<!-- {name}: from the code -->\n", "<!-- end -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        assert found, f"{PATH.name} has no place for {name}"
+        text = before + begin + made() + end + after
+    return text
+
+
+def blocks(language: str, heading: str) -> list[str]:
+    """The code of one language under a heading of the page."""
+    text = PATH.read_text(encoding="utf-8")
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ [^\n]*$\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no heading {heading!r}"
+    return re.findall(rf"^```{language}\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
+
+
+if __name__ == "__main__":
+    PATH.write_text(with_tables(PATH.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,45 @@
+"""Pipeline files for tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+WORKSHOP = "tests.support.pipelines.example_code"
+
+
+def stage(name: str, made_by: str = "", **settings: Any) -> dict[str, Any]:
+    """A `[[stage]]`; `made_by` is a name in tests/support/pipelines/example_code.py."""
+    executor = {"executor": f"{WORKSHOP}:{made_by}"} if made_by else {}
+    return {"name": name, **executor, **settings}
+
+
+def pipeline_file(
+    folder: Path, stages: Sequence[Mapping[str, Any]], source: Mapping[str, Any] | None = None, **pipeline: Any
+) -> Path:
+    """A pipeline file in `folder`, named after the pipeline."""
+    tables = [_table("[pipeline]", {"name": "test", **pipeline}), *(_table("[[stage]]", each) for each in stages)]
+    if source is not None:
+        tables.append(_table("[source]", source))
+    path = folder / f"{pipeline.get('name', 'test')}.toml"
+    path.write_text("\n".join(tables))
+    return path
+
+
+def counter(count: int, **settings: Any) -> dict[str, Any]:
+    """A `[source]` that counts."""
+    given = {key: settings.pop(key) for key in ("every_s", "live") if key in settings}
+    return {"kind": f"{WORKSHOP}:Counter", "name": "counter", "settings": {"count": count, **given}, **settings}
+
+
+def _table(head: str, items: Mapping[str, Any]) -> str:
+    return "\n".join([head, *(f"{key} = {_value(value)}" for key, value in items.items())]) + "\n"
+
+
+def _value(value: Any) -> str:
+    """JSON is TOML for everything but objects."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)

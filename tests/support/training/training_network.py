@@ -1,0 +1,81 @@
+"""A small network for training tests, which name it in their pipeline files."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from brokers.protocol.training import micro_seed
+from sources.datasets.batches import Batches, micro
+from tests.support.training.striped_images import CLASSES
+
+MODEL = "tests.support.training.training_network:small"
+# After these layers it may be cut: between them lie a batch norm, dropouts of both kinds and a skip connection.
+CUTS = (4, 9)
+
+
+class Small(nn.Module):
+    """Convolutions with a batch norm, a skip connection, and dropout as a module and as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.25)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.out = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        begun = self.drop(self.relu(self.norm(self.first(x))))
+        more = torch.relu(self.second(begun)) + begun
+        flat = torch.flatten(self.pool(more), 1)
+        return self.out(nn.functional.dropout(flat, 0.1, self.training))  # type: ignore[no-any-return]
+
+
+def small() -> nn.Module:
+    return Small()
+
+
+class Reader(nn.Module):
+    """Enough for handwritten digits: (B, 3, 32, 32) of bytes in, 10 classes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 4, stride=4)
+        self.norm = nn.BatchNorm2d(16)
+        self.second = nn.Conv2d(16, 48, 3, padding=1)
+        self.third = nn.Conv2d(48, 48, 3, stride=2, padding=1)
+        self.out = nn.Linear(768, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.relu(self.norm(self.first(x / 255)))
+        more = torch.relu(self.third(torch.relu(self.second(seen))))
+        return self.out(torch.flatten(more, 1))  # type: ignore[no-any-return]
+
+
+def reader() -> nn.Module:
+    return Reader()
+
+
+def train_plainly(
+    batches: Batches, steps: int, micro_batches: int, *, seed: int = 0, lr: float = 0.05, momentum: float = 0.9
+) -> tuple[nn.Module, list[float]]:
+    """The uncut network after so many steps of plain torch, and the loss of each."""
+    torch.manual_seed(seed)
+    model = small().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    losses = []
+    for step in range(steps):
+        inputs, labels = batches.batch(step)
+        total = 0.0
+        for index, (some, theirs) in enumerate(micro(inputs, labels, micro_batches)):
+            torch.manual_seed(micro_seed(seed, step, index))
+            loss = nn.functional.cross_entropy(model(torch.from_numpy(some)), torch.from_numpy(theirs))
+            torch.autograd.backward([loss * (len(theirs) / len(labels))])
+            total += loss.item() * len(theirs)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total / len(labels))
+    return model, losses

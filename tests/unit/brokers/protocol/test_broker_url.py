@@ -1,0 +1,67 @@
+"""Broker addresses: what they may be, and that a password never shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from brokers.mqtt.client import MqttTransport
+from brokers.protocol.broker_url import BadAddress, BrokerAddress, parse_address
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "shown"),
+    [
+        ("mqtt://fog.example", BrokerAddress("mqtt", "fog.example", 1883), "mqtt://fog.example:1883"),
+        ("mqtts://fog.example", BrokerAddress("mqtts", "fog.example", 8883), "mqtts://fog.example:8883"),
+        ("mqtt://[::1]:2", BrokerAddress("mqtt", "::1", 2), "mqtt://[::1]:2"),
+        ("mqtt://ann:s%40crt@h:9", BrokerAddress("mqtt", "h", 9, "ann", "s@crt"), "mqtt://ann@h:9"),
+        ("mqtt+unix:///run/b.sock", BrokerAddress("mqtt+unix", "/run/b.sock"), "mqtt+unix:///run/b.sock"),
+    ],
+)
+def test_an_address_is_read_and_shown_without_its_password(text: str, expected: BrokerAddress, shown: str) -> None:
+    assert parse_address(text) == expected
+    assert str(expected) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "localhost",
+        "localhost:1883",
+        "http://host",
+        "mqtt://",
+        "mqtt://:1883",
+        "mqtt://host:0",
+        "mqtt://host:99999",
+        "mqtt://host:port",
+        "mqtt://host/topic",
+        "mqtt://host?x=1",
+        "mqtt://user:secret@host:port",
+        "mqtt://user:se/cret@host:1",
+        "mqtt://user:1/secret@host",
+        "user:secret@host:1883",
+        "mqtt+unix://host/path",
+        "mqtt+unix:///",
+        "mqtt://[::1",
+        "mqtt://broker..local",
+        "mqtt://.local",
+        f"mqtt://{'a' * 64}.local",
+        "mqtt://ho st",
+        "mqtt://ho\0st",
+        "mqtt://ho\udcffst",
+        "mqtt+unix:///run/%00",
+    ],
+)
+def test_a_wrong_address_is_one_line_that_says_what_was_expected(text: str) -> None:
+    with pytest.raises(BadAddress) as caught:
+        parse_address(text)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "expected mqtt://[user[:password]@]host[:port]" in line
+    assert "cret" not in line
+
+
+def test_a_password_shows_nowhere() -> None:
+    transport = MqttTransport("mqtt://ann:secret@host")
+    assert "secret" not in f"{transport!r} {transport.address} {parse_address('mqtt://ann:secret@host')!r}"

@@ -1,0 +1,279 @@
+"""Chunks: any message, cut anywhere, comes together again; whatever else comes is refused once, in bounded memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brokers.errors import BadChunk, Incomplete, TooLarge
+from brokers.protocol.chunking import Assembler, Chunk, cut
+
+KEY = ("inbox", b"request")
+OTHER = ("inbox", b"other")
+MESSAGE = bytes(range(10))
+
+
+def feed(assembler: Assembler, key: tuple[object, ...], offset: int, payload: bytes, total: int = 10) -> bytes | None:
+    """Hand in one chunk the way a transport does that received it into a buffer of its own."""
+    whole = assembler.fill(key, Chunk(offset, total), memoryview(payload), now_s=0.0)
+    return None if whole is None else bytes(whole)
+
+
+def feed_in_place(
+    assembler: Assembler, key: tuple[object, ...], chunk: Chunk, payload: memoryview, now_s: float = 0.0
+) -> memoryview | None:
+    """Hand in one chunk the way a transport does that asked where to write it."""
+    place = assembler.place(key, chunk, payload.nbytes, now_s)
+    if place is None:
+        return assembler.fill(key, chunk, payload, now_s)
+    place[:] = payload
+    return assembler.fill(key, chunk, place, now_s)
+
+
+# Cut and put together -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=30), max_size=6), st.integers(1, 40))
+def test_pieces_are_dealt_into_chunks_of_one_size_without_a_copy(pieces: list[bytes], chunk_bytes: int) -> None:
+    chunks = list(cut(tuple(map(memoryview, pieces)), chunk_bytes))
+    whole = b"".join(pieces)
+    assert b"".join(part for _, parts in chunks for part in parts) == whole
+    assert [chunk for chunk, _ in chunks] == [Chunk(at, len(whole)) for at in range(0, len(whole), chunk_bytes)]
+    assert all(sum(part.nbytes for part in parts) == chunk_bytes for _, parts in chunks[:-1])
+    assert all(any(part.obj is piece for piece in pieces) for _, parts in chunks for part in parts)
+
+
+@given(st.binary(min_size=1, max_size=200), st.integers(1, 50), st.booleans())
+def test_any_cut_comes_together_again(message: bytes, chunk_bytes: int, in_place: bool) -> None:
+    assembler = Assembler()
+    for chunk, parts in cut((memoryview(message),), chunk_bytes):
+        payload = memoryview(b"".join(parts))
+        if in_place:
+            whole = feed_in_place(assembler, KEY, chunk, payload)
+        else:
+            whole = assembler.fill(KEY, chunk, payload, now_s=0.0)
+        assert (whole is not None) == (chunk.offset + payload.nbytes == len(message))
+    assert bytes(whole or b"") == message
+    assert len(assembler) == 0
+
+
+@given(st.data())
+def test_interleaved_messages_come_together_each_by_itself(data: st.DataObject) -> None:
+    assembler = Assembler()
+    messages = {(number,): bytes([number]) * data.draw(st.integers(1, 60)) for number in range(4)}
+    left = {key: list(cut((memoryview(message),), 7)) for key, message in messages.items()}
+    while left:
+        key = data.draw(st.sampled_from(sorted(left)))
+        chunk, parts = left[key].pop(0)
+        whole = feed_in_place(assembler, key, chunk, memoryview(b"".join(parts)))
+        if not left[key]:
+            assert bytes(whole or b"") == messages[key]
+            del left[key]
+    assert len(assembler) == 0
+
+
+def test_a_chunk_in_its_place_is_not_copied() -> None:
+    assembler = Assembler()
+    place = assembler.place(KEY, Chunk(0, 10), 10, now_s=0.0)
+    assert place is not None
+    place[:] = MESSAGE
+    whole = assembler.fill(KEY, Chunk(0, 10), place, now_s=0.0)
+    assert whole is not None
+    assert whole.obj is place.obj
+
+
+@given(st.integers(0, 10**19 - 1), st.integers(0, 10**19 - 1))
+def test_the_place_in_a_message_travels_as_text(offset: int, total: int) -> None:
+    assert Chunk.parse(str(Chunk(offset, total))) == Chunk(offset, total)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "/",
+        "1",
+        "1/",
+        "/1",
+        "-1/5",
+        "1/-5",
+        "+1/5",
+        "1/5/9",
+        "1 /5",
+        "a/b",
+        "\N{ARABIC-INDIC DIGIT TWO}/5",
+        "1/5\n",
+        "9" * 20 + "/1",
+    ],
+)
+def test_a_place_that_is_none_says_what_was_expected(text: str) -> None:
+    with pytest.raises(BadChunk, match="expected offset/total"):
+        Chunk.parse(text)
+
+
+# What does not fit ----------------------------------------------------------------------------------------------------
+
+
+def test_a_twin_is_dropped_and_counted_once() -> None:
+    assembler = Assembler()
+    assert feed(assembler, KEY, 0, MESSAGE[:4]) is None
+    assert feed(assembler, KEY, 0, b"evil") is None
+    assert feed_in_place(assembler, KEY, Chunk(2, 10), memoryview(b"..")) is None
+    assert assembler.twins == 2
+    assert feed(assembler, KEY, 4, MESSAGE[4:]) == MESSAGE
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 4), (4, 6), (0, 10)])
+def test_what_still_comes_of_a_whole_message_is_ignored(offset: int, length: int) -> None:
+    assembler = Assembler()
+    feed(assembler, KEY, 0, MESSAGE[:4])
+    assert feed(assembler, KEY, 4, MESSAGE[4:]) == MESSAGE
+    assert feed(assembler, KEY, offset, MESSAGE[offset : offset + length]) is None
+    assert len(assembler) == 0
+    assert assembler.expire(1e9) == []
+    assert assembler.twins == 0  # it may as well be what is left of one that was given up
+
+
+# After a first chunk of bytes 0 to 4 of a message of 10.
+MISFITS: dict[str, tuple[int, bytes, int, str]] = {
+    "a gap": (5, b"56789", 10, "expected the chunk at byte 4, got the one at 5"),
+    "an overlap": (3, b"3456789", 10, "expected the chunk at byte 4, got the one at 3"),
+    "another total": (4, b"456789", 11, "its message has 10 bytes, it says 11"),
+    "another total on a twin": (0, b"0123", 9, "its message has 10 bytes, it says 9"),
+    "no bytes": (4, b"", 10, "0 bytes at 4 do not fit"),
+    "more bytes than there are": (4, b"4567890", 10, "7 bytes at 4 do not fit a message of 10"),
+    "an offset past the end": (2**62, b".", 10, "do not fit a message of 10"),
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_misfit_ends_its_message_and_is_told_once(case: str, in_place: bool) -> None:
+    offset, payload, total, text = MISFITS[case]
+    assembler = Assembler()
+    feed(assembler, KEY, 0, MESSAGE[:4])
+    feed(assembler, OTHER, 0, MESSAGE[:4])
+    ask = feed_in_place if in_place else Assembler.fill
+    with pytest.raises(BadChunk, match=re.escape(text)):
+        ask(assembler, KEY, Chunk(offset, total), memoryview(payload), 0.0)
+    assert feed(assembler, KEY, offset, payload or b".", total) is None  # the transport hands in what it placed nowhere
+    assert feed(assembler, KEY, 4, MESSAGE[4:]) is None
+    assert feed(assembler, KEY, 0, MESSAGE) is None
+    assert len(assembler) == 1
+    assert feed(assembler, OTHER, 4, MESSAGE[4:]) == MESSAGE  # others are not harmed
+    assert assembler.expire(1e9) == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "payload", "total", "text"),
+    [
+        (4, b"456789", 10, "those before were lost"),
+        (0, b"", 0, "0 bytes at 0 do not fit"),
+        (0, b"", 10, "0 bytes at 0 do not fit"),
+        (0, b".", 0, "1 bytes at 0 do not fit a message of 0"),
+        (0, b"0123456789!", 10, "11 bytes at 0 do not fit a message of 10"),
+    ],
+)
+def test_a_first_chunk_that_is_none_begins_nothing(offset: int, payload: bytes, total: int, text: str) -> None:
+    assembler = Assembler()
+    with pytest.raises(BadChunk, match=text):
+        feed(assembler, KEY, offset, payload, total)
+    assert len(assembler) == 0
+    assert feed(assembler, KEY, 0, MESSAGE) is None
+
+
+# Bounds ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_over_the_limit_is_refused_once_and_sets_no_memory_aside() -> None:
+    assembler = Assembler()
+    with pytest.raises(TooLarge) as caught:
+        feed(assembler, KEY, 0, b".", 100_000_000_000)
+    assert (caught.value.limit_bytes, caught.value.actual_bytes) == (assembler.message_limit_bytes, 100_000_000_000)
+    assert feed(assembler, KEY, 1, b".", 100_000_000_000) is None
+    assert len(assembler) == 0
+
+
+def test_a_false_claim_within_the_limit_costs_address_space_and_no_memory() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc to read the resident set from")
+    assembler = Assembler()
+    before = resident_bytes()
+    for number in range(2):
+        feed(assembler, (number,), 0, b"." * 1000, 1 << 30)
+    assert resident_bytes() - before < 16 << 20
+
+
+def test_unfinished_messages_are_bounded_in_bytes_and_their_room_comes_back() -> None:
+    assembler = Assembler(total_limit_bytes=25)
+    feed(assembler, ("a",), 0, MESSAGE[:4])
+    feed(assembler, ("b",), 0, MESSAGE[:4])
+    with pytest.raises(TooLarge, match="beside 2 unfinished ones has 10 bytes, at most 5 can go"):
+        feed(assembler, ("c",), 0, MESSAGE[:4])
+    assert feed(assembler, ("a",), 4, MESSAGE[4:]) == MESSAGE
+    feed(assembler, ("d",), 0, MESSAGE[:4])
+    with pytest.raises(BadChunk):
+        feed(assembler, ("b",), 9, b".")
+    assert len(assembler.expire(1e9)) == 1
+    assert feed(assembler, ("e",), 0, b"." * 25, 25) == b"." * 25
+
+
+def test_unfinished_messages_are_bounded_in_number() -> None:
+    assembler = Assembler(count_limit=2)
+    feed(assembler, ("a",), 0, b".")
+    feed(assembler, ("b",), 0, b".")
+    with pytest.raises(TooLarge, match="beside 2 unfinished ones has 10 bytes, at most 0 can go"):
+        feed(assembler, ("c",), 0, b".")
+
+
+def test_memory_that_is_not_there_is_a_wire_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("brokers.protocol.chunking.np.empty", full)
+    with pytest.raises(TooLarge, match="memory that is left"):
+        feed(Assembler(), KEY, 0, MESSAGE[:4])
+
+
+def test_what_was_given_up_is_remembered_in_bounded_number() -> None:
+    assembler = Assembler()
+    for number in range(3000):
+        with pytest.raises(BadChunk):
+            feed(assembler, (number,), 5, b".")
+    assert len(assembler._ended) <= 1024
+    assert feed(assembler, (2999,), 0, MESSAGE) is None
+
+
+# Patience -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_without_news_is_given_up_once_with_its_context() -> None:
+    assembler = Assembler(patience_s=30.0)
+    assembler.fill(KEY, Chunk(0, 10), memoryview(MESSAGE[:4]), 100.0, "who sent it")
+    assembler.fill(KEY, Chunk(4, 10), memoryview(MESSAGE[4:6]), 120.0, "someone else")
+    assert assembler.expire(150.0) == []
+    [(context, error)] = assembler.expire(150.1)
+    assert context == "who sent it"
+    assert isinstance(error, Incomplete)
+    assert str(error) == "6 of 10 bytes came, and no more for 30 s"
+    assert error.retry
+    assert assembler.expire(1e9) == []
+    assert assembler.fill(KEY, Chunk(6, 10), memoryview(MESSAGE[6:]), 151.0) is None
+    assert len(assembler) == 0
+
+
+def test_a_chunk_on_its_way_when_its_message_is_given_up_does_no_harm() -> None:
+    assembler = Assembler()
+    place = assembler.place(KEY, Chunk(0, 10), 10, now_s=0.0)
+    assert place is not None
+    assert len(assembler.expire(1e9)) == 1
+    place[:] = MESSAGE
+    assert assembler.fill(KEY, Chunk(0, 10), place, now_s=1e9) is None
+    assert len(assembler) == 0
