@@ -14,19 +14,39 @@ from typing import ClassVar
 
 
 class SparseError(Exception):
-    """The root of all errors that Sparse raises on purpose. `str(error)` is one line for a person."""
+    """Base class of all errors that Sparse raises on purpose; `str(error)` is one line for the user.
+
+    `code` names the kind of failure in CamelCase ("NotAVideo"): it is what the wire, `--json` and tests use. `fields`
+    hold the wrong value and the limit, by name.
+    """
+
+    def __init__(self, code: str, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.fields = fields
 
 
 class UsageError(SparseError):
-    """A person's mistake: a file, an argument, an environment variable."""
+    """A mistake in a file, an argument or the environment: commands print the line and exit with 2.
 
-    key = ""  # of the pipeline file, where it stands there
+    `key` is the place in the pipeline file, such as "source.path", where the mistake stands in one.
+    """
+
+    def __init__(self, code: str, message: str, *, key: str = "", **fields: Any) -> None:
+        super().__init__(code, message, **fields)
+        self.key = key
 
 
 class WireError(SparseError):
-    """Bytes that break the protocol. `retry`: the sender may have done nothing wrong, and may succeed next time."""
+    """A message that breaks docs/protocol.md or cannot be taken: the sender is told, the receiver keeps running.
 
-    retry: ClassVar[bool] = False
+    `retry`: the sender did nothing wrong, and the same message may be accepted later.
+    """
+
+    def __init__(self, code: str, message: str, *, retry: bool = False, **fields: Any) -> None:
+        super().__init__(code, message, **fields)
+        self.retry = retry
 
 
 class RequestError(SparseError):

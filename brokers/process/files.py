@@ -1,0 +1,55 @@
+"""Atomic file writes and file locks, for all that Sparse keeps on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it replaces `path`, on an exception it is removed.
+
+    Readers see the old file or the complete new one. `durable`: the data is flushed to the disk before the rename, and
+    the directory after it, so that the file also survives a loss of power.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write the same file
+    try:
+        yield partial
+        if durable:
+            _flush(partial)
+        partial.replace(path)
+        if durable:
+            _flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Write `data` to `path` atomically (see `atomic_path`). Raises `OSError`."""
+    with atomic_path(path, durable=durable) as partial:
+        partial.write_bytes(data)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
+    """Hold an exclusive advisory lock on `path` (created if missing); yield the open lock file.
+
+    The kernel releases the lock when the process ends, however it ends. Raises `BlockingIOError` where `wait` is false
+    and another process holds it.
+    """
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield file
