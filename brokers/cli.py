@@ -28,13 +28,13 @@ from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
 from brokers.errors import SparseError, UsageError
-from brokers.process.log_rate_limit import Sparing
+from brokers.process.log_rate_limit import RateLimitFilter
 
-GROUP = "sparse.commands"
+ENTRY_POINT_GROUP = "sparse.commands"
 USAGE = "usage: sparse [-v] COMMAND ..."
 
 # Exit statuses: what docs and scripts rely on; 130 and 141 are what a shell reports for SIGINT and SIGPIPE.
-DONE, FAILED, BAD_USAGE, STOPPED, PIPE_CLOSED = 0, 1, 2, 130, 141
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 
 
 @dataclass(eq=False)
@@ -97,17 +97,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(_read(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe can still be told from a failure
     except KeyboardInterrupt:
-        return STOPPED
+        return EXIT_INTERRUPTED
     except (SparseError, OSError, BaseExceptionGroup) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
-            return PIPE_CLOSED
+            return EXIT_BROKEN_PIPE
         if os.environ.get("SPARSE_DEBUG") == "1":
             raise
         cause = _cause(error)
         if cause is None:
             raise
         print(f"sparse: {' '.join(str(cause).split())}", file=sys.stderr)  # noqa: T201 - the one place that does
-        return BAD_USAGE if isinstance(cause, UsageError) else FAILED
+        return EXIT_USAGE if isinstance(cause, UsageError) else EXIT_FAILURE
     return status
 
 
@@ -135,7 +135,7 @@ def _loudness(word: str) -> int:
 
 
 def _run(invocation: Invocation) -> int:
-    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    found = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda entry: entry.name)
     commands = {entry.name.replace(".", " "): entry for entry in found}
     if not invocation.command:
         return _answer(invocation.arguments, commands)
@@ -146,7 +146,7 @@ def _run(invocation: Invocation) -> int:
         raise UnknownCommand(name, tuple(commands))
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(invocation.verbosity, 2)]
     said = logging.StreamHandler(sys.stderr)
-    said.addFilter(Sparing())
+    said.addFilter(RateLimitFilter())
     logging.basicConfig(handlers=[said], level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     return _invoke(name, commands[name], arguments)
 
@@ -166,7 +166,7 @@ def _invoke(name: str, entry: EntryPoint, arguments: Sequence[str]) -> int:
         return end.exit_code
     except typer.TyperException as error:
         raise BadArguments(name, error.format_message()) from error
-    return status if isinstance(status, int) else DONE
+    return status if isinstance(status, int) else EXIT_OK
 
 
 def _load(name: str, entry: EntryPoint) -> Callable[..., object]:
@@ -182,7 +182,7 @@ def _load(name: str, entry: EntryPoint) -> Callable[..., object]:
 def _answer(words: tuple[str, ...], commands: dict[str, EntryPoint]) -> int:
     if "--version" in words:
         sys.stdout.write(f"sparse {version('sparse-mqtt')}\n")
-        return DONE
+        return EXIT_OK
     width = max((len(name) for name in commands), default=0)
     lines = [
         USAGE,
@@ -199,7 +199,7 @@ def _answer(words: tuple[str, ...], commands: dict[str, EntryPoint]) -> int:
     ]
     # Asked for, it is the answer; with no command given, it is a complaint, and scripts must see one.
     (sys.stdout if words else sys.stderr).write("\n".join(lines) + "\n")
-    return DONE if words else BAD_USAGE
+    return EXIT_OK if words else EXIT_USAGE
 
 
 def _summary(entry: EntryPoint) -> str:

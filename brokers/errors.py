@@ -10,20 +10,25 @@ The three branches say who has to act:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 
 class SparseError(Exception):
     """Base class of all errors that Sparse raises on purpose; `str(error)` is one line for the user.
 
     `code` names the kind of failure in CamelCase ("NotAVideo"): it is what the wire, `--json` and tests use. `fields`
-    hold the wrong value and the limit, by name.
+    hold the wrong value and the limit, by name. A subclass has its own name as its code.
     """
+
+    code: str
+    fields: dict[str, Any] = {}  # noqa: RUF012 - never changed: each instance that has fields sets its own
+
+    def __init_subclass__(cls) -> None:
+        cls.code = cls.__name__
 
     def __init__(self, code: str, message: str, **fields: Any) -> None:
         super().__init__(message)
         self.code = code
-        self.message = message
         self.fields = fields
 
 
@@ -32,6 +37,8 @@ class UsageError(SparseError):
 
     `key` is the place in the pipeline file, such as "source.path", where the mistake stands in one.
     """
+
+    key = ""
 
     def __init__(self, code: str, message: str, *, key: str = "", **fields: Any) -> None:
         super().__init__(code, message, **fields)
@@ -43,6 +50,8 @@ class WireError(SparseError):
 
     `retry`: the sender did nothing wrong, and the same message may be accepted later.
     """
+
+    retry = False
 
     def __init__(self, code: str, message: str, *, retry: bool = False, **fields: Any) -> None:
         super().__init__(code, message, **fields)

@@ -14,10 +14,10 @@ class ProcessRefused(UsageError):
 
     STATUS: ClassVar[int] = 2
 
-    said: str
+    message: str
 
     def __str__(self) -> str:
-        return self.said
+        return self.message
 
 
 @dataclass(eq=False)
@@ -26,11 +26,11 @@ class BrokerGone(SparseError):
 
     kind: str
     address: str
-    said: str
+    last_line: str
     problem: str
 
     def __str__(self) -> str:
-        said = f" ({self.said})" if self.said else ""
+        said = f" ({self.last_line})" if self.last_line else ""
         return f"the {self.kind} broker at {self.address} ended{said} and cannot be started again: {self.problem}"
 
 
@@ -40,12 +40,12 @@ class ProcessEnded(SparseError):
 
     name: str
     status: int
-    said: str
+    last_line: str
     log: str
 
     def __str__(self) -> str:
         how = f"signal {-self.status}" if self.status < 0 else f"status {self.status}"
-        return f"{self.name} ended with {how}: {self.said or 'it said nothing'} (its log: {self.log})"
+        return f"{self.name} ended with {how}: {self.last_line or 'it said nothing'} (its log: {self.log})"
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ class CannotServe(UsageError):
 
 
 @dataclass(eq=False)
-class NothingToWatch(SparseError):
+class MonitorBrokerUnreachable(SparseError):
     """The broker that a daemon shall watch does not answer: no mistake of a person, it may come up later."""
 
     reason: str

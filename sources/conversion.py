@@ -7,31 +7,31 @@ from typing import Any
 
 from brokers.errors import BadPayload, SparseError
 from brokers.protocol import safetensors_codec as codec
-from brokers.protocol.media_type import content_type_of
-from brokers.protocol.messages import Blob, Body, Content
-from brokers.protocol.result_json import describe
+from brokers.protocol.media_type import detect_content_type
+from brokers.protocol.messages import BinaryContent, Content, TensorContent
+from brokers.protocol.result_json import content_to_dict
 
 
 def to_content(value: Any) -> Content:
     """What a user hands in, as content: picture bytes, a dict of arrays, or one array (called `input`)."""
-    if isinstance(value, Blob | Body):
+    if isinstance(value, BinaryContent | TensorContent):
         return value
     if isinstance(value, bytes | bytearray | memoryview):
         data = memoryview(value)
-        content_type = content_type_of("", data)
-        return Blob(content_type, data)
+        content_type = detect_content_type("", data)
+        return BinaryContent(content_type, data)
     named = value if isinstance(value, Mapping) else {"input": value}
     try:
-        return Body({str(name): codec.from_array(item) for name, item in named.items()})
+        return TensorContent({str(name): codec.from_array(item) for name, item in named.items()})
     except (SparseError, ValueError, TypeError) as error:
         problem = f"expected arrays, a dict of arrays, or picture bytes: {error}"
         raise BadPayload(type(value).__name__, problem) from None
 
 
-def like(value: Any, content: Content) -> Any:
+def from_content_like(value: Any, content: Content) -> Any:
     """`content` in the library that `value` was of."""
-    if isinstance(content, Blob) or isinstance(value, bytes | bytearray | memoryview):
-        return describe(content)
+    if isinstance(content, BinaryContent) or isinstance(value, bytes | bytearray | memoryview):
+        return content_to_dict(content)
     first = next(iter(value.values()), None) if isinstance(value, Mapping) else value
     is_torch = type(first).__module__.partition(".")[0] == "torch"
     convert = codec.to_torch if is_torch else codec.to_numpy

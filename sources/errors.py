@@ -138,10 +138,9 @@ class CountsDiffer(UsageError):
 class NoExamples(UsageError):
     """A data set of which one part is empty."""
 
-    key = "source.kind"
-
-    def __str__(self) -> str:
-        return "a data set has no examples, expected at least one for training and one for testing"
+    def __init__(self) -> None:
+        problem = "a data set has no examples, expected at least one for training and one for testing"
+        super().__init__("NoExamples", problem, key="source.kind")
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from brokers.errors import BadFile
 log = logging.getLogger(__name__)
 
 
-class Lines:
+class JsonlWriter:
     """Appends one object a line. A line is whole as soon as it is there, and one that was cut off spoils no other."""
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +27,7 @@ class Lines:
         except OSError as error:
             raise BadFile(str(path.parent), f"the results cannot be written: {error.strerror}") from None
 
-    def add(self, found: Mapping[str, Any]) -> None:
+    def append(self, found: Mapping[str, Any]) -> None:
         """Write one line; raise `OSError` where there is no room for it."""
         left = (b"\n" if self._torn else b"") + json.dumps(found).encode() + b"\n"
         while left:
@@ -39,7 +39,7 @@ class Lines:
         self._file.close()
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of such a file; a line that was cut off, by a kill or a full disk, is read over."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -53,7 +53,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 log.warning("%s: line %d is not whole, and is read over", path, number)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Write a file that is there as a whole or not at all; raise `OSError` where it cannot be."""
     partial = path.with_name(f".{path.name}.part")
     partial.write_bytes(data)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(slots=True)
-class StageSums:
+class StageTotals:
     """Sums by stage of whatever is added under a name, with the tasks they are of and the workers that did them."""
 
     _sums: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -21,16 +21,16 @@ class StageSums:
             sums[name] = sums.get(name, 0) + value
         self._workers.setdefault(stage, set()).add(worker)
 
-    def names(self, order: Sequence[str] = ()) -> list[str]:
+    def stage_names(self, order: Sequence[str] = ()) -> list[str]:
         """The stages in `order`; those that are not in it come last."""
         return sorted(self._sums, key=lambda name: order.index(name) if name in order else len(order))
 
-    def sum(self, stage: str, name: str) -> float:
+    def total(self, stage: str, name: str) -> float:
         return self._sums[stage].get(name, 0)
 
     def summary(self, order: Sequence[str], means: Collection[str], sums: Collection[str]) -> dict[str, dict[str, Any]]:
         """By stage: `workers`, `tasks`, means for a task of what `means` names, and the sums of what `sums` does."""
-        return {name: self._stage(name, means, sums) for name in self.names(order)}
+        return {name: self._stage(name, means, sums) for name in self.stage_names(order)}
 
     def _stage(self, name: str, means: Collection[str], sums: Collection[str]) -> dict[str, Any]:
         found = self._sums[name]

@@ -145,7 +145,7 @@ class CutsNotIncreasing(UsageError):
 
 
 @dataclass(eq=False)
-class CannotCross(UsageError):
+class NonTensorValue(UsageError):
     """A value that is neither a tensor nor a tuple of tensors, at a cut or at the end of a network."""
 
     key = "pipeline.cuts"
@@ -202,7 +202,7 @@ class BadExecutor(UsageError):
 
 
 @dataclass(eq=False)
-class WorkerTwin(UsageError):
+class WorkerConflict(UsageError):
     """A worker that cannot join its stage: one of the same id is up, or one with another model."""
 
     worker: str

@@ -23,22 +23,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from brokers.errors import BadPayload, SparseError
-from brokers.process.import_string import CannotLoad, load_named, told
-from brokers.protocol.messages import JSON, SAFETENSORS, Blob, Content
+from brokers.process.import_string import CannotLoad, describe_exception, import_string
+from brokers.protocol.messages import JSON, SAFETENSORS, BinaryContent, Content
 from brokers.protocol.safetensors_codec import to_numpy, to_torch
 from stages.errors import BadExecutor
 
 Tensors = dict[str, Any]
 
 # What a bare array (`await offload(x)`) and a bare JSON number are called: the only parameter of a function takes them.
-UNNAMED = frozenset({"input", "value"})
+DEFAULT_TENSOR_NAMES = frozenset({"input", "value"})
 
 
 @dataclass(slots=True)
 class TaskContext:
     """The request that is being worked on. `metadata` travels on with it: an executor may add to it."""
 
-    request: bytes
+    request_id: bytes
     source: str
     attempt: int
     metadata: dict[str, str] = field(default_factory=dict)
@@ -83,8 +83,8 @@ class TaskExecutor:
 
     def prepare(self, content: Content, task: TaskContext) -> Tensors:
         """The named arrays of what came in, one request at a time; override it to take pictures or other bytes."""
-        if isinstance(content, Blob):
-            return readings(content)
+        if isinstance(content, BinaryContent):
+            return parse_json_arrays(content)
         task.metadata.update(content.metadata)
         convert = to_torch if self.framework == "torch" else to_numpy
         return {name: convert(tensor) for name, tensor in content.tensors.items()}
@@ -114,7 +114,7 @@ class FunctionExecutor(TaskExecutor):
             self.framework = "torch"
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
-        if len(self._names) == len(tensors) == 1 and not UNNAMED.isdisjoint(tensors):
+        if len(self._names) == len(tensors) == 1 and not DEFAULT_TENSOR_NAMES.isdisjoint(tensors):
             tensors = {self._names[0]: next(iter(tensors.values()))}
         if missing := self._needs - set(tensors):
             raise BadPayload(
@@ -129,7 +129,7 @@ class FunctionExecutor(TaskExecutor):
         return given
 
 
-def readings(blob: Blob) -> Tensors:
+def parse_json_arrays(blob: BinaryContent) -> Tensors:
     """JSON numbers as arrays: an object names them, a bare number or list is called `value`."""
     import json
 
@@ -156,7 +156,7 @@ def load_executor(address: str, settings: Mapping[str, Any], folder: str) -> Tas
     Raises `BadExecutor` with what was wrong: the form, the module, the name, or the settings.
     """
     try:
-        target = load_named(address, folder)
+        target = import_string(address, folder)
     except CannotLoad as error:
         raise BadExecutor(address, error.problem) from error
     if inspect.isclass(target) and issubclass(target, TaskExecutor):
@@ -179,4 +179,4 @@ def _made(address: str, target: type[TaskExecutor], settings: Mapping[str, Any],
     except Exception as error:  # whatever a user's own code raises, its author needs to see: where, and what
         if isinstance(error, TypeError) and error.__traceback__ is not None and error.__traceback__.tb_next is None:
             raise BadExecutor(address, f"its settings do not fit: {error}") from None  # it was not even entered
-        raise BadExecutor(address, f"making it raised {told(error, folder)}") from error
+        raise BadExecutor(address, f"making it raised {describe_exception(error, folder)}") from error

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.pipeline_file import load_pipeline, nearest
+from brokers.config.pipeline_file import did_you_mean, load_pipeline
 from brokers.errors import BadFile
-from brokers.security.acl import render_access
-from brokers.security.principals import all_sites, check_names
+from brokers.security.acl import render_acl
+from brokers.security.principals import all_sites, check_usernames
 
 
 def command(
@@ -25,10 +25,10 @@ def command(
     Example: sparse broker access street.toml cloud > access.list
     """
     pipeline = load_pipeline(file)
-    check_names(pipeline)
+    check_usernames(pipeline)
     sites = all_sites(pipeline)
     if site not in sites:
-        problem = f"no site {site!r}{nearest(site, list(sites))}: it has {', '.join(sites)}"
+        problem = f"no site {site!r}{did_you_mean(site, list(sites))}: it has {', '.join(sites)}"
         raise BadFile(str(file), problem)
-    print(render_access(pipeline, site), end="")  # noqa: T201 - the answer
+    print(render_acl(pipeline, site), end="")  # noqa: T201 - the answer
     return 0

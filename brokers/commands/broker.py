@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from brokers.errors import SparseError
-from brokers.process.shutdown import STOPPED
+from brokers.process.shutdown import EXIT_INTERRUPTED
 from brokers.protocol.broker_url import MQTT_PORT
 from brokers.server.local_broker import start_broker
 
@@ -48,7 +48,7 @@ def command(
 
     def leave(number: int, _: object) -> None:
         nonlocal status
-        status = status or (STOPPED if number == signal.SIGINT else 0)
+        status = status or (EXIT_INTERRUPTED if number == signal.SIGINT else 0)
         leaving.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -56,6 +56,6 @@ def command(
     with start_broker(kind=kind, host=host, port=port) as broker:
         print(f"{broker.kind} listens on {broker.address}; Ctrl-C ends it", file=sys.stderr)  # noqa: T201 - how to reach it
         while not leaving.wait(_POLL_S):
-            if not broker.running:
-                raise BrokerEnded(broker.kind, broker.address, broker.last_words())
+            if not broker.is_running:
+                raise BrokerEnded(broker.kind, broker.address, broker.last_output())
     return status

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, load_pipeline, nearest
+from brokers.config.pipeline_file import Pipeline, did_you_mean, load_pipeline
 from brokers.errors import UsageError
-from brokers.security.principals import all_sites, check_names
+from brokers.security.principals import all_sites, check_usernames
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class UnknownNode(UsageError):
     known: list[str]
 
     def __str__(self) -> str:
-        return f"--node {self.given}: no such identity{nearest(self.given, self.known)}: {', '.join(self.known)}"
+        return f"--node {self.given}: no such identity{did_you_mean(self.given, self.known)}: {', '.join(self.known)}"
 
 
 def command(
@@ -57,23 +57,23 @@ def command(
     Example: sparse certs examples/street.toml --out certs
     """
     # Only here: `--help` does without.
-    from brokers.security.cert_store import keep
-    from brokers.security.dev_ca import identities
+    from brokers.security.cert_store import ensure_certificates
+    from brokers.security.dev_ca import pipeline_identities
 
     pipeline = load_pipeline(file)
-    check_names(pipeline)
-    wanted = identities(pipeline, _hosts(pipeline, host or ()))
+    check_usernames(pipeline)
+    wanted = pipeline_identities(pipeline, _hosts(pipeline, host or ()))
     if node:
         known = [each.name for each in wanted]
         for name in node:
             if name not in known:
                 raise UnknownNode(name, known)
         wanted = tuple(each for each in wanted if each.name in node)
-    done = keep(out, wanted, days=days, renew=renew)
+    done = ensure_certificates(out, wanted, days=days, renew=renew)
     width = max(len(each.name) for each in done)
     for each in done:
         reached = f", for {', '.join(each.hosts)}" if each.hosts else ""
-        print(f"{each.what:<7} {each.name:<{width}}  until {each.until:%Y-%m-%d}{reached}")  # noqa: T201 - the answer
+        print(f"{each.action:<7} {each.name:<{width}}  until {each.expires:%Y-%m-%d}{reached}")  # noqa: T201 - the answer
     said = f"certificates are in {out}; nobody but you is to have {out / 'authority'}"
     print(said, file=sys.stderr)  # noqa: T201 - for a person
     return 0
@@ -81,7 +81,7 @@ def command(
 
 def _hosts(pipeline: Pipeline, given: Sequence[str]) -> dict[str, list[str]]:
     """The names in `--host`, by site."""
-    from brokers.security.dev_ca import spelled
+    from brokers.security.dev_ca import normalize_host
 
     found: defaultdict[str, list[str]] = defaultdict(list)
     for text in given:
@@ -89,9 +89,9 @@ def _hosts(pipeline: Pipeline, given: Sequence[str]) -> dict[str, list[str]]:
         if not equals or not name or any(not letter.isprintable() or letter in " /" for letter in name):
             raise BadHost(text, "is not a site and a name")
         if site not in all_sites(pipeline):
-            raise BadHost(text, f"there is no site {site!r}{nearest(site, list(all_sites(pipeline)))}")
+            raise BadHost(text, f"there is no site {site!r}{did_you_mean(site, list(all_sites(pipeline)))}")
         try:
-            spelled(name)
+            normalize_host(name)
         except ValueError:
             raise BadHost(text, f"{name!r} is no name of a host") from None
         found[site].append(name)

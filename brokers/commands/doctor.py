@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline, broker_address, load_pipeline
+from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline, load_pipeline, resolve_broker_address
 from brokers.errors import UsageError
-from brokers.process.shutdown import STOPPED
+from brokers.process.shutdown import EXIT_INTERRUPTED
 from brokers.protocol.broker_url import parse_address
-from brokers.protocol.topics import checked_name
+from brokers.protocol.topics import validate_name
 
 if TYPE_CHECKING:
-    from brokers.doctor.check_result import Finding
-    from brokers.doctor.runner import Examination, Question
+    from brokers.doctor.check_result import CheckResult
+    from brokers.doctor.runner import DoctorOptions, DoctorRun
 
 _CUTS_S = 300.0  # to build a large network, and run it once
 
@@ -31,8 +31,9 @@ _CUTS_S = 300.0  # to build a large network, and run it once
 class NoAddress(UsageError):
     """Nobody said which broker."""
 
-    def __str__(self) -> str:
-        return f"no broker is named: expected `sparse broker doctor mqtt://HOST:PORT`, or {BROKER_VARIABLE}"
+    def __init__(self) -> None:
+        problem = f"no broker is named: expected `sparse broker doctor mqtt://HOST:PORT`, or {BROKER_VARIABLE}"
+        super().__init__("NoAddress", problem)
 
 
 @dataclass(eq=False)
@@ -72,22 +73,22 @@ def command(
 
     Example: sparse broker doctor mqtt://127.0.0.1:1883 --pipeline examples/street.toml
     """
-    from brokers.doctor.runner import Examination
+    from brokers.doctor.runner import DoctorRun
 
     question = _question(url, load_pipeline(pipeline) if pipeline else None, across, start, to)
     out = sys.stderr if json else sys.stdout
-    examination = Examination(question, lambda finding: _tell(finding, out))
+    examination = DoctorRun(question, lambda finding: _tell(finding, out))
     if not asyncio.run(_run(examination)):
-        return STOPPED
+        return EXIT_INTERRUPTED
     return _conclude(examination, out, json)
 
 
 def _question(
     url: str | None, pipeline: Pipeline | None, across: str | None, start: str | None, to: str | None
-) -> Question:
+) -> DoctorOptions:
     """Read the arguments, and ask for the cuts; raise what is wrong with them before anything is connected to."""
-    from brokers.doctor.check_result import in_bytes
-    from brokers.doctor.runner import Question
+    from brokers.doctor.check_result import format_bytes
+    from brokers.doctor.runner import DoctorOptions
     from brokers.doctor.throughput import SIZES_BYTES
 
     sites = (start or (pipeline.source.site if pipeline else ""), to or _elsewhere(pipeline, start))
@@ -98,14 +99,14 @@ def _question(
         if sites[0] == sites[1]:
             raise NoSites(f"both are {sites[0]!r}")
         for site in sites:
-            checked_name("site", site)
-    address = url or (broker_address(pipeline, sites[0]) if pipeline else os.environ.get(BROKER_VARIABLE))
+            validate_name("site", site)
+    address = url or (resolve_broker_address(pipeline, sites[0]) if pipeline else os.environ.get(BROKER_VARIABLE))
     if not address:
         raise NoAddress
     parse_address(address)
     sizes = _cuts(pipeline.path) if pipeline else {}
-    usual = {in_bytes(size): size for size in SIZES_BYTES}
-    return Question(address, sizes or usual, bool(sizes), across, sites)
+    usual = {format_bytes(size): size for size in SIZES_BYTES}
+    return DoctorOptions(address, sizes or usual, bool(sizes), across, sites)
 
 
 def _elsewhere(pipeline: Pipeline | None, start: str | None) -> str:
@@ -131,7 +132,7 @@ def _cuts(path: str) -> dict[str, int]:
     return {f"{cut['sender']} to {cut['receiver']}": int(cut["wire_bytes"]) for cut in cuts}
 
 
-async def _run(examination: Examination) -> bool:
+async def _run(examination: DoctorRun) -> bool:
     """Examine; False when told to leave by SIGTERM. A Ctrl-C raises, as everywhere, when all is taken away."""
     running = asyncio.create_task(examination.run(), name="doctor")
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
@@ -144,26 +145,31 @@ async def _run(examination: Examination) -> bool:
     return True
 
 
-def _tell(finding: Finding, out: TextIO) -> None:
-    print("\n".join(finding.lines()), file=out, flush=True)
+def _tell(finding: CheckResult, out: TextIO) -> None:
+    print("\n".join(finding.to_lines()), file=out, flush=True)
 
 
-def _conclude(examination: Examination, out: TextIO, json: bool) -> int:
-    from brokers.doctor.check_result import table, usable
+def _conclude(examination: DoctorRun, out: TextIO, json: bool) -> int:
+    from brokers.doctor.check_result import format_table, is_usable
 
-    findings, fine = examination.findings, usable(examination.findings)
+    findings, fine = examination.results, is_usable(examination.results)
     counts = {level: sum(finding.level == level for finding in findings) for level in ("ok", "warn", "FAIL")}
-    if examination.carried:
-        print("", *table(examination.carried), "", sep="\n", file=out)
+    if examination.throughput:
+        print("", *format_table(examination.throughput), "", sep="\n", file=out)
     verdict = "Sparse will work with it" if fine else "Sparse will not work with it as it is"
     told = f"{verdict}: {counts['ok']} ok, {counts['warn']} to look at, {counts['FAIL']} in the way"
     print(told, file=out)
     if json:
         rows = [
-            {**asdict(row), "frames_per_s": row.frames_per_s, "there_mb_s": row.there_mb_s, "back_mb_s": row.back_mb_s}
-            for row in examination.carried
+            {
+                **asdict(row),
+                "frames_per_s": row.frames_per_s,
+                "there_mb_s": row.outbound_mb_s,
+                "back_mb_s": row.inbound_mb_s,
+            }
+            for row in examination.throughput
         ]
-        shown = str(parse_address(examination.question.broker))
+        shown = str(parse_address(examination.options.broker))
         answer = {"broker": shown, "usable": fine, "findings": [asdict(each) for each in findings], "carried": rows}
         print(jsonlib.dumps(answer))  # noqa: T201 - the answer
     return 0 if fine else 1

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from brokers.config.topology import Crossing
-from brokers.protocol.topics import every_presence, for_readers
+from brokers.config.topology import BridgeSides
+from brokers.protocol.topics import all_presence_filter, inbound_filters
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Bridge:
     to: str
     host: str
     port: int
-    crossing: Crossing
+    sides: BridgeSides
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     tls: Path | None = None  # a folder of `sparse certs`: who we are, and whom to believe
@@ -35,7 +35,7 @@ class Bridge:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class TopicRule:
     """One `topic` line."""
 
     topic_filter: str
@@ -43,14 +43,14 @@ class Rule:
     qos: Literal[0, 1]
 
 
-def rules(crossing: Crossing) -> Iterator[Rule]:
+def topic_rules(sides: BridgeSides) -> Iterator[TopicRule]:
     """Yield what crosses, by the words of the broker that keeps the bridge."""
-    yield from _one_way("out", "in", crossing.far)
-    yield from _one_way("in", "out", crossing.near)
+    yield from _one_way("out", "in", sides.far)
+    yield from _one_way("in", "out", sides.near)
 
 
-def _one_way(towards: Literal["in", "out"], back: Literal["in", "out"], sites: tuple[str, ...]) -> Iterator[Rule]:
+def _one_way(towards: Literal["in", "out"], back: Literal["in", "out"], sites: tuple[str, ...]) -> Iterator[TopicRule]:
     for site in sites:
-        for topic_filter, qos in for_readers(site):
-            yield Rule(topic_filter, towards, qos)
-        yield Rule(every_presence(site), back, 1)
+        for topic_filter, qos in inbound_filters(site):
+            yield TopicRule(topic_filter, towards, qos)
+        yield TopicRule(all_presence_filter(site), back, 1)

@@ -13,23 +13,23 @@ from pathlib import Path
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from brokers.config.schema import (
-    LOCAL,
+    LOCAL_SITE,
+    ConfigTable,
     LinkTable,
     PipelineTable,
     SiteTable,
     SourceTable,
     StageTable,
-    Table,
     TrainingTable,
 )
-from brokers.config.topology import Sites
+from brokers.config.topology import SiteTopology
 from brokers.errors import BadFile, UsageError
 from brokers.protocol.topics import StageTopics
 
 BROKER_VARIABLE = "SPARSE_BROKER"
 
 
-class Pipeline(Table):
+class Pipeline(ConfigTable):
     """A whole pipeline file."""
 
     path: str = Field(default="", exclude=True)
@@ -46,22 +46,22 @@ class Pipeline(Table):
                 raise ValueError(f"{what}: two {what}s are named {min(twins)!r}")
         self._check_cuts()
         self._check_sites()
-        if self.trains:
+        if self.is_training:
             self._check_training()
         elif "training" in self.model_fields_set:
             raise ValueError("training: is for a pipeline whose kind is 'training', this one's is 'inference'")
         return self
 
     def _check_sites(self) -> None:
-        known = {LOCAL, *(site.name for site in self.site)}
+        known = {LOCAL_SITE, *(site.name for site in self.site)}
         users = [("source", self.source.site), *((f"stage {item.name!r}", item.site) for item in self.stage)]
         for where, site in users:
             if site not in known:
                 raise ValueError(f"{where}: site {site!r} is not one of {', '.join(sorted(known))}")
-        tree, home = self.sites, self.source.site
+        tree, home = self.topology, self.source.site
         declared = [site.name for site in self.site] if len(self.site) > 1 else []
         for name in dict.fromkeys([*self.used_sites, *declared]):
-            if not tree.way(home, name):
+            if not tree.path(home, name):
                 raise ValueError(
                     f"site {name!r}: no link reaches it from {home!r}, where the source is: "
                     f"expected links = [{{ to = {name!r} }}] at a [[site]] on the way"
@@ -101,13 +101,13 @@ class Pipeline(Table):
         return self.pipeline.name
 
     @property
-    def trains(self) -> bool:
+    def is_training(self) -> bool:
         return self.pipeline.kind == "training"
 
     @property
-    def sites(self) -> Sites:
+    def topology(self) -> SiteTopology:
         """The bridges between its sites."""
-        return Sites.of(self.site if self.site else (SiteTable(name=LOCAL),))
+        return SiteTopology.from_sites(self.site if self.site else (SiteTable(name=LOCAL_SITE),))
 
     @property
     def used_sites(self) -> tuple[str, ...]:
@@ -125,14 +125,14 @@ class Pipeline(Table):
             if stage.name == name:
                 return stage
         names = [stage.name for stage in self.stage]
-        raise BadFile(self.path, f"no stage {name!r}{nearest(name, names)}: it has {', '.join(names)}")
+        raise BadFile(self.path, f"no stage {name!r}{did_you_mean(name, names)}: it has {', '.join(names)}")
 
     def part_index(self, stage: StageTable) -> int:
         """Which part of the cut network the stage serves (a stage with an executor serves none)."""
         parts = [item.name for item in self.stage if item.executor is None]
         return parts.index(stage.name)
 
-    def after(self, stage: StageTable) -> StageTable | None:
+    def next_stage(self, stage: StageTable) -> StageTable | None:
         """The stage that `stage` passes its work on to; None after the last."""
         following = self.stage[self.stage.index(stage) + 1 :]
         return following[0] if following else None
@@ -140,26 +140,26 @@ class Pipeline(Table):
     def topics(self, stage: StageTable) -> StageTopics:
         return StageTopics(stage.site, self.name, stage.name)
 
-    def broker_of(self, site: str) -> str | None:
+    def configured_broker(self, site: str) -> str | None:
         """The broker's address as the file gives it; None where it gives none."""
         return next((item.broker for item in self.site if item.name == site), None)
 
 
-def broker_address(
-    pipeline: Pipeline | None, site: str, option: str | None = None, *, handed: bool = False
+def resolve_broker_address(
+    pipeline: Pipeline | None, site: str, option: str | None = None, *, from_parent: bool = False
 ) -> str | None:
     """Where the site's broker is: by the option, else the file, else `SPARSE_BROKER`; None where none of them says.
 
     `handed`: a parent process has put the address of its choice, whatever the file says, into `SPARSE_BROKER`: not into
     an argument, since it may hold a password, and everybody on the machine may read arguments.
     """
-    stated = pipeline.broker_of(site) if pipeline else None
+    stated = pipeline.configured_broker(site) if pipeline else None
     environment = os.environ.get(BROKER_VARIABLE)
-    return option or (handed and environment) or stated or environment or None
+    return option or (from_parent and environment) or stated or environment or None
 
 
 @contextlib.contextmanager
-def blaming(pipeline: Pipeline) -> Iterator[None]:
+def add_error_context(pipeline: Pipeline) -> Iterator[None]:
     """Name the file, and the key in it, in whatever is wrong with what the file names: a cut, a model, a video."""
     try:
         yield
@@ -169,7 +169,7 @@ def blaming(pipeline: Pipeline) -> Iterator[None]:
         raise BadFile(pipeline.path, str(error), error.key) from error
 
 
-def nearest(name: str, known: list[str]) -> str:
+def did_you_mean(name: str, known: list[str]) -> str:
     """` (did you mean 'x'?)` where something known is near, else nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -232,7 +232,7 @@ def _explain(path: str, error: ValidationError) -> BadFile:
         key = str(levels[-1])
         tables = [_TABLES[str(level)] for level in levels[:-1] if str(level) in _TABLES]
         known = _keys(tables[-1] if tables else Pipeline)
-        return BadFile(path, f"unknown key{nearest(key, known)}: expected one of {', '.join(known)}", where)
+        return BadFile(path, f"unknown key{did_you_mean(key, known)}: expected one of {', '.join(known)}", where)
     if kind == "missing":
         return BadFile(path, "is missing", where)
     if kind == "value_error":

@@ -10,15 +10,15 @@ from brokers.dispatch.worker_pool import LEASE_S
 from brokers.errors import BadName
 from brokers.protocol.broker_url import BadAddress, parse_address
 from brokers.protocol.messages import DEADLINE_LIMIT_MS, Priority
-from brokers.protocol.topics import checked_name
+from brokers.protocol.topics import validate_name
 
-LOCAL = "local"
+LOCAL_SITE = "local"
 
 
 def _name_of(what: str) -> AfterValidator:
     def check(name: str) -> str:
         try:
-            return checked_name(what, name)
+            return validate_name(what, name)
         except BadName as error:
             raise ValueError(str(error)) from None
 
@@ -33,11 +33,11 @@ def _readable_address(text: str) -> str:
     return text
 
 
-class Table(BaseModel):
+class ConfigTable(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class PipelineTable(Table):
+class PipelineTable(ConfigTable):
     """`[pipeline]`: the network and where it is cut."""
 
     name: Annotated[str, _name_of("pipeline")]
@@ -55,12 +55,12 @@ class PipelineTable(Table):
     nms: float = Field(default=0.45, ge=0, le=1, description="overlap above which the weaker of two boxes goes")
 
 
-class StageTable(Table):
+class StageTable(ConfigTable):
     """`[[stage]]`: one part, and how it is served."""
 
     name: Annotated[str, _name_of("stage")]
     workers: int = Field(default=1, ge=1, le=64)
-    site: Annotated[str, _name_of("site")] = LOCAL
+    site: Annotated[str, _name_of("site")] = LOCAL_SITE
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     threads: int = Field(default=0, ge=0, description="of a worker's compute; 0: what the machine has, shared out")
     max_batch: int = Field(default=1, ge=1, le=1024)
@@ -70,7 +70,7 @@ class StageTable(Table):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
-class LinkTable(Table):
+class LinkTable(ConfigTable):
     """One of a site's `links`: the bridge that its broker keeps to that of another site."""
 
     to: Annotated[str, _name_of("site")]
@@ -90,12 +90,12 @@ class LinkTable(Table):
         return self
 
     @property
-    def emulated(self) -> bool:
+    def is_emulated(self) -> bool:
         """Whether it is slower than the machine that `sparse run` runs on."""
         return bool(self.delay_ms or self.rate_mbit)
 
 
-class SiteTable(Table):
+class SiteTable(ConfigTable):
     """`[[site]]`: a place with its own broker; without an address one is started on this machine."""
 
     name: Annotated[str, _name_of("site")]
@@ -106,14 +106,14 @@ class SiteTable(Table):
     )
 
 
-class SourceTable(Table):
+class SourceTable(ConfigTable):
     """`[source]`: what feeds the pipeline, and how eagerly."""
 
     kind: str = Field(
         default="ingress", description="video, images, camera, digits, cifar10, ingress, or package.module:Class"
     )
     name: Annotated[str, _name_of("source")] = "source"
-    site: Annotated[str, _name_of("site")] = LOCAL
+    site: Annotated[str, _name_of("site")] = LOCAL_SITE
     path: str | None = None
     pattern: str | None = None
     device: int | str | None = None
@@ -133,7 +133,7 @@ class SourceTable(Table):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
-class TrainingTable(Table):
+class TrainingTable(ConfigTable):
     """`[training]`: how a network is trained."""
 
     batch: int = Field(default=64, ge=1, description="rows of a step")

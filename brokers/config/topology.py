@@ -24,7 +24,7 @@ class _Site(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Crossing:
+class BridgeSides:
     """What one bridge carries, as seen from the site that keeps it: the sites before it, and those behind it."""
 
     near: tuple[str, ...]
@@ -32,13 +32,13 @@ class Crossing:
 
 
 @dataclass(frozen=True, slots=True)
-class Sites:
+class SiteTopology:
     """The tree. Raises `ValueError`, one line for the file's reader, for bridges that make none."""
 
     neighbours: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sites: Iterable[_Site]) -> Sites:
+    def from_sites(cls, sites: Iterable[_Site]) -> SiteTopology:
         """Read the bridges of `[[site]]` tables."""
         found = list(sites)
         tree = cls({site.name: [] for site in found})
@@ -51,14 +51,14 @@ class Sites:
         if to not in self.neighbours:
             known = ", ".join(name for name in self.neighbours if name != site) or "none"
             raise ValueError(f"site {site!r}: links to {to!r}, and there is no such [[site]]: expected one of {known}")
-        way = self.way(to, site)
+        way = self.path(to, site)
         if way:
             circle = " - ".join((site, *way))
             raise ValueError(f"site {site!r}: its link to {to!r} makes a bridge loop, {circle}: leave one of them out")
         self.neighbours[site].append(to)
         self.neighbours[to].append(site)
 
-    def way(self, start: str, end: str) -> tuple[str, ...]:
+    def path(self, start: str, end: str) -> tuple[str, ...]:
         """Return the sites from `start` to `end`, both included; empty where no bridges lead there."""
         ways: list[tuple[str, ...]] = [(start,)]
         for way in ways:
@@ -67,12 +67,12 @@ class Sites:
             ways += [(*way, name) for name in self.neighbours.get(way[-1], ()) if name not in way]
         return ()
 
-    def reach(self, start: str) -> frozenset[str]:
+    def reachable(self, start: str) -> frozenset[str]:
         """Return all sites that bridges connect with `start`, itself included."""
-        return frozenset(name for name in self.neighbours if self.way(start, name))
+        return frozenset(name for name in self.neighbours if self.path(start, name))
 
-    def crossing(self, site: str, to: str) -> Crossing:
+    def bridge_sides(self, site: str, to: str) -> BridgeSides:
         """Return what the bridge from `site` to its neighbour `to` carries."""
-        far = tuple(name for name in self.neighbours if to in self.way(site, name)[1:2])
-        near = tuple(name for name in self.neighbours if name not in far and self.way(site, name))
-        return Crossing(near, far)
+        far = tuple(name for name in self.neighbours if to in self.path(site, name)[1:2])
+        near = tuple(name for name in self.neighbours if name not in far and self.path(site, name))
+        return BridgeSides(near, far)

@@ -12,25 +12,32 @@ from contextlib import suppress
 from dataclasses import replace
 
 from brokers.errors import BadChunk, TooLarge, WireError
-from brokers.protocol.chunking import CHUNK_BYTES, MESSAGE_LIMIT_BYTES, Assembler, Chunk, Key, cut
-from brokers.protocol.codec import Packet, decode, encode
+from brokers.protocol.chunking import (
+    CHUNK_BYTES,
+    MESSAGE_LIMIT_BYTES,
+    Assembler,
+    ChunkHeader,
+    MessageKey,
+    split_into_chunks,
+)
+from brokers.protocol.codec import EncodedMessage, decode, encode
 from brokers.protocol.messages import Message
 from brokers.protocol.transport import Delivery, Properties, Transport, Will
 
 log = logging.getLogger(__name__)
 
 # What the head of a PUBLISH may need beside the payload: topic, properties, packet id.
-HEAD_ROOM_BYTES = 2048
+HEADER_RESERVE_BYTES = 2048
 # The head of a message is kept while its chunks come, of up to a thousand messages: it may not have a megabyte.
-CHUNK_HEAD_LIMIT_BYTES = 8192
+CHUNK_HEADER_LIMIT_BYTES = 8192
 _EXPIRY_CHECK_S = 1.0
 
-OnMessage = Callable[[str, Message], None]
+MessageHandler = Callable[[str, Message], None]
 # What could not be read, and the properties it came with (they may say whom to tell).
-OnGarbage = Callable[[WireError, Properties], None]
+MalformedHandler = Callable[[WireError, Properties], None]
 
 
-class Line:
+class MessageChannel:
     """Messages to topics and from topics, over one transport, from one asyncio loop."""
 
     def __init__(
@@ -41,7 +48,7 @@ class Line:
         self.counters: Counter[str] = Counter()
         self._assembler = Assembler() if assembler is None else assembler  # one without messages counts as false
         self._expiry: asyncio.Task[None] | None = None
-        self._garbage_handlers: dict[str, OnGarbage] = {}
+        self._garbage_handlers: dict[str, MalformedHandler] = {}
 
     async def open(self, *, will: Will | None = None, timeout_s: float = 10.0) -> None:
         await self.transport.connect(will=will, timeout_s=timeout_s)
@@ -59,8 +66,13 @@ class Line:
             self._expiry = None
         await self.transport.close()
 
-    async def listen(
-        self, topic_filter: str, on_message: OnMessage, on_garbage: OnGarbage | None = None, *, qos: int = 0
+    async def subscribe(
+        self,
+        topic_filter: str,
+        on_message: MessageHandler,
+        on_malformed: MalformedHandler | None = None,
+        *,
+        qos: int = 0,
     ) -> None:
         """Have `on_message` called for each whole message, `on_garbage` for what breaks the protocol; neither blocks.
 
@@ -70,8 +82,8 @@ class Line:
         def refuse(error: WireError, properties: Properties) -> None:
             self.counters[type(error).__name__] += 1
             log.warning("refused a message to %s: %s: %s", topic_filter, type(error).__name__, error)
-            if on_garbage:
-                on_garbage(error, properties)
+            if on_malformed:
+                on_malformed(error, properties)
 
         def handle(delivery: Delivery) -> None:
             try:
@@ -91,13 +103,15 @@ class Line:
             except WireError:  # told by `handle`, which gets the same properties with the payload
                 return None
             try:
-                return found and self._assembler.place(*found, length, time.monotonic(), (topic_filter, properties))
+                return found and self._assembler.get_buffer(
+                    *found, length, time.monotonic(), (topic_filter, properties)
+                )
             except WireError as error:
                 refuse(error, properties)
                 return None
 
         self._garbage_handlers[topic_filter] = refuse
-        await self.transport.subscribe(topic_filter, handle, qos=qos, placer=place)
+        await self.transport.subscribe(topic_filter, handle, qos=qos, buffer_provider=place)
 
     async def send(self, topic: str, message: Message) -> None:
         """Send a message, in as many chunks as it needs; returns when the operating system has all its bytes.
@@ -106,31 +120,35 @@ class Line:
         """
         await self.send_packet(topic, encode(message))
 
-    async def send_packet(self, topic: str, packet: Packet) -> None:
+    async def send_packet(self, topic: str, packet: EncodedMessage) -> None:
         total_bytes = packet.nbytes
-        limit_bytes = self.transport.limits.max_packet_bytes - HEAD_ROOM_BYTES
+        limit_bytes = self.transport.limits.max_packet_bytes - HEADER_RESERVE_BYTES
         if total_bytes > MESSAGE_LIMIT_BYTES:
             raise TooLarge("the message", MESSAGE_LIMIT_BYTES, total_bytes)
         if limit_bytes <= 0:
-            raise TooLarge("the smallest packet", self.transport.limits.max_packet_bytes, HEAD_ROOM_BYTES)
+            raise TooLarge("the smallest packet", self.transport.limits.max_packet_bytes, HEADER_RESERVE_BYTES)
         chunk_bytes = min(self._chunk_bytes, limit_bytes)
         self.counters["messages_out"] += 1
         if total_bytes <= chunk_bytes:
-            await self.transport.publish(topic, packet.pieces, packet.properties)
+            await self.transport.publish(topic, packet.buffers, packet.properties)
             return
-        pieces = tuple(memoryview(piece).cast("B") for piece in packet.pieces)
-        user = packet.properties.user
+        pieces = tuple(memoryview(piece).cast("B") for piece in packet.buffers)
+        user = packet.properties.user_properties
         # A request may pass one worker twice, on a detour that comes back: its two messages must not be taken for one.
         named = (*user, ("message", secrets.token_hex(4)))
-        for chunk, part in cut(pieces, chunk_bytes):
-            await self.transport.publish(topic, part, replace(packet.properties, user=(*named, ("chunk", str(chunk)))))
+        for chunk, part in split_into_chunks(pieces, chunk_bytes):
+            await self.transport.publish(
+                topic, part, replace(packet.properties, user_properties=(*named, ("chunk", str(chunk))))
+            )
 
     def _whole(self, topic_filter: str, delivery: Delivery) -> memoryview | None:
         """The payload of a whole message; None while chunks of it are missing."""
         found = _chunk_of(topic_filter, delivery.properties)
         if found is None:
             return delivery.payload
-        return self._assembler.fill(*found, delivery.payload, time.monotonic(), (topic_filter, delivery.properties))
+        return self._assembler.add_chunk(
+            *found, delivery.payload, time.monotonic(), (topic_filter, delivery.properties)
+        )
 
     async def _expire(self) -> None:
         while True:
@@ -139,16 +157,16 @@ class Line:
                 self._garbage_handlers[topic_filter](error, properties)
 
 
-def _chunk_of(topic_filter: str, properties: Properties) -> tuple[Key, Chunk] | None:
+def _chunk_of(topic_filter: str, properties: Properties) -> tuple[MessageKey, ChunkHeader] | None:
     """The message that a chunk belongs to, and where in it; None for a whole message."""
-    user = dict(properties.user)
+    user = dict(properties.user_properties)
     text = user.get("chunk")
     if text is None:
         return None
-    head_bytes = len(properties.correlation) + len(properties.response_topic) + len(properties.content_type)
-    head_bytes += sum(len(name) + len(value) for name, value in properties.user)
-    if head_bytes > CHUNK_HEAD_LIMIT_BYTES:
-        raise BadChunk(f"the properties of a chunk may have {CHUNK_HEAD_LIMIT_BYTES} bytes, its have {head_bytes}")
+    head_bytes = len(properties.correlation_data) + len(properties.response_topic) + len(properties.content_type)
+    head_bytes += sum(len(name) + len(value) for name, value in properties.user_properties)
+    if head_bytes > CHUNK_HEADER_LIMIT_BYTES:
+        raise BadChunk(f"the properties of a chunk may have {CHUNK_HEADER_LIMIT_BYTES} bytes, its have {head_bytes}")
     names = (user.get(name) for name in ("message", "kind", "attempt"))
-    key = (topic_filter, properties.correlation, properties.response_topic, *names)
-    return key, Chunk.parse(text)
+    key = (topic_filter, properties.correlation_data, properties.response_topic, *names)
+    return key, ChunkHeader.parse(text)

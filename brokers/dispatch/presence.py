@@ -10,10 +10,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from brokers.errors import BadPayload, VersionMismatch
 from brokers.protocol.chunking import MESSAGE_LIMIT_BYTES
-from brokers.protocol.codec import VERSION
+from brokers.protocol.codec import PROTOCOL_VERSION
 from brokers.protocol.messages import JSON
 from brokers.protocol.topics import NAME_PATTERN
-from brokers.protocol.training import Standing
+from brokers.protocol.training import TrainingStatus
 
 # A record has some hundred bytes. Whoever watches presence keeps the newest of each topic, of anybody who may publish.
 RECORD_LIMIT_BYTES = 65536
@@ -22,7 +22,7 @@ RECORD_LIMIT_BYTES = 65536
 RECORD_EXPIRY_S = 60
 # Counts by reason in one record: ours know about ten, and whoever makes up more shall not fill a screen with them.
 REASON_LIMIT = 32
-OTHER = "other"
+OTHER_REASON = "other"
 FORMAT_LIMIT = 32
 
 # One level of a topic: a record that came from the network must not lead a sender to a topic of its own making.
@@ -33,7 +33,7 @@ _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _State = Literal["up", "standby", "draining", "stopped"]
 
 
-def by_reason(counts: Mapping[str, int]) -> dict[str, int]:
+def normalize_reason_counts(counts: Mapping[str, int]) -> dict[str, int]:
     """`counts` as a record may hold them: reasons made names, the rarest summed up as `other` where they are many.
 
     Reasons come from other processes (a failure's error), so they may be any text, and any number of them.
@@ -42,27 +42,27 @@ def by_reason(counts: Mapping[str, int]) -> dict[str, int]:
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
         if not count:
             continue
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", reason)[:64] or OTHER
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", reason)[:64] or OTHER_REASON
         if name not in found and len(found) >= REASON_LIMIT - 1:
-            name = OTHER
+            name = OTHER_REASON
         found[name] = found.get(name, 0) + count
     return found
 
 
 def _fitting(counts: Any, info: ValidationInfo) -> Any:
     """What this process counts is made to fit a record; what comes from the network fits, or is refused."""
-    return by_reason(counts) if info.mode == "python" else counts
+    return normalize_reason_counts(counts) if info.mode == "python" else counts
 
 
 _Counts = Annotated[dict[_Name, _Count], Field(max_length=REASON_LIMIT), BeforeValidator(_fitting)]
 
 
-class _Record(BaseModel):
+class _PresenceRecord(BaseModel):
     """What all records share: JSON of a version, bounded."""
 
     model_config = ConfigDict(frozen=True)
 
-    version: str = VERSION
+    version: str = PROTOCOL_VERSION
 
     def to_bytes(self) -> bytes:
         return self.model_dump_json().encode()
@@ -78,12 +78,12 @@ class _Record(BaseModel):
             mistake = error.errors(include_url=False)[0]
             place = "".join(f"{level}: " for level in mistake["loc"])
             raise BadPayload(JSON, f"not a presence record: {place}{mistake['msg']}") from None
-        if found.version != VERSION:
-            raise VersionMismatch(VERSION, found.version)
+        if found.version != PROTOCOL_VERSION:
+            raise VersionMismatch(PROTOCOL_VERSION, found.version)
         return found
 
 
-class Load(BaseModel):
+class WorkerLoad(BaseModel):
     """What a worker has to do, as of its last report."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -96,15 +96,15 @@ class Load(BaseModel):
     )
     done: _Count = Field(default=0, description="tasks finished since the worker began")
     failed: _Count = Field(default=0, description="tasks answered with a failure since the worker began")
-    refused: _Count = Field(default=0, description="messages that broke the protocol, since the worker began")
-    turned_away: _Count = Field(default=0, description="tasks given back, because it was full or leaving")
+    malformed: _Count = Field(default=0, description="messages that broke the protocol, since the worker began")
+    rejected: _Count = Field(default=0, description="tasks given back, because it was full or leaving")
     expired: _Count = Field(default=0, description="tasks that were past their deadline, and were dropped")
     busy: float = Field(default=0.0, ge=0, le=1, description="share of the last interval spent computing, 0 to 1")
     rate: float = Field(default=0.0, ge=0, description="tasks a second in the last interval")
     task_ms: float = Field(default=0.0, ge=0, description="mean time that a task keeps the worker busy, lately")
 
 
-class Birth(_Record):
+class WorkerRecord(_PresenceRecord):
     """A worker says that it is here, what it serves, and how much it takes."""
 
     worker: _Name
@@ -127,11 +127,11 @@ class Birth(_Record):
     up_s: _Seconds | None = Field(default=None, description="since it joined, by its own clock; None: it does not say")
     reconnects: _Count = Field(default=0, description="how often its connection to its broker broke, and came back")
     state: _State = "up"
-    load: Load = Load()
-    training: Standing | None = Field(default=None, description="of a worker that trains: how far it has come")
+    load: WorkerLoad = WorkerLoad()
+    training: TrainingStatus | None = Field(default=None, description="of a worker that trains: how far it has come")
 
 
-class Latency(BaseModel):
+class LatencyPercentiles(BaseModel):
     """Round trips of the newest results, in milliseconds; 0 before there are any."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -151,14 +151,14 @@ class SourceLoad(BaseModel):
     waiting: _Count = Field(default=0, description="that wait for room in the window")
     window: _Count = Field(default=0, description="how many may be in flight")
     rate: float = Field(default=0.0, ge=0, description="results a second, lately")
-    latency_ms: Latency = Latency()
+    latency_ms: LatencyPercentiles = LatencyPercentiles()
     dropped: _Counts = Field(default={}, description="what never became a request, by reason")
     retries: _Counts = Field(default={}, description="attempts after the first, by what befell the one before")
     failed: _Counts = Field(default={}, description="requests that ended without a result, by error")
-    twins: _Count = Field(default=0, description="second answers to one request, dropped")
+    duplicates: _Count = Field(default=0, description="second answers to one request, dropped")
 
 
-class SourceBirth(_Record):
+class SourceRecord(_PresenceRecord):
     """A source says that it is here, and how its requests fare: only their owner knows."""
 
     source: _Name

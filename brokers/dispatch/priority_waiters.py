@@ -8,12 +8,12 @@ from collections import deque
 from brokers.protocol.messages import PRIORITIES
 
 
-class Turns:
+class PriorityWaiters:
     """Those who wait, by rank: 0 goes before 1."""
 
     def __init__(self) -> None:
         self._lines: tuple[deque[asyncio.Future[None]], ...] = tuple(deque() for _ in PRIORITIES)
-        self.called = 0  # who has been called and has not gone on yet
+        self.notified = 0  # who has been called and has not gone on yet
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines)
@@ -30,25 +30,25 @@ class Turns:
             return
         except BaseException:
             if turn.done() and not turn.cancelled():
-                self.call()  # called and cancelled at once: the turn is the next one's
+                self.notify()  # called and cancelled at once: the turn is the next one's
             raise
         finally:
             if turn in line:
                 line.remove(turn)
             if turn.done() and not turn.cancelled():
-                self.called -= 1
+                self.notified -= 1
 
-    def call(self) -> None:
+    def notify(self) -> None:
         """Have the first of those who wait go on."""
         for line in self._lines:
             while line:
                 turn = line.popleft()
                 if not turn.done():
                     turn.set_result(None)
-                    self.called += 1
+                    self.notified += 1
                     return
 
-    def call_all(self) -> None:
+    def notify_all(self) -> None:
         """Have all who wait now look for themselves."""
         for _ in range(len(self)):
-            self.call()
+            self.notify()

@@ -17,19 +17,19 @@ from types import TracebackType
 from typing import Self
 
 from brokers.errors import BrokerUnreachable
-from brokers.mqtt.client_identity import identity_at
-from brokers.mqtt.connect_errors import Refused
-from brokers.mqtt.connection import Connection, Greeting
-from brokers.mqtt.publish_packet import PublishHead
-from brokers.mqtt.socket_connect import Tls, dial
+from brokers.mqtt.client_identity import resolve_identity
+from brokers.mqtt.connect_errors import OperationRefused
+from brokers.mqtt.connection import Connection, ConnectOptions
+from brokers.mqtt.publish_packet import PublishHeader
+from brokers.mqtt.socket_connect import TlsConfig, connect_socket
 from brokers.mqtt.socket_loop import ConnectionLost
 from brokers.protocol.broker_url import BrokerAddress
-from brokers.protocol.topics import examined
-from brokers.protocol.transport import Buffer, Limits, Properties, Will
+from brokers.protocol.topics import doctor_topic
+from brokers.protocol.transport import BrokerLimits, Buffer, Properties, Will
 
-CONNECT_S = 10.0
-HEAR_S = 3.0  # for what should come at once
-EXPIRY_S = 60  # of retained messages and sessions, should this process be killed
+CONNECT_TIMEOUT_S = 10.0
+RECEIVE_TIMEOUT_S = 3.0  # for what should come at once
+CLEANUP_EXPIRY_S = 60  # of retained messages and sessions, should this process be killed
 _CLEAN_S = 5.0
 _KEEPALIVE_S = 20
 _RECEIVE_MAXIMUM = 64
@@ -37,7 +37,7 @@ _MAX_PACKET_BYTES = (256 << 20) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class ReceivedPublish:
     """A publication that came to a visitor."""
 
     topic: str
@@ -48,21 +48,21 @@ class Heard:
 
 
 @dataclass(eq=False)
-class Visitor:
-    """One client. Its calls raise `ConnectionLost` as soon as the broker has ended the connection, and `Refused`."""
+class ProbeClient:
+    """One client. Its calls raise `ConnectionLost` as soon as the broker has ended the connection, and `OperationRefused`."""
 
     connection: Connection
-    secured: tuple[str, datetime | None] | None  # the version of TLS, and when the broker's certificate ends
-    _heard: asyncio.Queue[Heard | None]
+    tls_info: tuple[str, datetime | None] | None  # the version of TLS, and when the broker's certificate ends
+    _heard: asyncio.Queue[ReceivedPublish | None]
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> BrokerLimits:
         return self.connection.limits
 
     @property
-    def resumed(self) -> bool:
+    def session_present(self) -> bool:
         """Whether the broker had kept the session."""
-        return self.connection.resumed
+        return self.connection.session_present
 
     async def subscribe(self, topic_filter: str, qos: int = 0) -> None:
         await self.connection.subscribe(topic_filter, qos)
@@ -79,10 +79,10 @@ class Visitor:
         pieces = (memoryview(payload),) if len(payload) else ()
         await self.connection.publish(topic, pieces, properties, qos=qos, retain=retain)
 
-    async def hear(self, within_s: float = HEAR_S) -> Heard | None:
+    async def receive(self, timeout_s: float = RECEIVE_TIMEOUT_S) -> ReceivedPublish | None:
         """Return the next publication; None when there is none in time."""
         try:
-            async with asyncio.timeout(within_s):
+            async with asyncio.timeout(timeout_s):
                 heard = await self._heard.get()
         except TimeoutError:
             return None
@@ -91,46 +91,46 @@ class Visitor:
             raise ConnectionLost(self.connection.lost.result())
         return heard
 
-    async def hear_all(self, count: int, within_s: float = HEAR_S) -> list[Heard]:
+    async def receive_all(self, count: int, timeout_s: float = RECEIVE_TIMEOUT_S) -> list[ReceivedPublish]:
         """Return the next ones, fewer when a pause of `within_s` comes first."""
-        found: list[Heard] = []
-        while len(found) < count and (heard := await self.hear(within_s)) is not None:
+        found: list[ReceivedPublish] = []
+        while len(found) < count and (heard := await self.receive(timeout_s)) is not None:
             found.append(heard)
         return found
 
-    def look_away(self, away: bool) -> None:
+    def set_reading_paused(self, paused: bool) -> None:
         """Read nothing from now on, as a busy process does; or read on."""
-        self.connection.hold(away)
+        self.connection.set_reading_paused(paused)
 
-    async def vanish(self) -> None:
+    async def abort(self) -> None:
         """Break the connection with no goodbye: the broker publishes the will."""
         await self.connection.abort("it vanished")
 
 
 @dataclass(eq=False)
-class Visit:
+class BrokerProbe:
     """All that one examination does at one broker. Use it as an async context manager: its end takes all away."""
 
     address: BrokerAddress
-    tls: Tls = Tls()
+    tls: TlsConfig = TlsConfig()
     name: str = field(default_factory=lambda: f"doctor-{secrets.token_hex(4)}")  # a site that no bridge carries
     qos: int = 1  # the highest that the broker takes of those that we use
     _retained: set[str] = field(default_factory=set)
     _sessions: set[str] = field(default_factory=set)
 
     @classmethod
-    def to(cls, address: str) -> Visit:
+    def from_address(cls, address: str) -> BrokerProbe:
         """A visit with the identity of this process; raise `BadAddress`, or what is wrong with that identity."""
-        return cls(*identity_at(address))
+        return cls(*resolve_identity(address))
 
     def topic(self, *levels: str) -> str:
         """A topic that nobody else reads or writes."""
-        return examined(self.name, *levels)
+        return doctor_topic(self.name, *levels)
 
     @contextlib.asynccontextmanager
-    async def visitor(
-        self, *, will: Will | None = None, session: str = "", session_expiry_s: int = EXPIRY_S
-    ) -> AsyncIterator[Visitor]:
+    async def client(
+        self, *, will: Will | None = None, session: str = "", session_expiry_s: int = CLEANUP_EXPIRY_S
+    ) -> AsyncIterator[ProbeClient]:
         """A client of any name, or the one of a session; raise `BrokerUnreachable`."""
         if session:
             self._sessions.add(session)
@@ -140,28 +140,28 @@ class Visit:
         finally:
             await found.connection.close()
 
-    def clears(self, topic: str) -> None:
+    def clear_on_exit(self, topic: str) -> None:
         """Have no retained message left on this topic when the visit is over."""
         self._retained.add(topic)
 
-    async def retain(self, visitor: Visitor, topic: str, payload: bytes) -> None:
+    async def publish_retained(self, client: ProbeClient, topic: str, payload: bytes) -> None:
         """Publish a retained message that is gone when the visit is over."""
-        self.clears(topic)
-        await visitor.publish(topic, payload, Properties(expiry_s=EXPIRY_S), qos=self.qos, retain=True)
+        self.clear_on_exit(topic)
+        await client.publish(topic, payload, Properties(expiry_s=CLEANUP_EXPIRY_S), qos=self.qos, retain=True)
 
-    async def _enter(self, will: Will | None, session: str, session_expiry_s: int) -> Visitor:
+    async def _enter(self, will: Will | None, session: str, session_expiry_s: int) -> ProbeClient:
         connection: Connection | None = None
-        heard: asyncio.Queue[Heard | None] = asyncio.Queue()
+        heard: asyncio.Queue[ReceivedPublish | None] = asyncio.Queue()
 
-        def published(head: PublishHead, payload: memoryview) -> bool:
-            heard.put_nowait(Heard(head.topic, head.properties, payload, head.qos, head.retain))
+        def published(head: PublishHeader, payload: memoryview) -> bool:
+            heard.put_nowait(ReceivedPublish(head.topic, head.properties, payload, head.qos, head.retain))
             return True
 
         client_id = session or f"{self.name}-{secrets.token_hex(4)}"
-        greeting = Greeting(client_id, _KEEPALIVE_S, _MAX_PACKET_BYTES, _RECEIVE_MAXIMUM, will, session_expiry_s)
+        greeting = ConnectOptions(client_id, _KEEPALIVE_S, _MAX_PACKET_BYTES, _RECEIVE_MAXIMUM, will, session_expiry_s)
         try:
-            async with asyncio.timeout(CONNECT_S):
-                sock = await dial(self.address, self.tls)
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                sock = await connect_socket(self.address, self.tls)
                 secured = _secured(sock) if isinstance(sock, ssl.SSLSocket) else None
                 connection = Connection(sock, self.address, greeting, lambda _: None, published, lambda _, __: None)
                 await connection.start()
@@ -169,10 +169,10 @@ class Visit:
             if connection is not None:
                 await connection.abort("given up")
             if isinstance(error, TimeoutError):
-                raise BrokerUnreachable(str(self.address), f"no answer within {CONNECT_S:g} s") from error
+                raise BrokerUnreachable(str(self.address), f"no answer within {CONNECT_TIMEOUT_S:g} s") from error
             raise
         connection.lost.add_done_callback(lambda _: heard.put_nowait(None))
-        return Visitor(connection, secured, heard)
+        return ProbeClient(connection, secured, heard)
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,7 +187,7 @@ class Visit:
     async def _clean(self) -> None:
         with _nothing_more_to_do():
             if self._retained:
-                async with self.visitor() as cleaner:
+                async with self.client() as cleaner:
                     for topic in self._retained:
                         await cleaner.publish(topic, qos=self.qos, retain=True)
         for session in self._sessions:
@@ -199,7 +199,7 @@ class Visit:
 @contextlib.contextmanager
 def _nothing_more_to_do() -> Iterator[None]:
     """A broker that has gone, or no longer lets us in: what we left expires."""
-    with contextlib.suppress(OSError, ConnectionLost, BrokerUnreachable, Refused):
+    with contextlib.suppress(OSError, ConnectionLost, BrokerUnreachable, OperationRefused):
         yield
 
 

@@ -13,9 +13,9 @@ from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from brokers.dispatch.channel import HEAD_ROOM_BYTES
-from brokers.doctor.check_result import Carried, in_bytes
-from brokers.doctor.probe_client import Visitor
+from brokers.dispatch.channel import HEADER_RESERVE_BYTES
+from brokers.doctor.check_result import ThroughputResult, format_bytes
+from brokers.doctor.probe_client import ProbeClient
 from brokers.errors import RequestError
 from brokers.protocol.chunking import CHUNK_BYTES
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 SIZES_BYTES = (1 << 10, 64 << 10, 1 << 20, 4 << 20, 16 << 20)
 ROUND_TRIPS = 5
-WINDOW = 4  # messages on the way at once
+IN_FLIGHT_MESSAGES = 4  # messages on the way at once
 _WARM_UP = 1
 _STREAM_S = 0.5  # then no further message is sent
 _STREAM_LIMIT_BYTES = 64 << 20
@@ -39,43 +39,43 @@ class MessageLost(RequestError):
     actual_bytes: int
 
     def __str__(self) -> str:
-        return f"of a message of {in_bytes(self.expected_bytes)} {self.actual_bytes:,} bytes came"
+        return f"of a message of {format_bytes(self.expected_bytes)} {self.actual_bytes:,} bytes came"
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class MessagePath:
     """One direction: who sends, who listens on the topic."""
 
-    sender: Visitor
-    reader: Visitor
+    sender: ProbeClient
+    reader: ProbeClient
     topic: str
 
-    def pieces(self, payload: memoryview) -> Iterator[memoryview]:
+    def chunks(self, payload: memoryview) -> Iterator[memoryview]:
         """Yield the chunks of a message."""
-        step = max(1, min(CHUNK_BYTES, self.sender.limits.max_packet_bytes - HEAD_ROOM_BYTES))
+        step = max(1, min(CHUNK_BYTES, self.sender.limits.max_packet_bytes - HEADER_RESERVE_BYTES))
         for offset in range(0, len(payload), step):
             yield payload[offset : offset + step]
 
     async def send(self, payload: memoryview) -> None:
-        for piece in self.pieces(payload):
+        for piece in self.chunks(payload):
             await self.sender.publish(self.topic, piece)
 
     async def receive(self, size_bytes: int) -> None:
         """Return when so many bytes have come; raise `MessageLost` when no more of them do."""
         missing = size_bytes
         while missing > 0:
-            heard = await self.reader.hear(_SILENCE_S)
+            heard = await self.reader.receive(_SILENCE_S)
             if heard is None:
                 raise MessageLost(size_bytes, size_bytes - missing)
             missing -= len(heard.payload)
 
-    async def carry(self, payload: memoryview) -> None:
+    async def transfer(self, payload: memoryview) -> None:
         """One message from end to end."""
         await _both(self.send(payload), self.receive(len(payload)))
 
-    async def rate_per_s(self, payload: memoryview) -> float:
+    async def measure_rate_per_s(self, payload: memoryview) -> float:
         """How many such messages come in a second, when the next one leaves before the last one is there."""
-        room = asyncio.Semaphore(WINDOW)
+        room = asyncio.Semaphore(IN_FLIGHT_MESSAGES)
         least, most = _STREAM_MESSAGES
         most = max(least, min(most, _STREAM_LIMIT_BYTES // len(payload)))
         began_s = time.monotonic()
@@ -101,17 +101,19 @@ class Way:
         return await _both(send(), receive()) / (time.monotonic() - began_s)
 
 
-async def measure(what: str, size_bytes: int, there: Way, back: Way) -> Carried:
+async def measure_throughput(
+    name: str, size_bytes: int, outbound: MessagePath, inbound: MessagePath
+) -> ThroughputResult:
     """Return how fast messages of a size go; raise `MessageLost` or `ConnectionLost`."""
     payload = memoryview(bytes(size_bytes))
     took_ms = []
     for _ in range(_WARM_UP + ROUND_TRIPS):
         began_s = time.monotonic()
-        await there.carry(payload)
-        await back.carry(payload)
+        await outbound.transfer(payload)
+        await inbound.transfer(payload)
         took_ms.append(1000 * (time.monotonic() - began_s))
-    rates = [await way.rate_per_s(payload) for way in (there, back)]
-    return Carried(what, size_bytes, statistics.median(took_ms[_WARM_UP:]), *rates)
+    rates = [await way.measure_rate_per_s(payload) for way in (outbound, inbound)]
+    return ThroughputResult(name, size_bytes, statistics.median(took_ms[_WARM_UP:]), *rates)
 
 
 async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, Any, T]) -> T:

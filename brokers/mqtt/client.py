@@ -12,15 +12,15 @@ from dataclasses import replace
 from functools import partial
 
 from brokers.errors import BrokerUnreachable, Disconnected, SparseError
-from brokers.mqtt.connect_errors import TurnedAway, not_reached
-from brokers.mqtt.connection import Connection, Greeting
-from brokers.mqtt.publish_packet import PublishHead
-from brokers.mqtt.socket_connect import Tls, dial
+from brokers.mqtt.connect_errors import AuthenticationFailed, connect_error
+from brokers.mqtt.connection import Connection, ConnectOptions
+from brokers.mqtt.publish_packet import PublishHeader
+from brokers.mqtt.socket_connect import TlsConfig, connect_socket
 from brokers.mqtt.socket_loop import ConnectionLost
 from brokers.mqtt.topic_filters import Subscription, Subscriptions
-from brokers.mqtt.unacked import Receipt, Receipts
+from brokers.mqtt.unacked import Unacked, UnackedPublish
 from brokers.protocol.broker_url import BrokerAddress, parse_address
-from brokers.protocol.transport import Buffer, Delivery, Handler, Limits, Placer, Properties, Will
+from brokers.protocol.transport import BrokerLimits, Buffer, BufferProvider, Delivery, Handler, Properties, Will
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class MqttTransport:
         address: str | BrokerAddress,
         *,
         client_id: str | None = None,
-        tls: Tls = Tls(),
+        tls: TlsConfig = TlsConfig(),
         keepalive_s: int = KEEPALIVE_S,
         max_packet_bytes: int = MAX_PACKET_BYTES,
         session_expiry_s: int = 0,
@@ -58,29 +58,29 @@ class MqttTransport:
         self._address = parse_address(address) if isinstance(address, str) else address
         self._tls = tls
         name = client_id or f"sparse-{secrets.token_hex(6)}"
-        self._greeting = Greeting(
+        self._greeting = ConnectOptions(
             name, keepalive_s, max_packet_bytes, RECEIVE_MAXIMUM, session_expiry_s=session_expiry_s
         )
         self._subscriptions = Subscriptions()
-        self._receipts = Receipts(RECEIVE_MAXIMUM)
+        self._receipts = Unacked(RECEIVE_MAXIMUM)
         self._settling = bool(session_expiry_s)  # whether anything is acknowledged later than it comes
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._connection: Connection | None = None  # set while one stands and is subscribed
         self._changed = asyncio.Event()  # set and replaced whenever `_connection` or `_closed` changes
         self._running: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._limits = Limits(0)
+        self._limits = BrokerLimits(0)
 
     @property
     def address(self) -> str:
         return str(self._address)
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> BrokerLimits:
         return self._limits
 
     @property
-    def connected(self) -> bool:
+    def is_connected(self) -> bool:
         return self._connection is not None and not self._connection.lost.done()
 
     def __repr__(self) -> str:
@@ -125,7 +125,7 @@ class MqttTransport:
             await connection.abort(reason)
             if loop.time() - since_s >= STABLE_S:
                 wait_s = first_s
-            elif connection.resumed:
+            elif connection.session_present:
                 reason += f"; does another client call itself {self._greeting.client_id}?"
             log.warning("connection to %s lost: %s; reconnecting", self.address, reason)
             again: Connection | None = None
@@ -143,7 +143,7 @@ class MqttTransport:
         """Return a new connection, or None: nothing may end the task that reconnects, all publications wait for it."""
         try:
             return await self._open(RECONNECT_TIMEOUT_S)
-        except TurnedAway as error:  # somebody has to do something; meanwhile they may have done it
+        except AuthenticationFailed as error:  # somebody has to do something; meanwhile they may have done it
             log.warning("%s", error)
         except BrokerUnreachable as error:
             log.info("%s", error)
@@ -158,14 +158,14 @@ class MqttTransport:
         connection: Connection | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                sock = await dial(self._address, self._tls)
+                sock = await connect_socket(self._address, self._tls)
                 connection = Connection(
                     sock, self._address, self._greeting, self._place, self._published, self._greeted
                 )
                 await connection.start()
                 for each in self._subscriptions:
-                    if connection.resumed:
-                        connection.renew(each.topic_filter, each.qos)
+                    if connection.session_present:
+                        connection.resubscribe(each.topic_filter, each.qos)
                     else:
                         await connection.subscribe(each.topic_filter, each.qos)
                 return connection
@@ -175,7 +175,7 @@ class MqttTransport:
             if isinstance(error, TimeoutError):
                 raise BrokerUnreachable(self.address, f"no answer within {timeout_s:g} s") from error
             if isinstance(error, OSError | ConnectionLost):
-                raise not_reached(self._address, error) from error
+                raise connect_error(self._address, error) from error
             raise
 
     async def _call_back(self, connection: Connection) -> None:
@@ -197,10 +197,16 @@ class MqttTransport:
     # What travels -------------------------------------------------------------------------------------------------
 
     async def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None, settle: bool = False
+        self,
+        topic_filter: str,
+        handler: Handler,
+        *,
+        qos: int = 0,
+        buffer_provider: BufferProvider | None = None,
+        manual_ack: bool = False,
     ) -> None:
-        self._subscriptions.add(Subscription(topic_filter, handler, qos, placer, settle))
-        self._settling = self._settling or settle
+        self._subscriptions.add(Subscription(topic_filter, handler, qos, buffer_provider, manual_ack))
+        self._settling = self._settling or manual_ack
         if self._running is None:
             return  # `connect` will
         try:
@@ -254,12 +260,12 @@ class MqttTransport:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _place(self, head: PublishHead) -> memoryview | None:
+    def _place(self, head: PublishHeader) -> memoryview | None:
         for each in self._subscriptions.matching(head.topic):
-            if each.placer is None:
+            if each.buffer_provider is None:
                 continue
             try:
-                place = each.placer(head.topic, head.properties, head.payload_bytes)
+                place = each.buffer_provider(head.topic, head.properties, head.payload_bytes)
             except Exception:
                 log.exception("the placer of %s failed on %d bytes", each.topic_filter, head.payload_bytes)
                 continue
@@ -272,21 +278,21 @@ class MqttTransport:
             log.warning(
                 "%s has forgotten the session %s, and what it kept for it", self.address, self._greeting.client_id
             )
-        self._receipts.begin(connection, resumed)
+        self._receipts.attach(connection, resumed)
 
-    def _published(self, head: PublishHead, payload: memoryview) -> bool:
+    def _published(self, head: PublishHeader, payload: memoryview) -> bool:
         """Hand out what has come; return whether it is to be acknowledged at once."""
         matching = self._subscriptions.matching(head.topic)
-        receipt: Receipt | None = None
+        receipt: UnackedPublish | None = None
         if self._settling and head.qos == 1:
-            receipt = self._receipts.take(head, payload, sum(each.settle for each in matching))
+            receipt = self._receipts.add(head, payload, sum(each.manual_ack for each in matching))
             if receipt is None:  # in hand already
                 return False
-        delivery = Delivery(head.topic, head.properties, payload, head.retain, head.again)
+        delivery = Delivery(head.topic, head.properties, payload, head.retain, head.dup)
         for each in matching:
-            settle = partial(self._receipts.settle, receipt) if receipt is not None and each.settle else None
+            settle = partial(self._receipts.ack, receipt) if receipt is not None and each.manual_ack else None
             try:
-                each.handler(replace(delivery, settle=settle) if settle else delivery)
+                each.handler(replace(delivery, ack=settle) if settle else delivery)
             except Exception:
                 log.exception("the handler of %s failed on %d bytes", each.topic_filter, payload.nbytes)
                 if settle:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from brokers.errors import BadFile
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.socket_connect import Tls
+from brokers.mqtt.socket_connect import TlsConfig
 from brokers.protocol.broker_url import BrokerAddress, parse_address
 
 log = logging.getLogger(__name__)
@@ -25,34 +25,34 @@ PASSWORD_VARIABLE = "SPARSE_PASSWORD_FILE"
 PASSWORD_LIMIT_BYTES = 65_535
 
 
-def transport_to(address: str, *, client_id: str | None = None, session_expiry_s: int = 0) -> MqttTransport:
+def create_transport(address: str, *, client_id: str | None = None, session_expiry_s: int = 0) -> MqttTransport:
     """A transport to the broker at `address` with the identity of this process, not yet connected.
 
     Raises `BadAddress`, and for what the environment names `BadFile`, `KeyMisfit`, `NotYetValid` or `Expired`.
     """
-    place, tls = identity_at(address)
+    place, tls = resolve_identity(address)
     return MqttTransport(place, client_id=client_id, tls=tls, session_expiry_s=session_expiry_s)
 
 
-def identity_at(address: str) -> tuple[BrokerAddress, Tls]:
+def resolve_identity(address: str) -> tuple[BrokerAddress, TlsConfig]:
     """Where a broker is, with the password that we have for it, and the credentials that it takes. Raises as above."""
     place = with_password(parse_address(address))
-    return place, tls_of(os.environ.get(TLS_VARIABLE, "")) if place.tls else Tls()
+    return place, load_tls_config(os.environ.get(TLS_VARIABLE, "")) if place.is_tls else TlsConfig()
 
 
-def tls_of(named: str) -> Tls:
+def load_tls_config(named: str) -> TlsConfig:
     """The credentials in a folder, checked; of none, the system's authorities and no certificate."""
     if not named:
-        return Tls()
+        return TlsConfig()
     # Only here: whoever speaks without TLS does without.
-    from brokers.mqtt.tls_files import AUTHORITY, CERTIFICATE, KEY, check_folder
+    from brokers.mqtt.tls_files import CA_FILE, CERT_FILE, KEY_FILE, check_tls_folder
 
     folder = Path(named)
-    cafile, certificate, key = (str(folder / name) for name in (AUTHORITY, CERTIFICATE, KEY))
-    if not check_folder(folder):
-        return Tls(cafile)
+    cafile, certificate, key = (str(folder / name) for name in (CA_FILE, CERT_FILE, KEY_FILE))
+    if not check_tls_folder(folder):
+        return TlsConfig(cafile)
     _warn_if_open(Path(key))
-    return Tls(cafile, certificate, key)
+    return TlsConfig(cafile, certificate, key)
 
 
 def with_password(address: BrokerAddress) -> BrokerAddress:

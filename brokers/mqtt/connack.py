@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
-from brokers.protocol.transport import Limits
+from brokers.protocol.transport import BrokerLimits
 
-# What paho calls a property -> what it is in `Limits`.
+# What paho calls a property -> what it is in `BrokerLimits`.
 _ANNOUNCED: dict[str, tuple[str, Callable[[int], Any]]] = {
     "MaximumPacketSize": ("max_packet_bytes", int),
     "ReceiveMaximum": ("receive_maximum", int),
@@ -21,9 +21,9 @@ _ANNOUNCED: dict[str, tuple[str, Callable[[int], Any]]] = {
 }
 
 
-def limits_of(properties: object) -> Limits:
+def parse_limits(properties: object) -> BrokerLimits:
     """Read the properties of a CONNACK; what is absent is the protocol's own."""
     told = {
         ours: kind(getattr(properties, name)) for name, (ours, kind) in _ANNOUNCED.items() if hasattr(properties, name)
     }
-    return Limits(**{"max_packet_bytes": MAX_REMAINING_BYTES, **told})
+    return BrokerLimits(**{"max_packet_bytes": MAX_REMAINING_BYTES, **told})

@@ -31,24 +31,24 @@ UNSUPPORTED_VERSION, BAD_PASSWORD, NOT_AUTHORIZED = 0x84, 0x86, 0x87
 
 
 @dataclass(eq=False)
-class Declined(BrokerUnreachable):
-    """A broker heard our CONNECT and will not have us now; `code` is its reason code."""
+class ConnackRefused(BrokerUnreachable):
+    """A broker heard our CONNECT and will not have us now; `reason_code` is from its CONNACK."""
 
-    code: int
+    reason_code: int
 
 
 @dataclass(eq=False)
-class TurnedAway(BrokerUnreachable):
-    """A broker is there, and does not let us in; or we do not believe that it is the one (then `code` is 0)."""
+class AuthenticationFailed(BrokerUnreachable):
+    """A broker is there, and does not let us in; or we do not believe that it is the one (then `reason_code` is 0)."""
 
-    code: int = 0
+    reason_code: int = 0
 
     def __str__(self) -> str:
         return f"no way into the broker at {self.address}: {self.reason}"
 
 
 @dataclass(eq=False)
-class Refused(RequestError):
+class OperationRefused(RequestError):
     """The broker answered a subscription or a publication with a failure."""
 
     what: str
@@ -61,41 +61,43 @@ class Refused(RequestError):
         return said + advice if self.reason == "Not authorized" else said
 
 
-def not_reached(address: BrokerAddress, error: Exception) -> BrokerUnreachable:
+def connect_error(address: BrokerAddress, error: Exception) -> BrokerUnreachable:
     """Why there is no connection."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return TurnedAway(str(address), _disbelief(address, error))
+        return AuthenticationFailed(str(address), _disbelief(address, error))
     if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
-        return TurnedAway(str(address), _ALERTS[error.reason])
-    if address.tls and (isinstance(error, ConnectionResetError) or _breaks_tls(error)):
-        return BrokerUnreachable(str(address), f"{plain(error)}; does it speak TLS? One that does not is at mqtt://")
-    return BrokerUnreachable(str(address), plain(error))
+        return AuthenticationFailed(str(address), _ALERTS[error.reason])
+    if address.is_tls and (isinstance(error, ConnectionResetError) or _breaks_tls(error)):
+        return BrokerUnreachable(
+            str(address), f"{describe_os_error(error)}; does it speak TLS? One that does not is at mqtt://"
+        )
+    return BrokerUnreachable(str(address), describe_os_error(error))
 
 
-def not_greeted(address: BrokerAddress, error: Exception | None, said: str) -> BrokerUnreachable:
+def no_connack_error(address: BrokerAddress, error: Exception | None, said: str) -> BrokerUnreachable:
     """Why a connection ended before the broker answered; `said` where there was no error of the system's."""
     if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
-        return TurnedAway(str(address), _ALERTS[error.reason])
-    if address.tls:
+        return AuthenticationFailed(str(address), _ALERTS[error.reason])
+    if address.is_tls:
         return BrokerUnreachable(str(address), f"{said}; is it an MQTT 5 broker? Perhaps {_WANTS_CERTIFICATE}")
     hint = " One that speaks TLS is at mqtts://" if isinstance(error, ConnectionResetError) else ""
     return BrokerUnreachable(str(address), f"{said}; is it an MQTT 5 broker?{hint}")
 
 
-def not_admitted(address: BrokerAddress, code: int, reason: str) -> BrokerUnreachable:
+def connack_error(address: BrokerAddress, code: int, reason: str) -> BrokerUnreachable:
     """Why the broker's answer was no."""
     if code not in (BAD_PASSWORD, NOT_AUTHORIZED):
-        return Declined(str(address), f"it refused: {reason}", code)
+        return ConnackRefused(str(address), f"it refused: {reason}", code)
     if address.user is None:
         advice = "name a user in its address, SCHEME://USER@HOST, and a file with the password in SPARSE_PASSWORD_FILE"
     elif address.password is None:
         advice = f"name a file with the password of {address.user!r} in SPARSE_PASSWORD_FILE"
     else:
         advice = f"is that the password of {address.user!r}?"
-    return TurnedAway(str(address), f"it refused: {reason}; {advice}", code)
+    return AuthenticationFailed(str(address), f"it refused: {reason}; {advice}", code)
 
 
-def plain(error: Exception) -> str:
+def describe_os_error(error: Exception) -> str:
     """What an error of the system says, in few words."""
     if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror | ssl.SSLError):
         return os.strerror(error.errno).lower()  # asyncio puts the address in front, which the line has already

@@ -22,15 +22,15 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from brokers.errors import TooLarge
-from brokers.mqtt.connack import limits_of
-from brokers.mqtt.connect_errors import Refused, not_admitted, not_greeted
+from brokers.mqtt.connack import parse_limits
+from brokers.mqtt.connect_errors import OperationRefused, connack_error, no_connack_error
 from brokers.mqtt.paho_socket import PahoSocket
-from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, BadPacket, PublishHead, encode_head
-from brokers.mqtt.socket_loop import PING_AFTER_TICKS, ConnectionLost, Pump
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, BadPacket, PublishHeader, encode_publish_header
+from brokers.mqtt.socket_loop import PING_AFTER_TICKS, ConnectionLost, PacketSocket
 from brokers.protocol.broker_url import BrokerAddress
-from brokers.protocol.transport import Limits, Properties, Will
+from brokers.protocol.transport import BrokerLimits, Properties, Will
 
-FAREWELL_S = 1.0
+CLOSE_TIMEOUT_S = 1.0
 FIRST_PACKET_ID = 32_768  # paho numbers its SUBSCRIBE packets from 1, ours must differ: section 2.2.1
 
 _CONNACK, _PUBACK = 0x20, 0x40
@@ -38,7 +38,7 @@ _REFUSED = 0x80  # reason codes from here on are failures: section 2.4
 
 
 @dataclass(frozen=True, slots=True)
-class Greeting:
+class ConnectOptions:
     """What we say in CONNECT."""
 
     client_id: str
@@ -71,19 +71,19 @@ class Connection:
         self,
         sock: socket.socket,
         address: BrokerAddress,
-        greeting: Greeting,
-        place: Callable[[PublishHead], memoryview | None],
-        published: Callable[[PublishHead, memoryview], bool],
+        greeting: ConnectOptions,
+        place: Callable[[PublishHeader], memoryview | None],
+        published: Callable[[PublishHeader, memoryview], bool],
         greeted: Callable[[Connection, bool], None],
     ) -> None:
         """`published` returns whether to acknowledge at once; `greeted` hears, first of all, of a kept session."""
         self._address = address
         self._greeting = greeting
-        self._pump = Pump(sock, self, greeting.max_packet_bytes)
+        self._pump = PacketSocket(sock, self, greeting.max_packet_bytes)
         self._take = published
         self._greeted = greeted
-        self.resumed = False  # the broker had kept the session, with its subscriptions
-        self.place = place
+        self.session_present = False  # the broker had kept the session, with its subscriptions
+        self.get_buffer = place
         self._answers: dict[tuple[str, int], asyncio.Future[int]] = {}  # (packet, its id) -> the reason code
         self._next_id = FIRST_PACKET_ID
         self._paho_socket = PahoSocket(self._pump, sock.fileno())
@@ -92,7 +92,7 @@ class Connection:
         self._in_flight = asyncio.Semaphore(1)  # as many as the broker's Receive Maximum, once that is known
         self.lost = self._pump.lost
         self.lost.add_done_callback(self._fail)
-        self.limits = Limits(MAX_REMAINING_BYTES)
+        self.limits = BrokerLimits(MAX_REMAINING_BYTES)
 
     # Life ---------------------------------------------------------------------------------------------------------
 
@@ -118,30 +118,30 @@ class Connection:
         self._paho.reconnect()
         await asyncio.wait((self._connected, self.lost), return_when=asyncio.FIRST_COMPLETED)
         if not self._connected.done():
-            raise not_greeted(self._address, self._pump.problem, self.lost.result())
+            raise no_connack_error(self._address, self._pump.error, self.lost.result())
         reason, theirs = self._connected.result()
         if reason.value >= _REFUSED:
-            raise not_admitted(self._address, reason.value, str(reason))
-        self.limits = limits_of(theirs)
+            raise connack_error(self._address, reason.value, str(reason))
+        self.limits = parse_limits(theirs)
         self._in_flight = asyncio.Semaphore(min(self.limits.receive_maximum, FIRST_PACKET_ID - 1))
         ping_after_ticks = max(1, min(PING_AFTER_TICKS, self._greeting.keepalive_s // 2))
-        self._pump.watch(ping_after_ticks, name=f"keep-alive {self._address}")
+        self._pump.start_watchdog(ping_after_ticks, name=f"keep-alive {self._address}")
 
     async def close(self) -> None:
         """Send what is queued, say goodbye so that no will is published, and close: two seconds at most."""
         if not self.lost.done():
             with contextlib.suppress(ConnectionLost, TimeoutError):
-                async with asyncio.timeout(FAREWELL_S):
-                    await self._pump.left()
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._pump.wait_sent()
                     self._paho.disconnect()
-                    await self._pump.left()
-            await self._pump.finish(FAREWELL_S)
+                    await self._pump.wait_sent()
+            await self._pump.half_close(CLOSE_TIMEOUT_S)
         await self.abort("it was closed")
 
     async def abort(self, reason: str) -> None:
         """Close at once, without goodbye."""
-        self._pump.end(reason)
-        await self._pump.stop()
+        self._pump.close(reason)
+        await self._pump.stop_watchdog()
 
     # Packets ------------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Connection:
     ) -> None:
         """Send one PUBLISH; return when it has left (QoS 0) or is acknowledged (QoS 1).
 
-        Raises `TooLarge` before a byte is sent, `Refused` for what the broker will not take, `ConnectionLost`.
+        Raises `TooLarge` before a byte is sent, `OperationRefused` for what the broker will not take, `ConnectionLost`.
         """
         if qos == 0:
             await self._send_publish(topic, pieces, properties, 0, retain, 0)
@@ -165,60 +165,60 @@ class Connection:
             finally:
                 self._answers.pop(("PUBACK", packet_id), None)
         if reason >= _REFUSED:
-            raise Refused("publication to", topic, str(ReasonCode(PacketTypes.PUBACK, identifier=reason)))
+            raise OperationRefused("publication to", topic, str(ReasonCode(PacketTypes.PUBACK, identifier=reason)))
 
     async def _send_publish(
         self, topic: str, pieces: Sequence[memoryview], properties: Properties, qos: int, retain: bool, packet_id: int
     ) -> None:
         payload_bytes = sum(piece.nbytes for piece in pieces)
-        head = encode_head(topic, properties, payload_bytes, qos=qos, retain=retain, packet_id=packet_id)
+        head = encode_publish_header(topic, properties, payload_bytes, qos=qos, retain=retain, packet_id=packet_id)
         if len(head) + payload_bytes > self.limits.max_packet_bytes:
             raise TooLarge(f"publication to {topic!r}", self.limits.max_packet_bytes, len(head) + payload_bytes)
         await self._pump.send((memoryview(head), *pieces))
 
     async def subscribe(self, topic_filter: str, qos: int) -> None:
-        """Subscribe; raise `Refused` or `ConnectionLost`."""
+        """Subscribe; raise `OperationRefused` or `ConnectionLost`."""
         _, packet_id = self._paho.subscribe(topic_filter, options=SubscribeOptions(qos=qos))
         await self._confirmed("subscription to", topic_filter, "SUBACK", packet_id)
 
-    def renew(self, topic_filter: str, qos: int) -> None:
+    def resubscribe(self, topic_filter: str, qos: int) -> None:
         """Subscribe to what a kept session has; its answer, after all that was kept, is not waited for."""
 
         def answered(answer: asyncio.Future[int]) -> None:
             if answer.exception() is None and answer.result() >= _REFUSED:
-                self._pump.end(f"the broker no longer grants the subscription to {topic_filter!r}")
+                self._pump.close(f"the broker no longer grants the subscription to {topic_filter!r}")
 
         _, packet_id = self._paho.subscribe(topic_filter, options=SubscribeOptions(qos=qos))
         self._answer("SUBACK", packet_id or 0).add_done_callback(answered)
 
     async def unsubscribe(self, topic_filter: str) -> None:
-        """Unsubscribe; raise `Refused` or `ConnectionLost`."""
+        """Unsubscribe; raise `OperationRefused` or `ConnectionLost`."""
         _, packet_id = self._paho.unsubscribe(topic_filter)
         await self._confirmed("end of the subscription to", topic_filter, "UNSUBACK", packet_id)
 
-    def published(self, head: PublishHead, payload: memoryview) -> None:
+    def on_publish(self, head: PublishHeader, payload: memoryview) -> None:
         """Take a PUBLISH from the reader; acknowledge it when whoever takes it has returned, or later."""
         if self._take(head, payload) and head.qos == 1:
-            self.acknowledge(head.packet_id)
+            self.send_puback(head.packet_id)
 
-    def acknowledge(self, packet_id: int) -> bool:
+    def send_puback(self, packet_id: int) -> bool:
         """Send a PUBACK; False when the connection has ended."""
         with contextlib.suppress(ConnectionLost):
             self._pump.push((memoryview(b"\x40\x02" + packet_id.to_bytes(2, "big")),))
         return not self.lost.done()
 
-    def hold(self, full: bool) -> None:
+    def set_reading_paused(self, paused: bool) -> None:
         """Read nothing from now on, or read on."""
-        self._pump.hold(full)
+        self._pump.set_reading_paused(paused)
 
-    def packet(self, data: bytes) -> None:
+    def on_packet(self, data: bytes) -> None:
         """Take any other packet from the reader: a PUBACK is ours, the rest is paho's."""
         kind = data[0] & 0xF0
         if not self._connected.done() and kind != _CONNACK:
             raise BadPacket("what it answered is not a CONNACK")
         if kind != _PUBACK:
-            self._paho_socket.inbox += data
-            while self._paho_socket.inbox and self._paho.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS:
+            self._paho_socket.receive_buffer += data
+            while self._paho_socket.receive_buffer and self._paho.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 pass
             return
         if len(data) < 4:
@@ -232,8 +232,8 @@ class Connection:
     ) -> None:
         self._connected.set_result((reason, properties))
         if reason.value < _REFUSED:
-            self.resumed = flags.session_present
-            self._greeted(self, self.resumed)
+            self.session_present = flags.session_present
+            self._greeted(self, self.session_present)
 
     def _on_subscribe(
         self, client: Client, data: object, packet_id: int, reasons: list[ReasonCode], properties: PahoProperties | None
@@ -254,9 +254,9 @@ class Connection:
         properties: PahoProperties | None,
     ) -> None:
         if flags.is_disconnect_packet_from_server:
-            self._pump.end(f"the broker ended it: {reason}")
+            self._pump.close(f"the broker ended it: {reason}")
         elif reason.value >= _REFUSED:
-            self._pump.end(f"what the broker sent cannot be read: {reason}; does it speak MQTT 5?")
+            self._pump.close(f"what the broker sent cannot be read: {reason}; does it speak MQTT 5?")
 
     # Answers ------------------------------------------------------------------------------------------------------
 
@@ -277,9 +277,9 @@ class Connection:
         self._answers.clear()
 
     async def _confirmed(self, what: str, topic_filter: str, kind: str, packet_id: int | None) -> None:
-        self._pump.check()
+        self._pump.raise_if_lost()
         assert packet_id is not None  # paho gives none only when it has no connection
         reason = await self._answer(kind, packet_id)
         if reason >= _REFUSED:
             packet = PacketTypes.SUBACK if kind == "SUBACK" else PacketTypes.UNSUBACK
-            raise Refused(what, topic_filter, str(ReasonCode(packet, identifier=reason)))
+            raise OperationRefused(what, topic_filter, str(ReasonCode(packet, identifier=reason)))

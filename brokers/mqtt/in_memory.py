@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from brokers.errors import BrokerUnreachable, Disconnected, TooLarge
-from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, encode_head
-from brokers.mqtt.topic_filters import Subscription, Subscriptions, matches, share_group
-from brokers.protocol.transport import Buffer, Delivery, Handler, Limits, Placer, Properties, Will
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, encode_publish_header
+from brokers.mqtt.topic_filters import Subscription, Subscriptions, filter_matches, split_shared_filter
+from brokers.protocol.transport import BrokerLimits, Buffer, BufferProvider, Delivery, Handler, Properties, Will
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class _Session:
     client: MemoryTransport | None = None
 
     def wants(self, topic: str) -> bool:
-        return any(qos and matches(each, topic) for each, qos in self.filters.items())
+        return any(qos and filter_matches(each, topic) for each, qos in self.filters.items())
 
     def settle(self, kept: _Kept) -> None:
         """In order, as MQTT has it: what came before must be settled too."""
@@ -48,13 +48,13 @@ class _Session:
             self.kept.pop(0)
 
 
-class MemoryHub:
+class MemoryBroker:
     """What a broker keeps, for the transports of one loop."""
 
     def __init__(self, name: str = "hub", *, max_packet_bytes: int = MAX_REMAINING_BYTES) -> None:
         self.address = f"memory://{name}"
-        self.limits = Limits(max_packet_bytes)
-        self.up = True
+        self.limits = BrokerLimits(max_packet_bytes)
+        self.is_up = True
         self._clients: list[MemoryTransport] = []
         self._retained: dict[str, Delivery] = {}
         self._turns: dict[str, itertools.count[int]] = {}
@@ -62,37 +62,37 @@ class MemoryHub:
 
     def stop(self) -> None:
         """Go down as a broker does that is killed: no wills, nothing kept; clients wait until `start`."""
-        self.up = False
+        self.is_up = False
         self._retained.clear()
         self._turns.clear()
         self._sessions.clear()
 
     def start(self) -> None:
         """Come up again: every client that was connected reconnects."""
-        self.up = True
+        self.is_up = True
         for client in self._clients:
-            client.reconnected()
+            client.on_broker_restart()
 
-    def die(self, client: MemoryTransport) -> None:
+    def kill_client(self, client: MemoryTransport) -> None:
         """Lose one client as when its process is killed: its will is published."""
-        self.leave(client)
+        self.detach(client)
         if client.will is not None:
-            self.deal(Delivery(client.will.topic, Properties(), memoryview(client.will.payload), client.will.retain))
+            self.route(Delivery(client.will.topic, Properties(), memoryview(client.will.payload), client.will.retain))
 
-    def join(self, client: MemoryTransport) -> None:
+    def attach(self, client: MemoryTransport) -> None:
         if client not in self._clients:
             self._clients.append(client)
         if client.session_name:
             client.session = self._sessions.setdefault(client.session_name, _Session())
             client.session.client = client
 
-    def leave(self, client: MemoryTransport) -> None:
+    def detach(self, client: MemoryTransport) -> None:
         with contextlib.suppress(ValueError):
             self._clients.remove(client)
         if client.session is not None and client.session.client is client:
             client.session.client = None
 
-    def deal(self, publication: Delivery, qos: int = 1) -> None:
+    def route(self, publication: Delivery, qos: int = 1) -> None:
         """Give one publication to everyone it is for; `retain` asks to keep it (MQTT 5.0 section 3.3.1.3)."""
         if publication.retain and publication.payload.nbytes:
             kept = memoryview(bytes(publication.payload))
@@ -106,30 +106,30 @@ class MemoryHub:
         groups: dict[str, list[tuple[MemoryTransport, Subscription]]] = {}
         for client in self._clients:
             for each in client.matching(publication.topic):
-                if share_group(each.topic_filter)[0]:
+                if split_shared_filter(each.topic_filter)[0]:
                     groups.setdefault(each.topic_filter, []).append((client, each))
                 else:
-                    client.take(live, each, qos)
+                    client.receive(live, each, qos)
         for name, members in groups.items():
             turn = next(self._turns.setdefault(name, itertools.count()))
             client, chosen = members[turn % len(members)]
-            client.take(live, chosen, qos)
+            client.receive(live, chosen, qos)
 
-    def recall(self, client: MemoryTransport, subscription: Subscription) -> None:
+    def send_retained(self, client: MemoryTransport, subscription: Subscription) -> None:
         """Give a new subscription what is retained for it; a shared one gets nothing (section 4.8.2)."""
-        if share_group(subscription.topic_filter)[0]:
+        if split_shared_filter(subscription.topic_filter)[0]:
             return
         for kept in tuple(self._retained.values()):
-            if matches(subscription.topic_filter, kept.topic):
-                client.take(kept, subscription, 1)
+            if filter_matches(subscription.topic_filter, kept.topic):
+                client.receive(kept, subscription, 1)
 
 
 class MemoryTransport:
     """A `Transport` to a hub of this process; one with a `session` finds what was kept under this name."""
 
-    def __init__(self, hub: MemoryHub, *, session: str = "") -> None:
+    def __init__(self, hub: MemoryBroker, *, session_name: str = "") -> None:
         self._hub = hub
-        self.session_name = session
+        self.session_name = session_name
         self.session: _Session | None = None
         self._subscriptions = Subscriptions()
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
@@ -144,32 +144,38 @@ class MemoryTransport:
         return self._hub.address
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> BrokerLimits:
         return self._hub.limits
 
     @property
-    def connected(self) -> bool:
-        return self._connected and self._hub.up and not self._closed
+    def is_connected(self) -> bool:
+        return self._connected and self._hub.is_up and not self._closed
 
     async def connect(self, *, will: Will | None = None, timeout_s: float = 10.0) -> None:
-        if not self._hub.up:
+        if not self._hub.is_up:
             raise BrokerUnreachable(self.address, "the hub is down")
         self.will = will
         self._connected = True
-        self._hub.join(self)
+        self._hub.attach(self)
         self._standing.set()
         self._resume()
 
     async def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None, settle: bool = False
+        self,
+        topic_filter: str,
+        handler: Handler,
+        *,
+        qos: int = 0,
+        buffer_provider: BufferProvider | None = None,
+        manual_ack: bool = False,
     ) -> None:
-        subscription = Subscription(topic_filter, handler, qos, placer, settle)
+        subscription = Subscription(topic_filter, handler, qos, buffer_provider, manual_ack)
         self._subscriptions.add(subscription)
         if self._connected:
             await self._stand()
             if self.session is not None:
                 self.session.filters[topic_filter] = qos
-            self._hub.recall(self, subscription)
+            self._hub.send_retained(self, subscription)
 
     async def unsubscribe(self, topic_filter: str) -> None:
         self._subscriptions.remove(topic_filter)
@@ -187,12 +193,12 @@ class MemoryTransport:
     ) -> None:
         given = (payload,) if isinstance(payload, bytes | bytearray | memoryview) else payload
         payload_bytes = sum(memoryview(piece).nbytes for piece in given)
-        head = encode_head(topic, properties, payload_bytes, qos=qos, retain=retain, packet_id=1)
+        head = encode_publish_header(topic, properties, payload_bytes, qos=qos, retain=retain, packet_id=1)
         limit = self.limits.max_packet_bytes
         if len(head) + payload_bytes > limit:
             raise TooLarge(f"publication to {topic!r}", limit, len(head) + payload_bytes)
         await self._stand()
-        self._hub.deal(Delivery(topic, properties, memoryview(b"".join(given)), retain), qos)
+        self._hub.route(Delivery(topic, properties, memoryview(b"".join(given)), retain), qos)
         await asyncio.sleep(0)  # so that a sender that never waits lets receivers run
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
@@ -201,7 +207,7 @@ class MemoryTransport:
     async def close(self) -> None:
         self._closed = True
         self._standing.set()
-        self._hub.leave(self)
+        self._hub.detach(self)
         for task in tuple(self._calls):
             task.cancel()
         if self._calls:
@@ -212,14 +218,14 @@ class MemoryTransport:
     def matching(self, topic: str) -> tuple[Subscription, ...]:
         return self._subscriptions.matching(topic)
 
-    def take(self, delivery: Delivery, subscription: Subscription, qos: int) -> None:
-        kept = _Kept(replace(delivery, again=True)) if qos and subscription.qos else None
+    def receive(self, delivery: Delivery, subscription: Subscription, qos: int) -> None:
+        kept = _Kept(replace(delivery, redelivered=True)) if qos and subscription.qos else None
         if kept is not None and self.session is not None:
             self.session.kept.append(kept)
         asyncio.get_running_loop().call_soon(self._hand_over, delivery, subscription, kept)
 
-    def reconnected(self) -> None:
-        self._hub.join(self)
+    def on_broker_restart(self) -> None:
+        self._hub.attach(self)
         self._resume()
         self._standing.set()
         task = asyncio.create_task(self._call_back(), name=f"reconnected to {self.address}")
@@ -231,17 +237,17 @@ class MemoryTransport:
     def _resume(self) -> None:
         """Have what the session kept handed over again, and then what is retained."""
         for kept in tuple(self.session.kept) if self.session is not None else ():
-            delivery, kept.delivery = kept.delivery, replace(kept.delivery, again=True)
+            delivery, kept.delivery = kept.delivery, replace(kept.delivery, redelivered=True)
             for each in self._subscriptions.matching(delivery.topic):
                 asyncio.get_running_loop().call_soon(self._hand_over, delivery, each, kept)
         for each in self._subscriptions:
             if self.session is not None:
                 self.session.filters[each.topic_filter] = each.qos
-            self._hub.recall(self, each)
+            self._hub.send_retained(self, each)
 
     async def _stand(self) -> None:
         """Return when the hub is up."""
-        while not self._closed and not (self._connected and self._hub.up):
+        while not self._closed and not (self._connected and self._hub.is_up):
             self._standing.clear()
             await self._standing.wait()
         if self._closed:
@@ -259,20 +265,20 @@ class MemoryTransport:
             return
         length = delivery.payload.nbytes
         place = None
-        if subscription.placer and length:
+        if subscription.buffer_provider and length:
             try:
-                place = subscription.placer(delivery.topic, delivery.properties, length)
+                place = subscription.buffer_provider(delivery.topic, delivery.properties, length)
             except Exception:
                 log.exception("the placer of %s failed on %d bytes", subscription.topic_filter, length)
         payload = memoryview(bytearray(length)) if place is None else place
         payload[:] = delivery.payload
         settle = partial(self._settle, kept) if kept is not None else None
         try:
-            subscription.handler(replace(delivery, payload=payload, settle=settle if subscription.settle else None))
+            subscription.handler(replace(delivery, payload=payload, ack=settle if subscription.manual_ack else None))
         except Exception:
             log.exception("the handler of %s failed on %d bytes", subscription.topic_filter, length)
         else:
-            if subscription.settle:
+            if subscription.manual_ack:
                 return
         if settle is not None:
             settle()

@@ -17,40 +17,47 @@ from typing import Protocol
 import numpy as np
 
 from brokers.errors import TooLarge
-from brokers.mqtt.publish_packet import MAX_HEAD_BYTES, PUBLISH, BadPacket, PublishHead, parse_head, parse_length
+from brokers.mqtt.publish_packet import (
+    MAX_HEADER_BYTES,
+    PUBLISH,
+    BadPacket,
+    PublishHeader,
+    parse_publish_header,
+    parse_varint,
+)
 
-HEAD_BUFFER_BYTES = (
+HEADER_BUFFER_BYTES = (
     16 << 10
 )  # what arrives with a head is copied once: small enough to cost nothing, large enough for one read
-MAX_PIECES = 64  # buffers in one sendmsg; Linux takes 1024 (IOV_MAX)
-SMALL_BYTES = 64 << 10  # below this a bytearray is faster than an uninitialised array
+MAX_SENDMSG_BUFFERS = 64  # buffers in one sendmsg; Linux takes 1024 (IOV_MAX)
+SMALL_PAYLOAD_BYTES = 64 << 10  # below this a bytearray is faster than an uninitialised array
 
-NOT_NOW = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+WOULD_BLOCK_ERRORS = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class Sink(Protocol):
+class PacketHandler(Protocol):
     """Who gets what a reader finds."""
 
-    def place(self, head: PublishHead) -> memoryview | None:
+    def get_buffer(self, head: PublishHeader) -> memoryview | None:
         """Say where the payload of this PUBLISH shall be written; None for a fresh buffer."""
         ...
 
-    def published(self, head: PublishHead, payload: memoryview) -> None:
+    def on_publish(self, head: PublishHeader, payload: memoryview) -> None:
         """Take a whole PUBLISH; one that was read over has no topic and no payload, and wants its acknowledgement."""
         ...
 
-    def packet(self, data: bytes) -> None:
+    def on_packet(self, data: bytes) -> None:
         """Take a whole packet of any other type."""
         ...
 
 
-class OutQueue:
+class PacketWriter:
     """Bytes on their way out, in order, as views of the buffers they came in; counts what it took and what has left."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._pieces: deque[memoryview] = deque()
-        self.taken_bytes = 0
+        self.accepted_bytes = 0
         self.sent_bytes = 0
 
     def push(self, pieces: Sequence[memoryview]) -> int:
@@ -58,8 +65,8 @@ class OutQueue:
         for piece in pieces:
             if piece.nbytes:
                 self._pieces.append(piece)
-                self.taken_bytes += piece.nbytes
-        return self.taken_bytes
+                self.accepted_bytes += piece.nbytes
+        return self.accepted_bytes
 
     def flush(self) -> bool:
         """Send until nothing is left (True) or the socket is full (False); raise OSError for a broken connection."""
@@ -67,10 +74,10 @@ class OutQueue:
         while self._pieces:
             try:
                 if gather:
-                    sent = self._sock.sendmsg(islice(self._pieces, MAX_PIECES))
+                    sent = self._sock.sendmsg(islice(self._pieces, MAX_SENDMSG_BUFFERS))
                 else:
                     sent = self._sock.send(self._pieces[0])
-            except NOT_NOW:
+            except WOULD_BLOCK_ERRORS:
                 return False
             self.sent_bytes += sent
             self._drop(sent)
@@ -89,18 +96,18 @@ class OutQueue:
 class PacketReader:
     """Cuts what a socket gives into packets; payloads are received in place."""
 
-    def __init__(self, sock: socket.socket, sink: Sink, max_packet_bytes: int) -> None:
+    def __init__(self, sock: socket.socket, sink: PacketHandler, max_packet_bytes: int) -> None:
         self._sock = sock
         self._sink = sink
         self._max_packet_bytes = max_packet_bytes
         self._scatter = not isinstance(sock, ssl.SSLSocket)
-        self._buffer = memoryview(bytearray(HEAD_BUFFER_BYTES))
+        self._buffer = memoryview(bytearray(HEADER_BUFFER_BYTES))
         self._start = 0  # what is not yet parsed lies in buffer[start:end]
         self._end = 0
-        self._head: PublishHead | None = None  # set while its payload is on the way
+        self._head: PublishHeader | None = None  # set while its payload is on the way
         self._payload = memoryview(b"")
         self._filled = 0
-        self._passing: PublishHead | None = None  # set while a PUBLISH is read over
+        self._passing: PublishHeader | None = None  # set while a PUBLISH is read over
         self._passing_bytes = 0  # what is still to come of it
         self.received_bytes = 0
 
@@ -113,7 +120,7 @@ class PacketReader:
         while budget_bytes > 0:
             try:
                 count, room = self._receive()
-            except NOT_NOW:
+            except WOULD_BLOCK_ERRORS:
                 return False
             if not count:
                 raise ConnectionResetError("the broker closed the connection")
@@ -153,7 +160,7 @@ class PacketReader:
                 if self._filled < self._head.payload_bytes:
                     return
                 head, payload, self._head, self._payload = self._head, self._payload, None, memoryview(b"")
-                self._sink.published(head, payload)
+                self._sink.on_publish(head, payload)
             elif self._passing is not None:
                 if not self._pass_over(self._passing):
                     return
@@ -165,11 +172,11 @@ class PacketReader:
                 return
 
     def _begin_publish(self) -> bool:
-        head = parse_head(self._buffer[self._start : self._end])
+        head = parse_publish_header(self._buffer[self._start : self._end])
         if head is None:
             return False
-        self._check_size(head.head_bytes + head.payload_bytes)
-        self._start += head.head_bytes
+        self._check_size(head.header_bytes + head.payload_bytes)
+        self._start += head.header_bytes
         if not head.topic:
             self._passing, self._passing_bytes = head, head.payload_bytes
             return True
@@ -180,7 +187,7 @@ class PacketReader:
         self._start += self._filled
         return True
 
-    def _pass_over(self, head: PublishHead) -> bool:
+    def _pass_over(self, head: PublishHeader) -> bool:
         """Throw away what came of a PUBLISH that nobody can read; return whether that was all of it."""
         taken = min(self._passing_bytes, self._end - self._start)
         self._start += taken
@@ -189,30 +196,30 @@ class PacketReader:
             self._start = self._end = 0
             return False
         self._passing = None
-        self._sink.published(head, memoryview(b""))
+        self._sink.on_publish(head, memoryview(b""))
         return True
 
-    def _place(self, head: PublishHead) -> memoryview:
-        place = self._sink.place(head) if head.payload_bytes else None
+    def _place(self, head: PublishHeader) -> memoryview:
+        place = self._sink.get_buffer(head) if head.payload_bytes else None
         if place is not None:
             return place
-        if head.payload_bytes < SMALL_BYTES:
+        if head.payload_bytes < SMALL_PAYLOAD_BYTES:
             return memoryview(bytearray(head.payload_bytes))
         return np.empty(head.payload_bytes, np.uint8).data  # not zeroed, and not paid for until bytes come
 
     def _take_packet(self) -> bool:
-        length = parse_length(self._buffer[self._start : self._end], 1)
+        length = parse_varint(self._buffer[self._start : self._end], 1)
         if length is None:
             return False
         total = sum(length)
         self._check_size(total)
-        if total > MAX_HEAD_BYTES:
+        if total > MAX_HEADER_BYTES:
             raise BadPacket(f"a packet of type {self._buffer[self._start] >> 4} with {total} bytes")
         if self._end - self._start < total:
             return False
         data = bytes(self._buffer[self._start : self._start + total])
         self._start += total
-        self._sink.packet(data)
+        self._sink.on_packet(data)
         return True
 
     def _check_size(self, packet_bytes: int) -> None:

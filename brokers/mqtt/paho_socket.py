@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from brokers.mqtt.socket_loop import Pump
+from brokers.mqtt.socket_loop import PacketSocket
 
 
 class PahoSocket:
     """Bytes to a pump, and bytes that somebody puts into `inbox`."""
 
-    def __init__(self, pump: Pump, descriptor: int) -> None:
+    def __init__(self, pump: PacketSocket, descriptor: int) -> None:
         self._pump = pump
         self._descriptor = descriptor
-        self.inbox = bytearray()
+        self.receive_buffer = bytearray()
 
     def send(self, data: bytes) -> int:
         self._pump.push((memoryview(bytes(data)),))
         return len(data)
 
     def recv(self, count: int) -> bytes:
-        if not self.inbox:
+        if not self.receive_buffer:
             raise BlockingIOError
-        data = bytes(self.inbox[:count])
-        del self.inbox[:count]
+        data = bytes(self.receive_buffer[:count])
+        del self.receive_buffer[:count]
         return data
 
     def fileno(self) -> int:

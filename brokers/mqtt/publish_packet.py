@@ -15,7 +15,7 @@ from brokers.protocol.transport import Properties
 PUBLISH = 0x30
 MAX_REMAINING_BYTES = 268_435_455  # four bytes of seven bits: section 1.5.5
 MAX_FIELD_BYTES = 65_535  # strings and binary data have two-byte lengths: sections 1.5.4 and 1.5.6
-MAX_HEAD_BYTES = 1 << 20  # ours: a head is buffered whole before it is parsed; real ones have less than 300 bytes
+MAX_HEADER_BYTES = 1 << 20  # ours: a head is buffered whole before it is parsed; real ones have less than 300 bytes
 
 _PAYLOAD_FORMAT = 0x01  # property identifiers: section 2.2.2.2
 _EXPIRY = 0x02
@@ -38,7 +38,7 @@ class BadPacket(WireError):
 
 
 @dataclass(frozen=True, slots=True)
-class PublishHead:
+class PublishHeader:
     """A PUBLISH without its payload; `head_bytes` is where the payload begins, `payload_bytes` how long it is.
 
     Without a topic it is to be read over: its properties, which count as payload then, are too large to be read.
@@ -46,15 +46,15 @@ class PublishHead:
 
     topic: str
     properties: Properties
-    head_bytes: int
+    header_bytes: int
     payload_bytes: int
     qos: int = 0
     retain: bool = False
     packet_id: int = 0
-    again: bool = False  # DUP: the broker has sent it before, and it was not acknowledged
+    dup: bool = False  # DUP: the broker has sent it before, and it was not acknowledged
 
 
-def encode_head(
+def encode_publish_header(
     topic: str, properties: Properties, payload_bytes: int, *, qos: int = 0, retain: bool = False, packet_id: int = 0
 ) -> bytes:
     """Return the bytes of a PUBLISH up to its payload.
@@ -66,20 +66,20 @@ def encode_head(
     name = _field("topic", topic.encode())
     packed = b"" if properties == _NO_PROPERTIES else _encode_properties(properties)
     identifier = struct.pack("!H", packet_id) if qos else b""
-    body = b"".join((name, identifier, encode_length(len(packed)), packed))
+    body = b"".join((name, identifier, encode_varint(len(packed)), packed))
     remaining = len(body) + payload_bytes
     if remaining > MAX_REMAINING_BYTES:
         raise TooLarge(f"publication to {topic!r}", MAX_REMAINING_BYTES, remaining)
-    return bytes((PUBLISH | qos << 1 | retain,)) + encode_length(remaining) + body
+    return bytes((PUBLISH | qos << 1 | retain,)) + encode_varint(remaining) + body
 
 
-def parse_head(data: memoryview) -> PublishHead | None:
+def parse_publish_header(data: memoryview) -> PublishHeader | None:
     """Return the head that `data` begins with, or None while more bytes are needed to tell.
 
     Raises `BadPacket` for bytes that no longer can become a PUBLISH. Properties of gigantic size break nothing: whoever
     may publish could end the connections of all who listen, and with a retained message do so for ever.
     """
-    length = parse_length(data, 1)
+    length = parse_varint(data, 1)
     if length is None:
         return None
     remaining, start = length
@@ -95,7 +95,7 @@ def parse_head(data: memoryview) -> PublishHead | None:
         raise BadPacket("a PUBLISH that ends inside its topic")
     if len(data) <= id_end:
         return None
-    properties_length = parse_length(data, id_end, end)
+    properties_length = parse_varint(data, id_end, end)
     if properties_length is None:
         return None
     properties_bytes, properties_at = properties_length
@@ -103,8 +103,8 @@ def parse_head(data: memoryview) -> PublishHead | None:
     if head_bytes > end:
         raise BadPacket("a PUBLISH that ends inside its properties")
     packet_id = _short(data, topic_end, end) if qos else 0
-    if head_bytes > MAX_HEAD_BYTES:
-        return PublishHead("", _NO_PROPERTIES, properties_at, end - properties_at, qos, bool(flags & 1), packet_id)
+    if head_bytes > MAX_HEADER_BYTES:
+        return PublishHeader("", _NO_PROPERTIES, properties_at, end - properties_at, qos, bool(flags & 1), packet_id)
     if len(data) < head_bytes:
         return None
     properties = _parse_properties(data[properties_at:head_bytes]) if properties_bytes else _NO_PROPERTIES
@@ -112,10 +112,10 @@ def parse_head(data: memoryview) -> PublishHead | None:
     if not topic:
         raise BadPacket("a PUBLISH without a topic")
     again = bool(flags & 8)
-    return PublishHead(topic, properties, head_bytes, end - head_bytes, qos, bool(flags & 1), packet_id, again)
+    return PublishHeader(topic, properties, head_bytes, end - head_bytes, qos, bool(flags & 1), packet_id, again)
 
 
-def encode_length(number: int) -> bytes:
+def encode_varint(number: int) -> bytes:
     """Return a Variable Byte Integer (section 1.5.5)."""
     out = bytearray()
     while True:
@@ -125,7 +125,7 @@ def encode_length(number: int) -> bytes:
             return bytes(out)
 
 
-def parse_length(data: memoryview, at: int, end: int | None = None) -> tuple[int, int] | None:
+def parse_varint(data: memoryview, at: int, end: int | None = None) -> tuple[int, int] | None:
     """Return a Variable Byte Integer at `at` and where it ends; None while bytes are missing."""
     number = 0
     for index in range(4):
@@ -150,10 +150,10 @@ def _encode_properties(properties: Properties) -> bytes:
     if properties.response_topic:
         out.append(_RESPONSE_TOPIC)
         out += _field("response topic", properties.response_topic.encode())
-    if properties.correlation:
+    if properties.correlation_data:
         out.append(_CORRELATION)
-        out += _field("correlation data", properties.correlation)
-    for name, value in properties.user:
+        out += _field("correlation data", properties.correlation_data)
+    for name, value in properties.user_properties:
         out.append(_USER)
         out += _field("user property", name.encode())
         out += _field("user property", value.encode())
@@ -185,10 +185,10 @@ def _parse_properties(data: memoryview) -> Properties:
         found[kind], at = _take_value(kind, data, at)
     return Properties(
         content_type=_text(found.get(_CONTENT_TYPE, b"")),
-        correlation=found.get(_CORRELATION, b""),
+        correlation_data=found.get(_CORRELATION, b""),
         response_topic=_text(found.get(_RESPONSE_TOPIC, b"")),
         expiry_s=int.from_bytes(found[_EXPIRY], "big") if _EXPIRY in found else None,
-        user=tuple(user),
+        user_properties=tuple(user),
     )
 
 
@@ -212,7 +212,7 @@ def _take_field(data: memoryview, at: int) -> tuple[bytes, int]:
 
 
 def _skip_length(data: memoryview, at: int) -> int:
-    length = parse_length(data, at, len(data))
+    length = parse_varint(data, at, len(data))
     assert length is not None  # bounded by its end, it is found or it raises
     return length[1]
 

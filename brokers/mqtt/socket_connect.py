@@ -20,14 +20,14 @@ SEND_BUFFER_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Tls:
+class TlsConfig:
     """The certificates for `mqtts://`: whom to believe, who we are. Paths of PEM files; None: the system's CAs."""
 
     cafile: str | None = None
     certfile: str | None = None
     keyfile: str | None = None
 
-    def context(self) -> ssl.SSLContext:
+    def create_context(self) -> ssl.SSLContext:
         """Return the context for a client; raise `BadFile` for a file that is missing or holds something else."""
         path = self.cafile or ""
         try:
@@ -40,13 +40,13 @@ class Tls:
         return context
 
 
-async def dial(address: BrokerAddress, tls: Tls) -> socket.socket:
+async def connect_socket(address: BrokerAddress, tls: TlsConfig) -> socket.socket:
     """Connect to the first of the host's addresses that answers; raise OSError when none does. Has no time limit."""
-    if address.unix:
+    if address.is_unix_socket:
         return await _connect(socket.AF_UNIX, address.host)
     loop = asyncio.get_running_loop()
     problem: OSError | None = None
-    context = tls.context() if address.tls else None
+    context = tls.create_context() if address.is_tls else None
     for family, _, _, _, place in await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
         try:
             sock = await _connect(family, place)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from brokers.errors import WireError
-from brokers.mqtt.packet_io import OutQueue, PacketReader, Sink
+from brokers.mqtt.packet_io import PacketHandler, PacketReader, PacketWriter
 
 READ_BUDGET_BYTES = 4 << 20  # then the loop's other tasks have their turn
 # What may wait for the socket when one more packet is queued: a chunk on its way out. Whoever publishes waits for that:
@@ -30,14 +30,14 @@ class ConnectionLost(Exception):
     """The connection ended before what was awaited on it; the text says why. `MqttTransport` reconnects."""
 
 
-class Pump:
+class PacketSocket:
     """Moves packets between one socket and one sink until the connection ends; then `lost` is done, with the reason."""
 
-    def __init__(self, sock: socket.socket, sink: Sink, max_packet_bytes: int) -> None:
+    def __init__(self, sock: socket.socket, sink: PacketHandler, max_packet_bytes: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._socket = sock
         self._descriptor = sock.fileno()
-        self._out = OutQueue(sock)
+        self._out = PacketWriter(sock)
         self._reader = PacketReader(sock, sink, max_packet_bytes)
         self._writing = False
         self._held = False
@@ -45,17 +45,17 @@ class Pump:
         self._leaving: deque[tuple[int, asyncio.Future[None]]] = deque()  # (sent bytes at which it has left, who waits)
         self._watching: asyncio.Task[None] | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
-        self.problem: OSError | WireError | None = None  # what ended it, where that was an error
+        self.error: OSError | WireError | None = None  # what ended it, where that was an error
 
     def start(self) -> None:
         self._loop.add_reader(self._descriptor, self._on_readable)
 
-    def hold(self, full: bool) -> None:
+    def set_reading_paused(self, paused: bool) -> None:
         """Read nothing from now on, or read on; whoever sends then waits in its turn."""
-        if self.lost.done() or full == self._held:
+        if self.lost.done() or paused == self._held:
             return
-        self._held = full
-        if full:
+        self._held = paused
+        if paused:
             self._loop.remove_reader(self._descriptor)
         else:
             self._loop.add_reader(self._descriptor, self._on_readable)
@@ -63,7 +63,7 @@ class Pump:
 
     def push(self, pieces: Sequence[memoryview]) -> int:
         """Queue one packet, send what the socket takes; return the count of sent bytes at which the packet has left."""
-        self.check()
+        self.raise_if_lost()
         end = self._out.push(pieces)
         if not self._writing:
             self._on_writable()
@@ -72,26 +72,26 @@ class Pump:
     async def send(self, pieces: Sequence[memoryview]) -> None:
         """Queue one packet when there is room, and return when it has left; raise `ConnectionLost`."""
         async with self._turn:
-            while self._out.taken_bytes - self._out.sent_bytes > QUEUE_LIMIT_BYTES:
-                await self.left(self._out.taken_bytes - QUEUE_LIMIT_BYTES)
+            while self._out.accepted_bytes - self._out.sent_bytes > QUEUE_LIMIT_BYTES:
+                await self.wait_sent(self._out.accepted_bytes - QUEUE_LIMIT_BYTES)
             end = self.push(pieces)
-        await self.left(end)
+        await self.wait_sent(end)
 
-    async def left(self, end: int | None = None) -> None:
+    async def wait_sent(self, end: int | None = None) -> None:
         """Return when that many bytes have left, by default all that were queued; raise `ConnectionLost`."""
-        end = self._out.taken_bytes if end is None else end
+        end = self._out.accepted_bytes if end is None else end
         if self._out.sent_bytes < end:
-            self.check()
+            self.raise_if_lost()
             future: asyncio.Future[None] = self._loop.create_future()
             self._leaving.append((end, future))
             await future
 
-    def check(self) -> None:
+    def raise_if_lost(self) -> None:
         """Raise `ConnectionLost` when the connection has ended."""
         if self.lost.done():
             raise ConnectionLost(self.lost.result())
 
-    async def finish(self, timeout_s: float) -> None:
+    async def half_close(self, timeout_s: float) -> None:
         """Close our side, and wait a little for the broker to close its own.
 
         Closing a socket with unread bytes resets the connection, and the reset may overtake our last packet.
@@ -100,7 +100,7 @@ class Pump:
             self._socket.shutdown(socket.SHUT_WR)
         await asyncio.wait((self.lost,), timeout=timeout_s)
 
-    def end(self, reason: str) -> None:
+    def close(self, reason: str) -> None:
         """Close at once; whoever waits gets `ConnectionLost`."""
         if self.lost.done():
             return
@@ -113,7 +113,7 @@ class Pump:
                 future.set_exception(ConnectionLost(reason))
         self._leaving.clear()
 
-    async def stop(self) -> None:
+    async def stop_watchdog(self) -> None:
         """End the task that watches; the connection must have ended."""
         if self._watching is not None:
             self._watching.cancel()
@@ -148,8 +148,8 @@ class Pump:
                 self._loop.remove_writer(self._descriptor)
 
     def _fail(self, error: OSError | WireError) -> None:
-        self.problem = error
-        self.end(str(getattr(error, "strerror", None) or error))
+        self.error = error
+        self.close(str(getattr(error, "strerror", None) or error))
 
     def _last_words(self) -> ssl.SSLError | None:
         """Why the broker would not have us, where it said so before it closed; it hears us no more, and is heard.
@@ -165,7 +165,7 @@ class Pump:
                 pass
         return None
 
-    def watch(self, ping_after_ticks: int, name: str) -> None:
+    def start_watchdog(self, ping_after_ticks: int, name: str) -> None:
         """Begin to look for signs of life."""
         self._watching = asyncio.create_task(self._watch(ping_after_ticks), name=name)
 
@@ -179,12 +179,12 @@ class Pump:
         quiet, received, taken = 0, 0, 0
         while not self.lost.done():
             await asyncio.sleep(TICK_S)
-            waiting = self._out.taken_bytes - self._out.sent_bytes + _unacknowledged_bytes(self._socket)
-            alive = self._reader.received_bytes > received or (waiting and self._out.taken_bytes - waiting > taken)
-            received, taken = self._reader.received_bytes, self._out.taken_bytes - waiting
+            waiting = self._out.accepted_bytes - self._out.sent_bytes + _unacknowledged_bytes(self._socket)
+            alive = self._reader.received_bytes > received or (waiting and self._out.accepted_bytes - waiting > taken)
+            received, taken = self._reader.received_bytes, self._out.accepted_bytes - waiting
             quiet = 0 if alive or (self._held and quiet >= ping_after_ticks) else quiet + 1
             if quiet >= DEAD_AFTER_TICKS:
-                self.end(f"the broker has been silent for {quiet * TICK_S:g} s")
+                self.close(f"the broker has been silent for {quiet * TICK_S:g} s")
             elif quiet == ping_after_ticks:
                 with contextlib.suppress(ConnectionLost):
                     self.push((_PINGREQ,))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from brokers.protocol.transport import Handler, Placer
+from brokers.protocol.transport import BufferProvider, Handler
 
-REMEMBERED_TOPICS = 4096  # topics whose matches are kept; real processes see tens
+MATCH_CACHE_SIZE = 4096  # topics whose matches are kept; real processes see tens
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,8 @@ class Subscription:
     topic_filter: str
     handler: Handler
     qos: int = 0
-    placer: Placer | None = None
-    settle: bool = False
+    buffer_provider: BufferProvider | None = None
+    manual_ack: bool = False
 
 
 class Subscriptions:
@@ -43,8 +43,8 @@ class Subscriptions:
         """Return every subscription that matches, in the order in which they were added."""
         found = self._by_topic.get(topic)
         if found is None:
-            found = tuple(each for each in self._by_filter.values() if matches(each.topic_filter, topic))
-            if len(self._by_topic) >= REMEMBERED_TOPICS:
+            found = tuple(each for each in self._by_filter.values() if filter_matches(each.topic_filter, topic))
+            if len(self._by_topic) >= MATCH_CACHE_SIZE:
                 self._by_topic.clear()
             self._by_topic[topic] = found
         return found
@@ -56,7 +56,7 @@ class Subscriptions:
         return topic_filter in self._by_filter
 
 
-def share_group(topic_filter: str) -> tuple[str, str]:
+def split_shared_filter(topic_filter: str) -> tuple[str, str]:
     """Return the group and the plain filter of `$share/{group}/{filter}`; the group is "" for a plain filter."""
     if topic_filter.startswith("$share/"):
         group, _, plain = topic_filter[len("$share/") :].partition("/")
@@ -64,9 +64,9 @@ def share_group(topic_filter: str) -> tuple[str, str]:
     return "", topic_filter
 
 
-def matches(topic_filter: str, topic: str) -> bool:
+def filter_matches(topic_filter: str, topic: str) -> bool:
     """Return whether a filter, shared or not, matches a topic."""
-    wanted = share_group(topic_filter)[1].split("/")
+    wanted = split_shared_filter(topic_filter)[1].split("/")
     levels = topic.split("/")
     if topic.startswith("$") and wanted[0] in ("+", "#"):  # section 4.7.2
         return False

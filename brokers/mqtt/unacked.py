@@ -18,84 +18,86 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from brokers.mqtt.publish_packet import PublishHead
+from brokers.mqtt.publish_packet import PublishHeader
 
-LIMIT_BYTES = 256 << 20
+UNACKED_LIMIT_BYTES = 256 << 20
 
 
-class Channel(Protocol):
+class AckConnection(Protocol):
     """The connection that stands, as receipts see it."""
 
-    def acknowledge(self, packet_id: int) -> bool:
+    def send_puback(self, packet_id: int) -> bool:
         """Send a PUBACK; False when the connection has ended."""
         ...
 
-    def hold(self, full: bool) -> None:
+    def set_reading_paused(self, paused: bool) -> None:
         """Read nothing from now on, or read on."""
         ...
 
 
 @dataclass(eq=False, slots=True)
-class Receipt:
+class UnackedPublish:
     """One publication in hand, known by its packet identifier and by what it says."""
 
     packet_id: int
-    mark: tuple[str, int, int]
-    waiting: int = 1  # handlers that have not settled it
+    content_key: tuple[str, int, int]
+    pending_handlers: int = 1  # handlers that have not settled it
     nbytes: int = 0
 
 
-class Receipts:
+class Unacked:
     """The publications that one client has in hand; at most about `limit`, and `limit_bytes` of payload."""
 
-    def __init__(self, limit: int, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(self, limit: int, limit_bytes: int = UNACKED_LIMIT_BYTES) -> None:
         self._limit = limit
         self._limit_bytes = limit_bytes
-        self._order: deque[Receipt] = deque()  # of this connection
-        self._before: dict[int, Receipt] = {}  # of former ones of this session, by packet identifier
-        self._channel: Channel | None = None
+        self._order: deque[UnackedPublish] = deque()  # of this connection
+        self._before: dict[int, UnackedPublish] = {}  # of former ones of this session, by packet identifier
+        self._channel: AckConnection | None = None
         self._full = False
-        self.unsettled = 0
-        self.unsettled_bytes = 0
+        self.pending_count = 0
+        self.pending_bytes = 0
 
-    def begin(self, channel: Channel, resumed: bool) -> None:
+    def attach(self, connection: AckConnection, session_present: bool) -> None:
         """A new connection stands; `resumed`: with the session of the last one."""
-        self._before = {**self._before, **{each.packet_id: each for each in self._order}} if resumed else {}
+        self._before = {**self._before, **{each.packet_id: each for each in self._order}} if session_present else {}
         self._order.clear()
-        self._channel = channel
+        self._channel = connection
         self._full = False
         self._flush()
 
-    def take(self, head: PublishHead, payload: memoryview, handlers: int) -> Receipt | None:
+    def add(self, head: PublishHeader, payload: memoryview, handlers: int) -> UnackedPublish | None:
         """A receipt for what has come, which so many handlers will settle; None for what is in hand already."""
         mark = (head.topic, payload.nbytes, zlib.crc32(payload))
         known = self._before.pop(head.packet_id, None)
-        if known is not None and head.again and known.mark == mark:
+        if known is not None and head.dup and known.content_key == mark:
             self._order.append(known)
             self._flush()
             return None
-        receipt = Receipt(head.packet_id, mark, handlers, payload.nbytes)
+        receipt = UnackedPublish(head.packet_id, mark, handlers, payload.nbytes)
         self._order.append(receipt)
         if handlers:
-            self.unsettled += 1
-            self.unsettled_bytes += receipt.nbytes
+            self.pending_count += 1
+            self.pending_bytes += receipt.nbytes
         self._flush()
         return receipt
 
-    def settle(self, receipt: Receipt) -> None:
+    def ack(self, receipt: UnackedPublish) -> None:
         """One handler is done with it."""
-        receipt.waiting -= 1
-        if receipt.waiting == 0:
-            self.unsettled -= 1
-            self.unsettled_bytes -= receipt.nbytes
+        receipt.pending_handlers -= 1
+        if receipt.pending_handlers == 0:
+            self.pending_count -= 1
+            self.pending_bytes -= receipt.nbytes
             self._flush()
 
     def _flush(self) -> None:
         if self._channel is None:
             return
-        while self._order and self._order[0].waiting <= 0 and self._channel.acknowledge(self._order[0].packet_id):
+        while (
+            self._order and self._order[0].pending_handlers <= 0 and self._channel.send_puback(self._order[0].packet_id)
+        ):
             self._order.popleft()
-        full = max(len(self._order), self.unsettled) >= self._limit or self.unsettled_bytes >= self._limit_bytes
+        full = max(len(self._order), self.pending_count) >= self._limit or self.pending_bytes >= self._limit_bytes
         if full != self._full:
             self._full = full
-            self._channel.hold(full)
+            self._channel.set_reading_paused(full)

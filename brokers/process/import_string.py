@@ -23,7 +23,7 @@ class CannotLoad(UsageError):
         return f"{self.address!r}: {self.problem}"
 
 
-def load_named(address: str, folder: str | Path) -> Any:
+def import_string(address: str, folder: str | Path) -> Any:
     """What stands at `package.module:name`; `folder` (the pipeline file's) is searched beside the installed packages.
 
     Raises `CannotLoad` with what was wrong: the form, the module, what the module did when it was imported, the name.
@@ -41,14 +41,14 @@ def load_named(address: str, folder: str | Path) -> Any:
     except (Exception, SystemExit) as error:  # it is the user's code that runs, and it may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise CannotLoad(address, f"{error} (searched in {folder} and the installed packages)") from error
-        raise CannotLoad(address, f"importing {module_name} raised {told(error, folder)}") from error
+        raise CannotLoad(address, f"importing {module_name} raised {describe_exception(error, folder)}") from error
     try:
         return getattr(module, name)
     except AttributeError:
         raise CannotLoad(address, f"module {module_name} has no {name}") from None
 
 
-def told(error: BaseException, folder: str | Path) -> str:
+def describe_exception(error: BaseException, folder: str | Path) -> str:
     """What the user's code raised, and its last line that had a part in it: `ValueError: no (mine.py, line 3)`."""
     what = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     if isinstance(error, SyntaxError):  # it says itself where

@@ -14,14 +14,14 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 
-class Pulse:
+class LivenessFile:
     """Touches the file that SPARSE_PULSE names, at each beat; without one it does nothing."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         named = environment.get("SPARSE_PULSE")
         self._file = Path(named) if named else None
 
-    def beat(self) -> None:
+    def touch(self) -> None:
         """The broker has just acknowledged that this process is up."""
         if self._file is None:
             return

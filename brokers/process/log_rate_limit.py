@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # Ample for a person to see what is going on; at most 2 lines a second from one place.
-LINES = 20
-EVERY_S = 10.0
-LONGEST_LETTERS = 1000
+MAX_LINES = 20
+INTERVAL_S = 10.0
+MAX_LINE_CHARACTERS = 1000
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class _Place:
     left_out: int = 0
 
 
-class Sparing(logging.Filter):
+class RateLimitFilter(logging.Filter):
     """For a handler: lets warnings and worse through while they are few, and says how many of them it left out."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,12 +38,12 @@ class Sparing(logging.Filter):
         left_out = 0
         if record.levelno >= logging.WARNING:
             place = self._place(record)
-            if place.lines >= LINES:
+            if place.lines >= MAX_LINES:
                 place.left_out += 1
                 return False
             place.lines += 1
             left_out, place.left_out = place.left_out, 0
-        record.msg, record.args = harmless(record.getMessage()), ()
+        record.msg, record.args = sanitize(record.getMessage()), ()
         if left_out:
             record.msg += f" ({left_out} lines like this one were left out before)"
         return True
@@ -51,15 +51,15 @@ class Sparing(logging.Filter):
     def _place(self, record: logging.LogRecord) -> _Place:
         now_s = self._clock()
         place = self._places.setdefault((record.pathname, record.lineno), _Place(now_s))
-        if now_s - place.begin_s >= EVERY_S:
+        if now_s - place.begin_s >= INTERVAL_S:
             place.begin_s, place.lines = now_s, 0
         return place
 
 
-def harmless(text: str) -> str:
-    """`text` in at most `LONGEST_LETTERS` letters, as one line, with no character that is more than a letter."""
-    if len(text) > LONGEST_LETTERS:
-        text = f"{text[:LONGEST_LETTERS]}... ({len(text)} characters)"
+def sanitize(text: str) -> str:
+    """`text` in at most `MAX_LINE_CHARACTERS` letters, as one line, with no character that is more than a letter."""
+    if len(text) > MAX_LINE_CHARACTERS:
+        text = f"{text[:MAX_LINE_CHARACTERS]}... ({len(text)} characters)"
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -14,16 +14,16 @@ import threading
 import time
 
 # The broker is often gone with the parent, and nobody is left to say goodbye to: who waits for it would never end.
-GRACE_S = 5.0
-STOPPED = 130  # what a shell reports for a Ctrl-C
+PARENT_EXIT_GRACE_S = 5.0
+EXIT_INTERRUPTED = 130  # what a shell reports for a Ctrl-C
 
 
-class Leaving(asyncio.Event):
+class ShutdownEvent(asyncio.Event):
     """Set when this process shall leave; `interrupted` if by a Ctrl-C, and not as a service is ended in good order."""
 
     interrupted = False
 
-    def heed_signals(self) -> None:
+    def install_signal_handlers(self) -> None:
         """Have the first SIGTERM or SIGINT set it, on the running loop; at a second one nothing is waited for."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -31,12 +31,12 @@ class Leaving(asyncio.Event):
 
     def _heed(self, number: int) -> None:
         if self.is_set():
-            os._exit(STOPPED)
+            os._exit(EXIT_INTERRUPTED)
         self.interrupted = number == signal.SIGINT
         self.set()
 
 
-def end_with_parent(leaving: asyncio.Event) -> None:
+def exit_with_parent(leaving: asyncio.Event) -> None:
     """Set `leaving`, on the running loop, when whoever started this process with a pipe as standard input is gone.
 
     What has not ended by itself some seconds later is ended.
@@ -48,7 +48,7 @@ def end_with_parent(leaving: asyncio.Event) -> None:
             pass
         with contextlib.suppress(RuntimeError):  # the loop has ended already
             loop.call_soon_threadsafe(leaving.set)
-        time.sleep(GRACE_S)
+        time.sleep(PARENT_EXIT_GRACE_S)
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

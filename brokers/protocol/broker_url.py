@@ -36,16 +36,16 @@ class BrokerAddress:
     password: str | None = field(default=None, repr=False)
 
     @property
-    def tls(self) -> bool:
+    def is_tls(self) -> bool:
         return self.scheme == "mqtts"
 
     @property
-    def unix(self) -> bool:
+    def is_unix_socket(self) -> bool:
         return self.scheme == "mqtt+unix"
 
     def __str__(self) -> str:
         user = f"{self.user}@" if self.user else ""
-        if self.unix:
+        if self.is_unix_socket:
             return f"{self.scheme}://{user}{self.host}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{user}{host}:{self.port}"

@@ -31,25 +31,25 @@ CHUNK_BYTES = 512 * 1024
 MESSAGE_LIMIT_BYTES = 1 << 30
 # Pages are touched only as bytes arrive, so a false claim costs address space and no memory.
 TOTAL_LIMIT_BYTES = 2 << 30
-COUNT_LIMIT = 1024
-PATIENCE_S = 30.0
+MESSAGE_COUNT_LIMIT = 1024
+CHUNK_TIMEOUT_S = 30.0
 # How many messages that are whole or were given up are remembered, to ignore what still comes of them.
 _REMEMBERED = 1024
 # An offset, a slash and a total, each of at most 19 digits.
 _TEXT = re.compile(r"[0-9]{1,19}/[0-9]{1,19}")
 
-Key = tuple[Any, ...]
+MessageKey = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class ChunkHeader:
     """Where a chunk belongs: its first byte in the message, and the bytes of the whole message."""
 
     offset: int
     total_bytes: int
 
     @classmethod
-    def parse(cls, text: str) -> Chunk:
+    def parse(cls, text: str) -> ChunkHeader:
         """Read `offset/total`, the form in which it travels."""
         if not _TEXT.fullmatch(text):
             raise BadChunk(f"expected offset/total in bytes, got {text!r}")
@@ -60,7 +60,9 @@ class Chunk:
         return f"{self.offset}/{self.total_bytes}"
 
 
-def cut(pieces: tuple[memoryview, ...], chunk_bytes: int) -> Iterator[tuple[Chunk, list[memoryview]]]:
+def split_into_chunks(
+    pieces: tuple[memoryview, ...], chunk_bytes: int
+) -> Iterator[tuple[ChunkHeader, list[memoryview]]]:
     """The pieces of a message, dealt into chunks of `chunk_bytes` (the last may be shorter), without copying."""
     total = sum(piece.nbytes for piece in pieces)
     offset, room, batch = 0, chunk_bytes, []
@@ -70,10 +72,10 @@ def cut(pieces: tuple[memoryview, ...], chunk_bytes: int) -> Iterator[tuple[Chun
             batch.append(part)
             room -= part.nbytes
             if not room:
-                yield Chunk(offset, total), batch
+                yield ChunkHeader(offset, total), batch
                 offset, room, batch = offset + chunk_bytes, chunk_bytes, []
     if batch:
-        yield Chunk(offset, total), batch
+        yield ChunkHeader(offset, total), batch
 
 
 @dataclass(slots=True)
@@ -90,17 +92,19 @@ class Assembler:
 
     message_limit_bytes: int = MESSAGE_LIMIT_BYTES
     total_limit_bytes: int = TOTAL_LIMIT_BYTES
-    count_limit: int = COUNT_LIMIT
-    patience_s: float = PATIENCE_S
-    twins: int = 0
-    _assemblies: dict[Key, _Assembly] = field(default_factory=dict)
-    _ended: OrderedDict[Key, None] = field(default_factory=OrderedDict)
+    message_count_limit: int = MESSAGE_COUNT_LIMIT
+    chunk_timeout_s: float = CHUNK_TIMEOUT_S
+    duplicates: int = 0
+    _assemblies: dict[MessageKey, _Assembly] = field(default_factory=dict)
+    _ended: OrderedDict[MessageKey, None] = field(default_factory=OrderedDict)
     _claimed_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self._assemblies)
 
-    def place(self, key: Key, chunk: Chunk, length: int, now_s: float, context: Any = None) -> memoryview | None:
+    def get_buffer(
+        self, key: MessageKey, chunk: ChunkHeader, length: int, now_s: float, context: Any = None
+    ) -> memoryview | None:
         """Where the bytes of this chunk shall be written; None when it is to be thrown away (a twin, a lost cause).
 
         `context` of a message's first chunk comes back with `expire`. Raises `TooLarge` or `BadChunk`.
@@ -119,14 +123,16 @@ class Assembler:
             raise self._drop(key, f"expected the chunk at byte {assembly.filled_bytes}, got the one at {chunk.offset}")
         return assembly.buffer[chunk.offset : end]
 
-    def fill(self, key: Key, chunk: Chunk, payload: memoryview, now_s: float, context: Any = None) -> memoryview | None:
+    def add_chunk(
+        self, key: MessageKey, chunk: ChunkHeader, payload: memoryview, now_s: float, context: Any = None
+    ) -> memoryview | None:
         """Take a chunk whose bytes have come, and return the whole message if it was the last one.
 
         `payload` may lie at its place already (a transport that asked `place`), or anywhere.
         """
-        place = self.place(key, chunk, payload.nbytes, now_s, context)
+        place = self.get_buffer(key, chunk, payload.nbytes, now_s, context)
         if place is None:
-            self.twins += key in self._assemblies
+            self.duplicates += key in self._assemblies
             return None
         assembly = self._assemblies[key]
         if payload.obj is not assembly.buffer.obj:
@@ -140,17 +146,18 @@ class Assembler:
 
     def expire(self, now_s: float) -> list[tuple[Any, Incomplete]]:
         """Give up the messages that wait too long: the context of each, and what came of it."""
-        late = {key: item for key, item in self._assemblies.items() if now_s - item.touched_s > self.patience_s}
+        late = {key: item for key, item in self._assemblies.items() if now_s - item.touched_s > self.chunk_timeout_s}
         for key in late:
             self._end(key)
         return [
-            (item.context, Incomplete(item.buffer.nbytes, item.filled_bytes, self.patience_s)) for item in late.values()
+            (item.context, Incomplete(item.buffer.nbytes, item.filled_bytes, self.chunk_timeout_s))
+            for item in late.values()
         ]
 
-    def _begin(self, key: Key, chunk: Chunk, now_s: float, context: Any) -> _Assembly:
+    def _begin(self, key: MessageKey, chunk: ChunkHeader, now_s: float, context: Any) -> _Assembly:
         if chunk.offset:
             raise self._drop(key, f"the first to come of its message is at byte {chunk.offset}: those before were lost")
-        free_bytes = self.total_limit_bytes - self._claimed_bytes if len(self) < self.count_limit else 0
+        free_bytes = self.total_limit_bytes - self._claimed_bytes if len(self) < self.message_count_limit else 0
         try:
             if chunk.total_bytes > self.message_limit_bytes:
                 raise TooLarge("a chunked message", self.message_limit_bytes, chunk.total_bytes)
@@ -167,11 +174,11 @@ class Assembler:
         self._claimed_bytes += chunk.total_bytes
         return self._assemblies[key]
 
-    def _drop(self, key: Key, problem: str) -> BadChunk:
+    def _drop(self, key: MessageKey, problem: str) -> BadChunk:
         self._end(key)
         return BadChunk(problem)
 
-    def _end(self, key: Key) -> None:
+    def _end(self, key: MessageKey) -> None:
         """Forget what came of a message, and remember that no more of it is wanted."""
         assembly = self._assemblies.pop(key, None)
         if assembly is not None:

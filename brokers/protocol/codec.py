@@ -22,59 +22,59 @@ from brokers.protocol.messages import (
     REQUEST_ID_BYTES,
     SAFETENSORS,
     Activation,
-    Blob,
-    Body,
+    BinaryContent,
     Content,
-    Control,
     Failure,
     Gradient,
     Message,
     Priority,
     ReplyTo,
     Result,
-    Step,
+    StepMessage,
+    StepVerb,
     Task,
-    Verb,
+    TaskDone,
+    TensorContent,
     check_priority,
     new_request_id,
 )
-from brokers.protocol.properties import milliseconds, required, whole
-from brokers.protocol.stage_timing import HOPS, Hop, hops_from_json, hops_to_json
-from brokers.protocol.traceparent import TRACEPARENT, from_text
+from brokers.protocol.properties import get_int, get_milliseconds, get_required
+from brokers.protocol.stage_timing import HOPS_KEY, Hop, hops_from_json, hops_to_json
+from brokers.protocol.traceparent import TRACEPARENT, parse_traceparent
 from brokers.protocol.transport import Buffer, Properties
 
-VERSION = "1"
+PROTOCOL_VERSION = "1"
 
 # The finest deadline that the wire can say.
 _SHORTEST_MS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
-class Packet:
+class EncodedMessage:
     """An encoded message: its properties, and its payload in pieces that are sent one after the other."""
 
     properties: Properties
-    pieces: tuple[Buffer, ...]
+    buffers: tuple[Buffer, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(memoryview(piece).nbytes for piece in self.pieces)
+        return sum(memoryview(piece).nbytes for piece in self.buffers)
 
 
 # Encode -------------------------------------------------------------------------------------------------------------
 
 
-def encode(message: Message) -> Packet:
+def encode(message: Message) -> EncodedMessage:
     """The packet of a message. Tensors' bytes are shared with it, not copied."""
     kind = type(message).__name__.lower()
-    user = [("sparse", VERSION), ("kind", kind)]
+    user = [("sparse", PROTOCOL_VERSION), ("kind", kind)]
     if message.attempt != 1:
         user.append(("attempt", str(message.attempt)))
     response_topic = ""
     expiry_s = None
     match message:
         case Task():
-            response_topic = message.sender or message.reply.topic
+            response_topic = message.sender_inbox or message.reply_to.topic
             user += _task_properties(message, response_topic)
             expiry_s = None if message.deadline_ms is None else max(1, math.ceil(message.deadline_ms / 1000))
             content_type, pieces = _encode_content(message.content, message.hops)
@@ -82,27 +82,27 @@ def encode(message: Message) -> Packet:
             content_type, pieces = _encode_content(message.content, message.hops)
         case Failure():
             content_type, pieces = JSON, (json.dumps(message.as_dict()).encode(),)
-        case Control():
+        case TaskDone():
             user += [("verb", message.verb), ("worker", message.worker)]
             content_type, pieces = "", ()
         case Gradient():
-            response_topic = message.sender
+            response_topic = message.sender_inbox
             content_type, pieces = _encode_content(message.content, ())
-        case Step():
-            response_topic = message.sender
+        case StepMessage():
+            response_topic = message.sender_inbox
             user += [("verb", message.verb), ("term", str(message.term))]
             content_type, pieces = JSON, (json.dumps(message.details).encode(),)
-    return Packet(Properties(content_type, message.request, response_topic, expiry_s, tuple(user)), pieces)
+    return EncodedMessage(Properties(content_type, message.request_id, response_topic, expiry_s, tuple(user)), pieces)
 
 
 def _task_properties(task: Task, response_topic: str) -> list[tuple[str, str]]:
     user = []
-    if task.reply.topic != response_topic:
-        user.append(("reply", task.reply.topic))
-    if task.reply.accept != "safetensors":
-        user.append(("accept", task.reply.accept))
-    if task.reply.echo:
-        user.append(("echo", task.reply.echo.hex()))
+    if task.reply_to.topic != response_topic:
+        user.append(("reply", task.reply_to.topic))
+    if task.reply_to.accept != "safetensors":
+        user.append(("accept", task.reply_to.accept))
+    if task.reply_to.echo:
+        user.append(("echo", task.reply_to.echo.hex()))
     if task.source:
         user.append(("source", task.source))
     if task.priority != "interactive":
@@ -110,14 +110,14 @@ def _task_properties(task: Task, response_topic: str) -> list[tuple[str, str]]:
     if task.deadline_ms is not None:
         user.append(("deadline-ms", f"{max(task.deadline_ms, _SHORTEST_MS):.3f}"))
     if task.trace is not None:
-        user.append((TRACEPARENT, task.trace.to_text()))
+        user.append((TRACEPARENT, task.trace.to_traceparent()))
     return user
 
 
 def _encode_content(content: Content, hops: tuple[Hop, ...]) -> tuple[str, tuple[Buffer, ...]]:
-    if isinstance(content, Blob):
+    if isinstance(content, BinaryContent):
         return content.content_type, (content.data,)
-    metadata = {**content.metadata, HOPS: hops_to_json(hops)} if hops else content.metadata
+    metadata = {**content.metadata, HOPS_KEY: hops_to_json(hops)} if hops else content.metadata
     return SAFETENSORS, tuple(codec.pack(content.tensors, metadata))
 
 
@@ -126,23 +126,23 @@ def _encode_content(content: Content, hops: tuple[Hop, ...]) -> tuple[str, tuple
 
 def decode(properties: Properties, payload: memoryview) -> Message:
     """The message of a packet; a packet without our version property is a foreign client's task."""
-    user = dict(properties.user)
+    user = dict(properties.user_properties)
     version = user.get("sparse")
     if version is None:
         return _decode_foreign(properties, user, payload)
-    if version != VERSION:
-        raise VersionMismatch(VERSION, version)
-    kind = required(user, "kind")
+    if version != PROTOCOL_VERSION:
+        raise VersionMismatch(PROTOCOL_VERSION, version)
+    kind = get_required(user, "kind")
     decoder = _DECODERS.get(kind)
     if decoder is None:
         raise BadProperty("kind", f"must be one of {', '.join(_DECODERS)}, is {kind!r}")
     return decoder(properties, user, payload)
 
 
-def answer_address(properties: Properties) -> tuple[bytes, ReplyTo] | None:
+def parse_reply_to(properties: Properties) -> tuple[bytes, ReplyTo] | None:
     """Whom to tell that a packet could not be read: its request id and its reply address, if it has them."""
-    user = dict(properties.user)
-    request = properties.correlation if len(properties.correlation) == REQUEST_ID_BYTES else new_request_id()
+    user = dict(properties.user_properties)
+    request = properties.correlation_data if len(properties.correlation_data) == REQUEST_ID_BYTES else new_request_id()
     for read in (_decode_reply, _plain_reply) if "sparse" in user else (_foreign_reply,):
         with suppress(WireError):
             reply = read(properties, user)
@@ -150,18 +150,20 @@ def answer_address(properties: Properties) -> tuple[bytes, ReplyTo] | None:
     return None
 
 
-def refusal(error: WireError, properties: Properties, stage: str, worker: str) -> tuple[ReplyTo, Failure] | None:
+def make_failure_reply(
+    error: WireError, properties: Properties, stage: str, worker: str
+) -> tuple[ReplyTo, Failure] | None:
     """The failure that answers a packet that could not be read, and where it goes; None where nobody can be told."""
-    address = answer_address(properties)
+    address = parse_reply_to(properties)
     if address is None:
         return None
     request, reply = address
     try:
-        attempt = max(1, whole(dict(properties.user), "attempt"))
+        attempt = max(1, get_int(dict(properties.user_properties), "attempt"))
     except WireError:
         attempt = 1
     failure = Failure(
-        request=request,
+        request_id=request,
         stage=stage,
         worker=worker,
         error=type(error).__name__,
@@ -176,12 +178,12 @@ def _decode_foreign(properties: Properties, user: Mapping[str, str], payload: me
     reply = _foreign_reply(properties, {})
     content = decode_content(properties.content_type, payload)
     deadline_ms = None if properties.expiry_s is None else 1000.0 * properties.expiry_s
-    trace = from_text(user.get(TRACEPARENT))
-    return Task(request=new_request_id(), content=content, reply=reply, deadline_ms=deadline_ms, trace=trace)
+    trace = parse_traceparent(user.get(TRACEPARENT))
+    return Task(request_id=new_request_id(), content=content, reply_to=reply, deadline_ms=deadline_ms, trace=trace)
 
 
 def _foreign_reply(properties: Properties, user: Mapping[str, str]) -> ReplyTo:
-    return ReplyTo(properties.response_topic, "json", properties.correlation)
+    return ReplyTo(properties.response_topic, "json", properties.correlation_data)
 
 
 def _plain_reply(properties: Properties, user: Mapping[str, str]) -> ReplyTo:
@@ -192,20 +194,20 @@ def _decode_task(properties: Properties, user: Mapping[str, str], payload: memor
     kind = Activation if user["kind"] == "activation" else Task
     content = decode_content(properties.content_type, payload)
     hops: tuple[Hop, ...] = ()
-    if isinstance(content, Body) and HOPS in content.metadata:
+    if isinstance(content, TensorContent) and HOPS_KEY in content.metadata:
         metadata = dict(content.metadata)
-        hops = hops_from_json(metadata.pop(HOPS))
+        hops = hops_from_json(metadata.pop(HOPS_KEY))
         content = replace(content, metadata=metadata)
     return kind(
-        request=properties.correlation,
+        request_id=properties.correlation_data,
         content=content,
-        reply=_decode_reply(properties, user),
-        sender=properties.response_topic,
+        reply_to=_decode_reply(properties, user),
+        sender_inbox=properties.response_topic,
         source=user.get("source", ""),
-        attempt=whole(user, "attempt"),
-        deadline_ms=milliseconds(user, "deadline-ms"),
+        attempt=get_int(user, "attempt"),
+        deadline_ms=get_milliseconds(user, "deadline-ms"),
         priority=_decode_priority(user),
-        trace=from_text(user.get(TRACEPARENT)),
+        trace=parse_traceparent(user.get(TRACEPARENT)),
         hops=hops,
     )
 
@@ -232,7 +234,7 @@ def _decode_priority(user: Mapping[str, str]) -> Priority:
 
 def _decode_result(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Result:
     task = _decode_task(replace(properties, response_topic="-"), {**user, "kind": "task"}, payload)
-    return Result(request=task.request, content=task.content, attempt=task.attempt, hops=task.hops)
+    return Result(request_id=task.request_id, content=task.content, attempt=task.attempt, hops=task.hops)
 
 
 def _decode_failure(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Failure:
@@ -245,43 +247,47 @@ def _decode_failure(properties: Properties, user: Mapping[str, str], payload: me
     if not is_object or not isinstance(fields.get("retry"), bool):
         raise BadPayload(JSON, "a failure needs error, reason, stage and worker, all text, and retry, true or false")
     return Failure(
-        request=properties.correlation,
-        attempt=whole(user, "attempt"),
+        request_id=properties.correlation_data,
+        attempt=get_int(user, "attempt"),
         retry=fields["retry"],
         **{word: fields[word] for word in words},
     )
 
 
-def _decode_control(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Control:
-    verb = required(user, "verb")
+def _decode_control(properties: Properties, user: Mapping[str, str], payload: memoryview) -> TaskDone:
+    verb = get_required(user, "verb")
     if verb != "done":
         raise BadProperty("verb", f"must be done, is {verb!r}")
-    worker = required(user, "worker")
-    return Control(request=properties.correlation, worker=worker, verb="done", attempt=whole(user, "attempt"))
+    worker = get_required(user, "worker")
+    return TaskDone(
+        request_id=properties.correlation_data, worker=worker, verb="done", attempt=get_int(user, "attempt")
+    )
 
 
 def _decode_gradient(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Gradient:
     content = decode_content(properties.content_type or SAFETENSORS, payload)
-    if not isinstance(content, Body):
+    if not isinstance(content, TensorContent):
         raise BadProperty("Content Type", f"of a gradient must be {SAFETENSORS}, is {content.content_type}")
-    attempt = whole(user, "attempt")
-    return Gradient(request=properties.correlation, content=content, sender=properties.response_topic, attempt=attempt)
+    attempt = get_int(user, "attempt")
+    return Gradient(
+        request_id=properties.correlation_data, content=content, sender_inbox=properties.response_topic, attempt=attempt
+    )
 
 
-def _decode_step(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Step:
+def _decode_step(properties: Properties, user: Mapping[str, str], payload: memoryview) -> StepMessage:
     try:
         details = json.loads(bytes(payload).decode())
     except (ValueError, RecursionError):
         details = None
     if not isinstance(details, dict):
         raise BadPayload(JSON, "a word about a step needs a JSON object")
-    return Step(
-        request=properties.correlation,
-        verb=cast(Verb, required(user, "verb")),
-        term=whole(user, "term", default=None, digits=16),
-        sender=properties.response_topic,
+    return StepMessage(
+        request_id=properties.correlation_data,
+        verb=cast(StepVerb, get_required(user, "verb")),
+        term=get_int(user, "term", default=None, max_digits=16),
+        sender_inbox=properties.response_topic,
         details=details,
-        attempt=whole(user, "attempt"),
+        attempt=get_int(user, "attempt"),
     )
 
 

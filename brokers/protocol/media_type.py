@@ -6,14 +6,14 @@ import re
 
 from brokers.errors import BadPayload
 from brokers.protocol import safetensors_codec as codec
-from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, Blob, Body, Content
+from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, BinaryContent, Content, TensorContent
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _JSON_START = re.compile(rb"[ \t\r\n]*[\[{0-9-]")
 
 
-def content_type_of(declared: str, payload: memoryview) -> str:
+def detect_content_type(declared: str, payload: memoryview) -> str:
     """The declared content type without its parameters, or what the first bytes say."""
     if declared:
         plain = declared.partition(";")[0].strip().lower()
@@ -33,7 +33,7 @@ def content_type_of(declared: str, payload: memoryview) -> str:
 
 def decode_content(declared: str, payload: memoryview) -> Content:
     """A body if the bytes are safetensors, else a blob of the type they declare or show."""
-    content_type = content_type_of(declared, payload)
+    content_type = detect_content_type(declared, payload)
     if content_type == SAFETENSORS:
-        return Body(*codec.unpack(payload))
-    return Blob(content_type, payload)
+        return TensorContent(*codec.unpack(payload))
+    return BinaryContent(content_type, payload)

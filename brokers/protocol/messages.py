@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from brokers.errors import BadProperty
-from brokers.protocol.safetensors_codec import Tensor
-from brokers.protocol.stage_timing import HOPS, Hop
-from brokers.protocol.topics import is_answerable
+from brokers.protocol.safetensors_codec import TensorView
+from brokers.protocol.stage_timing import HOPS_KEY, Hop
+from brokers.protocol.topics import is_valid_reply_topic
 from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Buffer
 
@@ -51,10 +51,10 @@ def new_request_id() -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class TensorContent:
     """Named tensors, and string metadata that travels with them from stage to stage."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, TensorView]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -63,7 +63,7 @@ class Body:
 
 
 @dataclass(frozen=True, slots=True)
-class Blob:
+class BinaryContent:
     """Bytes that are decoded only by the stage that takes them: a JPEG, a PNG, JSON readings."""
 
     content_type: str
@@ -74,7 +74,7 @@ class Blob:
         return len(self.data)
 
 
-Content = Body | Blob
+Content = TensorContent | BinaryContent
 
 
 # Brokers end the connection of a client that publishes deeper than this: Mosquitto from 200 levels on.
@@ -82,13 +82,13 @@ _TOPIC_LEVELS = 64
 _TOPIC_BYTES = 1024
 
 
-def check_topic(topic: str) -> None:
+def check_reply_topic(topic: str) -> None:
     """Raise `BadProperty` for a topic that is not one to answer on: its owner's mistake must not cost us our broker."""
     if "+" in topic or "#" in topic or "\0" in topic:
         raise BadProperty("Response Topic", "must be a topic to publish to, without '+', '#' and null characters")
     if topic.count("/") >= _TOPIC_LEVELS or len(topic.encode()) > _TOPIC_BYTES:
         raise BadProperty("Response Topic", f"must have at most {_TOPIC_LEVELS} levels and {_TOPIC_BYTES} bytes")
-    if not is_answerable(topic):
+    if not is_valid_reply_topic(topic):
         raise BadProperty(
             "Response Topic", "must not be a presence topic, a front door or an ingress: none takes answers"
         )
@@ -103,7 +103,7 @@ class ReplyTo:
     echo: bytes = b""
 
     def __post_init__(self) -> None:
-        check_topic(self.topic)
+        check_reply_topic(self.topic)
 
 
 def _check_request(request: bytes, attempt: int) -> None:
@@ -114,11 +114,11 @@ def _check_request(request: bytes, attempt: int) -> None:
 
 
 def _check_content(content: Content, hops: tuple[Hop, ...]) -> None:
-    if isinstance(content, Blob):
+    if isinstance(content, BinaryContent):
         if hops:
-            raise BadProperty(HOPS, f"travels with tensors only, not with {content.content_type}")
-    elif HOPS in content.metadata:
-        raise BadProperty(HOPS, "is written by the stages themselves, not by those who use them")
+            raise BadProperty(HOPS_KEY, f"travels with tensors only, not with {content.content_type}")
+    elif HOPS_KEY in content.metadata:
+        raise BadProperty(HOPS_KEY, "is written by the stages themselves, not by those who use them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +128,10 @@ class Task:
     `trace` is the span that asks for it.
     """
 
-    request: bytes
+    request_id: bytes
     content: Content
-    reply: ReplyTo
-    sender: str = ""
+    reply_to: ReplyTo
+    sender_inbox: str = ""
     source: str = ""
     attempt: int = 1
     deadline_ms: float | None = None
@@ -140,11 +140,11 @@ class Task:
     hops: tuple[Hop, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_request(self.request, self.attempt)
+        _check_request(self.request_id, self.attempt)
         _check_content(self.content, self.hops)
-        check_topic(self.sender)
-        if len(self.reply.echo) > ECHO_LIMIT_BYTES:
-            problem = f"of a foreign client must be at most {ECHO_LIMIT_BYTES} bytes, is {len(self.reply.echo)}"
+        check_reply_topic(self.sender_inbox)
+        if len(self.reply_to.echo) > ECHO_LIMIT_BYTES:
+            problem = f"of a foreign client must be at most {ECHO_LIMIT_BYTES} bytes, is {len(self.reply_to.echo)}"
             raise BadProperty("Correlation Data", problem)
         if self.deadline_ms is not None and not 0 <= self.deadline_ms <= DEADLINE_LIMIT_MS:
             raise BadProperty("deadline-ms", f"must be 0 to {DEADLINE_LIMIT_MS:.0f}, is {self.deadline_ms}")
@@ -157,7 +157,7 @@ class Activation(Task):
 
     def __post_init__(self) -> None:
         Task.__post_init__(self)
-        if not isinstance(self.content, Body):
+        if not isinstance(self.content, TensorContent):
             raise BadProperty("Content Type", f"of an activation must be {SAFETENSORS}, is {self.content.content_type}")
 
 
@@ -165,13 +165,13 @@ class Activation(Task):
 class Result:
     """The answer, with what each hop took."""
 
-    request: bytes
+    request_id: bytes
     content: Content
     attempt: int = 1
     hops: tuple[Hop, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_request(self.request, self.attempt)
+        _check_request(self.request_id, self.attempt)
         _check_content(self.content, self.hops)
 
 
@@ -182,7 +182,7 @@ class Failure:
     `retry` says that another worker, or this one later, may well succeed (it was full, it is leaving).
     """
 
-    request: bytes
+    request_id: bytes
     stage: str
     worker: str
     error: str
@@ -191,11 +191,11 @@ class Failure:
     retry: bool = False
 
     def __post_init__(self) -> None:
-        _check_request(self.request, self.attempt)
+        _check_request(self.request_id, self.attempt)
 
     def as_dict(self) -> dict[str, object]:
         return {
-            "request": self.request.hex(),
+            "request": self.request_id.hex(),
             "error": self.error,
             "reason": self.reason,
             "stage": self.stage,
@@ -205,56 +205,56 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
+class TaskDone:
     """`done`: the worker has finished with this request and has room for another."""
 
-    request: bytes
+    request_id: bytes
     worker: str
     verb: Literal["done"] = "done"
     attempt: int = 1
 
     def __post_init__(self) -> None:
-        _check_request(self.request, self.attempt)
+        _check_request(self.request_id, self.attempt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gradient:
     """The gradients of a loss with respect to what an activation held, by its names: for the keeper of the forward."""
 
-    request: bytes
-    content: Body
-    sender: str = ""
+    request_id: bytes
+    content: TensorContent
+    sender_inbox: str = ""
     attempt: int = 1
 
     def __post_init__(self) -> None:
-        _check_request(self.request, self.attempt)
-        check_topic(self.sender)
+        _check_request(self.request_id, self.attempt)
+        check_reply_topic(self.sender_inbox)
 
 
-Verb = Literal["prepared", "commit", "committed", "abandon", "halt", "halted", "restore", "restored", "collect"]
-VERBS: tuple[Verb, ...] = get_args(Verb)
+StepVerb = Literal["prepared", "commit", "committed", "abandon", "halt", "halted", "restore", "restored", "collect"]
+STEP_VERBS: tuple[StepVerb, ...] = get_args(StepVerb)
 # No clock and no count reaches further than JSON's whole numbers do.
-TERM_LIMIT = 1 << 53
+JSON_INTEGER_LIMIT = 1 << 53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class StepMessage:
     """A word about a step. `request` is the step's id, `term` the term it belongs to, `sender` who may be answered."""
 
-    request: bytes
-    verb: Verb
+    request_id: bytes
+    verb: StepVerb
     term: int
-    sender: str = ""
+    sender_inbox: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
     attempt: int = 1
 
     def __post_init__(self) -> None:
-        _check_request(self.request, self.attempt)
-        check_topic(self.sender)
-        if self.verb not in VERBS:
-            raise BadProperty("verb", f"must be one of {', '.join(VERBS)}, is {self.verb!r}")
-        if not 0 <= self.term < TERM_LIMIT:
-            raise BadProperty("term", f"must be 0 to {TERM_LIMIT - 1}, is {self.term}")
+        _check_request(self.request_id, self.attempt)
+        check_reply_topic(self.sender_inbox)
+        if self.verb not in STEP_VERBS:
+            raise BadProperty("verb", f"must be one of {', '.join(STEP_VERBS)}, is {self.verb!r}")
+        if not 0 <= self.term < JSON_INTEGER_LIMIT:
+            raise BadProperty("term", f"must be 0 to {JSON_INTEGER_LIMIT - 1}, is {self.term}")
 
 
-Message = Task | Activation | Result | Failure | Control | Gradient | Step
+Message = Task | Activation | Result | Failure | TaskDone | Gradient | StepMessage

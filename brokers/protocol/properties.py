@@ -11,20 +11,20 @@ _DIGITS = re.compile(r"[0-9]+")
 _MILLISECONDS = re.compile(r"[0-9]{1,13}(\.[0-9]{1,9})?")
 
 
-def required(user: Mapping[str, str], name: str) -> str:
+def get_required(user: Mapping[str, str], name: str) -> str:
     if name not in user:
         raise BadProperty(name, "is missing")
     return user[name]
 
 
-def whole(user: Mapping[str, str], name: str, default: str | None = "1", digits: int = 9) -> int:
-    text = required(user, name) if default is None else user.get(name, default)
-    if len(text) > digits or not _DIGITS.fullmatch(text):
-        raise BadProperty(name, f"must be a whole number of at most {digits} digits, is {text!r}")
+def get_int(user: Mapping[str, str], name: str, default: str | None = "1", max_digits: int = 9) -> int:
+    text = get_required(user, name) if default is None else user.get(name, default)
+    if len(text) > max_digits or not _DIGITS.fullmatch(text):
+        raise BadProperty(name, f"must be a whole number of at most {max_digits} digits, is {text!r}")
     return int(text)
 
 
-def milliseconds(user: Mapping[str, str], name: str) -> float | None:
+def get_milliseconds(user: Mapping[str, str], name: str) -> float | None:
     text = user.get(name)
     if text is None:
         return None

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from brokers.errors import BadPayload
-from brokers.protocol.messages import SAFETENSORS, Blob, Body, Content
-from brokers.protocol.safetensors_codec import Tensor, to_numpy
+from brokers.protocol.messages import SAFETENSORS, BinaryContent, Content, TensorContent
+from brokers.protocol.safetensors_codec import TensorView, to_numpy
 from brokers.protocol.stage_timing import Hop
 
 # Larger tensors than this are described, not spelled out: JSON is for what a person or a rule engine reads.
@@ -21,12 +21,12 @@ _DIGITS = 4
 _IN_JSON = frozenset(["BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "F64"])
 
 
-def describe(content: Content) -> dict[str, Any]:
+def content_to_dict(content: Content) -> dict[str, Any]:
     """The findings of a result: `objects`, `classes`, or named `values`, by the `format` in its metadata.
 
     Raises `BadPayload` for metadata, which may be anybody's, that the tensors do not bear out.
     """
-    if isinstance(content, Blob):
+    if isinstance(content, BinaryContent):
         return {"content_type": content.content_type, "bytes": content.nbytes}
     try:
         return _describe(content)
@@ -35,11 +35,11 @@ def describe(content: Content) -> dict[str, Any]:
         raise BadPayload(SAFETENSORS, problem) from None
 
 
-def to_bytes(result: Mapping[str, Any]) -> bytes:
+def encode_json(result: Mapping[str, Any]) -> bytes:
     return json.dumps(result, separators=(", ", ": "), allow_nan=False).encode()
 
 
-def _describe(content: Body) -> dict[str, Any]:
+def _describe(content: TensorContent) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if picture := content.metadata.get("picture"):
         width, _, height = picture.partition("x")
@@ -54,7 +54,7 @@ def _describe(content: Body) -> dict[str, Any]:
     return found
 
 
-def time_spent(hops: Sequence[Hop], total_ms: float | None = None) -> dict[str, Any]:
+def timing_to_dict(hops: Sequence[Hop], total_ms: float | None = None) -> dict[str, Any]:
     """Each stage's durations; and where the round trip of `total_ms` is known, the network's, which is what is left."""
     stages = [
         {
@@ -70,14 +70,14 @@ def time_spent(hops: Sequence[Hop], total_ms: float | None = None) -> dict[str, 
     return {"stages": stages, "network_ms": round(network_ms, 3)}
 
 
-def _objects(body: Body) -> list[dict[str, Any]]:
+def _objects(body: TensorContent) -> list[dict[str, Any]]:
     boxes = to_numpy(body.tensors["boxes"]).tolist()  # (N, 4)
     return [
         {**found, "box": [_rounded(side, 1) for side in box]} for found, box in zip(_classes(body), boxes, strict=True)
     ]
 
 
-def _classes(body: Body) -> list[dict[str, Any]]:
+def _classes(body: TensorContent) -> list[dict[str, Any]]:
     labels = json.loads(body.metadata["labels"])
     scores = to_numpy(body.tensors["scores"]).tolist()  # (N,)
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
@@ -89,7 +89,7 @@ def _rounded(value: float, digits: int) -> float | None:
     return round(value, digits) if math.isfinite(value) else None
 
 
-def _spell(tensor: Tensor) -> Any:
+def _spell(tensor: TensorView) -> Any:
     if math.prod(tensor.shape) > _SPELLED_VALUES or tensor.dtype not in _IN_JSON:
         return {"dtype": tensor.dtype, "shape": list(tensor.shape)}
     values = to_numpy(tensor)

@@ -53,7 +53,7 @@ _ALIGNMENT_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class TensorView:
     """A dtype (safetensors' name), a shape and the bytes: what the wire knows of a tensor."""
 
     dtype: str
@@ -61,12 +61,12 @@ class Tensor:
     data: memoryview
 
     def __post_init__(self) -> None:
-        expected = nbytes(self.dtype, self.shape)
+        expected = tensor_nbytes(self.dtype, self.shape)
         if self.data.nbytes != expected:
             raise ShapeMismatch("", self.dtype, self.shape, expected, self.data.nbytes)
 
 
-def nbytes(dtype: str, shape: Sequence[int], *, tensor: str = "") -> int:
+def tensor_nbytes(dtype: str, shape: Sequence[int], *, tensor: str = "") -> int:
     """The bytes that a tensor of this dtype and shape has; `tensor` names it in the error."""
     if dtype not in _DTYPES:
         raise UnknownDtype(tensor, dtype)
@@ -79,7 +79,7 @@ def nbytes(dtype: str, shape: Sequence[int], *, tensor: str = "") -> int:
 # numpy and torch ----------------------------------------------------------------------------------------------------
 
 
-def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
+def from_numpy(array: np.ndarray[Any, Any]) -> TensorView:
     """The bytes of `array`, shared where it is contiguous and little-endian, copied where it is not."""
     import numpy as np
 
@@ -89,10 +89,10 @@ def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
         raise UnknownDtype("", array.dtype.name)
     shape = array.shape
     flat = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1)
-    return Tensor(name, shape, flat.view(np.uint8).data)
+    return TensorView(name, shape, flat.view(np.uint8).data)
 
 
-def to_numpy(tensor: Tensor, *, name: str = "") -> np.ndarray[Any, Any]:
+def to_numpy(tensor: TensorView, *, name: str = "") -> np.ndarray[Any, Any]:
     """An array over the same bytes. BF16, which numpy has not, comes back as float32, exactly."""
     import numpy as np
 
@@ -106,7 +106,7 @@ def to_numpy(tensor: Tensor, *, name: str = "") -> np.ndarray[Any, Any]:
     return np.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
 
 
-def from_torch(value: torch.Tensor) -> Tensor:
+def from_torch(value: torch.Tensor) -> TensorView:
     """The bytes of a torch tensor, shared where it is contiguous on the CPU, copied where it is not."""
     import torch
 
@@ -119,10 +119,10 @@ def from_torch(value: torch.Tensor) -> Tensor:
     if name == "F4" and shape:
         shape = (*shape[:-1], shape[-1] * 2)
     raw = dense.reshape(-1).view(torch.uint8) if dense.numel() else torch.empty(0, dtype=torch.uint8)
-    return Tensor(name, shape, raw.numpy().data)
+    return TensorView(name, shape, raw.numpy().data)
 
 
-def to_torch(tensor: Tensor, *, name: str = "") -> torch.Tensor:
+def to_torch(tensor: TensorView, *, name: str = "") -> torch.Tensor:
     """A torch tensor over the same bytes; a copy if they are read-only, which no torch tensor is, or not aligned."""
     import torch
 
@@ -142,7 +142,7 @@ def to_torch(tensor: Tensor, *, name: str = "") -> torch.Tensor:
     return raw.view(dtype).reshape(shape)
 
 
-def from_array(value: Any) -> Tensor:
+def from_array(value: Any) -> TensorView:
     """`from_torch` or `from_numpy`, by what `value` is; Python numbers and lists by numpy's rules."""
     if type(value).__module__.partition(".")[0] == "torch":
         return from_torch(value)
@@ -154,7 +154,7 @@ def from_array(value: Any) -> Tensor:
 # The safetensors body -----------------------------------------------------------------------------------------------
 
 
-def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[memoryview]:
+def pack(tensors: Mapping[str, TensorView], metadata: Mapping[str, str]) -> list[memoryview]:
     """A safetensors body as pieces to be sent one after the other; the tensors' bytes are not copied."""
     # Widest elements first, as the library does: every tensor then starts at a multiple of its element size.
     order = sorted(tensors.items(), key=lambda item: (-_DTYPES[item[1].dtype][0], item[0]))
@@ -173,7 +173,7 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[mem
     return [head, *(tensor.data for _, tensor in order if tensor.data.nbytes)]
 
 
-def unpack(body: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unpack(body: memoryview) -> tuple[dict[str, TensorView], dict[str, str]]:
     """The tensors and the metadata of a safetensors body; the tensors share its memory."""
     if body.nbytes < 8:
         raise Truncated("a safetensors body", 8, body.nbytes)
@@ -185,18 +185,18 @@ def unpack(body: memoryview) -> tuple[dict[str, Tensor], dict[str, str]]:
     header = _read_header(bytes(body[8 : 8 + header_bytes]))
     metadata = _read_metadata(header.pop(_METADATA, {}))
     data = body[8 + header_bytes :]
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorView] = {}
     end = 0
     entries = [(name, *_read_entry(name, entry)) for name, entry in header.items()]
     for name, dtype, shape, begin, stop in sorted(entries, key=lambda entry: (entry[3], entry[4])):
         if begin != end:
             raise BadHeader(f"tensor {name!r} begins at byte {begin}, expected {end}: no holes, no overlaps")
-        expected = nbytes(dtype, shape, tensor=name)
+        expected = tensor_nbytes(dtype, shape, tensor=name)
         if stop - begin != expected:
             raise ShapeMismatch(name, dtype, shape, expected, stop - begin)
         if stop > data.nbytes:
             raise Truncated(f"tensor {name!r}", stop, data.nbytes)
-        tensors[name] = Tensor(dtype, shape, data[begin:stop])
+        tensors[name] = TensorView(dtype, shape, data[begin:stop])
         end = stop
     if end != data.nbytes:
         raise TrailingBytes(end, data.nbytes)

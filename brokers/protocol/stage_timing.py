@@ -9,7 +9,7 @@ from typing import cast
 from brokers.errors import BadProperty
 
 # The key under which hops travel in the metadata of a body; all keys that begin like this are ours.
-HOPS = "sparse.hops"
+HOPS_KEY = "sparse.hops"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def hops_from_json(text: str) -> tuple[Hop, ...]:
     except (ValueError, RecursionError):
         hops = None
     if not isinstance(hops, list) or not all(_is_hop(hop) for hop in hops):
-        raise BadProperty(HOPS, "must be a JSON list of hops as docs/protocol.md describes them")
+        raise BadProperty(HOPS_KEY, "must be a JSON list of hops as docs/protocol.md describes them")
     return tuple(Hop(**{key: hop[key] for key in Hop.__dataclass_fields__ if key in hop}) for hop in hops)
 
 

@@ -28,25 +28,25 @@ _SAMPLED = 1  # the one flag that version 00 has; the others are sent as zeros (
 class TraceContext:
     """One span: `trace` has 32 hexadecimal digits in lower case, `span` 16. `sampled`: somebody may keep it."""
 
-    trace: str
-    span: str
+    trace_id: str
+    span_id: str
     sampled: bool = True
 
     def __post_init__(self) -> None:
-        if not _IDS.fullmatch(f"{self.trace}-{self.span}"):
-            problem = f"must be 32 and 16 hexadecimal digits, not all zeros, is {self.trace!r} and {self.span!r}"
+        if not _IDS.fullmatch(f"{self.trace_id}-{self.span_id}"):
+            problem = f"must be 32 and 16 hexadecimal digits, not all zeros, is {self.trace_id!r} and {self.span_id!r}"
             raise BadProperty(TRACEPARENT, problem)
 
     def child(self) -> TraceContext:
         """A new span of the same trace, which this one asks for."""
-        return TraceContext(self.trace, _new_span(), self.sampled)
+        return TraceContext(self.trace_id, _new_span(), self.sampled)
 
-    def to_text(self) -> str:
+    def to_traceparent(self) -> str:
         """The form in which it travels."""
-        return f"{_FIRST}-{self.trace}-{self.span}-{'01' if self.sampled else '00'}"
+        return f"{_FIRST}-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
 
 
-def from_text(text: str | None) -> TraceContext | None:
+def parse_traceparent(text: str | None) -> TraceContext | None:
     """The inverse; None for what is none, and for what is no `traceparent`, which is no error."""
     found = _FORM.fullmatch(text) if text else None
     if found is None:
@@ -57,14 +57,14 @@ def from_text(text: str | None) -> TraceContext | None:
     return TraceContext(trace, span, bool(int(flags, 16) & _SAMPLED))
 
 
-def root_of(request: bytes) -> TraceContext:
+def start_trace(request: bytes) -> TraceContext:
     """The first span of a request's own trace, whose id is the request's; of an id of zeros, some other."""
     return TraceContext(request.hex() if any(request) else secrets.token_hex(16), _new_span())
 
 
-def span_of(request: bytes, parent: TraceContext | None) -> TraceContext:
+def start_span(request: bytes, parent: TraceContext | None) -> TraceContext:
     """A new span for what is done for a request: of its parent's trace, or of one that begins here."""
-    return parent.child() if parent else root_of(request)
+    return parent.child() if parent else start_trace(request)
 
 
 def _new_span() -> str:

@@ -18,10 +18,10 @@ class Properties:
     """The MQTT 5 PUBLISH properties that Sparse uses (MQTT 5.0 section 3.3.2.3)."""
 
     content_type: str = ""
-    correlation: bytes = b""
+    correlation_data: bytes = b""
     response_topic: str = ""
     expiry_s: int | None = None
-    user: tuple[tuple[str, str], ...] = ()
+    user_properties: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,8 @@ class Delivery:
     properties: Properties
     payload: memoryview
     retain: bool = False
-    again: bool = False
-    settle: Callable[[], None] | None = None
+    redelivered: bool = False
+    ack: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,15 @@ class Will:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class BrokerLimits:
     """What the broker announced in its CONNACK; what it did not name is MQTT's own (MQTT 5.0 section 3.2.2.3)."""
 
     max_packet_bytes: int
     receive_maximum: int = 65535
     max_qos: int = 2
-    retain: bool = True
-    wildcards: bool = True
-    shared: bool = True  # subscriptions
+    retain_available: bool = True
+    wildcards_available: bool = True
+    shared_available: bool = True  # subscriptions
     session_expiry_s: int | None = None  # in place of what was asked for
     keepalive_s: int | None = None  # the same
 
@@ -68,7 +68,7 @@ Handler = Callable[[Delivery], None]
 # to the place where the payload shall be written (exactly that long), or None for a fresh buffer. This is how a chunk
 # lands at its offset in the assembled message with no copy in between. It must not raise; if it does, that is logged,
 # and the payload goes to a fresh buffer.
-Placer = Callable[[str, Properties, int], memoryview | None]
+BufferProvider = Callable[[str, Properties, int], memoryview | None]
 
 
 class Transport(Protocol):
@@ -80,12 +80,12 @@ class Transport(Protocol):
         ...
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> BrokerLimits:
         """Known once `connect` has returned; may change when the transport reconnects."""
         ...
 
     @property
-    def connected(self) -> bool:
+    def is_connected(self) -> bool:
         """Whether a connection stands, as far as is known: one that falls silent is given up after a while."""
         ...
 
@@ -94,7 +94,13 @@ class Transport(Protocol):
         ...
 
     async def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None, settle: bool = False
+        self,
+        topic_filter: str,
+        handler: Handler,
+        *,
+        qos: int = 0,
+        buffer_provider: BufferProvider | None = None,
+        manual_ack: bool = False,
     ) -> None:
         """Have `handler` called, on the loop, for each PUBLISH that matches; return when the broker has confirmed it.
 

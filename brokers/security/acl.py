@@ -13,54 +13,54 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from brokers.config.bridge_rules import rules
+from brokers.config.bridge_rules import topic_rules
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.protocol.topics import (
-    DOCTOR,
-    every_presence,
-    everything_of,
-    examined,
-    ingress,
-    results,
-    source_inbox,
-    source_presence,
+    DOCTOR_LEVEL,
+    all_presence_filter,
+    doctor_topic,
+    ingress_topic,
+    pipeline_filter,
+    results_topic,
+    source_inbox_topic,
+    source_presence_topic,
 )
 from brokers.security.principals import (
     MONITOR,
     OPERATOR,
     VIEWER,
     all_sites,
-    broker_name,
-    camera_name,
-    source_name,
-    stage_name,
+    broker_username,
+    camera_username,
+    source_username,
+    stage_username,
 )
 
-Access = Literal["read", "write", "readwrite"]
+AccessMode = Literal["read", "write", "readwrite"]
 
 
 @dataclass(frozen=True, slots=True)
-class Right:
+class AclRule:
     """What may be done with the topics of one filter."""
 
-    access: Access
+    access: AccessMode
     topic_filter: str
 
 
-def render_access(pipeline: Pipeline, site: str) -> str:
+def render_acl(pipeline: Pipeline, site: str) -> str:
     """Return the acl_file for the broker of a site; those of several pipelines may follow one another in one file."""
     lines = [f"# Who may do what at site {site}, pipeline {pipeline.name}. Whoever is not named may do nothing."]
-    for user, rights in users(pipeline, site).items():
+    for user, rights in acl_by_user(pipeline, site).items():
         lines += ["", f"user {user}", *(f"topic {access} {topic_filter}" for topic_filter, access in rights.items())]
     return "\n".join([*lines, ""])
 
 
-def users(pipeline: Pipeline, site: str) -> dict[str, dict[str, Access]]:
+def acl_by_user(pipeline: Pipeline, site: str) -> dict[str, dict[str, AccessMode]]:
     """All who may come to the broker of a site, and what each may do, by filter."""
-    found: dict[str, dict[str, Access]] = {}
+    found: dict[str, dict[str, AccessMode]] = {}
 
-    def grant(user: str, rights: Iterable[Right]) -> None:
+    def grant(user: str, rights: Iterable[AclRule]) -> None:
         mine = found.setdefault(user, {})
         for right in rights:
             before = mine.get(right.topic_filter, right.access)
@@ -68,21 +68,21 @@ def users(pipeline: Pipeline, site: str) -> dict[str, dict[str, Access]]:
 
     for stage in pipeline.stage:
         if stage.site == site:
-            name = stage_name(pipeline, stage)
-            grant(name, _training_stage(pipeline, stage) if pipeline.trains else _stage(pipeline, stage))
+            name = stage_username(pipeline, stage)
+            grant(name, _training_stage(pipeline, stage) if pipeline.is_training else _stage(pipeline, stage))
     if pipeline.source.site == site:
-        grant(source_name(pipeline), _source(pipeline))
-        grant(VIEWER, [Right("read", results(site))])
+        grant(source_username(pipeline), _source(pipeline))
+        grant(VIEWER, [AclRule("read", results_topic(site))])
     for table in pipeline.site:
         if table.name == site:
             for camera in table.cameras:
                 # The gateway reads at the source's site, wherever the camera is; bridges carry on.
-                grant(camera_name(camera), [Right("write", ingress(pipeline.source.site, camera))])
+                grant(camera_username(camera), [AclRule("write", ingress_topic(pipeline.source.site, camera))])
         for link in table.links:
             if link.to == site:
-                for user in {broker_name(table.name), link.user or broker_name(table.name)}:
+                for user in {broker_username(table.name), link.user or broker_username(table.name)}:
                     grant(user, _bridge(pipeline, table.name, site))
-    grant(MONITOR, [Right("read", every_presence(pipeline=pipeline.name))])
+    grant(MONITOR, [AclRule("read", all_presence_filter(pipeline=pipeline.name))])
     grant(OPERATOR, _operator(pipeline))
     return found
 
@@ -90,83 +90,83 @@ def users(pipeline: Pipeline, site: str) -> dict[str, dict[str, Access]]:
 # Stages -----------------------------------------------------------------------------------------------------------
 
 
-def receivers(pipeline: Pipeline, stage: StageTable) -> list[StageTable]:
+def downstream_stages(pipeline: Pipeline, stage: StageTable) -> list[StageTable]:
     """The stages that `stage` may pass work on to: the next; any, where code of a user's own decides (a detour)."""
-    following = pipeline.after(stage)
+    following = pipeline.next_stage(stage)
     if stage.executor is not None:
         return list(pipeline.stage)
     return [following] if following else []
 
 
-def _presence_of_own(pipeline: Pipeline, stage: StageTable) -> Iterator[Right]:
+def _presence_of_own(pipeline: Pipeline, stage: StageTable) -> Iterator[AclRule]:
     topics = pipeline.topics(stage)
-    yield Right("readwrite", topics.all_presence)  # its own record, and those of its peers
-    yield Right("read", topics.inbox("+"))
+    yield AclRule("readwrite", topics.presence_filter)  # its own record, and those of its peers
+    yield AclRule("read", topics.inbox("+"))
 
 
-def _stage(pipeline: Pipeline, stage: StageTable) -> Iterator[Right]:
+def _stage(pipeline: Pipeline, stage: StageTable) -> Iterator[AclRule]:
     yield from _presence_of_own(pipeline, stage)
-    yield Right("read", pipeline.topics(stage).front_door)
-    for each in receivers(pipeline, stage):
-        yield Right("read", pipeline.topics(each).all_presence)
-        yield Right("write", pipeline.topics(each).inbox("+"))
+    yield AclRule("read", pipeline.topics(stage).shared_task_topic)
+    for each in downstream_stages(pipeline, stage):
+        yield AclRule("read", pipeline.topics(each).presence_filter)
+        yield AclRule("write", pipeline.topics(each).inbox("+"))
     for each in pipeline.stage:
-        if stage in receivers(pipeline, each):  # to say that there is room again
-            yield Right("write", pipeline.topics(each).inbox("+"))
+        if stage in downstream_stages(pipeline, each):  # to say that there is room again
+            yield AclRule("write", pipeline.topics(each).inbox("+"))
     yield _answers(pipeline)
 
 
-def _training_stage(pipeline: Pipeline, stage: StageTable) -> Iterator[Right]:
+def _training_stage(pipeline: Pipeline, stage: StageTable) -> Iterator[AclRule]:
     """The first stage conducts: it hears of all and writes to all; the others hear of it, and know their neighbours."""
     yield from _presence_of_own(pipeline, stage)
     first, index = pipeline.stage[0], pipeline.stage.index(stage)
     if stage == first:
         for each in pipeline.stage:
-            yield Right("read", pipeline.topics(each).all_presence)
-            yield Right("write", pipeline.topics(each).inbox("+"))
-        yield Right("read", source_presence(pipeline.source.site, pipeline.name, "+"))
+            yield AclRule("read", pipeline.topics(each).presence_filter)
+            yield AclRule("write", pipeline.topics(each).inbox("+"))
+        yield AclRule("read", source_presence_topic(pipeline.source.site, pipeline.name, "+"))
     else:
-        yield Right("read", pipeline.topics(first).all_presence)
+        yield AclRule("read", pipeline.topics(first).presence_filter)
         for each in (first, *pipeline.stage[index - 1 : index], *pipeline.stage[index + 1 : index + 2]):
-            yield Right("write", pipeline.topics(each).inbox("+"))
+            yield AclRule("write", pipeline.topics(each).inbox("+"))
     yield _answers(pipeline)
 
 
-def _answers(pipeline: Pipeline) -> Right:
+def _answers(pipeline: Pipeline) -> AclRule:
     """To sources of this site; which pipeline a source belongs to is not in its topic."""
-    return Right("write", source_inbox(pipeline.source.site, "+"))
+    return AclRule("write", source_inbox_topic(pipeline.source.site, "+"))
 
 
 # Others -----------------------------------------------------------------------------------------------------------
 
 
-def _source(pipeline: Pipeline) -> Iterator[Right]:
+def _source(pipeline: Pipeline) -> Iterator[AclRule]:
     site = pipeline.source.site
-    yield Right("read", source_inbox(site, "+"))  # each source takes a name of its own
-    yield Right("readwrite" if pipeline.trains else "write", source_presence(site, pipeline.name, "+"))
+    yield AclRule("read", source_inbox_topic(site, "+"))  # each source takes a name of its own
+    yield AclRule("readwrite" if pipeline.is_training else "write", source_presence_topic(site, pipeline.name, "+"))
     # What trains hears of the conductor only, and writes to all of the crew; else it is the other way round.
-    heard = pipeline.stage[:1] if pipeline.trains else pipeline.stage
-    told = pipeline.stage if pipeline.trains else pipeline.stage[:1]
-    yield from (Right("read", pipeline.topics(stage).all_presence) for stage in heard)
-    yield from (Right("write", pipeline.topics(stage).inbox("+")) for stage in told)
-    if pipeline.source.kind == "ingress" and not pipeline.trains:
-        yield Right("read", ingress(site))
-    yield Right("write", results(site))
+    heard = pipeline.stage[:1] if pipeline.is_training else pipeline.stage
+    told = pipeline.stage if pipeline.is_training else pipeline.stage[:1]
+    yield from (AclRule("read", pipeline.topics(stage).presence_filter) for stage in heard)
+    yield from (AclRule("write", pipeline.topics(stage).inbox("+")) for stage in told)
+    if pipeline.source.kind == "ingress" and not pipeline.is_training:
+        yield AclRule("read", ingress_topic(site))
+    yield AclRule("write", results_topic(site))
 
 
-def _bridge(pipeline: Pipeline, other: str, site: str) -> Iterator[Right]:
+def _bridge(pipeline: Pipeline, other: str, site: str) -> Iterator[AclRule]:
     """What the bridge that the broker of `other` keeps to this one may take from here, and bring."""
-    for rule in rules(pipeline.sites.crossing(other, site)):
-        yield Right("read" if rule.direction == "in" else "write", rule.topic_filter)
+    for rule in topic_rules(pipeline.topology.bridge_sides(other, site)):
+        yield AclRule("read" if rule.direction == "in" else "write", rule.topic_filter)
 
 
-def _operator(pipeline: Pipeline) -> Iterator[Right]:
+def _operator(pipeline: Pipeline) -> Iterator[AclRule]:
     """All of the above, so that `sparse run` and whatever it starts do with one identity; and to examine the broker."""
-    yield Right("readwrite", examined("#"))
+    yield AclRule("readwrite", doctor_topic("#"))
     for each in all_sites(pipeline):
-        yield Right("readwrite", everything_of(each, pipeline.name))
-        yield Right("readwrite", everything_of(each, DOCTOR))
+        yield AclRule("readwrite", pipeline_filter(each, pipeline.name))
+        yield AclRule("readwrite", pipeline_filter(each, DOCTOR_LEVEL))
     home = pipeline.source.site
-    yield Right("readwrite", source_inbox(home, "+"))
-    yield Right("readwrite", results(home))
-    yield Right("readwrite", ingress(home))
+    yield AclRule("readwrite", source_inbox_topic(home, "+"))
+    yield AclRule("readwrite", results_topic(home))
+    yield AclRule("readwrite", ingress_topic(home))

@@ -15,33 +15,33 @@ from cryptography import x509
 
 from brokers.errors import BadFile, UsageError
 from brokers.mqtt.tls_files import (
-    AUTHORITY,
-    CERTIFICATE,
-    KEY,
+    CA_FILE,
+    CERT_FILE,
+    KEY_FILE,
     Expired,
-    check_times,
-    now,
+    check_validity,
+    read_ca,
+    read_cert_and_key,
     read_certificate,
-    read_pair,
-    read_signer,
+    utc_now,
 )
 from brokers.security.dev_ca import (
-    AUTHORITY_DAYS,
+    CA_DAYS,
+    CertificateKeyPair,
     Identity,
-    Pair,
-    hosts_of,
-    is_authority,
-    issue,
-    make_authority,
-    signed_by,
-    spelled,
+    certificate_hosts,
+    create_ca,
+    is_ca,
+    is_signed_by,
+    issue_certificate,
+    normalize_host,
 )
 
-AUTHORITY_FOLDER, AUTHORITY_KEY = "authority", "ca.key"
+CA_FOLDER, CA_KEY_FILE = "authority", "ca.key"
 
 
 @dataclass(eq=False)
-class Unfit(UsageError):
+class UnusableCertificate(UsageError):
     """A certificate that is there and does not do; it is somebody's, so it stays until they say otherwise."""
 
     path: str
@@ -53,41 +53,45 @@ class Unfit(UsageError):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredCertificate:
     """What became of one identity."""
 
     name: str
-    what: Literal["made", "kept", "renewed"]
-    until: datetime
+    action: Literal["made", "kept", "renewed"]
+    expires: datetime
     hosts: tuple[str, ...]
 
 
-def keep(folder: Path, wanted: Sequence[Identity], *, days: int, renew: bool = False) -> list[Kept]:
+def ensure_certificates(
+    folder: Path, identities: Sequence[Identity], *, days: int, renew: bool = False
+) -> list[StoredCertificate]:
     """Make what is missing, all of `wanted` with `renew`; keep the rest. All is checked before anything is written.
 
-    Raises `BadFile`, `KeyMisfit`, `NotYetValid`, `Expired` or `Unfit`.
+    Raises `BadFile`, `KeyMisfit`, `NotYetValid`, `Expired` or `UnusableCertificate`.
     """
-    moment = now()
-    place = folder / AUTHORITY_FOLDER
+    moment = utc_now()
+    place = folder / CA_FOLDER
     found = _read_authority(place, moment)
-    authority = found or make_authority(moment, max(days, AUTHORITY_DAYS))
-    plans = [(each, None if renew else _read(folder / each.name, each, authority, moment)) for each in wanted]
-    done: list[Kept] = []
+    authority = found or create_ca(moment, max(days, CA_DAYS))
+    plans = [(each, None if renew else _read(folder / each.name, each, authority, moment)) for each in identities]
+    done: list[StoredCertificate] = []
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if found is None:
-            _store(place, {AUTHORITY_KEY: authority.key_pem, AUTHORITY: authority.certificate_pem})
-            done.append(Kept(AUTHORITY_FOLDER, "made", authority.certificate.not_valid_after_utc, ()))
+            _store(place, {CA_KEY_FILE: authority.key_pem, CA_FILE: authority.certificate_pem})
+            done.append(StoredCertificate(CA_FOLDER, "made", authority.certificate.not_valid_after_utc, ()))
         for identity, certificate in plans:
             home = folder / identity.name
             what: Literal["made", "kept", "renewed"] = "kept"
             if certificate is None:
-                what = "renewed" if (home / CERTIFICATE).exists() else "made"
-                pair = issue(authority, identity, moment, days)
-                files = {AUTHORITY: authority.certificate_pem, KEY: pair.key_pem, CERTIFICATE: pair.certificate_pem}
+                what = "renewed" if (home / CERT_FILE).exists() else "made"
+                pair = issue_certificate(authority, identity, moment, days)
+                files = {CA_FILE: authority.certificate_pem, KEY_FILE: pair.key_pem, CERT_FILE: pair.certificate_pem}
                 _store(home, files)
                 certificate = pair.certificate
-            done.append(Kept(identity.name, what, certificate.not_valid_after_utc, hosts_of(certificate)))
+            done.append(
+                StoredCertificate(identity.name, what, certificate.not_valid_after_utc, certificate_hosts(certificate))
+            )
     except OSError as error:
         raise BadFile(str(error.filename or folder), f"cannot be written: {_plain(error)}") from None
     return done
@@ -97,16 +101,16 @@ def _plain(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def _read_authority(place: Path, moment: datetime) -> Pair | None:
+def _read_authority(place: Path, moment: datetime) -> CertificateKeyPair | None:
     """The authority that is there; None where there is none yet."""
-    certificate, key = place / AUTHORITY, place / AUTHORITY_KEY
+    certificate, key = place / CA_FILE, place / CA_KEY_FILE
     if not _is_there(place, certificate, key):
         return None
-    pair = Pair(*read_signer(certificate, key))
-    if not is_authority(pair.certificate):
+    pair = CertificateKeyPair(*read_ca(certificate, key))
+    if not is_ca(pair.certificate):
         raise BadFile(str(certificate), "is not the certificate of an authority")
     try:
-        check_times(certificate, pair.certificate, moment)
+        check_validity(certificate, pair.certificate, moment)
     except Expired as error:
         raise BadFile(
             str(certificate), f"expired at {error.ended:%Y-%m-%d}: move {place} away, then `--renew` makes all anew"
@@ -114,22 +118,24 @@ def _read_authority(place: Path, moment: datetime) -> Pair | None:
     return pair
 
 
-def _read(home: Path, identity: Identity, authority: Pair, moment: datetime) -> x509.Certificate | None:
+def _read(home: Path, identity: Identity, authority: CertificateKeyPair, moment: datetime) -> x509.Certificate | None:
     """The certificate that is there of an identity, if it does; None where nothing is."""
-    certificate, key = home / CERTIFICATE, home / KEY
+    certificate, key = home / CERT_FILE, home / KEY_FILE
     if not _is_there(home, certificate, key):
         return None
     try:
-        found, _ = read_pair(certificate, key)
-        check_times(certificate, found, moment)
-        believed = read_certificate(home / AUTHORITY)
+        found, _ = read_cert_and_key(certificate, key)
+        check_validity(certificate, found, moment)
+        believed = read_certificate(home / CA_FILE)
     except BadFile as error:
-        raise Unfit(error.path, error.problem, identity.name) from None
-    if believed != authority.certificate or not signed_by(found, authority.certificate):
-        raise Unfit(str(certificate), f"is not of the authority in {home.parent / AUTHORITY_FOLDER}", identity.name)
-    missing = [host for host in identity.hosts if spelled(host) not in hosts_of(found)]
+        raise UnusableCertificate(error.path, error.problem, identity.name) from None
+    if believed != authority.certificate or not is_signed_by(found, authority.certificate):
+        raise UnusableCertificate(
+            str(certificate), f"is not of the authority in {home.parent / CA_FOLDER}", identity.name
+        )
+    missing = [host for host in identity.hosts if normalize_host(host) not in certificate_hosts(found)]
     if missing:
-        raise Unfit(str(certificate), f"is not for the host {missing[0]!r}", identity.name)
+        raise UnusableCertificate(str(certificate), f"is not for the host {missing[0]!r}", identity.name)
     return found
 
 

@@ -19,24 +19,24 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.mqtt.tls_files import Signer
+from brokers.mqtt.tls_files import SigningKey
 from brokers.protocol.broker_url import parse_address
 from brokers.security.principals import (
     MONITOR,
     OPERATOR,
     VIEWER,
     all_sites,
-    broker_name,
-    camera_name,
-    source_name,
-    stage_name,
+    broker_username,
+    camera_username,
+    source_username,
+    stage_username,
 )
 
-AUTHORITY_NAME = "Sparse development authority"
+CA_NAME = "Sparse development authority"
 # It stays when certificates are made anew, so that nobody has to be told of another one.
-AUTHORITY_DAYS = 3650
+CA_DAYS = 3650
 # A small device's clock may be so far behind that of the machine where its certificate was made.
-EARLY = timedelta(minutes=5)
+CLOCK_SKEW = timedelta(minutes=5)
 # A broker is reached under these on its own machine.
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -50,11 +50,11 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class CertificateKeyPair:
     """A certificate and its key."""
 
     certificate: x509.Certificate
-    key: Signer = field(repr=False)
+    key: SigningKey = field(repr=False)
 
     @property
     def certificate_pem(self) -> bytes:
@@ -66,13 +66,15 @@ class Pair:
         return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def identities(pipeline: Pipeline, hosts: Mapping[str, Sequence[str]]) -> tuple[Identity, ...]:
+def pipeline_identities(pipeline: Pipeline, hosts: Mapping[str, Sequence[str]]) -> tuple[Identity, ...]:
     """All of a pipeline; `hosts` are further names of sites' brokers, beside those in the file."""
-    brokers = (Identity(broker_name(site), _hosts(pipeline, site, hosts.get(site, ()))) for site in all_sites(pipeline))
+    brokers = (
+        Identity(broker_username(site), _hosts(pipeline, site, hosts.get(site, ()))) for site in all_sites(pipeline)
+    )
     clients = [
-        *(stage_name(pipeline, stage) for stage in pipeline.stage),
-        source_name(pipeline),
-        *(camera_name(camera) for site in pipeline.site for camera in site.cameras),
+        *(stage_username(pipeline, stage) for stage in pipeline.stage),
+        source_username(pipeline),
+        *(camera_username(camera) for site in pipeline.site for camera in site.cameras),
         VIEWER,
         MONITOR,
         OPERATOR,
@@ -81,24 +83,26 @@ def identities(pipeline: Pipeline, hosts: Mapping[str, Sequence[str]]) -> tuple[
 
 
 def _hosts(pipeline: Pipeline, site: str, more: Sequence[str]) -> tuple[str, ...]:
-    stated = pipeline.broker_of(site)
+    stated = pipeline.configured_broker(site)
     address = parse_address(stated) if stated else None
-    named = [address.host] if address and not address.unix else []
+    named = [address.host] if address and not address.is_unix_socket else []
     return tuple(dict.fromkeys([*named, *more, *_LOOPBACK]))
 
 
-def make_authority(now: datetime, days: int = AUTHORITY_DAYS) -> Pair:
+def create_ca(now: datetime, days: int = CA_DAYS) -> CertificateKeyPair:
     """A new authority, which is its own witness."""
     key = ec.generate_private_key(ec.SECP256R1())
     # No two are of one name: who believes in an earlier one is told that this one is unknown, not that a signature is
     # wrong.
-    name = _name(f"{AUTHORITY_NAME} {secrets.token_hex(4)}")
+    name = _name(f"{CA_NAME} {secrets.token_hex(4)}")
     builder = _begin(name, name, key, now, now + timedelta(days=days))
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-    return Pair(builder.add_extension(_usage(signs=True), critical=True).sign(key, SHA256()), key)
+    return CertificateKeyPair(builder.add_extension(_usage(signs=True), critical=True).sign(key, SHA256()), key)
 
 
-def issue(authority: Pair, identity: Identity, now: datetime, days: int) -> Pair:
+def issue_certificate(
+    authority: CertificateKeyPair, identity: Identity, now: datetime, days: int
+) -> CertificateKeyPair:
     """A new certificate, which ends with its authority at the latest."""
     key = ec.generate_private_key(ec.SECP256R1())
     end = min(now + timedelta(days=days), authority.certificate.not_valid_after_utc)
@@ -111,13 +115,15 @@ def issue(authority: Pair, identity: Identity, now: datetime, days: int) -> Pair
     if identity.hosts:
         names = x509.SubjectAlternativeName([_host(host) for host in identity.hosts])
         builder = builder.add_extension(names, critical=False)
-    return Pair(builder.sign(authority.key, SHA256()), key)
+    return CertificateKeyPair(builder.sign(authority.key, SHA256()), key)
 
 
 def _begin(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, now: datetime, end: datetime
 ) -> x509.CertificateBuilder:
-    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number(), now - EARLY, end)
+    builder = x509.CertificateBuilder(
+        issuer, subject, key.public_key(), x509.random_serial_number(), now - CLOCK_SKEW, end
+    )
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
 
 
@@ -155,7 +161,7 @@ def _host(host: str) -> x509.GeneralName:
         return x509.DNSName(host.encode("idna").decode())
 
 
-def hosts_of(certificate: x509.Certificate) -> tuple[str, ...]:
+def certificate_hosts(certificate: x509.Certificate) -> tuple[str, ...]:
     """The names and addresses that a certificate is for."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -164,12 +170,12 @@ def hosts_of(certificate: x509.Certificate) -> tuple[str, ...]:
     return tuple(str(name.value) for name in names)
 
 
-def spelled(host: str) -> str:
+def normalize_host(host: str) -> str:
     """A host as a certificate spells it; raises `ValueError` for what is no host."""
     return str(_host(host).value)
 
 
-def signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+def is_signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     """Whether the authority has signed it."""
     try:
         certificate.verify_directly_issued_by(authority)
@@ -178,7 +184,7 @@ def signed_by(certificate: x509.Certificate, authority: x509.Certificate) -> boo
     return True
 
 
-def is_authority(certificate: x509.Certificate) -> bool:
+def is_ca(certificate: x509.Certificate) -> bool:
     """Whether it may sign others."""
     try:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca

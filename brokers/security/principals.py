@@ -14,25 +14,25 @@ MONITOR = "monitor"  # reads presence
 OPERATOR = "operator"  # may do whatever any of the others may
 _BROKER, _CAMERA = "broker", "camera"
 # RFC 5280, appendix A: ub-common-name.
-NAME_LIMIT = 64
+COMMON_NAME_LIMIT = 64
 
 
-def broker_name(site: str) -> str:
+def broker_username(site: str) -> str:
     """The broker of a site: to its clients, and to the brokers that it keeps bridges to."""
     return f"{_BROKER}.{site}"
 
 
-def stage_name(pipeline: Pipeline, stage: StageTable) -> str:
+def stage_username(pipeline: Pipeline, stage: StageTable) -> str:
     """The workers of a stage."""
     return f"{pipeline.name}.{stage.name}"
 
 
-def source_name(pipeline: Pipeline) -> str:
+def source_username(pipeline: Pipeline) -> str:
     """The sources of a pipeline, or its gateway; no stage has this name."""
     return f"{pipeline.name}.source"
 
 
-def camera_name(camera: str) -> str:
+def camera_username(camera: str) -> str:
     """An MQTT client that publishes to the ingress of its site."""
     return f"{_CAMERA}.{camera}"
 
@@ -42,7 +42,7 @@ def all_sites(pipeline: Pipeline) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(site.name for site in pipeline.site), *pipeline.used_sites]))
 
 
-def check_names(pipeline: Pipeline) -> None:
+def check_usernames(pipeline: Pipeline) -> None:
     """Raise `BadFile` for names that could be taken for others, or that do not fit into a certificate."""
     name = pipeline.name
     if name in (_BROKER, _CAMERA) or "." in name:
@@ -54,14 +54,15 @@ def check_names(pipeline: Pipeline) -> None:
         )
     sites = {camera: site.name for site in pipeline.site for camera in site.cameras}
     names = [
-        *(stage_name(pipeline, stage) for stage in pipeline.stage),
-        *map(broker_name, all_sites(pipeline)),
-        *map(camera_name, sites),
+        *(stage_username(pipeline, stage) for stage in pipeline.stage),
+        *map(broker_username, all_sites(pipeline)),
+        *map(camera_username, sites),
     ]
     for each in names:
-        if len(each) > NAME_LIMIT:
+        if len(each) > COMMON_NAME_LIMIT:
             raise BadFile(
-                pipeline.path, f"{each!r} has {len(each)} characters, a certificate's name has at most {NAME_LIMIT}"
+                pipeline.path,
+                f"{each!r} has {len(each)} characters, a certificate's name has at most {COMMON_NAME_LIMIT}",
             )
     for site in pipeline.site:
         for camera in site.cameras:

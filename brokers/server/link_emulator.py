@@ -26,14 +26,14 @@ Tap = Callable[[str, bytes], None]
 
 
 @dataclass(slots=True)
-class Crossed:
+class LinkByteCounts:
     """Bytes that have come out of the link, by direction: `there` is from who dialled the relay."""
 
-    there: int = 0
-    back: int = 0
+    outbound: int = 0
+    inbound: int = 0
 
 
-class Relay:
+class LinkEmulator:
     """A link to the broker at `port` of this machine; it listens at a free port, `self.port`, once started.
 
     It has a thread with a loop of its own. `cut` breaks the connections and lets none come until `mend`. `tap`, where
@@ -43,7 +43,7 @@ class Relay:
     def __init__(self, port: int, *, delay_ms: float = 0.0, rate_mbit: float | None = None) -> None:
         self.port = 0
         self.tap: Tap | None = None
-        self.crossed = Crossed()
+        self.byte_counts = LinkByteCounts()
         self._target = port
         self._delay_s = delay_ms / 1000
         self._bytes_per_s = rate_mbit * 125_000 if rate_mbit else None
@@ -67,13 +67,13 @@ class Relay:
             self._loop.call_soon_threadsafe(leaving.set)
             self._thread.join(_START_S)
 
-    def cut(self) -> None:
+    def disable(self) -> None:
         """Break the link, and what is in flight on it; connections are ended at once from now on."""
         self._whole = False
         with contextlib.suppress(RuntimeError):  # it has been stopped: there is nothing to break
             self._loop.call_soon_threadsafe(self._break)
 
-    def mend(self) -> None:
+    def enable(self) -> None:
         """Let connections through again."""
         self._whole = True
 
@@ -125,14 +125,14 @@ class Relay:
 
     async def _carry(self, way: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Bring what is read to the other side, when its time has come."""
-        link = _Way(self._delay_s, self._bytes_per_s)
+        link = _DelayQueue(self._delay_s, self._bytes_per_s)
         filling = asyncio.create_task(self._fill(link, reader))
         writer.transport.set_write_buffer_limits(0)  # `drain` waits for all of it: what has come out is not lost
         try:
             while (piece := await link.take()) is not None:
                 writer.write(piece)
                 await writer.drain()
-                setattr(self.crossed, way, getattr(self.crossed, way) + len(piece))
+                setattr(self.byte_counts, way, getattr(self.byte_counts, way) + len(piece))
                 if self.tap:
                     self.tap(way, piece)
             if writer.can_write_eof():
@@ -141,14 +141,14 @@ class Relay:
             filling.cancel()
             await asyncio.gather(filling, return_exceptions=True)
 
-    async def _fill(self, link: _Way, reader: asyncio.StreamReader) -> None:
+    async def _fill(self, link: _DelayQueue, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(OSError):
             while piece := await reader.read(_PIECE_BYTES):
                 await link.put(piece)
         link.end()
 
 
-class _Way:
+class _DelayQueue:
     """One direction of one connection: pieces, and when each comes out."""
 
     def __init__(self, delay_s: float, bytes_per_s: float | None) -> None:

@@ -21,9 +21,9 @@ from brokers.errors import PortTaken, UsageError
 from brokers.server import mosquitto_conf as mosquitto
 from brokers.server import rumqttd_conf as embedded
 
-Kind = Literal["mosquitto", "embedded"]
+BrokerKind = Literal["mosquitto", "embedded"]
 
-MAX_PACKET_BYTES: dict[Kind, int] = {
+MAX_PACKET_BYTES: dict[BrokerKind, int] = {
     "mosquitto": mosquitto.MAX_PACKET_BYTES,
     "embedded": embedded.MAX_PACKET_BYTES,
 }
@@ -75,11 +75,11 @@ class CannotListen(UsageError):
 class LocalBroker:
     """A broker that runs, and how to reach it. Stop it with `stop`, or use it as a context manager."""
 
-    kind: Kind
+    kind: BrokerKind
     host: str
     port: int
     pid: int
-    plain_port: int | None = None  # where MQTT 3.1.1 clients go; Mosquitto speaks both versions on `port`
+    mqtt311_port: int | None = None  # where MQTT 3.1.1 clients go; Mosquitto speaks both versions on `port`
     _guard: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _folder: Path | None = field(default=None, repr=False)
 
@@ -89,10 +89,10 @@ class LocalBroker:
         return f"mqtt://{host}:{self.port}"
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         return self._guard is not None and self._guard.poll() is None
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """Return what a broker that has ended wrote last."""
         guard, self._guard = self._guard, None
         return "" if guard is None else guard.communicate()[0].decode(errors="replace").strip()
@@ -129,13 +129,13 @@ class LocalBroker:
 
 def start_broker(
     *,
-    kind: Kind | None = None,
+    kind: BrokerKind | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
-    plain_port: int | None = None,
+    mqtt311_port: int | None = None,
     max_packet_bytes: int | None = None,
     bridges: tuple[Bridge, ...] = (),
-    bridged: bool = False,
+    accepts_bridges: bool = False,
     log_path: Path | None = None,
     timeout_s: float = 10.0,
 ) -> LocalBroker:
@@ -144,20 +144,22 @@ def start_broker(
     Port 0 is any free port. `plain_port` opens a second listener for MQTT 3.1.1 on the embedded broker. `bridges`: kept
     by it, `bridged`: by others to it; Mosquitto only. Raises `PortTaken`, `CannotListen` or `BrokerFailed`.
     """
-    kind = kind or ("mosquitto" if mosquitto.find() else "embedded")
+    kind = kind or ("mosquitto" if mosquitto.find_mosquitto() else "embedded")
     port = _free_port(host, port)
-    if plain_port is not None:
-        plain_port = _free_port(host, plain_port) if kind == "embedded" else port
+    if mqtt311_port is not None:
+        mqtt311_port = _free_port(host, mqtt311_port) if kind == "embedded" else port
     limit = max_packet_bytes or MAX_PACKET_BYTES[kind]
     if kind == "mosquitto":
-        conf = mosquitto.render(mosquitto.MosquittoConfig(port, host, limit, bridges=bridges, bridged=bridged))
+        conf = mosquitto.render(
+            mosquitto.MosquittoConfig(port, host, limit, bridges=bridges, accepts_bridges=accepts_bridges)
+        )
     else:
-        conf = embedded.render(embedded.EmbeddedConfig(port, host, plain_port, limit))
+        conf = embedded.render(embedded.RumqttdConfig(port, host, mqtt311_port, limit))
     folder = Path(tempfile.mkdtemp(prefix="sparse-broker-"))
     try:
         command = _configure(kind, folder, conf)
         arguments = [str(folder), str(log_path or folder / "broker.log"), *command]
-        broker = _start(LocalBroker(kind, host, port, 0, plain_port, None, folder), arguments)
+        broker = _start(LocalBroker(kind, host, port, 0, mqtt311_port, None, folder), arguments)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # from here on the guard removes it
         raise
@@ -169,13 +171,13 @@ def start_broker(
     return broker
 
 
-def _configure(kind: Kind, folder: Path, conf: str) -> list[str]:
+def _configure(kind: BrokerKind, folder: Path, conf: str) -> list[str]:
     """Write the configuration into `folder`; return the command that runs the broker with it."""
     path = folder / ("broker.conf" if kind == "mosquitto" else "broker.toml")
     path.write_text(conf, encoding="utf-8")
     if kind == "embedded":
         return embedded.command(str(path))
-    program = mosquitto.find()
+    program = mosquitto.find_mosquitto()
     if program is None:
         raise BrokerFailed(kind, "the program mosquitto is not installed")
     return [program, "-c", str(path)]
@@ -184,7 +186,7 @@ def _configure(kind: Kind, folder: Path, conf: str) -> list[str]:
 def _start(broker: LocalBroker, arguments: list[str]) -> LocalBroker:
     guard = subprocess.Popen(
         ["/bin/sh", "-c", _GUARD, "broker-guard", *arguments],
-        env={**os.environ, **(mosquitto.ENVIRONMENT if broker.kind == "mosquitto" else {})},
+        env={**os.environ, **(mosquitto.MALLOC_ENVIRONMENT if broker.kind == "mosquitto" else {})},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -196,10 +198,10 @@ def _start(broker: LocalBroker, arguments: list[str]) -> LocalBroker:
 
 def _wait(broker: LocalBroker, timeout_s: float) -> None:
     end_s = time.monotonic() + timeout_s
-    ports = {broker.port, broker.plain_port or broker.port}
+    ports = {broker.port, broker.mqtt311_port or broker.port}
     while ports:
-        if not broker.running:
-            raise BrokerFailed(broker.kind, broker.last_words() or "it said nothing")
+        if not broker.is_running:
+            raise BrokerFailed(broker.kind, broker.last_output() or "it said nothing")
         if time.monotonic() > end_s:
             raise BrokerFailed(broker.kind, f"it accepted no connection within {timeout_s:g} s")
         ports = {port for port in ports if not _accepts(broker.host, port)}
@@ -217,7 +219,7 @@ def _accepts(host: str, port: int) -> bool:
         return False
 
 
-def port_is_free(port: int, host: str = "127.0.0.1") -> bool:
+def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
     """Whether a broker could listen there now."""
     try:
         _free_port(host, port)

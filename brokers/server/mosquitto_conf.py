@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from brokers.config.bridge_rules import Bridge, rules
+from brokers.config.bridge_rules import Bridge, topic_rules
 
 # 2.1 and later disconnect a client whose packet is over 2,000,000 bytes unless told otherwise; 2.0 has no limit. Say
 # MQTT's own.
@@ -14,7 +14,7 @@ MAX_PACKET_BYTES = 268_435_455
 # Mosquitto allocates each packet twice, and glibc gives pieces over 128 KiB back to the kernel at once, to fetch and
 # fault them in again for the next packet: two thirds of the broker's time (tests/bench/roundtrip.py). Let it keep some.
 # Other C libraries ignore these.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
+MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 _SBIN = (
     "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"  # where packages put it, and where many users' PATH does not look
 )
@@ -23,12 +23,12 @@ _BRIDGE_WAIT_S = (1, 10)
 
 
 @dataclass(frozen=True, slots=True)
-class Locks:
+class ListenerSecurity:
     """Who may come in, and what they may do there: TLS with certificates on both sides, and an access list."""
 
-    certs: Path  # a folder of `sparse certs`: ca.crt, tls.crt, tls.key
-    access: Path
-    passwords: Path | None = None  # for clients without a certificate of their own; else each needs one
+    certs_folder: Path  # a folder of `sparse certs`: ca.crt, tls.crt, tls.key
+    acl_file: Path
+    password_file: Path | None = None  # for clients without a certificate of their own; else each needs one
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,11 @@ class MosquittoConfig:
     max_queued_bytes: int = 512 << 20
     max_inflight_messages: int = 100
     bridges: tuple[Bridge, ...] = ()
-    bridged: bool = False  # whether others keep bridges to this one
-    locks: Locks | None = None
-    data: Path | None = None  # where sessions and retained messages outlive the broker; None: they do not
+    accepts_bridges: bool = False  # whether others keep bridges to this one
+    security: ListenerSecurity | None = None
+    persistence_location: Path | None = (
+        None  # where sessions and retained messages outlive the broker; None: they do not
+    )
 
 
 def render(config: MosquittoConfig) -> str:
@@ -57,26 +59,26 @@ def render(config: MosquittoConfig) -> str:
 
 def _listener(config: MosquittoConfig) -> list[str]:
     lines = [f"listener {config.port} {config.host}".rstrip()]
-    locks = config.locks
+    locks = config.security
     if locks is None:
         return [*lines, "allow_anonymous true"]
     lines += [
-        f"cafile {locks.certs / 'ca.crt'}",
-        f"certfile {locks.certs / 'tls.crt'}",
-        f"keyfile {locks.certs / 'tls.key'}",
+        f"cafile {locks.certs_folder / 'ca.crt'}",
+        f"certfile {locks.certs_folder / 'tls.crt'}",
+        f"keyfile {locks.certs_folder / 'tls.key'}",
         "tls_version tlsv1.2",  # and later: TLS 1.3 where both have it
     ]
-    if locks.passwords is None:
+    if locks.password_file is None:
         lines += ["require_certificate true", "use_identity_as_username true"]
     else:
-        lines += [f"password_file {locks.passwords}"]
-    return [*lines, "allow_anonymous false", f"acl_file {locks.access}"]
+        lines += [f"password_file {locks.password_file}"]
+    return [*lines, "allow_anonymous false", f"acl_file {locks.acl_file}"]
 
 
 def _limits(config: MosquittoConfig) -> list[str]:
     kept = ["persistence false"]
-    if config.data is not None:
-        kept = ["persistence true", f"persistence_location {config.data}/", "autosave_interval 60"]
+    if config.persistence_location is not None:
+        kept = ["persistence true", f"persistence_location {config.persistence_location}/", "autosave_interval 60"]
     return [
         *kept,
         "set_tcp_nodelay true",
@@ -85,7 +87,7 @@ def _limits(config: MosquittoConfig) -> list[str]:
         f"max_queued_messages {config.max_queued_messages}",
         f"max_queued_bytes {config.max_queued_bytes}",
         # What a bridge could not deliver while its link was down goes when it is back: within the bounds above.
-        *(["queue_qos0_messages true"] if config.bridges or config.bridged else []),
+        *(["queue_qos0_messages true"] if config.bridges or config.accepts_bridges else []),
     ]
 
 
@@ -122,9 +124,9 @@ def _bridge(bridge: Bridge) -> list[str]:
             f"bridge_certfile {bridge.tls / 'tls.crt'}",
             f"bridge_keyfile {bridge.tls / 'tls.key'}",
         ]
-    return lines + [f"topic {rule.topic_filter} {rule.direction} {rule.qos}" for rule in rules(bridge.crossing)]
+    return lines + [f"topic {rule.topic_filter} {rule.direction} {rule.qos}" for rule in topic_rules(bridge.sides)]
 
 
-def find() -> str | None:
+def find_mosquitto() -> str | None:
     """Return the path of the mosquitto program, or None where it is not installed."""
     return shutil.which("mosquitto") or shutil.which("mosquitto", path=_SBIN)

@@ -32,17 +32,17 @@ IotCoreBroker(config_path=sys.argv[1]).run_forever()
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddedConfig:
+class RumqttdConfig:
     """What can differ between sites."""
 
     port: int
     host: str = "127.0.0.1"
-    plain_port: int | None = None  # for MQTT 3.1.1 clients
+    mqtt311_port: int | None = None  # for MQTT 3.1.1 clients
     max_packet_bytes: int = MAX_PACKET_BYTES
     log_bytes: int = LOG_BYTES
 
 
-def render(config: EmbeddedConfig) -> str:
+def render(config: RumqttdConfig) -> str:
     """Return rumqttd's TOML."""
     segments = max(2, -(-config.log_bytes // SEGMENT_BYTES))
     router = f"""\
@@ -56,8 +56,8 @@ max_segment_size = {SEGMENT_BYTES}
 max_segment_count = {segments}
 """
     listeners = [_listener("v5", config.host, config.port, config.max_packet_bytes)]
-    if config.plain_port is not None:
-        listeners.append(_listener("v4", config.host, config.plain_port, config.max_packet_bytes))
+    if config.mqtt311_port is not None:
+        listeners.append(_listener("v4", config.host, config.mqtt311_port, config.max_packet_bytes))
     return router + "".join(listeners)
 
 

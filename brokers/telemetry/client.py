@@ -19,41 +19,47 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from brokers.telemetry.encoding import EventLines, Told
+from brokers.telemetry.encoding import EventEncoder, QueuedEvent
 from brokers.telemetry.event_socket import RUN_VARIABLE, socket_path
-from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, Role
+from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, ProcessRole
 
 log = logging.getLogger(__name__)
 
 # `start` is of another process, which cannot say it itself: a broker.
-Work = Literal["start", "task_processed", "batch_processed", "request_done", "step_done", "link_carried"]
+EventName = Literal["start", "task_processed", "batch_processed", "request_done", "step_done", "link_carried"]
 
 # About 6 MB: a worker that does 100 tasks a second tells so much in 40 s.
-WAITING_LIMIT = 8192
+QUEUE_LIMIT = 8192
 # How long what is told is gathered; when so many wait, they go at once.
 _GATHER_S = 0.05
 _MANY = 1024
 # So many are taken from the queue at a time: most often they fit one datagram.
 _TAKEN_AT_ONCE = 256
 # How often a monitor that is not there is looked for.
-LOOK_EVERY_S = 1.0
+RECONNECT_INTERVAL_S = 1.0
 # So long a slow monitor is waited for, before it is seen that the client is to end.
 _SEND_S = 0.25
 # What still waits then may take so long, if somebody listens.
-CLOSE_S = 1.0
+CLOSE_TIMEOUT_S = 1.0
 # No monitor, or one that has gone, or that is another user's: nothing that anybody needs to hear of.
 _NOBODY = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE, errno.EACCES})
 
 
-def client_from(
-    environment: Mapping[str, str], role: Role, name: str, *, site: str = "", pipeline: str = "", **own: str
+def event_client_from_environment(
+    environment: Mapping[str, str],
+    role: ProcessRole,
+    name: str,
+    *,
+    site: str = "",
+    pipeline: str = "",
+    **work_fields: str,
 ) -> EventClient:
     """A client of this process for the monitor of this node, as part of the run that the environment names.
 
     `own` is of what tells: `stage` and `worker`, or `source`.
     """
     common = {"run": environment.get(RUN_VARIABLE, ""), "site": site, "pipeline": pipeline}
-    return EventClient(socket_path(environment), role, name, common, own)
+    return EventClient(socket_path(environment), role, name, common, work_fields)
 
 
 class EventClient:
@@ -66,16 +72,16 @@ class EventClient:
     def __init__(
         self,
         path: Path | None = None,
-        role: Role = "other",
+        role: ProcessRole = "other",
         name: str = "",
-        common: Mapping[str, str] | None = None,
-        own: Mapping[str, str] | None = None,
+        common_fields: Mapping[str, str] | None = None,
+        work_fields: Mapping[str, str] | None = None,
     ) -> None:
         self.dropped = 0  # events that nobody has been told of yet
         self._path = path
         self._life: dict[str, Any] = {"role": role, "name": name, "pid": os.getpid()}
-        self._lines = EventLines(common or {}, own or {})
-        self._waiting: deque[Told] = deque()
+        self._lines = EventEncoder(common_fields or {}, work_fields or {})
+        self._waiting: deque[QueuedEvent] = deque()
         self._lock = threading.Lock()  # held for some assignments, never while anything is made or sent
         self._latest_ns = 0
         self._some, self._many, self._closing = threading.Event(), threading.Event(), threading.Event()
@@ -102,14 +108,14 @@ class EventClient:
         self._put("start", None, self._life)
         self._thread.start()
 
-    def tell(self, event: Work, *, time_ns: int | None = None, **figures: Any) -> None:
+    def emit(self, event: EventName, *, time_ns: int | None = None, **fields: Any) -> None:
         """Have an event told, with its figures as in brokers/telemetry/schema.py: a few microseconds, no wait, no error.
 
         `time_ns`, as `now_ns` gave it, is when it was, if not now. What an event has of text may be bytes, such as an
         id, which is written in hexadecimal digits.
         """
         if self._thread:
-            self._put(event, time_ns, figures)
+            self._put(event, time_ns, fields)
 
     def now_ns(self) -> int:
         """Unix time. No two are alike: two events of one worker at one time would be one point in a database."""
@@ -122,7 +128,7 @@ class EventClient:
         if thread is None:
             return
         self._put("stop", None, self._life)
-        self._deadline_s = time.monotonic() + CLOSE_S
+        self._deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
         for event in (self._closing, self._some, self._many):
             event.set()
         thread.join()
@@ -133,7 +139,7 @@ class EventClient:
 
     def _put(self, event: str, time_ns: int | None, figures: Mapping[str, Any]) -> None:
         with self._lock:
-            if len(self._waiting) >= WAITING_LIMIT:
+            if len(self._waiting) >= QUEUE_LIMIT:
                 self._waiting.popleft()
                 self.dropped += 1
             self._waiting.append((event, self._next_ns() if time_ns is None else time_ns, figures))
@@ -154,7 +160,7 @@ class EventClient:
             self._many.clear()
             while not self._pass_on() and not self._closing.is_set():
                 if self._socket is None:
-                    self._closing.wait(LOOK_EVERY_S)
+                    self._closing.wait(RECONNECT_INTERVAL_S)
         self._looked_s = float("-inf")
         while not self._pass_on() and self._socket is not None and time.monotonic() < self._deadline_s:
             pass  # it is slow, and has been waited for
@@ -166,7 +172,7 @@ class EventClient:
             told = self._take()
             if not told:
                 return True
-            for datagram, count in self._lines.datagrams(told):
+            for datagram, count in self._lines.encode_datagrams(told):
                 if not self._send(datagram, count):
                     self._put_back(told)
                     return False
@@ -175,14 +181,14 @@ class EventClient:
                 break
         return False
 
-    def _take(self) -> list[Told]:
+    def _take(self) -> list[QueuedEvent]:
         with self._lock:
             return [self._waiting.popleft() for _ in range(min(_TAKEN_AT_ONCE, len(self._waiting)))]
 
-    def _put_back(self, told: Sequence[Told]) -> None:
+    def _put_back(self, told: Sequence[QueuedEvent]) -> None:
         """They were taken, and could not go: the oldest of all, which go first when there is no room any more."""
         with self._lock:
-            excess = max(0, len(told) + len(self._waiting) - WAITING_LIMIT)
+            excess = max(0, len(told) + len(self._waiting) - QUEUE_LIMIT)
             self.dropped += min(excess, len(told))
             self._waiting.extendleft(reversed(told[excess:]))
 
@@ -190,7 +196,7 @@ class EventClient:
         with self._lock:
             dropped, now_ns = self.dropped, self._next_ns()
         if dropped:
-            if not self._send(self._lines.line(("events_dropped", now_ns, {"count": dropped})), 0):
+            if not self._send(self._lines.encode_line(("events_dropped", now_ns, {"count": dropped})), 0):
                 return False
             with self._lock:
                 self.dropped -= dropped
@@ -221,7 +227,7 @@ class EventClient:
         if self._socket is not None:
             return True
         now_s = time.monotonic()
-        if now_s - self._looked_s < LOOK_EVERY_S:
+        if now_s - self._looked_s < RECONNECT_INTERVAL_S:
             return False
         self._looked_s = now_s
         line = None

@@ -11,37 +11,37 @@ from brokers.protocol.stage_timing import Hop
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, HOPS_LIMIT, TEXT_LIMIT
 
 # The name of an event, when it was (Unix time in ns), and its figures.
-Told = tuple[str, int, Mapping[str, Any]]
+QueuedEvent = tuple[str, int, Mapping[str, Any]]
 # These are of a process, or of a site; all others are of somebody's work.
 _NOT_OF_WORK = frozenset({"start", "stop", "link_carried", "events_dropped"})
 _HOP_FIELDS = tuple(Hop.__dataclass_fields__)
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
-class EventLines:
+class EventEncoder:
     """Makes lines of the events of one sender: `common` stands in each, `own` in those of its work besides."""
 
-    def __init__(self, common: Mapping[str, str], own: Mapping[str, str]) -> None:
+    def __init__(self, common_fields: Mapping[str, str], work_fields: Mapping[str, str]) -> None:
         # What is the same in all is written once: it is half of a line.
-        self._common = _encode(_plain(common))[1:-1]
-        self._own = _encode(_plain({**common, **own}))[1:-1]
+        self._common = _encode(_plain(common_fields))[1:-1]
+        self._own = _encode(_plain({**common_fields, **work_fields}))[1:-1]
 
-    def line(self, told: Told) -> bytes:
+    def encode_line(self, queued: QueuedEvent) -> bytes:
         """One event, without a line's end. Raises `TypeError` for a figure that is of no kind that events have.
 
         Bytes are written as hexadecimal digits, what is no finite number as null; longer texts and lists are cut.
         """
-        event, time_ns, figures = told
+        event, time_ns, figures = queued
         constant = self._common if event in _NOT_OF_WORK else self._own
         head = f'{{"event":"{event}","time_ns":{time_ns}{"," if constant else ""}{constant}'
         own = _encode(_plain(figures))[1:]
         return f"{head}{own if own == '}' else ',' + own}".encode()
 
-    def datagrams(self, waiting: Sequence[Told]) -> Iterator[tuple[bytes, int]]:
+    def encode_datagrams(self, events: Sequence[QueuedEvent]) -> Iterator[tuple[bytes, int]]:
         """All of them, in order: each datagram, and how many of them it is for. It is empty for one that fits none."""
         lines: list[bytes] = []
         size = 0
-        for told in waiting:
+        for told in events:
             line = self._line_or_none(told)
             if lines and (line is None or size + len(line) > DATAGRAM_LIMIT_BYTES):
                 yield b"\n".join(lines), len(lines)
@@ -54,9 +54,9 @@ class EventLines:
         if lines:
             yield b"\n".join(lines), len(lines)
 
-    def _line_or_none(self, told: Told) -> bytes | None:
+    def _line_or_none(self, told: QueuedEvent) -> bytes | None:
         try:
-            line = self.line(told)
+            line = self.encode_line(told)
         except (TypeError, ValueError):
             return None
         return line if len(line) <= DATAGRAM_LIMIT_BYTES else None

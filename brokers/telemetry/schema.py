@@ -24,11 +24,11 @@ _LARGEST_FIGURE = 1e12
 _TIME_LIMIT_NS = 1 << 62
 _Figure = Annotated[float, Field(ge=0, le=_LARGEST_FIGURE, allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=TEXT_LIMIT)]
-Role = Literal["run", "stage", "source", "broker", "monitor", "bench", "other"]
-Phase = Literal["inference", "forward", "backward", "update"]
+ProcessRole = Literal["run", "stage", "source", "broker", "monitor", "bench", "other"]
+BatchPhase = Literal["inference", "forward", "backward", "update"]
 
 
-class _Event(BaseModel):
+class _EventBase(BaseModel):
     """What all events share: when it was, and of what."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,25 +39,25 @@ class _Event(BaseModel):
     pipeline: _Text = ""
 
 
-class Start(_Event):
+class ProcessStarted(_EventBase):
     """A process begins its work; from now on the monitor samples it, if it can see it."""
 
     event: Literal["start"] = "start"
-    role: Role = "other"
+    role: ProcessRole = "other"
     name: _Text = ""
     pid: _Count = 0
 
 
-class Stop(_Event):
+class ProcessStopped(_EventBase):
     """It ends."""
 
     event: Literal["stop"] = "stop"
-    role: Role = "other"
+    role: ProcessRole = "other"
     name: _Text = ""
     pid: _Count = 0
 
 
-class TaskProcessed(_Event):
+class TaskProcessed(_EventBase):
     """A worker is done with one task."""
 
     event: Literal["task_processed"] = "task_processed"
@@ -77,19 +77,19 @@ class TaskProcessed(_Event):
     parent: _Text = Field(default="", description="and of the span that asked for it")
 
 
-class BatchProcessed(_Event):
+class BatchProcessed(_EventBase):
     """A worker has computed one batch: tasks of inference, or a micro-batch or update of training."""
 
     event: Literal["batch_processed"] = "batch_processed"
     stage: _Text
     worker: _Text
-    phase: Phase = "inference"
+    phase: BatchPhase = "inference"
     tasks: _Count = Field(description="in the batch")
     rows: _Count = Field(default=0, description="of training: samples in it")
     busy_ms: _Figure = Field(default=0.0, description="that it kept the worker busy")
 
 
-class HopFigures(BaseModel):
+class HopMetrics(BaseModel):
     """What one stage did for a request, as in `brokers.protocol.stage_timing`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -105,7 +105,7 @@ class HopFigures(BaseModel):
     batch: _Count = 1
 
 
-class RequestDone(_Event):
+class RequestDone(_EventBase):
     """A request has come to its end at its source, with a result or without."""
 
     event: Literal["request_done"] = "request_done"
@@ -116,13 +116,13 @@ class RequestDone(_Event):
     attempts: _Count = 1
     bytes_out: _Count = Field(default=0, description="of its content, as it was sent")
     error: _Text = Field(default="", description="of a request without a result: the error's name")
-    hops: tuple[HopFigures, ...] = Field(default=(), max_length=HOPS_LIMIT)
+    hops: tuple[HopMetrics, ...] = Field(default=(), max_length=HOPS_LIMIT)
     trace: _Text = ""
     span: _Text = ""
     parent: _Text = ""
 
 
-class StepDone(_Event):
+class StepDone(_EventBase):
     """A training step is committed on all stages."""
 
     event: Literal["step_done"] = "step_done"
@@ -135,7 +135,7 @@ class StepDone(_Event):
     accuracy: _Figure | None = None
 
 
-class LinkCarried(_Event):
+class LinkTraffic(_EventBase):
     """What a link between two sites has carried since it began."""
 
     event: Literal["link_carried"] = "link_carried"
@@ -145,19 +145,28 @@ class LinkCarried(_Event):
     bytes_in: _Count = Field(default=0, description="the other way")
 
 
-class EventsDropped(_Event):
+class EventsDropped(_EventBase):
     """The sender had more to tell than the monitor took: so many of its events are lost."""
 
     event: Literal["events_dropped"] = "events_dropped"
     count: _Count
 
 
-Event = Start | Stop | TaskProcessed | BatchProcessed | RequestDone | StepDone | LinkCarried | EventsDropped
-NAMES = tuple(str(kind.model_fields["event"].default) for kind in get_args(Event))
-_ADAPTER: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+TelemetryEvent = (
+    ProcessStarted
+    | ProcessStopped
+    | TaskProcessed
+    | BatchProcessed
+    | RequestDone
+    | StepDone
+    | LinkTraffic
+    | EventsDropped
+)
+EVENT_NAMES = tuple(str(kind.model_fields["event"].default) for kind in get_args(TelemetryEvent))
+_ADAPTER: TypeAdapter[TelemetryEvent] = TypeAdapter(Annotated[TelemetryEvent, Field(discriminator="event")])
 
 
-def event_from_json(line: bytes) -> Event:
+def event_from_json(line: bytes) -> TelemetryEvent:
     """The event of one line; raises `BadPayload` with what is wrong, and where, and nothing of what was sent."""
     try:
         return _ADAPTER.validate_json(line)
@@ -173,7 +182,7 @@ def _said(error: ValidationError) -> str:
         case "json_invalid":
             return "not JSON"
         case "union_tag_invalid" | "union_tag_not_found":
-            return f"event: expected one of {', '.join(NAMES)}"
+            return f"event: expected one of {', '.join(EVENT_NAMES)}"
         case "extra_forbidden":
             return f"{': '.join(place[:-1])}: a field that it does not have"
         case _:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from deploy.dashboards.panels import SECTIONS, Dialect, Kind, Panel, Unit
+from deploy.dashboards.panels import SECTIONS, Dialect, Panel, PanelStyle, PanelUnit
 
 # The condition is that of Chronograf's own queries. It has no database of its own to ask, so each query names one.
 DIALECT = Dialect('"sparse"..', "time > :dashboardTime: AND time < :upperDashboardTime:", ":interval:", "':run:'")
-RUNS = 'SHOW TAG VALUES ON "sparse" WITH KEY = "run"'
+RUN_NAMES_QUERY = 'SHOW TAG VALUES ON "sparse" WITH KEY = "run"'
 _ID = 7777  # far from 1, 2, ...: a file whose number one of Chronograf's own dashboards has is passed over
 _ACROSS, _WIDTH, _HEIGHT = 3, 4, 4
-_TYPES: dict[Kind, str] = {"lines": "line", "stacked": "line-stacked", "bars": "bar"}
-_SUFFIXES: dict[Unit, str] = {"1/s": "/s", "ms": " ms", "%": "%", "bytes": "B", "bytes/s": "B/s", "W": " W", "J": " J"}
+_TYPES: dict[PanelStyle, str] = {"lines": "line", "stacked": "line-stacked", "bars": "bar"}
+_SUFFIXES: dict[PanelUnit, str] = {
+    "1/s": "/s",
+    "ms": " ms",
+    "%": "%",
+    "bytes": "B",
+    "bytes/s": "B/s",
+    "W": " W",
+    "J": " J",
+}
 
 
-def dashboard() -> dict[str, Any]:
+def build_dashboard() -> dict[str, Any]:
     """The whole file."""
     cells: list[dict[str, Any]] = []
     top = 0
@@ -34,7 +42,7 @@ def _run() -> dict[str, Any]:
         "type": "influxql",
         "label": "the run to look at",
         "sourceID": "dynamic",
-        "query": {"influxql": RUNS},
+        "query": {"influxql": RUN_NAMES_QUERY},
         "values": [],
     }
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from deploy.dashboards.panels import SECTIONS, Dialect, Kind, Panel, Query, Unit
+from deploy.dashboards.panels import SECTIONS, Dialect, Panel, PanelStyle, PanelUnit, Query
 
 DIALECT = Dialect("", "$timeFilter", "$__interval", "'$run'")
-RUNS = 'SHOW TAG VALUES WITH KEY = "run"'
-SOURCE = {"type": "influxdb", "uid": "sparse"}  # as deploy/grafana/provisioning has it
+RUN_NAMES_QUERY = 'SHOW TAG VALUES WITH KEY = "run"'
+DATASOURCE = {"type": "influxdb", "uid": "sparse"}  # as deploy/grafana/provisioning has it
 _SCHEMA = 39  # of the JSON; later versions of Grafana read it, too
 _ACROSS, _WIDTH, _HEIGHT = 3, 8, 8
 # Presence comes once a second, samples of a node twice: anything finer would be holes.
 _FINEST = "2s"
-_UNITS: dict[Unit, str] = {
+_UNITS: dict[PanelUnit, str] = {
     "": "short",
     "1/s": "suffix:/s",
     "ms": "ms",
@@ -24,14 +24,14 @@ _UNITS: dict[Unit, str] = {
     "W": "watt",
     "J": "joule",
 }
-_STYLES: dict[Kind, dict[str, Any]] = {
+_STYLES: dict[PanelStyle, dict[str, Any]] = {
     "lines": {"drawStyle": "line", "fillOpacity": 0, "stacking": {"mode": "none"}},
     "stacked": {"drawStyle": "line", "fillOpacity": 60, "stacking": {"mode": "normal", "group": "A"}},
     "bars": {"drawStyle": "bars", "fillOpacity": 60, "stacking": {"mode": "none"}},
 }
 
 
-def dashboard() -> dict[str, Any]:
+def build_dashboard() -> dict[str, Any]:
     """The whole file."""
     panels: list[dict[str, Any]] = []
     top = 0
@@ -60,8 +60,8 @@ def _run() -> dict[str, Any]:
         "name": "run",
         "label": "run",
         "type": "query",
-        "datasource": SOURCE,
-        "query": RUNS,
+        "datasource": DATASOURCE,
+        "query": RUN_NAMES_QUERY,
         "refresh": 2,  # whenever another time is looked at
         "sort": 2,  # Z first: of names that end in a date, the newest
         "multi": False,
@@ -77,7 +77,7 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         "type": "timeseries",
         "title": panel.title,
         "description": panel.note,
-        "datasource": SOURCE,
+        "datasource": DATASOURCE,
         "interval": _FINEST,
         "gridPos": {"x": x, "y": y, "w": _WIDTH, "h": _HEIGHT},
         "fieldConfig": {"defaults": {"unit": _UNITS[panel.unit], "min": 0, "custom": custom}, "overrides": []},
@@ -96,7 +96,7 @@ def _target(query: Query, letter: str, with_others: bool) -> dict[str, Any]:
         words.append("$col")
     return {
         "refId": letter,
-        "datasource": SOURCE,
+        "datasource": DATASOURCE,
         "rawQuery": True,
         "query": query.text(DIALECT),
         "alias": " ".join(words),

@@ -11,18 +11,18 @@ from dataclasses import dataclass, field
 from string import Template
 from typing import Literal
 
-Kind = Literal["lines", "stacked", "bars"]
-Unit = Literal["", "1/s", "ms", "%", "cores", "bytes", "bytes/s", "W", "J"]
+PanelStyle = Literal["lines", "stacked", "bars"]
+PanelUnit = Literal["", "1/s", "ms", "%", "cores", "bytes", "bytes/s", "W", "J"]
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
     """What a program puts into a query before it asks."""
 
-    database: str  # what stands before a measurement's name
-    when: str  # the condition on time
-    every: str  # the width of what is one point on the screen
-    run: str  # the run that was picked, in quotes
+    database_prefix: str  # what stands before a measurement's name
+    time_condition: str  # the condition on time
+    interval: str  # the width of what is one point on the screen
+    run_value: str  # the run that was picked, in quotes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class Query:
 
     template: str
     columns: tuple[str, ...]
-    by: tuple[str, ...]
+    group_by: tuple[str, ...]
 
-    def text(self, dialect: Dialect) -> str:
+    def to_influxql(self, dialect: Dialect) -> str:
         """InfluxQL, as this program takes it."""
         here = f'{dialect.when} AND "run" = {dialect.run}'
         every = f"time({dialect.every})"
@@ -45,9 +45,9 @@ class Panel:
     """A third of a row."""
 
     title: str
-    unit: Unit
+    unit: PanelUnit
     queries: tuple[Query, ...]
-    kind: Kind = "lines"
+    style: PanelStyle = "lines"
     note: str = field(default="", kw_only=True)
 
 
@@ -117,7 +117,7 @@ _ENERGY = Query(
 _PERCENTILES = {f"p{share}": f'percentile("latency_ms", {share})' for share in (50, 95, 99)}
 _TROUBLES = ("failed", "turned_away", "expired", "refused")
 
-WORK = (
+WORKLOAD_PANELS = (
     Panel("Requests done", "1/s", (_rate("request", ("source",), requests='count("latency_ms")'),)),
     Panel("Latency of requests", "ms", (_ask("request", ("source",), **_PERCENTILES),)),
     Panel(
@@ -134,7 +134,7 @@ WORK = (
     Panel("Latency by stage", "ms", (_STAGE_LATENCY,), note="From a task's arrival to its result, in the worker."),
     Panel("Workers busy", "%", (_ask("stage", ("stage", "worker"), busy='mean("busy") * 100'),)),
 )
-QUEUES = (
+QUEUE_PANELS = (
     Panel("Tasks that wait", "", (_sum("stage", ("worker",), ("stage",), waiting='mean("queue")'),)),
     Panel("Wait in the queue", "ms", (_ask("task", ("stage",), wait='mean("queue_ms")'),)),
     Panel(
@@ -171,7 +171,7 @@ QUEUES = (
         note="Points that no database has taken yet, that were given up, and events that no monitor took.",
     ),
 )
-NODES = (
+NODE_PANELS = (
     Panel("CPU", "%", (_ask("node", ("node",), cpu='mean("cpu") * 100'),)),
     Panel("Memory", "bytes", (_ask("node", ("node",), used='mean("memory_used_bytes")'),)),
     Panel(
@@ -200,10 +200,15 @@ NODES = (
     ),
     Panel("Energy per sample", "J", (_ENERGY,), note="Of nodes that can measure it; a sample is a result or a row."),
 )
-TRAINING = (
+TRAINING_PANELS = (
     Panel("Loss", "", (_ask("step", ("source",), loss='mean("loss")'),)),
     Panel("Accuracy", "%", (_ask("step", ("source",), accuracy='mean("accuracy") * 100'),)),
     Panel("Rows trained", "1/s", (_rate("step", ("source",), rows='sum("rows")'),)),
     Panel("Time of a step", "ms", (_ask("step", ("source",), step='mean("step_ms")'),)),
 )
-SECTIONS = {"Work": WORK, "Queues and troubles": QUEUES, "Nodes": NODES, "Training": TRAINING}
+SECTIONS = {
+    "Work": WORKLOAD_PANELS,
+    "Queues and troubles": QUEUE_PANELS,
+    "Nodes": NODE_PANELS,
+    "Training": TRAINING_PANELS,
+}

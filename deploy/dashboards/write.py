@@ -9,7 +9,7 @@ from pathlib import Path
 from deploy.dashboards import chronograf, grafana
 
 
-def files() -> dict[str, str]:
+def dashboard_files() -> dict[str, str]:
     """Their contents, by their places below deploy/."""
     found = {
         "chronograf/sparse.dashboard": chronograf.dashboard(),
@@ -18,13 +18,13 @@ def files() -> dict[str, str]:
     return {place: json.dumps(content, indent=1) + "\n" for place, content in found.items()}
 
 
-def write(folder: Path) -> None:
+def write_dashboards(folder: Path) -> None:
     """Write them; raises `OSError`."""
-    for place, text in files().items():
+    for place, text in dashboard_files().items():
         path = folder / place
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write_dashboards(Path(sys.argv[1]))

@@ -7,28 +7,28 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from monitor.errors import NoSamples
-from monitor.points.points import Point
+from monitor.points.points import TelemetryPoint
 
 # What a `Reader` gives, by the name of the measurement; those that are not there have no points.
-PointsByName = Mapping[str, Sequence[Point]]
-Kind = Literal["inference", "training"]
+PointsByMeasurement = Mapping[str, Sequence[TelemetryPoint]]
+RunKind = Literal["inference", "training"]
 
 _NS = 1e9
 _NS_PER_MS = 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class MeasurementWindow:
     """The measured part of a run.
 
     It begins when the last request (or step) of the warm-up ends; without a warm-up, when the first is asked. It ends
     with the last one.
     """
 
-    kind: Kind
+    kind: RunKind
     begin_ns: int  # Unix time
     end_ns: int
-    counted: tuple[Point, ...]  # `request` or `step` points, as they ended
+    points: tuple[TelemetryPoint, ...]  # `request` or `step` points, as they ended
     warm_up: int  # requests or steps before them
 
     @property
@@ -36,45 +36,45 @@ class Window:
         return (self.end_ns - self.begin_ns) / _NS
 
     @property
-    def done(self) -> tuple[Point, ...]:
+    def succeeded(self) -> tuple[TelemetryPoint, ...]:
         """Those of `counted` that have a result; of training, all."""
-        return tuple(point for point in self.counted if not point.fields.get("error"))
+        return tuple(point for point in self.points if not point.fields.get("error"))
 
 
-def window_of(points: PointsByName, warm_up: int = 0) -> Window:
+def select_window(points: PointsByMeasurement, warm_up: int = 0) -> MeasurementWindow:
     """What counts of a run, whose `warm_up` first requests (or steps) do not.
 
     A run that has steps is one of training. Raises `NoSamples` where nothing is left, or nothing that has a result.
     """
-    kind: Kind = "training" if points.get("step") else "inference"
+    kind: RunKind = "training" if points.get("step") else "inference"
     length = "step_ms" if kind == "training" else "latency_ms"
     ended = sorted(points.get("step" if kind == "training" else "request", ()), key=lambda point: point.time_ns)
     counted = tuple(ended[warm_up:])
     if not any(not point.fields.get("error") for point in counted):
         raise NoSamples("steps" if kind == "training" else "requests", len(ended), len(counted), warm_up)
     begin_ns = ended[warm_up - 1].time_ns if warm_up else _first_asked(ended, length)
-    return Window(kind, begin_ns, counted[-1].time_ns, counted, warm_up)
+    return MeasurementWindow(kind, begin_ns, counted[-1].time_ns, counted, warm_up)
 
 
-def _first_asked(ended: Iterable[Point], length: str) -> int:
-    return min(point.time_ns - round(number(point, length) * _NS_PER_MS) for point in ended)
+def _first_asked(ended: Iterable[TelemetryPoint], length: str) -> int:
+    return min(point.time_ns - round(number_or_zero(point, length) * _NS_PER_MS) for point in ended)
 
 
-def number(point: Point, name: str) -> float:
+def number_or_zero(point: TelemetryPoint, name: str) -> float:
     """A field as a number; 0 where it was not measured."""
     return float(cast(float, point.fields.get(name) or 0.0))
 
 
 @dataclass(frozen=True, slots=True)
-class Counter:
+class CounterSeries:
     """A figure that only grows, as it was seen: (Unix time in ns, value), by time."""
 
-    seen: tuple[tuple[int, float], ...]
+    readings: tuple[tuple[int, float], ...]
 
-    def at(self, time_ns: int) -> float:
+    def value_at(self, time_ns: int) -> float:
         """Its value then, on a straight line between what was seen; 0 before that begins, and what was seen last."""
-        before = [entry for entry in self.seen if entry[0] <= time_ns]
-        after = [entry for entry in self.seen if entry[0] > time_ns]
+        before = [entry for entry in self.readings if entry[0] <= time_ns]
+        after = [entry for entry in self.readings if entry[0] > time_ns]
         if not before:
             return 0.0
         (begin_ns, first), (end_ns, last) = before[-1], after[0] if after else before[-1]
@@ -82,6 +82,6 @@ class Counter:
             return first
         return first + (last - first) * (time_ns - begin_ns) / (end_ns - begin_ns)
 
-    def after(self, time_ns: int) -> float:
+    def value_after(self, time_ns: int) -> float:
         """What was seen of it first at that time or later; else what was seen last."""
-        return next((value for when, value in self.seen if when >= time_ns), self.seen[-1][1])
+        return next((value for when, value in self.readings if when >= time_ns), self.readings[-1][1])

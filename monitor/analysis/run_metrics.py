@@ -1,6 +1,6 @@
 """The figures of one run, from its points alone: how fast, how late, where the time went, what it cost. Pure.
 
-What `sparse bench` writes down and `sparse report` draws. Everything is over the `Window` that the warm-up leaves;
+What `sparse bench` writes down and `sparse report` draws. Everything is over the `MeasurementWindow` that the warm-up leaves;
 "for a sample" is for a result of inference, for a row of training.
 """
 
@@ -12,17 +12,24 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 
-from monitor.analysis.measurement_window import Counter, Kind, PointsByName, Window, number, window_of
+from monitor.analysis.measurement_window import (
+    CounterSeries,
+    MeasurementWindow,
+    PointsByMeasurement,
+    RunKind,
+    number_or_zero,
+    select_window,
+)
 from monitor.errors import NoSamples
-from monitor.points.points import Point
-from monitor.sensors.counters import adds_up
+from monitor.points.points import TelemetryPoint
+from monitor.sensors.counters import is_additive
 
-# Of `monitor.points.schema`: what `measured` looks at.
+# Of `monitor.points.schema`: what `compute_run_metrics` looks at.
 MEASUREMENTS_READ = ("request", "hop", "task", "batch", "step", "link", "life", "process", "gpu", "power", "missing")
-TIMES = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
-PERCENTS = (50, 95, 99)
+STAGE_TIMES = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
+PERCENTILES = (50, 95, 99)
 # Roles of processes that measure, and are no part of what is measured.
-MEASURING = frozenset({"monitor", "bench"})
+OBSERVER_ROLES = frozenset({"monitor", "bench"})
 _POWER_SENSORS = ("gpu", "rapl", "jetson")
 
 
@@ -44,18 +51,18 @@ class StageTime:
 
 
 @dataclass(frozen=True, slots=True)
-class Crossed:
+class LinkBytes:
     """What a link carried for a sample, in bytes: from its first site to its second, and back."""
 
-    there: float
-    back: float
+    bytes_out: float
+    bytes_in: float
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class RunMetrics:
     """All of one run. None is what was not measured."""
 
-    kind: Kind
+    kind: RunKind
     samples: int  # results, or rows
     warm_up: int  # requests or steps that do not count
     failed: int  # requests of the window that ended without a result
@@ -65,111 +72,111 @@ class Figures:
     latency_ms: Mapping[str, float]  # mean, p50, p95, p99: of a request, or of a step
     network_ms: float | None  # the mean part of a request's latency that no stage accounts for; None of training
     stages: Mapping[str, StageTime]  # in the order of the request's way
-    links: Mapping[str, Crossed]  # by "device - cloud"
+    links: Mapping[str, LinkBytes]  # by "device - cloud"
     cpu_s: Mapping[str, float]  # processor time for a sample, by the role of the process; none of what measures
     # Of the whole node for a sample, by sensor: "gpu 0", "rail package-0"; of rails, those that add up.
     energy_j: Mapping[str, float] | None
-    energy_missing: str  # why there is none, where there is none
+    energy_missing_reason: str  # why there is none, where there is none
 
     @property
-    def processor_s(self) -> float | None:
+    def total_cpu_s(self) -> float | None:
         """Processor time for a sample, of all roles but those that measure."""
         return sum(self.cpu_s.values()) if self.cpu_s else None
 
 
-def measured(points: PointsByName, warm_up: int = 0) -> Figures:
+def compute_run_metrics(points: PointsByMeasurement, warm_up: int = 0) -> RunMetrics:
     """The figures of a run, from its points by measurement (those in `MEASUREMENTS_READ`).
 
     The first `warm_up` requests, or steps, do not count. Raises `NoSamples` where nothing is left.
     """
-    window = window_of(points, warm_up)
+    window = select_window(points, warm_up)
     trains = window.kind == "training"
-    done = window.done
-    samples = sum(round(number(point, "rows")) for point in done) if trains else len(done)
+    done = window.succeeded
+    samples = sum(round(number_or_zero(point, "rows")) for point in done) if trains else len(done)
     if not samples:  # steps of no rows
         raise NoSamples("rows", 0, 0, warm_up)
-    took_ms = [number(point, "step_ms" if trains else "latency_ms") for point in done]
+    took_ms = [number_or_zero(point, "step_ms" if trains else "latency_ms") for point in done]
     span_s = sum(took_ms) / 1000 if trains else window.span_s
     energy, missing = _energy(points, window, samples)
-    return Figures(
+    return RunMetrics(
         kind=window.kind,
         samples=samples,
         warm_up=warm_up,
-        failed=len(window.counted) - len(done),
-        retries=sum(max(0, round(number(point, "attempts")) - 1) for point in window.counted),
+        failed=len(window.points) - len(done),
+        retries=sum(max(0, round(number_or_zero(point, "attempts")) - 1) for point in window.points),
         span_s=span_s,
         throughput_per_s=samples / span_s if span_s else 0.0,
         latency_ms={"mean": _mean(took_ms), **percentiles(took_ms)},
-        network_ms=None if trains else _mean([number(point, "network_ms") for point in done]),
+        network_ms=None if trains else _mean([number_or_zero(point, "network_ms") for point in done]),
         stages=_stages(points, window),
         links=_links(points, window, samples),
         cpu_s=_cpu(points, window, samples),
         energy_j=energy,
-        energy_missing=missing,
+        energy_missing_reason=missing,
     )
 
 
 def percentiles(values: Collection[float]) -> dict[str, float]:
     """`p50`, `p95` and `p99`: values that were there, by the nearest rank; empty where there are none."""
     ordered = sorted(values)
-    return {f"p{percent}": ordered[ceil(len(ordered) * percent / 100) - 1] for percent in PERCENTS if ordered}
+    return {f"p{percent}": ordered[ceil(len(ordered) * percent / 100) - 1] for percent in PERCENTILES if ordered}
 
 
 def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _stages(points: PointsByName, window: Window) -> dict[str, StageTime]:
+def _stages(points: PointsByMeasurement, window: MeasurementWindow) -> dict[str, StageTime]:
     """Mean times by stage: by the hops of the requests that count; of training, by its tasks in the window."""
     if window.kind == "training":
         found = [point for point in points.get("task", ()) if window.begin_ns < point.time_ns <= window.end_ns]
     else:
-        ids = {point.fields.get("request") for point in window.done}
+        ids = {point.fields.get("request") for point in window.succeeded}
         found = [point for point in points.get("hop", ()) if point.fields.get("request") in ids]
-        found.sort(key=lambda point: number(point, "place"))
-    by_stage: dict[str, list[Point]] = defaultdict(list)
+        found.sort(key=lambda point: number_or_zero(point, "place"))
+    by_stage: dict[str, list[TelemetryPoint]] = defaultdict(list)
     for point in found:
         by_stage[point.tags["stage"]].append(point)
-    count = len(window.done)
+    count = len(window.succeeded)
     return {
-        stage: StageTime(*(sum(number(point, name) for point in own) / count for name in TIMES))
+        stage: StageTime(*(sum(number_or_zero(point, name) for point in own) / count for name in STAGE_TIMES))
         for stage, own in by_stage.items()
     }
 
 
-def _links(points: PointsByName, window: Window, samples: int) -> dict[str, Crossed]:
+def _links(points: PointsByMeasurement, window: MeasurementWindow, samples: int) -> dict[str, LinkBytes]:
     """What crossed each link in the window.
 
     A link carries nothing before the run's first request.
     """
-    begun_ns = window_of(points).begin_ns
-    by_link: dict[str, list[Point]] = defaultdict(list)
+    begun_ns = select_window(points).begin_ns
+    by_link: dict[str, list[TelemetryPoint]] = defaultdict(list)
     for point in points.get("link", ()):
         if point.time_ns > begun_ns:
             by_link[f"{point.tags['from']} - {point.tags['to']}"].append(point)
 
-    def crossed(own: list[Point], name: str) -> float:
-        counter = Counter(((begun_ns, 0.0), *((point.time_ns, number(point, name)) for point in own)))
+    def crossed(own: list[TelemetryPoint], name: str) -> float:
+        counter = CounterSeries(((begun_ns, 0.0), *((point.time_ns, number_or_zero(point, name)) for point in own)))
         return _grown(counter, window) / samples
 
-    return {link: Crossed(crossed(own, "bytes_out"), crossed(own, "bytes_in")) for link, own in by_link.items()}
+    return {link: LinkBytes(crossed(own, "bytes_out"), crossed(own, "bytes_in")) for link, own in by_link.items()}
 
 
-def _grown(carried: Counter, window: Window) -> float:
+def _grown(carried: CounterSeries, window: MeasurementWindow) -> float:
     """What a link carried in the window.
 
     Of inference, up to what was seen first after its end: nothing but presence crosses then. Where one trains, the
     weights are fetched then: what crossed up to what was seen last before it, and as much in proportion for the rest.
     """
-    begun = carried.at(window.begin_ns)
-    inside = [entry for entry in carried.seen if window.begin_ns < entry[0] <= window.end_ns]
+    begun = carried.value_at(window.begin_ns)
+    inside = [entry for entry in carried.readings if window.begin_ns < entry[0] <= window.end_ns]
     if window.kind == "inference" or not inside:
-        return carried.after(window.end_ns) - begun
+        return carried.value_after(window.end_ns) - begun
     last_ns, value = inside[-1]
     return (value - begun) * (window.end_ns - window.begin_ns) / (last_ns - window.begin_ns)
 
 
-def _cpu(points: PointsByName, window: Window, samples: int) -> dict[str, float]:
+def _cpu(points: PointsByMeasurement, window: MeasurementWindow, samples: int) -> dict[str, float]:
     """Processor time in the window by role; a process that began in the window counts from its beginning.
 
     One that was there before, and is first seen in it, has what is seen then from before.
@@ -181,25 +188,27 @@ def _cpu(points: PointsByName, window: Window, samples: int) -> dict[str, float]
     }
     seen: dict[tuple[str, ...], list[tuple[int, float]]] = defaultdict(list)
     for point in points.get("process", ()):
-        if point.fields.get("cpu_s") is not None and point.tags.get("role") not in MEASURING:
+        if point.fields.get("cpu_s") is not None and point.tags.get("role") not in OBSERVER_ROLES:
             which = tuple(point.tags.get(tag, "") for tag in ("role", "node", "name"))
-            seen[*which, str(point.fields.get("pid"))].append((point.time_ns, number(point, "cpu_s")))
+            seen[*which, str(point.fields.get("pid"))].append((point.time_ns, number_or_zero(point, "cpu_s")))
     by_role: dict[str, float] = defaultdict(float)
     for (role, _, name, pid), own in seen.items():
         first_ns, first_s = own[0]
         if born_ns.get((role, name, pid), 0) <= window.begin_ns < first_ns:
             own.insert(0, (window.begin_ns, first_s))
-        counter = Counter(tuple(own))
-        by_role[role] += (counter.at(window.end_ns) - counter.at(window.begin_ns)) / samples
+        counter = CounterSeries(tuple(own))
+        by_role[role] += (counter.value_at(window.end_ns) - counter.value_at(window.begin_ns)) / samples
     return dict(by_role)
 
 
-def _energy(points: PointsByName, window: Window, samples: int) -> tuple[dict[str, float] | None, str]:
+def _energy(
+    points: PointsByMeasurement, window: MeasurementWindow, samples: int
+) -> tuple[dict[str, float] | None, str]:
     """Energy in the window by sensor, and why there is none; of a sample that the window cuts, its share."""
-    by_sensor: dict[str, list[Point]] = defaultdict(list)
+    by_sensor: dict[str, list[TelemetryPoint]] = defaultdict(list)
     for name, tag in (("gpu", "gpu"), ("power", "rail")):
         for point in points.get(name, ()):
-            if point.fields.get("energy_j") is not None and adds_up(point.tags[tag]):
+            if point.fields.get("energy_j") is not None and is_additive(point.tags[tag]):
                 by_sensor[f"{tag} {point.tags[tag]}"].append(point)
     if by_sensor:
         return {sensor: _joules(own, window) / samples for sensor, own in by_sensor.items()}, ""
@@ -208,12 +217,12 @@ def _energy(points: PointsByName, window: Window, samples: int) -> tuple[dict[st
     return None, "; ".join(sorted(reasons)) or "no sensor said anything"
 
 
-def _joules(own: list[Point], window: Window) -> float:
+def _joules(own: list[TelemetryPoint], window: MeasurementWindow) -> float:
     """Each says the energy since the one before, so the first, of which nobody knows since when, is none."""
     total = 0.0
     for before, point in pairwise(own):
         length_ns = point.time_ns - before.time_ns
         inside_ns = min(point.time_ns, window.end_ns) - max(before.time_ns, window.begin_ns)
         if length_ns > 0 and inside_ns > 0:
-            total += number(point, "energy_j") * inside_ns / length_ns
+            total += number_or_zero(point, "energy_j") * inside_ns / length_ns
     return total

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.config.schema import LOCAL
+from brokers.config.schema import LOCAL_SITE
 from monitor.bench.errors import NoEnd, NothingLeft
-from monitor.bench.overrides import Changes
+from monitor.bench.overrides import Overrides
 from monitor.bench.suite import Suite
 
 # Sources that give as many samples as they are asked for, over and over again.
@@ -18,45 +18,49 @@ _LOOPS = ("video", "images", "digits", "cifar10")
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class BenchCase:
     """One pipeline file, and what is changed of it for the runs of this case."""
 
     name: str
     path: Path
     pipeline: Pipeline  # the file as it stands
-    changes: Changes = field(default_factory=dict)
-    about: Mapping[str, Any] = field(default_factory=dict)  # of a sweep: which point it is
+    overrides: Overrides = field(default_factory=dict)
+    sweep_point: Mapping[str, Any] = field(default_factory=dict)  # of a sweep: which point it is
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Where its messages go, from the source on; each once, those that they only pass through among them."""
         home = self.pipeline.source.site
         stages = [stage.site for stage in self.pipeline.stage]
-        if "stage" in self.changes:
-            stages = [stage.get("site", LOCAL) for stage in self.changes["stage"]]
-        ways = [self.pipeline.sites.way(home, site) or (site,) for site in stages]
+        if "stage" in self.overrides:
+            stages = [stage.get("site", LOCAL_SITE) for stage in self.overrides["stage"]]
+        ways = [self.pipeline.topology.path(home, site) or (site,) for site in stages]
         return tuple(dict.fromkeys([home, *(site for way in ways for site in way)]))
 
 
-def case_of(suite: Suite, requests: int | None, warm_up: int) -> Case:
+def case_from_suite(suite: Suite, requests: int | None, warm_up: int) -> BenchCase:
     """A suite as it is measured. `requests`: so many of them, or steps; None: what the file has.
 
     Raises `NoEnd` for a suite that never ends or that takes no number, and `NothingLeft` for a warm-up that takes all.
     """
     table = suite.pipeline.training
-    changes = changed(suite.name, suite.pipeline, requests, warm_up, table.batch)
-    return Case(suite.name, suite.path, suite.pipeline, changes)
+    changes = run_length_overrides(suite.name, suite.pipeline, requests, warm_up, table.batch)
+    return BenchCase(suite.name, suite.path, suite.pipeline, changes)
 
 
-def changed(name: str, pipeline: Pipeline, requests: int | None, warm_up: int, batch: int) -> dict[str, Any]:
+def run_length_overrides(
+    name: str, pipeline: Pipeline, requests: int | None, warm_up: int, batch: int
+) -> dict[str, Any]:
     """What is changed of a pipeline so that its runs have so many requests, or steps of so many rows, and end.
 
-    Raises as `case_of` does.
+    Raises as `case_from_suite` does.
     """
     if requests is not None and requests <= warm_up:
-        raise NothingLeft(name, "steps" if pipeline.trains else "requests", requests, warm_up)
+        raise NothingLeft(name, "steps" if pipeline.is_training else "requests", requests, warm_up)
     return (
-        _of_training(pipeline, requests, batch) if pipeline.trains else _of_inference(name, pipeline, requests, warm_up)
+        _of_training(pipeline, requests, batch)
+        if pipeline.is_training
+        else _of_inference(name, pipeline, requests, warm_up)
     )
 
 

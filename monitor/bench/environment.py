@@ -46,7 +46,7 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def revision(file: Path = _HERE) -> dict[str, Any] | None:
+def git_revision(file: Path = _HERE) -> dict[str, Any] | None:
     """The git revision of the checkout that `file`, or Sparse itself, is part of, and whether it has other changes.
 
     None where it was installed, or where there is no git.
@@ -67,7 +67,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _mosquitto() -> str | None:
-    program = mosquitto.find()
+    program = mosquitto.find_mosquitto()
     found = re.search(r"version (\S+)", _said(program, "-h", any_status=True) or "") if program else None
     return found.group(1) if found else None
 

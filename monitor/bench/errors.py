@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from brokers.config.pipeline_file import nearest
+from brokers.config.pipeline_file import did_you_mean
 from brokers.errors import SparseError, UsageError
 
 
@@ -16,7 +16,10 @@ class UnknownSuite(UsageError):
     known: tuple[str, ...]
 
     def __str__(self) -> str:
-        near = nearest(self.name, list(self.known)) or f": expected a pipeline file, or one of {', '.join(self.known)}"
+        near = (
+            did_you_mean(self.name, list(self.known))
+            or f": expected a pipeline file, or one of {', '.join(self.known)}"
+        )
         return f"there is no suite {self.name!r}{near}"
 
 

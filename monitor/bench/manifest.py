@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from monitor.bench.case import Case
+from monitor.bench.case import BenchCase
 from monitor.errors import BadManifest
 
-FILE = "manifest.json"
+MANIFEST_FILE = "manifest.json"
 # In an address, wherever it stands: a comment may hold an old one.
 _PASSWORD = re.compile(r"(://[^/@\s:]*):[^@\s]*@")
 
-Mode = Literal["run", "source"]
+BenchMode = Literal["run", "source"]
 
 
 class LinkRecord(BaseModel):
@@ -41,9 +41,9 @@ class SuiteRecord(BaseModel):
 
     name: str
     path: str
-    text: str = Field(description="of the whole file, passwords of brokers left out")
-    changed: dict[str, Any]
-    about: dict[str, Any] = {}
+    pipeline_text: str = Field(description="of the whole file, passwords of brokers left out")
+    overrides: dict[str, Any]
+    sweep_point: dict[str, Any] = {}
     kind: Literal["inference", "training"]
     seed: int
     links: tuple[LinkRecord, ...]
@@ -57,9 +57,9 @@ class Manifest(BaseModel):
 
     format: Literal[1] = 1
     command: tuple[str, ...]
-    mode: Mode = Field(description="run: all of a pipeline was started here; source: its source only")
-    begun: str = Field(description="ISO 8601, with the zone")
-    ended: str | None = Field(default=None, description="None while it runs")
+    mode: BenchMode = Field(description="run: all of a pipeline was started here; source: its source only")
+    started_at: str = Field(description="ISO 8601, with the zone")
+    ended_at: str | None = Field(default=None, description="None while it runs")
     warm_up: Annotated[int, Field(ge=0)]
     requests: int | None
     repeats: int
@@ -73,7 +73,7 @@ class Manifest(BaseModel):
         return self.model_dump_json(indent=2) + "\n"
 
 
-def suite_record(case: Case, emulated: bool, runs: Sequence[str]) -> SuiteRecord:
+def suite_record(case: BenchCase, emulated: bool, runs: Sequence[str]) -> SuiteRecord:
     """What the manifest says of a case; `emulated` says whether its links' delays and rates were imposed here."""
     pipeline = case.pipeline
     used = set(case.sites)
@@ -83,7 +83,7 @@ def suite_record(case: Case, emulated: bool, runs: Sequence[str]) -> SuiteRecord
             to=link.to,
             delay_ms=link.delay_ms,
             rate_mbit=link.rate_mbit,
-            emulated=emulated and link.emulated,
+            emulated=emulated and link.is_emulated,
         )
         for site in pipeline.site
         for link in site.links
@@ -92,9 +92,9 @@ def suite_record(case: Case, emulated: bool, runs: Sequence[str]) -> SuiteRecord
     return SuiteRecord(
         name=case.name,
         path=str(case.path),
-        text=without_passwords(case.path.read_text()),
-        changed=dict(case.changes),
-        about=dict(case.about),
+        pipeline_text=redact_passwords(case.path.read_text()),
+        overrides=dict(case.overrides),
+        sweep_point=dict(case.sweep_point),
         kind=pipeline.pipeline.kind,
         seed=pipeline.pipeline.seed,
         links=tuple(links),
@@ -102,14 +102,14 @@ def suite_record(case: Case, emulated: bool, runs: Sequence[str]) -> SuiteRecord
     )
 
 
-def without_passwords(text: str) -> str:
+def redact_passwords(text: str) -> str:
     """A pipeline file as anybody may read it: its brokers' addresses without passwords."""
     return _PASSWORD.sub(r"\1@", text)
 
 
 def load_manifest(folder: Path) -> Manifest | None:
     """The manifest in a folder; None where there is none. Raises `BadManifest` for one that cannot be read."""
-    path = folder / FILE
+    path = folder / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:

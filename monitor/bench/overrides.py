@@ -11,12 +11,12 @@ from typing import Any
 import tomli_w
 
 # By `table.key`, as `training.epochs`, or a whole list, as `stage`; None takes it out.
-Changes = Mapping[str, Any]
+Overrides = Mapping[str, Any]
 # Keys that may name a file below the pipeline file's folder.
 _PATHS = (("pipeline", "weights"), ("source", "path"), ("training", "checkpoints"))
 
 
-def variant(text: str, folder: Path, changes: Changes) -> str:
+def apply_overrides(text: str, folder: Path, changes: Overrides) -> str:
     """The pipeline file with `changes` made, as text for a file anywhere: `folder` is where the original is.
 
     Comments are lost. `package.module:name`s beside the original need its folder on Python's path.

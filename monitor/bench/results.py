@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from monitor.analysis.run_metrics import TIMES, Figures
+from monitor.analysis.run_metrics import STAGE_TIMES, RunMetrics
 
-FILE, TABLE = "results.json", "results.csv"
+RESULTS_FILE, CSV_FILE = "results.json", "results.csv"
 _DIGITS = 4  # of what is measured, behind the point
 
 
@@ -25,24 +25,24 @@ class RunResult:
 
     case: str
     name: str  # of its folder
-    figures: Figures | None = None
+    metrics: RunMetrics | None = None
     error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class MetricSpread:
     """One figure over the repeats of a case."""
 
     median: float
-    least: float
-    most: float
+    minimum: float
+    maximum: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def from_values(cls, values: Sequence[float]) -> MetricSpread:
         return cls(median(values), min(values), max(values))
 
 
-def flat(figures: Figures) -> dict[str, float]:
+def flatten_metrics(figures: RunMetrics) -> dict[str, float]:
     """All numbers of a run by their names; what was not measured is left out."""
     found: dict[str, float] = {
         "samples": figures.samples,
@@ -55,61 +55,61 @@ def flat(figures: Figures) -> dict[str, float]:
     if figures.network_ms is not None:
         found["network_ms"] = figures.network_ms
     for stage, time in figures.stages.items():
-        found |= {f"stages.{stage}.{name}": getattr(time, name) for name in TIMES}
+        found |= {f"stages.{stage}.{name}": getattr(time, name) for name in STAGE_TIMES}
     for link, crossed in figures.links.items():
-        found |= {f"links.{link}.there_bytes": crossed.there, f"links.{link}.back_bytes": crossed.back}
+        found |= {f"links.{link}.there_bytes": crossed.bytes_out, f"links.{link}.back_bytes": crossed.bytes_in}
     found |= {f"cpu_s.{role}": value for role, value in figures.cpu_s.items()}
     found |= {f"energy_j.{sensor}": value for sensor, value in (figures.energy_j or {}).items()}
     return {name: round(value, _DIGITS) for name, value in found.items()}
 
 
-def spreads(results: Sequence[RunResult]) -> dict[str, dict[str, Spread]]:
+def spreads_by_case(results: Sequence[RunResult]) -> dict[str, dict[str, MetricSpread]]:
     """Median, least and most of each figure, by case; of a case none of whose runs ended well, nothing."""
-    found: dict[str, dict[str, Spread]] = {}
+    found: dict[str, dict[str, MetricSpread]] = {}
     for result in results:
         found.setdefault(result.case, {})
     for case in found:
-        runs = [flat(result.figures) for result in results if result.case == case and result.figures]
+        runs = [flatten_metrics(result.metrics) for result in results if result.case == case and result.metrics]
         names = dict.fromkeys(name for run in runs for name in run)
-        found[case] = {name: Spread.of([run[name] for run in runs if name in run]) for name in names}
+        found[case] = {name: MetricSpread.from_values([run[name] for run in runs if name in run]) for name in names}
     return found
 
 
-def as_json(results: Sequence[RunResult]) -> dict[str, Any]:
+def results_to_json(results: Sequence[RunResult]) -> dict[str, Any]:
     """What results.json holds: by suite the spread of each figure, and by run its figures."""
     return {
         "suites": {
             case: {
                 "runs": sum(result.case == case for result in results),
-                "failed_runs": sum(result.case == case and not result.figures for result in results),
-                "kind": next((each.figures.kind for each in results if each.case == case and each.figures), None),
+                "failed_runs": sum(result.case == case and not result.metrics for result in results),
+                "kind": next((each.metrics.kind for each in results if each.case == case and each.metrics), None),
                 "figures": {
-                    name: {"median": spread.median, "least": spread.least, "most": spread.most}
+                    name: {"median": spread.median, "least": spread.minimum, "most": spread.maximum}
                     for name, spread in figures.items()
                 },
             }
-            for case, figures in spreads(results).items()
+            for case, figures in spreads_by_case(results).items()
         },
         "runs": {result.name: _run(result) for result in results},
     }
 
 
 def _run(result: RunResult) -> dict[str, Any]:
-    if result.figures is None:
+    if result.metrics is None:
         return {"suite": result.case, "error": result.error}
-    figures = result.figures
+    figures = result.metrics
     energy = None if figures.energy_j is None else sum(figures.energy_j.values())
     return {
         "suite": result.case,
         "kind": figures.kind,
         "warm_up": figures.warm_up,
-        **flat(figures),
+        **flatten_metrics(figures),
         "energy_j": energy,
-        "energy_missing": figures.energy_missing or None,
+        "energy_missing": figures.energy_missing_reason or None,
     }
 
 
-def as_csv(results: Sequence[RunResult], about: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+def results_to_csv(results: Sequence[RunResult], about: Mapping[str, Mapping[str, Any]] | None = None) -> str:
     """What results.csv holds: a line for each run, a column for each figure that any of them has.
 
     `about` has more columns by case: which point of a sweep it is.
@@ -128,4 +128,4 @@ def as_csv(results: Sequence[RunResult], about: Mapping[str, Mapping[str, Any]] 
 
 
 def _row(result: RunResult) -> Mapping[str, float]:
-    return flat(result.figures) if result.figures else {}
+    return flatten_metrics(result.metrics) if result.metrics else {}

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from monitor.analysis.run_metrics import MEASUREMENTS_READ, measured
-from monitor.bench.case import Case
+from monitor.analysis.run_metrics import MEASUREMENTS_READ, compute_run_metrics
+from monitor.bench.case import BenchCase
 from monitor.bench.errors import RunFailed
-from monitor.bench.overrides import variant
+from monitor.bench.overrides import apply_overrides
 from monitor.bench.results import RunResult
 from monitor.errors import BadStore, NoSamples
-from monitor.launch.child_process import Child
+from monitor.launch.child_process import ChildProcess
 from monitor.launch.monitor_process import RunMonitor
-from monitor.launch.sites import find_sites
-from monitor.stores.sqlite import FILE as TELEMETRY
+from monitor.launch.sites import set_up_brokers
+from monitor.stores.sqlite import TELEMETRY_FILE as TELEMETRY
 from monitor.stores.sqlite import SqliteReader
 
 _POLL_S = 0.05
@@ -28,59 +28,59 @@ _END_S = 45.0
 
 
 @dataclass(eq=False)
-class Stopping:
+class StopRequest:
     """Whether somebody said stop: the first Ctrl-C ends the run in hand in good order, a second one kills it."""
 
-    asked: int = 0
+    count: int = 0
 
-    def ask(self, *_: object) -> None:
+    def on_signal(self, *_: object) -> None:
         """A handler of signals."""
-        self.asked += 1
+        self.count += 1
 
 
 @dataclass(eq=False)
 class BenchRun:
     """One run of a case. `source_only`: its stages are up already, somewhere; its source is all that is started."""
 
-    case: Case
+    case: BenchCase
     name: str
     folder: Path
     warm_up: int
     source_only: bool = False
     summary: dict[str, Any] = field(default_factory=dict)  # what the run said of itself
 
-    def go(self, stopping: Stopping) -> RunResult:
+    def run(self, stopping: StopRequest) -> RunResult:
         """Run it to its end; a run that failed, or that was stopped, says so in its `error`."""
         try:
             self._run(stopping)
             points = {name: SqliteReader(self.folder / TELEMETRY).points(name) for name in MEASUREMENTS_READ}
-            return RunResult(self.case.name, self.name, measured(points, self.warm_up))
+            return RunResult(self.case.name, self.name, compute_run_metrics(points, self.warm_up))
         except (RunFailed, BadStore, NoSamples) as error:
             return RunResult(self.case.name, self.name, error=str(error))
 
-    def _run(self, stopping: Stopping) -> None:
+    def _run(self, stopping: StopRequest) -> None:
         logs = self.folder / "logs"
         logs.mkdir(parents=True)
         file = self.folder / "pipeline.toml"
         beside = self.case.pipeline.folder
         file.touch(mode=0o600)  # a broker's address may hold a password
-        file.write_text(variant(self.case.path.read_text(), beside, self.case.changes))
+        file.write_text(apply_overrides(self.case.path.read_text(), beside, self.case.overrides))
         paths = [str(beside), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {"PYTHONPATH": os.pathsep.join(paths)}
         options = (str(file), "--json", "--no-pictures", "--out", str(self.folder))
         what = "source" if self.source_only else "run"
-        child = Child(what, (what, *options), logs / "run.log", environment=environment)
+        child = ChildProcess(what, (what, *options), logs / "run.log", environment=environment)
         status = self._of_source(child, stopping) if self.source_only else _wait(child, stopping)
-        self.summary = _summary(child.last_line())
-        if stopping.asked:
+        self.summary = _summary(child.last_log_line())
+        if stopping.count:
             raise RunFailed("it was stopped")
         if status:
             raise RunFailed(self._why(child, status))
 
-    def _of_source(self, child: Child, stopping: Stopping) -> int:
+    def _of_source(self, child: ChildProcess, stopping: StopRequest) -> int:
         """With a monitor of its own, as `sparse run` would have given it."""
         pipeline = self.case.pipeline
-        with find_sites(pipeline, None, None) as sites:  # all have brokers that run already: nothing is started
+        with set_up_brokers(pipeline, None, None) as sites:  # all have brokers that run already: nothing is started
             monitor = RunMonitor(pipeline, sites, self.folder, True)
             child.environment = {**child.environment, **monitor.environment}
             monitor.start()
@@ -89,22 +89,22 @@ class BenchRun:
             finally:
                 monitor.stop()
 
-    def _why(self, child: Child, status: int) -> str:
+    def _why(self, child: ChildProcess, status: int) -> str:
         if not self.summary:
-            return child.last_line() or f"it ended with status {status} and said nothing"
+            return child.last_log_line() or f"it ended with status {status} and said nothing"
         lacking = self.summary.get("requests", 0) - self.summary.get("results", 0)
-        return f"{lacking} of {self.summary.get('requests')} requests have no result (its log: {child.log})"
+        return f"{lacking} of {self.summary.get('requests')} requests have no result (its log: {child.log_file})"
 
 
-def _wait(child: Child, stopping: Stopping) -> int:
+def _wait(child: ChildProcess, stopping: StopRequest) -> int:
     """Wait for its end, and see to it once told to stop."""
     child.start()
     told, end_s = 0, float("inf")
-    while (status := child.status) is None:
-        if stopping.asked > told:
-            told = stopping.asked
+    while (status := child.exit_status) is None:
+        if stopping.count > told:
+            told = stopping.count
             if told == 1:
-                child.interrupt()
+                child.terminate()
                 end_s = time.monotonic() + _END_S
             else:
                 end_s = 0.0

@@ -15,21 +15,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from brokers.config.pipeline_file import broker_address
+from brokers.config.pipeline_file import resolve_broker_address
 from brokers.server import mosquitto_conf as mosquitto
 from brokers.telemetry.event_socket import RUN_VARIABLE, SOCKET_VARIABLE
 from monitor.bench import manifest
 from monitor.bench import results as bench_results
-from monitor.bench.case import Case
-from monitor.bench.environment import hardware, revision, versions
+from monitor.bench.case import BenchCase
+from monitor.bench.environment import git_revision, hardware, versions
 from monitor.bench.errors import BadFolder
 from monitor.bench.manifest import Manifest, suite_record
 from monitor.bench.results import RunResult
-from monitor.bench.run import BenchRun, Stopping
+from monitor.bench.run import BenchRun, StopRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """How the cases are measured."""
 
     repeats: int
@@ -39,25 +39,27 @@ class Plan:
 
 
 @dataclass(eq=False)
-class Bench:
+class BenchRunner:
     """Life: `go`. Everything that a finished run gave is written before the next one begins."""
 
-    cases: Sequence[Case]
-    plan: Plan
+    cases: Sequence[BenchCase]
+    plan: BenchPlan
     folder: Path
     console: Console
     results: list[RunResult] = field(default_factory=list)
-    stopping: Stopping = field(default_factory=Stopping)
+    stop_request: StopRequest = field(default_factory=StopRequest)
     _begun: str = ""
     _fixed: dict[str, Any] = field(default_factory=dict)  # of the manifest: asked for once
 
-    def go(self) -> list[RunResult]:
+    def run(self) -> list[RunResult]:
         """Run all; the results of the runs that came to their end. Raises `BadFolder`."""
         self._prepare()
         # A monitor of the node would keep what the runs tell; each has one of its own, and a name.
         for variable in (SOCKET_VARIABLE, RUN_VARIABLE):
             os.environ.pop(variable, None)
-        before = {number: signal.signal(number, self.stopping.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self.stop_request.on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             self._run_all()
         finally:
@@ -74,7 +76,7 @@ class Bench:
                     str(self.folder), "it is not empty: expected a folder that is new, or has nothing in it"
                 )
             self._begun = _now()
-            self._fixed = {"versions": versions(), "revision": revision(), "hardware": hardware()}
+            self._fixed = {"versions": versions(), "revision": git_revision(), "hardware": hardware()}
             self._write()
         except OSError as error:
             raise BadFolder(str(self.folder), error.strerror or str(error)) from None
@@ -91,17 +93,17 @@ class Bench:
             bar = progress.add_task("", total=len(self.cases) * self.plan.repeats)
             for number in range(1, self.plan.repeats + 1):
                 for case in self.cases:
-                    if self.stopping.asked:
+                    if self.stop_request.count:
                         return
                     progress.update(bar, description=f"{case.name} {number}")
                     self._run(case, number)
                     progress.advance(bar)
 
-    def _run(self, case: Case, number: int) -> None:
+    def _run(self, case: BenchCase, number: int) -> None:
         name = f"{case.name}-{number}"
         run = BenchRun(case, name, self.folder / name, self.plan.warm_up, self.plan.source_only)
-        result = run.go(self.stopping)
-        if self.stopping.asked:
+        result = run.run(self.stop_request)
+        if self.stop_request.count:
             self.console.print(f"{name}: stopped, it does not count", highlight=False, markup=False)
             return
         self.results.append(result)
@@ -113,8 +115,8 @@ class Bench:
         found = Manifest(
             command=("sparse", *sys.argv[1:]),
             mode="source" if self.plan.source_only else "run",
-            begun=self._begun,
-            ended=_now() if ended else None,
+            started_at=self._begun,
+            ended_at=_now() if ended else None,
             warm_up=self.plan.warm_up,
             requests=self.plan.requests,
             repeats=self.plan.repeats,
@@ -124,21 +126,21 @@ class Bench:
             ),
             **self._fixed,
         )
-        (self.folder / manifest.FILE).write_text(found.to_json())
-        answer = json.dumps(bench_results.as_json(self.results), indent=1)
-        (self.folder / bench_results.FILE).write_text(answer + "\n")
-        about = {case.name: case.about for case in self.cases}
-        (self.folder / bench_results.TABLE).write_text(bench_results.as_csv(self.results, about))
+        (self.folder / manifest.MANIFEST_FILE).write_text(found.to_json())
+        answer = json.dumps(bench_results.results_to_json(self.results), indent=1)
+        (self.folder / bench_results.RESULTS_FILE).write_text(answer + "\n")
+        about = {case.name: case.sweep_point for case in self.cases}
+        (self.folder / bench_results.CSV_FILE).write_text(bench_results.results_to_csv(self.results, about))
 
-    def _emulated(self, case: Case) -> bool:
+    def _emulated(self, case: BenchCase) -> bool:
         """Whether `sparse run` puts relays between the sites of a case: where it starts a Mosquitto for each."""
-        named = any(broker_address(case.pipeline, site) for site in case.pipeline.used_sites)
-        return not (self.plan.source_only or named or mosquitto.find() is None)
+        named = any(resolve_broker_address(case.pipeline, site) for site in case.pipeline.used_sites)
+        return not (self.plan.source_only or named or mosquitto.find_mosquitto() is None)
 
 
 def _line(result: RunResult) -> str:
     """One run, for a person."""
-    figures = result.figures
+    figures = result.metrics
     if figures is None:
         return f"{result.name}: failed: {result.error}"
     unit, of = ("rows/s", "a step") if figures.kind == "training" else ("/s", "latency")

@@ -10,9 +10,9 @@ from pathlib import Path
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from monitor.bench.errors import UnknownSuite
 
-FOLDER = Path(__file__).parent / "suites"
+SUITES_FOLDER = Path(__file__).parent / "suites"
 # The paper's four, and the two that it lacks: one server, and no network at all.
-PLACES = ("cloud", "cloudlet", "hybrid-off-device", "hybrid-on-device", "server", "device")
+DEPLOYMENTS = ("cloud", "cloudlet", "hybrid-off-device", "hybrid-on-device", "server", "device")
 TASKS = ("detect", "train")
 _COMMENT = re.compile(r"\A(?:#.*\n)+")
 
@@ -26,16 +26,16 @@ class Suite:
     pipeline: Pipeline
 
     @property
-    def about(self) -> str:
+    def description(self) -> str:
         """What the comment at the file's top says in its first sentence; empty where there is none."""
         found = _COMMENT.match(self.path.read_text(errors="replace"))
         words = " ".join(line.strip("# ") for line in found.group().splitlines()) if found else ""
         return words.partition(". ")[0].rstrip(".") + "." if words else ""
 
 
-def packaged() -> dict[str, tuple[str, ...]]:
+def packaged_suites() -> dict[str, tuple[str, ...]]:
     """The suites that come with Sparse, by task, which is a name for all six of it."""
-    return {task: tuple(f"{task}-{place}" for place in PLACES) for task in TASKS}
+    return {task: tuple(f"{task}-{place}" for place in DEPLOYMENTS) for task in TASKS}
 
 
 def find_suites(asked: Sequence[str]) -> list[Suite]:
@@ -54,12 +54,12 @@ def find_suites(asked: Sequence[str]) -> list[Suite]:
 
 
 def _paths(name: str) -> Iterator[Path]:
-    groups = packaged()
+    groups = packaged_suites()
     ours = [suite for suites in groups.values() for suite in suites]
     if name in groups:
-        yield from (FOLDER / f"{suite}.toml" for suite in groups[name])
+        yield from (SUITES_FOLDER / f"{suite}.toml" for suite in groups[name])
     elif name in ours:
-        yield FOLDER / f"{name}.toml"
+        yield SUITES_FOLDER / f"{name}.toml"
     elif Path(name).is_file() or name.endswith(".toml"):
         yield Path(name)  # one that is not there is told as any pipeline file is
     else:

@@ -7,32 +7,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from brokers.config.schema import LOCAL
-from monitor.bench.case import Case, changed
+from brokers.config.schema import LOCAL_SITE
+from monitor.bench.case import BenchCase, run_length_overrides
 from monitor.bench.errors import NoSweep
-from monitor.bench.results import RunResult, spreads
+from monitor.bench.results import RunResult, spreads_by_case
 from monitor.bench.suite import Suite
 
-WHOLE = "whole"  # the name of the stage of a network that is not cut
+UNCUT_STAGE = "whole"  # the name of the stage of a network that is not cut
 
 
-def batch_cases(suite: Suite, sizes: Sequence[int], requests: int | None, warm_up: int) -> list[Case]:
+def batch_cases(suite: Suite, sizes: Sequence[int], requests: int | None, warm_up: int) -> list[BenchCase]:
     """`max_batch` of all stages; of a pipeline that trains, rows of a step, in as many micro-batches as it has."""
     pipeline, found = suite.pipeline, []
     for size in sizes:
         name = f"batch-{size}"
-        changes = changed(name, pipeline, requests, warm_up, size)
-        if pipeline.trains:
+        changes = run_length_overrides(name, pipeline, requests, warm_up, size)
+        if pipeline.is_training:
             changes |= {"training.batch": size, "training.micro_batches": min(pipeline.training.micro_batches, size)}
         else:
             changes["stage"] = [{**stage, "max_batch": size} for stage in _stages(suite)]
-        found.append(Case(name, suite.path, pipeline, changes, {"sweep": "batch", "batch": size}))
+        found.append(BenchCase(name, suite.path, pipeline, changes, {"sweep": "batch", "batch": size}))
     return found
 
 
 def cut_cases(
     suite: Suite, wanted: Sequence[int] | None, known: Mapping[int, int], requests: int | None, warm_up: int
-) -> list[Case]:
+) -> list[BenchCase]:
     """Each cut between the two stages of a pipeline, and its network uncut where the first is and where the second is.
 
     `known` has the bytes that cross each cut there is; `wanted` are those to try, all if left out. Raises `NoSweep`.
@@ -42,9 +42,9 @@ def cut_cases(
     for cut in wanted or ():
         if cut not in known:
             raise NoSweep(f"{suite.path}: its network has no cut {cut}: expected 1 to {max(known, default=0)}")
-    changes = changed(suite.name, pipeline, requests, warm_up, pipeline.training.batch)
+    changes = run_length_overrides(suite.name, pipeline, requests, warm_up, pipeline.training.batch)
     found = [
-        Case(
+        BenchCase(
             f"cut-{cut}",
             suite.path,
             pipeline,
@@ -53,11 +53,11 @@ def cut_cases(
         )
         for cut in (known if wanted is None else wanted)
     ]
-    places = {stage.get("site", LOCAL): stage for stage in reversed(_stages(suite))}
+    places = {stage.get("site", LOCAL_SITE): stage for stage in reversed(_stages(suite))}
     for site, stage in reversed(places.items()):
-        whole = {**changes, "pipeline.cuts": None, "stage": [{**stage, "name": WHOLE}]}
+        whole = {**changes, "pipeline.cuts": None, "stage": [{**stage, "name": UNCUT_STAGE}]}
         about = {"sweep": "cut", "cut": None, "site": site}
-        found.append(Case(f"uncut-at-{site}", suite.path, pipeline, whole, about))
+        found.append(BenchCase(f"uncut-at-{site}", suite.path, pipeline, whole, about))
     return found
 
 
@@ -81,7 +81,7 @@ def _stages(suite: Suite) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class SweepResult:
     """The point with the highest throughput, and how sure that is."""
 
     best: str
@@ -100,20 +100,20 @@ class Verdict:
         return f"{said}, within noise of {self.second} ({over})" if self.within_noise else f"{said}, {over}"
 
 
-def verdict(results: Sequence[RunResult]) -> Verdict | None:
+def find_best(results: Sequence[RunResult]) -> SweepResult | None:
     """Which point has the highest median throughput; None where no run ended well.
 
     It is within noise of the second when its slowest run is no faster than the other's fastest.
     """
-    rates = {case: figures["throughput_per_s"] for case, figures in spreads(results).items() if figures}
+    rates = {case: figures["throughput_per_s"] for case, figures in spreads_by_case(results).items() if figures}
     ranked = sorted(rates, key=lambda case: rates[case].median, reverse=True)
     if not ranked:
         return None
     best = rates[ranked[0]]
     if len(ranked) == 1:
-        return Verdict(ranked[0], best.median, None, 0.0, None)
+        return SweepResult(ranked[0], best.median, None, 0.0, None)
     second = rates[ranked[1]]
-    counts = [sum(result.case == case and result.figures is not None for result in results) for case in ranked[:2]]
-    noise = best.least <= second.most if min(counts) > 1 else None
+    counts = [sum(result.case == case and result.metrics is not None for result in results) for case in ranked[:2]]
+    noise = best.minimum <= second.maximum if min(counts) > 1 else None
     margin = best.median / second.median - 1 if second.median else 0.0
-    return Verdict(ranked[0], best.median, ranked[1], margin, noise)
+    return SweepResult(ranked[0], best.median, ranked[1], margin, noise)

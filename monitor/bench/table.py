@@ -7,11 +7,11 @@ from statistics import median
 
 from rich.table import Table
 
-from monitor.analysis.run_metrics import Figures
-from monitor.bench.results import RunResult, Spread, spreads
+from monitor.analysis.run_metrics import RunMetrics
+from monitor.bench.results import MetricSpread, RunResult, spreads_by_case
 
 
-def comparison(results: Sequence[RunResult], what: str, trains: bool) -> Table:
+def comparison_table(results: Sequence[RunResult], what: str, trains: bool) -> Table:
     """Medians of each case over its runs, with the least and the most of its throughput; all of them train, or none."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", title_justify="left")
     table.title = "medians of the runs; in brackets the least and the most"
@@ -20,7 +20,7 @@ def comparison(results: Sequence[RunResult], what: str, trains: bool) -> Table:
     unit, of = ("rows/s", "step ms") if trains else ("/s", "p50 ms")
     for column in (unit, "", of, "p95", *network, "kB link", "cpu ms"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for case, figures in spreads(results).items():
+    for case, figures in spreads_by_case(results).items():
         if not figures:
             table.add_row(case, "", "failed")
             continue
@@ -30,11 +30,11 @@ def comparison(results: Sequence[RunResult], what: str, trains: bool) -> Table:
         table.add_row(
             case,
             _rate(rate.median),
-            f"({_rate(rate.least)}-{_rate(rate.most)})",
+            f"({_rate(rate.minimum)}-{_rate(rate.maximum)})",
             *latencies,
             *shares,
             _total(figures, "links.", 1e-3),
-            _processor_ms([each.figures for each in results if each.case == case and each.figures]),
+            _processor_ms([each.metrics for each in results if each.case == case and each.metrics]),
         )
     return table
 
@@ -50,12 +50,12 @@ def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _processor_ms(runs: Sequence[Figures]) -> str:
+def _processor_ms(runs: Sequence[RunMetrics]) -> str:
     """The median of what each run took: a report says the same."""
-    found = [seconds for run in runs if (seconds := run.processor_s) is not None]
+    found = [seconds for run in runs if (seconds := run.total_cpu_s) is not None]
     return f"{1000 * median(found):.0f}" if found else "-"
 
 
-def _total(figures: Mapping[str, Spread], prefix: str, factor: float) -> str:
+def _total(figures: Mapping[str, MetricSpread], prefix: str, factor: float) -> str:
     found = [spread.median for name, spread in figures.items() if name.startswith(prefix)]
     return f"{factor * sum(found):.0f}" if found else "-"

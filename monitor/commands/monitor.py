@@ -12,28 +12,28 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, broker_address, load_pipeline
-from brokers.config.schema import LOCAL
+from brokers.config.pipeline_file import Pipeline, load_pipeline, resolve_broker_address
+from brokers.config.schema import LOCAL_SITE
 from brokers.errors import BrokerUnreachable, NoBroker
-from brokers.mqtt.client_identity import transport_to
-from brokers.process.shutdown import STOPPED, Leaving, end_with_parent
+from brokers.mqtt.client_identity import create_transport
+from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.broker_url import parse_address
 from brokers.telemetry.event_socket import RUN_VARIABLE, SOCKET_VARIABLE, socket_path
-from brokers.telemetry.schema import Event
-from monitor.daemon.collector import EVERY_S, Telemetry
+from brokers.telemetry.schema import TelemetryEvent
+from monitor.daemon.collector import SAMPLE_INTERVAL_S, TelemetryCollector
 from monitor.daemon.daemon import Daemon
-from monitor.daemon.unix_listener import EventDoor
-from monitor.errors import NothingToWatch
-from monitor.stores.batch_writer import Writer
-from monitor.stores.factory import writers
+from monitor.daemon.unix_listener import UnixListener
+from monitor.errors import MonitorBrokerUnreachable
+from monitor.stores.batch_writer import BatchWriter
+from monitor.stores.factory import create_writers
 
-PORT = 9100
+DEFAULT_PORT = 9100
 # Python lets a thread that computes go on for 5 ms while another waits: in that time a socket of ten datagrams is full.
 _SWITCH_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class _MonitorOptions:
     """What the command line asks for."""
 
     address: str | None
@@ -55,7 +55,7 @@ def command(
     host: Annotated[
         str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines read, with no lock.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = PORT,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = DEFAULT_PORT,
     socket: Annotated[
         Path | None, typer.Option(help="Where events are heard; left out: SPARSE_MONITOR, else the usual place.")
     ] = None,
@@ -66,7 +66,9 @@ def command(
         float, typer.Option(min=0.001, help="GB that the file may grow to; then its oldest points go.")
     ] = 4.0,
     run: Annotated[str | None, typer.Option(help="Of points that name no run; left out: SPARSE_RUN.")] = None,
-    every: Annotated[float, typer.Option(min=0.05, max=3600.0, help="Seconds between two samples.")] = EVERY_S,
+    every: Annotated[
+        float, typer.Option(min=0.05, max=3600.0, help="Seconds between two samples.")
+    ] = SAMPLE_INTERVAL_S,
     traces: Annotated[
         str | None, typer.Option(help="Send spans to the OpenTelemetry collector at this URL (OTLP over HTTP).")
     ] = None,
@@ -81,61 +83,63 @@ def command(
     Example: sparse monitor --broker mqtt://127.0.0.1:1883 --port 9100 --store telemetry.sqlite
     """
     pipeline = load_pipeline(file) if file else None
-    site = pipeline.source.site if pipeline else LOCAL
-    address = broker_address(pipeline, site, broker, handed=with_parent)
+    site = pipeline.source.site if pipeline else LOCAL_SITE
+    address = resolve_broker_address(pipeline, site, broker, from_parent=with_parent)
     if address is None and file is not None:
         raise NoBroker(str(file), site)
     name = os.environ.get(RUN_VARIABLE, "") if run is None else run
-    wanted = _Wanted(address, pipeline, host, port, socket, store, int(limit * 1e9), name, every, traces, with_parent)
+    wanted = _MonitorOptions(
+        address, pipeline, host, port, socket, store, int(limit * 1e9), name, every, traces, with_parent
+    )
     return asyncio.run(_serve(wanted))
 
 
-async def _serve(wanted: _Wanted) -> int:
+async def _serve(wanted: _MonitorOptions) -> int:
     sys.setswitchinterval(_SWITCH_S)
-    leaving = Leaving()
-    leaving.heed_signals()
+    leaving = ShutdownEvent()
+    leaving.install_signal_handlers()
     if wanted.with_parent:
-        end_with_parent(leaving)
-    transport = transport_to(wanted.address) if wanted.address else None
+        exit_with_parent(leaving)
+    transport = create_transport(wanted.address) if wanted.address else None
     telemetry = _telemetry(wanted)
     daemon = Daemon(transport, wanted.pipeline, telemetry)
     try:
-        await daemon.start(None if wanted.with_parent else wanted.host, wanted.port, patient=wanted.with_parent)
+        await daemon.start(None if wanted.with_parent else wanted.host, wanted.port, wait_for_broker=wanted.with_parent)
         print(_first_line(wanted, telemetry), file=sys.stderr)  # noqa: T201 - for a person
         await daemon.run(leaving)
     except BrokerUnreachable as error:
-        raise NothingToWatch(str(error)) from error
+        raise MonitorBrokerUnreachable(str(error)) from error
     finally:
         await daemon.stop()
-    return STOPPED if leaving.interrupted else 0
+    return EXIT_INTERRUPTED if leaving.interrupted else 0
 
 
-def _telemetry(wanted: _Wanted) -> Telemetry:
+def _telemetry(wanted: _MonitorOptions) -> TelemetryCollector:
     node = platform.node() or "node"
-    kept = writers(wanted.store, wanted.limit_bytes, os.environ, beside=wanted.with_parent)
-    spans: Writer[Event] | None = None
+    kept = create_writers(wanted.store, wanted.limit_bytes, os.environ, for_run=wanted.with_parent)
+    spans: BatchWriter[TelemetryEvent] | None = None
     if wanted.traces is not None:
-        from monitor.stores.otlp import Traces  # an extra
+        from monitor.stores.otlp import TraceExporter  # an extra
 
-        spans = Writer(Traces(wanted.traces, node), "the collector of traces")
-    return Telemetry(
+        spans = BatchWriter(TraceExporter(wanted.traces, node), "the collector of traces")
+    return TelemetryCollector(
         node,
         wanted.run,
         kept,
-        door=EventDoor(wanted.socket or socket_path(os.environ)),
+        listener=UnixListener(wanted.socket or socket_path(os.environ)),
         # A socket that was asked for must be had; the usual one may be another monitor's.
-        deaf=wanted.socket is None and not os.environ.get(SOCKET_VARIABLE),
-        every_s=wanted.every_s,
-        spans=spans,
+        listener_optional=wanted.socket is None and not os.environ.get(SOCKET_VARIABLE),
+        sample_interval_s=wanted.every_s,
+        span_writer=spans,
     )
 
 
-def _first_line(wanted: _Wanted, telemetry: Telemetry) -> str:
+def _first_line(wanted: _MonitorOptions, telemetry: TelemetryCollector) -> str:
     watched = (
         f"watching {parse_address(wanted.address)}" if wanted.address else "watching this node, no broker is named"
     )
-    heard = f"events at {telemetry.socket}" if telemetry.socket else "no events"
-    stores = " and ".join(telemetry.stores)
+    heard = f"events at {telemetry.socket_path}" if telemetry.socket_path else "no events"
+    stores = " and ".join(telemetry.store_names)
     kept = f"kept in {stores}" if stores else "kept nowhere (--store FILE.sqlite keeps it)"
     parts = [watched, heard, kept]
     if not wanted.with_parent:

@@ -34,18 +34,18 @@ def command(
     Example: sparse report runs/cloud-20260101-120000 runs/cloudlet-20260101-121500
     """
     from monitor.report.folder import check_folder
-    from monitor.report.inputs import find_runs
+    from monitor.report.inputs import load_runs
 
     try:
         import matplotlib  # noqa: F401 - looked for before anything is read, which may take a while
     except ImportError:
         raise ExtraMissing("drawing figures", "report") from None
-    from monitor.report.plots import KINDS
+    from monitor.report.plots import IMAGE_FORMATS
 
-    found = find_runs(runs)
+    found = load_runs(runs)
     folder = out or new_run_folder(Path("runs"), "report")
     try:
-        check_folder(folder, KINDS)
+        check_folder(folder, IMAGE_FORMATS)
         answer = _write(folder, found)
     except OSError as error:
         raise BadFile(str(error.filename or folder), f"the report cannot be written: {error.strerror}") from None
@@ -58,34 +58,41 @@ def command(
 
 def _write(folder: Path, found: Any) -> dict[str, Any]:
     """Everything into the folder; returns what `--json` ends with."""
-    from monitor.report.figures import figures_of
-    from monitor.report.folder import DATA, FIGURES, PAGE, PERCENTILES, SUMMARY, make_room
-    from monitor.report.page import Content, page
-    from monitor.report.plots import KINDS, draw, picture
-    from monitor.report.summary import summary, summary_table
+    from monitor.report.figures import build_figures
+    from monitor.report.folder import (
+        DATA_FOLDER,
+        FIGURES_FOLDER,
+        PAGE_FILE,
+        PERCENTILES_SUFFIX,
+        SUMMARY_NAME,
+        prepare_folder,
+    )
+    from monitor.report.page import PageContent, render_page
+    from monitor.report.plots import IMAGE_FORMATS, draw_figure, render_image
+    from monitor.report.summary import summarize, summary_table
 
-    columns, rows = summary(found.runs)
-    figures, absent = figures_of(found.runs)
-    make_room(folder, KINDS)
+    columns, rows = summarize(found.runs)
+    figures, absent = build_figures(found.runs)
+    prepare_folder(folder, IMAGE_FORMATS)
     drawn = {}
     for figure in figures:
         print(f"drawing {figure.title}", file=sys.stderr)  # noqa: T201 - for a person
-        canvas = draw(figure, [row.label for row in rows])
-        pictures = {kind: picture(canvas, kind) for kind in KINDS}
+        canvas = draw_figure(figure, [row.label for row in rows])
+        pictures = {kind: render_image(canvas, kind) for kind in IMAGE_FORMATS}
         for kind, content in pictures.items():
-            (folder / FIGURES / f"{figure.name}.{kind}").write_bytes(content)
-        (folder / DATA / f"{figure.name}.csv").write_text(figure.table.csv())
-        if figure.beside is not None:
-            (folder / DATA / f"{figure.name}{PERCENTILES}.csv").write_text(figure.beside.csv())
+            (folder / FIGURES_FOLDER / f"{figure.name}.{kind}").write_bytes(content)
+        (folder / DATA_FOLDER / f"{figure.name}.csv").write_text(figure.table.to_csv())
+        if figure.percentiles is not None:
+            (folder / DATA_FOLDER / f"{figure.name}{PERCENTILES_SUFFIX}.csv").write_text(figure.percentiles.to_csv())
         drawn[figure.name] = pictures["svg"].decode()
     numbers = summary_table(columns, rows)
-    (folder / DATA / f"{SUMMARY}.csv").write_text(numbers.csv())
+    (folder / DATA_FOLDER / f"{SUMMARY_NAME}.csv").write_text(numbers.to_csv())
     when = time.strftime("%Y-%m-%d at %H:%M")
-    told = Content(found.runs, columns, rows, figures, drawn, absent, found.left_out, when)
+    told = PageContent(found.runs, columns, rows, figures, drawn, absent, found.left_out, when)
     style = files("monitor.report").joinpath("report.css").read_text()
-    (folder / PAGE).write_text(page(told, style))
+    (folder / PAGE_FILE).write_text(render_page(told, style))
     return {
-        "page": str(folder / PAGE),
+        "page": str(folder / PAGE_FILE),
         "runs": [_row(dict(zip(numbers.columns, row, strict=True))) for row in numbers.rows],
         "figures": [figure.name for figure in figures],
         "not_shown": {each.title: each.reason for each in absent},

@@ -12,9 +12,9 @@ import typer
 from brokers.config.pipeline_file import Pipeline, load_pipeline, new_run_folder
 from brokers.errors import BadFile
 from monitor.errors import CannotResume
-from monitor.launch.run import CHECKPOINTS, Run
-from monitor.launch.sites import find_sites
-from monitor.stores.sqlite import FILE
+from monitor.launch.run import CHECKPOINTS_FOLDER, PipelineRun
+from monitor.launch.sites import set_up_brokers
+from monitor.stores.sqlite import TELEMETRY_FILE
 from monitor.terminal.summary import print_summary
 
 
@@ -42,14 +42,17 @@ def command(
     """
     pipeline = load_pipeline(file)
     folder = _former(pipeline, resume) if resume else _fresh(out) or new_run_folder(Path("runs"), pipeline.name)
-    with find_sites(pipeline, broker, port) as sites:
-        run = Run(pipeline, sites, folder, pictures, resume is not None, telemetry)
-        status, summary = asyncio.run(run.go(with_parent))
+    with set_up_brokers(pipeline, broker, port) as sites:
+        run = PipelineRun(pipeline, sites, folder, pictures, resume is not None, telemetry)
+        status, summary = asyncio.run(run.run(with_parent))
     if summary is None:
         return status
-    summary |= {"broker": sites.main.label, "files": {**summary["files"], "telemetry": run.monitor.file}}
+    summary |= {
+        "broker": sites.source_broker.label,
+        "files": {**summary["files"], "telemetry": run.monitor.telemetry_file},
+    }
     if sites.links:
-        summary["links"] = [link.told() for link in sites.links]
+        summary["links"] = [link.summary() for link in sites.links]
     if json:
         print(jsonlib.dumps(summary))  # noqa: T201 - the answer of the command
     else:
@@ -59,15 +62,17 @@ def command(
 
 def _fresh(out: Path | None) -> Path | None:
     """The folder that is asked for: one with a run in it would take the two for one, in all that is counted later."""
-    if out is not None and (out / FILE).exists():
-        raise BadFile(str(out), f"it holds a run already ({FILE}): name another folder for this one")
+    if out is not None and (out / TELEMETRY_FILE).exists():
+        raise BadFile(str(out), f"it holds a run already ({TELEMETRY_FILE}): name another folder for this one")
     return out
 
 
 def _former(pipeline: Pipeline, folder: Path) -> Path:
     """The folder of a run that is to go on."""
-    if not pipeline.trains:
+    if not pipeline.is_training:
         raise CannotResume(str(folder), f"pipeline {pipeline.name!r} does not train")
-    if not (folder / CHECKPOINTS).is_dir() and pipeline.training.checkpoints is None:
-        raise CannotResume(str(folder), f"there is no {CHECKPOINTS}/ in it: expected the folder of a training run")
+    if not (folder / CHECKPOINTS_FOLDER).is_dir() and pipeline.training.checkpoints is None:
+        raise CannotResume(
+            str(folder), f"there is no {CHECKPOINTS_FOLDER}/ in it: expected the folder of a training run"
+        )
     return folder

@@ -13,14 +13,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from brokers.config.pipeline_file import broker_address, load_pipeline
-from brokers.config.schema import LOCAL
+from brokers.config.pipeline_file import load_pipeline, resolve_broker_address
+from brokers.config.schema import LOCAL_SITE
 from brokers.errors import NoBroker
-from brokers.mqtt.client_identity import transport_to
+from brokers.mqtt.client_identity import create_transport
 from brokers.protocol.broker_url import parse_address
-from brokers.protocol.topics import every_presence
+from brokers.protocol.topics import all_presence_filter
 from brokers.protocol.transport import Delivery
-from monitor.presence.presence_table import Roll
+from monitor.presence.presence_table import PresenceTable
 from monitor.terminal.status_tables import sources_table, workers_table
 
 # Retained records come right after the subscription; this waits out a slow link.
@@ -44,11 +44,11 @@ def command(
     Example: sparse status --broker mqtt://127.0.0.1:1883
     """
     pipeline = load_pipeline(file) if file else None
-    address = broker_address(pipeline, pipeline.source.site if pipeline else LOCAL, broker)
+    address = resolve_broker_address(pipeline, pipeline.source.site if pipeline else LOCAL_SITE, broker)
     if address is None:
-        raise NoBroker(str(file or "sparse status"), LOCAL)
+        raise NoBroker(str(file or "sparse status"), LOCAL_SITE)
     board = asyncio.run(_listen(address, pipeline.name if pipeline else "+"))
-    silent = board.silent
+    silent = board.unconfirmed_topics
     workers = [(birth, topic in silent) for topic, birth in board.workers.items()]
     workers.sort(key=lambda item: (item[0].site, item[0].pipeline, item[0].stage, item[0].worker))
     sources = [(birth, topic in silent) for topic, birth in board.sources.items()]
@@ -64,30 +64,30 @@ def command(
     if not (headings := console.is_terminal):  # a file or a pipe has no width: let no column be cut
         console.width = _WIDTH
     gap = 1 if console.width < _ROOMY else 2
-    console.print(workers_table(workers, pipeline, headings=headings, gap=gap))
+    console.print(workers_table(workers, pipeline, headings=headings, column_gap=gap))
     console.print()
-    console.print(sources_table(sources, headings=headings, gap=gap))
-    if not board.workers and not board.sources and parse_address(address).tls:
+    console.print(sources_table(sources, headings=headings, column_gap=gap))
+    if not board.workers and not board.sources and parse_address(address).is_tls:
         # Behind locked doors any subscription is granted, and what may not be read does not come.
         print("nothing was heard: is this identity one that may read presence, as `monitor` may?", file=sys.stderr)  # noqa: T201 - for a person
     return 0
 
 
-async def _listen(address: str, pipeline: str) -> Roll:
-    board, changed = Roll(), asyncio.Event()
-    transport = transport_to(address)
+async def _listen(address: str, pipeline: str) -> PresenceTable:
+    board, changed = PresenceTable(), asyncio.Event()
+    transport = create_transport(address)
 
     def heard(delivery: Delivery) -> None:
-        board.heard_birth(delivery.topic, bytes(delivery.payload), time.monotonic(), retained=delivery.retain)
+        board.on_presence(delivery.topic, bytes(delivery.payload), time.monotonic(), retained=delivery.retain)
         changed.set()
 
     try:
         await transport.connect()
-        await transport.subscribe(every_presence(pipeline=pipeline), heard, qos=1)
+        await transport.subscribe(all_presence_filter(pipeline=pipeline), heard, qos=1)
         await asyncio.sleep(_LISTEN_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_REPORT_WAIT_S):
-                while board.silent:
+                while board.unconfirmed_topics:
                     changed.clear()
                     await changed.wait()
     finally:

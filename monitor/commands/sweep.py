@@ -12,14 +12,25 @@ from typing import Annotated
 import typer
 
 from brokers.config.pipeline_file import new_run_folder
-from monitor.bench.case import Case
+from monitor.bench.case import BenchCase
 from monitor.bench.errors import NoSweep
-from monitor.bench.runner import Plan
+from monitor.bench.runner import BenchPlan
 from monitor.bench.suite import Suite, find_suites
-from monitor.bench.sweep import batch_cases, check_cuttable, cut_cases, verdict
-from monitor.commands.bench import REPEATS, WARM_UP, Json, Out, Repeats, Requests, WarmUp, make_bench, show, wrapped
+from monitor.bench.sweep import batch_cases, check_cuttable, cut_cases, find_best
+from monitor.commands.bench import (
+    DEFAULT_REPEATS,
+    DEFAULT_WARM_UP,
+    JsonOption,
+    OutOption,
+    RepeatsOption,
+    RequestsOption,
+    WarmUpOption,
+    create_runner,
+    print_results,
+    wrap_text,
+)
 
-ALL = "all"
+ALL_CUTS = "all"
 _LARGEST_BATCH = 1024  # of brokers.config.schema
 
 
@@ -32,11 +43,11 @@ def command(
         str | None,
         typer.Option(help="Cuts, as 4,8,13, or all, each in turn, and no cut, of a network in two stages."),
     ] = None,
-    requests: Requests = None,
-    warm_up: WarmUp = WARM_UP,
-    repeats: Repeats = REPEATS,
-    out: Out = None,
-    json: Json = False,
+    requests: RequestsOption = None,
+    warm_up: WarmUpOption = DEFAULT_WARM_UP,
+    repeats: RepeatsOption = DEFAULT_REPEATS,
+    out: OutOption = None,
+    json: JsonOption = False,
 ) -> int:
     """Measure a pipeline at several batch sizes or cuts, and name the best.
 
@@ -51,24 +62,24 @@ def command(
     if more:
         raise NoSweep(f"a sweep is of one pipeline, {file!r} are {1 + len(more)}")
     cases = _batches(suite, batch, requests, warm_up) if batch is not None else _cuts(suite, cuts, requests, warm_up)
-    plan = Plan(repeats, warm_up, requests)
-    bench = make_bench(cases, plan, out or new_run_folder(Path("runs"), "sweep"))
-    results = bench.go()
-    best = verdict(results)
-    status = show(bench, results, "point", json, {"best": asdict(best) if best else None})
+    plan = BenchPlan(repeats, warm_up, requests)
+    bench = create_runner(cases, plan, out or new_run_folder(Path("runs"), "sweep"))
+    results = bench.run()
+    best = find_best(results)
+    status = print_results(bench, results, "point", json, {"best": asdict(best) if best else None})
     if best and not json:
-        print(wrapped(str(best), len("best: ")))  # noqa: T201 - the answer
+        print(wrap_text(str(best), len("best: ")))  # noqa: T201 - the answer
     return status
 
 
-def _batches(suite: Suite, batch: str, requests: int | None, warm_up: int) -> list[Case]:
+def _batches(suite: Suite, batch: str, requests: int | None, warm_up: int) -> list[BenchCase]:
     sizes = _numbers("--batch", batch, _LARGEST_BATCH)
     return batch_cases(suite, sizes, requests, warm_up)
 
 
-def _cuts(suite: Suite, cuts: str | None, requests: int | None, warm_up: int) -> list[Case]:
+def _cuts(suite: Suite, cuts: str | None, requests: int | None, warm_up: int) -> list[BenchCase]:
     check_cuttable(suite)  # before the network is built to see what crosses its cuts
-    wanted = None if cuts == ALL else _numbers("--cuts", cuts or "", None)
+    wanted = None if cuts == ALL_CUTS else _numbers("--cuts", cuts or "", None)
     return cut_cases(suite, wanted, _known(suite.path), requests, warm_up)
 
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from brokers.dispatch.presence import Birth, Load
-from monitor.presence.census import Census
+from brokers.dispatch.presence import WorkerLoad, WorkerRecord
+from monitor.presence.census import ExpiringPresenceTable
 
 # A record may hold any number: sums and products of what is made up must stay numbers, too.
 _LARGEST = 1e12
 
 
-def stage_figures(census: Census, now_s: float) -> dict[str, dict[str, dict[str, Any]]]:
+def stage_metrics(census: ExpiringPresenceTable, now_s: float) -> dict[str, dict[str, dict[str, Any]]]:
     """Pipeline -> stage -> figures, over the workers that are up; a stage that has none has zeros.
 
     Where one stage is served at several sites, `site` names them all.
     """
-    workers: dict[tuple[str, str], list[Birth]] = {}
+    workers: dict[tuple[str, str], list[WorkerRecord]] = {}
     sites: dict[tuple[str, str], list[str]] = {}
-    for place, births in census.present(now_s).items():
+    for place, births in census.live_workers_by_stage(now_s).items():
         key = place.pipeline, place.stage
         workers.setdefault(key, []).extend(birth for birth in births if birth.state == "up")
         sites.setdefault(key, []).append(place.site)
@@ -30,7 +30,7 @@ def stage_figures(census: Census, now_s: float) -> dict[str, dict[str, dict[str,
     return found
 
 
-def _figures(loads: Sequence[Load]) -> dict[str, float]:
+def _figures(loads: Sequence[WorkerLoad]) -> dict[str, float]:
     """`queue_ms` is the mean over tasks, not over workers: one that nobody asks for anything makes no queue shorter.
 
     Each worker counts by the tasks that it finished in the last second and those that wait for it.

@@ -6,13 +6,13 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-EVERY_S = 10.0
+LOG_INTERVAL_S = 10.0
 # Kinds that are told apart: events have about a hundred ways to be wrong.
 _KINDS_LIMIT = 256
 
 
 @dataclass(slots=True)
-class Complaints:
+class ErrorCounts:
     """Times are monotonic seconds of whoever asks."""
 
     total: int = 0
@@ -25,11 +25,11 @@ class Complaints:
         known = kind in self._untold or len(self._untold) < _KINDS_LIMIT
         self._untold[kind if known else "other mistakes"] += count
 
-    def lines(self, now_s: float) -> list[str]:
+    def due_lines(self, now_s: float) -> list[str]:
         """The lines that are due."""
         found = []
         for kind, count in self._untold.items():
-            if count and now_s - self._told_s.get(kind, -math.inf) >= EVERY_S:
+            if count and now_s - self._told_s.get(kind, -math.inf) >= LOG_INTERVAL_S:
                 self._told_s[kind] = now_s
                 self._untold[kind] = 0
                 found.append(f"{kind} ({count} since this was last said)" if count > 1 else kind)

@@ -8,18 +8,18 @@ from typing import Literal
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-Kind = Literal["counter", "gauge"]
+MetricType = Literal["counter", "gauge"]
 
 # What a value of a label may not hold as it is.
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 @dataclass(slots=True)
-class Family:
+class MetricFamily:
     """The series of one name. No two may have the same labels: whoever reads it would refuse the whole page."""
 
     name: str
-    kind: Kind
+    kind: MetricType
     about: str  # one line
     _series: dict[str, float] = field(default_factory=dict)
 
@@ -40,6 +40,6 @@ class Family:
             yield f"{self.name}{labels} {value!r}"
 
 
-def exposition(families: Iterable[Family]) -> str:
+def render_exposition(families: Iterable[MetricFamily]) -> str:
     """The page, each line ended, as the format wants it."""
     return "".join(f"{line}\n" for family in families for line in family.lines())

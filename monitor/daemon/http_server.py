@@ -33,7 +33,7 @@ _TEXT = "text/plain; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpResponse:
     """What a page says."""
 
     body: str
@@ -41,13 +41,13 @@ class Answer:
     status: HTTPStatus = HTTPStatus.OK
 
 
-Page = Callable[[], Answer]
+PageHandler = Callable[[], HttpResponse]
 
 
-class Web:
+class HttpServer:
     """Shows pages by path. Life: `start`, `stop`."""
 
-    def __init__(self, pages: Mapping[str, Page]) -> None:
+    def __init__(self, pages: Mapping[str, PageHandler]) -> None:
         self._pages = pages
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
@@ -108,7 +108,7 @@ class Web:
         except (OSError, TimeoutError, EOFError):
             log.debug("an HTTP client left, or took too long")
 
-    async def _asked(self, reader: asyncio.StreamReader) -> tuple[str, Answer]:
+    async def _asked(self, reader: asyncio.StreamReader) -> tuple[str, HttpResponse]:
         """The method, and the answer to what was asked; raises EOFError when there is no whole head."""
         try:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -126,11 +126,11 @@ class Web:
         return method, page()
 
 
-def _refusal(status: HTTPStatus, more: str = "") -> Answer:
-    return Answer(f"{status.phrase.lower()}{more and ': '}{more}\n", status=status)
+def _refusal(status: HTTPStatus, more: str = "") -> HttpResponse:
+    return HttpResponse(f"{status.phrase.lower()}{more and ': '}{more}\n", status=status)
 
 
-def _response(method: str, answer: Answer) -> bytes:
+def _response(method: str, answer: HttpResponse) -> bytes:
     body = answer.body.encode(errors="replace")
     lines = [
         f"HTTP/1.1 {answer.status.value} {answer.status.phrase}",

@@ -23,7 +23,7 @@ from monitor.errors import BadSocket, SocketTaken
 log = logging.getLogger(__name__)
 
 # Datagrams that wait to be read, in bytes: a minute of 20,000 events a second has some 300 MB, a pause is shorter.
-ROOM_BYTES = 64 << 20
+BUFFER_LIMIT_BYTES = 64 << 20
 _OVERHEAD_BYTES = 64  # of a datagram in memory, so that empty ones do not count as nothing
 # Linux counts what waits in a Unix socket on the sender's side; others count it here.
 _BUFFER_BYTES = 4 << 20
@@ -31,14 +31,14 @@ _BUFFER_BYTES = 4 << 20
 PATH_LIMIT_BYTES = 107
 
 
-class EventDoor:
+class UnixListener:
     """Takes datagrams in. Life: `open`, `take`, `close`."""
 
-    def __init__(self, path: Path, room_bytes: int = ROOM_BYTES) -> None:
+    def __init__(self, path: Path, buffer_limit_bytes: int = BUFFER_LIMIT_BYTES) -> None:
         self.path = path
         self.dropped = 0  # lines that memory had no room for
         self.too_large = 0  # datagrams
-        self._room_bytes = room_bytes
+        self._room_bytes = buffer_limit_bytes
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._mutex = threading.Lock()

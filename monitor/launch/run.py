@@ -15,33 +15,33 @@ from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import BadFile, SparseError
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.client_identity import transport_to
-from brokers.process.shutdown import STOPPED, end_with_parent
-from brokers.protocol.topics import every_presence, ingress, results
+from brokers.mqtt.client_identity import create_transport
+from brokers.process.shutdown import EXIT_INTERRUPTED, exit_with_parent
+from brokers.protocol.topics import all_presence_filter, ingress_topic, results_topic
 from brokers.protocol.transport import Delivery
 from monitor.errors import ProcessEnded, ProcessRefused
-from monitor.launch.child_process import Child, end_all, kill_all
+from monitor.launch.child_process import ChildProcess, kill_all, terminate_all
 from monitor.launch.monitor_process import RunMonitor
-from monitor.launch.sites import RunSites
-from monitor.launch.watch import watch
+from monitor.launch.sites import SiteBrokers
+from monitor.launch.watch import create_live_view
 
 _POLL_S = 0.05
 # From the first Ctrl-C to the source's end: it waits for what is in flight, which may never come back.
-END_S = 20.0
+SOURCE_DRAIN_TIMEOUT_S = 20.0
 # A worker that was up and died is started again so often in a row; a crash at each start would go on for ever.
 _RESTART_LIMIT = 20
 # Of a run that trains, below its folder.
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
-class Run:
+class PipelineRun:
     """The stages and the source of one pipeline as processes, and what is seen of them."""
 
     def __init__(
-        self, pipeline: Pipeline, sites: RunSites, folder: Path, pictures: bool, resume: bool, telemetry: bool = True
+        self, pipeline: Pipeline, sites: SiteBrokers, folder: Path, pictures: bool, resume: bool, telemetry: bool = True
     ) -> None:
         self._pipeline, self._sites, self._folder = pipeline, sites, folder
-        self._board, self._view = watch(pipeline, sites.named)
+        self._board, self._view = create_live_view(pipeline, sites.description)
         logs = folder / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -54,33 +54,33 @@ class Run:
         options = (*(() if pictures else ("--no-pictures",)), *(("--resume",) if resume else ()))
         arguments = ("source", pipeline.path, "--out", str(folder), "--json", *options)
         handed = {BROKER_VARIABLE: sites.address(pipeline.source.site), **self.monitor.environment}
-        self._source = Child("source", arguments, logs / "source.log", answers=True, environment=handed)
+        self._source = ChildProcess("source", arguments, logs / "source.log", capture_stdout=True, environment=handed)
         self._leaving = asyncio.Event()
-        self._left_with = STOPPED  # the exit status once told to leave
+        self._left_with = EXIT_INTERRUPTED  # the exit status once told to leave
         self._end_s = float("inf")  # when the source, told to end, is waited for no longer
 
-    def _worker(self, stage: StageTable, number: int) -> Child:
+    def _worker(self, stage: StageTable, number: int) -> ChildProcess:
         """One worker of a stage; the workers share the machine's threads, unless the file says otherwise."""
         workers = sum(each.workers for each in self._pipeline.stage)
         threads = stage.threads or max(1, (os.cpu_count() or 1) // workers)
         name = f"{stage.name}-{number}"
-        own = self._pipeline.trains and self._pipeline.training.checkpoints is None
-        kept = ("--checkpoints", str(self._folder / CHECKPOINTS)) if own else ()
-        return Child(
+        own = self._pipeline.is_training and self._pipeline.training.checkpoints is None
+        kept = ("--checkpoints", str(self._folder / CHECKPOINTS_FOLDER)) if own else ()
+        return ChildProcess(
             f"stage {stage.name}",
             ("stage", self._pipeline.path, stage.name, "--worker", name, "--threads", str(threads), *kept),
             self._folder / "logs" / f"{name}.log",
             environment={BROKER_VARIABLE: self._sites.address(stage.site), **self.monitor.environment},
         )
 
-    async def go(self, with_parent: bool = False) -> tuple[int, dict[str, Any] | None]:
+    async def run(self, with_parent: bool = False) -> tuple[int, dict[str, Any] | None]:
         """Run it all; the exit status, and the source's summary if it came to one."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._leave, number)
         if with_parent:
-            end_with_parent(self._leaving)
-        transport = transport_to(self._sites.main.address)
+            exit_with_parent(self._leaving)
+        transport = create_transport(self._sites.source_broker.address)
         try:
             self.monitor.start()
             for child in self._stages:
@@ -92,8 +92,8 @@ class Run:
                 status, summary = await self._await_source()
         finally:
             await transport.close()
-            await asyncio.to_thread(end_all, [self._source])
-            await asyncio.to_thread(end_all, self._stages)
+            await asyncio.to_thread(terminate_all, [self._source])
+            await asyncio.to_thread(terminate_all, self._stages)
             await asyncio.to_thread(self.monitor.stop)
         return self._left_with if self._leaving.is_set() else status, summary
 
@@ -103,7 +103,7 @@ class Run:
             kill_all([self._source, *self._stages])
             self.monitor.kill()
         else:  # a service that is told to end has not failed
-            self._left_with = STOPPED if number == signal.SIGINT else 0
+            self._left_with = EXIT_INTERRUPTED if number == signal.SIGINT else 0
         self._leaving.set()
 
     async def _listen(self, transport: MqttTransport) -> None:
@@ -111,26 +111,26 @@ class Run:
 
         def birth(delivery: Delivery) -> None:
             now_s = time.monotonic()
-            self._board.heard_birth(delivery.topic, bytes(delivery.payload), now_s, retained=delivery.retain)
+            self._board.on_presence(delivery.topic, bytes(delivery.payload), now_s, retained=delivery.retain)
 
         def result(delivery: Delivery) -> None:
-            self._board.heard_result(bytes(delivery.payload), time.monotonic())
+            self._board.on_result(bytes(delivery.payload), time.monotonic())
 
-        await transport.subscribe(every_presence(pipeline=self._pipeline.name), birth, qos=1)
-        await transport.subscribe(results(self._pipeline.source.site), result, qos=1)
+        await transport.subscribe(all_presence_filter(pipeline=self._pipeline.name), birth, qos=1)
+        await transport.subscribe(results_topic(self._pipeline.source.site), result, qos=1)
 
     async def _await_stages(self) -> bool:
         """Wait until every stage has a worker; True when told to leave meanwhile."""
         wanted = {stage.name for stage in self._pipeline.stage}
         while not wanted <= self._board.stages_up():
             # A Ctrl-C that reaches the children as well must not be taken for their failure.
-            if self._leaving.is_set() or any(child.status == -signal.SIGINT for child in self._stages):
+            if self._leaving.is_set() or any(child.exit_status == -signal.SIGINT for child in self._stages):
                 return True
             for child in self._stages:
-                if child.status is not None:
-                    raise _ended(child, child.status)
+                if child.exit_status is not None:
+                    raise _ended(child, child.exit_status)
             await self._keep_broker()
-            self.monitor.keep(self._view.say)
+            self.monitor.supervise(self._view.print_line)
             self._view.update()
             await asyncio.sleep(_POLL_S)
         return False
@@ -139,36 +139,38 @@ class Run:
         """Start the source, keep the stages up, and wait for the source's end."""
         self._view.status = "running"
         if self._pipeline.source.kind == "ingress":
-            topic = ingress(self._pipeline.source.site, "NAME")
-            self._view.say(f"publish pictures or readings to {topic} at {self._sites.main.shown}; Ctrl-C ends it")
+            topic = ingress_topic(self._pipeline.source.site, "NAME")
+            self._view.print_line(
+                f"publish pictures or readings to {topic} at {self._sites.source_broker.redacted_address}; Ctrl-C ends it"
+            )
         self._source.start()
-        answer = asyncio.create_task(asyncio.to_thread(self._source.output.read), name="source-output")
-        while not answer.done() or self._source.status is None:
+        answer = asyncio.create_task(asyncio.to_thread(self._source.stdout.read), name="source-output")
+        while not answer.done() or self._source.exit_status is None:
             if self._leaving.is_set():
                 self._end_source()
             else:
                 self._keep_stages()
             await self._keep_broker()
-            self.monitor.keep(self._view.say)
+            self.monitor.supervise(self._view.print_line)
             self._view.update()
             await asyncio.wait({answer}, timeout=_POLL_S)
         self._view.status = "done"
         summary = _summary_in(await answer)
-        status = self._source.status
+        status = self._source.exit_status
         if summary is not None:
             return status, summary
         if self._leaving.is_set():  # it had not begun to listen to signals, or was asked twice
-            return STOPPED, None
+            return EXIT_INTERRUPTED, None
         raise _ended(self._source, status)
 
     def _end_source(self) -> None:
         """Ask the source to end what it holds, and to be done within some time."""
         if self._end_s == float("inf"):
-            self._view.status, self._end_s = "ending", time.monotonic() + END_S
-            self._source.interrupt()
-        elif time.monotonic() > self._end_s and self._source.status is None:
-            self._view.say(
-                f"the source did not end within {END_S:g} s and was killed: there is no summary, "
+            self._view.status, self._end_s = "ending", time.monotonic() + SOURCE_DRAIN_TIMEOUT_S
+            self._source.terminate()
+        elif time.monotonic() > self._end_s and self._source.exit_status is None:
+            self._view.print_line(
+                f"the source did not end within {SOURCE_DRAIN_TIMEOUT_S:g} s and was killed: there is no summary, "
                 f"what came of it so far is in {self._folder}"
             )
             kill_all([self._source])
@@ -176,17 +178,17 @@ class Run:
 
     def _keep_stages(self) -> None:
         for child in self._stages:
-            if child.status is not None:
-                if child.starts > _RESTART_LIMIT or child.status == ProcessRefused.STATUS:
-                    raise _ended(child, child.status)
+            if child.exit_status is not None:
+                if child.consecutive_starts > _RESTART_LIMIT or child.exit_status == ProcessRefused.STATUS:
+                    raise _ended(child, child.exit_status)
                 child.start()
 
     async def _keep_broker(self) -> None:
         """Start a broker of ours that died again; the others find it by themselves, it is where it was."""
-        for site, broker in self._sites.ended:
+        for site, broker in self._sites.exited:
             await asyncio.to_thread(broker.restart)
             where = f" of site {site}" if len(self._sites.brokers) > 1 else ""
-            self._view.say(f"the {broker.label} broker{where} ended by itself, and was started again")
+            self._view.print_line(f"the {broker.label} broker{where} ended by itself, and was started again")
             self._view.broker_restarts = self._sites.restarts
 
 
@@ -200,9 +202,9 @@ def _summary_in(said: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _ended(child: Child, status: int) -> SparseError:
+def _ended(child: ChildProcess, status: int) -> SparseError:
     """Why a process of the run ended, in its own words if the reason is a mistake of the user's."""
-    said = child.last_line()
+    said = child.last_log_line()
     if status == ProcessRefused.STATUS and said:
         return ProcessRefused(said)
-    return ProcessEnded(child.name, status, said, str(child.log))
+    return ProcessEnded(child.name, status, said, str(child.log_file))

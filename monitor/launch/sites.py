@@ -13,48 +13,48 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from brokers.config.bridge_rules import Bridge
-from brokers.config.pipeline_file import Pipeline, broker_address
+from brokers.config.pipeline_file import Pipeline, resolve_broker_address
 from brokers.config.schema import LinkTable, SiteTable
 from brokers.errors import BadFile
 from brokers.protocol.broker_url import parse_address
 from brokers.server import mosquitto_conf as mosquitto
-from brokers.server.link_emulator import Relay
-from brokers.server.local_broker import Kind, start_broker
-from monitor.launch.broker import RunBroker, start_own, usual_port
+from brokers.server.link_emulator import LinkEmulator
+from brokers.server.local_broker import BrokerKind, start_broker
+from monitor.launch.broker import RunBroker, default_broker_port, start_run_broker
 
 log = logging.getLogger(__name__)
 
-_KINDS: dict[str, Kind] = {"mosquitto": "mosquitto", "embedded": "embedded"}
+_KINDS: dict[str, BrokerKind] = {"mosquitto": "mosquitto", "embedded": "embedded"}
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class EmulatedLink:
     """A link that a relay stands for."""
 
     site: str
-    table: LinkTable
-    relay: Relay
+    config: LinkTable
+    emulator: LinkEmulator
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """What the summary says of it: bytes that have come out at `to`, and at `site`."""
-        table, crossed = self.table, self.relay.crossed
+        table, crossed = self.config, self.emulator.byte_counts
         return {
             "site": self.site,
             "to": table.to,
             "delay_ms": table.delay_ms,
             "rate_mbit": table.rate_mbit,
-            "bytes_there": crossed.there,
-            "bytes_back": crossed.back,
+            "bytes_there": crossed.outbound,
+            "bytes_back": crossed.inbound,
         }
 
 
 @dataclass(eq=False)
-class RunSites:
+class SiteBrokers:
     """The brokers by site; what was started ends with the `with` block."""
 
-    home: str  # the site of the source
+    source_site: str  # the site of the source
     brokers: dict[str, RunBroker]
-    links: list[Link] = field(default_factory=list)
+    links: list[EmulatedLink] = field(default_factory=list)
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def address(self, site: str) -> str:
@@ -62,9 +62,9 @@ class RunSites:
         return self.brokers[site].address
 
     @property
-    def main(self) -> RunBroker:
+    def source_broker(self) -> RunBroker:
         """The one at the source's site."""
-        return self.brokers[self.home]
+        return self.brokers[self.source_site]
 
     @property
     def _distinct(self) -> dict[RunBroker, str]:
@@ -72,16 +72,20 @@ class RunSites:
         return {broker: site for site, broker in self.brokers.items()}
 
     @property
-    def named(self) -> str:
+    def description(self) -> str:
         """How a person tells which brokers these are."""
         if len(self._distinct) > 1:
-            return "; ".join(f"{site} {broker.shown}" for site, broker in self.brokers.items())
-        return self.main.shown if self.main.own is None else f"{self.main.label} {self.main.shown}"
+            return "; ".join(f"{site} {broker.redacted_address}" for site, broker in self.brokers.items())
+        return (
+            self.source_broker.redacted_address
+            if self.source_broker.local_broker is None
+            else f"{self.source_broker.label} {self.source_broker.redacted_address}"
+        )
 
     @property
-    def ended(self) -> list[tuple[str, RunBroker]]:
+    def exited(self) -> list[tuple[str, RunBroker]]:
         """Those of ours that are no more, with their sites, or one of these where several share it."""
-        return [(site, broker) for broker, site in self._distinct.items() if broker.ended]
+        return [(site, broker) for broker, site in self._distinct.items() if broker.has_exited]
 
     @property
     def restarts(self) -> int:
@@ -103,52 +107,55 @@ class RunSites:
     def _start_all(self, pipeline: Pipeline, port: int) -> None:
         tables = {site.name: site for site in pipeline.site}
         bridged = {link.to for site in tables.values() for link in site.links}
-        for site in _dialled_first(tables, pipeline.sites.reach(self.home)):
+        for site in _dialled_first(tables, pipeline.topology.reachable(self.source_site)):
             bridges = tuple(self._bridge(pipeline, tables[site], link) for link in tables[site].links)
             own = start_broker(
-                kind="mosquitto", port=port if site == self.home else 0, bridges=bridges, bridged=site in bridged
+                kind="mosquitto",
+                port=port if site == self.source_site else 0,
+                bridges=bridges,
+                accepts_bridges=site in bridged,
             )
             self.brokers[site] = RunBroker(own.address, own, bridges, site in bridged)
             self._stack.callback(self.brokers[site].stop)
 
     def _bridge(self, pipeline: Pipeline, site: SiteTable, link: LinkTable) -> Bridge:
-        own = self.brokers[link.to].own
+        own = self.brokers[link.to].local_broker
         assert own is not None, "started before"
         port = own.port
-        if link.emulated:
-            relay = Relay(port, delay_ms=link.delay_ms, rate_mbit=link.rate_mbit)
+        if link.is_emulated:
+            relay = LinkEmulator(port, delay_ms=link.delay_ms, rate_mbit=link.rate_mbit)
             relay.start()
             self._stack.callback(relay.stop)
-            self.links.append(Link(site.name, link, relay))
+            self.links.append(EmulatedLink(site.name, link, relay))
             port = relay.port
-        return Bridge(site.name, link.to, own.host, port, pipeline.sites.crossing(site.name, link.to))
+        return Bridge(site.name, link.to, own.host, port, pipeline.topology.bridge_sides(site.name, link.to))
 
     @classmethod
-    def shared(cls, pipeline: Pipeline, broker: RunBroker) -> RunSites:
+    def with_shared_broker(cls, pipeline: Pipeline, broker: RunBroker) -> SiteBrokers:
         """One broker for all sites."""
         found = cls(pipeline.source.site, dict.fromkeys(pipeline.used_sites, broker))
         found._stack.callback(broker.stop)
         return found
 
 
-def find_sites(pipeline: Pipeline, choice: str | None, port: int | None) -> RunSites:
+def set_up_brokers(pipeline: Pipeline, choice: str | None, port: int | None) -> SiteBrokers:
     """The brokers of a choice: an address, a kind to start; left out, those that are named, else ones of ours."""
     if choice is not None and choice not in _KINDS:
         parse_address(choice)  # a mistake in it is told before anything is started
-        return RunSites.shared(pipeline, RunBroker(choice))
+        return SiteBrokers.with_shared_broker(pipeline, RunBroker(choice))
     if choice is None and port is None and (named := _named(pipeline)):
-        return RunSites(pipeline.source.site, named)
+        return SiteBrokers(pipeline.source.site, named)
     kind = _KINDS.get(choice or "")
     if len(pipeline.used_sites) == 1 or not _bridges_possible(kind):
-        return RunSites.shared(pipeline, start_own(pipeline, kind, port))
-    sites = RunSites(pipeline.source.site, {})
-    sites.start(pipeline, usual_port(pipeline) if port is None else port)
+        return SiteBrokers.with_shared_broker(pipeline, start_run_broker(pipeline, kind, port))
+    sites = SiteBrokers(pipeline.source.site, {})
+    sites.start(pipeline, default_broker_port(pipeline) if port is None else port)
     return sites
 
 
 def _named(pipeline: Pipeline) -> dict[str, RunBroker]:
     """The brokers that the file or the environment names, by site; none where it names none."""
-    found = {site: broker_address(pipeline, site) for site in pipeline.used_sites}
+    found = {site: resolve_broker_address(pipeline, site) for site in pipeline.used_sites}
     named = {site: address for site, address in found.items() if address}
     if named and len(named) < len(found):
         lacking = next(site for site in found if site not in named)
@@ -165,8 +172,8 @@ def _named(pipeline: Pipeline) -> dict[str, RunBroker]:
     return {site: brokers[address] for site, address in named.items()}
 
 
-def _bridges_possible(kind: Kind | None) -> bool:
-    if kind == "embedded" or mosquitto.find() is None:
+def _bridges_possible(kind: BrokerKind | None) -> bool:
+    if kind == "embedded" or mosquitto.find_mosquitto() is None:
         log.warning("the embedded broker keeps no bridges: all sites share one, and nothing crosses a link")
         return False
     return True

@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Type = Literal["float", "int", "bool", "text"]
+FieldType = Literal["float", "int", "bool", "text"]
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class FieldSpec:
     """One field of a measurement; `unit` as a person reads it."""
 
     name: str
-    type: Type
+    type: FieldType
     unit: str
-    means: str
+    description: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,33 +27,33 @@ class Measurement:
     """Points of one kind."""
 
     name: str
-    means: str
+    description: str
     tags: tuple[str, ...]
-    fields: tuple[Field, ...]
+    fields: tuple[FieldSpec, ...]
 
-    def field(self, name: str) -> Field:
+    def field(self, name: str) -> FieldSpec:
         """Raises `KeyError` for one that it does not have."""
         return {field.name: field for field in self.fields}[name]
 
 
-def _ms(name: str, means: str) -> Field:
-    return Field(name, "float", "ms", means)
+def _ms(name: str, means: str) -> FieldSpec:
+    return FieldSpec(name, "float", "ms", means)
 
 
-def _bytes(name: str, means: str) -> Field:
-    return Field(name, "int", "bytes", means)
+def _bytes(name: str, means: str) -> FieldSpec:
+    return FieldSpec(name, "int", "bytes", means)
 
 
-def _count(name: str, means: str) -> Field:
-    return Field(name, "int", "", means)
+def _count(name: str, means: str) -> FieldSpec:
+    return FieldSpec(name, "int", "", means)
 
 
-def _text(name: str, means: str) -> Field:
-    return Field(name, "text", "", means)
+def _text(name: str, means: str) -> FieldSpec:
+    return FieldSpec(name, "text", "", means)
 
 
-def _share(name: str, means: str) -> Field:
-    return Field(name, "float", "0 to 1", means)
+def _share(name: str, means: str) -> FieldSpec:
+    return FieldSpec(name, "float", "0 to 1", means)
 
 
 _HERE = ("node", "run")
@@ -69,8 +69,8 @@ _TIMES = (
 )
 _REQUEST = _text("request", "id, in hex")
 _POWER = (
-    Field("power_w", "float", "W", "as the sensor says it now, or as the energy since the last sample makes it"),
-    Field("energy_j", "float", "J", "since the last sample"),
+    FieldSpec("power_w", "float", "W", "as the sensor says it now, or as the energy since the last sample makes it"),
+    FieldSpec("energy_j", "float", "J", "since the last sample"),
 )
 
 _ALL = (
@@ -118,7 +118,7 @@ _ALL = (
             _count("epoch", "it is part of"),
             _count("rows", "samples in it"),
             _ms("step_ms", "it took"),
-            Field("loss", "float", "", "mean over its rows"),
+            FieldSpec("loss", "float", "", "mean over its rows"),
             _share("accuracy", "of its rows, where the loss has one"),
         ),
     ),
@@ -146,7 +146,7 @@ _ALL = (
         _HERE,
         (
             _share("cpu", "of all cores' time that was spent since the last sample"),
-            Field("load", "float", "", "mean number of processes that wanted to run, over the last minute"),
+            FieldSpec("load", "float", "", "mean number of processes that wanted to run, over the last minute"),
             _bytes("memory_used_bytes", "that no process could have any more"),
             _bytes("memory_total_bytes", "of the machine, or of its container"),
         ),
@@ -158,8 +158,8 @@ _ALL = (
         (
             _bytes("received_bytes", "since the last sample"),
             _bytes("sent_bytes", "since the last sample"),
-            Field("received_bytes_per_s", "float", "bytes/s", "the same, for a second"),
-            Field("sent_bytes_per_s", "float", "bytes/s", "the same, for a second"),
+            FieldSpec("received_bytes_per_s", "float", "bytes/s", "the same, for a second"),
+            FieldSpec("sent_bytes_per_s", "float", "bytes/s", "the same, for a second"),
             _count("errors", "packets lost or broken, both ways, since the last sample"),
         ),
     ),
@@ -168,8 +168,8 @@ _ALL = (
         "A process of ours on the node: one that said `start`, or the monitor itself.",
         (*_HERE, "role", "name"),
         (
-            Field("cpu", "float", "cores", "that it kept busy since the last sample"),
-            Field("cpu_s", "float", "s", "of processor time since it began"),
+            FieldSpec("cpu", "float", "cores", "that it kept busy since the last sample"),
+            FieldSpec("cpu_s", "float", "s", "of processor time since it began"),
             _bytes("memory_bytes", "resident"),
             _count("threads", "it has"),
             _count("pid", "process id"),
@@ -183,7 +183,7 @@ _ALL = (
             _share("use", "of the time in which it computed anything, lately"),
             _bytes("memory_used_bytes", "taken"),
             _bytes("memory_total_bytes", "there is"),
-            Field("temperature_c", "float", "degrees Celsius", "of the chip"),
+            FieldSpec("temperature_c", "float", "degrees Celsius", "of the chip"),
             *_POWER,
         ),
     ),
@@ -198,7 +198,7 @@ _ALL = (
         "What a node's energy was spent on, so that the one can be divided by the other.",
         _HERE,
         (
-            Field("energy_j", "float", "J", "of all its GPUs and rails, each joule once, since the last point"),
+            FieldSpec("energy_j", "float", "J", "of all its GPUs and rails, each joule once, since the last point"),
             _count("samples", "requests with a result and rows of steps, of sources on the node, since the last point"),
         ),
     ),
@@ -222,7 +222,7 @@ _ALL = (
             _count("turned_away", "tasks given back: it was full, or leaving"),
             _count("expired", "tasks past their deadline"),
             _share("busy", "of its time"),
-            Field("rate", "float", "1/s", "tasks finished in the last second"),
+            FieldSpec("rate", "float", "1/s", "tasks finished in the last second"),
             _ms("task_ms", "mean time that a task keeps it busy"),
         ),
     ),
@@ -236,7 +236,7 @@ _ALL = (
             _count("in_flight", "sent, and not answered yet"),
             _count("waiting", "for room in the window"),
             _count("window", "how many may be in flight"),
-            Field("rate", "float", "1/s", "results lately"),
+            FieldSpec("rate", "float", "1/s", "results lately"),
             _ms("latency_p50_ms", "median of the newest results"),
             _ms("latency_p99_ms", "99th percentile of the same"),
             _count("dropped", "samples that never became a request"),

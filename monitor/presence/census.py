@@ -14,22 +14,22 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.dispatch.presence import Birth, SourceBirth
+from brokers.dispatch.presence import SourceRecord, WorkerRecord
 from brokers.errors import BadPayload
 from brokers.protocol.messages import JSON
-from brokers.protocol.topics import StageTopics, source_presence
-from monitor.presence.presence_table import Roll
+from brokers.protocol.topics import StageTopics, source_presence_topic
+from monitor.presence.presence_table import PresenceTable
 
 # Silent for so long, a worker or source is not spoken of any more, whatever record the broker may still have of it.
-FORGOTTEN_S = 300.0
+EXPIRY_S = 300.0
 # Without any worker for so long, a stage is not spoken of any more, unless it was asked for by name.
-STAGE_FORGOTTEN_S = 3600.0
+STAGE_EXPIRY_S = 3600.0
 # Stages that are spoken of: more than anybody watches in one place.
 STAGES_LIMIT = 256
-TEXT_CHARACTERS = 128
+TEXT_LIMIT_CHARACTERS = 128
 
 
-class Place(NamedTuple):
+class StageKey(NamedTuple):
     """A stage of a pipeline, at a site."""
 
     site: str
@@ -38,67 +38,71 @@ class Place(NamedTuple):
 
 
 @dataclass(slots=True)
-class Census(Roll):
-    """A `Roll` that stays small and true for as long as it is kept."""
+class ExpiringPresenceTable(PresenceTable):
+    """A `PresenceTable` that stays small and true for as long as it is kept."""
 
-    expected: frozenset[Place] = frozenset()  # spoken of whether they have workers or not
-    _stages_s: dict[Place, float] = field(default_factory=dict)  # when a worker of it was heard last
+    expected_stages: frozenset[StageKey] = frozenset()  # spoken of whether they have workers or not
+    _stages_s: dict[StageKey, float] = field(default_factory=dict)  # when a worker of it was heard last
 
-    def present(self, now_s: float) -> dict[Place, list[Birth]]:
+    def live_workers_by_stage(self, now_s: float) -> dict[StageKey, list[WorkerRecord]]:
         """The workers of each stage that are not lost; none, of a stage whose workers are gone."""
-        found: dict[Place, list[Birth]] = {place: [] for place in sorted({*self.expected, *self._stages_s})}
-        for birth in self.workers_here(now_s):
-            found.setdefault(place_of(birth), []).append(birth)
+        found: dict[StageKey, list[WorkerRecord]] = {
+            place: [] for place in sorted({*self.expected_stages, *self._stages_s})
+        }
+        for birth in self.live_workers(now_s):
+            found.setdefault(stage_key(birth), []).append(birth)
         return found
 
-    def workers_here(self, now_s: float) -> list[Birth]:
+    def live_workers(self, now_s: float) -> list[WorkerRecord]:
         """The workers that are not lost, in the order in which they came."""
         return [birth for topic, birth in self.workers.items() if not self.is_lost(topic, now_s)]
 
-    def workers_lost(self, now_s: float) -> list[Birth]:
+    def lost_workers(self, now_s: float) -> list[WorkerRecord]:
         """The others."""
         return [birth for topic, birth in self.workers.items() if self.is_lost(topic, now_s)]
 
-    def sources_here(self, now_s: float) -> list[SourceBirth]:
+    def live_sources(self, now_s: float) -> list[SourceRecord]:
         """The sources that are not lost, in the order in which they came."""
         return [birth for topic, birth in self.sources.items() if not self.is_lost(topic, now_s)]
 
-    def heard_since(self, since_s: float) -> list[Birth | SourceBirth]:
+    def updated_since(self, since_s: float) -> list[WorkerRecord | SourceRecord]:
         """The newest records of the workers and sources that were heard live at that moment or later."""
-        births: dict[str, Birth | SourceBirth] = {**self.workers, **self.sources}
-        return [birth for topic, birth in births.items() if topic in self._alive and self._heard_s[topic] >= since_s]
+        births: dict[str, WorkerRecord | SourceRecord] = {**self.workers, **self.sources}
+        return [
+            birth for topic, birth in births.items() if topic in self._confirmed and self._last_seen_s[topic] >= since_s
+        ]
 
-    def forget(self, now_s: float) -> None:
+    def expire(self, now_s: float) -> None:
         """Let go of whoever has been silent for long; to be called now and then."""
-        silent = [topic for topic, heard_s in self._heard_s.items() if now_s - heard_s > FORGOTTEN_S]
+        silent = [topic for topic, heard_s in self._last_seen_s.items() if now_s - heard_s > EXPIRY_S]
         for topic in silent:
-            self.heard_birth(topic, b"", now_s)
-        for place in [place for place, heard_s in self._stages_s.items() if now_s - heard_s > STAGE_FORGOTTEN_S]:
+            self.on_presence(topic, b"", now_s)
+        for place in [place for place, heard_s in self._stages_s.items() if now_s - heard_s > STAGE_EXPIRY_S]:
             del self._stages_s[place]
 
-    def _checked(self, topic: str, record: Birth | SourceBirth, now_s: float) -> Birth | SourceBirth:
-        if isinstance(record, SourceBirth):
-            if topic != source_presence(record.site, record.pipeline, record.source):
+    def _validate(self, topic: str, record: WorkerRecord | SourceRecord, now_s: float) -> WorkerRecord | SourceRecord:
+        if isinstance(record, SourceRecord):
+            if topic != source_presence_topic(record.site, record.pipeline, record.source):
                 raise BadPayload(JSON, f"the record of source {record.source!r} is on another's topic")
-            return record.model_copy(update={"node": record.node[:TEXT_CHARACTERS]})
+            return record.model_copy(update={"node": record.node[:TEXT_LIMIT_CHARACTERS]})
         if topic != StageTopics(record.site, record.pipeline, record.stage).presence(record.worker):
             raise BadPayload(JSON, f"the record of worker {record.worker!r} is on another's topic")
-        known = (place := place_of(record)) in self._stages_s or place in self.expected
+        known = (place := stage_key(record)) in self._stages_s or place in self.expected_stages
         if not known and len(self._stages_s) >= STAGES_LIMIT:
             raise BadPayload(JSON, f"a worker of one more stage than the {STAGES_LIMIT} that are watched")
         self._stages_s[place] = now_s
-        texts = {name: getattr(record, name)[:TEXT_CHARACTERS] for name in ("node", "device", "fingerprint")}
+        texts = {name: getattr(record, name)[:TEXT_LIMIT_CHARACTERS] for name in ("node", "device", "fingerprint")}
         return record.model_copy(update={**texts, "formats": (), "training": None})
 
 
-def census(pipeline: Pipeline | None) -> Census:
+def create_presence_table(pipeline: Pipeline | None) -> ExpiringPresenceTable:
     """Of everything at a broker, or of one pipeline, whose stages are then spoken of from the beginning."""
     if pipeline is None:
-        return Census()
-    places = frozenset(Place(stage.site, pipeline.name, stage.name) for stage in pipeline.stage)
-    return Census(pipeline.name, expected=places)
+        return ExpiringPresenceTable()
+    places = frozenset(StageKey(stage.site, pipeline.name, stage.name) for stage in pipeline.stage)
+    return ExpiringPresenceTable(pipeline.name, expected_stages=places)
 
 
-def place_of(birth: Birth) -> Place:
+def stage_key(birth: WorkerRecord) -> StageKey:
     """The stage that a worker serves."""
-    return Place(birth.site, birth.pipeline, birth.stage)
+    return StageKey(birth.site, birth.pipeline, birth.stage)

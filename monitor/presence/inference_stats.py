@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from monitor.presence.presence_table import Roll
+from monitor.presence.presence_table import PresenceTable
 
 # Rates and percentiles are of the last so many seconds and results: what a person calls "now".
-WINDOW_S = 5.0
+RATE_WINDOW_S = 5.0
 TEXT_LIMIT = 400
 REASONS_SHOWN = 12  # ours know about ten; others may invent any number
 _RECENT_RESULTS = 256
@@ -19,7 +19,7 @@ _RECENT_FINDS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Find:
+class ResultLine:
     """One line of the live view: what was found in one sample."""
 
     source: str
@@ -28,7 +28,7 @@ class Find:
 
 
 @dataclass(slots=True)
-class Scoreboard(Roll):
+class InferenceStats(PresenceTable):
     """Who is here, and the recent results. Times are monotonic seconds of the listener.
 
     Of results, those of `pipeline` count, and those that name none: what never became a request of any.
@@ -37,27 +37,27 @@ class Scoreboard(Roll):
     results: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     dropped: int = 0
-    finds: deque[Find] = field(default_factory=lambda: deque(maxlen=_RECENT_FINDS))
+    recent_results: deque[ResultLine] = field(default_factory=lambda: deque(maxlen=_RECENT_FINDS))
     first_result_s: float | None = None
     _times_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     _latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_RESULTS))
 
-    def heard_result(self, payload: bytes, now_s: float) -> None:
+    def on_result(self, payload: bytes, now_s: float) -> None:
         """A result was published; anybody may publish there, so what cannot be read is counted."""
         try:
             self._note_result(json.loads(payload), now_s)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            self.garbage += 1
+            self.rejected += 1
 
     @property
-    def heard(self) -> int:
+    def results_received(self) -> int:
         """How many requests have ended, one way or the other."""
         return self.results + self.failures.total()
 
     def _note_result(self, result: dict[str, Any], now_s: float) -> None:
         if self.pipeline and result.get("pipeline", self.pipeline) != self.pipeline:
             return
-        text = found_text(result)
+        text = summarize_result(result)
         latency_ms = float(result.get("latency_ms", 0.0))
         self.dropped = max(self.dropped, int(result.get("dropped", 0)))
         if "error" in result:
@@ -73,8 +73,10 @@ class Scoreboard(Roll):
 
     def rate(self, now_s: float) -> float:
         """Results a second, lately."""
-        recent = [time_s for time_s in self._times_s if now_s - time_s <= WINDOW_S]
-        since_s = now_s - WINDOW_S if self.first_result_s is None else max(now_s - WINDOW_S, self.first_result_s)
+        recent = [time_s for time_s in self._times_s if now_s - time_s <= RATE_WINDOW_S]
+        since_s = (
+            now_s - RATE_WINDOW_S if self.first_result_s is None else max(now_s - RATE_WINDOW_S, self.first_result_s)
+        )
         return len(recent) / max(now_s - since_s, 0.2) if recent else 0.0
 
     def latency_ms(self, percent: float) -> float:
@@ -84,15 +86,15 @@ class Scoreboard(Roll):
 
     def _note(self, result: dict[str, Any], text: str) -> None:
         source, index = str(result.get("source", "")), int(result.get("index", 0))
-        self.finds.append(Find(plain(source), index, plain(text)))
+        self.recent_results.append(ResultLine(sanitize_text(source), index, sanitize_text(text)))
 
 
-def plain(text: str) -> str:
+def sanitize_text(text: str) -> str:
     """Text of others as a terminal may have it: one short line, nothing that moves the cursor or changes colours."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:TEXT_LIMIT])
 
 
-def by_count(counts: Mapping[str, int]) -> str:
+def format_counts(counts: Mapping[str, int]) -> str:
     """`newer_came 12, expired 3`: the most frequent first, and so many; empty when there is nothing to say."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     if rest := sum(count for _, count in ordered[REASONS_SHOWN:]):
@@ -100,7 +102,7 @@ def by_count(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in ordered)
 
 
-def found_text(result: dict[str, Any]) -> str:
+def summarize_result(result: dict[str, Any]) -> str:
     """`2 person 0.91 0.80, car 0.75`: the objects by label, or the likeliest class; empty when nothing was found."""
     if classes := result.get("classes"):
         return f"{classes[0]['label']} {classes[0]['score']:.2f}"

@@ -12,7 +12,7 @@ _Value = Annotated[float, Field(ge=-1e100, le=1e100)]  # float32 ends at 1e38; s
 _Text = Annotated[str, Field(max_length=4096)]
 
 
-class _Event(BaseModel):
+class _TrainingEventBase(BaseModel):
     """What all events share. More may come in each of them: it is read over."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
@@ -20,7 +20,7 @@ class _Event(BaseModel):
     source: _Text
 
 
-class Step(_Event):
+class StepEvent(_TrainingEventBase):
     """A step is committed on all stages. Steps count from 1, epochs from 0."""
 
     event: Literal["step"]
@@ -34,7 +34,7 @@ class Step(_Event):
     step_ms: _Measure = 0.0
 
 
-class Evaluation(_Event):
+class EvaluationEvent(_TrainingEventBase):
     """The network as it stands has met what it is not trained on."""
 
     event: Literal["evaluation"]
@@ -44,7 +44,7 @@ class Evaluation(_Event):
     accuracy: _Value | None = None
 
 
-class RolledBack(_Event):
+class RollbackEvent(_TrainingEventBase):
     """Training goes on from `step`; those after it, up to `from_step`, are done again."""
 
     event: Literal["rolled_back"]
@@ -53,7 +53,7 @@ class RolledBack(_Event):
     why: _Text = ""
 
 
-class Failed(_Event):
+class TrainingFailureEvent(_TrainingEventBase):
     """Training has ended before its time."""
 
     event: Literal["failed"]
@@ -63,5 +63,5 @@ class Failed(_Event):
     worker: _Text | None = None
 
 
-Event = Step | Evaluation | RolledBack | Failed
-EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+TrainingEvent = StepEvent | EvaluationEvent | RollbackEvent | TrainingFailureEvent
+TRAINING_EVENT_ADAPTER: TypeAdapter[TrainingEvent] = TypeAdapter(Annotated[TrainingEvent, Field(discriminator="event")])

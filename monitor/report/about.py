@@ -12,7 +12,7 @@ from monitor.report.run import ReportRun
 _MEMORY, _GIB = "memory_bytes", 1 << 30  # of `monitor.bench.environment`
 
 
-def about(runs: Iterable[ReportRun]) -> str:
+def provenance_html(runs: Iterable[ReportRun]) -> str:
     """A part for each benchmark; for runs that have no manifest, what their telemetry says."""
     runs = list(runs)
     found = [_of_manifest(manifest) for manifest in _manifests(runs)]
@@ -31,14 +31,14 @@ def _of_runs(runs: Iterable[ReportRun]) -> str:
 
 
 def _nodes(run: ReportRun) -> str:
-    nodes = sorted({point.tags.get("node", "") for point in run.window.counted} - {""})
+    nodes = sorted({point.tags.get("node", "") for point in run.window.points} - {""})
     return f"node {', '.join(nodes)}" if nodes else "node unknown"
 
 
 def _of_manifest(manifest: Manifest) -> str:
     rows = {
         "command": " ".join(manifest.command),
-        "when": f"{manifest.begun} to {manifest.ended or 'now: it is not at its end'}",
+        "when": f"{manifest.started_at} to {manifest.ended_at or 'now: it is not at its end'}",
         "runs": f"{manifest.repeats} of each suite; the first {manifest.warm_up} requests or steps are not measured",
         "versions": _said(manifest.versions),
         "revision": _said(manifest.revision),
@@ -50,11 +50,11 @@ def _of_manifest(manifest: Manifest) -> str:
 
 def _suite(suite: SuiteRecord) -> str:
     rows = {"links": "; ".join(_link(link) for link in suite.links) or "none", "seed": str(suite.seed)}
-    if suite.changed:
-        rows["changed"] = ", ".join(_changed(name, value) for name, value in suite.changed.items())
+    if suite.overrides:
+        rows["changed"] = ", ".join(_changed(name, value) for name, value in suite.overrides.items())
     return f"""<details><summary>{escape(suite.name)}: its links and its pipeline file</summary>
 {_table(rows)}
-<pre tabindex="0">{escape(suite.text)}</pre></details>"""
+<pre tabindex="0">{escape(suite.pipeline_text)}</pre></details>"""
 
 
 def _changed(name: str, value: Any) -> str:

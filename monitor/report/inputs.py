@@ -8,41 +8,41 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from monitor.analysis.run_metrics import MEASUREMENTS_READ
-from monitor.bench.manifest import FILE as MANIFEST
+from monitor.bench.manifest import MANIFEST_FILE as MANIFEST
 from monitor.bench.manifest import Manifest, SuiteRecord, load_manifest
 from monitor.errors import BadManifest, BadStore, CannotCompare, NoSamples, NotARun
-from monitor.points.points import Point
+from monitor.points.points import TelemetryPoint
 from monitor.report.run import ReportRun
-from monitor.stores.base import Reader
-from monitor.stores.influx.config import URL, influx_target
+from monitor.stores.base import StoreReader
+from monitor.stores.influx.config import URL_VARIABLE, influx_target
 from monitor.stores.influx.reader import InfluxReader
-from monitor.stores.sqlite import FILE, SqliteReader
+from monitor.stores.sqlite import TELEMETRY_FILE, SqliteReader
 
-INFLUX = "influx:"
+INFLUX_PREFIX = "influx:"
 # What a monitor saw of its node, for whichever run that was; the others are told by the run itself.
 _OF_A_NODE = ("interface", "process", "gpu", "power", "missing")
 _OF_A_RUN = tuple(name for name in MEASUREMENTS_READ if name not in _OF_A_NODE)
 
 
 @dataclass
-class Found:
+class ReportInputs:
     """What was named on the command line: runs, each group with a label of its own, and what had to be left out."""
 
     runs: list[ReportRun] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
-def find_runs(names: Sequence[str]) -> Found:
+def load_runs(names: Sequence[str]) -> ReportInputs:
     """The runs of everything that was named, in that order.
 
     Raises `NotARun`, `BadManifest`, `BadStore`, and `CannotCompare` for runs of both kinds.
     """
-    found = Found()
+    found = ReportInputs()
     for name in names:
-        runs = _runs(name, found.left_out)
+        runs = _runs(name, found.skipped)
         labels = _free((run.label for run in runs), {run.label for run in found.runs})
-        sweeps = _free((run.sweep for run in runs), {run.sweep for run in found.runs})
-        found.runs += [replace(run, group=labels[run.label], sweep=sweeps[run.sweep]) for run in runs]
+        sweeps = _free((run.sweep_name for run in runs), {run.sweep_name for run in found.runs})
+        found.runs += [replace(run, group=labels[run.label], sweep_name=sweeps[run.sweep_name]) for run in runs]
     _check(found.runs)
     return found
 
@@ -67,18 +67,18 @@ def _check(runs: Sequence[ReportRun]) -> None:
 
 
 def _runs(name: str, left_out: list[str]) -> list[ReportRun]:
-    if name.startswith(INFLUX):
-        return _from_influx(name, name.removeprefix(INFLUX))
+    if name.startswith(INFLUX_PREFIX):
+        return _from_influx(name, name.removeprefix(INFLUX_PREFIX))
     path = Path(name)
     if path.is_file():
         return _from_file(path, name, path.stem, 0)
     if not path.is_dir():
         raise NotARun(name, "there is no such file or folder")
-    if (path / FILE).is_file():
-        return _from_file(path / FILE, name, path.resolve().name, _warm_up_of(path.resolve()))
+    if (path / TELEMETRY_FILE).is_file():
+        return _from_file(path / TELEMETRY_FILE, name, path.resolve().name, _warm_up_of(path.resolve()))
     manifest = load_manifest(path)
     if manifest is None:
-        expected = f"expected the folder of a run, which has {FILE} in it, or of a benchmark, with {MANIFEST}"
+        expected = f"expected the folder of a run, which has {TELEMETRY_FILE} in it, or of a benchmark, with {MANIFEST}"
         raise NotARun(name, expected)
     return _from_bench(path, manifest, left_out)
 
@@ -99,9 +99,11 @@ def _from_bench(folder: Path, manifest: Manifest, left_out: list[str]) -> list[R
     for suite in manifest.suites:
         for name in suite.runs:
             try:
-                runs = _from_reader(SqliteReader(folder / name / FILE), str(folder / name), name, manifest.warm_up)
+                runs = _from_reader(
+                    SqliteReader(folder / name / TELEMETRY_FILE), str(folder / name), name, manifest.warm_up
+                )
                 of = Path(suite.path).stem
-                found += [replace(run, group=suite.name, sweep=of, setting=_setting(suite)) for run in runs]
+                found += [replace(run, group=suite.name, sweep_name=of, sweep_setting=_setting(suite)) for run in runs]
             except (NotARun, BadStore) as error:
                 left_out.append(str(error))
     if not found:
@@ -111,10 +113,10 @@ def _from_bench(folder: Path, manifest: Manifest, left_out: list[str]) -> list[R
 
 def _setting(suite: SuiteRecord) -> tuple[str, float | None] | None:
     """What a sweep varied, and its value at this point of it; None for one beside them all, as a network uncut."""
-    varied = suite.about.get("sweep")
+    varied = suite.sweep_point.get("sweep")
     if not isinstance(varied, str):
         return None
-    value = suite.about.get(varied)
+    value = suite.sweep_point.get(varied)
     return varied, float(value) if isinstance(value, int | float) else None
 
 
@@ -126,7 +128,7 @@ def _from_file(path: Path, name: str, label: str, warm_up: int) -> list[ReportRu
         raise NotARun(name, error.problem) from None
 
 
-def _from_reader(reader: Reader, name: str, label: str, warm_up: int) -> list[ReportRun]:
+def _from_reader(reader: StoreReader, name: str, label: str, warm_up: int) -> list[ReportRun]:
     """All runs of a file; `label` is for a single one, which may have no name, or one that says nothing."""
     runs = reader.runs()
     if not runs:
@@ -134,7 +136,7 @@ def _from_reader(reader: Reader, name: str, label: str, warm_up: int) -> list[Re
     return _of_reader(reader, name, runs, label, warm_up)
 
 
-def _of_reader(reader: Reader, name: str, runs: Sequence[str], label: str, warm_up: int) -> list[ReportRun]:
+def _of_reader(reader: StoreReader, name: str, runs: Sequence[str], label: str, warm_up: int) -> list[ReportRun]:
     found = [
         ReportRun(label if len(runs) == 1 else run or label, _points(reader, run), warm_up=warm_up) for run in runs
     ]
@@ -146,9 +148,9 @@ def _of_reader(reader: Reader, name: str, runs: Sequence[str], label: str, warm_
     return found
 
 
-def _points(reader: Reader, run: str) -> dict[str, Sequence[Point]]:
+def _points(reader: StoreReader, run: str) -> dict[str, Sequence[TelemetryPoint]]:
     """By measurement. What a node's monitor saw has no run where it serves many: then it is what it saw meanwhile."""
-    found: dict[str, Sequence[Point]] = {name: reader.points(name, run) for name in (*_OF_A_RUN, *_OF_A_NODE)}
+    found: dict[str, Sequence[TelemetryPoint]] = {name: reader.points(name, run) for name in (*_OF_A_RUN, *_OF_A_NODE)}
     ends = [point.time_ns for name in ("request", "step") for point in found[name]]
     if not ends:
         return found
@@ -159,12 +161,12 @@ def _points(reader: Reader, run: str) -> dict[str, Sequence[Point]]:
     return found
 
 
-def _length_ns(point: Point) -> int:
+def _length_ns(point: TelemetryPoint) -> int:
     length_ms = point.fields.get("latency_ms", point.fields.get("step_ms"))
     return round(float(length_ms) * 1e6) if isinstance(length_ms, int | float) else 0
 
 
-def _between(points: Iterable[Point], begin_ns: int, end_ns: int, everything: bool) -> list[Point]:
+def _between(points: Iterable[TelemetryPoint], begin_ns: int, end_ns: int, everything: bool) -> list[TelemetryPoint]:
     margin_ns = 2_000_000_000  # so that the first and the last moment lie between two samples
     return [point for point in points if everything or begin_ns - margin_ns <= point.time_ns <= end_ns + margin_ns]
 
@@ -172,7 +174,7 @@ def _between(points: Iterable[Point], begin_ns: int, end_ns: int, everything: bo
 def _from_influx(name: str, run: str) -> list[ReportRun]:
     target = influx_target(os.environ)
     if target is None:
-        raise NotARun(name, f"set {URL} to the address of InfluxDB")
+        raise NotARun(name, f"set {URL_VARIABLE} to the address of InfluxDB")
     reader = InfluxReader(target)
     if run not in reader.runs():
         raise NotARun(name, f"there is no such run in {target}")

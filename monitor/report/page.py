@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from monitor.report.about import about
-from monitor.report.folder import MARK
-from monitor.report.plot_style import FAINT, INK, LINES, MUTED, PAPER, REST
+from monitor.report.about import provenance_html
+from monitor.report.folder import GENERATOR_TAG
+from monitor.report.plot_style import BACKGROUND, FOREGROUND, GRIDLINE, IDLE_FILL, LINE_STYLES, MUTED
 from monitor.report.run import ReportRun
-from monitor.report.summary import Headline, SummaryRow, ratio
-from monitor.report.table import Absent, Cell, ReportFigure, thinned
-from monitor.report.text import number_text
+from monitor.report.summary import SummaryColumn, SummaryRow, ratio_to_baseline
+from monitor.report.table import Cell, OmittedFigure, ReportFigure, downsample
+from monitor.report.text import format_number
 
 # Rows of a figure's numbers that stand on the page; the CSV file has all.
 _ROWS = 200
@@ -28,29 +28,29 @@ _HEIGHT = re.compile(r'(<svg\b[^>]*?) height="[^"]*"')
 
 
 @dataclass(frozen=True)
-class Content:
+class PageContent:
     """All that stands on the page. `drawn`: each figure's SVG, by its name."""
 
     runs: Sequence[ReportRun]
-    columns: Sequence[Headline]
+    columns: Sequence[SummaryColumn]
     rows: Sequence[SummaryRow]
     figures: Sequence[ReportFigure]
-    drawn: Mapping[str, str]
-    absent: Sequence[Absent]
-    left_out: Sequence[str]
-    when: str
+    svgs: Mapping[str, str]
+    omitted: Sequence[OmittedFigure]
+    skipped: Sequence[str]
+    created_at: str
 
 
-def page(content: Content, style: str) -> str:
+def render_page(content: PageContent, style: str) -> str:
     """The whole file; `style` is its CSS."""
     title = "Report: " + _listed([row.label for row in content.rows])
-    figures = "\n".join(_figure(figure, content.drawn[figure.name]) for figure in content.figures)
+    figures = "\n".join(_figure(figure, content.svgs[figure.name]) for figure in content.figures)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-{MARK}
+{GENERATOR_TAG}
 <link rel="icon" href="data:,">
 <title>{escape(title)}</title>
 <style>
@@ -75,7 +75,7 @@ def page(content: Content, style: str) -> str:
 </section>
 <section>
 <h2>What was run, on what</h2>
-{about(content.runs)}
+{provenance_html(content.runs)}
 </section>
 </main>
 </body>
@@ -89,22 +89,22 @@ def _listed(labels: Sequence[str]) -> str:
     return f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
 
 
-def _lead(content: Content) -> str:
+def _lead(content: PageContent) -> str:
     kind = content.runs[0].kind
     count = len(content.runs)
     pipelines = dict.fromkeys(name for run in content.runs for name in run.pipelines)
-    said = [f"{count} {'run' if count == 1 else 'runs'} of {kind}; made on {content.when}."]
+    said = [f"{count} {'run' if count == 1 else 'runs'} of {kind}; made on {content.created_at}."]
     if len(content.rows) > 1:
         said.append(f"The first, {content.rows[0].label}, is what the others are held against.")
     if len(pipelines) > 1:
         said.append(f"They are of different pipelines: {', '.join(pipelines)}.")
     found = f'<p class="lead">{escape(" ".join(said))}</p>'
-    if content.left_out:
-        found += f'\n<p class="note">Left out: {escape("; ".join(content.left_out))}.</p>'
+    if content.skipped:
+        found += f'\n<p class="note">Left out: {escape("; ".join(content.skipped))}.</p>'
     return found
 
 
-def _summary(content: Content) -> str:
+def _summary(content: PageContent) -> str:
     head = "".join(f"<th>{escape(each.name)}{_unit(each.unit)}</th>" for each in content.columns)
     body = []
     for place, row in enumerate(content.rows):
@@ -138,16 +138,16 @@ def _unit(unit: str) -> str:
     return f' <span class="unit">{escape(unit)}</span>' if unit else ""
 
 
-def _headline(row: SummaryRow, baseline: SummaryRow | None, column: Headline) -> str:
+def _headline(row: SummaryRow, baseline: SummaryRow | None, column: SummaryColumn) -> str:
     value = row.values[column.name]
     if value is None:
         return '<td title="not measured">&ndash;</td>'
-    found = number_text(value.middle)
+    found = format_number(value.median)
     if value.low is not None and value.high is not None and value.low != value.high:
-        found += f'<span class="spread">{number_text(value.low)} to {number_text(value.high)}</span>'
-    times = ratio(row, baseline, column.name) if baseline and column.better else None
+        found += f'<span class="spread">{format_number(value.low)} to {format_number(value.high)}</span>'
+    times = ratio_to_baseline(row, baseline, column.name) if baseline and column.better_direction else None
     if times is not None:
-        gain = (times - 1) * column.better
+        gain = (times - 1) * column.better_direction
         verdict = " good" if gain > _SAME else " bad" if gain < -_SAME else ""
         found += f'<span class="ratio{verdict}">&times; {times:.2f}</span>'
     return f"<td>{found}</td>"
@@ -161,7 +161,7 @@ def _figure(figure: ReportFigure, svg: str) -> str:
     )
     return f"""<figure id="{figure.name}">
 <figcaption><h3>{escape(figure.title)}</h3><p>{escape(figure.caption)}</p></figcaption>
-{inline(svg, figure.name, alt)}{_beside(figure)}
+{inline_svg(svg, figure.name, alt)}{_beside(figure)}
 <details><summary>The numbers</summary>
 {_numbers(figure)}
 </details>
@@ -170,10 +170,10 @@ def _figure(figure: ReportFigure, svg: str) -> str:
 
 
 def _beside(figure: ReportFigure) -> str:
-    if figure.beside is None:
+    if figure.percentiles is None:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in figure.beside.columns)
-    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in figure.beside.rows)
+    head = "".join(f"<th>{escape(name)}</th>" for name in figure.percentiles.columns)
+    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in figure.percentiles.rows)
     return f"""
 <div class="box" tabindex="0" role="region" aria-label="{escape(figure.title)}: percentiles">
 <table><thead><tr>{head}</tr></thead>
@@ -182,20 +182,20 @@ def _beside(figure: ReportFigure) -> str:
 </tbody></table></div>"""
 
 
-def inline(svg: str, name: str, alt: str) -> str:
+def inline_svg(svg: str, name: str, alt: str) -> str:
     """A drawn SVG as part of the page: as wide as there is room, in the page's own colours, its ids its own."""
     svg = _METADATA.sub("", _PREAMBLE.sub("", svg, count=1), count=1)
     svg = _HEIGHT.sub(r"\1", _SIZE.sub(r"\1", svg, count=1), count=1)
     svg = _ID.sub(lambda found: f"{found[1]}{name}-", svg)
-    colours = {INK: "ink", MUTED: "muted", FAINT: "faint", PAPER: "card", REST: "rest"}
-    colours |= {style.colour: f"c{place}" for place, style in enumerate(LINES)}
+    colours = {FOREGROUND: "ink", MUTED: "muted", GRIDLINE: "faint", BACKGROUND: "card", IDLE_FILL: "rest"}
+    colours |= {style.colour: f"c{place}" for place, style in enumerate(LINE_STYLES)}
     for colour, variable in colours.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1).strip()
 
 
 def _numbers(figure: ReportFigure) -> str:
-    rows = thinned(figure.table.rows, _ROWS)
+    rows = downsample(figure.table.rows, _ROWS)
     columns = [place for place in range(len(figure.table.columns)) if any(row[place] is not None for row in rows)]
     head = "".join(f"<th>{escape(figure.table.columns[place])}</th>" for place in columns)
     body = "\n".join(f"<tr>{''.join(_cell(row[place]) for place in columns)}</tr>" for row in rows)
@@ -214,11 +214,11 @@ def _cell(cell: Cell) -> str:
     return f"<td>{'' if cell is None else f'{cell:.5g}'}</td>"
 
 
-def _absent(content: Content) -> str:
-    if not content.absent:
+def _absent(content: PageContent) -> str:
+    if not content.omitted:
         return ""
     by_reason: dict[str, list[str]] = {}
-    for each in content.absent:
+    for each in content.omitted:
         by_reason.setdefault(each.reason, []).append(each.title)
     said = "; ".join(f"{', '.join(titles)}, because {reason}" for reason, titles in by_reason.items())
     return f'<p class="note">Not shown: {escape(said)}.</p>'

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 # A column of a paper at three quarters of its size, and so is a phone; half of a desktop page.
-WIDTH_IN, PNG_DPI = 4.7, 200
+FIGURE_WIDTH_IN, PNG_DPI = 4.7, 200
 # Not quite black, white and grey: the page finds these in the SVG and gives each its counterpart for dark screens.
-INK, MUTED, FAINT, PAPER = "#1f2328", "#57606b", "#e3e6ea", "#fffffe"
-REST = "#d0d5db"  # of a bar: where nothing was done
+FOREGROUND, MUTED, GRIDLINE, BACKGROUND = "#1f2328", "#57606b", "#e3e6ea", "#fffffe"
+IDLE_FILL = "#d0d5db"  # of a bar: where nothing was done
 
 _LABEL_CHARACTERS = 34
 
@@ -18,7 +18,7 @@ class LineStyle(NamedTuple):
     """Of one run, in every figure."""
 
     colour: str
-    dashes: Any
+    linestyle: Any
     marker: str
 
 
@@ -33,7 +33,7 @@ class PartStyle(NamedTuple):
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 ORANGE, SKY, GREY, YELLOW = "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442"
 
-LINES = (
+LINE_STYLES = (
     LineStyle(BLUE, "-", "o"),
     LineStyle(VERMILION, (0, (5, 1.6)), "s"),
     LineStyle(GREEN, (0, (1.4, 1.2)), "^"),
@@ -52,7 +52,7 @@ _KNOWN_PARTS = {
     "forward": PartStyle(BLUE, ""),
     "backward": PartStyle(SKY, "//"),
     "update": PartStyle(GREEN, "...."),
-    "idle": PartStyle(REST, ""),
+    "idle": PartStyle(IDLE_FILL, ""),
 }
 _FURTHER_PARTS = (
     PartStyle(BLUE, ""),
@@ -64,27 +64,27 @@ _FURTHER_PARTS = (
     PartStyle(GREY, "--"),
 )
 
-SETTINGS: Any = {
+RC_PARAMS: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
+    "axes.labelcolor": FOREGROUND,
     "axes.labelsize": 10,
     "axes.linewidth": 0.8,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "figure.facecolor": PAPER,
+    "figure.facecolor": BACKGROUND,
     "axes.facecolor": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
-    "hatch.color": PAPER,
+    "hatch.color": BACKGROUND,
     "hatch.linewidth": 0.8,
-    "legend.labelcolor": INK,
+    "legend.labelcolor": FOREGROUND,
     "lines.linewidth": 1.7,
     "lines.markersize": 4.5,
     "pdf.fonttype": 42,  # TrueType: publishers turn matplotlib's usual Type 3 away
     "svg.fonttype": "path",  # looks the same everywhere, also where a paper is made without our font
     "svg.hashsalt": "sparse",  # the same figure, the same file
-    "text.color": INK,
+    "text.color": FOREGROUND,
     "text.parse_math": False,  # a name may have dollar signs
     "xtick.color": MUTED,
     "xtick.labelsize": 9,
@@ -93,13 +93,13 @@ SETTINGS: Any = {
 }
 
 
-def part_colours(names: Sequence[str]) -> dict[str, PartStyle]:
+def part_styles(names: Sequence[str]) -> dict[str, PartStyle]:
     """A look for each part."""
     further = iter(range(len(names)))
     return {name: _KNOWN_PARTS.get(name) or _FURTHER_PARTS[next(further) % len(_FURTHER_PARTS)] for name in names}
 
 
-def shown(name: str, characters: int = _LABEL_CHARACTERS) -> str:
+def display_label(name: str, characters: int = _LABEL_CHARACTERS) -> str:
     """A name as it stands in a figure: on one line, cut where it is long."""
     text = " ".join("".join(letter if letter.isprintable() else "?" for letter in name).split()) or "(no name)"
     text = text if len(text) <= characters else f"{text[: characters - 1]}…"

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from monitor.analysis.run_metrics import Figures
-from monitor.report.run import ReportRun, groups_of
-from monitor.report.table import Cell, Table
-from monitor.report.timeseries import Spread, spread
+from monitor.analysis.run_metrics import RunMetrics
+from monitor.report.run import ReportRun, group_runs
+from monitor.report.table import Cell, DataTable
+from monitor.report.timeseries import MedianRange, median_range
 
 
 @dataclass(frozen=True)
-class Headline:
+class SummaryColumn:
     """One column. `better`: whether more of it is better (1), or less (-1), or neither (0)."""
 
     name: str
     unit: str
-    better: int
-    of: Callable[[Figures], float | None]
+    better_direction: int
+    value_of: Callable[[RunMetrics], float | None]
 
 
 @dataclass(frozen=True)
@@ -27,47 +27,47 @@ class SummaryRow:
 
     label: str
     repeats: int
-    values: Mapping[str, Spread | None]
+    values: Mapping[str, MedianRange | None]
 
 
-def headlines(trains: bool) -> tuple[Headline, ...]:
+def summary_columns(trains: bool) -> tuple[SummaryColumn, ...]:
     """The columns, of inference or training."""
     sample = "row" if trains else "request"
     return (
-        Headline("samples", "", 0, lambda each: each.samples),
-        Headline("throughput", f"{sample}s/s", 1, lambda each: each.throughput_per_s),
-        Headline("step p50" if trains else "latency p50", "ms", -1, lambda each: each.latency_ms["p50"]),
-        Headline("p95", "ms", -1, lambda each: each.latency_ms["p95"]),
-        Headline("p99", "ms", -1, lambda each: each.latency_ms["p99"]),
-        *(() if trains else (Headline("network", "ms", -1, lambda each: each.network_ms),)),
-        Headline("between sites", f"kB/{sample}", -1, _link_kb),
-        Headline("processors", f"s/{sample}", -1, lambda each: each.processor_s),
-        Headline("energy", f"J/{sample}", -1, lambda each: sum(each.energy_j.values()) if each.energy_j else None),
-        *(() if trains else (Headline("failed", "", 0, lambda each: each.failed),)),
-        *(() if trains else (Headline("retries", "", 0, lambda each: each.retries),)),
+        SummaryColumn("samples", "", 0, lambda each: each.samples),
+        SummaryColumn("throughput", f"{sample}s/s", 1, lambda each: each.throughput_per_s),
+        SummaryColumn("step p50" if trains else "latency p50", "ms", -1, lambda each: each.latency_ms["p50"]),
+        SummaryColumn("p95", "ms", -1, lambda each: each.latency_ms["p95"]),
+        SummaryColumn("p99", "ms", -1, lambda each: each.latency_ms["p99"]),
+        *(() if trains else (SummaryColumn("network", "ms", -1, lambda each: each.network_ms),)),
+        SummaryColumn("between sites", f"kB/{sample}", -1, _link_kb),
+        SummaryColumn("processors", f"s/{sample}", -1, lambda each: each.total_cpu_s),
+        SummaryColumn("energy", f"J/{sample}", -1, lambda each: sum(each.energy_j.values()) if each.energy_j else None),
+        *(() if trains else (SummaryColumn("failed", "", 0, lambda each: each.failed),)),
+        *(() if trains else (SummaryColumn("retries", "", 0, lambda each: each.retries),)),
     )
 
 
-def summary(runs: Sequence[ReportRun]) -> tuple[tuple[Headline, ...], list[SummaryRow]]:
+def summarize(runs: Sequence[ReportRun]) -> tuple[tuple[SummaryColumn, ...], list[SummaryRow]]:
     """The columns that any run has something in, and a row for each group of runs; the first is the baseline."""
-    columns = headlines(runs[0].kind == "training")
+    columns = summary_columns(runs[0].kind == "training")
     rows = []
-    for label, repeats in groups_of(runs).items():
-        values: dict[str, Spread | None] = {}
+    for label, repeats in group_runs(runs).items():
+        values: dict[str, MedianRange | None] = {}
         for column in columns:
-            found = [value for run in repeats if (value := column.of(run.figures)) is not None]
-            values[column.name] = spread(found) if found else None
+            found = [value for run in repeats if (value := column.value_of(run.metrics)) is not None]
+            values[column.name] = median_range(found) if found else None
         rows.append(SummaryRow(label, len(repeats), values))
     return tuple(column for column in columns if any(row.values[column.name] for row in rows)), rows
 
 
-def ratio(row: SummaryRow, baseline: SummaryRow, name: str) -> float | None:
+def ratio_to_baseline(row: SummaryRow, baseline: SummaryRow, name: str) -> float | None:
     """How many times the baseline's; None where either was not measured, or the baseline's is 0."""
     mine, its = row.values[name], baseline.values[name]
-    return mine.middle / its.middle if mine and its and its.middle else None
+    return mine.median / its.median if mine and its and its.median else None
 
 
-def summary_table(columns: Sequence[Headline], rows: Sequence[SummaryRow]) -> Table:
+def summary_table(columns: Sequence[SummaryColumn], rows: Sequence[SummaryRow]) -> DataTable:
     """The same as rows of numbers: for each column its value, and its ratio to the first row's."""
     names = [name for each in columns for name in (_column(each), f"{_column(each)} ratio")]
     found: list[tuple[Cell, ...]] = []
@@ -75,14 +75,14 @@ def summary_table(columns: Sequence[Headline], rows: Sequence[SummaryRow]) -> Ta
         cells: list[Cell] = [row.label, row.repeats]
         for column in columns:
             value = row.values[column.name]
-            cells += [value.middle if value else None, ratio(row, rows[0], column.name)]
+            cells += [value.median if value else None, ratio_to_baseline(row, rows[0], column.name)]
         found.append(tuple(cells))
-    return Table(("run", "repeats", *names), tuple(found))
+    return DataTable(("run", "repeats", *names), tuple(found))
 
 
-def _column(headline: Headline) -> str:
+def _column(headline: SummaryColumn) -> str:
     return f"{headline.name} ({headline.unit})" if headline.unit else headline.name
 
 
-def _link_kb(figures: Figures) -> float | None:
-    return sum(link.there + link.back for link in figures.links.values()) / 1000 if figures.links else None
+def _link_kb(figures: RunMetrics) -> float | None:
+    return sum(link.bytes_out + link.bytes_in for link in figures.links.values()) / 1000 if figures.links else None

@@ -14,7 +14,7 @@ TOTAL = "total"
 
 
 @dataclass(frozen=True)
-class Table:
+class DataTable:
     """Rows of cells, one for each column; None is what was not measured. A column's name ends with its unit."""
 
     columns: tuple[str, ...]
@@ -28,25 +28,25 @@ class Table:
         place = self.columns.index(name)
         return [row[place] for row in self.rows]
 
-    def numbers(self, name: str) -> list[float]:
+    def floats(self, name: str) -> list[float]:
         """The same as numbers; NaN where there is none."""
         return [float(cell) if isinstance(cell, int | float) else float("nan") for cell in self.column(name)]
 
-    def where(self, name: str, value: Cell) -> Table:
+    def where(self, name: str, value: Cell) -> DataTable:
         """Only the rows that have this value there."""
         place = self.columns.index(name)
-        return Table(self.columns, tuple(row for row in self.rows if row[place] == value))
+        return DataTable(self.columns, tuple(row for row in self.rows if row[place] == value))
 
-    def without(self, name: str, value: Cell) -> Table:
+    def where_not(self, name: str, value: Cell) -> DataTable:
         """Only the rows that have another value there."""
         place = self.columns.index(name)
-        return Table(self.columns, tuple(row for row in self.rows if row[place] != value))
+        return DataTable(self.columns, tuple(row for row in self.rows if row[place] != value))
 
-    def values(self, name: str) -> list[str]:
+    def distinct(self, name: str) -> list[str]:
         """The different cells of a column of text, in the order in which they come."""
         return list(dict.fromkeys(str(cell) for cell in self.column(name)))
 
-    def csv(self) -> str:
+    def to_csv(self) -> str:
         """As a CSV file: a line of names, then the rows; nothing where nothing was measured."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -56,7 +56,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Lines:
+class LinePlot:
     """Drawn as lines: one for each value of `series`, a panel below the other for each value of `panel`."""
 
     x: str
@@ -65,25 +65,25 @@ class Lines:
     y_label: str
     series: str = "run"
     panel: str = ""
-    spread: Literal["", "x", "y"] = ""  # `low` and `high` are columns, and bounds of this
-    steps: bool = False  # a value holds until the next point
-    share: bool = False  # y goes from 0 to 1
+    band_axis: Literal["", "x", "y"] = ""  # `low` and `high` are columns, and bounds of this
+    stepped: bool = False  # a value holds until the next point
+    y_is_fraction: bool = False  # y goes from 0 to 1
     log_x: bool = False
     markers: bool = False  # each point is a value of its own
 
 
 @dataclass(frozen=True)
-class Stacks:
+class StackedBars:
     """Drawn as one bar for each value of `bar`, made of `part`s end to end; its `TOTAL` has the bounds of the whole."""
 
     value: str
     label: str
     bar: str = "run"
     part: str = "part"
-    within: str = ""  # a column by which parts belong together: written above them
+    group_by: str = ""  # a column by which parts belong together: written above them
 
 
-Shape = Lines | Stacks
+PlotSpec = LinePlot | StackedBars
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,20 @@ class ReportFigure:
     name: str
     title: str
     caption: str
-    table: Table
-    shape: Shape
-    beside: Table | None = None  # numbers that stand under the picture, for all to see
+    table: DataTable
+    plot: PlotSpec
+    percentiles: DataTable | None = None  # numbers that stand under the picture, for all to see
 
 
 @dataclass(frozen=True)
-class Absent:
+class OmittedFigure:
     """A figure that no run has the numbers for."""
 
     title: str
     reason: str
 
 
-def thinned(rows: Sequence[tuple[Cell, ...]], limit: int) -> list[tuple[Cell, ...]]:
+def downsample(rows: Sequence[tuple[Cell, ...]], limit: int) -> list[tuple[Cell, ...]]:
     """At most so many of these rows, evenly chosen, the first and the last among them."""
     if len(rows) <= limit:
         return list(rows)

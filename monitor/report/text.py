@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def number_text(value: float) -> str:
+def format_number(value: float) -> str:
     """A number as a person reads it: three digits that count, and all of a whole number."""
     if value == int(value) and abs(value) < 1e9:
         return f"{value:,.0f}"

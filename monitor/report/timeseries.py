@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from monitor.points.points import Point
-from monitor.report.run import ReportRun, measured_number
+from monitor.points.points import TelemetryPoint
+from monitor.report.run import ReportRun, number_or_none
 
 # Widths of the bins of a time axis; the first by which the longest run has no more than so many bins is taken.
 _WIDTHS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0, 3600.0)
@@ -18,29 +18,29 @@ _BINS = 120
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class MedianRange:
     """The median of several repeats, and the least and the most of them; `low` is None for a single one."""
 
-    middle: float
+    median: float
     low: float | None = None
     high: float | None = None
 
 
-def spread(values: Sequence[float]) -> Spread:
+def median_range(values: Sequence[float]) -> MedianRange:
     """Of at least one value."""
     if len(values) == 1:
-        return Spread(values[0])
-    return Spread(median(values), min(values), max(values))
+        return MedianRange(values[0])
+    return MedianRange(median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
-class Growth:
+class CounterCurve:
     """Something that only grows, known at some moments; between two of them it grows evenly. Times in seconds."""
 
     times_s: tuple[float, ...]
     totals: tuple[float, ...]
 
-    def at(self, time_s: float) -> float:
+    def value_at(self, time_s: float) -> float:
         """Before the first moment it is what it was then; the same after the last."""
         after = bisect_right(self.times_s, time_s)
         if after == 0:
@@ -51,14 +51,19 @@ class Growth:
         share = (time_s - begin) / (end - begin)
         return self.totals[after - 1] + share * (self.totals[after] - self.totals[after - 1])
 
-    def grown(self, begin_s: float, end_s: float) -> float:
+    def increase(self, begin_s: float, end_s: float) -> float:
         """By how much, in this time."""
-        return self.at(end_s) - self.at(begin_s)
+        return self.value_at(end_s) - self.value_at(begin_s)
 
 
-def counters(
-    run: ReportRun, points: Iterable[Point], names: Sequence[str], key: Callable[[Point], str], *, added: bool
-) -> dict[str, Growth]:
+def counter_series(
+    run: ReportRun,
+    points: Iterable[TelemetryPoint],
+    names: Sequence[str],
+    key: Callable[[TelemetryPoint], str],
+    *,
+    is_delta: bool,
+) -> dict[str, CounterCurve]:
     """One counter for each key and kind of points, from the sum of the fields `names`.
 
     `added`: a point says how much came since the one before. Otherwise it says the total, and a total that has become
@@ -66,16 +71,16 @@ def counters(
     """
     found: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[float, float]]] = defaultdict(list)
     for point in points:
-        values = [value for name in names if (value := measured_number(point.fields.get(name))) is not None]
+        values = [value for name in names if (value := number_or_none(point.fields.get(name))) is not None]
         if values:
-            found[key(point), tuple(sorted(point.tags.items()))].append((run.seconds(point), sum(values)))
-    several: dict[str, list[Growth]] = defaultdict(list)
+            found[key(point), tuple(sorted(point.tags.items()))].append((run.seconds_since_start(point), sum(values)))
+    several: dict[str, list[CounterCurve]] = defaultdict(list)
     for (name, _), knots in found.items():
-        several[name].append(_counter(knots, added))
+        several[name].append(_counter(knots, is_delta))
     return {name: _together(parts) for name, parts in several.items()}
 
 
-def _counter(knots: Sequence[tuple[float, float]], added: bool) -> Growth:
+def _counter(knots: Sequence[tuple[float, float]], added: bool) -> CounterCurve:
     times, totals = [knots[0][0]], [0.0]
     for (_, before), (time_s, value) in pairwise(knots):
         grown = value if added or value < before else value - before
@@ -84,14 +89,14 @@ def _counter(knots: Sequence[tuple[float, float]], added: bool) -> Growth:
             totals.append(totals[-1] + grown)
         else:
             totals[-1] += grown
-    return Growth(tuple(times), tuple(totals))
+    return CounterCurve(tuple(times), tuple(totals))
 
 
-def _together(parts: Sequence[Growth]) -> Growth:
+def _together(parts: Sequence[CounterCurve]) -> CounterCurve:
     if len(parts) == 1:
         return parts[0]
     times = sorted({time_s for part in parts for time_s in part.times_s})
-    return Growth(tuple(times), tuple(sum(part.at(time_s) for part in parts) for time_s in times))
+    return CounterCurve(tuple(times), tuple(sum(part.value_at(time_s) for part in parts) for time_s in times))
 
 
 def bin_width_s(runs: Iterable[ReportRun]) -> float:
@@ -100,7 +105,7 @@ def bin_width_s(runs: Iterable[ReportRun]) -> float:
     return next((width for width in _WIDTHS_S if longest_s / width <= _BINS), _WIDTHS_S[-1])
 
 
-def rates(run: ReportRun, counter: Growth, width_s: float) -> list[tuple[float, float]]:
+def binned_rates(run: ReportRun, counter: CounterCurve, width_s: float) -> list[tuple[float, float]]:
     """The middle of each whole bin of the measured time, in seconds, and by how much a second the counter grew in it.
 
     A run shorter than a bin has one, which ends with it. A bin in which the counter is not known from its begin to its
@@ -108,21 +113,21 @@ def rates(run: ReportRun, counter: Growth, width_s: float) -> list[tuple[float, 
     """
     found = []
     if 0 < run.duration_s < width_s and counter.times_s[0] <= 0 and run.duration_s <= counter.times_s[-1]:
-        found.append((width_s / 2, counter.grown(0.0, run.duration_s) / run.duration_s))
+        found.append((width_s / 2, counter.increase(0.0, run.duration_s) / run.duration_s))
     for place in range(int(run.duration_s / width_s + 1e-9)):
         begin, end = place * width_s, (place + 1) * width_s
         if counter.times_s[0] <= begin and end <= counter.times_s[-1]:
-            found.append((begin + width_s / 2, counter.grown(begin, end) / width_s))
+            found.append((begin + width_s / 2, counter.increase(begin, end) / width_s))
     return found
 
 
-def means(
-    run: ReportRun, points: Iterable[Point], name: str, key: str, width_s: float
+def binned_means(
+    run: ReportRun, points: Iterable[TelemetryPoint], name: str, key: str, width_s: float
 ) -> dict[str, list[tuple[float, float]]]:
     """For each value of the tag `key`: the middle of each bin with a sample of the field, and their mean in it."""
     bins: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
-        value, time_s = measured_number(point.fields.get(name)), run.seconds(point)
+        value, time_s = number_or_none(point.fields.get(name)), run.seconds_since_start(point)
         if value is not None and 0 <= time_s < run.duration_s:
             bins[point.tags.get(key, "")][int(time_s / width_s)].append(value)
     return {
@@ -131,10 +136,10 @@ def means(
     }
 
 
-def over_repeats(curves: Iterable[Sequence[tuple[float, float]]]) -> list[tuple[float, Spread]]:
+def aggregate_repeats(curves: Iterable[Sequence[tuple[float, float]]]) -> list[tuple[float, MedianRange]]:
     """Several curves on the same bins as one: the spread of what they have in each."""
     values: dict[float, list[float]] = defaultdict(list)
     for curve in curves:
         for time_s, value in curve:
             values[time_s].append(value)
-    return [(time_s, spread(found)) for time_s, found in sorted(values.items())]
+    return [(time_s, median_range(found)) for time_s, found in sorted(values.items())]

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from monitor.points.points import Point
-from monitor.sensors.base import Missing, Sensor, why
-from monitor.sensors.host import Host
-from monitor.sensors.jetson import Jetson
-from monitor.sensors.network import Interfaces
-from monitor.sensors.nvml import Gpus
-from monitor.sensors.processes import OwnProcesses
-from monitor.sensors.rapl import Rapl
+from monitor.points.points import TelemetryPoint
+from monitor.sensors.base import Sensor, UnavailableSensors, error_reason
+from monitor.sensors.host import HostSensor
+from monitor.sensors.jetson import JetsonSensor
+from monitor.sensors.network import NetworkSensor
+from monitor.sensors.nvml import GpuSensor
+from monitor.sensors.processes import ProcessSensor
+from monitor.sensors.rapl import RaplSensor
 
 log = logging.getLogger(__name__)
 
 
-def sensors_of(root: Path = Path("/")) -> list[Sensor]:
+def default_sensors(root: Path = Path("/")) -> list[Sensor]:
     """Those of every node, apart from our own processes; `root` stands in for `/` where files are read."""
-    return [Host(root), Interfaces(), Gpus(), Rapl(root), Jetson(root)]
+    return [HostSensor(root), NetworkSensor(), GpuSensor(), RaplSensor(root), JetsonSensor(root)]
 
 
-class Sensors:
+class NodeSensors:
     """Samples a node. One thread at a time; cheap, but for a Jetson's rails, which take milliseconds.
 
     Points have the tags `node` and `run`: a process's run is its own, if it said so. `sensors` takes the place of those
@@ -35,24 +35,24 @@ class Sensors:
         self,
         node: str,
         run: str = "",
-        processes: OwnProcesses | None = None,
+        processes: ProcessSensor | None = None,
         *,
         sensors: Sequence[Sensor] | None = None,
     ) -> None:
         self._tags = {"node": node, "run": run}
-        own = OwnProcesses() if processes is None else processes
-        self._sensors: list[Sensor] = [*(sensors_of() if sensors is None else sensors), own]
-        self._missing = Missing()
+        own = ProcessSensor() if processes is None else processes
+        self._sensors: list[Sensor] = [*(default_sensors() if sensors is None else sensors), own]
+        self._missing = UnavailableSensors()
 
-    def sample(self, time_ns: int, now_s: float) -> list[Point]:
+    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """What is measured now; never raises. `now_s` is a monotonic clock's, of which only differences count."""
-        points: list[Point] = []
+        points: list[TelemetryPoint] = []
         for sensor in self._sensors:
             try:
                 points += sensor.sample(time_ns, now_s)
             except Exception as error:
                 # A mistake of ours, or a driver's: it must not cost what the others measure.
-                told = self._missing.tell(time_ns, type(sensor).__name__.lower(), why(error))
+                told = self._missing.report_once(time_ns, type(sensor).__name__.lower(), error_reason(error))
                 if told:  # else it fails at every sample, as it is known to
                     log.exception("a sensor failed")
                 points += told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from monitor.points.points import Point
+from monitor.points.points import TelemetryPoint
 
 _LIMIT = 256  # reasons that one sensor gives: an end to what a reason that is never the same twice makes us hold
 
@@ -16,7 +16,7 @@ class Sensor(Protocol):
     point is not there; never 0. What is known of two samples only (energy, a share of time) is None in the first.
     """
 
-    def sample(self, time_ns: int, now_s: float) -> list[Point]:
+    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """What is measured now: `time_ns` is Unix time, for the points; `now_s` is monotonic, for differences."""
         ...
 
@@ -25,21 +25,21 @@ class Sensor(Protocol):
         ...
 
 
-class Missing:
+class UnavailableSensors:
     """Tells of each thing that cannot be measured, and why, once: a reason that is new is told, too."""
 
     def __init__(self) -> None:
         self._told: set[tuple[str, str]] = set()
 
-    def tell(self, time_ns: int, sensor: str, reason: str) -> list[Point]:
+    def report_once(self, time_ns: int, sensor: str, reason: str) -> list[TelemetryPoint]:
         """The point that says so; none if it was made before."""
         if (sensor, reason) in self._told or len(self._told) >= _LIMIT:
             return []
         self._told.add((sensor, reason))
-        return [Point("missing", time_ns, {"sensor": sensor}, {"reason": reason})]
+        return [TelemetryPoint("missing", time_ns, {"sensor": sensor}, {"reason": reason})]
 
 
-def why(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     """An error's reason in a line: the same whatever the file was, so that it is told once."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

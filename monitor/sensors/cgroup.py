@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryUsage:
     """In bytes. What could be had back at once, such as files that are cached, is not used."""
 
-    used: int
-    total: int
+    used_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class _Names:
+class _CgroupFileNames:
     """What the files of a version are called."""
 
     limit: str
@@ -23,11 +23,11 @@ class _Names:
     reclaimable: str
 
 
-_V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Names("memory.max", "memory.current", "inactive_file")
+_V1 = _CgroupFileNames("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _CgroupFileNames("memory.max", "memory.current", "inactive_file")
 
 
-class MemoryGroups:
+class MemoryCgroups:
     """The control groups that this process is in, from its own to the outermost that can be seen.
 
     `root` stands in for `/`. Limits are read again each time: a container's may be changed while it runs.
@@ -36,18 +36,18 @@ class MemoryGroups:
     def __init__(self, root: Path = Path("/")) -> None:
         self._names, self._folders = _find(root)
 
-    def memory(self, below: int) -> Memory | None:
+    def memory_usage(self, below_bytes: int) -> MemoryUsage | None:
         """The tightest limit below so many bytes; None if there is none: "no limit" is a huge number in version 1."""
         limits = [
             (limit, folder) for folder in self._folders if (limit := _number(folder / self._names.limit)) is not None
         ]
-        limit, folder = min(limits, default=(below, None))
-        if folder is None or limit >= below:
+        limit, folder = min(limits, default=(below_bytes, None))
+        if folder is None or limit >= below_bytes:
             return None
         usage = _number(folder / self._names.usage)
         if usage is None:
             return None
-        return Memory(max(0, usage - self._reclaimable(folder)), limit)
+        return MemoryUsage(max(0, usage - self._reclaimable(folder)), limit)
 
     def _reclaimable(self, folder: Path) -> int:
         for line in _text(folder / "memory.stat").splitlines():
@@ -57,7 +57,7 @@ class MemoryGroups:
         return 0
 
 
-def _find(root: Path) -> tuple[_Names, list[Path]]:
+def _find(root: Path) -> tuple[_CgroupFileNames, list[Path]]:
     mounts = root / "sys" / "fs" / "cgroup"
     own = ""
     for line in _text(root / "proc" / "self" / "cgroup").splitlines():

@@ -9,12 +9,12 @@ one before the slash (`package-0/core`), a whole whose parts are there (`board/p
 from __future__ import annotations
 
 
-def adds_up(rail: str) -> bool:
+def is_additive(rail: str) -> bool:
     """Whether a rail counts in the sum of its node."""
     return "/" not in rail
 
 
-class Counter:
+class MonotonicCounter:
     """Differences of a counter that only grows, until it starts again at 0.
 
     With a limit, a value below the last one means that it went past it, once; without, that nobody knows.
@@ -24,7 +24,7 @@ class Counter:
         self._limit = limit
         self._last: int | None = None
 
-    def since(self, value: int | None) -> int | None:
+    def delta(self, value: int | None) -> int | None:
         """What was counted since the last call; None if that is not known. None for a value says that there is none."""
         last, self._last = self._last, value
         if value is None or last is None:
@@ -34,13 +34,13 @@ class Counter:
         return value + self._limit - last if self._limit else None
 
 
-class Integral:
+class EnergyIntegrator:
     """Energy from power: between two samples power is taken to go straight from one to the other."""
 
     def __init__(self) -> None:
         self._last: tuple[float, float] | None = None
 
-    def since(self, power_w: float | None, now_s: float) -> float | None:
+    def delta_j(self, power_w: float | None, now_s: float) -> float | None:
         """Joules since the last call; None if either of the two had no power to tell."""
         last, self._last = self._last, (power_w, now_s) if power_w is not None else None
         if power_w is None or last is None or now_s <= last[1]:

@@ -9,27 +9,27 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from monitor.points.points import Point
-from monitor.sensors.counters import adds_up
+from monitor.points.points import TelemetryPoint
+from monitor.sensors.counters import is_additive
 
 # What stores can hold, whatever number of rows somebody makes up.
 _MOST = 1 << 53
 
 
 @dataclass(slots=True)
-class _Spent:
+class _EnergyTotals:
     energy_j: float | None = None
     samples: int = 0
 
 
-class Spending:
+class EnergyPerSample:
     """Adds up, run by run, what passes by on its way to a store."""
 
     def __init__(self, node: str) -> None:
         self._node = node
-        self._runs: defaultdict[str, _Spent] = defaultdict(_Spent)
+        self._runs: defaultdict[str, _EnergyTotals] = defaultdict(_EnergyTotals)
 
-    def heed(self, points: Iterable[Point]) -> None:
+    def add(self, points: Iterable[TelemetryPoint]) -> None:
         """Take notice of these; of most measurements there is nothing to notice."""
         for point in points:
             match point.measurement:
@@ -40,13 +40,13 @@ class Spending:
                     spent.samples = min(spent.samples + int(point.fields["rows"] or 0), _MOST)
                 case "gpu":
                     self._use(point)
-                case "power" if adds_up(point.tags["rail"]):
+                case "power" if is_additive(point.tags["rail"]):
                     self._use(point)
 
-    def points(self, time_ns: int) -> list[Point]:
+    def pop_points(self, time_ns: int) -> list[TelemetryPoint]:
         """What was added up since the last call; of a run of which nothing was, none."""
         found = [
-            Point(
+            TelemetryPoint(
                 "energy",
                 time_ns,
                 {"node": self._node, "run": run},
@@ -57,10 +57,10 @@ class Spending:
         self._runs.clear()
         return found
 
-    def _of(self, point: Point) -> _Spent:
+    def _of(self, point: TelemetryPoint) -> _EnergyTotals:
         return self._runs[point.tags["run"]]
 
-    def _use(self, point: Point) -> None:
+    def _use(self, point: TelemetryPoint) -> None:
         energy_j = point.fields["energy_j"]
         if energy_j is not None:
             spent = self._of(point)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from monitor.points.points import Point, Value
-from monitor.sensors.base import Missing, why
-from monitor.sensors.counters import Integral
+from monitor.points.points import FieldValue, TelemetryPoint
+from monitor.sensors.base import UnavailableSensors, error_reason
+from monitor.sensors.counters import EnergyIntegrator
 
 # L4T from release 34 on has the kernel's own driver; older ones have NVIDIA's, whose folder has been called
 # `iio_device` and `iio:device0`.
@@ -33,13 +33,13 @@ _CARRIER = ("0042", "0043")  # addresses of the monitors on the carrier boards o
 class _Rail:
     name: str
     read_w: Callable[[], float]
-    integral: Integral = field(default_factory=Integral)
+    integral: EnergyIntegrator = field(default_factory=EnergyIntegrator)
 
 
-class Jetson:
+class JetsonSensor:
     """The measurements `power` and `gpu` of a Jetson; on anything else nothing, and nothing is missing.
 
-    Rails that make up the node's total (`monitor.sensors.counters.adds_up`): `VDD_IN` (the module; `POM_5V_IN` on a Nano), whose
+    Rails that make up the node's total (`monitor.sensors.counters.is_additive`): `VDD_IN` (the module; `POM_5V_IN` on a Nano), whose
     others are then `VDD_IN/VDD_SOC` and so on; on a board without such a rail (AGX) all of the module.
     `carrier/VDD_MUX` is of the carrier board. Energy is power over time. A read takes about a millisecond: it goes
     through I2C. `root` stands in for `/`.
@@ -50,9 +50,9 @@ class Jetson:
         self._rails: list[_Rail] | None = None  # None: not looked for yet
         self._load: Path | None = None
         self._model = ""
-        self._missing = Missing()
+        self._missing = UnavailableSensors()
 
-    def sample(self, time_ns: int, now_s: float) -> list[Point]:
+    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """The points, and what cannot be read."""
         points = self._begin(time_ns) if self._rails is None else []
         for rail in self._rails or ():
@@ -60,40 +60,44 @@ class Jetson:
             try:
                 power_w = rail.read_w()
             except (OSError, ValueError) as error:
-                points += self._missing.tell(time_ns, f"jetson.{rail.name}", why(error))
-            energy_j = rail.integral.since(power_w, now_s)
+                points += self._missing.report_once(time_ns, f"jetson.{rail.name}", error_reason(error))
+            energy_j = rail.integral.delta_j(power_w, now_s)
             if power_w is not None:
-                points.append(Point("power", time_ns, {"rail": rail.name}, {"power_w": power_w, "energy_j": energy_j}))
+                points.append(
+                    TelemetryPoint("power", time_ns, {"rail": rail.name}, {"power_w": power_w, "energy_j": energy_j})
+                )
         return points + self._gpu(time_ns)
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _begin(self, time_ns: int) -> list[Point]:
+    def _begin(self, time_ns: int) -> list[TelemetryPoint]:
         self._rails = []
         if not _is_jetson(self._root):
             return []
         self._rails = _rails(self._root)
         self._load = next((path for pattern in _LOADS for path in sorted(self._root.glob(pattern))), None)
         self._model = _text(self._root / "proc/device-tree/model")
-        missing: list[Point] = []
+        missing: list[TelemetryPoint] = []
         if not self._rails:
-            missing += self._missing.tell(time_ns, "jetson", "there is no INA3221 in /sys/bus/i2c/drivers")
+            missing += self._missing.report_once(time_ns, "jetson", "there is no INA3221 in /sys/bus/i2c/drivers")
         if self._load is None:
-            missing += self._missing.tell(time_ns, "jetson.gpu", f"there is no /{_LOADS[0]}, nor where others have it")
+            missing += self._missing.report_once(
+                time_ns, "jetson.gpu", f"there is no /{_LOADS[0]}, nor where others have it"
+            )
         return missing
 
-    def _gpu(self, time_ns: int) -> list[Point]:
+    def _gpu(self, time_ns: int) -> list[TelemetryPoint]:
         if self._load is None:
             return []
         try:
             use = int(self._load.read_text()) / 1000
         except (OSError, ValueError) as error:
-            return self._missing.tell(time_ns, "jetson.gpu", why(error))
+            return self._missing.report_once(time_ns, "jetson.gpu", error_reason(error))
         # Its memory is the node's, its power a rail's.
-        fields: dict[str, Value] = {"use": use, "memory_used_bytes": None, "memory_total_bytes": None}
+        fields: dict[str, FieldValue] = {"use": use, "memory_used_bytes": None, "memory_total_bytes": None}
         fields |= {"temperature_c": None, "power_w": None, "energy_j": None}
-        return [Point("gpu", time_ns, {"gpu": "jetson", "model": self._model}, fields)]
+        return [TelemetryPoint("gpu", time_ns, {"gpu": "jetson", "model": self._model}, fields)]
 
 
 def _is_jetson(root: Path) -> bool:

@@ -7,46 +7,46 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from monitor.points.points import Point, Value
-from monitor.sensors.base import Missing, why
+from monitor.points.points import FieldValue, TelemetryPoint
+from monitor.sensors.base import UnavailableSensors, error_reason
 
 _RANGE_32 = 1 << 32
 
 
-class _Totals(NamedTuple):
+class _InterfaceCounters(NamedTuple):
     received: int
     sent: int
     errors: int
 
 
-def counters() -> Mapping[str, Any]:
+def read_interface_counters() -> Mapping[str, Any]:
     """By interface, as the system has them: psutil's own `nowrap` takes each wrap for a new beginning."""
     return psutil.net_io_counters(pernic=True, nowrap=False)
 
 
-class Interfaces:
+class NetworkSensor:
     """The measurement `interface`: one point for each that was there at the last sample too, and ever carried anything.
 
     One that is new has no point yet: it may have carried anything before it came here, as those of containers do.
     """
 
-    def __init__(self, read: Callable[[], Mapping[str, Any]] = counters) -> None:
+    def __init__(self, read: Callable[[], Mapping[str, Any]] = read_interface_counters) -> None:
         self._read = read
-        self._last: dict[str, _Totals] = {}
+        self._last: dict[str, _InterfaceCounters] = {}
         self._last_s = 0.0
-        self._missing = Missing()
+        self._missing = UnavailableSensors()
 
-    def sample(self, time_ns: int, now_s: float) -> list[Point]:
+    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """The points, by the interfaces' order; none for the first sample."""
         try:
             found = {name: _totals(counts) for name, counts in self._read().items()}
         except (OSError, RuntimeError, psutil.Error) as error:
             self._last = {}
-            return self._missing.tell(time_ns, "interface", why(error))
+            return self._missing.report_once(time_ns, "interface", error_reason(error))
         last, self._last = self._last, found
         elapsed_s, self._last_s = now_s - self._last_s, now_s
         return [
-            Point("interface", time_ns, {"interface": name}, _fields(last[name], totals, elapsed_s))
+            TelemetryPoint("interface", time_ns, {"interface": name}, _fields(last[name], totals, elapsed_s))
             for name, totals in found.items()
             if name in last and any(totals)
         ]
@@ -55,7 +55,7 @@ class Interfaces:
         """Nothing is held."""
 
 
-def since(last: int, value: int) -> int:
+def counter_delta(last: int, value: int) -> int:
     """What a counter counted from one value to the next.
 
     A lower value is that of a counter of 32 bits that went past its end, if half its range or less explains it; else
@@ -68,12 +68,14 @@ def since(last: int, value: int) -> int:
     return wrapped if last < _RANGE_32 and wrapped <= _RANGE_32 // 2 else value
 
 
-def _totals(counts: Any) -> _Totals:
-    return _Totals(counts.bytes_recv, counts.bytes_sent, counts.errin + counts.errout + counts.dropin + counts.dropout)
+def _totals(counts: Any) -> _InterfaceCounters:
+    return _InterfaceCounters(
+        counts.bytes_recv, counts.bytes_sent, counts.errin + counts.errout + counts.dropin + counts.dropout
+    )
 
 
-def _fields(last: _Totals, totals: _Totals, elapsed_s: float) -> dict[str, Value]:
-    received, sent = since(last.received, totals.received), since(last.sent, totals.sent)
+def _fields(last: _InterfaceCounters, totals: _InterfaceCounters, elapsed_s: float) -> dict[str, FieldValue]:
+    received, sent = counter_delta(last.received, totals.received), counter_delta(last.sent, totals.sent)
     return {
         "received_bytes": received,
         "sent_bytes": sent,

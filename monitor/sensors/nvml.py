@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from monitor.points.points import Point, Value
-from monitor.sensors.base import Missing
-from monitor.sensors.counters import Counter, Integral
+from monitor.points.points import FieldValue, TelemetryPoint
+from monitor.sensors.base import UnavailableSensors
+from monitor.sensors.counters import EnergyIntegrator, MonotonicCounter
 
 _SENSOR_OF_THE_CHIP = 0  # NVML_TEMPERATURE_GPU
 _IS_LOST = 15  # NVML_ERROR_GPU_IS_LOST
@@ -23,20 +23,20 @@ def load_nvml() -> Any:
     return importlib.import_module("pynvml")
 
 
-def _use(nvml: Any, handle: Any) -> dict[str, Value]:
+def _use(nvml: Any, handle: Any) -> dict[str, FieldValue]:
     return {"use": nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100}
 
 
-def _memory(nvml: Any, handle: Any) -> dict[str, Value]:
+def _memory(nvml: Any, handle: Any) -> dict[str, FieldValue]:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     return {"memory_used_bytes": memory.used, "memory_total_bytes": memory.total}
 
 
-def _temperature(nvml: Any, handle: Any) -> dict[str, Value]:
+def _temperature(nvml: Any, handle: Any) -> dict[str, FieldValue]:
     return {"temperature_c": float(nvml.nvmlDeviceGetTemperature(handle, _SENSOR_OF_THE_CHIP))}
 
 
-def _power(nvml: Any, handle: Any) -> dict[str, Value]:
+def _power(nvml: Any, handle: Any) -> dict[str, FieldValue]:
     return {"power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000}
 
 
@@ -61,23 +61,23 @@ class _Gpu:
         self._tags = {"gpu": str(index), "model": str(nvml.nvmlDeviceGetName(self._handle))}
         self.reasons: dict[str, str] = {}
         self._refused: dict[str, str] = {}  # what is not asked any more, and why
-        self._counter, self._integral = Counter(), Integral()
+        self._counter, self._integral = MonotonicCounter(), EnergyIntegrator()
 
-    def look(self, time_ns: int, now_s: float) -> list[Point]:
+    def look(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """Its point, if anything can be read; raises `_LostError`."""
         self.reasons = {}
-        fields: dict[str, Value] = dict.fromkeys(_FIELDS)
+        fields: dict[str, FieldValue] = dict.fromkeys(_FIELDS)
         for name, question in _QUESTIONS.items():
             fields |= self._ask(name, question) or {}
         power_w = fields["power_w"]
         fields["energy_j"] = self._energy_j(float(power_w) if power_w is not None else None, now_s)
         if all(value is None for value in fields.values()):
             return []
-        return [Point("gpu", time_ns, self._tags, fields)]
+        return [TelemetryPoint("gpu", time_ns, self._tags, fields)]
 
     def _energy_j(self, power_w: float | None, now_s: float) -> float | None:
-        counted_mj = self._counter.since(self._ask("energy_j", _energy_mj))
-        estimated_j = self._integral.since(power_w, now_s)
+        counted_mj = self._counter.delta(self._ask("energy_j", _energy_mj))
+        estimated_j = self._integral.delta_j(power_w, now_s)
         if power_w is not None:
             self.reasons.pop("energy_j", None)  # then it comes of the power
         return counted_mj / 1000 if counted_mj is not None else estimated_j
@@ -97,7 +97,7 @@ class _Gpu:
             return None
 
 
-class Gpus:
+class GpuSensor:
     """The measurement `gpu`; its tag is the index that NVML gives, its energy the GPU's own count.
 
     Where that cannot be had, or went back, the energy is that of the power over time. What fails once and for all is
@@ -109,11 +109,11 @@ class Gpus:
         self._load = load
         self._nvml: Any = None
         self._gpus: list[_Gpu] | None = None  # None: not looked for yet
-        self._missing = Missing()
+        self._missing = UnavailableSensors()
 
-    def sample(self, time_ns: int, now_s: float) -> list[Point]:
+    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """One point for each GPU of which anything can be read, and what cannot."""
-        points: list[Point] = []
+        points: list[TelemetryPoint] = []
         if self._gpus is None:
             self._gpus = []
             points += self._begin(self._gpus, time_ns)
@@ -122,10 +122,10 @@ class Gpus:
                 points += gpu.look(time_ns, now_s)
             except _LostError as error:
                 self._gpus.remove(gpu)
-                points += self._missing.tell(time_ns, gpu.name, str(error))
+                points += self._missing.report_once(time_ns, gpu.name, str(error))
                 continue
             for name, reason in gpu.reasons.items():
-                points += self._missing.tell(time_ns, f"{gpu.name}.{name}", reason)
+                points += self._missing.report_once(time_ns, f"{gpu.name}.{name}", reason)
         return points
 
     def close(self) -> None:
@@ -137,23 +137,23 @@ class Gpus:
             except nvml.NVMLError:
                 return  # the driver has gone before us
 
-    def _begin(self, gpus: list[_Gpu], time_ns: int) -> list[Point]:
+    def _begin(self, gpus: list[_Gpu], time_ns: int) -> list[TelemetryPoint]:
         try:
             nvml = self._load()
         except ImportError as error:
-            return self._missing.tell(time_ns, "gpu", str(error))
+            return self._missing.report_once(time_ns, "gpu", str(error))
         try:
             nvml.nvmlInit()
             self._nvml = nvml
             count = nvml.nvmlDeviceGetCount()
         except nvml.NVMLError as error:
-            return self._missing.tell(time_ns, "gpu", str(error))
+            return self._missing.report_once(time_ns, "gpu", str(error))
         if not count:
-            return self._missing.tell(time_ns, "gpu", "NVML knows of no GPU")
-        missing: list[Point] = []
+            return self._missing.report_once(time_ns, "gpu", "NVML knows of no GPU")
+        missing: list[TelemetryPoint] = []
         for index in range(count):
             try:
                 gpus.append(_Gpu(nvml, index))
             except nvml.NVMLError as error:
-                missing += self._missing.tell(time_ns, f"gpu.{index}", str(error))
+                missing += self._missing.report_once(time_ns, f"gpu.{index}", str(error))
         return missing

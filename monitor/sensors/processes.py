@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import psutil
 
-from monitor.points.points import Point, Value
+from monitor.points.points import FieldValue, TelemetryPoint
 
 # More than anybody runs on one node, and an end to what a hostile sender can make us look at.
 PROCESSES_LIMIT = 256
 
 
 @dataclass(slots=True)
-class _Own:
+class _SampledProcess:
     role: str
     name: str
     run: str
@@ -24,7 +24,7 @@ class _Own:
     last: tuple[float, float] | None = None  # processor time, and when
 
 
-class OwnProcesses:
+class ProcessSensor:
     """The measurement `process`. `began` and `ended` may be called from another thread than `sample`.
 
     A process ends with the last of those in it that began: one with two sources is one. A pid that means nothing here,
@@ -33,17 +33,17 @@ class OwnProcesses:
     """
 
     def __init__(self) -> None:
-        self._monitor = _Own("monitor", "monitor", "", psutil.Process())
-        self._known: dict[int, _Own] = {}  # by pid
+        self._monitor = _SampledProcess("monitor", "monitor", "", psutil.Process())
+        self._known: dict[int, _SampledProcess] = {}  # by pid
 
-    def began(self, role: str, name: str, pid: int, run: str) -> None:
+    def on_start(self, role: str, name: str, pid: int, run: str) -> None:
         """From now on this process is sampled, if it can be seen, for as long as it lives."""
         if pid <= 0 or pid == os.getpid():
             return
         if pid not in self._known and len(self._known) >= PROCESSES_LIMIT:
             return
         try:
-            own = _Own(role, name, run, psutil.Process(pid))
+            own = _SampledProcess(role, name, run, psutil.Process(pid))
         except psutil.Error:
             return
         known = self._known.get(pid)
@@ -51,7 +51,7 @@ class OwnProcesses:
             own.clients = known.clients + 1
         self._known[pid] = own
 
-    def ended(self, pid: int) -> None:
+    def on_stop(self, pid: int) -> None:
         """Somebody in it has ended: with the last one it is sampled no more. One that is not known is no matter."""
         if (own := self._known.get(pid)) is None:
             return
@@ -59,9 +59,9 @@ class OwnProcesses:
         if own.clients <= 0:
             self._known.pop(pid, None)
 
-    def sample(self, time_ns: int, now_s: float) -> list[Point]:
+    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """One point for each that lives."""
-        points: list[Point] = []
+        points: list[TelemetryPoint] = []
         twins: Counter[tuple[str, str, str]] = Counter()
         for own in [self._monitor, *self._known.values()]:
             fields = _look(own, now_s)
@@ -73,14 +73,14 @@ class OwnProcesses:
             # A nanosecond apart: to InfluxDB two processes of one name would be one point, by their tags and time.
             place = twins[(own.role, own.name, own.run)]
             twins[(own.role, own.name, own.run)] += 1
-            points.append(Point("process", time_ns + place, tags, fields))
+            points.append(TelemetryPoint("process", time_ns + place, tags, fields))
         return points
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-def _look(own: _Own, now_s: float) -> dict[str, Value] | None:
+def _look(own: _SampledProcess, now_s: float) -> dict[str, FieldValue] | None:
     """None of a process that has ended, or that its parent has not taken leave of yet."""
     process = own.process
     try:

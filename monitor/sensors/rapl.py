@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from monitor.points.points import Point
-from monitor.sensors.base import Missing, why
-from monitor.sensors.counters import Counter
+from monitor.points.points import TelemetryPoint
+from monitor.sensors.base import UnavailableSensors, error_reason
+from monitor.sensors.counters import MonotonicCounter
 
 # Not `intel-rapl-mmio:*`: another way to the very same counters. AMD's processors are called so, too.
 _ZONES = "sys/class/powercap/intel-rapl:*"
@@ -20,23 +20,27 @@ class _Zone:
         self.rail = rail
         self._file = folder / "energy_uj"
         # Read once: without it, a value that goes back is one that nobody understands.
-        self._counter = Counter(_range_uj(folder))
+        self._counter = MonotonicCounter(_range_uj(folder))
         self._last_s = 0.0
 
-    def look(self, time_ns: int, now_s: float) -> list[Point]:
+    def look(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """Its point, from the second look on; raises `OSError` or `ValueError`."""
-        energy_uj = self._counter.since(int(self._file.read_text()))
+        energy_uj = self._counter.delta(int(self._file.read_text()))
         elapsed_s, self._last_s = now_s - self._last_s, now_s
         if energy_uj is None or elapsed_s <= 0:
             return []
         energy_j = energy_uj / 1e6
-        return [Point("power", time_ns, {"rail": self.rail}, {"power_w": energy_j / elapsed_s, "energy_j": energy_j})]
+        return [
+            TelemetryPoint(
+                "power", time_ns, {"rail": self.rail}, {"power_w": energy_j / elapsed_s, "energy_j": energy_j}
+            )
+        ]
 
 
-class Rapl:
+class RaplSensor:
     """The measurement `power`: one point for each zone, from the second sample on. `root` stands in for `/`.
 
-    Rails that make up the node's total (`monitor.sensors.counters.adds_up`): `package-0`, one for each processor, and `dram-0`,
+    Rails that make up the node's total (`monitor.sensors.counters.is_additive`): `package-0`, one for each processor, and `dram-0`,
     its memory, which the package does not count. `package-0/core` and `package-0/uncore` are parts of a package;
     `board/psys` is all of the board, packages included, on the few that have it. A zone that cannot be read is not
     tried again.
@@ -45,24 +49,24 @@ class Rapl:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._zones: list[_Zone] | None = None  # None: not looked for yet
-        self._missing = Missing()
+        self._missing = UnavailableSensors()
 
-    def sample(self, time_ns: int, now_s: float) -> list[Point]:
+    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """The points, and what cannot be read."""
-        points: list[Point] = []
+        points: list[TelemetryPoint] = []
         if self._zones is None:
             self._zones = _zones(self._root)
             if not self._zones:
-                points += self._missing.tell(time_ns, "rapl", f"there is no /{_ZONES}")
+                points += self._missing.report_once(time_ns, "rapl", f"there is no /{_ZONES}")
         for zone in list(self._zones):
             try:
                 points += zone.look(time_ns, now_s)
             except PermissionError:
                 self._zones.remove(zone)
-                points += self._missing.tell(time_ns, "rapl", _ROOT_ONLY)
+                points += self._missing.report_once(time_ns, "rapl", _ROOT_ONLY)
             except (OSError, ValueError) as error:
                 self._zones.remove(zone)
-                points += self._missing.tell(time_ns, f"rapl.{zone.rail}", why(error))
+                points += self._missing.report_once(time_ns, f"rapl.{zone.rail}", error_reason(error))
         return points
 
     def close(self) -> None:

@@ -8,10 +8,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from brokers.telemetry.schema import Event, Start, Stop
-from monitor.points.points import Point
-from monitor.sensors.all import Sensors
-from monitor.sensors.processes import OwnProcesses
+from brokers.telemetry.schema import ProcessStarted, ProcessStopped, TelemetryEvent
+from monitor.points.points import TelemetryPoint
+from monitor.sensors.all import NodeSensors
+from monitor.sensors.processes import ProcessSensor
 
 log = logging.getLogger(__name__)
 
@@ -21,19 +21,21 @@ _HEARD_LIMIT = 10_000  # processes that began or ended since the last sample: mo
 class Sampler:
     """Life: `start`, `stop`."""
 
-    def __init__(self, node: str, run: str, every_s: float, give: Callable[[Sequence[Point]], None]) -> None:
-        self.latest: Sequence[Point] = ()
-        self._node, self._run_name, self._every_s, self._give = node, run, every_s, give
-        self._heard: deque[Start | Stop] = deque(maxlen=_HEARD_LIMIT)
+    def __init__(
+        self, node: str, run: str, interval_s: float, on_sample: Callable[[Sequence[TelemetryPoint]], None]
+    ) -> None:
+        self.latest: Sequence[TelemetryPoint] = ()
+        self._node, self._run_name, self._every_s, self._give = node, run, interval_s, on_sample
+        self._heard: deque[ProcessStarted | ProcessStopped] = deque(maxlen=_HEARD_LIMIT)
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def heard(self, events: Sequence[Event]) -> None:
+    def on_events(self, events: Sequence[TelemetryEvent]) -> None:
         """Which processes are ours is known by what they say; from any thread."""
-        self._heard.extend(event for event in events if isinstance(event, Start | Stop))
+        self._heard.extend(event for event in events if isinstance(event, ProcessStarted | ProcessStopped))
 
     def stop(self, timeout_s: float) -> None:
         """Sample no more; one that hangs is left behind. May be called twice, and without `start`."""
@@ -42,8 +44,8 @@ class Sampler:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        own = OwnProcesses()
-        sensors = Sensors(self._node, self._run_name, own)
+        own = ProcessSensor()
+        sensors = NodeSensors(self._node, self._run_name, own)
         due_s = time.monotonic()
         while not self._leaving.is_set():
             self._tell(own)
@@ -53,10 +55,10 @@ class Sampler:
             self._leaving.wait(due_s - time.monotonic())
         sensors.close()
 
-    def _tell(self, own: OwnProcesses) -> None:
+    def _tell(self, own: ProcessSensor) -> None:
         while self._heard:
             event = self._heard.popleft()
-            if isinstance(event, Start):
-                own.began(event.role, event.name, event.pid, event.run or self._run_name)
+            if isinstance(event, ProcessStarted):
+                own.on_start(event.role, event.name, event.pid, event.run or self._run_name)
             else:
-                own.ended(event.pid)
+                own.on_stop(event.pid)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from monitor.points.points import Point
+from monitor.points.points import TelemetryPoint
 
 
 class Store(Protocol):
     """Takes points. One thread at a time."""
 
-    def write(self, points: Sequence[Point]) -> None:
+    def write(self, points: Sequence[TelemetryPoint]) -> None:
         """Keep them; raises `BadStore` when that is impossible."""
         ...
 
@@ -20,13 +20,13 @@ class Store(Protocol):
         ...
 
 
-class Reader(Protocol):
+class StoreReader(Protocol):
     """Gives points back; raises `BadStore`."""
 
     def runs(self) -> list[str]:
         """The names of the runs that have requests or steps, the oldest first."""
         ...
 
-    def points(self, measurement: str, run: str | None = None) -> list[Point]:
+    def points(self, measurement: str, run: str | None = None) -> list[TelemetryPoint]:
         """The points of a measurement, by time; of one run, where it is given."""
         ...

@@ -14,7 +14,7 @@ from monitor.errors import BadStore
 
 log = logging.getLogger(__name__)
 
-ROOM = 200_000  # items that wait for a store that does not take them: some 100 MB of points
+QUEUE_LIMIT = 200_000  # items that wait for a store that does not take them: some 100 MB of points
 _EVERY_S = 1.0
 _BATCH = 20_000
 # A store that failed is asked again after so long, twice as long each time.
@@ -25,7 +25,7 @@ T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
 
 
-class Taker(Protocol[T_contra]):
+class BatchSink(Protocol[T_contra]):
     """A `monitor.stores.base.Store`, or anything that takes what it takes as it does."""
 
     def write(self, points: Sequence[T_contra]) -> None: ...
@@ -34,7 +34,7 @@ class Taker(Protocol[T_contra]):
 
 
 @runtime_checkable
-class Keeper(Protocol):
+class BufferedSink(Protocol):
     """What takes things on their way to somewhere else, and counts them."""
 
     @property
@@ -44,15 +44,15 @@ class Keeper(Protocol):
     def dropped(self) -> int: ...
 
 
-class Writer(Generic[T]):
+class BatchWriter(Generic[T]):
     """Never makes a caller wait. What the store has no room for while it fails is dropped, the newest first, and
     counted. Life: `start`, `add`, `stop`; counts are since it was made."""
 
-    def __init__(self, store: Taker[T], name: str, room: int = ROOM) -> None:
+    def __init__(self, store: BatchSink[T], name: str, queue_limit: int = QUEUE_LIMIT) -> None:
         self.name = name
         self.written = 0
         self._store = store
-        self._room = room
+        self._room = queue_limit
         self._waiting: deque[T] = deque()
         self._dropped = 0
         self._mutex = threading.Lock()
@@ -64,12 +64,12 @@ class Writer(Generic[T]):
     @property
     def waiting(self) -> int:
         """Items that are not where they shall be yet."""
-        return len(self._waiting) + (self._store.waiting if isinstance(self._store, Keeper) else 0)
+        return len(self._waiting) + (self._store.waiting if isinstance(self._store, BufferedSink) else 0)
 
     @property
     def dropped(self) -> int:
         """Items that will never be there."""
-        return self._dropped + (self._store.dropped if isinstance(self._store, Keeper) else 0)
+        return self._dropped + (self._store.dropped if isinstance(self._store, BufferedSink) else 0)
 
     def start(self) -> None:
         self._thread.start()
@@ -83,14 +83,14 @@ class Writer(Generic[T]):
                 else:
                     self._dropped += 1
 
-    def leave(self, timeout_s: float) -> None:
+    def drain(self, timeout_s: float) -> None:
         """Begin to stop: write what waits, if that can be done in time. `stop` still has to be called."""
         self._end_s = time.monotonic() + timeout_s
         self._leaving.set()
 
     def stop(self, timeout_s: float) -> None:
         """Write what waits, if that can be done in time, and close the store. May be called twice."""
-        self.leave(timeout_s)
+        self.drain(timeout_s)
         if self._thread.ident is None:  # never started
             self._close()
             return

@@ -15,8 +15,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 
-from monitor.points.points import Point, Value
-from monitor.points.schema import MEASUREMENTS, Type
+from monitor.points.points import FieldValue, TelemetryPoint
+from monitor.points.schema import MEASUREMENTS, FieldType
 
 _SERIES_LIMIT = 4096  # whose last times are remembered, and whose text is
 # Points of a series that come out of order by less than this are written in the order in which they come.
@@ -28,17 +28,17 @@ _ESCAPED_TAG = str.maketrans({",": r"\,", "=": r"\=", " ": r"\ "})
 _TEXT = str.maketrans({**_CONTROLS, ord("\\"): r"\\", ord('"'): r"\""})
 
 
-def plain_tag(value: str) -> str:
+def sanitize_tag(value: str) -> str:
     """A tag's value as InfluxDB has it: see above."""
     return value.translate(_PLAIN_TAG)
 
 
-def plain_text(value: str) -> str:
+def sanitize_field_text(value: str) -> str:
     """A text's value as InfluxDB has it."""
     return value.translate(_CONTROLS)
 
 
-class Lines:
+class LineEncoder:
     """Makes lines of points, in order. To InfluxDB two points of one series at one time are one point: the second comes
     a nanosecond later, the third two. A clock that counts milliseconds makes such points, and all shall be there: also
     those that another thread had a moment earlier, and that come a moment later.
@@ -47,13 +47,13 @@ class Lines:
     def __init__(self) -> None:
         self._last: dict[str, int] = {}  # of each series: the time that was written last
 
-    def of(self, points: Iterable[Point]) -> list[str]:
+    def encode(self, points: Iterable[TelemetryPoint]) -> list[str]:
         """A line for each point that has a value; raises `KeyError` for a measurement that is none of the schema's."""
-        return [made for point in points if (made := line(point, self._apart(point)))]
+        return [made for point in points if (made := encode_line(point, self._apart(point)))]
 
-    def _apart(self, point: Point) -> int:
+    def _apart(self, point: TelemetryPoint) -> int:
         last = self._last
-        key = series(point)
+        key = series_key(point)
         time_ns, before_ns = point.time_ns, last.get(key, 0)
         if 0 <= before_ns - time_ns < _NEAR_NS:
             time_ns = before_ns + 1
@@ -63,7 +63,7 @@ class Lines:
         return time_ns
 
 
-def line(point: Point, time_ns: int) -> str:
+def encode_line(point: TelemetryPoint, time_ns: int) -> str:
     """The point as of that time, without an end of line; empty where no field has a value, since that is no point.
 
     Raises `KeyError` for a measurement that the schema does not have; fields that it does not have are left out.
@@ -76,10 +76,10 @@ def line(point: Point, time_ns: int) -> str:
             if (value := get(name)) is not None and (written := write(value))
         ]
     )
-    return f"{series(point)} {fields} {time_ns}" if fields else ""
+    return f"{series_key(point)} {fields} {time_ns}" if fields else ""
 
 
-def series(point: Point) -> str:
+def series_key(point: TelemetryPoint) -> str:
     """What InfluxDB knows a point by, beside its time: the measurement and its tags."""
     get = point.tags.get
     return _series(point.measurement, tuple([get(tag, "") for tag in MEASUREMENTS[point.measurement].tags]))
@@ -89,29 +89,29 @@ def series(point: Point) -> str:
 def _series(measurement: str, values: tuple[str, ...]) -> str:
     # Names are our own, and hold nothing to escape. InfluxDB likes tags in the order of their names.
     tags = sorted(zip(MEASUREMENTS[measurement].tags, values, strict=True))
-    written = [f",{tag}={plain_tag(value).translate(_ESCAPED_TAG)}" for tag, value in tags if value]
+    written = [f",{tag}={sanitize_tag(value).translate(_ESCAPED_TAG)}" for tag, value in tags if value]
     return measurement + "".join(written)
 
 
-def _float(value: Value) -> str:
+def _float(value: FieldValue) -> str:
     number = float(value)  # type: ignore[arg-type]  # which is never None here
     return repr(number) if math.isfinite(number) else ""
 
 
-def _int(value: Value) -> str:
+def _int(value: FieldValue) -> str:
     number = int(value)  # type: ignore[arg-type]
     return f"{number}i" if -_INT_LIMIT <= number < _INT_LIMIT else ""
 
 
-def _bool(value: Value) -> str:
+def _bool(value: FieldValue) -> str:
     return "true" if value else "false"
 
 
-def _text(value: Value) -> str:
+def _text(value: FieldValue) -> str:
     return f'"{str(value).translate(_TEXT)}"'
 
 
-_WRITERS: Mapping[Type, Callable[[Value], str]] = {"float": _float, "int": _int, "bool": _bool, "text": _text}
+_WRITERS: Mapping[FieldType, Callable[[FieldValue], str]] = {"float": _float, "int": _int, "bool": _bool, "text": _text}
 _FIELDS = {
     name: [(field.name, f"{field.name}=", _WRITERS[field.type]) for field in measurement.fields]
     for name, measurement in MEASUREMENTS.items()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from brokers.telemetry.schema import Event, RequestDone, TaskProcessed
+from brokers.telemetry.schema import RequestDone, TaskProcessed, TelemetryEvent
 from monitor.errors import BadCollector, ExtraMissing
 
 try:
@@ -34,7 +34,7 @@ _SCOPE = InstrumentationScope("sparse")
 _TIMES = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
 
 
-class Traces:
+class TraceExporter:
     """Takes events as a store takes points. A collector that does not take them costs the spans, which are counted."""
 
     def __init__(self, url: str, node: str) -> None:
@@ -49,7 +49,7 @@ class Traces:
         # It says by itself, and in many lines, what is said here in one.
         logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)
 
-    def write(self, points: Sequence[Event]) -> None:
+    def write(self, points: Sequence[TelemetryEvent]) -> None:
         """Send the spans of those events that have any; blocks for some seconds where nobody answers."""
         spans = [span for event in points if (span := self._span(event))]
         for begin in range(0, len(spans), _SPANS):
@@ -71,7 +71,7 @@ class Traces:
             self._complained_s = now_s
             log.warning("the collector of traces did not take %d spans, %d so far", count, self.dropped)
 
-    def _span(self, event: Event) -> ReadableSpan | None:
+    def _span(self, event: TelemetryEvent) -> ReadableSpan | None:
         if not isinstance(event, TaskProcessed | RequestDone):
             return None
         context, parent = _context(event.trace, event.span), _context(event.trace, event.parent)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from monitor.errors import BadStore
-from monitor.points.points import Point, Value
+from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.points.schema import MEASUREMENTS, Measurement
 
-FILE = "telemetry.sqlite"  # in the folder of a run
+TELEMETRY_FILE = "telemetry.sqlite"  # in the folder of a run
 _TYPES = {"float": "REAL", "int": "INTEGER", "bool": "INTEGER", "text": "TEXT"}
 _BUSY_S = 10.0  # a reader may hold the file for a moment
 # Of a file that has grown to its limit so much goes, the oldest; its place in the file is used again.
@@ -40,9 +40,9 @@ class SqliteStore:
         except (OSError, sqlite3.Error) as error:
             raise BadStore(str(path), str(error)) from None
 
-    def write(self, points: Sequence[Point]) -> None:
+    def write(self, points: Sequence[TelemetryPoint]) -> None:
         """All of them, or none; raises `BadStore`."""
-        rows: dict[str, list[tuple[Value, ...]]] = defaultdict(list)
+        rows: dict[str, list[tuple[FieldValue, ...]]] = defaultdict(list)
         for point in points:
             rows[point.measurement].append(_row(point))
         try:
@@ -93,7 +93,7 @@ class SqliteReader:
         found = "SELECT run, time_ns FROM request UNION ALL SELECT run, time_ns FROM step"
         return [str(run) for (run,) in self._ask(f"SELECT run FROM ({found}) GROUP BY run ORDER BY min(time_ns)")]
 
-    def points(self, measurement: str, run: str | None = None) -> list[Point]:
+    def points(self, measurement: str, run: str | None = None) -> list[TelemetryPoint]:
         """The points of a measurement, by time; of one run, where it is given."""
         known = MEASUREMENTS[measurement]
         names = [field.name for field in known.fields]
@@ -102,7 +102,7 @@ class SqliteReader:
         found = self._ask(f'SELECT time_ns, {columns} FROM "{measurement}" {where} ORDER BY time_ns', values)
         split = 1 + len(known.tags)
         return [
-            Point(
+            TelemetryPoint(
                 measurement,
                 row[0],
                 dict(zip(known.tags, row[1:split], strict=True)),
@@ -111,7 +111,7 @@ class SqliteReader:
             for row in found
         ]
 
-    def _ask(self, query: str, values: Iterable[Value] = ()) -> list[tuple[Any, ...]]:
+    def _ask(self, query: str, values: Iterable[FieldValue] = ()) -> list[tuple[Any, ...]]:
         try:
             with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as file:
                 return file.execute(query, tuple(values)).fetchall()
@@ -137,7 +137,7 @@ def _insert(measurement: Measurement) -> str:
     return f'INSERT INTO "{measurement.name}" VALUES ({places})'
 
 
-def _row(point: Point) -> tuple[Value, ...]:
+def _row(point: TelemetryPoint) -> tuple[FieldValue, ...]:
     known = MEASUREMENTS[point.measurement]
     tags = (point.tags.get(tag, "") for tag in known.tags)
     fields = (point.fields.get(field.name) for field in known.fields)

@@ -9,25 +9,25 @@ from rich.table import Table
 from rich.text import Text
 
 from brokers.config.pipeline_file import Pipeline
-from monitor.presence.inference_stats import Scoreboard
+from monitor.presence.inference_stats import InferenceStats
 from monitor.terminal.live import LiveView
 
 
-class ResultsView(LiveView):
+class InferenceView(LiveView):
     """Draws a scoreboard."""
 
-    def __init__(self, pipeline: Pipeline, broker: str, board: Scoreboard, console: Console | None = None) -> None:
+    def __init__(self, pipeline: Pipeline, broker: str, board: InferenceStats, console: Console | None = None) -> None:
         super().__init__(pipeline, broker, board, console)
         self._board = board
 
-    def _course(self, now_s: float) -> str:
+    def _progress_text(self, now_s: float) -> str:
         board = self._board
         return f"{board.results} results  {board.rate(now_s):.1f}/s  {board.latency_ms(50):.0f} ms"
 
-    def _last(self) -> str:
-        return f"  last: {self._board.finds[-1].text}" if self._board.finds else ""
+    def _latest_text(self) -> str:
+        return f"  last: {self._board.recent_results[-1].text}" if self._board.recent_results else ""
 
-    def _head(self, now_s: float) -> Sequence[RenderableType]:
+    def _header(self, now_s: float) -> Sequence[RenderableType]:
         board = self._board
         head = Table.grid(padding=(0, 3))
         head.add_row(
@@ -38,9 +38,9 @@ class ResultsView(LiveView):
         )
         return [head]
 
-    def _foot(self) -> Sequence[RenderableType]:
+    def _footer(self) -> Sequence[RenderableType]:
         finds = Table.grid(padding=(0, 2))
-        for find in list(self._board.finds):
+        for find in list(self._board.recent_results):
             finds.add_row(
                 Text(f"{find.source} {find.index}", style="dim"), Text(find.text, overflow="ellipsis", no_wrap=True)
             )

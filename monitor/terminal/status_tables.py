@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.dispatch.presence import Birth, SourceBirth
-from monitor.presence.inference_stats import by_count, plain
+from brokers.dispatch.presence import SourceRecord, WorkerRecord
+from monitor.presence.inference_stats import format_counts, sanitize_text
 
-STYLES = {
+STATE_STYLES = {
     "lost": "red",
     "none up": "red",
     "failed": "red",
@@ -29,7 +29,7 @@ _NAME_WIDTHS = {True: 20, False: 32}  # at most, of a worker or a stage; the for
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
 
-def age(seconds: float | None) -> str:
+def format_age(seconds: float | None) -> str:
     """`12 s`, `3 min`, `5 h`, `2 d`; `?` where nobody says."""
     if seconds is None:
         return "?"
@@ -40,7 +40,11 @@ def age(seconds: float | None) -> str:
 
 
 def workers_table(
-    workers: Sequence[tuple[Birth, bool]], pipeline: Pipeline | None = None, *, headings: bool = False, gap: int = 2
+    workers: Sequence[tuple[WorkerRecord, bool]],
+    pipeline: Pipeline | None = None,
+    *,
+    headings: bool = False,
+    column_gap: int = 2,
 ) -> RenderableType:
     """A row for each worker (and whether it is lost), and for each stage of `pipeline` that has none.
 
@@ -56,7 +60,7 @@ def workers_table(
         return Text("no worker is up")
     words = ("worker", "node", "device", "model", "state")
     numbers = ("age", "queue", "waits ms", "tasks/s", "ms/task", "done")
-    table = _table(("site", "pipeline", "stage"), words, numbers, headings=headings, gap=gap)
+    table = _table(("site", "pipeline", "stage"), words, numbers, headings=headings, gap=column_gap)
     troubles = [(birth.worker, _troubles_of_worker(birth)) for birth, _ in workers]
     if not headings:
         table.add_column("troubles")
@@ -69,7 +73,7 @@ def workers_table(
 
 
 def sources_table(
-    sources: Sequence[tuple[SourceBirth, bool]], *, headings: bool = False, gap: int = 2
+    sources: Sequence[tuple[SourceRecord, bool]], *, headings: bool = False, column_gap: int = 2
 ) -> RenderableType:
     """A row for each source (and whether it is lost); with headings, what went wrong is in lines below."""
     if not sources:
@@ -77,8 +81,8 @@ def sources_table(
     rows = [((birth.site, birth.pipeline), birth.source, _source(birth, lost)) for birth, lost in sources]
     words = ("source", "node", "state")
     numbers = ("age", "in flight", "results/s", "p50 ms", "p99 ms", "results")
-    table = _table(("site", "pipeline"), words, numbers, headings=headings, gap=gap)
-    troubles = [(birth.source, troubles_of(birth)) for birth, _ in sources]
+    table = _table(("site", "pipeline"), words, numbers, headings=headings, gap=column_gap)
+    troubles = [(birth.source, source_problems(birth)) for birth, _ in sources]
     if not headings:
         for column in ("dropped", "retried", "failed", "twins"):
             table.add_column(column)
@@ -89,7 +93,7 @@ def sources_table(
         return table
     lines = [
         Text.assemble(
-            f"  {name}  ", *((f"{what} {said}  ", STYLES.get(what, "yellow")) for what, said in found.items())
+            f"  {name}  ", *((f"{what} {said}  ", STATE_STYLES.get(what, "yellow")) for what, said in found.items())
         )
         for name, found in troubles
         if found
@@ -97,37 +101,37 @@ def sources_table(
     return Group(table, *lines)
 
 
-def troubles_of(birth: SourceBirth) -> dict[str, str]:
+def source_problems(birth: SourceRecord) -> dict[str, str]:
     """What was dropped, retried and failed, each with its reasons, and how many twins; without what never happened."""
     load = birth.load
     found = {
-        "dropped": by_count(load.dropped),
-        "retried": by_count(load.retries),
-        "failed": by_count(load.failed),
-        "twins": str(load.twins or ""),
+        "dropped": format_counts(load.dropped),
+        "retried": format_counts(load.retries),
+        "failed": format_counts(load.failed),
+        "twins": str(load.duplicates or ""),
     }
     return {what: said for what, said in found.items() if said}
 
 
-def _troubles_of_worker(birth: Birth) -> str:
+def _troubles_of_worker(birth: WorkerRecord) -> str:
     load = birth.load
     troubles = {
         "failed": load.failed,
-        "refused": load.refused,
-        "turned away": load.turned_away,
+        "refused": load.malformed,
+        "turned away": load.rejected,
         "expired": load.expired,
     }
-    return by_count({what: count for what, count in troubles.items() if count})
+    return format_counts({what: count for what, count in troubles.items() if count})
 
 
-def _worker(birth: Birth, lost: bool) -> list[Text | str]:
+def _worker(birth: WorkerRecord, lost: bool) -> list[Text | str]:
     load = birth.load
     return [
-        foreign(birth.node),
-        foreign(birth.device),
-        foreign(birth.fingerprint),
+        untrusted_text(birth.node),
+        untrusted_text(birth.device),
+        untrusted_text(birth.fingerprint),
         _said("lost" if lost else birth.state),
-        age(birth.up_s),
+        format_age(birth.up_s),
         str(load.queue),
         f"{load.queue_ms:.0f}",
         f"{load.rate:.1f}",
@@ -136,12 +140,12 @@ def _worker(birth: Birth, lost: bool) -> list[Text | str]:
     ]
 
 
-def _source(birth: SourceBirth, lost: bool) -> list[Text | str]:
+def _source(birth: SourceRecord, lost: bool) -> list[Text | str]:
     load = birth.load
     return [
-        foreign(birth.node),
+        untrusted_text(birth.node),
         _said("lost" if lost else birth.state),
-        age(birth.up_s),
+        format_age(birth.up_s),
         f"{load.in_flight}/{load.window}",
         f"{load.rate:.1f}",
         f"{load.latency_ms.p50:.0f}",
@@ -167,14 +171,16 @@ def _fill(table: Table, rows: Sequence[tuple[tuple[str, ...], str, Sequence[Text
         if headings and where != before:
             table.add_row(Text(" ".join(where), style="bold", no_wrap=True, overflow="ellipsis"))
         before = where
-        shown = Text(f"  {name}" if headings else name, style=STYLES.get(name, ""), no_wrap=True, overflow="ellipsis")
+        shown = Text(
+            f"  {name}" if headings else name, style=STATE_STYLES.get(name, ""), no_wrap=True, overflow="ellipsis"
+        )
         table.add_row(*([] if headings else where), shown, *cells)
 
 
-def foreign(text: str, style: str = "") -> Text:
+def untrusted_text(text: str, style: str = "") -> Text:
     """What may be of any length gives way to what may not."""
-    return Text(plain(text) or "-", style, no_wrap=True, overflow="ellipsis")
+    return Text(sanitize_text(text) or "-", style, no_wrap=True, overflow="ellipsis")
 
 
 def _said(word: str) -> Text:
-    return Text(word, style=STYLES.get(word, ""))
+    return Text(word, style=STATE_STYLES.get(word, ""))

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from brokers.config.pipeline_file import Pipeline
-from monitor.presence.inference_stats import plain
-from monitor.presence.training_events import Failed
-from monitor.presence.training_stats import Course, TrainingBoard
-from monitor.terminal.live import LiveView, one_line
+from monitor.presence.inference_stats import sanitize_text
+from monitor.presence.training_events import TrainingFailureEvent
+from monitor.presence.training_stats import TrainingProgress, TrainingStats
+from monitor.terminal.live import LiveView, join_texts
 
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _MINUTE_S, _HOUR_S = 60, 3600
@@ -25,50 +25,52 @@ _LONGEST_TREND = 40
 class TrainingView(LiveView):
     """Draws a training board."""
 
-    def __init__(self, pipeline: Pipeline, broker: str, board: TrainingBoard, console: Console | None = None) -> None:
+    def __init__(self, pipeline: Pipeline, broker: str, board: TrainingStats, console: Console | None = None) -> None:
         super().__init__(pipeline, broker, board, console)
         self._board = board
 
     @property
-    def _main(self) -> Course | None:
-        return self._board.main(self._pipeline.source.name)
+    def _main(self) -> TrainingProgress | None:
+        return self._board.progress_of(self._pipeline.source.name)
 
-    def _course(self, now_s: float) -> str:
+    def _progress_text(self, now_s: float) -> str:
         course = self._main
-        if course is None or course.latest is None:
+        if course is None or course.latest_step is None:
             return "no step yet"
-        latest, accuracy = course.latest, course.accuracy
+        latest, accuracy = course.latest_step, course.accuracy
         said = [
-            f"step {course.done}/{latest.steps}",
+            f"step {course.completed_steps}/{latest.steps}",
             f"epoch {min(latest.epoch + 1, latest.epochs)}/{latest.epochs}",
             f"loss {_short(course.loss)}",
             *([f"accuracy {accuracy:.1%}"] if accuracy is not None else []),
             *([f"test {_score(course)}"] if course.evaluations else []),
             f"{course.rows_per_s(now_s):.0f} rows/s",
-            *([left] if (left := left_text(course.left_s(now_s))) else []),
+            *([left] if (left := format_remaining(course.remaining_s(now_s))) else []),
         ]
         return "  ".join(said)
 
-    def _last(self) -> str:
+    def _latest_text(self) -> str:
         course = self._main
-        return f"  {_reason(course.failed)}" if course is not None and course.failed else ""
+        return f"  {_reason(course.failure)}" if course is not None and course.failure else ""
 
-    def _head(self, now_s: float) -> Sequence[RenderableType]:
+    def _header(self, now_s: float) -> Sequence[RenderableType]:
         course = self._main
-        if course is None or course.latest is None:
+        if course is None or course.latest_step is None:
             return [Text("no step yet", style="dim"), *self._woes(course, now_s)]
         progress = Table.grid(padding=(0, 3), expand=True)
         progress.add_column(ratio=1, min_width=10)
-        several = len(self._board.courses) > 1
-        for name, each in self._board.courses.items():
-            if each.latest is not None:
-                progress.add_row(*_progress(each, now_s), *([Text(plain(name), style="dim")] if several else []))
+        several = len(self._board.progress_by_source) > 1
+        for name, each in self._board.progress_by_source.items():
+            if each.latest_step is not None:
+                progress.add_row(
+                    *_progress(each, now_s), *([Text(sanitize_text(name), style="dim")] if several else [])
+                )
         return [progress, self._numbers(course, now_s), *self._woes(course, now_s)]
 
-    def _numbers(self, course: Course, now_s: float) -> Text:
+    def _numbers(self, course: TrainingProgress, now_s: float) -> Text:
         width = max(8, min(_LONGEST_TREND, self._console.width - _NUMBERS_WIDTH))
         accuracy = course.accuracy
-        return one_line(
+        return join_texts(
             [
                 Text.assemble(("loss ", "dim"), (_short(course.loss), "bold"), " ", self._trend(course, width)),
                 *([] if accuracy is None else [Text.assemble(("accuracy ", "dim"), (f"{accuracy:.1%}", "bold"))]),
@@ -77,24 +79,24 @@ class TrainingView(LiveView):
             ]
         )
 
-    def _trend(self, course: Course, width: int) -> tuple[str, str]:
+    def _trend(self, course: TrainingProgress, width: int) -> tuple[str, str]:
         levels = _ASCII_LEVELS if self._console.options.ascii_only else _LEVELS
-        return sparkline(course.trend.values(width), levels), "cyan"
+        return sparkline(course.loss_history.values(width), levels), "cyan"
 
-    def _woes(self, course: Course | None, now_s: float) -> list[Text]:
+    def _woes(self, course: TrainingProgress | None, now_s: float) -> list[Text]:
         """What keeps training from going on, and what recoveries cost; no line while all goes well."""
         if course is None:
             return []
-        if course.failed is not None:
-            return [Text(_reason(course.failed), style="red")]
+        if course.failure is not None:
+            return [Text(_reason(course.failure), style="red")]
         found = []
         if self.status == "running" and (stalled_s := course.stalled_s(now_s)):
             found.append(Text(f"no step for {stalled_s:.0f} s", style="yellow"))
-        if course.rolled_back:
-            found.append(Text(f"recoveries {course.rolled_back}, steps again {course.again}", style="yellow"))
-        return [one_line(found)] if found else []
+        if course.rollbacks:
+            found.append(Text(f"recoveries {course.rollbacks}, steps again {course.repeated_steps}", style="yellow"))
+        return [join_texts(found)] if found else []
 
-    def _foot(self) -> Sequence[RenderableType]:
+    def _footer(self) -> Sequence[RenderableType]:
         """The last evaluations side by side, the best one marked."""
         course = self._main
         shown = list(course.evaluations)[-max(1, self._console.width // _CELL_WIDTH - 2) :] if course else []
@@ -107,7 +109,7 @@ class TrainingView(LiveView):
             cells = [
                 Text(
                     "-" if each.accuracy is None else f"{each.accuracy:.1%}",
-                    "bold green" if each is course.best else "",
+                    "bold green" if each is course.best_evaluation else "",
                 )
                 for each in shown
             ]
@@ -115,20 +117,20 @@ class TrainingView(LiveView):
         return [table]
 
 
-def _progress(course: Course, now_s: float) -> list[RenderableType]:
-    assert course.latest is not None
-    latest = course.latest
-    share = min(1.0, course.done / latest.steps) if latest.steps else 1.0
+def _progress(course: TrainingProgress, now_s: float) -> list[RenderableType]:
+    assert course.latest_step is not None
+    latest = course.latest_step
+    share = min(1.0, course.completed_steps / latest.steps) if latest.steps else 1.0
     return [
         ProgressBar(total=1.0, completed=share),
         Text(f"{int(100 * share)}%", style="bold"),  # not 100 before the end
-        Text(f"step {course.done}/{latest.steps}"),
+        Text(f"step {course.completed_steps}/{latest.steps}"),
         Text(f"epoch {min(latest.epoch + 1, latest.epochs)}/{latest.epochs}"),
-        Text(left_text(course.left_s(now_s)), style="dim"),
+        Text(format_remaining(course.remaining_s(now_s)), style="dim"),
     ]
 
 
-def _score(course: Course) -> str:
+def _score(course: TrainingProgress) -> str:
     last = course.evaluations[-1]
     return f"loss {_short(last.loss)}" if last.accuracy is None else f"{last.accuracy:.1%}"
 
@@ -139,12 +141,12 @@ def _short(loss: float | None) -> str:
     return f"{loss:.4f}" if abs(loss) < 1000 else f"{loss:.3g}"
 
 
-def _reason(failed: Failed) -> str:
+def _reason(failed: TrainingFailureEvent) -> str:
     where = "".join(f", {what} {name}" for what, name in (("stage", failed.stage), ("worker", failed.worker)) if name)
-    return plain(f"{failed.error}: {failed.reason}{where}")
+    return sanitize_text(f"{failed.error}: {failed.reason}{where}")
 
 
-def left_text(seconds: float | None) -> str:
+def format_remaining(seconds: float | None) -> str:
     """`42 s left`, `3 min 20 s left`, `2 h 5 min left`; nothing where nobody knows, or nothing is left."""
     if not seconds:
         return ""

@@ -16,7 +16,7 @@ _ROUNDING = 0.1  # times waver: a way that is as good as three times as long is 
 _LEAST = 2
 
 
-class Saturation:
+class AdaptiveConcurrency:
     """Learns from results. `workers` says how many are up in a stage."""
 
     def __init__(self, workers: Callable[[str], int]) -> None:
@@ -24,7 +24,7 @@ class Saturation:
         self._way_ms = 0.0
         self._tasks_ms: dict[str, float] = {}
 
-    def learn(self, hops: Sequence[Hop], latency_ms: float) -> None:
+    def observe(self, hops: Sequence[Hop], latency_ms: float) -> None:
         """A result came, `latency_ms` after it was sent."""
         way_ms = max(0.0, latency_ms - sum(hop.queue_ms for hop in hops))
         self._way_ms = _mean(self._way_ms, way_ms)
@@ -32,7 +32,7 @@ class Saturation:
             busy_ms = hop.decode_ms + hop.compute_ms / max(1, hop.batch) + hop.encode_ms
             self._tasks_ms[hop.stage] = _mean(self._tasks_ms.get(hop.stage, 0.0), busy_ms)
 
-    def window(self, most: int) -> int:
+    def limit(self, most: int) -> int:
         """Requests to keep in flight, `most` at most: the waiting for room at a busy stage looks like a longer way."""
         slowest_ms = max((ms / max(1, self._workers(stage)) for stage, ms in self._tasks_ms.items()), default=0.0)
         if not slowest_ms:

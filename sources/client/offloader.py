@@ -17,53 +17,53 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from brokers.config.pipeline_file import Pipeline, broker_address, load_pipeline
-from brokers.config.schema import LOCAL
-from brokers.dispatch.channel import Line
+from brokers.config.pipeline_file import Pipeline, load_pipeline, resolve_broker_address
+from brokers.config.schema import LOCAL_SITE
+from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
-from brokers.dispatch.stage_client import Outbox
+from brokers.dispatch.stage_client import StageClient
 from brokers.errors import DeadlinePassed, Disconnected, NoBroker, NoWorker, RequestError
-from brokers.mqtt.client_identity import transport_to
+from brokers.mqtt.client_identity import create_transport
 from brokers.protocol.messages import (
     Content,
-    Control,
     Failure,
     Message,
     Priority,
     ReplyTo,
     Result,
     Task,
+    TaskDone,
     new_request_id,
 )
 from brokers.protocol.stage_timing import Hop
-from brokers.protocol.topics import source_inbox
+from brokers.protocol.topics import source_inbox_topic
 from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Transport
-from sources.client.adaptive_concurrency import Saturation
-from sources.client.inflight_limit import Window
-from sources.client.pending_request import Flight
-from sources.client.places import Places
-from sources.client.request_table import Flights, note
-from sources.client.source_presence import Pace, Standing
-from sources.client.telemetry import client_of, name_of, tell_end
-from sources.conversion import like, to_content
+from sources.client.adaptive_concurrency import AdaptiveConcurrency
+from sources.client.inflight_limit import InflightLimit
+from sources.client.pending_request import PendingRequest
+from sources.client.places import PipelineWorkers
+from sources.client.request_table import RequestTable, count_bounded
+from sources.client.source_presence import RecentResultStats, SourcePresence
+from sources.client.telemetry import emit_request_done, error_name, make_event_client
+from sources.conversion import from_content_like, to_content
 
 log = logging.getLogger(__name__)
 
 # The wait for a worker with room ends at the deadline by itself, and says why; this is for the sending after it.
 _SEND_GRACE_S = 0.05
 # How long a request without a deadline waits for any worker to be up and have room.
-ROOM_WAIT_S = 60.0
+WORKER_WAIT_S = 60.0
 # Beyond what is being computed, so many are on their way for each worker of the widest stage, so that none waits for
 # its next task: one that the worker has already, and one that is coming (tests/bench/dispatch.py).
-ON_THEIR_WAY = 2
+PREFETCH_PER_WORKER = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class OffloadResult:
     """A result, and how it came about. `latency_ms` is the round trip, from `ask` to the result."""
 
-    request: bytes
+    request_id: bytes
     content: Content
     hops: tuple[Hop, ...]
     latency_ms: float
@@ -93,67 +93,75 @@ class Offloader:
     ) -> None:
         self.pipeline = pipeline if isinstance(pipeline, Pipeline) else load_pipeline(pipeline)
         self.name = name or f"{self.pipeline.source.name}-{new_request_id()[:4].hex()}"
-        self.retried: Counter[str] = Counter()  # by reason
-        self.failed: Counter[str] = Counter()  # by error
+        self.retries_by_reason: Counter[str] = Counter()  # by reason
+        self.failures_by_error: Counter[str] = Counter()  # by error
         # By reason: what whoever feeds us let go before it became a request. Theirs to say.
-        self.drops: Callable[[], Mapping[str, int]] = dict
+        self.get_drop_counts: Callable[[], Mapping[str, int]] = dict
         # Two sources of one name must not take each other's place at the broker.
         client_id = f"source.{self.name}.{new_request_id()[:4].hex()}"
-        self.line = Line(transport or transport_to(self._address(broker), client_id=client_id))
-        self._events = client_of(self.pipeline, self.name)
-        self._inbox = source_inbox(self.pipeline.source.site or LOCAL, self.name)
+        self.channel = MessageChannel(transport or create_transport(self._address(broker), client_id=client_id))
+        self._events = make_event_client(self.pipeline, self.name)
+        self._inbox = source_inbox_topic(self.pipeline.source.site or LOCAL_SITE, self.name)
         self._lease_s = self.pipeline.pipeline.lease_s
         first = self.pipeline.topics(self.pipeline.stage[0])
-        self._flights = Flights(self._lease_s)
+        self._flights = RequestTable(self._lease_s)
         self.counters = self._flights.counters
-        self._outbox = Outbox(
-            self.line, first, self._flights.lost, lease_s=self._lease_s, on_gap=self._flights.suspect_all
+        self._outbox = StageClient(
+            self.channel,
+            first,
+            self._flights.on_task_lost,
+            lease_s=self._lease_s,
+            on_gap=self._flights.schedule_overdue_retries,
         )
         fixed = window or self.pipeline.source.window
-        self.window = Window(lambda: fixed or self._open_window(live))
-        self._places = Places(
-            self.line, self.pipeline, self._outbox, changed=self.window.resized, died=self._flights.suspect_all
+        self.inflight_limit = InflightLimit(lambda: fixed or self._open_window(live))
+        self._places = PipelineWorkers(
+            self.channel,
+            self.pipeline,
+            self._outbox,
+            on_change=self.inflight_limit.wake_next,
+            on_worker_lost=self._flights.schedule_overdue_retries,
         )
-        self._saturation = Saturation(self._places.workers)
-        self._standing = Standing(self.line, self.pipeline, self.name, self._load)
-        self._pace = Pace()
+        self._saturation = AdaptiveConcurrency(self._places.worker_count)
+        self._standing = SourcePresence(self.channel, self.pipeline, self.name, self._load)
+        self._pace = RecentResultStats()
 
     def _load(self) -> SourceLoad:
         return SourceLoad(
             requests=self.counters["requests"],
             results=self.counters["results"],
             in_flight=len(self._flights),
-            waiting=self.window.waiting,
-            window=self.window.size,
-            rate=self._pace.rate(time.monotonic()),
+            waiting=self.inflight_limit.waiting,
+            window=self.inflight_limit.limit,
+            rate=self._pace.results_per_s(time.monotonic()),
             latency_ms=self._pace.latency_ms(),
-            dropped=dict(self.drops()),
-            retries=dict(self.retried),
-            failed=dict(self.failed),
-            twins=self.counters["twins"],
+            dropped=dict(self.get_drop_counts()),
+            retries=dict(self.retries_by_reason),
+            failed=dict(self.failures_by_error),
+            duplicates=self.counters["twins"],
         )
 
     def _open_window(self, live: bool) -> int:
         if live:
-            return self._saturation.window(self._places.count + 1)
-        return self._places.count + ON_THEIR_WAY * self._places.widest
+            return self._saturation.limit(self._places.concurrency + 1)
+        return self._places.concurrency + PREFETCH_PER_WORKER * self._places.widest_stage_workers
 
     def _address(self, broker: str | None) -> str:
-        address = broker_address(self.pipeline, self.pipeline.source.site, broker)
+        address = resolve_broker_address(self.pipeline, self.pipeline.source.site, broker)
         if address is None:
             raise NoBroker(self.pipeline.path, self.pipeline.source.site)
         return address
 
     async def __aenter__(self) -> Offloader:
-        await self.line.open(will=self._standing.will)
+        await self.channel.open(will=self._standing.will)
         self._events.open()
-        self.line.transport.on_reconnect(self._flights.reconnected)
+        self.channel.transport.on_reconnect(self._flights.on_reconnect)
         try:
-            await self.line.listen(self._inbox, self._heard, self._flights.garbage)
+            await self.channel.subscribe(self._inbox, self._heard, self._flights.on_malformed)
             await self._outbox.open()
-            await self._places.open()
-            await self._standing.ask()
-            self._standing.open()
+            await self._places.subscribe()
+            await self._standing.announce()
+            self._standing.start()
         except BaseException:
             await self._close()
             raise
@@ -162,18 +170,18 @@ class Offloader:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.give_up("the offloader was closed")
-        await self._standing.close()
+        await self.abort("the offloader was closed")
+        await self._standing.stop()
         await self._close()
 
     async def _close(self) -> None:
         await self._outbox.close()
-        await self.line.close()
+        await self.channel.close()
         await asyncio.to_thread(self._events.close)  # a monitor that is slow may take a second
 
-    async def give_up(self, reason: str) -> None:
+    async def abort(self, reason: str) -> None:
         """Have all requests that are in flight raise `Disconnected`, and all to come."""
-        self._flights.give_up(Disconnected(self.line.transport.address, reason))
+        self._flights.fail_all(Disconnected(self.channel.transport.address, reason))
         await self._outbox.close()
 
     # Ask ----------------------------------------------------------------------------------------------------------
@@ -188,19 +196,19 @@ class Offloader:
         Raises `RequestFailed` (which stage, which worker, why), `PoisonRequest`, `DeadlinePassed`, `NoWorker`, or
         `TooLarge`.
         """
-        answer = await self.ask(to_content(value), deadline_ms=deadline_ms, priority=priority)
-        return like(value, answer.content)
+        answer = await self.request(to_content(value), deadline_ms=deadline_ms, priority=priority)
+        return from_content_like(value, answer.content)
 
-    async def ask(
+    async def request(
         self,
         content: Content,
         *,
         source: str = "",
         deadline_ms: float | None = None,
         priority: Priority | None = None,
-        entered: bool = False,
+        slot_acquired: bool = False,
         parent: TraceContext | None = None,
-    ) -> Answer:
+    ) -> OffloadResult:
         """Offload encoded content, and return the result as it came, with its hops.
 
         `entered`: the caller has entered the window already, with `window.enter`; it is left here. `parent`: the span
@@ -208,80 +216,80 @@ class Offloader:
         """
         table = self.pipeline.source
         deadline_ms = table.deadline_ms if deadline_ms is None else deadline_ms
-        flight = Flight(new_request_id(), time.monotonic(), deadline_ms, priority or table.priority, parent)
+        flight = PendingRequest(new_request_id(), time.monotonic(), deadline_ms, priority or table.priority, parent)
         self.counters["requests"] += 1
         try:
-            if not entered:
+            if not slot_acquired:
                 await self._enter(flight)
             result = await self._fly(flight, content, source or self.name)
         except BaseException as error:
             if isinstance(error, RequestError):
-                note(self.failed, name_of(error))
-            tell_end(self._events, flight, content, error=error)
+                count_bounded(self.failures_by_error, error_name(error))
+            emit_request_done(self._events, flight, content, error=error)
             raise
-        tell_end(self._events, flight, content, result.hops)
+        emit_request_done(self._events, flight, content, result.hops)
         self.counters["results"] += 1
-        latency_ms = 1000 * (time.monotonic() - flight.begun_s)
-        self._pace.answered(latency_ms, time.monotonic())
+        latency_ms = 1000 * (time.monotonic() - flight.started_s)
+        self._pace.record_result(latency_ms, time.monotonic())
         if flight.attempt == 1:  # else it says how long a fault took
-            self._flights.took(latency_ms / 1000)
-            self._saturation.learn(result.hops, latency_ms)
-        return Answer(flight.request, result.content, result.hops, latency_ms, flight.attempt)
+            self._flights.record_latency(latency_ms / 1000)
+            self._saturation.observe(result.hops, latency_ms)
+        return OffloadResult(flight.request_id, result.content, result.hops, latency_ms, flight.attempt)
 
-    async def _enter(self, flight: Flight) -> None:
+    async def _enter(self, flight: PendingRequest) -> None:
         try:
             async with asyncio.timeout(None if flight.deadline_ms is None else flight.deadline_ms / 1000):
-                await self.window.enter(flight.priority)
+                await self.inflight_limit.acquire(flight.priority)
         except TimeoutError:
             where = "the source, before its turn came"
-            raise DeadlinePassed(flight.request.hex(), flight.deadline_ms or 0.0, where) from None
+            raise DeadlinePassed(flight.request_id.hex(), flight.deadline_ms or 0.0, where) from None
 
-    async def _fly(self, flight: Flight, content: Content, source: str) -> Result:
+    async def _fly(self, flight: PendingRequest, content: Content, source: str) -> Result:
         """What is in the window, until it has settled one way or the other."""
-        self._flights.begin(flight)
-        self.window.hold(content.nbytes)
+        self._flights.add(flight)
+        self.inflight_limit.add_bytes(content.nbytes)
         try:
             return await self._settle(flight, content, source)
         finally:
-            self.window.leave(content.nbytes)
-            self._flights.end(flight)
-            self._outbox.done(flight.worker, flight.request)
+            self.inflight_limit.release(content.nbytes)
+            self._flights.remove(flight)
+            self._outbox.task_done(flight.worker, flight.request_id)
 
-    async def _settle(self, flight: Flight, content: Content, source: str) -> Result:
+    async def _settle(self, flight: PendingRequest, content: Content, source: str) -> Result:
         """Send the request until a result is in; raise when no further attempt would help."""
         while True:
-            flight.begin_attempt()
+            flight.start_attempt()
             await self._send(flight, content, source)
             try:
-                async with asyncio.timeout(flight.left_s(self._lease_s)):
-                    word = await flight.heard.get()
+                async with asyncio.timeout(flight.remaining_s(self._lease_s)):
+                    word = await flight.responses.get()
             except TimeoutError:
-                if flight.left_s(self._lease_s) <= 0:
+                if flight.remaining_s(self._lease_s) <= 0:
                     where = f"the source, after {flight.attempt} attempts"
-                    raise DeadlinePassed(flight.request.hex(), flight.deadline_ms or 0.0, where) from None
-                flight.fail("", flight.worker, "NoAnswer", f"nothing was heard of it for {self._lease_s:g} s")
-                word = flight.heard.get_nowait()
+                    raise DeadlinePassed(flight.request_id.hex(), flight.deadline_ms or 0.0, where) from None
+                flight.fail_attempt("", flight.worker, "NoAnswer", f"nothing was heard of it for {self._lease_s:g} s")
+                word = flight.responses.get_nowait()
             if isinstance(word, Result):
                 return word
             if isinstance(word, Disconnected):
                 raise word
             if isinstance(word, Failure):
-                await asyncio.sleep(flight.left_s(flight.weigh(word)))
-                log.info("request %s: %s at %s: again", flight.request.hex(), word.error, word.worker)
+                await asyncio.sleep(flight.remaining_s(flight.retry_delay(word)))
+                log.info("request %s: %s at %s: again", flight.request_id.hex(), word.error, word.worker)
             self.counters["retries"] += 1
-            note(self.retried, word if isinstance(word, str) else word.error)
+            count_bounded(self.retries_by_reason, word if isinstance(word, str) else word.error)
             # The next attempt is another task: what the last one's worker had in hand says nothing of it.
-            self._outbox.done(flight.worker, flight.request)
+            self._outbox.task_done(flight.worker, flight.request_id)
 
-    async def _send(self, flight: Flight, content: Content, source: str) -> None:
-        left_s = flight.left_s(ROOM_WAIT_S)
+    async def _send(self, flight: PendingRequest, content: Content, source: str) -> None:
+        left_s = flight.remaining_s(WORKER_WAIT_S)
         if left_s <= 0:
-            raise DeadlinePassed(flight.request.hex(), flight.deadline_ms or 0.0, "the source, before it was sent")
+            raise DeadlinePassed(flight.request_id.hex(), flight.deadline_ms or 0.0, "the source, before it was sent")
         task = Task(
-            request=flight.request,
+            request_id=flight.request_id,
             content=content,
-            reply=ReplyTo(self._inbox),
-            sender=self._inbox,
+            reply_to=ReplyTo(self._inbox),
+            sender_inbox=self._inbox,
             source=source,
             attempt=flight.attempt,
             deadline_ms=None if flight.deadline_ms is None else 1000 * left_s,
@@ -291,20 +299,20 @@ class Offloader:
         try:
             # While the broker is away sending waits for it: with a deadline, no longer than that.
             async with asyncio.timeout(None if flight.deadline_ms is None else left_s + _SEND_GRACE_S):
-                flight.worker = await self._outbox.send(task, wait_s=left_s, avoid=frozenset(flight.avoid))
+                flight.worker = await self._outbox.send(task, timeout_s=left_s, avoid=frozenset(flight.avoid))
         except TimeoutError:
-            where = f"the source, on the way to {self.line.transport.address}"
-            raise DeadlinePassed(flight.request.hex(), flight.deadline_ms or 0.0, where) from None
+            where = f"the source, on the way to {self.channel.transport.address}"
+            raise DeadlinePassed(flight.request_id.hex(), flight.deadline_ms or 0.0, where) from None
         except NoWorker:
             if flight.deadline_ms is not None and len(self._outbox):
                 where = f"the door of stage {self.pipeline.stage[0].name!r}, whose workers are all full"
-                raise DeadlinePassed(flight.request.hex(), flight.deadline_ms, where) from None
+                raise DeadlinePassed(flight.request_id.hex(), flight.deadline_ms, where) from None
             raise
 
     # Heard --------------------------------------------------------------------------------------------------------
 
     def _heard(self, topic: str, message: Message) -> None:
-        if isinstance(message, Control):
-            self._outbox.done(message.worker, message.request)
+        if isinstance(message, TaskDone):
+            self._outbox.task_done(message.worker, message.request_id)
             return
-        self._flights.heard(message)
+        self._flights.on_message(message)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from brokers.errors import DeadlinePassed, Disconnected, RequestFailed
 from brokers.protocol.messages import Failure, Priority, Result, check_priority
-from brokers.protocol.traceparent import TraceContext, span_of
+from brokers.protocol.traceparent import TraceContext, start_span
 
 # How often a request may fail in a way that another worker might not, before its owner is told.
 RETRY_LIMIT = 3
@@ -30,14 +30,14 @@ class PoisonRequest(RequestFailed):
 
 
 @dataclass(slots=True, eq=False)
-class Flight:
+class PendingRequest:
     """A request that its owner holds. Words about it arrive in `heard`; a text says why to send it again.
 
     `trace` is its span, which `parent` asked for, where somebody did.
     """
 
-    request: bytes
-    begun_s: float
+    request_id: bytes
+    started_s: float
     deadline_ms: float | None
     priority: Priority = "interactive"
     parent: TraceContext | None = None
@@ -45,27 +45,27 @@ class Flight:
     attempt: int = 0
     worker: str = ""
     avoid: set[str] = field(default_factory=set)
-    heard: asyncio.Queue[Result | Failure | Disconnected | str] = field(default_factory=asyncio.Queue)
+    responses: asyncio.Queue[Result | Failure | Disconnected | str] = field(default_factory=asyncio.Queue)
     _failures: list[Failure] = field(default_factory=list)
     _turned_away: int = 0
 
     def __post_init__(self) -> None:
         check_priority(self.priority)
-        self.trace = span_of(self.request, self.parent)
+        self.trace = start_span(self.request_id, self.parent)
 
-    def begin_attempt(self) -> None:
+    def start_attempt(self) -> None:
         """Count it; what was said of earlier attempts is forgotten, unless it ends the request."""
         self.attempt += 1
-        heard = [self.heard.get_nowait() for _ in range(self.heard.qsize())]
+        heard = [self.responses.get_nowait() for _ in range(self.responses.qsize())]
         for word in heard:
             if isinstance(word, Result | Disconnected):
-                self.heard.put_nowait(word)
+                self.responses.put_nowait(word)
 
-    def fail(self, stage: str, worker: str, error: str, reason: str) -> None:
+    def fail_attempt(self, stage: str, worker: str, error: str, reason: str) -> None:
         """Note a failure of the present attempt that another attempt may mend."""
-        self.heard.put_nowait(
+        self.responses.put_nowait(
             Failure(
-                request=self.request,
+                request_id=self.request_id,
                 stage=stage,
                 worker=worker,
                 error=error,
@@ -75,12 +75,12 @@ class Flight:
             )
         )
 
-    def send_again(self, why: str) -> None:
+    def trigger_retry(self, why: str) -> None:
         """Have it sent once more, with nobody to blame, unless something has been heard of it."""
-        if self.attempt and self.heard.empty():
-            self.heard.put_nowait(why)
+        if self.attempt and self.responses.empty():
+            self.responses.put_nowait(why)
 
-    def weigh(self, failure: Failure) -> float:
+    def retry_delay(self, failure: Failure) -> float:
         """How long to wait, in seconds, before another attempt elsewhere; raise where none would help."""
         self.avoid.add(failure.worker)
         if failure.retry and failure.error in _TURNED_AWAY:  # not an exception of a stage that is called so
@@ -90,7 +90,7 @@ class Flight:
         self._failures.append(failure)
         if failure.retry and len(self._failures) < RETRY_LIMIT:
             return 0.0
-        request = self.request.hex()
+        request = self.request_id.hex()
         if failure.error == DeadlinePassed.__name__ and self.deadline_ms is not None:  # a worker saw it first
             raise DeadlinePassed(request, self.deadline_ms, f"stage {failure.stage!r}")
         if failure.retry and all(each.error in _NOT_ANSWERED for each in self._failures):
@@ -99,8 +99,8 @@ class Flight:
             raise PoisonRequest(request, failure.stage, failure.worker, PoisonRequest.__name__, reason, workers)
         raise RequestFailed(request, failure.stage, failure.worker, failure.error, failure.reason)
 
-    def left_s(self, limit_s: float) -> float:
+    def remaining_s(self, limit_s: float) -> float:
         """Seconds until the deadline, at most `limit_s`."""
         if self.deadline_ms is None:
             return limit_s
-        return min(limit_s, self.deadline_ms / 1000 - (time.monotonic() - self.begun_s))
+        return min(limit_s, self.deadline_ms / 1000 - (time.monotonic() - self.started_s))

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from functools import partial
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.dispatch.channel import Line
-from brokers.dispatch.presence import Birth
-from brokers.dispatch.stage_client import Outbox
+from brokers.dispatch.channel import MessageChannel
+from brokers.dispatch.presence import WorkerRecord
+from brokers.dispatch.stage_client import StageClient
 from brokers.dispatch.worker_pool import Dispatcher
 from brokers.errors import WireError
 from brokers.protocol.topics import last_level
 from brokers.protocol.transport import Delivery
 
 
-class Places:
+class PipelineWorkers:
     """Counts the workers. Those of the first stage are known to `first`; of the others we hear for ourselves.
 
     `died` is called when a worker of a later stage has died or fallen silent: it may have had requests of ours that
@@ -25,53 +25,59 @@ class Places:
     """
 
     def __init__(
-        self, line: Line, pipeline: Pipeline, first: Outbox, *, changed: Callable[[], None], died: Callable[[], None]
+        self,
+        line: MessageChannel,
+        pipeline: Pipeline,
+        first: StageClient,
+        *,
+        on_change: Callable[[], None],
+        on_worker_lost: Callable[[], None],
     ) -> None:
         self._line, self._pipeline, self._first = line, pipeline, first
-        self._changed, self._died = changed, died
+        self._changed, self._died = on_change, on_worker_lost
         self._later = {stage.name: Dispatcher() for stage in pipeline.stage[1:]}
 
-    async def open(self) -> None:
+    async def subscribe(self) -> None:
         for stage in self._pipeline.stage[1:]:
             topics = self._pipeline.topics(stage)
-            await self._line.transport.subscribe(topics.all_presence, partial(self._heard, stage.name), qos=1)
+            await self._line.transport.subscribe(topics.presence_filter, partial(self._heard, stage.name), qos=1)
 
     @property
-    def count(self) -> int:
+    def concurrency(self) -> int:
         """Tasks that are computed at once, over all stages; by the file where nobody is up yet."""
-        found = self._first.batches + sum(stage.batches for stage in self._later.values())
+        found = self._first.total_batch_size + sum(stage.total_batch_size for stage in self._later.values())
         return found or sum(stage.workers * stage.max_batch for stage in self._pipeline.stage)
 
     @property
-    def widest(self) -> int:
+    def widest_stage_workers(self) -> int:
         """How many workers are up in the stage that has most; by the file where nobody is up yet."""
         found = max(len(self._first), *(len(stage) for stage in self._later.values()), 0)
         return found or max(stage.workers for stage in self._pipeline.stage)
 
-    def workers(self, stage: str) -> int:
+    def worker_count(self, stage: str) -> int:
         """How many workers of a stage are up."""
         return len(self._later.get(stage, self._first))
 
     def _heard(self, stage: str, delivery: Delivery) -> None:
         known, worker, now_s = self._later[stage], last_level(delivery.topic), time.monotonic()
         for each in self._later.values():
-            for silent in each.silent(now_s):
+            for silent in each.timed_out(now_s):
                 self._forget(each, silent)
         if not delivery.payload:
             self._forget(known, worker)
             return
         try:
-            birth = Birth.from_bytes(bytes(delivery.payload))
+            birth = WorkerRecord.from_bytes(bytes(delivery.payload))
         except WireError:
             return  # whoever sends to that stage says so
         if birth.worker == worker:
-            if known.missed(birth, now_s):
+            if known.has_gap(birth, now_s):
                 self._died()
-            known.seen(birth, now_s)
+            known.update(birth, now_s)
             self._changed()
 
     def _forget(self, known: Dispatcher, worker: str) -> None:
-        died = known.is_at_work(worker)
-        known.gone(worker)
+        died = known.is_active(worker)
+        known.remove(worker)
         if died:
             self._died()

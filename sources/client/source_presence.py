@@ -15,11 +15,11 @@ from contextlib import suppress
 from typing import Literal
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.dispatch.channel import Line
-from brokers.dispatch.presence import RECORD_EXPIRY_S, Latency, SourceBirth, SourceLoad
-from brokers.mqtt.connect_errors import Refused
-from brokers.process.liveness_file import Pulse
-from brokers.protocol.topics import source_presence
+from brokers.dispatch.channel import MessageChannel
+from brokers.dispatch.presence import RECORD_EXPIRY_S, LatencyPercentiles, SourceLoad, SourceRecord
+from brokers.mqtt.connect_errors import OperationRefused
+from brokers.process.liveness_file import LivenessFile
+from brokers.protocol.topics import source_presence_topic
 from brokers.protocol.transport import Properties, Will
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _RATE_S = 5.0
 _RESULTS = 1024
 
 
-class Pace:
+class RecentResultStats:
     """How fast results come, and how long they take, lately. Pure; times are monotonic seconds."""
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class Pace:
         self._latencies_ms: deque[float] = deque(maxlen=_RESULTS)
         self._begun_s: float | None = None
 
-    def answered(self, latency_ms: float, now_s: float) -> None:
+    def record_result(self, latency_ms: float, now_s: float) -> None:
         """A result came."""
         if self._begun_s is None:
             self._begun_s = now_s - latency_ms / 1000
         self._times_s.append(now_s)
         self._latencies_ms.append(latency_ms)
 
-    def rate(self, now_s: float) -> float:
+    def results_per_s(self, now_s: float) -> float:
         """Results a second over the last seconds, or as many of them as are remembered; 0 before there are any."""
         begin_s = max(now_s - _RATE_S, now_s if self._begun_s is None else self._begun_s)
         if len(self._times_s) == _RESULTS:
@@ -57,28 +57,28 @@ class Pace:
         count = sum(time_s > begin_s for time_s in self._times_s)
         return round(count / max(now_s - begin_s, 0.2), 2)
 
-    def latency_ms(self) -> Latency:
+    def latency_ms(self) -> LatencyPercentiles:
         """Percentiles of the newest results."""
         ordered = sorted(self._latencies_ms)
         if not ordered:
-            return Latency()
+            return LatencyPercentiles()
         last = len(ordered) - 1
-        return Latency(p50=round(ordered[round(last * 0.50)], 1), p99=round(ordered[round(last * 0.99)], 1))
+        return LatencyPercentiles(p50=round(ordered[round(last * 0.50)], 1), p99=round(ordered[round(last * 0.99)], 1))
 
 
-class Standing:
+class SourcePresence:
     """Keeps and publishes the record of one source. Whatever becomes of the record, the source goes on.
 
     `load` is asked each second. Open the line with `will`: it takes the record away should this process die.
     """
 
-    def __init__(self, line: Line, pipeline: Pipeline, name: str, load: Callable[[], SourceLoad]) -> None:
+    def __init__(self, line: MessageChannel, pipeline: Pipeline, name: str, load: Callable[[], SourceLoad]) -> None:
         self.state: Literal["up", "draining", "stopped"] = "up"
         self._line, self._load = line, load
-        self._pulse = Pulse()
+        self._pulse = LivenessFile()
         # One level of a topic, whatever the source is called; what tells it from its namesakes comes last.
         fitting = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-64:] or "source"
-        self._birth = SourceBirth(
+        self._birth = SourceRecord(
             source=fitting,
             pipeline=pipeline.name,
             site=pipeline.source.site,
@@ -86,7 +86,7 @@ class Standing:
             pid=os.getpid(),
             instance=secrets.token_hex(8),
         )
-        self._topic = source_presence(pipeline.source.site, pipeline.name, fitting)
+        self._topic = source_presence_topic(pipeline.source.site, pipeline.name, fitting)
         self._begun_s = time.monotonic()
         self._reporting: asyncio.Task[None] | None = None
         self._again = asyncio.Event()
@@ -97,26 +97,26 @@ class Standing:
         """What the broker is to publish when this process dies."""
         return Will(self._topic, b"", retain=True)
 
-    async def ask(self) -> None:
-        """Raise `Refused` where this identity may not be a source: its requests would be dropped without a word.
+    async def announce(self) -> None:
+        """Raise `OperationRefused` where this identity may not be a source: its requests would be dropped without a word.
 
         The line must be open. Whatever else goes wrong with this first record, the reports will tell.
         """
         try:
             async with asyncio.timeout(_ADMITTED_S):
                 await self._publish(self._record())
-        except Refused:
+        except OperationRefused:
             raise
         except Exception as error:  # noqa: BLE001 - as for every record
             log.info("source %s was not told whether it may report: %s", self._birth.source, error or "no broker")
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Begin to report: now, each second, and whenever the connection has come back. The line must be open."""
         self._begun_s = time.monotonic()
         self._line.transport.on_reconnect(self._reconnected)
         self._reporting = asyncio.create_task(self._keep_reporting(), name="standing")
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Say that the source has stopped, and take its record away: briefly. May be called twice; never raises."""
         reporting, self._reporting = self._reporting, None
         if reporting is None:
@@ -139,7 +139,7 @@ class Standing:
             self._again.clear()
             try:
                 await self._publish(self._record())
-                self._pulse.beat()
+                self._pulse.touch()
                 self._told = False
             except Exception as error:  # noqa: BLE001 - a record that cannot be told is no reason to stop working
                 if not self._told:

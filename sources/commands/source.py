@@ -13,16 +13,22 @@ from typing import Annotated, Any
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, blaming, broker_address, load_pipeline, new_run_folder
+from brokers.config.pipeline_file import (
+    Pipeline,
+    add_error_context,
+    load_pipeline,
+    new_run_folder,
+    resolve_broker_address,
+)
 from brokers.errors import NoBroker
-from brokers.process.shutdown import STOPPED, Leaving, end_with_parent
-from brokers.protocol.topics import checked_name
+from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
+from brokers.protocol.topics import validate_name
 from sources.client.offloader import Offloader
-from sources.inference.inference_run import Feed, draw
-from sources.inference.run_folder import RunFolder
+from sources.inference.inference_run import InferenceRun, run_source
+from sources.inference.run_folder import InferenceRunFolder
 from sources.inputs.factory import make_source
-from sources.inputs.ingress import Gateway, session
-from sources.inputs.sample_buffer import Intake
+from sources.inputs.ingress import IngressGateway, create_session_transport
+from sources.inputs.sample_buffer import SampleBuffer
 from sources.inputs.source import Source
 
 log = logging.getLogger(__name__)
@@ -53,10 +59,10 @@ def command(
     Example: sparse source examples/street.toml --broker mqtt://127.0.0.1:1883
     """
     pipeline = load_pipeline(file)
-    address = broker_address(pipeline, pipeline.source.site, broker, handed=with_parent)
+    address = resolve_broker_address(pipeline, pipeline.source.site, broker, from_parent=with_parent)
     if address is None:
         raise NoBroker(str(file), pipeline.source.site)
-    if pipeline.trains:
+    if pipeline.is_training:
         return _train(pipeline, address, name, out, json, resume, pictures, with_parent)
     return _serve(pipeline, address, out, json, pictures, with_parent)
 
@@ -64,7 +70,7 @@ def command(
 def _serve(pipeline: Pipeline, address: str, out: Path | None, json: bool, pictures: bool, with_parent: bool) -> int:
     """Feed a pipeline that infers."""
     source = None if pipeline.source.kind == "ingress" else _make_source(pipeline)
-    folder = RunFolder(
+    folder = InferenceRunFolder(
         out or new_run_folder(Path("runs"), pipeline.name),
         title=pipeline.name,
         frames_per_s=getattr(source, "frames_per_s", _CAMERA_FRAMES_PER_S),
@@ -77,7 +83,7 @@ def _serve(pipeline: Pipeline, address: str, out: Path | None, json: bool, pictu
         said = f"{summary['results']} results of {summary['requests']} requests, in {summary['outputs']}"
         print(said, file=sys.stderr)  # noqa: T201 - the same for a person
     if leaving.interrupted:
-        return STOPPED
+        return EXIT_INTERRUPTED
     return 0 if leaving.is_set() or summary["results"] == summary["requests"] else 1
 
 
@@ -96,7 +102,7 @@ def _train(
     summary, leaving = train(
         pipeline,
         address,
-        checked_name("source", name or pipeline.source.name),
+        validate_name("source", name or pipeline.source.name),
         out or new_run_folder(Path("runs"), pipeline.name),
         resume=resume,
         pictures=pictures,
@@ -107,27 +113,27 @@ def _train(
     else:
         said = f"{summary['steps']} steps, loss {summary['loss']}, test accuracy {summary['test_accuracy']}"
         print(f"{said}, in {summary['outputs']}", file=sys.stderr)  # noqa: T201 - the same for a person
-    return STOPPED if leaving.interrupted else 0
+    return EXIT_INTERRUPTED if leaving.interrupted else 0
 
 
 def _make_source(pipeline: Pipeline) -> Source:
-    with blaming(pipeline):
+    with add_error_context(pipeline):
         return make_source(pipeline.source, pipeline.folder)
 
 
 async def _feed(
-    pipeline: Pipeline, address: str, source: Source | None, folder: RunFolder, with_parent: bool
-) -> tuple[dict[str, Any], Leaving]:
+    pipeline: Pipeline, address: str, source: Source | None, folder: InferenceRunFolder, with_parent: bool
+) -> tuple[dict[str, Any], ShutdownEvent]:
     """Feed until the source ends or somebody says stop; the summary, and whether somebody did, and how."""
-    leaving = Leaving()
-    leaving.heed_signals()
+    leaving = ShutdownEvent()
+    leaving.install_signal_handlers()
     if with_parent:
-        end_with_parent(leaving)
+        exit_with_parent(leaving)
     keep = pipeline.source.keep or ("latest" if source is None or source.live else "all")
-    intake = Intake(keep)
+    intake = SampleBuffer(keep)
     async with Offloader(pipeline, broker=address, live=keep == "latest") as offloader:
-        feed = Feed(offloader, intake, folder.add)
-        drops = offloader.drops = lambda: intake.dropped + Counter(newer_came=source.dropped if source else 0)
+        feed = InferenceRun(offloader, intake, folder.add)
+        drops = offloader.get_drop_counts = lambda: intake.dropped + Counter(newer_came=source.dropped if source else 0)
         if source is not None:
             trouble = await _work(_draw(source, intake, leaving), feed, intake, offloader, leaving)
         else:
@@ -135,28 +141,32 @@ async def _feed(
             try:
                 trouble = await _work(_listen(pipeline, gateway, leaving), feed, intake, offloader, leaving)
             finally:
-                await gateway.leave()
+                await gateway.stop()
         counters = offloader.counters
     summary = {
         "pipeline": pipeline.name,
-        "broker": offloader.line.transport.address,
-        **feed.tally.summary([stage.name for stage in pipeline.stage]),
+        "broker": offloader.channel.transport.address,
+        **feed.stats.summary([stage.name for stage in pipeline.stage]),
         "unreadable": source.unreadable if source else 0,
         "dropped": drops().total(),
         "drops": dict(drops()),
         "retries": counters["retries"],
-        "retried": dict(offloader.retried),
+        "retried": dict(offloader.retries_by_reason),
         "twins": counters["twins"],
     }
     summary = await asyncio.to_thread(folder.finish, summary)
     if trouble is not None:
-        with blaming(pipeline):
+        with add_error_context(pipeline):
             raise trouble
     return summary, leaving
 
 
 async def _work(
-    giving: Coroutine[Any, Any, None], feed: Feed, intake: Intake, offloader: Offloader, leaving: asyncio.Event
+    giving: Coroutine[Any, Any, None],
+    feed: InferenceRun,
+    intake: SampleBuffer,
+    offloader: Offloader,
+    leaving: asyncio.Event,
 ) -> Exception | None:
     """Feed what is given until no more is; return what went wrong with it, when what was sent is answered."""
     trouble: Exception | None = None
@@ -166,39 +176,41 @@ async def _work(
             await giving
         except Exception as error:  # noqa: BLE001 - for the caller to raise, when the results are written down
             trouble = error
-            intake.end()
+            intake.close()
         if leaving.is_set():
             await asyncio.wait({feeding}, timeout=_LEAVE_S)
-            await offloader.give_up("its source was told to end")
+            await offloader.abort("its source was told to end")
             if not feeding.done() and not (await asyncio.wait({feeding}, timeout=_CLOSE_S))[0]:
-                log.warning("results could not be published: %s does not answer", offloader.line.transport.address)
+                log.warning("results could not be published: %s does not answer", offloader.channel.transport.address)
                 feeding.cancel()
     return trouble
 
 
-def _gateway(pipeline: Pipeline, address: str, offloader: Offloader, feed: Feed, intake: Intake) -> Gateway:
+def _gateway(
+    pipeline: Pipeline, address: str, offloader: Offloader, feed: InferenceRun, intake: SampleBuffer
+) -> IngressGateway:
     """The ingress gateway of the site: a complete one for who asks for it."""
     complete = pipeline.source.keep == "all"
-    transport = session(pipeline, address) if complete else offloader.line.transport
-    return Gateway(transport, pipeline.source.site, intake, feed.refuse, complete=complete)
+    transport = create_session_transport(pipeline, address) if complete else offloader.channel.transport
+    return IngressGateway(transport, pipeline.source.site, intake, feed.reject, durable=complete)
 
 
-async def _listen(pipeline: Pipeline, gateway: Gateway, leaving: asyncio.Event) -> None:
+async def _listen(pipeline: Pipeline, gateway: IngressGateway, leaving: asyncio.Event) -> None:
     """Be the ingress gateway of the site until told to leave."""
-    await gateway.open()
+    await gateway.start()
     log.info("publish pictures or readings to sparse/%s/ingress/NAME", pipeline.source.site)
     await leaving.wait()
-    await gateway.close()
+    await gateway.drain()
 
 
-async def _draw(source: Source, intake: Intake, leaving: asyncio.Event) -> None:
+async def _draw(source: Source, intake: SampleBuffer, leaving: asyncio.Event) -> None:
     """Draw samples from the source until it has no more, or until told to leave."""
-    drawing = asyncio.create_task(draw(source, intake), name="draw")
+    drawing = asyncio.create_task(run_source(source, intake), name="draw")
     left = asyncio.create_task(leaving.wait(), name="leaving")
     try:
         await asyncio.wait({drawing, left}, return_when=asyncio.FIRST_COMPLETED)
         source.close()
-        intake.end()
+        intake.close()
         await asyncio.wait({drawing}, timeout=_CLOSE_S)
         if drawing.done():
             drawing.result()

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy
 
-from brokers.process.download_cache import cache_folder, locked
+from brokers.process.download_cache import cache_folder, file_lock
 from sources.datasets.dataset import Dataset, Examples
 from sources.errors import NotDownloaded
 
-FOLDER = "cifar10"
-LOCK = ".cifar10.lock"
+CACHE_FOLDER = "cifar10"
+LOCK_FILE = ".cifar10.lock"
 
 
 class Cifar10(Dataset):
@@ -26,10 +26,10 @@ class Cifar10(Dataset):
 
     name = "cifar10"
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    mirrors = True
+    horizontal_flip = True
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = cache_folder() / FOLDER if root is None else root
+        self.root = cache_folder() / CACHE_FOLDER if root is None else root
 
     def train(self) -> Examples:
         """Raises `NotDownloaded` when it is neither there nor to be had."""
@@ -48,7 +48,7 @@ class Cifar10(Dataset):
             pass
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with locked(self.root / LOCK):
+            with file_lock(self.root / LOCK_FILE):
                 return CIFAR10(self.root, train=train, download=True)
         except (OSError, EOFError, RuntimeError, ValueError, http.client.HTTPException, tarfile.TarError) as error:
             reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__

@@ -22,11 +22,11 @@ class Examples:
     the network as it is. Raises `BadArray`, `CountsDiffer` and `NoExamples`.
     """
 
-    pictures: Inputs
+    inputs: Inputs
     labels: Labels
 
     def __post_init__(self) -> None:
-        pictures: NDArray[Any] = self.pictures
+        pictures: NDArray[Any] = self.inputs
         if pictures.dtype not in (numpy.uint8, numpy.float32) or not pictures.ndim:
             expected = "uint8 (N, C, H, W) or float32 (N, ...)"
             raise BadArray("inputs", expected, str(pictures.dtype), pictures.shape)
@@ -44,7 +44,7 @@ class Examples:
 
     def first(self, count: int | None) -> Examples:
         """The first `count` of them; None: all."""
-        return Examples(self.pictures[:count], self.labels[:count])
+        return Examples(self.inputs[:count], self.labels[:count])
 
 
 class Dataset(Protocol):
@@ -69,7 +69,7 @@ class Dataset(Protocol):
     name: str
     classes: tuple[str, ...]
     """What the labels 0, 1, ... stand for."""
-    mirrors: bool = False
+    horizontal_flip: bool = False
     """Whether a picture keeps its sense in a mirror: a cat does, a digit does not."""
 
     def train(self) -> Examples:

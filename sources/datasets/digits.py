@@ -16,8 +16,8 @@ from sources.datasets.dataset import Dataset, Examples, Labels
 from sources.errors import NotInstalled
 
 SIDE_PX = 32
-BRIGHTEST = 16  # of load_digits
-TESTED = 0.2  # of the digits
+MAX_PIXEL = 16  # of load_digits
+TEST_SHARE = 0.2  # of the digits
 SPLIT_SEED = 0  # of the split, whatever a pipeline's seed: what one run was tested with, no other was trained on
 
 
@@ -26,18 +26,18 @@ class Digits(Dataset):
 
     name = "digits"
     classes = tuple("0123456789")
-    mirrors = False
+    horizontal_flip = False
 
     def train(self) -> Examples:
         """Raises `NotInstalled` where scikit-learn is not."""
         pictures, labels = _digits()
-        chosen = _order(len(labels))[int(TESTED * len(labels)) :]
+        chosen = _order(len(labels))[int(TEST_SHARE * len(labels)) :]
         return Examples(pictures[chosen], labels[chosen])
 
     def test(self) -> Examples:
         """Raises `NotInstalled` where scikit-learn is not."""
         pictures, labels = _digits()
-        chosen = _order(len(labels))[: int(TESTED * len(labels))]
+        chosen = _order(len(labels))[: int(TEST_SHARE * len(labels))]
         return Examples(pictures[chosen], labels[chosen])
 
 
@@ -51,7 +51,7 @@ def _digits() -> tuple[NDArray[numpy.uint8], Labels]:
     except ImportError as error:
         raise NotInstalled("digits", "scikit-learn", "train") from error
     loaded: Any = load_digits()
-    small = (loaded.images * (255 / BRIGHTEST)).round().astype(numpy.uint8)  # (N, 8, 8)
+    small = (loaded.images * (255 / MAX_PIXEL)).round().astype(numpy.uint8)  # (N, 8, 8)
     grey = numpy.stack([_enlarged(picture) for picture in small])  # (N, 32, 32)
     return grey[:, numpy.newaxis].repeat(3, axis=1), loaded.target.astype(numpy.int64)
 

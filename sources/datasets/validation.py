@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy
 
 from brokers.errors import UsageError
-from brokers.process.import_string import told
+from brokers.process.import_string import describe_exception
 from sources.datasets.dataset import Dataset, Examples
 from sources.errors import BadSourceClass, LabelOutOfRange
 
@@ -22,7 +22,7 @@ class CheckedDataset(Dataset):
 
     def __init__(self, dataset: Dataset, kind: str, base: Path, limit: int | None = None) -> None:
         self._dataset, self._kind, self._base, self._limit = dataset, kind, base, limit
-        self.name, self.mirrors = str(dataset.name), bool(dataset.mirrors)
+        self.name, self.horizontal_flip = str(dataset.name), bool(dataset.horizontal_flip)
         classes: object = dataset.classes
         if not (isinstance(classes, tuple | list) and classes and all(isinstance(name, str) for name in classes)):
             raise BadSourceClass(kind, f"its 'classes' are {classes!r}, expected a tuple of names")
@@ -40,7 +40,7 @@ class CheckedDataset(Dataset):
         except UsageError:
             raise
         except Exception as error:  # whatever a user's own code raises, its author needs to see: which class, and what
-            raise BadSourceClass(self._kind, told(error, self._base)) from error
+            raise BadSourceClass(self._kind, describe_exception(error, self._base)) from error
         if not isinstance(examples, Examples):
             given = type(examples).__name__
             raise BadSourceClass(self._kind, f"its {part}() gave {given}, expected sources.datasets.dataset.Examples")

@@ -9,15 +9,15 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sources.inputs.sample import Picture
+from sources.inputs.sample import RgbImage
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 Colour = tuple[int, int, int]
 
-INK: Colour = (16, 18, 22)
-PAPER: Colour = (240, 242, 246)
-SHADE = (*INK, 190)  # behind text that stands in the picture
+DARK: Colour = (16, 18, 22)
+LIGHT: Colour = (240, 242, 246)
+TEXT_BACKDROP = (*DARK, 190)  # behind text that stands in the picture
 # Bright and far apart, so that dark text can be read on each, and each can be seen on a street, a lawn and a night sky.
 PALETTE: tuple[Colour, ...] = (
     (255, 176, 0),
@@ -33,23 +33,23 @@ PALETTE: tuple[Colour, ...] = (
     (165, 226, 45),
     (255, 92, 92),
 )
-CLASSES_SHOWN = 3
-SMALLEST_TEXT_PX = 13
+MAX_CLASSES = 3
+MIN_TEXT_PX = 13
 _SEED = 46678  # chosen so that what moves in a street (person, bicycle, car, bus, truck, dog, ...) differs in colour
 
 
-def colour_of(label: str) -> Colour:
+def label_colour(label: str) -> Colour:
     """Return the colour of a label: the same in every picture, process and run."""
     return PALETTE[zlib.crc32(label.encode(), _SEED) % len(PALETTE)]
 
 
 @functools.lru_cache(maxsize=32)
-def font_of(size: int) -> Font:
+def load_font(size: int) -> Font:
     """Return Pillow's own scalable font: no font needs to be installed."""
     return ImageFont.load_default(size)
 
 
-def annotate(picture: Picture, result: Mapping[str, Any], width: int, *, badge: bool = True) -> Image.Image:
+def annotate(picture: RgbImage, result: Mapping[str, Any], width: int, *, caption: bool = True) -> Image.Image:
     """Return the picture (H, W, 3) at this width with its result drawn in; its boxes are in pixels of `picture`.
 
     `badge` adds the number of the picture, of its objects, and their age, unless classes take its place.
@@ -61,11 +61,11 @@ def annotate(picture: Picture, result: Mapping[str, Any], width: int, *, badge: 
         image = image.resize(size, Image.Resampling.BILINEAR if scale > 1 else Image.Resampling.BOX)
     draw = ImageDraw.Draw(image, "RGBA")
     objects = result.get("objects") or []
-    text_px = max(SMALLEST_TEXT_PX, round(min(image.width / 60, image.height / 22)))
+    text_px = max(MIN_TEXT_PX, round(min(image.width / 60, image.height / 22)))
     _draw_objects(draw, image.size, objects, scale, text_px)
     if result.get("classes"):
         _draw_classes(draw, image.size, result["classes"], text_px)
-    elif badge:
+    elif caption:
         _draw_badge(draw, image.size, _badge_text(result, len(objects)), text_px)
     return image
 
@@ -78,15 +78,15 @@ def _draw_objects(
     line_px = max(2, round(text_px / 7))
     for item, box in zip(reversed(ranked), reversed(boxes), strict=True):  # the surest is drawn last, on top
         grown = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
-        draw.rounded_rectangle(grown, radius=line_px * 2 + 1, outline=(*INK, 150), width=line_px + 2)
-        draw.rounded_rectangle(box, radius=line_px * 2, outline=colour_of(item["label"]), width=line_px)
+        draw.rounded_rectangle(grown, radius=line_px * 2 + 1, outline=(*DARK, 150), width=line_px + 2)
+        draw.rounded_rectangle(box, radius=line_px * 2, outline=label_colour(item["label"]), width=line_px)
     taken: list[Box] = []
     for item, box in zip(ranked, boxes, strict=True):  # the surest chooses the place of its label first
         text = f"{item['label']} {float(item['score']):.0%}"
         place = _place(_label_size(text, text_px), box, size, taken)
         taken.append(place)
-        draw.rounded_rectangle(place, radius=text_px // 4, fill=colour_of(item["label"]))
-        draw.text((place[0] + text_px * 0.4, (place[1] + place[3]) / 2), text, INK, font_of(text_px), anchor="lm")
+        draw.rounded_rectangle(place, radius=text_px // 4, fill=label_colour(item["label"]))
+        draw.text((place[0] + text_px * 0.4, (place[1] + place[3]) / 2), text, DARK, load_font(text_px), anchor="lm")
 
 
 def _scaled(box: Sequence[float], scale: float, size: tuple[int, int]) -> Box:
@@ -98,7 +98,7 @@ def _scaled(box: Sequence[float], scale: float, size: tuple[int, int]) -> Box:
 
 
 def _label_size(text: str, text_px: int) -> tuple[float, float]:
-    return font_of(text_px).getlength(text) + text_px * 0.8, text_px * 1.45
+    return load_font(text_px).getlength(text) + text_px * 0.8, text_px * 1.45
 
 
 def _place(label: tuple[float, float], box: Box, size: tuple[int, int], taken: Sequence[Box]) -> Box:
@@ -125,27 +125,27 @@ def _badge_text(result: Mapping[str, Any], objects: int) -> str:
 def _draw_badge(draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, text_px: int) -> None:
     wide, high = _label_size(text, text_px)
     left, top = text_px * 0.5, size[1] - high - text_px * 0.5
-    draw.rounded_rectangle((left, top, left + wide, top + high), radius=text_px // 3, fill=SHADE)
-    draw.text((left + text_px * 0.4, top + high / 2), text, PAPER, font_of(text_px), anchor="lm")
+    draw.rounded_rectangle((left, top, left + wide, top + high), radius=text_px // 3, fill=TEXT_BACKDROP)
+    draw.text((left + text_px * 0.4, top + high / 2), text, LIGHT, load_font(text_px), anchor="lm")
 
 
 def _draw_classes(
     draw: ImageDraw.ImageDraw, size: tuple[int, int], classes: Sequence[Mapping[str, Any]], text_px: int
 ) -> None:
-    shown = classes[:CLASSES_SHOWN]
-    font = font_of(text_px)
+    shown = classes[:MAX_CLASSES]
+    font = load_font(text_px)
     label_px = min(size[0] * 0.5, max(font.getlength(str(item["label"])) for item in shown))
     bar_px, gap = size[0] * 0.16, text_px * 0.6
     wide = label_px + bar_px + font.getlength("100%") + 4 * gap
     row_px = text_px * 1.5
     left, top = gap, size[1] - row_px * len(shown) - 2 * gap
-    draw.rounded_rectangle((left, top, left + wide, size[1] - gap), radius=text_px // 3, fill=SHADE)
+    draw.rounded_rectangle((left, top, left + wide, size[1] - gap), radius=text_px // 3, fill=TEXT_BACKDROP)
     for row, item in enumerate(shown):
         score = min(1.0, max(0.0, float(item["score"])))
         middle = top + gap / 2 + row_px * (row + 0.5)
-        draw.text((left + gap, middle), str(item["label"]), PAPER, font, anchor="lm")
+        draw.text((left + gap, middle), str(item["label"]), LIGHT, font, anchor="lm")
         start = left + label_px + 2 * gap
         draw.rectangle((start, middle - text_px / 3, start + bar_px, middle + text_px / 3), fill=(255, 255, 255, 40))
         end = start + bar_px * score
-        draw.rectangle((start, middle - text_px / 3, end, middle + text_px / 3), fill=colour_of(str(item["label"])))
-        draw.text((start + bar_px + gap, middle), f"{score:.0%}", PAPER, font, anchor="lm")
+        draw.rectangle((start, middle - text_px / 3, end, middle + text_px / 3), fill=label_colour(str(item["label"])))
+        draw.text((start + bar_px + gap, middle), f"{score:.0%}", LIGHT, font, anchor="lm")

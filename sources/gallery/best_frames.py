@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Highlight(Generic[T]):
+class ScoredItem(Generic[T]):
     """One item that is kept: where in the stream it was, and how good it is."""
 
     position: int
@@ -18,7 +18,7 @@ class Highlight(Generic[T]):
     item: T
 
 
-class Highlights(Generic[T]):
+class BestFrames(Generic[T]):
     """Keeps the best item of each stretch of the stream.
 
     There are at most `4 * keep` stretches. When the stream outgrows them each two neighbours become one: stretches
@@ -30,7 +30,7 @@ class Highlights(Generic[T]):
         self._length = 1  # of a stretch, in items
         self._count = 0
         self._best_score = 0.0
-        self._best: dict[int, Highlight[T]] = {}
+        self._best: dict[int, ScoredItem[T]] = {}
 
     def offer(self, score: float, make: Callable[[], T]) -> None:
         """Take the next item of the stream into account; `make` is called only if it is kept for now."""
@@ -42,15 +42,15 @@ class Highlights(Generic[T]):
             self._double()
         rival = self._best.get(position // self._length)
         if rival is None or score > rival.score:
-            self._best[position // self._length] = Highlight(position, score, make())
+            self._best[position // self._length] = ScoredItem(position, score, make())
 
-    def best(self) -> list[Highlight[T]]:
+    def best(self) -> list[ScoredItem[T]]:
         """The `keep` best items in the order of the stream; items of score 0 only when there are no others.
 
         Of two that stand on either side of a border between stretches, and so look alike, the better is enough.
         """
         ranked = sorted(self._best.values(), key=lambda kept: (-kept.score, kept.position))
-        chosen: list[Highlight[T]] = []
+        chosen: list[ScoredItem[T]] = []
         for kept in [kept for kept in ranked if kept.score > 0] or ranked:
             if len(chosen) < self._keep and all(
                 abs(kept.position - other.position) * 2 >= self._length for other in chosen

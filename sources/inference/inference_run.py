@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from brokers.errors import DeadlinePassed, Disconnected, RequestFailed, SparseError
-from brokers.protocol.messages import JSON, Blob, Content
-from brokers.protocol.result_json import describe, time_spent, to_bytes
-from brokers.protocol.topics import results
+from brokers.protocol.messages import JSON, BinaryContent, Content
+from brokers.protocol.result_json import content_to_dict, encode_json, timing_to_dict
+from brokers.protocol.topics import results_topic
 from brokers.protocol.transport import Properties
-from sources.client.offloader import Answer, Offloader
+from sources.client.offloader import Offloader, OffloadResult
 from sources.conversion import to_content
-from sources.inference.run_stats import Tally
+from sources.inference.run_stats import InferenceRunStats
 from sources.inputs.sample import Sample
-from sources.inputs.sample_buffer import Intake
+from sources.inputs.sample_buffer import SampleBuffer
 from sources.inputs.source import Source
 
 log = logging.getLogger(__name__)
@@ -32,29 +32,31 @@ _UNRECORDED_LIMIT = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class SampleResult:
     """What became of one sample: the JSON that was published for it."""
 
     sample: Sample
     result: dict[str, Any]
 
 
-class Feed:
+class InferenceRun:
     """Sends what an intake gives through an offloader. `record` gets each report, in a thread of its own.
 
     In order where every sample counts. Those of a live source as they come: one that waits for a worker that hangs
     holds up no other.
     """
 
-    def __init__(self, offloader: Offloader, intake: Intake, record: Callable[[Report], None] | None = None) -> None:
-        self.tally = Tally()
+    def __init__(
+        self, offloader: Offloader, intake: SampleBuffer, record: Callable[[SampleResult], None] | None = None
+    ) -> None:
+        self.stats = InferenceRunStats()
         self._offload = offloader
         self._intake = intake
         self._record = record
-        self._unrecorded: asyncio.Queue[asyncio.Task[Report]] = asyncio.Queue()
+        self._unrecorded: asyncio.Queue[asyncio.Task[SampleResult]] = asyncio.Queue()
         self._begun = 0  # samples that were taken and are not recorded yet
         self._recorded = asyncio.Event()
-        self._working: set[asyncio.Task[Report]] = set()
+        self._working: set[asyncio.Task[SampleResult]] = set()
 
     async def run(self) -> None:
         """Work until the intake ends, and everything that was sent is answered and recorded."""
@@ -77,48 +79,48 @@ class Feed:
 
     async def _next(self) -> Sample | None:
         """The next sample, once there is room for it: the newest of a live source is then what is sent."""
-        window = self._offload.window
+        window = self._offload.inflight_limit
         await self._begin()
-        await window.enter(self._offload.pipeline.source.priority)
+        await window.acquire(self._offload.pipeline.source.priority)
         sample = None
         try:
-            sample = await self._intake.take()
+            sample = await self._intake.get()
         finally:
             if sample is None:
-                window.leave()
+                window.release()
         return sample
 
     async def _begin(self) -> None:
         """Wait until so little is unrecorded that one more may come."""
-        while self._begun >= self._offload.window.size + _UNRECORDED_LIMIT:
+        while self._begun >= self._offload.inflight_limit.limit + _UNRECORDED_LIMIT:
             self._recorded.clear()
             await self._recorded.wait()
         self._begun += 1
 
-    async def _serve(self, sample: Sample) -> Report:
+    async def _serve(self, sample: Sample) -> SampleResult:
         """Work on a sample until its answer is published; only then is it settled."""
         try:
             report, answered = await self._work(sample)
         except Exception:  # a mistake of ours, which would meet this sample again and again
-            if sample.settle:
-                sample.settle()
+            if sample.ack:
+                sample.ack()
             raise
-        if sample.settle and answered:
-            sample.settle()
+        if sample.ack and answered:
+            sample.ack()
         return report
 
-    async def _work(self, sample: Sample) -> tuple[Report, bool]:
-        self.tally.asked(time.monotonic())
+    async def _work(self, sample: Sample) -> tuple[SampleResult, bool]:
+        self.stats.record_request(time.monotonic())
         left = False
         try:
             answer = await self._ask(sample)
             found = self._found(answer)
         except SparseError as error:
             found = _refusal(error)
-            self.tally.failed(found["error"], time.monotonic())
-            left = sample.settle is not None and isinstance(error, Disconnected)  # to whoever takes our place
+            self.stats.record_failure(found["error"], time.monotonic())
+            left = sample.ack is not None and isinstance(error, Disconnected)  # to whoever takes our place
         else:
-            self.tally.answered(answer.latency_ms, answer.hops, time.monotonic())
+            self.stats.record_result(answer.latency_ms, answer.hops, time.monotonic())
         result = {
             "source": sample.source,
             "index": sample.index,
@@ -126,31 +128,31 @@ class Feed:
             **found,
             "age_ms": round(1000 * (time.monotonic() - sample.timestamp_s), 1),
             "dropped": self._intake.dropped.total(),
-            **({"redelivered": True} if sample.again else {}),
+            **({"redelivered": True} if sample.redelivered else {}),
         }
         answered = not left and await self.publish(sample.source, result)
-        return Report(sample, result), answered
+        return SampleResult(sample, result), answered
 
-    async def _ask(self, sample: Sample) -> Answer:
+    async def _ask(self, sample: Sample) -> OffloadResult:
         try:
-            content = content_of(sample)
+            content = sample_content(sample)
         except BaseException:
-            self._offload.window.leave()
+            self._offload.inflight_limit.release()
             raise
-        return await self._offload.ask(content, source=sample.source, entered=True, parent=sample.trace)
+        return await self._offload.request(content, source=sample.source, slot_acquired=True, parent=sample.trace)
 
-    async def refuse(self, source: str, refusal: dict[str, Any]) -> bool:
+    async def reject(self, source: str, refusal: dict[str, Any]) -> bool:
         """What a client published is nothing to work on: it counts as a request that failed, and is told so.
 
         Returns as `publish` does.
         """
         now_s = time.monotonic()
-        self.tally.asked(now_s)
-        self.tally.failed(str(refusal["error"]), now_s)
+        self.stats.record_request(now_s)
+        self.stats.record_failure(str(refusal["error"]), now_s)
         answered = await self.publish(source, refusal)
 
-        async def report() -> Report:
-            return Report(Sample(source, int(refusal["index"]), b"", ""), refusal)
+        async def report() -> SampleResult:
+            return SampleResult(Sample(source, int(refusal["index"]), b"", ""), refusal)
 
         await self._begin()
         self._unrecorded.put_nowait(asyncio.create_task(report(), name=f"refused-{source}"))
@@ -161,21 +163,21 @@ class Feed:
 
         Returns False when the line was closed before the broker had it: another time it may get there.
         """
-        topic = results(self._offload.pipeline.source.site, source)
+        topic = results_topic(self._offload.pipeline.source.site, source)
         try:
-            await self._offload.line.transport.publish(topic, to_bytes(result), Properties(JSON), qos=1)
+            await self._offload.channel.transport.publish(topic, encode_json(result), Properties(JSON), qos=1)
         except SparseError as error:
             log.warning("could not publish a result of %s: %s", source, error)
             return not isinstance(error, Disconnected)
         return True
 
-    def _found(self, answer: Answer) -> dict[str, Any]:
+    def _found(self, answer: OffloadResult) -> dict[str, Any]:
         return {
-            "request": answer.request.hex(),
-            **describe(answer.content),
+            "request": answer.request_id.hex(),
+            **content_to_dict(answer.content),
             "latency_ms": round(answer.latency_ms, 1),
             "attempts": answer.attempts,
-            "time": time_spent(answer.hops, answer.latency_ms),
+            "time": timing_to_dict(answer.hops, answer.latency_ms),
         }
 
     async def _record_all(self) -> None:
@@ -195,10 +197,10 @@ class Feed:
                     self._recorded.set()
 
 
-def content_of(sample: Sample) -> Content:
+def sample_content(sample: Sample) -> Content:
     """The sample's payload as it travels."""
     if isinstance(sample.payload, bytes):
-        return Blob(sample.content_type, sample.payload)
+        return BinaryContent(sample.content_type, sample.payload)
     return to_content(sample.payload)
 
 
@@ -210,13 +212,13 @@ def _refusal(error: SparseError) -> dict[str, Any]:
     return {**told, "error": type(error).__name__, "reason": str(error)}
 
 
-async def draw(source: Source, intake: Intake) -> None:
+async def run_source(source: Source, intake: SampleBuffer) -> None:
     """Run a source's generator in a thread of its own, into the intake, until it ends; its errors are raised here."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
 
     def finish(error: BaseException | None) -> None:
-        intake.end()
+        intake.close()
         if ended.done():
             return
         if error is None:
@@ -229,7 +231,7 @@ async def draw(source: Source, intake: Intake) -> None:
         try:
             for sample in source.samples():
                 if source.live:
-                    loop.call_soon_threadsafe(intake.offer, sample)
+                    loop.call_soon_threadsafe(intake.put_nowait, sample)
                 else:
                     asyncio.run_coroutine_threadsafe(intake.put(sample), loop).result()
         except BaseException as problem:  # noqa: BLE001 - handed to the loop, which raises it

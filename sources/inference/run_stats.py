@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from brokers.protocol.stage_timing import Hop
-from sources.stage_totals import StageSums, percentiles
+from sources.stage_totals import StageTotals, percentiles
 
 # Percentiles are of the last so many results: memory stays flat however long a source runs.
 _LATENCIES = 10_000
@@ -17,23 +17,23 @@ _SUMS = ("bytes_in", "bytes_out")
 
 
 @dataclass(slots=True)
-class Tally:
+class InferenceRunStats:
     """What happened to the requests of one source."""
 
     requests: int = 0
     results: int = 0
     failures: Counter[str] = field(default_factory=Counter)
-    begun_s: float | None = None
+    started_s: float | None = None
     ended_s: float = 0.0
     _latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
-    _stages: StageSums = field(default_factory=StageSums)
+    _stages: StageTotals = field(default_factory=StageTotals)
 
-    def asked(self, now_s: float) -> None:
+    def record_request(self, now_s: float) -> None:
         """A request was made."""
         self.requests += 1
-        self.begun_s = now_s if self.begun_s is None else self.begun_s
+        self.started_s = now_s if self.started_s is None else self.started_s
 
-    def answered(self, latency_ms: float, hops: Sequence[Hop], now_s: float) -> None:
+    def record_result(self, latency_ms: float, hops: Sequence[Hop], now_s: float) -> None:
         """A result came."""
         self.results += 1
         self.ended_s = now_s
@@ -41,7 +41,7 @@ class Tally:
         for hop in hops:
             self._stages.add(hop.stage, hop.worker, 1, {key: getattr(hop, key) for key in (*_MEANS, *_SUMS)})
 
-    def failed(self, error: str, now_s: float) -> None:
+    def record_failure(self, error: str, now_s: float) -> None:
         """A request ended without a result."""
         self.failures[error] += 1
         self.ended_s = now_s
@@ -49,7 +49,7 @@ class Tally:
     @property
     def elapsed_s(self) -> float:
         """From the first request to the last answer."""
-        return max(0.0, self.ended_s - self.begun_s) if self.begun_s is not None else 0.0
+        return max(0.0, self.ended_s - self.started_s) if self.started_s is not None else 0.0
 
     def summary(self, order: Sequence[str] = ()) -> dict[str, Any]:
         """The figures as docs/operations.md describes them; `lost` is what has neither a result nor a typed failure.

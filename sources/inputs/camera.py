@@ -16,16 +16,16 @@ import av.logging
 from av.container import InputContainer
 
 from sources.errors import BadSetting, CameraUnavailable
-from sources.inputs.sample import Encoding, Sample, picture_sample
+from sources.inputs.sample import Encoding, Sample, image_sample
 from sources.inputs.source import Source
-from sources.inputs.video import upright
+from sources.inputs.video import to_upright_image
 
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 5.0  # a stream that stands still this long has ended; also the longest that a closed camera lingers
-FIRST_RETRY_S = 0.5
-LONGEST_RETRY_S = 10.0
+BACKOFF_INITIAL_S = 0.5
+BACKOFF_MAX_S = 10.0
 
 
 class Camera(Source):
@@ -66,7 +66,7 @@ class Camera(Source):
             index = 0
             while (self._limit is None or index < self._limit) and (newest := self._take()) is not None:
                 frame, arrived_s = newest
-                yield picture_sample(self.name, index, upright(frame), self._encoding, self._quality, arrived_s)
+                yield image_sample(self.name, index, to_upright_image(frame), self._encoding, self._quality, arrived_s)
                 index += 1
         finally:
             self.close()
@@ -86,7 +86,7 @@ class Camera(Source):
 
     def _read(self, container: InputContainer | None) -> None:
         """The reader thread: decode all that comes, keep the newest, open again what ended, until closed."""
-        wait_s = FIRST_RETRY_S
+        wait_s = BACKOFF_INITIAL_S
         while container is not None:
             frames = 0
             reason = "the stream ended"
@@ -100,7 +100,7 @@ class Camera(Source):
                 container.close()
             if not self._closed.is_set():
                 log.warning("camera %s: %s after %d frames; opening it again", self.device, reason, frames)
-            wait_s = FIRST_RETRY_S if frames else min(2 * wait_s, LONGEST_RETRY_S)
+            wait_s = BACKOFF_INITIAL_S if frames else min(2 * wait_s, BACKOFF_MAX_S)
             container = self._reopen(wait_s)
 
     def _decode(self, container: InputContainer) -> Iterator[av.VideoFrame]:
@@ -123,7 +123,7 @@ class Camera(Source):
             try:
                 return self._open()
             except CameraUnavailable as error:
-                wait_s = min(2 * wait_s, LONGEST_RETRY_S)
+                wait_s = min(2 * wait_s, BACKOFF_MAX_S)
                 log.info("%s; trying again in %.1f s", error, wait_s)
         return None
 

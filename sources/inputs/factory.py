@@ -8,15 +8,15 @@ from typing import Any
 
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
-from brokers.process.import_string import CannotLoad, load_named, told
+from brokers.process.import_string import CannotLoad, describe_exception, import_string
 from sources.datasets.dataset import Dataset
 from sources.datasets.validation import CheckedDataset
 from sources.errors import BadSetting, BadSourceClass, UnknownSource
 from sources.inputs.demo_videos import find_video
 from sources.inputs.source import Source
 
-DATASETS = ("digits", "cifar10")
-KINDS = ("video", "images", "camera", *DATASETS, "ingress")  # the last is the gateway's: it makes no source
+DATASET_KINDS = ("digits", "cifar10")
+SOURCE_KINDS = ("video", "images", "camera", *DATASET_KINDS, "ingress")  # the last is the gateway's: it makes no source
 
 
 def make_source(table: SourceTable, base: Path) -> Source:
@@ -31,24 +31,24 @@ def make_source(table: SourceTable, base: Path) -> Source:
 
         device = 0 if table.device is None else table.device
         return Camera(device, name=name, limit=table.limit, encoding=table.encoding, quality=table.quality)
-    if kind in DATASETS:
-        from sources.inputs.test_set import HeldOut
+    if kind in DATASET_KINDS:
+        from sources.inputs.test_set import DatasetSource
 
-        return HeldOut(make_dataset(table, base), name=name, limit=table.limit, loop=table.loop)
+        return DatasetSource(make_dataset(table, base), name=name, limit=table.limit, loop=table.loop)
     if kind in ("video", "images") and not table.path:
         what = "file" if kind == "video" else "folder"
         raise BadSetting("path", table.path, f"the {what} to read for kind {kind!r}")
     if kind == "video":
         return _video(table, base)
     if kind == "images":
-        from sources.inputs.images import PictureFolder
+        from sources.inputs.images import ImageFolder
 
         folder = base / Path(str(table.path)).expanduser()
-        return PictureFolder(folder, table.pattern, name=name, limit=table.limit, loop=table.loop)
+        return ImageFolder(folder, table.pattern, name=name, limit=table.limit, loop=table.loop)
     if ":" in kind:
         source: Source = _own(kind, base, (name,), table.settings, ("samples", "close", "name"), Source)
         return source
-    raise UnknownSource(kind, KINDS)
+    raise UnknownSource(kind, SOURCE_KINDS)
 
 
 def make_dataset(table: SourceTable, base: Path) -> Dataset:
@@ -70,7 +70,7 @@ def make_dataset(table: SourceTable, base: Path) -> Dataset:
     if ":" in kind:
         dataset = _own(kind, base, (), table.settings, ("name", "classes", "mirrors", "train", "test"), Dataset)
         return CheckedDataset(dataset, kind, base, table.limit)
-    raise UnknownSource(kind, DATASETS)
+    raise UnknownSource(kind, DATASET_KINDS)
 
 
 def _video(table: SourceTable, base: Path) -> Source:
@@ -97,7 +97,7 @@ def _own(
 ) -> Any:
     """What a class of the user's own makes, which must have the attributes of the protocol."""
     try:
-        make = load_named(target, base)
+        make = import_string(target, base)
     except CannotLoad as error:
         raise BadSourceClass(target, error.problem) from error
     try:
@@ -105,7 +105,7 @@ def _own(
     except UsageError:
         raise
     except Exception as error:  # whatever a user's own code raises, its author needs to see: which class, and what
-        raise BadSourceClass(target, told(error, base)) from error
+        raise BadSourceClass(target, describe_exception(error, base)) from error
     for attribute in attributes:
         if not hasattr(made, attribute):
             raise BadSourceClass(target, f"has no {attribute!r}: see {looks_like.__module__}.{looks_like.__name__}")

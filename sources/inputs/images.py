@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from brokers.protocol.messages import JPEG, PNG
 from sources.errors import NoPictures, NoSuchFile
-from sources.inputs.sample import Sample, decode_picture
+from sources.inputs.sample import Sample, decode_image
 from sources.inputs.source import Source
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _CONTENT_TYPES = {"JPEG": JPEG, "PNG": PNG}
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-class PictureFolder(Source):
+class ImageFolder(Source):
     """The JPEG and PNG files of a folder, or one file, in the order of their names (`2.jpg` before `10.jpg`).
 
     `pattern` is a glob below the folder, such as `"**/*.jpg"`; left out, the JPEG and PNG files in the folder itself.
@@ -86,7 +86,7 @@ class PictureFolder(Source):
         if content_type is None:
             self._leave_out(file, "expected JPEG or PNG")
             return None
-        return Sample(self.name, index, data, content_type, functools.partial(decode_picture, data))
+        return Sample(self.name, index, data, content_type, functools.partial(decode_image, data))
 
     def _leave_out(self, file: Path, reason: str) -> None:
         self.unreadable += 1

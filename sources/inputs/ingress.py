@@ -17,14 +17,14 @@ from typing import Any
 from brokers.config.pipeline_file import Pipeline
 from brokers.errors import WireError
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.client_identity import transport_to
-from brokers.protocol.media_type import content_type_of, decode_content
+from brokers.mqtt.client_identity import create_transport
+from brokers.protocol.media_type import decode_content, detect_content_type
 from brokers.protocol.messages import JPEG, PNG, SAFETENSORS
-from brokers.protocol.topics import ingress, last_level
-from brokers.protocol.traceparent import TRACEPARENT, from_text
+from brokers.protocol.topics import ingress_topic, last_level
+from brokers.protocol.traceparent import TRACEPARENT, parse_traceparent
 from brokers.protocol.transport import Delivery, Transport
-from sources.inputs.sample import Sample, decode_picture
-from sources.inputs.sample_buffer import Intake
+from sources.inputs.sample import Sample, decode_image
+from sources.inputs.sample_buffer import SampleBuffer
 
 log = logging.getLogger(__name__)
 
@@ -34,26 +34,26 @@ REFUSALS_LIMIT = 64
 NAME_LIMIT_BYTES = 256
 
 # How long the broker keeps what comes for a gateway that is away.
-KEPT_S = 24 * 3600
+SESSION_EXPIRY_S = 24 * 3600
 
 # Tells a source why; returns whether that is done with.
-Refuse = Callable[[str, dict[str, Any]], Awaitable[bool]]
+RejectCallback = Callable[[str, dict[str, Any]], Awaitable[bool]]
 
 
-def session(pipeline: Pipeline, address: str) -> MqttTransport:
+def create_session_transport(pipeline: Pipeline, address: str) -> MqttTransport:
     """The line of a complete gateway, not yet connected."""
     name = f"gateway.{pipeline.source.site}.{pipeline.name}.{pipeline.source.name}"
-    return transport_to(address, client_id=name, session_expiry_s=KEPT_S)
+    return create_transport(address, client_id=name, session_expiry_s=SESSION_EXPIRY_S)
 
 
-class Gateway:
+class IngressGateway:
     """Turns what is published to a site's ingress into samples; what is none is answered on the results topic.
 
     `complete`: the transport is one with a session, and the gateway's own; each sample is to be settled.
     """
 
     def __init__(
-        self, transport: Transport, site: str, intake: Intake, refuse: Refuse, *, complete: bool = False
+        self, transport: Transport, site: str, intake: SampleBuffer, refuse: RejectCallback, *, durable: bool = False
     ) -> None:
         self.counters: Counter[str] = Counter()
         self._next_index: OrderedDict[str, int] = OrderedDict()
@@ -61,23 +61,23 @@ class Gateway:
         self._site = site
         self._intake = intake
         self._refuse = refuse
-        self._complete = complete
+        self._complete = durable
         self._closed = False
         self._refusals: set[asyncio.Task[None]] = set()
 
-    async def open(self) -> None:
-        await self._transport.subscribe(ingress(self._site), self._heard, qos=1, settle=self._complete)
+    async def start(self) -> None:
+        await self._transport.subscribe(ingress_topic(self._site), self._heard, qos=1, manual_ack=self._complete)
         if self._complete:  # what the broker has kept comes at once
             await self._transport.connect()
 
-    async def close(self) -> None:
+    async def drain(self) -> None:
         """Take no more; those that wait in the intake are still worked on."""
         self._closed = True
         if not self._complete:  # else the broker is to keep what comes from now on
-            await self._transport.unsubscribe(ingress(self._site))
-        self._intake.end()
+            await self._transport.unsubscribe(ingress_topic(self._site))
+        self._intake.close()
 
-    async def leave(self) -> None:
+    async def stop(self) -> None:
         """Say goodbye, once what was settled is all that will be."""
         if self._complete:
             await self._transport.close()
@@ -96,22 +96,22 @@ class Gateway:
             return
         index = self._index(source)
         try:
-            self._intake.offer(sample_of(source, index, delivery))
+            self._intake.put_nowait(sample_from_delivery(source, index, delivery))
         except WireError as error:
             self.counters["refused"] += 1
             log.warning("refused a frame of %s: %s: %s", source, type(error).__name__, error)
-            if len(self._refusals) >= REFUSALS_LIMIT and delivery.settle is None:
+            if len(self._refusals) >= REFUSALS_LIMIT and delivery.ack is None:
                 return
             refusal = {"source": source, "index": index, "error": type(error).__name__, "reason": str(error)}
-            telling = self._tell(source, refusal, delivery.settle)
+            telling = self._tell(source, refusal, delivery.ack)
             task = asyncio.get_running_loop().create_task(telling, name=f"refuse-{source}")
             self._refusals.add(task)
             task.add_done_callback(self._refusals.discard)
 
     def _pass_over(self, why: str, delivery: Delivery) -> None:
         self.counters[why] += 1
-        if delivery.settle:
-            delivery.settle()
+        if delivery.ack:
+            delivery.ack()
 
     def _index(self, source: str) -> int:
         """The number of this sample among those of its source."""
@@ -126,13 +126,13 @@ class Gateway:
             settle()
 
 
-def sample_of(source: str, index: int, delivery: Delivery) -> Sample:
+def sample_from_delivery(source: str, index: int, delivery: Delivery) -> Sample:
     """The sample in a publication. It stays the bytes it came as: a picture is decoded by the stage that takes it."""
-    content_type = content_type_of(delivery.properties.content_type, delivery.payload)
+    content_type = detect_content_type(delivery.properties.content_type, delivery.payload)
     if content_type == SAFETENSORS:
         decode_content(content_type, delivery.payload)  # what is broken is refused here, where its source is known
     data = bytes(delivery.payload)
-    picture = (lambda: decode_picture(data)) if content_type in (JPEG, PNG) else None
-    trace = from_text(dict(delivery.properties.user).get(TRACEPARENT))
-    settle, again = delivery.settle, delivery.again
-    return Sample(source, index, data, content_type, picture, settle=settle, again=again, trace=trace)
+    picture = (lambda: decode_image(data)) if content_type in (JPEG, PNG) else None
+    trace = parse_traceparent(dict(delivery.properties.user_properties).get(TRACEPARENT))
+    settle, again = delivery.ack, delivery.redelivered
+    return Sample(source, index, data, content_type, picture, ack=settle, redelivered=again, trace=trace)

@@ -15,11 +15,11 @@ from PIL import Image, ImageOps
 from brokers.protocol.messages import JPEG, SAFETENSORS
 from brokers.protocol.traceparent import TraceContext
 
-Picture = NDArray[numpy.uint8]  # (H, W, 3), red, green, blue
+RgbImage = NDArray[numpy.uint8]  # (H, W, 3), red, green, blue
 Encoding = Literal["jpeg", "raw"]
 Pace = Literal["max", "native"]
 
-PICTURE_TENSOR = "picture"  # the name under which a raw picture travels
+RAW_IMAGE_TENSOR = "picture"  # the name under which a raw picture travels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,12 +36,12 @@ class Sample:
     index: int
     payload: bytes | Mapping[str, NDArray[Any]]
     content_type: str
-    picture: Callable[[], Picture] | None = None
+    load_image: Callable[[], RgbImage] | None = None
     timestamp_s: float = field(
         default_factory=time.monotonic
     )  # when it was captured, by this machine's monotonic clock
-    settle: Callable[[], None] | None = None
-    again: bool = False
+    ack: Callable[[], None] | None = None
+    redelivered: bool = False
     trace: TraceContext | None = None
 
     @property
@@ -52,19 +52,19 @@ class Sample:
         return sum(array.nbytes for array in self.payload.values())
 
 
-def picture_sample(
-    source: str, index: int, picture: Picture, encoding: Encoding, quality: int, timestamp_s: float | None = None
+def image_sample(
+    source: str, index: int, picture: RgbImage, encoding: Encoding, quality: int, timestamp_s: float | None = None
 ) -> Sample:
     """Return a sample of a decoded picture (H, W, 3), captured now or at `timestamp_s`: as a JPEG, or as its pixels."""
     captured_s = time.monotonic() if timestamp_s is None else timestamp_s
     if encoding == "raw":
-        return Sample(source, index, {PICTURE_TENSOR: picture}, SAFETENSORS, lambda: picture, captured_s)
+        return Sample(source, index, {RAW_IMAGE_TENSOR: picture}, SAFETENSORS, lambda: picture, captured_s)
     body = io.BytesIO()
     Image.fromarray(picture).save(body, "JPEG", quality=quality)
     return Sample(source, index, body.getvalue(), JPEG, lambda: picture, captured_s)
 
 
-def decode_picture(data: bytes) -> Picture:
+def decode_image(data: bytes) -> RgbImage:
     """Return the pixels (H, W, 3) of a picture file, upright as its EXIF says, which is how stages see it too."""
     with Image.open(io.BytesIO(data)) as stored:
         image = ImageOps.exif_transpose(stored)

@@ -14,7 +14,7 @@ BACKLOG_LIMIT = 1024
 BACKLOG_LIMIT_BYTES = 256 << 20
 
 
-class Intake:
+class SampleBuffer:
     """A bounded buffer between whoever makes samples and whoever sends them. Used from one loop."""
 
     def __init__(self, keep: Literal["all", "latest"]) -> None:
@@ -33,12 +33,12 @@ class Intake:
             self._add(sample)
             self._changed.notify_all()
 
-    def offer(self, sample: Sample) -> None:
+    def put_nowait(self, sample: Sample) -> None:
         """Hand in a sample of a source that cannot wait: what it displaces is dropped, and counted."""
         self._add(sample)
         self._wake()
 
-    async def take(self) -> Sample | None:
+    async def get(self) -> Sample | None:
         """The sample whose turn it is; None when no more will come."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._waiting or self._ended)
@@ -48,7 +48,7 @@ class Intake:
             self._changed.notify_all()
             return sample
 
-    def end(self) -> None:
+    def close(self) -> None:
         """No more samples will come; those that wait are still given out."""
         self._ended = True
         self._wake()
@@ -62,7 +62,7 @@ class Intake:
         self._waiting[key] = sample
         self._count(sample, 1)
         while self._loose > BACKLOG_LIMIT or (self._loose_bytes > BACKLOG_LIMIT_BYTES and self._loose > 1):
-            oldest = next(key for key, waiting in self._waiting.items() if waiting.settle is None)
+            oldest = next(key for key, waiting in self._waiting.items() if waiting.ack is None)
             self._count(self._waiting.pop(oldest), -1)
             self.dropped["backlog_full"] += 1
 
@@ -72,7 +72,7 @@ class Intake:
         return sample
 
     def _count(self, sample: Sample, one: Literal[1, -1]) -> None:
-        if sample.settle is None:
+        if sample.ack is None:
             self._loose += one
             self._loose_bytes += one * sample.nbytes
 

@@ -12,16 +12,16 @@ from PIL import Image
 
 from brokers.protocol.messages import PNG
 from sources.datasets.dataset import Dataset
-from sources.inputs.sample import Picture, Sample
+from sources.inputs.sample import RgbImage, Sample
 from sources.inputs.source import Source
 
 
-class HeldOut(Source):
+class DatasetSource(Source):
     """The pictures that a data set keeps for testing, in its order, as PNG. Raises what its `test` raises."""
 
     def __init__(self, dataset: Dataset, *, name: str, limit: int | None = None, loop: bool = False) -> None:
         self.name = name
-        self._pictures = dataset.test().pictures.transpose(0, 2, 3, 1)  # (N, H, W, 3)
+        self._pictures = dataset.test().inputs.transpose(0, 2, 3, 1)  # (N, H, W, 3)
         self._count = limit if loop else min(len(self._pictures), limit or len(self._pictures))  # None: without end
         self._closed = threading.Event()
 
@@ -36,11 +36,11 @@ class HeldOut(Source):
         self._closed.set()
 
 
-def _itself(picture: Picture) -> Picture:
+def _itself(picture: RgbImage) -> RgbImage:
     return picture
 
 
-def _png(picture: Picture) -> bytes:
+def _png(picture: RgbImage) -> bytes:
     body = io.BytesIO()
     Image.fromarray(picture).save(body, "PNG")
     return body.getvalue()

@@ -15,7 +15,7 @@ import numpy
 from av.container import InputContainer
 
 from sources.errors import NoSuchFile, NotAVideo, NoVideoStream
-from sources.inputs.sample import Encoding, Pace, Picture, Sample, picture_sample
+from sources.inputs.sample import Encoding, Pace, RgbImage, Sample, image_sample
 from sources.inputs.source import Source
 
 log = logging.getLogger(__name__)
@@ -49,14 +49,14 @@ class VideoFile(Source):
         with _open(self.path) as container:  # a bad file is told of before anything is started for it
             stream = container.streams.video[0]
             self.frames_per_s = float(stream.average_rate or DEFAULT_FRAMES_PER_S)
-            self.frames = stream.frames or None  # as the header says; None when it does not
+            self.frame_count = stream.frames or None  # as the header says; None when it does not
 
     @property
     def count(self) -> int | None:
         """How many samples will come, as far as the file's header tells; None: unknown or without end."""
-        if self._loop or self.frames is None:
+        if self._loop or self.frame_count is None:
             return self._limit
-        return self.frames if self._limit is None else min(self.frames, self._limit)
+        return self.frame_count if self._limit is None else min(self.frame_count, self._limit)
 
     def samples(self) -> Iterator[Sample]:
         started_s = time.monotonic()
@@ -67,12 +67,12 @@ class VideoFile(Source):
                 self._closed.wait(max(0.0, started_s + index / self.frames_per_s - time.monotonic()))
             if self._closed.is_set():
                 return
-            yield picture_sample(self.name, index, picture, self._encoding, self._quality)
+            yield image_sample(self.name, index, picture, self._encoding, self._quality)
 
     def close(self) -> None:
         self._closed.set()
 
-    def _pictures(self) -> Iterator[Picture]:
+    def _pictures(self) -> Iterator[RgbImage]:
         while True:
             decoded = 0
             with _open(self.path) as container:
@@ -84,7 +84,7 @@ class VideoFile(Source):
             if not self._loop:
                 return
 
-    def _decode(self, container: InputContainer) -> Iterator[Picture]:
+    def _decode(self, container: InputContainer) -> Iterator[RgbImage]:
         for packet in container.demux(container.streams.video[0]):
             try:
                 frames = packet.decode()
@@ -93,12 +93,12 @@ class VideoFile(Source):
                 log.warning("%s: one frame cannot be decoded: %s", self.path, error.strerror)
                 continue
             for frame in frames:
-                yield upright(frame)
+                yield to_upright_image(frame)
 
 
-def upright(frame: av.VideoFrame) -> Picture:
+def to_upright_image(frame: av.VideoFrame) -> RgbImage:
     """Return the pixels (H, W, 3) of a frame, turned as its file says it is to be shown (telephones film sideways)."""
-    picture: Picture = frame.to_ndarray(format="rgb24").astype(numpy.uint8, copy=False)
+    picture: RgbImage = frame.to_ndarray(format="rgb24").astype(numpy.uint8, copy=False)
     quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, as numpy counts them
     return numpy.ascontiguousarray(numpy.rot90(picture, quarter_turns)) if quarter_turns else picture
 

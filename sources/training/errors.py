@@ -81,7 +81,7 @@ class OtherSettings(UsageError):
 
 
 @dataclass(eq=False)
-class SourceTwin(UsageError):
+class DuplicateSource(UsageError):
     """A source of this name trains the pipeline."""
 
     source: str

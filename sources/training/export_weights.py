@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from brokers.protocol.messages import Body
+from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import pack
 
-MODEL = "model.safetensors"
-PARTS = "parts"
+MODEL_FILE = "model.safetensors"
+PARTS_FOLDER = "parts"
 
 
-def write_weights(folder: Path, parts: Mapping[str, Body]) -> dict[str, str]:
+def write_weights(folder: Path, parts: Mapping[str, TensorContent]) -> dict[str, str]:
     """Write `parts/STAGE.safetensors` for each stage, and `model.safetensors`; return what was written, by kind.
 
     Raises `OSError`; a file is there as a whole or not at all.
     """
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
     for stage, body in parts.items():
-        _write(folder / PARTS / f"{stage}.safetensors", body)
+        _write(folder / PARTS_FOLDER / f"{stage}.safetensors", body)
     joined = {name: tensor for body in parts.values() for name, tensor in body.tensors.items()}
-    _write(folder / MODEL, Body(joined))
-    return {"model": MODEL, "parts": f"{PARTS}/"}
+    _write(folder / MODEL_FILE, TensorContent(joined))
+    return {"model": MODEL_FILE, "parts": f"{PARTS_FOLDER}/"}
 
 
-def _write(path: Path, body: Body) -> None:
+def _write(path: Path, body: TensorContent) -> None:
     """The bytes of a body are those of a safetensors file."""
     partial = path.with_name(f".{path.name}.part")
     try:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy
 from numpy.typing import NDArray
 
-from sources.jsonl import write_whole
-from sources.training.history import History, Point
+from sources.jsonl import write_atomic
+from sources.training.history import CurvePoint, TrainingHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ _TICKS = [1, 2, 5, 10]
 _Values = NDArray[numpy.float64]  # (N,), one for each point of a curve
 
 
-def draw_curves(history: History, path: Path, title: str) -> None:
+def plot_learning_curves(history: TrainingHistory, path: Path, title: str) -> None:
     """Write a PNG picture of 1200 x 900 pixels; raise `ImportError` without matplotlib, `OSError` without room."""
     from matplotlib.figure import Figure  # not pyplot: that has one state for all threads, and looks for a screen
 
@@ -45,7 +45,7 @@ def draw_curves(history: History, path: Path, title: str) -> None:
         accuracy = figure.add_axes((0.08, first, 0.77, tall))
         _draw_accuracy(accuracy, history)
     loss = figure.add_axes((0.08, high - tall, 0.77, tall))
-    _draw_curve(loss, "loss", history.training.drawn, history.testing.drawn, "{:.3f}")
+    _draw_curve(loss, "loss", history.train_curve.plot_points, history.test_curve.plot_points, "{:.3f}")
     curves = [loss, accuracy] if accurate else [loss]
     for axes in curves:
         _draw_returns(axes, history, said=axes is loss)
@@ -56,10 +56,10 @@ def draw_curves(history: History, path: Path, title: str) -> None:
     figure.text(0.08, 0.965, title, size=15, weight="bold", parse_math=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    write_whole(path, picture.getvalue())
+    write_atomic(path, picture.getvalue())
 
 
-def _draw_curve(axes: Axes, what: str, points: Sequence[Point], tests: Sequence[Point], form: str) -> None:
+def _draw_curve(axes: Axes, what: str, points: Sequence[CurvePoint], tests: Sequence[CurvePoint], form: str) -> None:
     """What each step had, thin; its course, thick; what the evaluations found; and the last of each in the legend."""
     axes.set_ylabel(what)
     if points:
@@ -76,35 +76,35 @@ def _draw_curve(axes: Axes, what: str, points: Sequence[Point], tests: Sequence[
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03), frameon=False)
 
 
-def _has_accuracy(history: History) -> bool:
+def _has_accuracy(history: TrainingHistory) -> bool:
     """Whether the loss is one that has an accuracy; a run of which there is nothing yet has room for it."""
-    points = [*history.training.points, *history.testing.points]
+    points = [*history.train_curve.points, *history.test_curve.points]
     return not points or any(point.accuracy is not None for point in points)
 
 
-def _draw_accuracy(axes: Axes, history: History) -> None:
-    points = [point for point in history.training.drawn if point.accuracy is not None]
-    tests = [point for point in history.testing.drawn if point.accuracy is not None]
+def _draw_accuracy(axes: Axes, history: TrainingHistory) -> None:
+    points = [point for point in history.train_curve.plot_points if point.accuracy is not None]
+    tests = [point for point in history.test_curve.plot_points if point.accuracy is not None]
     _draw_curve(axes, "accuracy", points, tests, "{:.1%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
-    best, last = history.best, tests[-1].accuracy if tests else None
+    best, last = history.best_test, tests[-1].accuracy if tests else None
     if best is not None and best.accuracy is not None and last is not None and best.accuracy > last:
         said = f"best {best.accuracy:.1%}\nat step {best.step}"
         axes.text(1.055, 0.8, said, transform=axes.transAxes, color=_ORANGE, linespacing=1.5, va="top")
 
 
-def _draw_returns(axes: Axes, history: History, *, said: bool) -> None:
+def _draw_returns(axes: Axes, history: TrainingHistory, *, said: bool) -> None:
     """A dashed line where training had to go back, and a grey band over the steps that were done again."""
-    count = len(history.returns)
-    for number, found in enumerate(history.returns):
+    count = len(history.rollbacks)
+    for number, found in enumerate(history.rollbacks):
         axes.axvspan(found.step, found.from_step, color=_FAINT, alpha=0.3, linewidth=0)
         axes.axvline(found.from_step, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)))
         if not said or count > _NUMBERED:
             continue
         text = f"back {found.from_step - found.step}"
-        if count <= _REASONED and found.why:
-            text = f"{text} steps: {found.why[:40]}"
-        leftwards = found.from_step > 0.75 * history.furthest  # else it would run into the margin
+        if count <= _REASONED and found.reason:
+            text = f"{text} steps: {found.reason[:40]}"
+        leftwards = found.from_step > 0.75 * history.max_step  # else it would run into the margin
         axes.annotate(
             text,
             (found.from_step, 0.98 - 0.08 * (number % 3)),  # neighbours do not write over each other
@@ -119,25 +119,25 @@ def _draw_returns(axes: Axes, history: History, *, said: bool) -> None:
         )
 
 
-def _draw_steps(axes: Axes, history: History, *, said: bool) -> None:
+def _draw_steps(axes: Axes, history: TrainingHistory, *, said: bool) -> None:
     """One scale of steps for all curves, written at the last of them."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlim(0, max(history.furthest, 1))
+    axes.set_xlim(0, max(history.max_step, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_TICKS))
     axes.tick_params(labelbottom=said)
     if said:
         axes.set_xlabel("step")
 
 
-def _draw_epochs(axes: Axes, history: History) -> None:
+def _draw_epochs(axes: Axes, history: TrainingHistory) -> None:
     """Where epochs end, above; nothing before the first has ended."""
     from matplotlib.ticker import MaxNLocator
 
-    last = history.training.last
-    if not history.epochs or last is None or last.step * history.epochs < history.steps:
+    last = history.train_curve.last
+    if not history.total_epochs or last is None or last.step * history.total_epochs < history.total_steps:
         return
-    of_epoch = history.steps / history.epochs
+    of_epoch = history.total_steps / history.total_epochs
 
     def to_epoch(step: Any) -> Any:
         return step / of_epoch
@@ -152,12 +152,12 @@ def _draw_epochs(axes: Axes, history: History) -> None:
     above.spines["top"].set_color(_FAINT)
 
 
-def _bars(history: History) -> dict[str, dict[str, float]]:
+def _bars(history: TrainingHistory) -> dict[str, dict[str, float]]:
     """What the mean step had of each kind of time, in ms, for each stage and for the network."""
-    stages, done = history.stages, max(1, history.done)
+    stages, done = history.stage_totals, max(1, history.executed_steps)
     found = {}
-    for name in stages.names():
-        kinds = {kind: sum(stages.sum(name, key) for key in keys) / done for kind, (_, keys) in _KINDS.items()}
+    for name in stages.stage_names():
+        kinds = {kind: sum(stages.total(name, key) for key in keys) / done for kind, (_, keys) in _KINDS.items()}
         # Compute that is neither forward nor backward is the optimizer's.
         kinds["update"] = max(0.0, kinds["update"] - kinds["forward"] - kinds["backward"])
         found[name] = kinds
@@ -176,7 +176,7 @@ _KINDS = {
 }
 
 
-def _draw_time(axes: Axes, history: History, bars: dict[str, dict[str, float]]) -> None:
+def _draw_time(axes: Axes, history: TrainingHistory, bars: dict[str, dict[str, float]]) -> None:
     axes.set_title("time of a step, mean in ms", loc="left", size=10)
     names = list(bars)
     left = numpy.zeros(len(bars))
@@ -188,12 +188,12 @@ def _draw_time(axes: Axes, history: History, bars: dict[str, dict[str, float]]) 
     for row, width in enumerate(left):
         axes.text(width, row, f" {width:.0f}" if width >= 10 else f" {width:.1f}", va="center", size=9, color=_GREY)
     axes.invert_yaxis()
-    if history.stages.names():
+    if history.stage_totals.stage_names():
         axes.legend(loc="lower right", bbox_to_anchor=(1.01, 0.97), ncols=5, frameon=False, fontsize=9)
     _clean(axes, "x")
 
 
-def _numbers(points: Sequence[Point], what: str) -> tuple[_Values, _Values]:
+def _numbers(points: Sequence[CurvePoint], what: str) -> tuple[_Values, _Values]:
     steps, values = [point.step for point in points], [getattr(point, what) for point in points]
     return numpy.array(steps, dtype=float), numpy.array(values, dtype=float)
 

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from sources.inference.run_folder import write_summary
-from sources.jsonl import Lines, read_lines
-from sources.training.history import History
-from sources.training.learning_curves import draw_curves
+from sources.jsonl import JsonlWriter, read_jsonl
+from sources.training.history import TrainingHistory
+from sources.training.learning_curves import plot_learning_curves
 
 log = logging.getLogger(__name__)
 
-EVENTS = "training.jsonl"
-CURVES = "training.png"
+EVENTS_FILE = "training.jsonl"
+CURVES_FILE = "training.png"
 
 
-class TrainingFolder:
+class TrainingRunFolder:
     """Takes events as they happen. In a folder that has some already, which is a run that is resumed, they go on.
 
     A run is worth more than its record: where there is no room for a line, a warning says so, and training goes on.
@@ -26,21 +26,21 @@ class TrainingFolder:
 
     def __init__(self, folder: Path, title: str, pictures: bool) -> None:
         self.folder = folder
-        self._lines = Lines(folder / EVENTS)
+        self._lines = JsonlWriter(folder / EVENTS_FILE)
         self._title = title
         self._pictures = pictures
-        self._history = History.of(self.earlier())
+        self._history = TrainingHistory.from_events(self.recorded_events())
         self._unwritten = 0
 
-    def earlier(self) -> Iterator[dict[str, Any]]:
+    def recorded_events(self) -> Iterator[dict[str, Any]]:
         """The events that are in the record: those of the run so far, for one that goes on with it to count them."""
-        return read_lines(self.folder / EVENTS)
+        return read_jsonl(self.folder / EVENTS_FILE)
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Keep one event."""
         self._history.add(event)
         try:
-            self._lines.add(event)
+            self._lines.append(event)
         except OSError as error:
             self._unwritten += 1
             if self._unwritten == 1:
@@ -51,7 +51,7 @@ class TrainingFolder:
         self._lines.close()
         if self._unwritten:
             log.warning("%s: %d events are missing", self._lines.path, self._unwritten)
-        files = {**summary.get("files", {}), "events": EVENTS, **self._draw()}
+        files = {**summary.get("files", {}), "events": EVENTS_FILE, **self._draw()}
         return write_summary(self.folder, summary, files)
 
     def close(self) -> None:
@@ -59,14 +59,14 @@ class TrainingFolder:
         self._lines.close()
 
     def _draw(self) -> dict[str, str]:
-        if not self._pictures or not self._history.done:
+        if not self._pictures or not self._history.executed_steps:
             return {}
         try:
-            draw_curves(self._history, self.folder / CURVES, self._title)
+            plot_learning_curves(self._history, self.folder / CURVES_FILE, self._title)
         except ImportError as error:
             log.warning("the curves are not drawn, %s: install the extra 'train' of sparse-mqtt", error)
             return {}
         except OSError as error:  # the events are there: no run is lost for want of its picture
             log.warning("the curves could not be written: %s", error)
             return {}
-        return {"curves": CURVES}
+        return {"curves": CURVES_FILE}

@@ -6,15 +6,15 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sources.stage_totals import StageSums, percentiles
-from sources.training.history import STAGE_BYTES, STAGE_TIMES, add_stage_times
+from sources.stage_totals import StageTotals, percentiles
+from sources.training.history import STAGE_BYTE_KEYS, STAGE_TIME_KEYS, add_stage_times
 
 # Means of an epoch and percentiles are of its last so many steps: memory stays flat however long it trains.
 _STEPS = 10_000
 _DIGITS = 6
 
 
-class _Step(NamedTuple):
+class _StepRecord(NamedTuple):
     step: int
     epoch: int
     rows: int
@@ -23,13 +23,13 @@ class _Step(NamedTuple):
     step_ms: float
 
 
-class TrainingTally:
+class TrainingRunStats:
     """What a run came to. A step that was done again counts once in what was learned, each time in what was asked."""
 
     def __init__(self, pipeline: str) -> None:
         self._pipeline = pipeline
-        self._stages = StageSums()
-        self._steps: deque[_Step] = deque(maxlen=_STEPS)
+        self._stages = StageTotals()
+        self._steps: deque[_StepRecord] = deque(maxlen=_STEPS)
         self._furthest = 0  # step that was ever done
         self._micro_batches = self._micro_batches_again = self._rows = self._steps_again = self._rolled_back = 0
         self._warm_rows, self._warm_ms = 0, 0.0
@@ -54,7 +54,7 @@ class TrainingTally:
                 self._failures[event["error"]] += 1
 
     def _step(self, event: Mapping[str, Any]) -> None:
-        found = _Step(
+        found = _StepRecord(
             event["step"], event["epoch"], event["rows"], event["loss"], event.get("accuracy"), event["step_ms"]
         )
         micro_batches = event.get("micro_batches", 1)
@@ -106,7 +106,7 @@ class TrainingTally:
             "repeated_steps": self._steps_again,
             "step_ms": percentiles([step.step_ms for step in self._steps]),
             "idle_ms": round(self._idle_ms / self._done, 3) if self._done else 0.0,
-            "stages": self._stages.summary(order, STAGE_TIMES, STAGE_BYTES),
+            "stages": self._stages.summary(order, STAGE_TIME_KEYS, STAGE_BYTE_KEYS),
         }
 
     def _throughput(self) -> float:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.pipeline_file import blaming, load_pipeline
+from brokers.config.pipeline_file import add_error_context, load_pipeline
 
 
 def command(
@@ -27,12 +27,12 @@ def command(
     Example: sparse cuts examples/street.toml
     """
     pipeline = load_pipeline(file)
-    with blaming(pipeline):
-        from stages.partition.cut_sizes import every_cut, find_cuts, rows
+    with add_error_context(pipeline):
+        from stages.partition.cut_sizes import measure_all_cuts, measure_cuts, rows_per_message
 
-        found = every_cut(pipeline) if every else find_cuts(pipeline)
+        found = measure_all_cuts(pipeline) if every else measure_cuts(pipeline)
     if json:
-        answer = {"pipeline": pipeline.name, "rows": rows(pipeline), "cuts": [asdict(cut) for cut in found]}
+        answer = {"pipeline": pipeline.name, "rows": rows_per_message(pipeline), "cuts": [asdict(cut) for cut in found]}
         print(jsonlib.dumps(answer))  # noqa: T201 - the answer
         return 0
     for cut in found:

@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, blaming, broker_address, load_pipeline
-from brokers.config.schema import LOCAL, StageTable
+from brokers.config.pipeline_file import Pipeline, add_error_context, load_pipeline, resolve_broker_address
+from brokers.config.schema import LOCAL_SITE, StageTable
 from brokers.errors import NoBroker
-from brokers.process.shutdown import STOPPED, Leaving, end_with_parent
-from brokers.protocol.topics import checked_name
-from brokers.telemetry.client import EventClient, client_from
+from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
+from brokers.protocol.topics import validate_name
+from brokers.telemetry.client import EventClient, event_client_from_environment
 from stages.executor import TaskExecutor, load_executor
 
 if TYPE_CHECKING:
     from brokers.protocol.transport import Transport
-    from stages.training.worker import Trainer
-    from stages.worker.worker import Worker
+    from stages.training.worker import TrainingWorker
+    from stages.worker.worker import InferenceWorker
 
-    Make = Callable[[Transport], Worker | Trainer]
+    WorkerFactory = Callable[[Transport], InferenceWorker | TrainingWorker]
 
 
 def command(
@@ -52,18 +52,21 @@ def command(
     """
     pipeline = load_pipeline(file)
     stage = pipeline.find_stage(name)
-    address = broker_address(pipeline, stage.site, broker, handed=with_parent)
+    address = resolve_broker_address(pipeline, stage.site, broker, from_parent=with_parent)
     if address is None:
         raise NoBroker(str(file), stage.site)
-    worker_id = checked_name("worker", worker or f"{platform.node()[:40] or LOCAL}-{os.getpid()}")
+    worker_id = validate_name("worker", worker or f"{platform.node()[:40] or LOCAL_SITE}-{os.getpid()}")
     # The ending is another each time: a broker ends the connection of a client whose id comes again, and a worker that
     # is up would be thrown out by its twin before that can be refused.
     client_id = f"{pipeline.name}.{stage.name}.{worker_id}.{secrets.token_hex(4)}"
     count = threads or stage.threads or 1
     transport = _transport(address, client_id)
     where = {"site": stage.site, "pipeline": pipeline.name, "stage": stage.name}
-    with blaming(pipeline), client_from(os.environ, "stage", worker_id, **where, worker=worker_id) as events:
-        if pipeline.trains:
+    with (
+        add_error_context(pipeline),
+        event_client_from_environment(os.environ, "stage", worker_id, **where, worker=worker_id) as events,
+    ):
+        if pipeline.is_training:
             make = _trainer(pipeline, stage, worker_id, count, checkpoints, events)
         else:
             make = _worker(pipeline, stage, worker_id, count, events)
@@ -83,13 +86,13 @@ def make_executor(pipeline: Pipeline, stage: StageTable, threads: int) -> tuple[
     return ModelExecutor(pipeline, stage, device=device, threads=threads), device
 
 
-def _worker(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int, events: EventClient) -> Make:
+def _worker(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int, events: EventClient) -> WorkerFactory:
     executor, device = make_executor(pipeline, stage, threads)
 
-    def make(transport: Transport) -> Worker:
-        from stages.worker.worker import Worker
+    def make(transport: Transport) -> InferenceWorker:
+        from stages.worker.worker import InferenceWorker
 
-        return Worker(transport, pipeline, stage, executor, worker_id, device, events)
+        return InferenceWorker(transport, pipeline, stage, executor, worker_id, device, events)
 
     return make
 
@@ -101,34 +104,36 @@ def _trainer(
     threads: int,
     checkpoints: Path | None,
     events: EventClient,
-) -> Make:
-    from stages.training.malloc_tuning import keep_memory
-    from stages.training.membership import make_trainer
-    from stages.training.part_trainer import Learner
+) -> WorkerFactory:
+    from stages.training.malloc_tuning import tune_malloc
+    from stages.training.membership import make_training_worker
+    from stages.training.part_trainer import PartTrainer
     from stages.worker.model_executor import resolve_device
 
-    keep_memory()
+    tune_malloc()
     device = resolve_device(stage.device)
-    learner = Learner(pipeline, stage, device=device, threads=threads)
+    learner = PartTrainer(pipeline, stage, device=device, threads=threads)
     stated = pipeline.training.checkpoints
     folder = checkpoints or (pipeline.folder / stated if stated else Path("checkpoints") / pipeline.name)
     folder = folder / stage.name
-    return lambda transport: make_trainer(transport, pipeline, stage, learner, worker_id, device, folder, events)
+    return lambda transport: make_training_worker(
+        transport, pipeline, stage, learner, worker_id, device, folder, events
+    )
 
 
 def _transport(address: str, client_id: str) -> Transport:
     """The line to the broker; what is wrong with our credentials is told before a network is loaded."""
-    from brokers.mqtt.client_identity import transport_to
+    from brokers.mqtt.client_identity import create_transport
 
-    return transport_to(address, client_id=client_id)
+    return create_transport(address, client_id=client_id)
 
 
-async def _serve(make: Make, transport: Transport, with_parent: bool) -> int:
+async def _serve(make: WorkerFactory, transport: Transport, with_parent: bool) -> int:
     worker = make(transport)
-    leaving = Leaving()
-    leaving.heed_signals()
+    leaving = ShutdownEvent()
+    leaving.install_signal_handlers()
     if with_parent:
-        end_with_parent(leaving)
+        exit_with_parent(leaving)
     try:
         await worker.start()
         if not with_parent:
@@ -137,14 +142,14 @@ async def _serve(make: Make, transport: Transport, with_parent: bool) -> int:
         await _work(worker, leaving)
     finally:
         await worker.stop()
-    return STOPPED if leaving.interrupted else 0
+    return EXIT_INTERRUPTED if leaving.interrupted else 0
 
 
-async def _work(worker: Worker | Trainer, leaving: Leaving) -> None:
+async def _work(worker: InferenceWorker | TrainingWorker, leaving: ShutdownEvent) -> None:
     """Serve until told to leave, or until another worker objects: raises `WorkerTwin`."""
     serving = asyncio.create_task(worker.run(), name="serve")
     left = asyncio.create_task(leaving.wait(), name="leaving")
-    objection = asyncio.create_task(worker.objection(), name="objection")
+    objection = asyncio.create_task(worker.wait_for_conflict(), name="objection")
     await asyncio.wait({serving, left, objection}, return_when=asyncio.FIRST_COMPLETED)
     left.cancel()
     if objection.done():  # what it has in hand is sent again to those that stay

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 NORM_EPSILON = 1e-6
 NORM_MOMENTUM = 0.01  # Darknet keeps 0.99 of its rolling mean and variance a step
 LEAKY_SLOPE = 0.1
-IMAGE = -1  # the index of the network's input, as the source of a layer
+INPUT_INDEX = -1  # the index of the network's input, as the source of a layer
 
 Anchors = tuple[tuple[float, float], ...]  # (width, height) in pixels of the network's input
 
@@ -74,7 +74,7 @@ class Upsample(nn.Module):
         return F.interpolate(x, scale_factor=float(self.stride), mode="nearest")
 
 
-class Route(nn.Module):
+class RouteLayer(nn.Module):
     """The outputs of earlier layers, one behind the other along the channels."""
 
     fx_leaf = True
@@ -112,7 +112,7 @@ class Yolo(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LayerSpec:
     """One layer of a network's table; `sources` as in a .cfg file: negative from here, else from the start."""
 
     kind: type[nn.Module]
@@ -131,14 +131,14 @@ class Darknet(nn.Module):
     the order of the outputs.
     """
 
-    def __init__(self, table: Sequence[Row], classes: int) -> None:
+    def __init__(self, table: Sequence[LayerSpec], classes: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
         self.sources: list[tuple[int, ...]] = []
-        channels = {IMAGE: 3}
+        channels = {INPUT_INDEX: 3}
         for index, row in enumerate(table):
             sources = tuple(source if source >= 0 else index + source for source in row.sources)
-            channels_in = channels[sources[0]] if row.kind is not Route else sum(channels[s] for s in sources)
+            channels_in = channels[sources[0]] if row.kind is not RouteLayer else sum(channels[s] for s in sources)
             self.layers.append(_build(row, channels_in, classes))
             self.sources.append(sources)
             channels[index] = row.filters or channels_in
@@ -152,7 +152,7 @@ class Darknet(nn.Module):
         One tensor (B, A, 5 + K, H / s, W / s) for each detection layer, in Darknet's order: s is 32, 16, then 8.
         """
         # Only what a later layer still reads: all 107 outputs of YOLOv3 at once are too much for a small device.
-        held = {IMAGE: images}
+        held = {INPUT_INDEX: images}
         outputs = []
         for index, layer in enumerate(self.layers):
             x = layer(*(held[source] for source in self.sources[index]))
@@ -165,7 +165,7 @@ class Darknet(nn.Module):
         return tuple(outputs)
 
 
-def _build(row: Row, channels_in: int, classes: int) -> nn.Module:
+def _build(row: LayerSpec, channels_in: int, classes: int) -> nn.Module:
     if row.kind is Convolutional:
         return Convolutional(channels_in, row.filters, row.size, row.stride, row.linear)
     if row.kind is MaxPool:

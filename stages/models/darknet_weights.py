@@ -23,12 +23,12 @@ from brokers.errors import BadFile
 from stages.errors import BadWeights, DarknetTrailing, DarknetTruncated, NotDarknet
 from stages.models.darknet_layers import Convolutional, Darknet
 
-LARGEST_VERSION = 1000  # Darknet's own bound: at 1000 and over the first bytes are no version of this format
+VERSION_LIMIT = 1000  # Darknet's own bound: at 1000 and over the first bytes are no version of this format
 FLOAT = np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class DarknetHeader:
     """What stands before the numbers: the version of the format, and how many pictures the training saw."""
 
     major: int = 0
@@ -48,7 +48,7 @@ class Header:
         return "<3iq" if self.major * 10 + self.minor >= 2 else "<3ii"
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Path) -> DarknetHeader:
     """Read the header of a weights file; raise `NotDarknet` for a file that has none."""
     try:
         with open(path, "rb") as file:
@@ -58,17 +58,17 @@ def read_header(path: str | Path) -> Header:
     if len(head) < 16:
         raise NotDarknet(str(path), f"its header needs 16 or 20 bytes, it has {len(head)}")
     major, minor, revision = struct.unpack_from("<3i", head)
-    if not all(0 <= number < LARGEST_VERSION for number in (major, minor, revision)):
+    if not all(0 <= number < VERSION_LIMIT for number in (major, minor, revision)):
         raise NotDarknet(
-            str(path), f"its first numbers are {major}, {minor}, {revision}, expected 0 to {LARGEST_VERSION - 1}"
+            str(path), f"its first numbers are {major}, {minor}, {revision}, expected 0 to {VERSION_LIMIT - 1}"
         )
-    if Header(major, minor).size_bytes > len(head):
+    if DarknetHeader(major, minor).size_bytes > len(head):
         raise NotDarknet(str(path), f"its header needs 20 bytes, it has {len(head)}")
-    (seen,) = struct.unpack_from("<q" if Header(major, minor).size_bytes == 20 else "<i", head, 12)
-    return Header(major, minor, revision, seen)
+    (seen,) = struct.unpack_from("<q" if DarknetHeader(major, minor).size_bytes == 20 else "<i", head, 12)
+    return DarknetHeader(major, minor, revision, seen)
 
 
-def darknet_state(model: Darknet, path: str | Path) -> dict[str, Tensor]:
+def darknet_state_dict(model: Darknet, path: str | Path) -> dict[str, Tensor]:
     """The file as a state dict for `model`, which may be on the meta device: views of the mapped file.
 
     Nothing is read yet: of a stage that holds some of the layers, only their pages come from the disk. The views are
@@ -88,20 +88,20 @@ def darknet_state(model: Darknet, path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def read_darknet(model: Darknet, path: str | Path) -> Header:
-    """Fill `model` from a weights file, whole; raises as `darknet_state` does, and then leaves the model as it was."""
+def load_darknet_weights(model: Darknet, path: str | Path) -> DarknetHeader:
+    """Fill `model` from a weights file, whole; raises as `darknet_state_dict` does, and then leaves the model as it was."""
     header = read_header(path)
-    model.load_state_dict(darknet_state(model, path))
+    model.load_state_dict(darknet_state_dict(model, path))
     return header
 
 
-def write_darknet(model: Darknet, path: str | Path, *, seen: int = 0) -> None:
+def save_darknet_weights(model: Darknet, path: str | Path, *, seen: int = 0) -> None:
     """Write `model` as a weights file that Darknet reads; the file appears whole, or not at all."""
     target = Path(path)
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(Header(seen=seen).encode())
+            file.write(DarknetHeader(seen=seen).encode())
             for _, _, tensor in _in_file_order(model):
                 tensor.detach().cpu().numpy().astype(FLOAT, copy=False).tofile(file)
         os.replace(partial, target)
@@ -131,7 +131,7 @@ def _in_file_order(model: Darknet) -> Iterator[tuple[int, str, Tensor]]:
         yield index, f"{prefix}.conv.weight", layer.conv.weight
 
 
-def _check_size(model: Darknet, path: str | Path, header: Header) -> None:
+def _check_size(model: Darknet, path: str | Path, header: DarknetHeader) -> None:
     actual_bytes = os.path.getsize(path)
     ends_bytes = [(header.size_bytes, 0)]  # where the file is after each tensor, and which layer's it is
     for index, _, tensor in _in_file_order(model):

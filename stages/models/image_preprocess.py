@@ -19,17 +19,17 @@ from torch import Tensor
 from brokers.errors import BadPayload, TooLarge
 from stages.errors import BadCrop
 
-Picture = npt.NDArray[np.uint8]  # (H, W, 3)
-Floats = npt.NDArray[np.float32]
+RgbImage = npt.NDArray[np.uint8]  # (H, W, 3)
+Float32Array = npt.NDArray[np.float32]
 
 # 8192 x 6144, which is 151 MB as RGB: above the 20 to 48 megapixels of cameras and telephones, below the memory of the
 # smallest device that runs a detector. The size is read from the header, before any pixel is.
-MAX_PICTURE_BYTES = 8192 * 6144 * 3
-JPEG_START = b"\xff\xd8\xff"
-PNG_START = b"\x89PNG\r\n\x1a\n"
+MAX_IMAGE_BYTES = 8192 * 6144 * 3
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 EXIF_ORIENTATION = 0x0112
 # EXIF 2.32, 4.6.4.A: what the orientations 2 to 8 ask for.
-UPRIGHT = {
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,25 +38,27 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-GREY = 0.5
-WHITE = np.float32(255)  # dividing a byte by it in single precision gives what Darknet's division in double does
+LETTERBOX_GREY = 0.5
+MAX_PIXEL_VALUE = np.float32(
+    255
+)  # dividing a byte by it in single precision gives what Darknet's division in double does
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # A longer picture is cut around its middle before it is resized: what goes is far outside any centre crop, and a
 # picture of 1 x 50,000,000 pixels would otherwise be resized to 256 x 12,800,000,000.
-MAX_ASPECT = 16
+MAX_ASPECT_RATIO = 16
 
 
-def decode_picture(data: bytes | bytearray | memoryview, content_type: str = "") -> Picture:
+def decode_image(data: bytes | bytearray | memoryview, content_type: str = "") -> RgbImage:
     """The picture in a JPEG or PNG file; its first bytes say which, `content_type` only names it in an error.
 
     Raises `BadPayload` for bytes that are neither, or that end before the last pixel; `TooLarge` for a picture over
-    `MAX_PICTURE_BYTES`, before memory is set aside for it.
+    `MAX_IMAGE_BYTES`, before memory is set aside for it.
     """
     start = bytes(data[:8])
     plugin: type[ImageFile.ImageFile]
-    if start.startswith(JPEG_START):
+    if start.startswith(JPEG_SIGNATURE):
         plugin, found = JpegImagePlugin.JpegImageFile, "image/jpeg"
-    elif start == PNG_START:
+    elif start == PNG_SIGNATURE:
         plugin, found = PngImagePlugin.PngImageFile, "image/png"
     else:
         problem_text = f"neither JPEG nor PNG: {len(data)} bytes that begin with {start.hex() or 'nothing'}"
@@ -65,8 +67,8 @@ def decode_picture(data: bytes | bytearray | memoryview, content_type: str = "")
         # Not Image.open: it warns about bombs, for which we have our own limit, and loads a dozen other plugins.
         image = plugin(io.BytesIO(data))
         size_bytes = image.width * image.height * 3
-        if size_bytes > MAX_PICTURE_BYTES:
-            raise TooLarge(f"a picture of {image.width}x{image.height} pixels", MAX_PICTURE_BYTES, size_bytes)
+        if size_bytes > MAX_IMAGE_BYTES:
+            raise TooLarge(f"a picture of {image.width}x{image.height} pixels", MAX_IMAGE_BYTES, size_bytes)
         image.load()
         return _upright_rgb(image)
     except TooLarge:
@@ -75,7 +77,7 @@ def decode_picture(data: bytes | bytearray | memoryview, content_type: str = "")
         raise BadPayload(content_type or found, f"damaged or cut off after {len(data)} bytes: {problem}") from problem
 
 
-def letterbox(picture: Picture, width: int, height: int) -> Tensor:
+def letterbox(picture: RgbImage, width: int, height: int) -> Tensor:
     """The picture in the middle of a grey (1, 3, height, width), float32, 0 to 1, its proportions kept.
 
     Resized as Darknet's letterbox_image and resize_image do, its last row included. One thing Darknet cannot do: a side
@@ -83,7 +85,7 @@ def letterbox(picture: Picture, width: int, height: int) -> Tensor:
     """
     inner_width, inner_height = letterbox_size(picture.shape[1], picture.shape[0], width, height)
     left, top = (width - inner_width) // 2, (height - inner_height) // 2
-    boxed = np.full((1, 3, height, width), GREY, np.float32)
+    boxed = np.full((1, 3, height, width), LETTERBOX_GREY, np.float32)
     resized = _resize(picture, inner_width, inner_height)  # (inner_height, inner_width, 3)
     boxed[0, :, top : top + inner_height, left : left + inner_width] = resized.transpose(2, 0, 1)
     return torch.from_numpy(boxed)
@@ -96,8 +98,8 @@ def letterbox_size(picture_width: int, picture_height: int, width: int, height: 
     return max(1, picture_width * height // picture_height), height
 
 
-def classify_input(
-    picture: Picture,
+def prepare_classifier_input(
+    picture: RgbImage,
     resize: int,
     crop: int,
     mean: Sequence[float],
@@ -119,7 +121,7 @@ def classify_input(
     return normalise(_as_batch(image), mean, std)
 
 
-def stretched(picture: Picture, width: int, height: int, normalise: Callable[[Tensor], Tensor]) -> Tensor:
+def resize_and_normalise(picture: RgbImage, width: int, height: int, normalise: Callable[[Tensor], Tensor]) -> Tensor:
     """The whole picture, (1, 3, height, width), float32, resized without its proportions, then normalised.
 
     Bilinear and antialiased, as Pillow does it; a picture that has the size already keeps its pixels.
@@ -142,7 +144,7 @@ def _as_batch(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)[np.newaxis]))
 
 
-def _upright_rgb(image: Image.Image) -> Picture:
+def _upright_rgb(image: Image.Image) -> RgbImage:
     turned = _orientation(image)
     if turned is not None:
         image = image.transpose(turned)
@@ -157,18 +159,18 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         orientation = image.getexif().get(EXIF_ORIENTATION)
     except Exception:  # noqa: BLE001 - damaged EXIF, read as loosely as pixels are; viewers show the picture, so do we
         return None
-    return UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return EXIF_TRANSPOSES.get(orientation) if isinstance(orientation, int) else None
 
 
-def _middle(picture: Picture) -> Picture:
-    """The picture, its longer side cut to `MAX_ASPECT` times the shorter one."""
+def _middle(picture: RgbImage) -> RgbImage:
+    """The picture, its longer side cut to `MAX_ASPECT_RATIO` times the shorter one."""
     height, width = picture.shape[:2]
-    limit = MAX_ASPECT * min(height, width)
+    limit = MAX_ASPECT_RATIO * min(height, width)
     top, left = max(0, height - limit) // 2, max(0, width - limit) // 2
     return np.ascontiguousarray(picture[top : height - top, left : width - left])
 
 
-def _resize(picture: Picture, width: int, height: int) -> Floats:
+def _resize(picture: RgbImage, width: int, height: int) -> Float32Array:
     """Darknet's resize_image: bilinear, corner on corner, first along the rows, then along the columns.
 
     Only the two rows that each new row is mixed from are touched: a large picture costs no more than a small one.
@@ -179,24 +181,24 @@ def _resize(picture: Picture, width: int, height: int) -> Floats:
     right[-1], column[-1] = 0.0, old_width - 1  # the last column is copied
     after = np.minimum(column + 1, old_width - 1)
 
-    def along(rows: npt.NDArray[np.intp]) -> Floats:
+    def along(rows: npt.NDArray[np.intp]) -> Float32Array:
         source = picture[rows]  # (height, old_width, 3)
         mix = right[:, np.newaxis]  # (width, 1)
-        first = source.take(column, axis=1).astype(np.float32) / WHITE
-        second = source.take(after, axis=1).astype(np.float32) / WHITE
-        mixed: Floats = (1 - mix) * first + mix * second
+        first = source.take(column, axis=1).astype(np.float32) / MAX_PIXEL_VALUE
+        second = source.take(after, axis=1).astype(np.float32) / MAX_PIXEL_VALUE
+        mixed: Float32Array = (1 - mix) * first + mix * second
         return mixed
 
     # Darknet leaves out the second term in the last row even where rounding put the row a hair above the last one,
     # which makes that row nearly black. Networks were trained on such pictures, so ours are the same.
     lower = below.copy()
     lower[-1] = 0.0
-    resized: Floats = (1 - below)[:, np.newaxis, np.newaxis] * along(row)
+    resized: Float32Array = (1 - below)[:, np.newaxis, np.newaxis] * along(row)
     resized += lower[:, np.newaxis, np.newaxis] * along(np.minimum(row + 1, old_height - 1))
     return resized
 
 
-def _steps(old: int, new: int) -> tuple[npt.NDArray[np.intp], Floats]:
+def _steps(old: int, new: int) -> tuple[npt.NDArray[np.intp], Float32Array]:
     """For each new pixel: the old pixel at or before it, and how far behind that it lies, 0 to 1; both (new,)."""
     scale = np.float32(old - 1) / np.float32(max(new - 1, 1))
     position = np.arange(new, dtype=np.float32) * scale

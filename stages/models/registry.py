@@ -22,32 +22,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brokers.process.import_string import CannotLoad, load_named, told
+from brokers.process.import_string import CannotLoad, describe_exception, import_string
 from stages.errors import BadModel, UnknownModel
 from stages.models.errors import BadModelSettings, LabelsDoNotFit
-from stages.models.image_preprocess import Picture
+from stages.models.image_preprocess import RgbImage
 
-YOLO_SIDE = 416  # pixels: what yolov3-tiny.cfg asks for, and the smallest of the three sizes in the paper's tables
-TORCHVISION = "torchvision:"
-TOP = 5
-DETECTIONS = "detections"
-CLASSES = "classes"
-YOLO = ("yolov3", "yolov3-tiny")
-SMALL_VGGS = ("vgg11-small", "vgg13-small", "vgg16-small", "vgg19-small")
+YOLO_INPUT_SIZE_PX = (
+    416  # pixels: what yolov3-tiny.cfg asks for, and the smallest of the three sizes in the paper's tables
+)
+TORCHVISION_PREFIX = "torchvision:"
+TOP_K = 5
+DETECTIONS_FORMAT = "detections"
+CLASSES_FORMAT = "classes"
+YOLO_MODELS = ("yolov3", "yolov3-tiny")
+SMALL_VGG_MODELS = ("vgg11-small", "vgg13-small", "vgg16-small", "vgg19-small")
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class Prediction:
     """A result as it goes to the source: tensors, and the metadata that says how to read them."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
 
-Size = tuple[int, int]  # (width, height) in pixels
-Prepare = Callable[[Picture], Tensor]  # uint8 (H, W, 3) -> (1, 3, H_in, W_in)
-Normalise = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> float32 (B, 3, H, W), the numbers `prepare` gives
-Finish = Callable[[Mapping[str, Tensor], Size], Finished]  # named outputs of one picture, and the picture's size
+ImageSize = tuple[int, int]  # (width, height) in pixels
+PreprocessFunction = Callable[[RgbImage], Tensor]  # uint8 (H, W, 3) -> (1, 3, H_in, W_in)
+NormaliseFunction = Callable[
+    [Tensor], Tensor
+]  # uint8 (B, 3, H, W) -> float32 (B, 3, H, W), the numbers `prepare` gives
+PostprocessFunction = Callable[
+    [Mapping[str, Tensor], ImageSize], Prediction
+]  # named outputs of one picture, and the picture's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,9 @@ class ModelSpec:
     build: Callable[[], nn.Module]
     input_name: str = "input"  # what `stages.partition.partition` calls the one input of a network
     input_shape: tuple[int, ...] | None = None  # of one request, (1, C, H, W) for pictures; None: not known
-    prepare: Prepare | None = None
-    finish: Finish | None = None
-    normalise: Normalise | None = None
+    preprocess: PreprocessFunction | None = None
+    postprocess: PostprocessFunction | None = None
+    normalise: NormaliseFunction | None = None
 
     @property
     def input_size(self) -> tuple[int, int] | None:
@@ -70,7 +76,7 @@ class ModelSpec:
         return self.input_shape[2], self.input_shape[3]
 
 
-def model_spec(
+def get_model_spec(
     name: str,
     *,
     settings: Mapping[str, Any] | None = None,
@@ -87,15 +93,15 @@ def model_spec(
     (here, or as the network is built), `LabelsDoNotFit`.
     """
     given = dict(settings or {})
-    if name in SMALL_VGGS:
+    if name in SMALL_VGG_MODELS:
         return _small_vgg(name, given, labels)
-    if name.startswith(TORCHVISION):
+    if name.startswith(TORCHVISION_PREFIX):
         return _torchvision(name, given, labels)
-    if name not in YOLO and ":" not in name:
+    if name not in YOLO_MODELS and ":" not in name:
         raise _unknown(name)
     if labels:
         raise LabelsDoNotFit(name, None, len(labels))
-    return _yolo(name, given, threshold, nms) if name in YOLO else _factory(name, given, folder or os.getcwd())
+    return _yolo(name, given, threshold, nms) if name in YOLO_MODELS else _factory(name, given, folder or os.getcwd())
 
 
 def _yolo(name: str, settings: Mapping[str, Any], threshold: float, nms: float) -> ModelSpec:
@@ -107,29 +113,29 @@ def _yolo(name: str, settings: Mapping[str, Any], threshold: float, nms: float) 
     return ModelSpec(
         name,
         build=yolov3 if name == "yolov3" else yolov3_tiny,
-        input_shape=(1, 3, YOLO_SIDE, YOLO_SIDE),
-        prepare=partial(letterbox, width=YOLO_SIDE, height=YOLO_SIDE),
-        finish=partial(_detections, threshold=threshold, nms=nms),
+        input_shape=(1, 3, YOLO_INPUT_SIZE_PX, YOLO_INPUT_SIZE_PX),
+        preprocess=partial(letterbox, width=YOLO_INPUT_SIZE_PX, height=YOLO_INPUT_SIZE_PX),
+        postprocess=partial(_detections, threshold=threshold, nms=nms),
     )
 
 
-def _detections(outputs: Mapping[str, Tensor], picture_size: Size, *, threshold: float, nms: float) -> Finished:
-    from stages.models.yolo_postprocess import detect
+def _detections(outputs: Mapping[str, Tensor], picture_size: ImageSize, *, threshold: float, nms: float) -> Prediction:
+    from stages.models.yolo_postprocess import postprocess_detections
 
     ordered = tuple(outputs[key] for key in sorted(outputs, key=int))
-    found = detect(ordered, (YOLO_SIDE, YOLO_SIDE), picture_size, threshold, nms)
+    found = postprocess_detections(ordered, (YOLO_INPUT_SIZE_PX, YOLO_INPUT_SIZE_PX), picture_size, threshold, nms)
     tensors = {
         "boxes": torch.from_numpy(found.boxes),  # (N, 4)
         "scores": torch.from_numpy(found.scores),  # (N,)
         "classes": torch.from_numpy(found.classes),  # (N,)
     }
-    return Finished(tensors, {"format": DETECTIONS, "labels": json.dumps(found.labels)})
+    return Prediction(tensors, {"format": DETECTIONS_FORMAT, "labels": json.dumps(found.labels)})
 
 
 def _small_vgg(name: str, settings: Mapping[str, Any], labels: Sequence[str]) -> ModelSpec:
-    from stages.models.image_preprocess import normalise, stretched
-    from stages.models.vgg import CLASSES as USUAL
-    from stages.models.vgg import MEAN, SIDE_PX, STD, small_vgg
+    from stages.models.image_preprocess import normalise, resize_and_normalise
+    from stages.models.vgg import DEFAULT_CLASS_COUNT as USUAL
+    from stages.models.vgg import INPUT_SIZE_PX, MEAN, STD, small_vgg
 
     _check_call(name, partial(small_vgg, name), settings)
     names = _labels(name, settings, labels, tuple(map(str, range(USUAL))))
@@ -137,9 +143,9 @@ def _small_vgg(name: str, settings: Mapping[str, Any], labels: Sequence[str]) ->
     return ModelSpec(
         name,
         build=_building(partial(small_vgg, name), name, settings),
-        input_shape=(1, 3, SIDE_PX, SIDE_PX),
-        prepare=partial(stretched, width=SIDE_PX, height=SIDE_PX, normalise=scale),
-        finish=partial(_classes, model=name, labels=names),
+        input_shape=(1, 3, INPUT_SIZE_PX, INPUT_SIZE_PX),
+        preprocess=partial(resize_and_normalise, width=INPUT_SIZE_PX, height=INPUT_SIZE_PX, normalise=scale),
+        postprocess=partial(_postprocess_classes, model=name, labels=names),
         normalise=scale,
     )
 
@@ -147,9 +153,9 @@ def _small_vgg(name: str, settings: Mapping[str, Any], labels: Sequence[str]) ->
 def _torchvision(name: str, settings: Mapping[str, Any], labels: Sequence[str]) -> ModelSpec:
     from torchvision import models
 
-    from stages.models.image_preprocess import classify_input, normalise
+    from stages.models.image_preprocess import normalise, prepare_classifier_input
 
-    short = name.removeprefix(TORCHVISION)
+    short = name.removeprefix(TORCHVISION_PREFIX)
     if short not in _classifiers():
         raise _unknown(name)
     if "weights" in settings:
@@ -158,7 +164,7 @@ def _torchvision(name: str, settings: Mapping[str, Any], labels: Sequence[str]) 
     preset = trained.transforms()
     (resize,), (crop,) = preset.resize_size, preset.crop_size
     prepare = partial(
-        classify_input,
+        prepare_classifier_input,
         resize=resize,
         crop=crop,
         mean=preset.mean,
@@ -172,8 +178,8 @@ def _torchvision(name: str, settings: Mapping[str, Any], labels: Sequence[str]) 
         name,
         build=_building(partial(models.get_model, short, weights=None, **extra), name, settings),
         input_shape=(1, 3, crop, crop),
-        prepare=prepare,
-        finish=partial(_classes, model=name, labels=names),
+        preprocess=prepare,
+        postprocess=partial(_postprocess_classes, model=name, labels=names),
         normalise=partial(normalise, mean=preset.mean, std=preset.std),
     )
 
@@ -211,24 +217,28 @@ def _building(
         except (TypeError, ValueError) as error:
             if not settings:
                 raise
-            raise BadModelSettings(name, told(error, folder)) from error
+            raise BadModelSettings(name, describe_exception(error, folder)) from error
         return _one_module(made, name)
 
     return build
 
 
-def _classes(outputs: Mapping[str, Tensor], picture_size: Size, *, model: str, labels: tuple[str, ...]) -> Finished:
+def _postprocess_classes(
+    outputs: Mapping[str, Tensor], picture_size: ImageSize, *, model: str, labels: tuple[str, ...]
+) -> Prediction:
     chances = outputs["output"][0].float().softmax(dim=0).cpu()  # (K,)
     if len(chances) != len(labels):
         raise LabelsDoNotFit(model, len(chances), len(labels))
-    scores, classes = chances.topk(min(TOP, len(labels)))
+    scores, classes = chances.topk(min(TOP_K, len(labels)))
     likeliest = [labels[index] for index in classes.tolist()]
-    return Finished({"scores": scores, "classes": classes}, {"format": CLASSES, "labels": json.dumps(likeliest)})
+    return Prediction(
+        {"scores": scores, "classes": classes}, {"format": CLASSES_FORMAT, "labels": json.dumps(likeliest)}
+    )
 
 
 def _factory(address: str, settings: Mapping[str, Any], folder: str) -> ModelSpec:
     try:
-        factory = load_named(address, folder)
+        factory = import_string(address, folder)
     except CannotLoad as error:
         raise BadModel(address, error.problem) from error
     if not callable(factory):
@@ -255,11 +265,11 @@ def _classifiers() -> list[str]:
 
 
 def _unknown(name: str) -> UnknownModel:
-    own = [*YOLO, *SMALL_VGGS]
-    theirs = {TORCHVISION + short: short for short in _classifiers()}
-    if TORCHVISION + name in theirs:
-        near = [TORCHVISION + name]
+    own = [*YOLO_MODELS, *SMALL_VGG_MODELS]
+    theirs = {TORCHVISION_PREFIX + short: short for short in _classifiers()}
+    if TORCHVISION_PREFIX + name in theirs:
+        near = [TORCHVISION_PREFIX + name]
     else:
         near = difflib.get_close_matches(name, [*own, *theirs], n=3)
-        near += [TORCHVISION + short for short in difflib.get_close_matches(name, theirs.values(), n=3)]
-    return UnknownModel(name, tuple(dict.fromkeys(near)), (*own, TORCHVISION + "NAME", "package.module:factory"))
+        near += [TORCHVISION_PREFIX + short for short in difflib.get_close_matches(name, theirs.values(), n=3)]
+    return UnknownModel(name, tuple(dict.fromkeys(near)), (*own, TORCHVISION_PREFIX + "NAME", "package.module:factory"))

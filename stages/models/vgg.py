@@ -9,21 +9,21 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-SIDE_PX = 32
-CLASSES = 10
-FEATURES = 512
+INPUT_SIZE_PX = 32
+DEFAULT_CLASS_COUNT = 10
+FEATURE_CHANNELS = 512
 MEAN = STD = (0.5, 0.5, 0.5)  # of red, green and blue, in 0..1: what comes out is in -1..1
-LAYERS = {"vgg11-small": "A", "vgg13-small": "B", "vgg16-small": "D", "vgg19-small": "E"}  # columns of table 1
+CONFIG_KEYS = {"vgg11-small": "A", "vgg13-small": "B", "vgg16-small": "D", "vgg19-small": "E"}  # columns of table 1
 
 
 class SmallVgg(nn.Module):
     """(B, 3, 32, 32) -> (B, num_classes). State is `features.N.*`, named as torchvision's, and `classifier.*`."""
 
-    def __init__(self, name: str, num_classes: int = CLASSES) -> None:
+    def __init__(self, name: str, num_classes: int = DEFAULT_CLASS_COUNT) -> None:
         super().__init__()
-        self.features = make_layers(cfgs[LAYERS[name]])
+        self.features = make_layers(cfgs[CONFIG_KEYS[name]])
         self.flatten = nn.Flatten()
-        self.classifier = nn.Linear(FEATURES, num_classes)
+        self.classifier = nn.Linear(FEATURE_CHANNELS, num_classes)
         for module in self.modules():  # as torchvision.models.VGG begins
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -38,6 +38,6 @@ class SmallVgg(nn.Module):
         return self.classifier(self.flatten(self.features(x)))  # type: ignore[no-any-return]
 
 
-def small_vgg(name: str, num_classes: int = CLASSES) -> nn.Module:
+def small_vgg(name: str, num_classes: int = DEFAULT_CLASS_COUNT) -> nn.Module:
     """The small VGG of that name, with random weights of torch's generator."""
     return SmallVgg(name, num_classes)

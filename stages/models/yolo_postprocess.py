@@ -22,39 +22,39 @@ import torch
 from torch import Tensor
 
 from stages.errors import BadDetectorOutput
-from stages.models.coco import COCO
+from stages.models.coco import COCO_LABELS
 from stages.models.darknet_layers import Anchors
 from stages.models.image_preprocess import letterbox_size
 from stages.models.yolov3 import YOLOV3_ANCHORS, YOLOV3_TINY_ANCHORS
 
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.int64]
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+IndexArray = npt.NDArray[np.int64]
 
-THRESHOLD = 0.5  # Darknet's -thresh
-NMS = 0.45  # the constant in Darknet's test_detector
+SCORE_THRESHOLD = 0.5  # Darknet's -thresh
+NMS_IOU_THRESHOLD = 0.45  # the constant in Darknet's test_detector
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detections:
     """What was found in one picture, best first."""
 
-    boxes: Floats  # (N, 4): left, top, width, height, in pixels of the picture
-    scores: Floats  # (N,)
-    classes: Indices  # (N,)
+    boxes: Float32Array  # (N, 4): left, top, width, height, in pixels of the picture
+    scores: Float32Array  # (N,)
+    classes: IndexArray  # (N,)
     labels: tuple[str, ...]  # N of them
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def detect(
+def postprocess_detections(
     outputs: Sequence[Tensor],
     network_size: tuple[int, int],
     picture_size: tuple[int, int],
-    threshold: float = THRESHOLD,
-    nms: float = NMS,
-    labels: Sequence[str] = COCO,
+    threshold: float = SCORE_THRESHOLD,
+    nms: float = NMS_IOU_THRESHOLD,
+    labels: Sequence[str] = COCO_LABELS,
     anchors: Sequence[Anchors] | None = None,
 ) -> Detections:
     """What a detector found in one picture.
@@ -94,7 +94,7 @@ def _check(outputs: Sequence[Tensor], anchors: Sequence[Anchors], classes: int) 
 
 def _candidates(
     output: Tensor, anchors: Anchors, network_size: tuple[int, int], threshold: float
-) -> tuple[Doubles, Floats]:
+) -> tuple[Float64Array, Float32Array]:
     """Boxes (N, 4) in parts of the network's input, and scores (N, K), of the cells with an object in them.
 
     In Darknet's order: by row, column, anchor.
@@ -112,7 +112,9 @@ def _candidates(
     return boxes, found[:, 4:5] * found[:, 5:]
 
 
-def _without_letterbox(boxes: Doubles, network_size: tuple[int, int], picture_size: tuple[int, int]) -> Floats:
+def _without_letterbox(
+    boxes: Float64Array, network_size: tuple[int, int], picture_size: tuple[int, int]
+) -> Float32Array:
     """Boxes in parts of the letterbox -> in pixels of the picture; both (N, 4), with their centres."""
     outer = np.asarray(network_size, np.float64)
     inner = np.asarray(letterbox_size(*picture_size, *network_size), np.float64)
@@ -126,7 +128,9 @@ def _without_letterbox(boxes: Doubles, network_size: tuple[int, int], picture_si
         return np.concatenate((centres, sizes), axis=1).astype(np.float32)
 
 
-def _best_of_overlapping(boxes: Floats, scores: Floats, box: Indices, label: Indices, nms: float) -> Indices:
+def _best_of_overlapping(
+    boxes: Float32Array, scores: Float32Array, box: IndexArray, label: IndexArray, nms: float
+) -> IndexArray:
     """Of the pairs (box, label), the indices of those that no better box of their label overlaps."""
     kept: list[int] = []
     for one in np.unique(label):
@@ -140,7 +144,7 @@ def _best_of_overlapping(boxes: Floats, scores: Floats, box: Indices, label: Ind
     return np.asarray(sorted(kept), np.int64)
 
 
-def _overlap(one: Floats, others: Floats) -> Floats:
+def _overlap(one: Float32Array, others: Float32Array) -> Float32Array:
     """Intersection over union of a box (4,) with each of (N, 4); boxes have their centres."""
     low = np.maximum(one[:2] - one[2:] / 2, others[:, :2] - others[:, 2:] / 2)
     high = np.minimum(one[:2] + one[2:] / 2, others[:, :2] + others[:, 2:] / 2)
@@ -148,5 +152,5 @@ def _overlap(one: Floats, others: Floats) -> Floats:
     # An untrained network's boxes can be too large for their area: that is then no number, and overlaps nothing.
     with np.errstate(over="ignore", invalid="ignore"):
         shared = sides[:, 0] * sides[:, 1]
-        overlap: Floats = shared / (one[2] * one[3] + others[:, 2] * others[:, 3] - shared)
+        overlap: Float32Array = shared / (one[2] * one[3] + others[:, 2] * others[:, 3] - shared)
     return overlap

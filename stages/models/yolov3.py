@@ -5,9 +5,19 @@ The tables hold what yolov3.cfg and yolov3-tiny.cfg say; a row's place in its ta
 
 from __future__ import annotations
 
-from stages.models.darknet_layers import Anchors, Convolutional, Darknet, MaxPool, Route, Row, Shortcut, Upsample, Yolo
+from stages.models.darknet_layers import (
+    Anchors,
+    Convolutional,
+    Darknet,
+    LayerSpec,
+    MaxPool,
+    RouteLayer,
+    Shortcut,
+    Upsample,
+    Yolo,
+)
 
-COCO_CLASSES = 80
+COCO_CLASS_COUNT = 80
 
 # Anchors of each detection layer, in the order of the network's outputs: large objects first.
 YOLOV3_ANCHORS: tuple[Anchors, ...] = (
@@ -23,63 +33,63 @@ YOLOV3_TINY_ANCHORS: tuple[Anchors, ...] = (
 )
 
 
-def yolov3(classes: int = COCO_CLASSES) -> Darknet:
+def yolov3(classes: int = COCO_CLASS_COUNT) -> Darknet:
     """YOLOv3: 107 layers, detections at 82, 94 and 106; 61.9 million parameters for COCO's 80 classes."""
     return Darknet(_yolov3_rows(classes), classes)
 
 
-def yolov3_tiny(classes: int = COCO_CLASSES) -> Darknet:
+def yolov3_tiny(classes: int = COCO_CLASS_COUNT) -> Darknet:
     """YOLOv3-tiny: 24 layers, detections at 16 and 23; 8.8 million parameters for COCO's 80 classes."""
     return Darknet(_yolov3_tiny_rows(classes), classes)
 
 
-def _conv(filters: int, size: int, stride: int = 1) -> Row:
-    return Row(Convolutional, filters=filters, size=size, stride=stride)
+def _conv(filters: int, size: int, stride: int = 1) -> LayerSpec:
+    return LayerSpec(Convolutional, filters=filters, size=size, stride=stride)
 
 
-def _route(*sources: int) -> Row:
-    return Row(Route, sources)
+def _route(*sources: int) -> LayerSpec:
+    return LayerSpec(RouteLayer, sources)
 
 
-def _detection(anchors: Anchors, classes: int) -> list[Row]:
+def _detection(anchors: Anchors, classes: int) -> list[LayerSpec]:
     filters = len(anchors) * (5 + classes)
-    return [Row(Convolutional, filters=filters, linear=True), Row(Yolo, anchors=anchors)]
+    return [LayerSpec(Convolutional, filters=filters, linear=True), LayerSpec(Yolo, anchors=anchors)]
 
 
-def _residuals(filters: int, count: int) -> list[Row]:
+def _residuals(filters: int, count: int) -> list[LayerSpec]:
     """A halving of the picture, then `count` residual blocks."""
-    block = [_conv(filters // 2, 1), _conv(filters, 3), Row(Shortcut, (-1, -3))]
+    block = [_conv(filters // 2, 1), _conv(filters, 3), LayerSpec(Shortcut, (-1, -3))]
     return [_conv(filters, 3, stride=2), *block * count]
 
 
-def _pyramid(filters: int) -> list[Row]:
+def _pyramid(filters: int) -> list[LayerSpec]:
     """The six convolutions in front of a detection: narrow, wide, three times."""
     return [_conv(filters, 1), _conv(2 * filters, 3)] * 3
 
 
-def _yolov3_rows(classes: int) -> list[Row]:
+def _yolov3_rows(classes: int) -> list[LayerSpec]:
     rows = [_conv(32, 3)]
     for filters, count in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
         rows += _residuals(filters, count)
     rows += _pyramid(512)
     rows += _detection(YOLOV3_ANCHORS[0], classes)  # 81, 82
-    rows += [_route(-4), _conv(256, 1), Row(Upsample, stride=2), _route(-1, 61)]
+    rows += [_route(-4), _conv(256, 1), LayerSpec(Upsample, stride=2), _route(-1, 61)]
     rows += _pyramid(256)
     rows += _detection(YOLOV3_ANCHORS[1], classes)  # 93, 94
-    rows += [_route(-4), _conv(128, 1), Row(Upsample, stride=2), _route(-1, 36)]
+    rows += [_route(-4), _conv(128, 1), LayerSpec(Upsample, stride=2), _route(-1, 36)]
     rows += _pyramid(128)
     rows += _detection(YOLOV3_ANCHORS[2], classes)  # 105, 106
     return rows
 
 
-def _yolov3_tiny_rows(classes: int) -> list[Row]:
+def _yolov3_tiny_rows(classes: int) -> list[LayerSpec]:
     rows = []
     for filters in (16, 32, 64, 128, 256):
-        rows += [_conv(filters, 3), Row(MaxPool, size=2, stride=2)]
-    rows += [_conv(512, 3), Row(MaxPool, size=2, stride=1)]
+        rows += [_conv(filters, 3), LayerSpec(MaxPool, size=2, stride=2)]
+    rows += [_conv(512, 3), LayerSpec(MaxPool, size=2, stride=1)]
     rows += [_conv(1024, 3), _conv(256, 1), _conv(512, 3)]
     rows += _detection(YOLOV3_TINY_ANCHORS[0], classes)  # 15, 16
-    rows += [_route(-4), _conv(128, 1), Row(Upsample, stride=2), _route(-1, 8)]
+    rows += [_route(-4), _conv(128, 1), LayerSpec(Upsample, stride=2), _route(-1, 8)]
     rows += [_conv(256, 3)]
     rows += _detection(YOLOV3_TINY_ANCHORS[1], classes)  # 22, 23
     return rows

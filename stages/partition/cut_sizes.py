@@ -11,13 +11,13 @@ from torch import Tensor
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import UsageError
-from stages.models.registry import ModelSpec, model_spec
-from stages.partition.part_loader import META
-from stages.partition.partition import Part, layers, partition
+from stages.models.registry import ModelSpec, get_model_spec
+from stages.partition.part_loader import META_DEVICE
+from stages.partition.partition import Part, layer_names, partition
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class CutSize:
     """What one stage sends to the next for one request, or for one micro-batch of a pipeline that trains."""
 
     after: int  # layers
@@ -30,7 +30,7 @@ class Cut:
 
 
 @dataclass(eq=False)
-class NoExample(UsageError):
+class NoExampleInput(UsageError):
     """A network of which nobody knows what it eats."""
 
     key = "pipeline.model"
@@ -42,51 +42,51 @@ class NoExample(UsageError):
         return f"what crosses the cuts of model {self.name!r} cannot be computed: {self.problem}"
 
 
-def rows(pipeline: Pipeline) -> int:
+def rows_per_message(pipeline: Pipeline) -> int:
     """How many examples one message has."""
     training = pipeline.training
-    return -(-training.batch // training.micro_batches) if pipeline.trains else 1
+    return -(-training.batch // training.micro_batches) if pipeline.is_training else 1
 
 
-def find_cuts(pipeline: Pipeline) -> list[Cut]:
+def measure_cuts(pipeline: Pipeline) -> list[CutSize]:
     """Return what crosses each cut, in order; none where there is no model.
 
-    Raises `NoExample` for a network with no known input shape, or that cannot compute one of it; and what
-    `model_spec` and `partition` raise.
+    Raises `NoExampleInput` for a network with no known input shape, or that cannot compute one of it; and what
+    `get_model_spec` and `partition` raise.
     """
     table = pipeline.pipeline
     if table.model is None or not table.cuts:
         return []
     spec = _spec(pipeline)
     served = [stage for stage in pipeline.stage if stage.executor is None]
-    given = list(_given(spec, table.cuts, pipeline.trains, rows(pipeline)))
+    given = list(_given(spec, table.cuts, pipeline.is_training, rows_per_message(pipeline)))
     return [
-        _cut(after, sender, pipeline.after(sender) or receiver, tensors)
+        _cut(after, sender, pipeline.next_stage(sender) or receiver, tensors)
         for after, sender, receiver, tensors in zip(table.cuts, served, served[1:], given, strict=False)
     ]
 
 
-def every_cut(pipeline: Pipeline) -> list[Cut]:
+def measure_all_cuts(pipeline: Pipeline) -> list[CutSize]:
     """Return what would cross each cut that the network can have, each as the only one: from its first stage on.
 
-    Raises as `find_cuts` does.
+    Raises as `measure_cuts` does.
     """
     if pipeline.pipeline.model is None:
         return []
     spec = _spec(pipeline)
     with torch.random.fork_rng(devices=[]):
-        count = len(layers(spec.build().train(pipeline.trains)))
+        count = len(layer_names(spec.build().train(pipeline.is_training)))
     cuts = tuple(range(1, count))
     served = [stage for stage in pipeline.stage if stage.executor is None]
     # A value that is used further on than the next part passes through it: all cuts at once carry what each would.
-    given = _given(spec, cuts, pipeline.trains, rows(pipeline)) if cuts else ()
+    given = _given(spec, cuts, pipeline.is_training, rows_per_message(pipeline)) if cuts else ()
     return [_cut(after, served[0], served[-1], tensors) for after, tensors in zip(cuts, given, strict=True)]
 
 
 def _spec(pipeline: Pipeline) -> ModelSpec:
-    """Raises `NoExample` for a network with no known input shape."""
+    """Raises `NoExampleInput` for a network with no known input shape."""
     table = pipeline.pipeline
-    spec = model_spec(
+    spec = get_model_spec(
         table.model or "",
         settings=table.model_settings,
         labels=table.labels,
@@ -95,7 +95,7 @@ def _spec(pipeline: Pipeline) -> ModelSpec:
         folder=str(pipeline.folder),
     )
     if spec.input_shape is None:
-        raise NoExample(spec.name, "it does not say its input's shape: expected an attribute `input_shape`")
+        raise NoExampleInput(spec.name, "it does not say its input's shape: expected an attribute `input_shape`")
     return spec
 
 
@@ -105,18 +105,20 @@ def _given(spec: ModelSpec, cuts: tuple[int, ...], trains: bool, count: int) -> 
     shape = (count, *spec.input_shape[1:])
     with torch.random.fork_rng(devices=[]):
         model = spec.build().train(trains)
-    parts: tuple[Part, ...] = partition(model, cuts, {spec.input_name: torch.empty(spec.input_shape, device=META)})
+    parts: tuple[Part, ...] = partition(
+        model, cuts, {spec.input_name: torch.empty(spec.input_shape, device=META_DEVICE)}
+    )
     tensors = {spec.input_name: torch.zeros(shape)}
     for part in parts[:-1]:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws
                 tensors = part(tensors)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise NoExample(spec.name, f"it fails on an input of shape {list(shape)}: {error}") from error
+            raise NoExampleInput(spec.name, f"it fails on an input of shape {list(shape)}: {error}") from error
         yield tensors
 
 
-def _cut(after: int, sender: StageTable, receiver: StageTable, tensors: dict[str, Tensor]) -> Cut:
+def _cut(after: int, sender: StageTable, receiver: StageTable, tensors: dict[str, Tensor]) -> CutSize:
     full = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     wire: torch.dtype = getattr(torch, sender.wire)
     sent = sum(
@@ -124,4 +126,4 @@ def _cut(after: int, sender: StageTable, receiver: StageTable, tensors: dict[str
         for tensor in tensors.values()
     )
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    return Cut(after, sender.name, receiver.name, sender.wire, full, sent, shapes)
+    return CutSize(after, sender.name, receiver.name, sender.wire, full, sent, shapes)

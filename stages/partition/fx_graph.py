@@ -20,28 +20,28 @@ LAYER_OPS = frozenset({"call_module", "call_function", "call_method"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Traced:
+class TracedModel:
     """A network and its graph. `names` holds what each input, and the result of each layer, is called on the wire."""
 
     model: nn.Module
     graph: fx.Graph
-    names: Mapping[fx.Node, str]
+    wire_names: Mapping[fx.Node, str]
 
     @property
-    def inputs(self) -> tuple[fx.Node, ...]:
+    def input_nodes(self) -> tuple[fx.Node, ...]:
         return tuple(node for node in self.graph.nodes if node.op == "placeholder")
 
     @property
-    def nodes(self) -> tuple[fx.Node, ...]:
+    def layer_nodes(self) -> tuple[fx.Node, ...]:
         """The nodes that compute something, in order: cut k comes after the first k of them."""
         return tuple(node for node in self.graph.nodes if node.op in LAYER_OPS)
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(self.names[node] for node in self.nodes)
+    def layer_names(self) -> tuple[str, ...]:
+        return tuple(self.wire_names[node] for node in self.layer_nodes)
 
 
-def trace(model: nn.Module | Sequence[nn.Module]) -> Traced:
+def trace(model: nn.Module | Sequence[nn.Module]) -> TracedModel:
     """Follow the forward of a network in the mode it is in: what depends on `training` is fixed here.
 
     Raises `CannotTrace` where torch.fx cannot follow and there are no children to cut between.
@@ -58,7 +58,7 @@ def trace(model: nn.Module | Sequence[nn.Module]) -> Traced:
     for node in reversed(graph.nodes):  # `out, _ = attention(x)`: the item that nobody reads may be None
         if node.target is operator.getitem and not node.users:
             graph.erase_node(node)
-    return Traced(module, graph, _names(graph))
+    return TracedModel(module, graph, _names(graph))
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import operator
 
 from torch import fx, nn
 
-from stages.partition.boundary import received
+from stages.partition.boundary import unpack_value
 from stages.partition.fx_graph import LAYER_OPS, is_leaf
 
 IN_PLACE_OPERATORS = frozenset(
@@ -19,7 +19,7 @@ IN_PLACE_OPERATORS = frozenset(
 ) | {operator.setitem}
 
 
-def copy_what_changes(graph: fx.Graph, model: nn.Module) -> None:
+def copy_mutated_inputs(graph: fx.Graph, model: nn.Module) -> None:
     """Let a part copy, as it comes in, whatever one of its in-place layers may reach through views and the like."""
     reached: list[fx.Node] = []
     for node in graph.nodes:
@@ -31,7 +31,7 @@ def copy_what_changes(graph: fx.Graph, model: nn.Module) -> None:
         if node in seen:
             continue
         seen.add(node)
-        if node.target is received:
+        if node.target is unpack_value:
             node.update_arg(2, True)
         elif not _makes_new(node, model):
             reached.extend(node.all_input_nodes)

@@ -15,15 +15,17 @@ from stages.models.registry import ModelSpec
 from stages.partition.fx_graph import trace
 from stages.partition.partition import Part, partition
 
-PICKLED = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
-BATCH_COUNT = ".num_batches_tracked"  # torch's own count in batch norms: no result depends on it, older files lack it
-META = torch.device("meta")
+PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
+BATCHES_TRACKED_SUFFIX = (
+    ".num_batches_tracked"  # torch's own count in batch norms: no result depends on it, older files lack it
+)
+META_DEVICE = torch.device("meta")
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Contents:
+class _WeightsFile:
     """A weights file: the shapes of all that is in it, and a way to read some of it into memory of its own.
 
     Views of the mapped file would do, but they start at any byte, where torch's kernels add up in another order: two
@@ -48,7 +50,7 @@ def load_part(
     Without a file the whole network gets the random weights of `seed`, so that all parts together are that network.
     Raises what `partition` raises, `PickledWeights`, `WeightsDoNotFit`, and `BadWeights` for one that cannot be read.
     """
-    example = None if spec.input_shape is None else {spec.input_name: torch.empty(spec.input_shape, device=META)}
+    example = None if spec.input_shape is None else {spec.input_name: torch.empty(spec.input_shape, device=META_DEVICE)}
     if weights is None:
         with torch.random.fork_rng(devices=[]):  # networks are built on the CPU: leave the generators of GPUs alone
             torch.default_generator.manual_seed(seed)
@@ -68,7 +70,7 @@ def load_part(
     return part.to(device)
 
 
-def load_trainable(
+def load_trainable_part(
     spec: ModelSpec,
     cuts: Sequence[int],
     index: int,
@@ -93,10 +95,12 @@ def load_trainable(
     parts = partition(trained, cuts)
     _check_shared(parts)
     evaluated = trace(model.eval())
-    ends = [trained.layers[cut - 1] for cut in cuts]
-    same = set(ends) <= set(evaluated.layers)
+    ends = [trained.layer_names[cut - 1] for cut in cuts]
+    same = set(ends) <= set(evaluated.layer_names)
     evaluation = (
-        partition(evaluated, [evaluated.layers.index(name) + 1 for name in ends])[index].to(device) if same else None
+        partition(evaluated, [evaluated.layer_names.index(name) + 1 for name in ends])[index].to(device)
+        if same
+        else None
     )
     return parts[index].to(device).train(), evaluation
 
@@ -113,7 +117,7 @@ def _check_shared(parts: Sequence[Part]) -> None:
 def _skeleton(spec: ModelSpec) -> nn.Module:
     """The network without numbers; built in full where some are in no file, or are looked at while it is built."""
     try:
-        with META:
+        with META_DEVICE:
             model = spec.build()
     except (NotImplementedError, RuntimeError):  # it looked at a value, of which there is none on the meta device
         return spec.build()
@@ -130,15 +134,15 @@ def _on_meta(part: Part) -> bool:
     return any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
 
 
-def _fitting(model: nn.Module, weights: Path) -> _Contents:
+def _fitting(model: nn.Module, weights: Path) -> _WeightsFile:
     """What is in a file that fits the whole network. Raises `WeightsDoNotFit`, and what reading it raises."""
-    contents = _safetensors(weights) if weights.suffix != ".weights" else _darknet(model, weights)
+    contents = _open_safetensors(weights) if weights.suffix != ".weights" else _darknet(model, weights)
     _check_fit(weights, model.state_dict(), contents.shapes)
     return contents
 
 
 def _check_kind(path: Path) -> None:
-    if path.suffix in PICKLED:
+    if path.suffix in PICKLE_SUFFIXES:
         raise PickledWeights(str(path))
     if path.suffix not in (".safetensors", ".weights"):
         raise BadWeights(str(path), f"expected .safetensors or .weights, got {path.suffix or 'no ending'}")
@@ -149,14 +153,16 @@ def _check_kind(path: Path) -> None:
 def _check_fit(path: Path, expected: Mapping[str, Tensor], actual: Mapping[str, Shape]) -> None:
     """The file is compared with the whole network, so that every worker says the same of a wrong one."""
     for name, tensor in expected.items():
-        if actual.get(name) != tuple(tensor.shape) and not (name not in actual and name.endswith(BATCH_COUNT)):
+        if actual.get(name) != tuple(tensor.shape) and not (
+            name not in actual and name.endswith(BATCHES_TRACKED_SUFFIX)
+        ):
             raise WeightsDoNotFit(str(path), name, tuple(tensor.shape), actual.get(name))
     for name, shape in actual.items():
         if name not in expected:
             raise WeightsDoNotFit(str(path), name, None, shape)
 
 
-def _safetensors(path: Path) -> _Contents:
+def _open_safetensors(path: Path) -> _WeightsFile:
     def read(names: Sequence[str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in names}
@@ -164,17 +170,17 @@ def _safetensors(path: Path) -> _Contents:
     try:
         with safe_open(path, framework="pt") as file:
             names: list[str] = list(file.keys())
-            return _Contents({name: tuple(file.get_slice(name).get_shape()) for name in names}, read)
+            return _WeightsFile({name: tuple(file.get_slice(name).get_shape()) for name in names}, read)
     except (SafetensorError, OSError) as problem:
         raise BadWeights(str(path), f"is no safetensors file: {problem}") from problem
 
 
-def _darknet(model: nn.Module, path: Path) -> _Contents:
+def _darknet(model: nn.Module, path: Path) -> _WeightsFile:
     from stages.models.darknet_layers import Darknet
-    from stages.models.darknet_weights import darknet_state
+    from stages.models.darknet_weights import darknet_state_dict
 
     if not isinstance(model, Darknet):
         raise BadWeights(str(path), f"holds weights for Darknet's networks, the model is {type(model).__name__}")
-    state = darknet_state(model, path)
+    state = darknet_state_dict(model, path)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return _Contents(shapes, lambda names: {name: state[name].clone() for name in names})
+    return _WeightsFile(shapes, lambda names: {name: state[name].clone() for name in names})

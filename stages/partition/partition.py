@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from stages.errors import CutsNotIncreasing, NoSuchCut
-from stages.partition.boundary import answer, hollow, received, sent, stand_in
-from stages.partition.fx_graph import Traced, trace
-from stages.partition.inplace_analysis import copy_what_changes
+from stages.partition.boundary import expand_shape_tensor, make_shape_tensor, pack_result, pack_values, unpack_value
+from stages.partition.fx_graph import TracedModel, trace
+from stages.partition.inplace_analysis import copy_mutated_inputs
 
 # What asks a tensor for its shape or kind only, and never for its values.
 SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "is_floating_point"})
 SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda"})
-ARITHMETIC = frozenset({operator.__name__, "_operator", builtins.__name__, math.__name__})
+ARITHMETIC_MODULES = frozenset({operator.__name__, "_operator", builtins.__name__, math.__name__})
 SHAPE_SUFFIX = ":shape"
 FINGERPRINT_DIGITS = 16  # 64 bits: to notice a mistake; it is no defence
 
@@ -53,7 +53,7 @@ class Part(nn.Module):
         self, root: nn.Module, graph: fx.Graph, takes: tuple[str, ...], gives: tuple[str, ...], batchable: bool
     ) -> None:
         super().__init__()
-        self.graph, self.takes, self.gives, self.batchable = graph, takes, gives, batchable
+        self.graph, self.input_names, self.output_names, self.batchable = graph, takes, gives, batchable
         self.training = root.training
         compiled = fx.GraphModule(root, graph)  # holds of root only what the graph uses
         self._compute = type(compiled).forward
@@ -84,13 +84,13 @@ class _Segment:
         return self.takes | self.hollow
 
 
-def layers(model: nn.Module | Sequence[nn.Module] | Traced) -> tuple[str, ...]:
+def layer_names(model: nn.Module | Sequence[nn.Module] | TracedModel) -> tuple[str, ...]:
     """The names of the layers, in order: cut k (0 < k < len(layers)) comes after the first k of them."""
-    return _traced(model).layers
+    return _traced(model).layer_names
 
 
 def partition(
-    model: nn.Module | Sequence[nn.Module] | Traced,
+    model: nn.Module | Sequence[nn.Module] | TracedModel,
     cuts: Sequence[int],
     example: Mapping[str, Tensor] | None = None,
 ) -> tuple[Part, ...]:
@@ -100,7 +100,7 @@ def partition(
     found out: without one no part claims to be. Raises `CannotTrace`, `NoSuchCut` and `CutsNotIncreasing`.
     """
     traced = _traced(model)
-    _check(cuts, traced.layers)
+    _check(cuts, traced.layer_names)
     segments = _segments(traced, cuts)
     ends = set(traced.graph.output_node().all_input_nodes).union(*(segment.ends for segment in segments))
     rows = _has_rows(traced, ends, example) if example is not None else set()
@@ -121,8 +121,8 @@ def fingerprint(part: Part, extra: str = "") -> str:
     return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
 
-def _traced(model: nn.Module | Sequence[nn.Module] | Traced) -> Traced:
-    return model if isinstance(model, Traced) else trace(model)
+def _traced(model: nn.Module | Sequence[nn.Module] | TracedModel) -> TracedModel:
+    return model if isinstance(model, TracedModel) else trace(model)
 
 
 def _check(cuts: Sequence[int], names: tuple[str, ...]) -> None:
@@ -133,9 +133,9 @@ def _check(cuts: Sequence[int], names: tuple[str, ...]) -> None:
         raise CutsNotIncreasing(tuple(cuts))
 
 
-def _segments(traced: Traced, cuts: Sequence[int]) -> list[_Segment]:
+def _segments(traced: TracedModel, cuts: Sequence[int]) -> list[_Segment]:
     """Live values at every cut, found from the last part to the first."""
-    place = {node: bisect_right(cuts, index) for index, node in enumerate(traced.nodes)}
+    place = {node: bisect_right(cuts, index) for index, node in enumerate(traced.layer_nodes)}
     place[traced.graph.output_node()] = len(cuts)
     shapes = _shape_nodes(traced.graph)
     segments = [_Segment() for _ in range(len(cuts) + 1)]
@@ -175,14 +175,14 @@ def _shape_nodes(graph: fx.Graph) -> set[fx.Node]:
         asks = (node.op == "call_method" and node.target in SHAPE_METHODS) or (
             node.op == "call_function" and node.target is getattr and node.args[1] in SHAPE_ATTRIBUTES
         )
-        counts = node.op == "call_function" and getattr(node.target, "__module__", None) in ARITHMETIC
+        counts = node.op == "call_function" and getattr(node.target, "__module__", None) in ARITHMETIC_MODULES
         inputs = node.all_input_nodes
         if asks or (counts and inputs and all(argument in found for argument in inputs)):
             found.add(node)
     return found
 
 
-def _build(traced: Traced, segments: list[_Segment], index: int, rows: set[fx.Node]) -> Part:
+def _build(traced: TracedModel, segments: list[_Segment], index: int, rows: set[fx.Node]) -> Part:
     """Write the graph of one part: receive, compute in the order of the whole, send."""
     segment = segments[index]
     later = segments[index + 1] if index + 1 < len(segments) else None
@@ -191,35 +191,35 @@ def _build(traced: Traced, segments: list[_Segment], index: int, rows: set[fx.No
     values: dict[fx.Node, fx.Node] = {}  # a node of the whole -> the node of this part that has its value
     shapes: dict[fx.Node, fx.Node] = {}  # ... that has it hollow
     for node, name in _named(traced, segment):
-        values[node] = graph.call_function(received, (tensors, name, False))
+        values[node] = graph.call_function(unpack_value, (tensors, name, False))
         if node in segment.hollow:
             shapes[node] = values[node]
-            values[node] = graph.call_function(stand_in, (shapes[node],))
+            values[node] = graph.call_function(expand_shape_tensor, (shapes[node],))
     for node in traced.graph.nodes:
         if node in segment.nodes and node.op != "output":
             values[node] = graph.node_copy(node, values.__getitem__)
     if later is None:
         result = traced.graph.output_node().args[0]
         gives = _answer_names(result)
-        graph.output(graph.call_function(answer, (fx.map_arg(result, values.__getitem__),)))
+        graph.output(graph.call_function(pack_result, (fx.map_arg(result, values.__getitem__),)))
     else:
         leaving = _named(traced, later)
         gives = tuple(name for _, name in leaving)
         for node, _ in leaving:
             if node in later.hollow and node not in shapes:
-                shapes[node] = graph.call_function(hollow, (values[node],))
+                shapes[node] = graph.call_function(make_shape_tensor, (values[node],))
         leave = [shapes[node] if node in later.hollow else values[node] for node, _ in leaving]
-        graph.output(graph.call_function(sent, (gives, *leave)))
-    copy_what_changes(graph, traced.model)
+        graph.output(graph.call_function(pack_values, (gives, *leave)))
+    copy_mutated_inputs(graph, traced.model)
     ends = later.ends if later is not None else set(traced.graph.output_node().all_input_nodes)
     takes = tuple(name for _, name in _named(traced, segment))
     return Part(traced.model, graph, takes, gives, batchable=rows >= ends | segment.ends)
 
 
-def _named(traced: Traced, segment: _Segment) -> list[tuple[fx.Node, str]]:
+def _named(traced: TracedModel, segment: _Segment) -> list[tuple[fx.Node, str]]:
     """What a part takes, in the order in which the network makes it, with the names it has on the wire."""
     return [
-        (node, traced.names[node] + (SHAPE_SUFFIX if node in segment.hollow else ""))
+        (node, traced.wire_names[node] + (SHAPE_SUFFIX if node in segment.hollow else ""))
         for node in traced.graph.nodes
         if node in segment.ends
     ]
@@ -233,12 +233,12 @@ def _answer_names(result: Any) -> tuple[str, ...]:
     return ("output",)
 
 
-def _has_rows(traced: Traced, nodes: set[fx.Node], example: Mapping[str, Tensor]) -> set[fx.Node]:
+def _has_rows(traced: TracedModel, nodes: set[fx.Node], example: Mapping[str, Tensor]) -> set[fx.Node]:
     """The nodes whose first dimension is the batch: the network is run on meta tensors, with 2 rows and then with 3.
 
     A network that cannot be run on meta tensors (it looks at values), or on this example, has none.
     """
-    if any(traced.names[node] not in example for node in traced.inputs):
+    if any(traced.wire_names[node] not in example for node in traced.input_nodes):
         return set()
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -252,7 +252,7 @@ def _has_rows(traced: Traced, nodes: set[fx.Node], example: Mapping[str, Tensor]
     for rows in (2, 3):
         inputs = tuple(
             tensor.new_empty((rows, *tensor.shape[1:]), device="meta")
-            for tensor in (example[traced.names[node]] for node in traced.inputs)
+            for tensor in (example[traced.wire_names[node]] for node in traced.input_nodes)
         )
         try:
             results = torch.func.functional_call(network, state, inputs)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-from brokers.protocol.training import MICRO_LIMIT
+from brokers.protocol.training import MICRO_BATCH_LIMIT
 from stages.training.errors import TooManyForwards, UnknownForward
 
 T = TypeVar("T")
 
 
-class Saved(Generic[T]):
+class ActivationStore(Generic[T]):
     """A bounded store of what a backward needs."""
 
-    def __init__(self, limit: int = MICRO_LIMIT) -> None:
+    def __init__(self, limit: int = MICRO_BATCH_LIMIT) -> None:
         self._limit = limit
         self._items: dict[bytes, T] = {}
 

@@ -2,7 +2,7 @@
 
 A file holds the parameters and buffers under `model/NAME`, and what the optimizer keeps of each parameter under
 `optimizer/NAME/KEY`. There is no random state to keep: what a random layer draws follows from the source's seed, the
-step and the micro-batch (`brokers.protocol.training.micro_seed`).
+step and the micro-batch (`brokers.protocol.training.micro_batch_seed`).
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from brokers.protocol.training import Progress
-from stages.training.errors import CannotCheckpoint, ForeignCheckpoint, Overtaken
+from brokers.protocol.training import SourceProgress
+from stages.training.errors import CannotCheckpoint, ForeignCheckpoint, StaleWriter
 
 # Two: should a worker die while some have written the newest and others have not, all have the one before.
-KEPT = 2
-_PROGRESS = TypeAdapter(dict[str, Progress])
+CHECKPOINTS_TO_KEEP = 2
+_PROGRESS = TypeAdapter(dict[str, SourceProgress])
 # Another worker of the stage may be writing: it is done, or dead, after so long. (safetensors begins with a `.tmp`.)
 _ABANDONED_S = 600.0
 _NAME = re.compile(r"version-(\d{12})\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class Checkpoint:
     """A version of a part: its number, its tensors, how many steps of which source are in it, and of which term."""
 
-    number: int
+    version: int
     tensors: Mapping[str, torch.Tensor]
-    progress: Mapping[str, Progress] = field(default_factory=dict)
+    progress: Mapping[str, SourceProgress] = field(default_factory=dict)
     term: int = 0  # in which it is written
 
 
-class Checkpoints:
+class CheckpointStore:
     """The checkpoints of one stage in one folder. `fingerprint` tells the part and its recipe from others.
 
     Workers of one stage may share the folder. One that was frozen, and whose place another has taken, may wake in the
@@ -83,36 +83,36 @@ class Checkpoints:
                 if path.exists():  # else the worker that trains has let go of it meanwhile
                     raise
 
-    def save(self, version: Version) -> None:
+    def save(self, version: Checkpoint) -> None:
         """Write one, and let go of those that are too old.
 
-        Raises `CannotCheckpoint` or `Overtaken`; what is there stays as it is then.
+        Raises `CannotCheckpoint` or `StaleWriter`; what is there stays as it is then.
         """
-        path = self._path(version.number)
+        path = self._path(version.version)
         partial = path.with_suffix(f".{version.term}.part")  # one of another term may be writing the same version
         metadata = {
             "fingerprint": self._fingerprint,
-            "version": str(version.number),
+            "version": str(version.version),
             "term": str(version.term),
             "progress": json.dumps({name: item.model_dump() for name, item in version.progress.items()}),
         }
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.contiguous() for name, tensor in version.tensors.items()}, partial, metadata)
-            _flush(partial)
+            _fsync(partial)
             self._check_place(version.term)
             partial.replace(path)
-            _flush(self._folder)
+            _fsync(self._folder)
         except (OSError, SafetensorError) as problem:
             raise CannotCheckpoint(str(path), str(problem)) from problem
         finally:
             with suppress(OSError):  # it is there only if something went wrong
                 partial.unlink()
         with suppress(OSError):  # one that cannot be taken away does no harm; the new one is there
-            for old in self.versions[:-KEPT]:
+            for old in self.versions[:-CHECKPOINTS_TO_KEEP]:
                 self._path(old).unlink(missing_ok=True)
 
-    def load(self, number: int) -> Version:
+    def load(self, number: int) -> Checkpoint:
         """Read one. Raises `ForeignCheckpoint`."""
         path = self._path(number)
         metadata = self._metadata(path)
@@ -125,12 +125,12 @@ class Checkpoints:
             raise ForeignCheckpoint(str(path), "its progress is none") from problem
         except (SafetensorError, OSError) as problem:
             raise ForeignCheckpoint(str(path), f"it cannot be read ({problem})") from problem
-        return Version(number, tensors, progress)
+        return Checkpoint(number, tensors, progress)
 
-    def drop_after(self, number: int, term: int) -> None:
+    def delete_after(self, number: int, term: int) -> None:
         """Let go of what is newer than this version: it was given up in this term, and its number will be used again.
 
-        Raises `Overtaken`.
+        Raises `StaleWriter`.
         """
         for newer in self.versions:
             if newer > number:
@@ -138,9 +138,9 @@ class Checkpoints:
                 self._path(newer).unlink(missing_ok=True)
 
     def _check_place(self, term: int) -> None:
-        """Raise `Overtaken` if another worker has written here in a later term."""
+        """Raise `StaleWriter` if another worker has written here in a later term."""
         if (later := self.term) > term:
-            raise Overtaken(str(self._folder), term, later)
+            raise StaleWriter(str(self._folder), term, later)
 
     def _term_of(self, number: int) -> int:
         """The term in which one was written; 0 where that cannot be told."""
@@ -165,7 +165,7 @@ class Checkpoints:
         return found
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Have what was written survive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -10,7 +10,7 @@ from brokers.errors import SparseError, UsageError, WireError
 
 
 @dataclass(eq=False)
-class BadRecipe(UsageError):
+class BadTrainingConfig(UsageError):
     """An optimizer or a loss that cannot be had, or that does not take its settings."""
 
     name: str
@@ -48,7 +48,7 @@ class StaleTerm(WireError):
 
 
 @dataclass(eq=False)
-class StandsBy(WireError):
+class WorkerOnStandby(WireError):
     """A message for who trains a stage in a term, to one that does not: another has taken its place."""
 
     retry = True
@@ -167,7 +167,7 @@ class CannotCheckpoint(SparseError):
 
 
 @dataclass(eq=False)
-class Overtaken(SparseError):
+class StaleWriter(SparseError):
     """Another worker of the stage has written a checkpoint in a later term: this one has nothing to write or remove."""
 
     path: str

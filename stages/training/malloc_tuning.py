@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 1 << 30  # the largest power of two that an int has: more than that at the end of the heap is given back
 
 
-def keep_memory() -> None:
+def tune_malloc() -> None:
     """Have this process keep what it frees, and torch ask for large pages. Does nothing where there is no glibc.
 
     To be called before torch's first tensor. What the environment says of either counts more.

@@ -17,35 +17,35 @@ from pydantic import ValidationError
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
-from brokers.dispatch.presence import Birth
-from brokers.dispatch.worker_pool import SILENT_S
+from brokers.dispatch.presence import WorkerRecord
+from brokers.dispatch.worker_pool import PRESENCE_TIMEOUT_S
 from brokers.errors import SparseError, WireError
-from brokers.protocol.messages import REQUEST_ID_BYTES, Step
-from brokers.protocol.topics import last_level, source_presence
-from brokers.protocol.training import Standing
+from brokers.protocol.messages import REQUEST_ID_BYTES, StepMessage
+from brokers.protocol.topics import last_level, source_presence_topic
+from brokers.protocol.training import TrainingStatus
 from brokers.protocol.transport import Delivery, Transport
 from brokers.telemetry.client import EventClient
-from stages.training.checkpoints import Checkpoints
-from stages.training.coordinator import Conductor, Order
-from stages.training.part_trainer import Learner
-from stages.training.role import Role
-from stages.training.worker import Trainer
+from stages.training.checkpoints import CheckpointStore
+from stages.training.coordinator import Coordinator, CoordinatorCommand
+from stages.training.part_trainer import PartTrainer
+from stages.training.role import TrainingRole
+from stages.training.worker import TrainingWorker
 
 log = logging.getLogger(__name__)
 
 # Workers renew their record each second: who has not been heard by then is not there.
 _LISTEN_S = 1.3
 # It looks around each second: when it did not for so long it was frozen, and soon others take its place.
-_FROZEN_S = SILENT_S / 2
+_FROZEN_S = PRESENCE_TIMEOUT_S / 2
 
 
-class Leading(Role):
+class CoordinatorRole(TrainingRole):
     """Conducts the pipeline as long as its trainer is the one of the first stage that leads; else stands by."""
 
-    def __init__(self, trainer: Trainer, pipeline: Pipeline) -> None:
+    def __init__(self, trainer: TrainingWorker, pipeline: Pipeline) -> None:
         self._trainer, self._pipeline = trainer, pipeline
         stages = tuple(stage.name for stage in pipeline.stage)
-        self._conductor = Conductor(trainer.worker, stages, pipeline.pipeline.lease_s)
+        self._conductor = Coordinator(trainer.worker, stages, pipeline.pipeline.lease_s)
         self._leading = False
         self._begun_s = self._looked_s = time.monotonic()
         self._sources_s: dict[str, float] = {}  # who feeds, and when it was heard last
@@ -53,11 +53,11 @@ class Leading(Role):
     async def open(self) -> None:
         """Listen; the trainer must have started."""
         self._begun_s = self._looked_s = time.monotonic()
-        transport = self._trainer.line.transport
+        transport = self._trainer.channel.transport
         for stage in self._pipeline.stage:
             topics = self._pipeline.topics(stage)
-            await transport.subscribe(topics.all_presence, partial(self._heard_worker, stage.name), qos=1)
-        await transport.subscribe(source_presence("+", self._pipeline.name, "+"), self._heard_source, qos=1)
+            await transport.subscribe(topics.presence_filter, partial(self._heard_worker, stage.name), qos=1)
+        await transport.subscribe(source_presence_topic("+", self._pipeline.name, "+"), self._heard_source, qos=1)
         transport.on_reconnect(self._reconnected)
 
     # Heard --------------------------------------------------------------------------------------------------------
@@ -66,43 +66,43 @@ class Leading(Role):
         worker, birth = last_level(delivery.topic), None
         if delivery.payload:
             try:
-                birth = Birth.from_bytes(bytes(delivery.payload))
+                birth = WorkerRecord.from_bytes(bytes(delivery.payload))
             except WireError:
                 return  # nobody who could be in a crew
             if (birth.worker, birth.stage) != (worker, stage):
                 return
-        self._conductor.heard(stage, worker, birth, time.monotonic(), retained=delivery.retain)
-        self.look()
+        self._conductor.on_presence(stage, worker, birth, time.monotonic(), retained=delivery.retain)
+        self.tick()
 
     def _heard_source(self, delivery: Delivery) -> None:
         source = last_level(delivery.topic)
         if delivery.payload:
             self._sources_s[source] = time.monotonic()
-        elif self._sources_s.pop(source, None) is not None and source in self._trainer.steps.sources:
-            self._conductor.give_up(f"source {source} has gone in the middle of a step")
-            self.look()
+        elif self._sources_s.pop(source, None) is not None and source in self._trainer.step_queue.sources:
+            self._conductor.end_term(f"source {source} has gone in the middle of a step")
+            self.tick()
 
-    def heard(self, word: Step) -> None:
+    def on_step_message(self, word: StepMessage) -> None:
         stage, worker = str(word.details.get("stage")), str(word.details.get("worker"))
         if word.verb == "halted":
             try:
-                standing = Standing.model_validate(word.details.get("standing"))
+                standing = TrainingStatus.model_validate(word.details.get("standing"))
             except ValidationError:
                 return
-            self._conductor.halted(stage, worker, word.term, standing)
+            self._conductor.on_quiesced(stage, worker, word.term, standing)
         elif word.verb == "restored":
             problem = str(word.details.get("problem", ""))[:300]
-            self._conductor.restored(stage, worker, word.term, time.monotonic(), problem)
+            self._conductor.on_restored(stage, worker, word.term, time.monotonic(), problem)
         elif word.verb == "abandon" and word.term == self._conductor.term:
-            self._conductor.give_up(str(word.details.get("why", "a source gave up its step"))[:200])
-        self.look()
+            self._conductor.end_term(str(word.details.get("why", "a source gave up its step"))[:200])
+        self.tick()
 
     async def _reconnected(self) -> None:
-        self._conductor.give_up("the connection of the first stage broke")
+        self._conductor.end_term("the connection of the first stage broke")
 
     # Decide -------------------------------------------------------------------------------------------------------
 
-    def look(self) -> None:
+    def tick(self) -> None:
         now_s = time.monotonic()
         if now_s - self._looked_s > _FROZEN_S:
             # Whatever it was about to decide may be settled by now: it listens first, as one that begins does.
@@ -110,92 +110,99 @@ class Leading(Role):
         self._looked_s = now_s
         if now_s - self._begun_s < _LISTEN_S:
             return
-        leads = self._conductor.leads(now_s, leading=self._leading)
+        leads = self._conductor.is_leader(now_s, was_leader=self._leading)
         if leads != self._leading:
             self._leading = leads
             log.info("worker %s %s", self._trainer.worker, "leads" if leads else "stands by")
-            self._conductor.give_up("another worker of the first stage leads now")
+            self._conductor.end_term("another worker of the first stage leads now")
             if not leads:
-                self._trainer.stand_by(self._trainer.steps.term)
+                self._trainer.stand_by(self._trainer.step_queue.term)
         if not leads:
             return
         self._look_for_silence(now_s)
         phase = self._conductor.phase
-        while order := self._conductor.look(now_s, int(1000 * time.time())):
+        while order := self._conductor.next_command(now_s, int(1000 * time.time())):
             self._tell(order)
         if phase != "open" and self._conductor.phase == "open":
-            log.info("term %d begins: %s", self._conductor.term, self._conductor.why)
+            log.info("term %d begins: %s", self._conductor.term, self._conductor.term_reason)
             self._trainer.report_soon()
 
     def _look_for_silence(self, now_s: float) -> None:
-        steps = self._trainer.steps
+        steps = self._trainer.step_queue
         if self._conductor.phase != "open" or not steps.sources:
-            self._trainer.moved_s = now_s
+            self._trainer.last_progress_s = now_s
             return
-        silent = [name for name in steps.sources if now_s - self._sources_s.get(name, now_s) > SILENT_S]
+        silent = [name for name in steps.sources if now_s - self._sources_s.get(name, now_s) > PRESENCE_TIMEOUT_S]
         lease_s = self._pipeline.pipeline.lease_s
         if silent:
-            self._conductor.give_up(f"source {silent[0]} has fallen silent in the middle of a step")
-        elif now_s - self._trainer.moved_s > lease_s:
-            self._conductor.give_up(f"nothing was heard of the step of {steps.source} for {lease_s:g} s")
+            self._conductor.end_term(f"source {silent[0]} has fallen silent in the middle of a step")
+        elif now_s - self._trainer.last_progress_s > lease_s:
+            self._conductor.end_term(f"nothing was heard of the step of {steps.current_source} for {lease_s:g} s")
 
-    def _tell(self, order: Order) -> None:
-        details: Mapping[str, Any] = {"version": order.version, "since": order.since}
+    def _tell(self, order: CoordinatorCommand) -> None:
+        details: Mapping[str, Any] = {"version": order.version, "since": order.restored_term}
         if order.verb == "halt":
-            details = {"crew": order.crew}
-        word = Step(
-            request=secrets.token_bytes(REQUEST_ID_BYTES),
+            details = {"crew": order.members}
+        word = StepMessage(
+            request_id=secrets.token_bytes(REQUEST_ID_BYTES),
             verb=order.verb,
             term=order.term,
-            sender=self._trainer.inbox,
+            sender_inbox=self._trainer.inbox,
             details=details,
         )
         for stage in self._pipeline.stage:
-            self._trainer.post.send(self._pipeline.topics(stage).inbox(order.crew[stage.name]), word)
+            self._trainer.send_queue.send(self._pipeline.topics(stage).inbox(order.members[stage.name]), word)
         self._trainer.report_soon()
 
-    def announce(self, standing: Standing) -> Standing:
+    def extend_status(self, standing: TrainingStatus) -> TrainingStatus:
         """The record of the one who leads says who the crew is; sources train while it does."""
         if not self._leading:
             return standing
         conductor = self._conductor
-        crew = conductor.crew if conductor.phase == "open" else {}
-        change = {"term": conductor.term, "crew": crew, "problem": conductor.problem, "why": conductor.why[:400]}
+        crew = conductor.members if conductor.phase == "open" else {}
+        change = {
+            "term": conductor.term,
+            "crew": crew,
+            "problem": conductor.problem,
+            "why": conductor.term_reason[:400],
+        }
         return standing.model_copy(update=change)
 
 
-class Following(Role):
+class FollowerRole(TrainingRole):
     """A worker of a later stage: it stands by as soon as a term has begun in which another one trains its stage."""
 
-    def __init__(self, trainer: Trainer, pipeline: Pipeline) -> None:
+    def __init__(self, trainer: TrainingWorker, pipeline: Pipeline) -> None:
         self._trainer, self._pipeline = trainer, pipeline
 
     async def open(self) -> None:
         """Listen to whoever conducts; the trainer must have started."""
         topics = self._pipeline.topics(self._pipeline.stage[0])
-        await self._trainer.line.transport.subscribe(topics.all_presence, self._heard, qos=1)
+        await self._trainer.channel.transport.subscribe(topics.presence_filter, self._heard, qos=1)
 
     def _heard(self, delivery: Delivery) -> None:
         try:
-            birth = Birth.from_bytes(bytes(delivery.payload))
+            birth = WorkerRecord.from_bytes(bytes(delivery.payload))
         except SparseError:
             return
         found = birth.training
-        if found is not None and found.crew.get(self._trainer.stage, self._trainer.worker) != self._trainer.worker:
+        if found is not None and found.members.get(self._trainer.stage, self._trainer.worker) != self._trainer.worker:
             self._trainer.stand_by(found.term)
 
 
-def make_trainer(
+def make_training_worker(
     transport: Transport,
     pipeline: Pipeline,
     stage: StageTable,
-    learner: Learner,
+    learner: PartTrainer,
     worker: str,
     device: str,
     checkpoints: Path,
     events: EventClient | None = None,
-) -> Trainer:
+) -> TrainingWorker:
     """A worker that trains `stage`, with the role that its stage has, and its checkpoints in that folder."""
-    trainer = Trainer(transport, pipeline, stage, learner, worker, device, partial(Checkpoints, checkpoints), events)
-    trainer.role = (Leading if stage == pipeline.stage[0] else Following)(trainer, pipeline)
+    trainer = TrainingWorker(
+        transport, pipeline, stage, learner, worker, device, partial(CheckpointStore, checkpoints), events
+    )
+    trainer.role = (CoordinatorRole if stage == pipeline.stage[0] else FollowerRole)(trainer, pipeline)
     return trainer

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from brokers.config.schema import TrainingTable
-from brokers.process.import_string import CannotLoad, load_named, told
-from stages.training.errors import BadRecipe
+from brokers.process.import_string import CannotLoad, describe_exception, import_string
+from stages.training.errors import BadTrainingConfig
 
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -18,8 +18,8 @@ OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
 }
 # (outputs (B, ...), labels (B, ...)) -> a scalar, the mean over the rows.
-Loss = Callable[[Any, Tensor], Tensor]
-LOSSES: Mapping[str, Loss] = {
+LossFunction = Callable[[Any, Tensor], Tensor]
+LOSSES: Mapping[str, LossFunction] = {
     "cross_entropy": nn.functional.cross_entropy,
     "mse": nn.functional.mse_loss,
 }
@@ -28,33 +28,35 @@ LOSSES: Mapping[str, Loss] = {
 def make_optimizer(
     table: TrainingTable, parameters: Iterable[nn.Parameter], folder: str
 ) -> torch.optim.Optimizer | None:
-    """The optimizer of these parameters; None where there are none. Raises `BadRecipe`."""
+    """The optimizer of these parameters; None where there are none. Raises `BadTrainingConfig`."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     make: Any = OPTIMIZERS.get(table.optimizer) or _own("training.optimizer", table.optimizer, OPTIMIZERS, folder)
     try:
         # Made even where there is nothing to train, so that a wrong setting is told by every stage.
         optimizer = make(trained or [nn.Parameter(torch.zeros(1))], lr=table.lr, **table.settings)
     except Exception as error:  # a user's own class may raise anything
-        raise BadRecipe(table.optimizer, told(error, folder), "training.settings") from error
+        raise BadTrainingConfig(table.optimizer, describe_exception(error, folder), "training.settings") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__
-        raise BadRecipe(table.optimizer, f"expected a torch.optim.Optimizer, it made a {kind}", "training.optimizer")
+        raise BadTrainingConfig(
+            table.optimizer, f"expected a torch.optim.Optimizer, it made a {kind}", "training.optimizer"
+        )
     return optimizer if trained else None
 
 
-def find_loss(table: TrainingTable, folder: str) -> Loss:
-    """The loss by that name. Raises `BadRecipe`."""
-    loss: Loss = LOSSES.get(table.loss) or _own("training.loss", table.loss, LOSSES, folder)
+def find_loss(table: TrainingTable, folder: str) -> LossFunction:
+    """The loss by that name. Raises `BadTrainingConfig`."""
+    loss: LossFunction = LOSSES.get(table.loss) or _own("training.loss", table.loss, LOSSES, folder)
     return loss
 
 
 def _own(key: str, name: str, known: Mapping[str, Any], folder: str) -> Any:
     if ":" not in name:
-        raise BadRecipe(name, f"is not known: there are {', '.join(known)}, package.module:NAME", key)
+        raise BadTrainingConfig(name, f"is not known: there are {', '.join(known)}, package.module:NAME", key)
     try:
-        found = load_named(name, folder)
+        found = import_string(name, folder)
     except CannotLoad as error:
-        raise BadRecipe(name, error.problem, key) from error
+        raise BadTrainingConfig(name, error.problem, key) from error
     if not callable(found):
-        raise BadRecipe(name, f"expected something to call, found {type(found).__name__}", key)
+        raise BadTrainingConfig(name, f"expected something to call, found {type(found).__name__}", key)
     return found

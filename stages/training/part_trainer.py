@@ -20,20 +20,20 @@ from torch import Tensor, nn
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
-from brokers.protocol.training import LABELS, RANDOM, MicroBatch
-from stages.models.registry import ModelSpec, model_spec
-from stages.partition.part_loader import load_trainable
+from brokers.protocol.training import LABELS_TENSOR, RNG_STATE_TENSOR, MicroBatch
+from stages.models.registry import ModelSpec, get_model_spec
+from stages.partition.part_loader import load_trainable_part
 from stages.partition.partition import Part, fingerprint
-from stages.training.activation_store import Saved
+from stages.training.activation_store import ActivationStore
 from stages.training.errors import BadGradient, BadLabels, NotFinite
 from stages.training.optimizer_and_loss import find_loss, make_optimizer
-from stages.worker.model_executor import find_weights_of
+from stages.worker.model_executor import find_pipeline_weights
 
 _MODEL, _OPTIMIZER = "model/", "optimizer/"
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class MicroBatchMetrics:
     """What the last stage says of a micro-batch: the mean loss of its rows, and how many it had right."""
 
     loss: float
@@ -42,19 +42,19 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _SavedForward:
     """What a backward needs: inputs that want a gradient, and what to begin from (at the last stage, the loss)."""
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
 
 
-class Learner:
+class PartTrainer:
     """Trains part `index` of the pipeline's model. All methods run in one thread."""
 
     def __init__(self, pipeline: Pipeline, stage: StageTable, *, device: str, threads: int) -> None:
         self.version: int | None = 0
-        self.saved: Saved[_Kept] = Saved()
+        self.activations: ActivationStore[_SavedForward] = ActivationStore()
         self._pipeline = pipeline
         self._index = pipeline.part_index(stage)
         self._is_last = self._index == len(pipeline.pipeline.cuts)
@@ -62,7 +62,7 @@ class Learner:
         self._threads = threads
         self._folder = str(pipeline.folder)
         table = pipeline.pipeline
-        self._spec: ModelSpec = model_spec(table.model or "", settings=table.model_settings, folder=self._folder)
+        self._spec: ModelSpec = get_model_spec(table.model or "", settings=table.model_settings, folder=self._folder)
         self._loss = find_loss(pipeline.training, self._folder)
         self._buffers: dict[str, Tensor] | None = None  # as the step began
         self._part: Part
@@ -77,8 +77,8 @@ class Learner:
 
     def _build(self) -> None:
         table = self._pipeline.pipeline
-        weights = find_weights_of(table.weights, self._pipeline.folder)
-        self._part, self._evaluation = load_trainable(
+        weights = find_pipeline_weights(table.weights, self._pipeline.folder)
+        self._part, self._evaluation = load_trainable_part(
             self._spec, table.cuts, self._index, weights, table.seed, self._device
         )
         self._optimizer = make_optimizer(self._pipeline.training, self._part.parameters(), self._folder)
@@ -86,21 +86,23 @@ class Learner:
 
     # A step --------------------------------------------------------------------------------------------------------
 
-    def forward(self, micro: MicroBatch, request: bytes, tensors: dict[str, Tensor]) -> dict[str, Tensor] | Judged:
+    def forward(
+        self, micro: MicroBatch, request: bytes, tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor] | MicroBatchMetrics:
         """The forward of a micro-batch, kept for its backward if it is trained.
 
         Takes what crosses the cut before this part, (B, ...) each, with labels (B) and the random state if there are
         any; gives the same for the next part, or, at the end, what came of it.
         """
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        labels, random = tensors.pop(LABELS, None), tensors.pop(RANDOM, None)
+        labels, random = tensors.pop(LABELS_TENSOR, None), tensors.pop(RNG_STATE_TENSOR, None)
         training = micro.mode == "train"
         part = self._part if training or self._evaluation is None else self._evaluation
         part.train(training)
         if training and self._buffers is None:
             self._buffers = {name: buffer.clone() for name, buffer in part.named_buffers()}
         inputs = self._inputs(tensors, training)
-        drawing = _Drawing(self._device, micro.seed, random)
+        drawing = _RandomState(self._device, micro.seed, random)
         with torch.set_grad_enabled(training):
             outputs = part(inputs)
             if self._is_last:
@@ -109,15 +111,15 @@ class Learner:
             self._keep(request, inputs, outputs)
         given = {name: output.detach() for name, output in outputs.items()}
         if labels is not None:
-            given[LABELS] = labels
+            given[LABELS_TENSOR] = labels
         if (state := drawing.state()) is not None:
-            given[RANDOM] = state
+            given[RNG_STATE_TENSOR] = state
         return given
 
     def _inputs(self, tensors: Mapping[str, Tensor], training: bool) -> dict[str, Tensor]:
         found = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         if self._index == 0:
-            takes = self._part.takes
+            takes = self._part.input_names
             if len(takes) == len(found) == 1:  # the only tensor needs no name
                 found = {takes[0]: next(iter(found.values()))}
             normalise = self._spec.normalise
@@ -136,7 +138,7 @@ class Learner:
         inputs: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
         labels: Tensor | None,
-    ) -> Judged:
+    ) -> MicroBatchMetrics:
         if labels is None:
             raise BadLabels("the micro-batch has no labels: the last stage needs them for the loss")
         labels = labels.to(self._device)
@@ -149,12 +151,12 @@ class Learner:
         if micro.mode == "train":
             # The mean over the step's rows, whatever the sizes of its micro-batches.
             self._keep(request, inputs, {"loss": loss * (len(labels) / micro.rows)})
-        return Judged(value, correct, len(labels))
+        return MicroBatchMetrics(value, correct, len(labels))
 
     def _keep(self, request: bytes, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         wanting = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
-        self.saved.put(
-            request, _Kept(wanting, {name: tensor for name, tensor in outputs.items() if tensor.requires_grad})
+        self.activations.put(
+            request, _SavedForward(wanting, {name: tensor for name, tensor in outputs.items() if tensor.requires_grad})
         )
 
     def backward(self, request: bytes, gradients: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -162,7 +164,7 @@ class Learner:
 
         Gives the gradients of what it took. Raises `UnknownForward` or `BadGradient`.
         """
-        kept = self.saved.pop(request)
+        kept = self.activations.pop(request)
         if gradients is None:
             begin, grads = list(kept.outputs.values()), [None] * len(kept.outputs)
         else:
@@ -181,7 +183,7 @@ class Learner:
         """Make the gradients that have added up a step of the optimizer: the next version; its number."""
         version, self.version = self.version, None  # until it is done, memory holds no version
         assert version is not None
-        assert not len(self.saved)
+        assert not len(self.activations)
         if self._optimizer is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
@@ -191,9 +193,9 @@ class Learner:
         self.version = version + 1
         return self.version
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Let go of the step in hand: everything is as the last version left it."""
-        self.saved.clear()
+        self.activations.clear()
         if self._optimizer is not None:
             self._optimizer.zero_grad(set_to_none=True)
         if self._buffers is not None:
@@ -210,7 +212,7 @@ class Learner:
         state = self._part.state_dict()
         return {name: begun.get(name, tensor).detach().cpu().clone() for name, tensor in state.items()}
 
-    def tensors(self, number: int) -> dict[str, Tensor]:
+    def checkpoint_tensors(self, number: int) -> dict[str, Tensor]:
         """All that makes a version, for a checkpoint. Raises `NotFinite` rather than give what nobody can use."""
         found = {f"{_MODEL}{name}": tensor for name, tensor in self.weights().items()}
         for name, tensor in found.items():
@@ -225,12 +227,12 @@ class Learner:
 
     def restore(self, number: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Be at this version: by what a checkpoint holds, or, for version 0, from the beginning."""
-        self.saved.clear()
+        self.activations.clear()
         self._buffers = None
         self._build()
         self.version = None  # until it is done, memory holds no version
         if tensors is not None:
-            self._part.load_state_dict(model_state(tensors))
+            self._part.load_state_dict(model_state_dict(tensors))
             self._restore_optimizer(tensors)
         self.version = number
 
@@ -249,12 +251,12 @@ class Learner:
         return [(name, parameter) for name, parameter in self._part.named_parameters() if parameter.requires_grad]
 
 
-def model_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def model_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds of the network itself."""
     return {name.removeprefix(_MODEL): item for name, item in tensors.items() if name.startswith(_MODEL)}
 
 
-class _Drawing:
+class _RandomState:
     """The random state during one forward: begun from the seed, or where the stage before ended."""
 
     def __init__(self, device: torch.device, seed: int, state: Tensor | None) -> None:

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from brokers.protocol.training import Mode
+from brokers.protocol.training import StepMode
 
-Name = Literal["1f1b", "gpipe"]
-Op = tuple[Literal["forward", "backward"], int]
+ScheduleName = Literal["1f1b", "gpipe"]
+ScheduledOp = tuple[Literal["forward", "backward"], int]
 
 
-def operations(name: Name, stage: int, stages: int, count: int, mode: Mode = "train") -> tuple[Op, ...]:
+def operations(
+    name: ScheduleName, stage: int, stages: int, count: int, mode: StepMode = "train"
+) -> tuple[ScheduledOp, ...]:
     """The operations of stage `stage` (from 0) of `stages` in a step of `count` micro-batches."""
     if mode == "evaluate":
         return tuple(("forward", index) for index in range(count))
     ahead = count if name == "gpipe" else min(count, stages - stage)
-    ops: list[Op] = [("forward", index) for index in range(ahead)]
+    ops: list[ScheduledOp] = [("forward", index) for index in range(ahead)]
     for index in range(count):
         ops.append(("backward", index))
         if ahead + index < count:

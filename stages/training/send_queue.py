@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from brokers.dispatch.channel import Line
+from brokers.dispatch.channel import MessageChannel
 from brokers.errors import SparseError
 from brokers.protocol.messages import Message
 
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 _LAST_S = 2.0
 
 
-class Post:
+class SendQueue:
     """A queue of messages in front of a line. It holds what one step has to say, no more: that is bounded elsewhere."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: MessageChannel) -> None:
         self._line = line
         self._letters: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
         self._carrying: asyncio.Task[None] | None = None

@@ -11,24 +11,24 @@ from typing import Any, TypeVar
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import SparseError
-from brokers.protocol.messages import Activation, Body, Failure, Gradient, Result, Step
+from brokers.protocol.messages import Activation, Failure, Gradient, Result, StepMessage, TensorContent
 from brokers.protocol.safetensors_codec import from_array, from_torch, to_torch
-from brokers.protocol.training import LABELS, SOURCES_LIMIT, Progress, Standing
+from brokers.protocol.training import LABELS_TENSOR, SOURCES_LIMIT, SourceProgress, TrainingStatus
 from brokers.telemetry.client import EventClient
-from stages.training.checkpoints import Checkpoints, Version
+from stages.training.checkpoints import Checkpoint, CheckpointStore
 from stages.training.errors import ForeignCheckpoint, NotFinite, StaleStep, TooManySources, VersionGone
-from stages.training.part_trainer import Judged, Learner, model_state
-from stages.training.send_queue import Post
-from stages.training.step_queue import Backward, Commit, Forward, Work
-from stages.training.step_timing import Times
-from stages.training.telemetry import Account
+from stages.training.part_trainer import MicroBatchMetrics, PartTrainer, model_state_dict
+from stages.training.send_queue import SendQueue
+from stages.training.step_queue import Backward, Commit, Forward, StepOperation
+from stages.training.step_timing import StepTimings
+from stages.training.telemetry import TrainingTelemetry
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class Execution:
+class StepExecutor:
     """One part, its versions in memory and on disk, and the thread that computes."""
 
     def __init__(
@@ -36,36 +36,36 @@ class Execution:
         pipeline: Pipeline,
         stage: StageTable,
         worker: str,
-        learner: Learner,
-        post: Post,
-        checkpoints: Callable[[str], Checkpoints],
+        learner: PartTrainer,
+        post: SendQueue,
+        checkpoints: Callable[[str], CheckpointStore],
         events: EventClient | None = None,
     ) -> None:
-        self.crew: dict[str, str] = {}
+        self.members: dict[str, str] = {}
         self._pipeline, self._stage, self._worker = pipeline, stage, worker
-        self._learner, self._post = learner, post
+        self._part_trainer, self._post = learner, post
         self._inbox = pipeline.topics(stage).inbox(worker)
-        self._next = pipeline.after(stage)
+        self._next = pipeline.next_stage(stage)
         self._make_checkpoints = checkpoints
-        self._checkpoints: Checkpoints
+        self._checkpoints: CheckpointStore
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{stage.name}")
-        self._progress: dict[str, Progress] = {}
-        self._since = 0  # the last term that told what is in memory to be a version
-        self._times = Times()
-        self._account = Account(events, self._times)
+        self._progress: dict[str, SourceProgress] = {}
+        self._restored_term = 0  # the last term that told what is in memory to be a version
+        self._times = StepTimings()
+        self._account = TrainingTelemetry(events, self._times)
 
     async def start(self) -> str:
         """Build the part and see what checkpoints there are; what tells the part from others.
 
         Raises `ForeignCheckpoint`, and whatever is wrong with the model or its recipe.
         """
-        fingerprint = await self._in_thread(self._learner.start)
+        fingerprint = await self._in_thread(self._part_trainer.start)
         self._checkpoints = self._make_checkpoints(fingerprint)
         self._checkpoints.check()
         return fingerprint
 
     @property
-    def term(self) -> int:
+    def checkpoint_term(self) -> int:
         """The newest term of its checkpoints: in none before it would they be changed."""
         return self._checkpoints.term
 
@@ -73,16 +73,16 @@ class Execution:
         """End the thread."""
         self._thread.shutdown()
 
-    def standing(self, term: int, breaks: int) -> Standing:
+    def training_status(self, term: int, breaks: int) -> TrainingStatus:
         """How far the part has come."""
-        return Standing(
+        return TrainingStatus(
             term=term,
-            version=self._learner.version,
-            since=self._since,
-            kept=self._checkpoints.versions[-8:],
-            breaks=breaks,
+            version=self._part_trainer.version,
+            restored_term=self._restored_term,
+            checkpoints=self._checkpoints.versions[-8:],
+            disconnects=breaks,
             progress=self._progress,
-            saved=len(self._learner.saved),
+            pending_forwards=len(self._part_trainer.activations),
         )
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -90,9 +90,9 @@ class Execution:
 
     # A step ---------------------------------------------------------------------------------------------------------
 
-    async def do(self, work: Work) -> None:
+    async def execute(self, work: StepOperation) -> None:
         """One operation of the step in hand. Raises whatever the network, the loss or the optimizer raises."""
-        with self._account.doing(work):
+        with self._account.record_operation(work):
             match work:
                 case Forward():
                     await self._forward(work)
@@ -101,52 +101,52 @@ class Execution:
                 case Commit():
                     await self._commit(work)
 
-    def prepared(self, work: Forward | Backward, term: int) -> None:
+    def send_prepared(self, work: Forward | Backward, term: int) -> None:
         """Tell the step's source that this stage has done all that it has to do for it, and how long that took."""
-        details = {"stage": self._stage.name, "worker": self._worker, **self._times.take()}
-        word = Step(request=bytes.fromhex(work.micro.step), verb="prepared", term=term, details=details)
-        self._post.send(work.task.reply.topic, word)
+        details = {"stage": self._stage.name, "worker": self._worker, **self._times.pop_sums()}
+        word = StepMessage(request_id=bytes.fromhex(work.micro_batch.step), verb="prepared", term=term, details=details)
+        self._post.send(work.task.reply_to.topic, word)
 
-    async def abandon(self) -> None:
+    async def abort(self) -> None:
         """Let go of the step in hand: everything is as the last version left it."""
-        self._times.take()
-        self._account.forget()
-        await self._in_thread(self._learner.abandon)
+        self._times.pop_sums()
+        self._account.reset()
+        await self._in_thread(self._part_trainer.abort)
 
     async def _forward(self, work: Forward) -> None:
         task = work.task
-        assert isinstance(task.content, Body)
+        assert isinstance(task.content, TensorContent)
         self._check_number(task.source, work)
         with self._times.measure("decode_ms"):
             tensors = {name: to_torch(tensor) for name, tensor in task.content.tensors.items()}
             if work.labels is not None:
-                tensors[LABELS] = to_torch(work.labels)
+                tensors[LABELS_TENSOR] = to_torch(work.labels)
         self._times.add("bytes_in", task.content.nbytes)
         self._times.add("tasks", 1)
         with self._times.measure("forward_ms"):
-            given = await self._in_thread(self._learner.forward, work.micro, task.request, tensors)
-        if isinstance(given, Judged):
-            self._post.send(task.reply.topic, Result(request=task.request, content=_said(given)))
+            given = await self._in_thread(self._part_trainer.forward, work.micro_batch, task.request_id, tensors)
+        if isinstance(given, MicroBatchMetrics):
+            self._post.send(task.reply_to.topic, Result(request_id=task.request_id, content=_said(given)))
             return
         assert self._next is not None
         body = self._encoded(given, task.content.metadata)
         onward = Activation(
-            request=task.request,
+            request_id=task.request_id,
             content=body,
-            reply=task.reply,
-            sender=self._inbox,
+            reply_to=task.reply_to,
+            sender_inbox=self._inbox,
             source=task.source,
-            trace=self._account.trace(task),
+            trace=self._account.trace_context(task),
         )
-        self._post.send(self._pipeline.topics(self._next).inbox(self.crew[self._next.name]), onward)
+        self._post.send(self._pipeline.topics(self._next).inbox(self.members[self._next.name]), onward)
 
     def _check_number(self, source: str, work: Forward) -> None:
         """A source that does not know how far it is, or has a twin, must not have a step done twice, or left out."""
-        if work.micro.mode == "evaluate":
+        if work.micro_batch.mode == "evaluate":
             return
         done = self._progress[source].steps if source in self._progress else 0
-        if work.micro.number != done:
-            raise StaleStep(source, done, work.micro.number)
+        if work.micro_batch.number != done:
+            raise StaleStep(source, done, work.micro_batch.number)
         if source not in self._progress and len(self._progress) >= SOURCES_LIMIT:
             raise TooManySources(SOURCES_LIMIT)
 
@@ -157,52 +157,54 @@ class Execution:
                 gradients = {name: to_torch(tensor) for name, tensor in work.gradient.content.tensors.items()}
             self._times.add("bytes_in", work.gradient.content.nbytes)
         with self._times.measure("backward_ms"):
-            given = await self._in_thread(self._learner.backward, work.request, gradients)
+            given = await self._in_thread(self._part_trainer.backward, work.request_id, gradients)
         if isinstance(work.task, Activation):
-            gradient = Gradient(request=work.request, content=self._encoded(given), sender=self._inbox)
-            self._post.send(work.task.sender, gradient)
+            gradient = Gradient(request_id=work.request_id, content=self._encoded(given), sender_inbox=self._inbox)
+            self._post.send(work.task.sender_inbox, gradient)
 
-    def _encoded(self, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Body:
+    def _encoded(self, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> TensorContent:
         with self._times.measure("encode_ms"):
-            body = Body({name: from_torch(tensor) for name, tensor in tensors.items()}, metadata or {})
+            body = TensorContent({name: from_torch(tensor) for name, tensor in tensors.items()}, metadata or {})
         self._times.add("bytes_out", body.nbytes)
         return body
 
     async def _commit(self, work: Commit) -> None:
-        word = work.word
+        word = work.message
         with self._times.measure("commit_ms"):
-            version = await self._in_thread(self._learner.commit, work.lr)
+            version = await self._in_thread(self._part_trainer.commit, work.lr)
         self._progress = {**self._progress, work.source: work.progress}
         if word.details.get("checkpoint") or version % self._pipeline.training.checkpoint_every == 0:
             # Even where one of this number is: a worker that was frozen may have written what was given up meanwhile.
             await self._write(version)
         told = {"stage": self._stage.name, "worker": self._worker, "version": version}
-        self._post.send(word.sender, Step(request=word.request, verb="committed", term=word.term, details=told))
+        self._post.send(
+            word.sender_inbox, StepMessage(request_id=word.request_id, verb="committed", term=word.term, details=told)
+        )
 
     # Versions -------------------------------------------------------------------------------------------------------
 
-    async def keep_version(self) -> None:
+    async def save_checkpoint(self) -> None:
         """Write the version in memory as a checkpoint, unless it is there. Raises `CannotCheckpoint`, `NotFinite`."""
-        version = self._learner.version
+        version = self._part_trainer.version
         if version is None or version == 0 or version in self._checkpoints.versions:
             return
         await self._write(version)
 
     async def _write(self, version: int) -> None:
-        tensors = await self._in_thread(self._learner.tensors, version)
-        await self._in_thread(self._checkpoints.save, Version(version, tensors, self._progress, self._since))
+        tensors = await self._in_thread(self._part_trainer.checkpoint_tensors, version)
+        await self._in_thread(self._checkpoints.save, Checkpoint(version, tensors, self._progress, self._restored_term))
 
-    async def leave_version(self) -> None:
+    async def try_save_checkpoint(self) -> None:
         """Leave the version in memory behind: whoever takes over goes on from there."""
         try:
-            await self.keep_version()
+            await self.save_checkpoint()
         except SparseError as error:
             log.warning("worker %s leaves no checkpoint behind: %s", self._worker, error)
 
-    def forget_version(self) -> None:
+    def discard_version(self) -> None:
         """Another worker trains the part from here on: what is in memory is nobody's version, and not to be written."""
-        self._learner.version = None
-        self.crew = {}
+        self._part_trainer.version = None
+        self.members = {}
 
     async def restore(self, version: int, term: int, since: int) -> None:
         """Be at this version. Raises what reading or writing a checkpoint raises.
@@ -210,46 +212,46 @@ class Execution:
         It is on disk afterwards, here as on all stages: the one before it is never needed any more. Memory of a term
         before `since` is not the version of its number: the others gave that up, and have done other steps up to there.
         """
-        if self._learner.version != version or (version and self._since != since):
+        if self._part_trainer.version != version or (version and self._restored_term != since):
             found = None if version == 0 else await self._in_thread(self._checkpoints.load, version)
-            await self._in_thread(self._learner.restore, version, found.tensors if found else None)
+            await self._in_thread(self._part_trainer.restore, version, found.tensors if found else None)
             self._progress = dict(found.progress) if found else {}
-        self._since = term
-        self._checkpoints.drop_after(version, term)
+        self._restored_term = term
+        self._checkpoints.delete_after(version, term)
         try:
-            await self.keep_version()
+            await self.save_checkpoint()
         except NotFinite:
-            self._learner.version = None  # of no use to anybody: next time, to one before it
+            self._part_trainer.version = None  # of no use to anybody: next time, to one before it
             raise
 
-    async def send_weights(self, word: Step) -> None:
+    async def send_weights(self, word: StepMessage) -> None:
         """Answer with the part's state, by the names of the uncut network: of a version that is here, or as it is."""
         version = word.details.get("version")
         try:
-            if version is None or version == self._learner.version:
-                state = self._learner.weights()
+            if version is None or version == self._part_trainer.version:
+                state = self._part_trainer.weights()
             else:
-                state = model_state((await self._in_thread(self._checkpoints.load, int(version))).tensors)
+                state = model_state_dict((await self._in_thread(self._checkpoints.load, int(version))).tensors)
         except ForeignCheckpoint:
             gone = VersionGone(version)
             failure = Failure(
-                request=word.request,
+                request_id=word.request_id,
                 stage=self._stage.name,
                 worker=self._worker,
                 error=type(gone).__name__,
                 reason=str(gone),
             )
-            self._post.send(word.sender, failure)
+            self._post.send(word.sender_inbox, failure)
         else:
-            body = Body({name: from_array(tensor) for name, tensor in state.items()})
-            self._post.send(word.sender, Result(request=word.request, content=body))
+            body = TensorContent({name: from_array(tensor) for name, tensor in state.items()})
+            self._post.send(word.sender_inbox, Result(request_id=word.request_id, content=body))
 
 
-def _said(judged: Judged) -> Body:
+def _said(judged: MicroBatchMetrics) -> TensorContent:
     """What the source hears of a micro-batch: `loss` and `rows`, and `correct` where labels are classes."""
     import numpy as np
 
     found = {"loss": np.float64(judged.loss), "rows": np.int64(judged.rows)}
     if judged.correct is not None:
         found["correct"] = np.int64(judged.correct)
-    return Body({name: from_array(np.asarray(value)) for name, value in found.items()})
+    return TensorContent({name: from_array(np.asarray(value)) for name, value in found.items()})

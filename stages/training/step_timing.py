@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Times:
+class StepTimings:
     """Sums by name, taken out once a step."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Times:
         """What there is of the step so far."""
         return self._sums.copy()
 
-    def take(self) -> dict[str, float]:
+    def pop_sums(self) -> dict[str, float]:
         """The sums of the step that ends; those of the next begin at 0."""
         sums, self._sums = self._sums, Counter()
         return {name: round(value, 3) for name, value in sums.items()}

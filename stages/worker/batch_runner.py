@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from brokers.errors import DeadlinePassed, SparseError
-from brokers.protocol.messages import Body, Task
+from brokers.protocol.messages import Task, TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.stage_timing import Hop
-from brokers.protocol.traceparent import TraceContext, span_of
+from brokers.protocol.traceparent import TraceContext, start_span
 from stages.executor import TaskContext, TaskExecutor, Tensors
-from stages.worker.batching import groups, join, split
+from stages.worker.batching import group_compatible, join_requests, split_outputs
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _ANYTHING = (Exception, SystemExit)
 
 
 @dataclass(eq=False)
-class NothingGiven(SparseError):
+class NoOutput(SparseError):
     """An executor that returned None without having passed on each of the requests it was called for."""
 
     stage: str
@@ -40,80 +40,80 @@ class NothingGiven(SparseError):
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class QueuedTask:
     """A task in a worker's hands, and when it came (monotonic seconds). `trace` is the span of what is done here."""
 
     task: Task
     arrived_s: float
     context: TaskContext
-    prepared: Tensors = field(default_factory=dict)
+    inputs: Tensors = field(default_factory=dict)
     queue_ms: float = 0.0
     decode_ms: float = 0.0
     trace: TraceContext = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trace = span_of(self.task.request, self.task.trace)
+        self.trace = start_span(self.task.request_id, self.task.trace)
 
-    def left_ms(self, now_s: float) -> float | None:
+    def remaining_ms(self, now_s: float) -> float | None:
         """What is left of the deadline; None where there is none."""
         if self.task.deadline_ms is None:
             return None
         return self.task.deadline_ms - 1000 * (now_s - self.arrived_s)
 
-    def is_late(self, now_s: float) -> bool:
-        left_ms = self.left_ms(now_s)
+    def is_expired(self, now_s: float) -> bool:
+        left_ms = self.remaining_ms(now_s)
         return left_ms is not None and left_ms <= 0
 
-    def late(self, stage: str) -> DeadlinePassed:
+    def deadline_error(self, stage: str) -> DeadlinePassed:
         """What is told of it then."""
-        return DeadlinePassed(self.task.request.hex(), self.task.deadline_ms or 0.0, f"stage {stage!r}")
+        return DeadlinePassed(self.task.request_id.hex(), self.task.deadline_ms or 0.0, f"stage {stage!r}")
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class Completed:
     """A body to pass on; None when the executor has passed the request on itself."""
 
-    job: Job
-    body: Body | None
+    queued: QueuedTask
+    body: TensorContent | None
     hop: Hop
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    job: Job
+    queued: QueuedTask
     error: Exception | SystemExit
 
 
-Outcome = Done | Failed
+TaskOutcome = Completed | Failed
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ExecutedBatch:
     """Tasks that went into one call of the executor, and how long they kept the worker busy in all."""
 
     tasks: int
     busy_ms: float
 
 
-class Compute:
+class BatchRunner:
     """An executor, and the arithmetic of batches and durations around it. Runs in one thread."""
 
     def __init__(self, executor: TaskExecutor, stage: str, worker: str) -> None:
-        self.batches: list[Batch] = []  # of the latest `work`
+        self.batches: list[ExecutedBatch] = []  # of the latest `work`
         self.executor = executor
         self.stage = stage
         self.worker = worker
 
-    def work(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def run(self, jobs: Sequence[QueuedTask]) -> list[TaskOutcome]:
         """The outcome of each job; an executor's exception fails the jobs it was called for, and no others."""
         self.batches = []
-        outcomes: list[Outcome] = []
-        ready: list[Job] = []
+        outcomes: list[TaskOutcome] = []
+        ready: list[QueuedTask] = []
         for job in jobs:
             try:
                 self._prepare(job)
                 if self.executor.batchable and len(jobs) > 1:
-                    _check_named(job.prepared)  # before it is laid beside others
+                    _check_named(job.inputs)  # before it is laid beside others
                 ready.append(job)
             except _ANYTHING as error:  # an executor may raise what it likes; the sender is told
                 outcomes.append(self._failed(job, error))
@@ -121,44 +121,46 @@ class Compute:
             begin_s = time.monotonic()
             outcomes += self._execute(group)
             busy_ms = sum(job.decode_ms for job in group) + 1000 * (time.monotonic() - begin_s)
-            self.batches.append(Batch(len(group), busy_ms))
+            self.batches.append(ExecutedBatch(len(group), busy_ms))
         return outcomes
 
-    def _groups(self, jobs: list[Job]) -> list[list[Job]]:
+    def _groups(self, jobs: list[QueuedTask]) -> list[list[QueuedTask]]:
         """What goes into one call. Where nothing is batched, what was prepared may be anything: it is not looked at."""
         if len(jobs) < 2 or not self.executor.batchable:
             return [[job] for job in jobs]
-        return [[jobs[index] for index in group] for group in groups([job.prepared for job in jobs])]
+        return [[jobs[index] for index in group] for group in group_compatible([job.inputs for job in jobs])]
 
-    def _prepare(self, job: Job) -> None:
+    def _prepare(self, job: QueuedTask) -> None:
         begin_s = time.monotonic()
-        if job.is_late(begin_s):
-            raise job.late(self.stage)
+        if job.is_expired(begin_s):
+            raise job.deadline_error(self.stage)
         job.queue_ms = 1000 * (begin_s - job.arrived_s)
-        job.prepared = self.executor.prepare(job.task.content, job.context)
+        job.inputs = self.executor.prepare(job.task.content, job.context)
         job.decode_ms = 1000 * (time.monotonic() - begin_s)
 
-    def _execute(self, jobs: list[Job]) -> list[Outcome]:
+    def _execute(self, jobs: list[QueuedTask]) -> list[TaskOutcome]:
         begin_s = time.monotonic()
         try:
-            tensors, rows = join([job.prepared for job in jobs])
+            tensors, rows = join_requests([job.inputs for job in jobs])
             given = self.executor.execute(tensors, jobs[0].context)
             if given is None and len(jobs) > 1:
-                raise NothingGiven(self.stage, len(jobs))
-            answers = [None] if given is None else split(_checked(given), rows)
+                raise NoOutput(self.stage, len(jobs))
+            answers = [None] if given is None else split_outputs(_checked(given), rows)
         except _ANYTHING as error:
             return [self._failed(job, error) for job in jobs]
         compute_ms = 1000 * (time.monotonic() - begin_s)
         return [self._finish(job, answer, compute_ms, len(jobs)) for job, answer in zip(jobs, answers, strict=True)]
 
-    def _finish(self, job: Job, answer: Tensors | None, compute_ms: float, batch: int) -> Outcome:
+    def _finish(self, job: QueuedTask, answer: Tensors | None, compute_ms: float, batch: int) -> TaskOutcome:
         begin_s = time.monotonic()
-        job.prepared = {}
+        job.inputs = {}
         body = None
         try:
             if answer is not None:
                 finished = self.executor.finish(answer, job.context)
-                body = Body({name: from_array(value) for name, value in finished.items()}, job.context.metadata)
+                body = TensorContent(
+                    {name: from_array(value) for name, value in finished.items()}, job.context.metadata
+                )
         except _ANYTHING as error:
             return self._failed(job, error)
         hop = Hop(
@@ -172,9 +174,9 @@ class Compute:
             bytes_out=body.nbytes if body else 0,
             batch=batch,
         )
-        return Done(job, body, hop)
+        return Completed(job, body, hop)
 
-    def _failed(self, job: Job, error: Exception | SystemExit) -> Failed:
+    def _failed(self, job: QueuedTask, error: Exception | SystemExit) -> Failed:
         if not isinstance(error, SparseError):
             log.error("stage %s failed a task", self.stage, exc_info=error)
         return Failed(job, error)

@@ -10,7 +10,7 @@ from stages.errors import RowsDoNotMatch
 Tensors = dict[str, Any]
 
 
-def groups(requests: Sequence[Tensors]) -> list[list[int]]:
+def group_compatible(requests: Sequence[Tensors]) -> list[list[int]]:
     """The indices of the requests, grouped by what fits into one call: same names, dtypes, and shapes but for rows."""
     found: dict[Any, list[int]] = {}
     for index, tensors in enumerate(requests):
@@ -23,7 +23,7 @@ def groups(requests: Sequence[Tensors]) -> list[list[int]]:
     return list(found.values())
 
 
-def join(requests: Sequence[Tensors]) -> tuple[Tensors, list[int]]:
+def join_requests(requests: Sequence[Tensors]) -> tuple[Tensors, list[int]]:
     """One call for several requests, rows (dimension 0) one after the other; and the rows that each has."""
     if len(requests) == 1:
         return requests[0], []
@@ -31,7 +31,7 @@ def join(requests: Sequence[Tensors]) -> tuple[Tensors, list[int]]:
     return {name: _concatenate([tensors[name] for tensors in requests]) for name in requests[0]}, rows
 
 
-def split(tensors: Tensors, rows: Sequence[int]) -> list[Tensors]:
+def split_outputs(tensors: Tensors, rows: Sequence[int]) -> list[Tensors]:
     """The answer for each request; raises `RowsDoNotMatch` when the rows are not those that went in."""
     if not rows:
         return [tensors]

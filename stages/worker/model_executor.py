@@ -10,13 +10,13 @@ import torch
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import BadPayload
-from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, Blob, Content
+from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, BinaryContent, Content
 from brokers.protocol.safetensors_codec import to_numpy, to_torch
 from stages.errors import BadDevice
 from stages.executor import Node, TaskContext, TaskExecutor, Tensors
-from stages.models.image_preprocess import Picture, decode_picture
-from stages.models.registry import model_spec
-from stages.partition.boundary import value_of
+from stages.models.image_preprocess import RgbImage, decode_image
+from stages.models.registry import get_model_spec
+from stages.partition.boundary import value_name
 from stages.partition.part_loader import load_part
 from stages.partition.partition import Part, fingerprint
 from stages.partition.weight_files import find_weights
@@ -46,7 +46,7 @@ class ModelExecutor(TaskExecutor):
         self._device = torch.device(device)
         self._threads = threads
         table = pipeline.pipeline
-        self._spec = model_spec(
+        self._spec = get_model_spec(
             table.model or "",
             settings=table.model_settings,
             labels=table.labels,
@@ -62,7 +62,7 @@ class ModelExecutor(TaskExecutor):
     def start(self, node: Node) -> None:
         torch.set_num_threads(self._threads)
         table = self._pipeline.pipeline
-        weights = find_weights_of(table.weights, self._pipeline.folder)
+        weights = find_pipeline_weights(table.weights, self._pipeline.folder)
         # Whether rows may be batched is found by a run on meta tensors, which imports a second's worth of torch: only
         # where the answer matters.
         spec = self._spec if self._stage.max_batch > 1 else replace(self._spec, input_shape=None)
@@ -71,7 +71,7 @@ class ModelExecutor(TaskExecutor):
         )
         self.batchable = self._part.batchable
         self.fingerprint = fingerprint(self._part)
-        sees = self._spec.prepare is not None and len(self._part.takes) == 1
+        sees = self._spec.preprocess is not None and len(self._part.input_names) == 1
         self.formats = (SAFETENSORS, JPEG, PNG) if sees and self._is_first else (SAFETENSORS,)
         if self._device.type == "cpu":
             # oneDNN's convolutions are 1.1 to 1.7 times faster with channels innermost (tests/bench/layout.py).
@@ -79,14 +79,14 @@ class ModelExecutor(TaskExecutor):
 
     def prepare(self, content: Content, task: TaskContext) -> Tensors:
         """The part's inputs: a picture is decoded and fitted, an activation is widened to float32 again."""
-        if isinstance(content, Blob):
+        if isinstance(content, BinaryContent):
             return self._fit(self._decode(content), task)
         task.metadata.update(content.metadata)
-        takes = self._part.takes
+        takes = self._part.input_names
         if set(content.tensors) == {PICTURE} and PICTURE not in takes:
             return self._fit(to_numpy(content.tensors[PICTURE], name=PICTURE), task)
         tensors = {name: to_torch(tensor) for name, tensor in content.tensors.items()}
-        if {value_of(name) for name in tensors} != set(takes):
+        if {value_name(name) for name in tensors} != set(takes):
             if not len(takes) == len(tensors) == 1:
                 raise BadPayload("tensors", f"stage {self._stage.name!r} takes {sorted(takes)}, got {sorted(tensors)}")
             tensors = {takes[0]: next(iter(tensors.values()))}  # the only tensor needs no name
@@ -105,30 +105,30 @@ class ModelExecutor(TaskExecutor):
     @torch.inference_mode()
     def finish(self, tensors: Tensors, task: TaskContext) -> Tensors:
         """Findings in pixels of the picture, if one came in; else the outputs as they are, in the wire's dtype."""
-        if self._is_last and PICTURE in task.metadata and self._spec.finish is not None:
+        if self._is_last and PICTURE in task.metadata and self._spec.postprocess is not None:
             width, _, height = task.metadata[PICTURE].partition("x")
-            found = self._spec.finish(tensors, (int(width), int(height)))
+            found = self._spec.postprocess(tensors, (int(width), int(height)))
             task.metadata.update(found.metadata)
             return found.tensors
         if self._is_last or self._wire_dtype is torch.float32:
             return tensors
         return {name: self._narrowed(tensor) for name, tensor in tensors.items()}
 
-    def _decode(self, blob: Blob) -> Picture:
+    def _decode(self, blob: BinaryContent) -> RgbImage:
         if blob.content_type == JSON:
             raise BadPayload(JSON, f"stage {self._stage.name!r} takes pictures (JPEG, PNG) or tensors, no readings")
-        return decode_picture(blob.data, blob.content_type)
+        return decode_image(blob.data, blob.content_type)
 
-    def _fit(self, picture: Picture, task: TaskContext) -> Tensors:
+    def _fit(self, picture: RgbImage, task: TaskContext) -> Tensors:
         """The network's input for a picture, uint8 (H, W, 3); its size goes along, to speak of its pixels later."""
         if picture.dtype != "uint8" or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
             kind = f"{picture.dtype} {list(picture.shape)}"
             raise BadPayload("tensors", f"a picture must be uint8 (height, width, 3), got {kind}")
-        if self._spec.prepare is None or len(self._part.takes) != 1:
+        if self._spec.preprocess is None or len(self._part.input_names) != 1:
             raise BadPayload("picture", f"stage {self._stage.name!r} of {self._spec.name} does not take pictures")
         height, width, _ = picture.shape
         task.metadata[PICTURE] = f"{width}x{height}"
-        return {self._part.takes[0]: self._spec.prepare(picture)}
+        return {self._part.input_names[0]: self._spec.preprocess(picture)}
 
     def _narrowed(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._wire_dtype) if tensor.dtype is torch.float32 else tensor
@@ -142,7 +142,7 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def find_weights_of(name: str | None, folder: Path) -> Path | None:
+def find_pipeline_weights(name: str | None, folder: Path) -> Path | None:
     """The weights file: a path beside the pipeline file, else a registered name."""
     if name is None:
         return None

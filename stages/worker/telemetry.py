@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from brokers.protocol.stage_timing import Hop
 from brokers.telemetry.client import EventClient
-from stages.worker.batch_runner import Batch, Done, Outcome
+from stages.worker.batch_runner import Completed, ExecutedBatch, TaskOutcome
 
 
-class Account:
+class InferenceTelemetry:
     """Of one worker. With no client, or with nobody who listens, it costs next to nothing."""
 
     def __init__(self, events: EventClient | None) -> None:
@@ -19,20 +19,24 @@ class Account:
         """When something was, for who tells it later."""
         return self._events.now_ns()
 
-    def batch(self, batch: Batch) -> None:
+    def record_batch(self, batch: ExecutedBatch) -> None:
         """It was computed just now."""
-        self._events.tell("batch_processed", tasks=batch.tasks, busy_ms=round(batch.busy_ms, 3))
+        self._events.emit("batch_processed", tasks=batch.tasks, busy_ms=round(batch.busy_ms, 3))
 
-    def task(self, outcome: Outcome, ended_ns: int, error: str, detour_bytes: int | None) -> None:
+    def record_task(self, outcome: TaskOutcome, ended_ns: int, error: str, detour_bytes: int | None) -> None:
         """A task was computed by then, and has left now, or failed. `detour_bytes`: what its executor passed on."""
-        job = outcome.job
-        hop = outcome.hop if isinstance(outcome, Done) else _unfinished(outcome.job.queue_ms, outcome.job.decode_ms)
+        job = outcome.queued
+        hop = (
+            outcome.hop
+            if isinstance(outcome, Completed)
+            else _unfinished(outcome.queued.queue_ms, outcome.queued.decode_ms)
+        )
         if detour_bytes is not None:
             hop = replace(hop, bytes_out=detour_bytes)
-        self._events.tell(
+        self._events.emit(
             "task_processed",
             time_ns=ended_ns,
-            request=job.task.request,
+            request=job.task.request_id,
             queue_ms=hop.queue_ms,
             decode_ms=hop.decode_ms,
             compute_ms=hop.compute_ms,
@@ -41,9 +45,9 @@ class Account:
             bytes_out=hop.bytes_out,
             batch=hop.batch,
             error=error,
-            trace=job.trace.trace,
-            span=job.trace.span,
-            parent=job.task.trace.span if job.task.trace else "",
+            trace=job.trace.trace_id,
+            span=job.trace.span_id,
+            parent=job.task.trace.span_id if job.task.trace else "",
         )
 
 

@@ -17,18 +17,18 @@ from typing import Any
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
-from brokers.dispatch.channel import Line
+from brokers.dispatch.channel import MessageChannel
 from brokers.errors import SparseError, WireError
-from brokers.protocol.messages import Body, Control, Message, Task
+from brokers.protocol.messages import Message, Task, TaskDone, TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.transport import Properties, Transport, Will
 from brokers.telemetry.client import EventClient
 from stages.executor import TaskContext, TaskExecutor
-from stages.worker.batch_runner import Compute, Failed, Job, Outcome
-from stages.worker.result_sender import ROOM_WAIT_S, Detour, Outlet
-from stages.worker.task_queue import Backlog
-from stages.worker.telemetry import Account
-from stages.worker.worker_presence import Vitals
+from stages.worker.batch_runner import BatchRunner, Failed, QueuedTask, TaskOutcome
+from stages.worker.result_sender import CREDIT_TIMEOUT_S, ResultSender, Route
+from stages.worker.task_queue import TaskQueue
+from stages.worker.telemetry import InferenceTelemetry
+from stages.worker.worker_presence import WorkerPresence
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _REPORT_EVERY_S = 1.0
 _FAREWELL_S = 2.0
 
 
-class Worker:
+class InferenceWorker:
     """Serves one stage of a pipeline through one broker, and tells `events`. Implements `stages.executor.Node`."""
 
     def __init__(
@@ -57,18 +57,18 @@ class Worker:
         self._file, self._table, self._executor = pipeline, stage, executor
         self._topics = pipeline.topics(stage)
         self._inbox = self._topics.inbox(worker)
-        self._line = Line(transport)
-        self._compute = Compute(executor, stage.name, worker)
+        self._channel = MessageChannel(transport)
+        self._compute = BatchRunner(executor, stage.name, worker)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{stage.name}")
-        self._queue = Backlog()
+        self._queue = TaskQueue()
         self._arrived = asyncio.Event()
         self._draining = asyncio.Event()
         self._unsent = asyncio.Semaphore(_UNSENT_LIMIT)
-        self._account = Account(events)
-        self._outlet = Outlet(self._line, pipeline, stage, worker, self._account)
-        self._detours: dict[bytes, Detour] = {}
+        self._account = InferenceTelemetry(events)
+        self._outlet = ResultSender(self._channel, pipeline, stage, worker, self._account)
+        self._detours: dict[bytes, Route] = {}
         self._loaded = False
-        self._vitals = Vitals(self._line, self._topics, pipeline, stage, worker, device)
+        self._vitals = WorkerPresence(self._channel, self._topics, pipeline, stage, worker, device)
 
     # Life ---------------------------------------------------------------------------------------------------------
 
@@ -78,17 +78,17 @@ class Worker:
         await loop.run_in_executor(self._thread, self._executor.start, self)
         self._loaded = True
         presence = self._topics.presence(self.worker)
-        await self._line.open(will=Will(presence, b"", retain=True))
-        await self._vitals.check(self._executor.fingerprint, self._executor.formats)
-        await self._line.listen(self._inbox, self._heard, self._garbage)
-        await self._line.listen(self._topics.shared_front_door, self._heard, self._garbage, qos=1)
+        await self._channel.open(will=Will(presence, b"", retain=True))
+        await self._vitals.check_for_conflict(self._executor.fingerprint, self._executor.formats)
+        await self._channel.subscribe(self._inbox, self._heard, self._garbage)
+        await self._channel.subscribe(self._topics.shared_task_filter, self._heard, self._garbage, qos=1)
         await self._outlet.open()
-        self._line.transport.on_reconnect(self._report)
+        self._channel.transport.on_reconnect(self._report)
         await self._report()
 
-    async def objection(self) -> None:
+    async def wait_for_conflict(self) -> None:
         """Raise `WorkerTwin` should the world object only after `start`; else wait until cancelled."""
-        await self._vitals.probation()
+        await self._vitals.watch_for_conflict()
 
     async def run(self) -> None:
         """Work until `drain` is called, then finish what is in hand."""
@@ -104,7 +104,7 @@ class Worker:
                 if not await self._may_work():
                     break
                 await self._work(await self._collect())
-            await self._outlet.empty()
+            await self._outlet.flush()
         finally:
             reporting.cancel()
             draining.cancel()
@@ -114,7 +114,7 @@ class Worker:
         """Wait until so little is unsent that more may be computed; False when nothing moves while we are leaving."""
         while True:
             try:
-                async with asyncio.timeout(ROOM_WAIT_S + 1):
+                async with asyncio.timeout(CREDIT_TIMEOUT_S + 1):
                     await self._unsent.acquire()
                 return True
             except TimeoutError:
@@ -132,14 +132,14 @@ class Worker:
 
     async def _close_door(self) -> None:
         await self._report()
-        await self._line.transport.unsubscribe(self._topics.shared_front_door)
+        await self._channel.transport.unsubscribe(self._topics.shared_task_filter)
 
     async def stop(self) -> None:
         """Tell the world, leave, and end the executor. `run` must have returned."""
         await self._outlet.close()
-        if self._line.is_open:
-            await self._briefly("it leaves", self._vitals.farewell())
-            await self._line.close()
+        if self._channel.is_open:
+            await self._briefly("it leaves", self._vitals.deregister())
+            await self._channel.close()
         if self._loaded:
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(self._thread, self._executor.stop)
@@ -161,34 +161,34 @@ class Worker:
         match message:
             case Task():
                 self._accept(message)
-            case Control():
-                self._outlet.has_room_again(message)
+            case TaskDone():
+                self._outlet.credit_released(message)
             case _:
                 self.counters["unexpected"] += 1
 
     def _accept(self, task: Task) -> None:
-        if not task.reply.topic:
+        if not task.reply_to.topic:
             # A foreign client without a Response Topic: nobody could ever see the answer.
             self.counters["no_reply_address"] += 1
             log.warning("dropped a task without a Response Topic")
         elif self._draining.is_set():
-            self._outlet.begin(self._outlet.turn_away(task, "Draining", "the worker is leaving"))
+            self._outlet.send_in_background(self._outlet.reject(task, "Draining", "the worker is leaving"))
         else:
-            context = TaskContext(task.request, task.source, task.attempt)
-            job = Job(task, time.monotonic(), context)
-            if twin := self._queue.give_way(job):
-                self._outlet.begin(self._outlet.make_room(twin.task))
+            context = TaskContext(task.request_id, task.source, task.attempt)
+            job = QueuedTask(task, time.monotonic(), context)
+            if twin := self._queue.replace_duplicate(job):
+                self._outlet.send_in_background(self._outlet.release_credit(twin.task))
             elif why := self._queue.add(job):
-                self._outlet.begin(self._outlet.turn_away(task, "Busy", why))
+                self._outlet.send_in_background(self._outlet.reject(task, "Busy", why))
             self._arrived.set()
 
     def _garbage(self, error: WireError, properties: Properties) -> None:
         self.counters["refused"] += 1
-        self._outlet.begin(self._outlet.refuse(error, properties))
+        self._outlet.send_in_background(self._outlet.reject_malformed(error, properties))
 
     # Work ---------------------------------------------------------------------------------------------------------
 
-    async def _collect(self) -> list[Job]:
+    async def _collect(self) -> list[QueuedTask]:
         """The next tasks: as many as wait, up to `max_batch`, after at most `max_wait_ms` for more."""
         size = self._table.max_batch if self._executor.batchable else 1
         first = self._queue.first
@@ -208,26 +208,28 @@ class Worker:
 
     def _drop_expired(self) -> None:
         """Give up the tasks that nobody waits for any more, whoever asked for them may be gone."""
-        for job in self._queue.expired(time.monotonic()):
+        for job in self._queue.pop_expired(time.monotonic()):
             self._vitals.expired += 1
-            self._outlet.begin(self._outlet.deliver(Failed(job, job.late(self.stage)), None))
+            self._outlet.send_in_background(self._outlet.deliver(Failed(job, job.deadline_error(self.stage)), None))
 
-    async def _work(self, jobs: list[Job]) -> None:
+    async def _work(self, jobs: list[QueuedTask]) -> None:
         if not jobs:  # all that waited were late
             self._unsent.release()
             return
         begin_s = time.monotonic()
-        self._vitals.begun([begin_s - job.arrived_s for job in jobs])
+        self._vitals.record_queue_waits([begin_s - job.arrived_s for job in jobs])
         loop = asyncio.get_running_loop()
-        outcomes = await loop.run_in_executor(self._thread, self._compute.work, jobs)
+        outcomes = await loop.run_in_executor(self._thread, self._compute.run, jobs)
         detours, self._detours = self._detours, {}
-        self._vitals.worked(len(jobs), time.monotonic() - begin_s)
+        self._vitals.record_compute(len(jobs), time.monotonic() - begin_s)
         for batch in self._compute.batches:
-            self._account.batch(batch)
-        self._outlet.begin(self._deliver(outcomes, detours))
+            self._account.record_batch(batch)
+        self._outlet.send_in_background(self._deliver(outcomes, detours))
 
-    async def _deliver(self, outcomes: list[Outcome], detours: dict[bytes, Detour]) -> None:
-        deliveries = (self._outlet.deliver(outcome, detours.get(outcome.job.task.request)) for outcome in outcomes)
+    async def _deliver(self, outcomes: list[TaskOutcome], detours: dict[bytes, Route]) -> None:
+        deliveries = (
+            self._outlet.deliver(outcome, detours.get(outcome.queued.task.request_id)) for outcome in outcomes
+        )
         try:
             # All at once: one whose way is blocked holds up no other.
             for problem in await asyncio.gather(*deliveries, return_exceptions=True):
@@ -239,14 +241,14 @@ class Worker:
     def dispatch(self, tensors: Mapping[str, Any], task: TaskContext, stage: str) -> None:
         """Pass the request on to `stage` (see `stages.executor.Node`)."""
         self._file.find_stage(stage)
-        body = Body({name: from_array(value) for name, value in tensors.items()}, task.metadata)
-        self._detours[task.request] = Detour(stage, body)
+        body = TensorContent({name: from_array(value) for name, value in tensors.items()}, task.metadata)
+        self._detours[task.request_id] = Route(stage, body)
 
     async def _report(self) -> None:
-        self._vitals.refused = self.counters["refused"]
+        self._vitals.malformed = self.counters["refused"]
         self._vitals.failed = self._outlet.failed
-        self._vitals.turned_away = self._outlet.turned_away
-        await self._vitals.report(len(self._queue), self._queue.oldest_s)
+        self._vitals.rejected = self._outlet.rejected
+        await self._vitals.report(len(self._queue), self._queue.oldest_arrival_s)
 
     async def _keep_reporting(self) -> None:
         """Report until cancelled: a worker that the broker lets say nothing of itself still does its work."""

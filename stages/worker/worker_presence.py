@@ -13,15 +13,15 @@ from typing import Literal
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
-from brokers.dispatch.channel import Line
-from brokers.dispatch.presence import RECORD_EXPIRY_S, Birth, Load
+from brokers.dispatch.channel import MessageChannel
+from brokers.dispatch.presence import RECORD_EXPIRY_S, WorkerLoad, WorkerRecord
 from brokers.errors import SparseError
-from brokers.process.liveness_file import Pulse
+from brokers.process.liveness_file import LivenessFile
 from brokers.protocol.topics import StageTopics
-from brokers.protocol.training import Standing
+from brokers.protocol.training import TrainingStatus
 from brokers.protocol.transport import Delivery, Properties
-from stages.errors import WorkerTwin
-from stages.worker.duplicate_check import PROBATION_S, Peers
+from stages.errors import WorkerConflict
+from stages.worker.duplicate_check import CONFLICT_WATCH_S, PeerWorkers
 
 # The broker sends retained records right after it confirms the subscription; ample on one machine and on a fog link.
 _RETAINED_WAIT_S = 0.1
@@ -33,23 +33,23 @@ _NEWEST = 0.2
 _FROZEN_S = 5.0
 
 
-class Vitals:
+class WorkerPresence:
     """Keeps and publishes the birth record of one worker."""
 
     def __init__(
-        self, line: Line, topics: StageTopics, pipeline: Pipeline, stage: StageTable, worker: str, device: str
+        self, line: MessageChannel, topics: StageTopics, pipeline: Pipeline, stage: StageTable, worker: str, device: str
     ) -> None:
         self.state: Literal["up", "draining", "stopped", "standby"] = "up"
-        self.training: Standing | None = None
+        self.training: TrainingStatus | None = None
         self.failed = 0
-        self.refused = 0
-        self.turned_away = 0
+        self.malformed = 0
+        self.rejected = 0
         self.expired = 0
         self._line, self._topics = line, topics
         self._reconnects = 0
         line.transport.on_reconnect(self._reconnected)
-        self._pulse = Pulse()
-        self._birth = Birth(
+        self._pulse = LivenessFile()
+        self._birth = WorkerRecord(
             worker=worker,
             stage=stage.name,
             pipeline=pipeline.name,
@@ -61,8 +61,8 @@ class Vitals:
             fingerprint="",
             capacity=stage.max_batch + 2,
         )
-        self._peers: Peers | None = None
-        self._twin: WorkerTwin | None = None
+        self._peers: PeerWorkers | None = None
+        self._twin: WorkerConflict | None = None
         self._must_leave = asyncio.Event()
         self._joined_s: float | None = None
         self._done = 0
@@ -73,36 +73,36 @@ class Vitals:
         self._interval_waits_s: list[float] = []  # of the tasks begun in it: a second's worth of them
         self._woke_s = 0.0
 
-    async def check(self, fingerprint: str, formats: tuple[str, ...] = ()) -> None:
-        """Raise `WorkerTwin` if a worker of this id is up, or one of this stage with another model."""
+    async def check_for_conflict(self, fingerprint: str, formats: tuple[str, ...] = ()) -> None:
+        """Raise `WorkerConflict` if a worker of this id is up, or one of this stage with another model."""
         self._birth = self._birth.model_copy(update={"fingerprint": fingerprint, "formats": formats})
-        self._peers = Peers(self._birth)
-        await self._line.transport.subscribe(self._topics.presence_of_peers, self._heard, qos=1)
+        self._peers = PeerWorkers(self._birth)
+        await self._line.transport.subscribe(self._topics.peer_presence_filter, self._heard, qos=1)
         await asyncio.sleep(_RETAINED_WAIT_S)
         with suppress(TimeoutError):
             async with asyncio.timeout(_RENEWAL_WAIT_S):
-                while self._peers.in_doubt:
+                while self._peers.is_uncertain:
                     self._peers.changed.clear()
                     await self._peers.changed.wait()
-        if twin := self._peers.objection():
+        if twin := self._peers.find_conflict():
             raise twin
 
     async def _reconnected(self) -> None:
         """Say so with the next record: what the broker held for us, or had from us, may be lost."""
         self._reconnects += 1
 
-    async def probation(self) -> None:
-        """Raise `WorkerTwin` when this worker, which has joined, must leave again; else wait until cancelled.
+    async def watch_for_conflict(self) -> None:
+        """Raise `WorkerConflict` when this worker, which has joined, must leave again; else wait until cancelled.
 
         Two that start together pass each other's `check`: neither has told of itself yet.
         """
-        over = asyncio.create_task(asyncio.sleep(PROBATION_S), name="probation over")
+        over = asyncio.create_task(asyncio.sleep(CONFLICT_WATCH_S), name="probation over")
         leave = asyncio.create_task(self._must_leave.wait(), name="must leave")
         try:
             await asyncio.wait({over, leave}, return_when=asyncio.FIRST_COMPLETED)
             if not leave.done():
                 with suppress(SparseError):  # heard or not, nothing of it counts any more
-                    await self._line.transport.unsubscribe(self._topics.presence_of_peers)
+                    await self._line.transport.unsubscribe(self._topics.peer_presence_filter)
             await leave
         finally:
             over.cancel()
@@ -112,12 +112,12 @@ class Vitals:
 
     def _heard(self, delivery: Delivery) -> None:
         assert self._peers is not None
-        other = self._peers.heard(delivery)
+        other = self._peers.on_presence(delivery)
         # By the very figure that others read of us: who is past probation in their eyes does not leave for them.
         up_s = self._up_s
-        if other is None or up_s is None or up_s >= PROBATION_S or self._twin:
+        if other is None or up_s is None or up_s >= CONFLICT_WATCH_S or self._twin:
             return
-        if twin := self._peers.must_leave(other):
+        if twin := self._peers.conflict_with(other):
             self._twin = twin
             if other.worker == self._birth.worker:
                 self._joined_s = None  # the record is the other's from now on
@@ -128,11 +128,11 @@ class Vitals:
         """Seconds since the worker joined; None before, and after another has taken its place."""
         return None if self._joined_s is None else round(time.monotonic() - self._joined_s, 3)
 
-    def begun(self, waits_s: Sequence[float]) -> None:
+    def record_queue_waits(self, waits_s: Sequence[float]) -> None:
         """Tasks leave the queue, after they have waited for so long."""
         self._interval_waits_s += waits_s
 
-    def worked(self, tasks: int, seconds: float) -> None:
+    def record_compute(self, tasks: int, seconds: float) -> None:
         """So many tasks kept the compute thread busy for so long."""
         task_ms = 1000 * seconds / tasks
         if not self._done:
@@ -161,13 +161,13 @@ class Vitals:
         interval_s = max(now_s - self._interval_begin_s, 1e-3)
         if interval_s > _FROZEN_S:
             self._woke_s = now_s
-        load = Load(
+        load = WorkerLoad(
             queue=queue,
             queue_ms=round(1000 * self._waited_s(oldest_s, now_s), 3),
             done=self._done,
             failed=self.failed,
-            refused=self.refused,
-            turned_away=self.turned_away,
+            malformed=self.malformed,
+            rejected=self.rejected,
             expired=self.expired,
             busy=round(min(1.0, self._interval_busy_s / interval_s), 3),
             rate=round(self._interval_done / interval_s, 2),
@@ -186,7 +186,7 @@ class Vitals:
         }
         self._birth = self._birth.model_copy(update=change)
         await self._publish(self._birth.to_bytes())
-        self._pulse.beat()
+        self._pulse.touch()
 
     def _waited_s(self, oldest_s: float | None, now_s: float) -> float:
         """How long tasks wait here: what those begun in this interval did, or more if one does that has not begun.
@@ -197,7 +197,7 @@ class Vitals:
         mean_s = sum(waits_s) / len(waits_s) if waits_s else 0.0
         return mean_s if oldest_s is None else max(mean_s, now_s - oldest_s)
 
-    async def farewell(self) -> None:
+    async def deregister(self) -> None:
         """Say that the worker has stopped, and take its record away; the record of a twin stays."""
         if self._joined_s is None:
             return

@@ -29,30 +29,30 @@ from rich.console import Console
 from rich.table import Table
 
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
-from monitor.stores.sqlite import FILE
+from monitor.stores.sqlite import TELEMETRY_FILE
 
-WANTED_PER_S = 20_000
-ASKED_PER_S = 22_000  # a sender that is late now and then still gives what is wanted
+REQUIRED_PER_S = 20_000
+TARGET_PER_S = 22_000  # a sender that is late now and then still gives what is wanted
 # What our client takes from its queue at a time.
-LINES = 256
-PATIENCE_S = 60.0
+EVENTS_PER_DATAGRAM = 256
+PROCESS_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class EventRateRow:
     """What one run gave."""
 
     senders: int
-    asked_per_s: int  # 0: as fast as they go
+    target_per_s: int  # 0: as fast as they go
     sent_per_s: float
     sent: int
-    kept: int
-    kept_per_s: float  # from the first that was sent to the monitor's end, when all are in its file
-    cpu: float  # cores
+    stored: int
+    stored_per_s: float  # from the first that was sent to the monitor's end, when all are in its file
+    cpu_cores: float  # cores
 
     @property
-    def of_wanted(self) -> float:
-        return self.sent_per_s / WANTED_PER_S
+    def of_required(self) -> float:
+        return self.sent_per_s / REQUIRED_PER_S
 
 
 def send(path: str, sender: int, count: int, per_s: float, begin: Barrier) -> None:
@@ -68,24 +68,24 @@ def send(path: str, sender: int, count: int, per_s: float, begin: Barrier) -> No
         line.connect(path)
         begin.wait()
         begin_s = time.monotonic()
-        for first in range(0, count, LINES):
+        for first in range(0, count, EVENTS_PER_DATAGRAM):
             if per_s:
                 time.sleep(max(0.0, begin_s + first / per_s - time.monotonic()))
-            line.send(b"".join(lines[first : first + LINES]))
+            line.send(b"".join(lines[first : first + EVENTS_PER_DATAGRAM]))
 
 
-def measure(senders: int, per_s: int, seconds: float) -> Row:
+def measure(senders: int, per_s: int, seconds: float) -> EventRateRow:
     """One daemon, so many senders that give so much together."""
-    each = int((per_s or 2 * WANTED_PER_S) * seconds / senders)
+    each = int((per_s or 2 * REQUIRED_PER_S) * seconds / senders)
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
-        path, file = Path(folder) / "events", Path(folder) / FILE
+        path, file = Path(folder) / "events", Path(folder) / TELEMETRY_FILE
         command = ["monitor", "--socket", str(path), "--store", str(file), "--with-parent"]
         daemon = subprocess.Popen(
             [sys.executable, "-m", "brokers.cli", *command], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         begin_s = time.monotonic()
         try:
-            await_socket(path)
+            wait_for_socket(path)
             spawn = multiprocessing.get_context("spawn")
             begin = spawn.Barrier(senders + 1)
             processes = [
@@ -95,32 +95,32 @@ def measure(senders: int, per_s: int, seconds: float) -> Row:
             for process in processes:
                 process.start()
             begin.wait()
-            begin_s, begin_cpu_s = time.monotonic(), cpu_s(daemon.pid)
+            begin_s, begin_cpu_s = time.monotonic(), process_cpu_s(daemon.pid)
             for process in processes:
                 process.join()
-            elapsed_s, used_s = time.monotonic() - begin_s, cpu_s(daemon.pid) - begin_cpu_s
+            elapsed_s, used_s = time.monotonic() - begin_s, process_cpu_s(daemon.pid) - begin_cpu_s
         finally:
             daemon.send_signal(signal.SIGTERM)
-            daemon.wait(PATIENCE_S)
+            daemon.wait(PROCESS_TIMEOUT_S)
             kept_s = time.monotonic() - begin_s
             if daemon.stdin:
                 daemon.stdin.close()
         with closing(sqlite3.connect(file)) as store:
             (kept,) = store.execute("SELECT count(*) FROM (SELECT DISTINCT worker, request FROM task)").fetchone()
     sent = senders * each
-    return Row(senders, per_s, sent / elapsed_s, sent, kept, kept / kept_s, used_s / elapsed_s)
+    return EventRateRow(senders, per_s, sent / elapsed_s, sent, kept, kept / kept_s, used_s / elapsed_s)
 
 
-def await_socket(path: Path) -> None:
+def wait_for_socket(path: Path) -> None:
     """Wait until a daemon listens."""
-    end_s = time.monotonic() + PATIENCE_S
+    end_s = time.monotonic() + PROCESS_TIMEOUT_S
     while not path.exists():
         if time.monotonic() > end_s:
             raise TimeoutError(f"no monitor at {path}")
         time.sleep(0.02)
 
 
-def cpu_s(pid: int) -> float:
+def process_cpu_s(pid: int) -> float:
     """Processor time of a process so far."""
     times = psutil.Process(pid).cpu_times()
     return times.user + times.system
@@ -131,26 +131,28 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = [measure(senders, per_s, options.seconds) for per_s in (ASKED_PER_S, 0) for senders in (1, 4)]
+    rows = [measure(senders, per_s, options.seconds) for per_s in (TARGET_PER_S, 0) for senders in (1, 4)]
     if options.json:
-        print(json.dumps([asdict(row) | {"of_wanted": row.of_wanted} for row in rows]))
+        print(json.dumps([asdict(row) | {"of_wanted": row.of_required} for row in rows]))
         return
-    table = Table(title=f"events of {options.seconds:g} s into a monitor with SQLite, {LINES} in a datagram")
-    for column in ("senders", "asked", "sent /s", f"of {WANTED_PER_S}/s", "sent", "kept", "lost", "kept /s", "cores"):
+    table = Table(
+        title=f"events of {options.seconds:g} s into a monitor with SQLite, {EVENTS_PER_DATAGRAM} in a datagram"
+    )
+    for column in ("senders", "asked", "sent /s", f"of {REQUIRED_PER_S}/s", "sent", "kept", "lost", "kept /s", "cores"):
         table.add_column(column, justify="right")
     for row in rows:
-        asked = str(row.asked_per_s) if row.asked_per_s else "as fast as they go"
-        lost = str(row.sent - row.kept)
-        rates = (f"{row.sent_per_s:.0f}", f"{row.of_wanted:.2f}")
+        asked = str(row.target_per_s) if row.target_per_s else "as fast as they go"
+        lost = str(row.sent - row.stored)
+        rates = (f"{row.sent_per_s:.0f}", f"{row.of_required:.2f}")
         table.add_row(
             str(row.senders),
             asked,
             *rates,
             str(row.sent),
-            str(row.kept),
+            str(row.stored),
             lost,
-            f"{row.kept_per_s:.0f}",
-            f"{row.cpu:.2f}",
+            f"{row.stored_per_s:.0f}",
+            f"{row.cpu_cores:.2f}",
         )
     Console().print(table)
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from stages.models.registry import model_spec
+from stages.models.registry import get_model_spec
 
 NETWORKS = ("yolov3-tiny", "torchvision:vgg11", "torchvision:resnet18", "torchvision:mobilenet_v3_small")
 RUNS = 10
@@ -22,7 +22,7 @@ RUNS = 10
 
 def measure(name: str) -> tuple[float, float]:
     """Median forward times in milliseconds, batch 1: channels first, channels last."""
-    spec = model_spec(name)
+    spec = get_model_spec(name)
     assert spec.input_shape is not None
     first = spec.build().eval()
     last = copy.deepcopy(first).to(memory_format=torch.channels_last)

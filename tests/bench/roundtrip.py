@@ -27,10 +27,10 @@ from multiprocessing.connection import Connection as Pipe
 
 import torch
 
-from brokers.dispatch.channel import Line
+from brokers.dispatch.channel import MessageChannel
 from brokers.mqtt.client import MqttTransport
 from brokers.protocol.chunking import CHUNK_BYTES
-from brokers.protocol.messages import Body, Message, ReplyTo, Task, new_request_id
+from brokers.protocol.messages import Message, ReplyTo, Task, TensorContent, new_request_id
 from brokers.protocol.safetensors_codec import from_torch, to_torch
 from brokers.server.local_broker import LocalBroker, start_broker
 
@@ -39,39 +39,39 @@ SIZES = tuple(size * KIB for size in (1, 16, 64, 256, 1 << 10, 4 << 10, 16 << 10
 WAIT_S = 60.0
 
 
-class Endpoint:
+class TensorEndpoint:
     """One end of a line: tasks with one tensor go out and come in, as between two stages."""
 
     def __init__(self, address: str, mine: str, theirs: str, chunk_bytes: int) -> None:
-        self.line = Line(MqttTransport(address), chunk_bytes=chunk_bytes)
-        self.arrived: asyncio.Queue[Message] = asyncio.Queue()
+        self.channel = MessageChannel(MqttTransport(address), chunk_bytes=chunk_bytes)
+        self.received: asyncio.Queue[Message] = asyncio.Queue()
         self._mine, self._theirs = mine, theirs
 
     async def open(self) -> None:
-        await self.line.open()
-        await self.line.listen(self._mine, lambda topic, message: self.arrived.put_nowait(message))
+        await self.channel.open()
+        await self.channel.subscribe(self._mine, lambda topic, message: self.received.put_nowait(message))
 
     async def send(self, tensor: torch.Tensor) -> None:
-        content = Body({"x": from_torch(tensor)})
-        task = Task(request=new_request_id(), content=content, reply=ReplyTo(self._mine))
-        await self.line.send(self._theirs, task)
+        content = TensorContent({"x": from_torch(tensor)})
+        task = Task(request_id=new_request_id(), content=content, reply_to=ReplyTo(self._mine))
+        await self.channel.send(self._theirs, task)
 
     async def receive(self) -> torch.Tensor:
-        message = await self.arrived.get()
+        message = await self.received.get()
         assert isinstance(message, Task)
-        assert isinstance(message.content, Body)
+        assert isinstance(message.content, TensorContent)
         return to_torch(message.content.tensors["x"])
 
 
 async def _line_echo(address: str, chunk_bytes: int, pipe: Pipe) -> None:
-    endpoint = Endpoint(address, "bench/echo", "bench/client", chunk_bytes)
+    endpoint = TensorEndpoint(address, "bench/echo", "bench/client", chunk_bytes)
     await endpoint.open()
     pipe.send("ready")
     while True:
         await endpoint.send(await endpoint.receive())
 
 
-def line_echo(address: str, chunk_bytes: int, pipe: Pipe) -> None:
+def channel_echo(address: str, chunk_bytes: int, pipe: Pipe) -> None:
     torch.set_num_threads(1)
     asyncio.run(_line_echo(address, chunk_bytes, pipe))
 
@@ -108,7 +108,7 @@ def baseline_echo(pipe: Pipe) -> None:
                 _send_pickled(sock, _receive_pickled(sock))
 
 
-def baseline_trip(port: int, tensor: torch.Tensor) -> torch.Tensor:
+def baseline_round_trip(port: int, tensor: torch.Tensor) -> torch.Tensor:
     with socket.create_connection(("127.0.0.1", port)) as sock:
         _send_pickled(sock, tensor)
         return _receive_pickled(sock)
@@ -118,15 +118,15 @@ async def measure(
     address: str, chunk_bytes: int, baseline_port: int, sizes: list[int], rounds: int
 ) -> list[dict[str, float]]:
     """Return a row for each size: medians in ms of both, and their ratio."""
-    endpoint = Endpoint(address, "bench/client", "bench/echo", chunk_bytes)
+    endpoint = TensorEndpoint(address, "bench/client", "bench/echo", chunk_bytes)
     await endpoint.open()
     async with asyncio.timeout(WAIT_S * len(sizes)):
         rows = [await _measure_size(endpoint, baseline_port, size, rounds) for size in sizes]
-    await endpoint.line.close()
+    await endpoint.channel.close()
     return rows
 
 
-async def _measure_size(endpoint: Endpoint, baseline_port: int, size: int, rounds: int) -> dict[str, float]:
+async def _measure_size(endpoint: TensorEndpoint, baseline_port: int, size: int, rounds: int) -> dict[str, float]:
     """The row of one size."""
     tensor = torch.randn(size // 4)
     line_ms, baseline_ms = [], []
@@ -135,7 +135,7 @@ async def _measure_size(endpoint: Endpoint, baseline_port: int, size: int, round
         await endpoint.send(tensor)
         came = await endpoint.receive()
         middle = time.perf_counter()
-        back = baseline_trip(baseline_port, tensor)
+        back = baseline_round_trip(baseline_port, tensor)
         end = time.perf_counter()
         if turn == 0:  # also warms both up
             assert torch.equal(came, tensor)
@@ -156,7 +156,7 @@ def _child(target: Callable[..., None], *arguments: object) -> tuple[multiproces
 
 
 def run(broker: LocalBroker, chunk_bytes: int, sizes: list[int], rounds: int) -> list[dict[str, float]]:
-    line, _ = _child(line_echo, broker.address, chunk_bytes)
+    line, _ = _child(channel_echo, broker.address, chunk_bytes)
     baseline, port = _child(baseline_echo)
     try:
         assert isinstance(port, int)

@@ -20,22 +20,22 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from monitor.sensors.all import Sensors, sensors_of
+from monitor.sensors.all import NodeSensors, default_sensors
 from monitor.sensors.base import Sensor
-from monitor.sensors.processes import OwnProcesses
+from monitor.sensors.processes import ProcessSensor
 
-PER_S = 2.0
-OWN = 20
+SAMPLES_PER_S = 2.0
+PROCESS_COUNT = 20
 
 
 @contextmanager
-def own_processes(count: int) -> Iterator[OwnProcesses]:
+def start_processes(count: int) -> Iterator[ProcessSensor]:
     """So many processes that sleep, as a monitor would know them."""
     command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(count)]
-    found = OwnProcesses()
+    found = ProcessSensor()
     for number, child in enumerate(children):
-        found.began("stage", f"w{number}", child.pid, "bench")
+        found.on_start("stage", f"w{number}", child.pid, "bench")
     try:
         yield found
     finally:
@@ -43,37 +43,39 @@ def own_processes(count: int) -> Iterator[OwnProcesses]:
             child.communicate()
 
 
-def cost(make: Callable[[], Sensor | Sensors], seconds: float) -> dict[str, float]:
+def measure_cost(make: Callable[[], Sensor | NodeSensors], seconds: float) -> dict[str, float]:
     """Processor seconds a second, the points of a sample, and the milliseconds of the first one."""
     begin_s = time.process_time()
     sensor = make()
     sensor.sample(time.time_ns(), time.monotonic())
     first_s = time.process_time() - begin_s
     points = 0
-    count = max(1, round(seconds * PER_S))
+    count = max(1, round(seconds * SAMPLES_PER_S))
     begin_s, due_s = time.process_time(), time.monotonic()
     for _ in range(count):
-        due_s += 1 / PER_S
+        due_s += 1 / SAMPLES_PER_S
         time.sleep(max(0.0, due_s - time.monotonic()))
         points += len(sensor.sample(time.time_ns(), time.monotonic()))
     spent_s = time.process_time() - begin_s
     sensor.close()
-    return {"cpu_s_per_s": spent_s / count * PER_S, "points": points / count, "first_ms": 1000 * first_s}
+    return {"cpu_s_per_s": spent_s / count * SAMPLES_PER_S, "points": points / count, "first_ms": 1000 * first_s}
 
 
 def _one(place: int) -> Sensor:
-    return sensors_of()[place]
+    return default_sensors()[place]
 
 
 def measure(seconds: float) -> dict[str, dict[str, float]]:
     """Each sensor for a fourth of the time, all of them for all of it."""
     found = {}
-    for place, sensor in enumerate(sensors_of()):
-        found[type(sensor).__name__] = cost(partial(_one, place), seconds / 4)
-    with own_processes(0) as processes:
-        found["all"] = cost(lambda: Sensors("bench", "bench", processes), seconds)
-    with own_processes(OWN) as processes:
-        found[f"all, {OWN} own processes"] = cost(lambda: Sensors("bench", "bench", processes), seconds)
+    for place, sensor in enumerate(default_sensors()):
+        found[type(sensor).__name__] = measure_cost(partial(_one, place), seconds / 4)
+    with start_processes(0) as processes:
+        found["all"] = measure_cost(lambda: NodeSensors("bench", "bench", processes), seconds)
+    with start_processes(PROCESS_COUNT) as processes:
+        found[f"all, {PROCESS_COUNT} own processes"] = measure_cost(
+            lambda: NodeSensors("bench", "bench", processes), seconds
+        )
     return found
 
 
@@ -83,7 +85,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     options = parser.parse_args()
     found = measure(options.seconds)
-    table = Table(title=f"cost of sampling, {PER_S:g} a second", title_justify="left")
+    table = Table(title=f"cost of sampling, {SAMPLES_PER_S:g} a second", title_justify="left")
     for column in ("sensors", "cpu s / s", "points of a sample", "first sample, ms"):
         table.add_column(column, justify="left" if column == "sensors" else "right")
     for name, row in found.items():

@@ -25,23 +25,23 @@ from influxdb_client.client.write.point import Point as ClientPoint
 from rich.console import Console
 from rich.table import Table
 
-from brokers.telemetry.schema import HopFigures, RequestDone, TaskProcessed
-from monitor.points.points import Point, points_of
+from brokers.telemetry.schema import HopMetrics, RequestDone, TaskProcessed
+from monitor.points.points import TelemetryPoint, event_to_points
 from monitor.stores.base import Store
 from monitor.stores.influx.store import InfluxStore
-from monitor.stores.line_protocol import Lines
+from monitor.stores.line_protocol import LineEncoder
 from monitor.stores.sqlite import SqliteReader, SqliteStore
-from tests.support.monitor.influx_servers import Influx, influx
+from tests.support.monitor.influx_servers import InfluxServer, start_influx
 
 NEEDED_PER_S = 5_000
 WRITES_PER_S = 10
 STAGES = ("head", "body", "tail")
 
 
-def made(count: int, begin_ns: int) -> list[Point]:
+def make_points(count: int, begin_ns: int) -> list[TelemetryPoint]:
     """Points of requests and tasks, 0.2 ms apart."""
     dice = random.Random(1)
-    points: list[Point] = []
+    points: list[TelemetryPoint] = []
     while len(points) < count:
         moment_ns = begin_ns + 200_000 * len(points)
         ids: dict[str, Any] = {
@@ -50,23 +50,23 @@ def made(count: int, begin_ns: int) -> list[Point]:
             "pipeline": "street",
             "request": dice.randbytes(16).hex(),
         }
-        hops: list[HopFigures] = []
+        hops: list[HopMetrics] = []
         for stage in STAGES:
             figures = {
                 "queue_ms": 9 * dice.random(), "decode_ms": dice.random(), "compute_ms": 30 + dice.random(),
                 "encode_ms": dice.random(), "bytes_in": 173_056, "bytes_out": 86_528,
             }  # fmt: skip
             own: dict[str, Any] = {"stage": stage, "worker": f"{stage}-{dice.randrange(4)}", **figures}
-            points += points_of(TaskProcessed(time_ns=moment_ns, **ids, **own), "node-1")
-            hops.append(HopFigures(**own))
+            points += event_to_points(TaskProcessed(time_ns=moment_ns, **ids, **own), "node-1")
+            hops.append(HopMetrics(**own))
         done = RequestDone(
             time_ns=moment_ns, **ids, source="camera", latency_ms=90 + dice.random(), bytes_out=50_000, hops=tuple(hops)
         )
-        points += points_of(done, "node-1")
+        points += event_to_points(done, "node-1")
     return points[:count]
 
 
-def steady(store: Store, points: list[Point], settled: Callable[[], bool]) -> dict[str, float]:
+def write_at_required_rate(store: Store, points: list[TelemetryPoint], settled: Callable[[], bool]) -> dict[str, float]:
     """Write them at the needed rate; what that costs, and how late it was at worst."""
     size = NEEDED_PER_S // WRITES_PER_S
     begin_s, begin_cpu_s, late_s = time.monotonic(), time.process_time(), 0.0
@@ -85,7 +85,7 @@ def steady(store: Store, points: list[Point], settled: Callable[[], bool]) -> di
     }
 
 
-def flat_out(store: Store, points: list[Point], settled: Callable[[], bool]) -> float:
+def measure_max_rate(store: Store, points: list[TelemetryPoint], settled: Callable[[], bool]) -> float:
     """Points a second, from the first write until the last is kept."""
     begin_s = time.monotonic()
     for first in range(0, len(points), 500):
@@ -96,7 +96,7 @@ def flat_out(store: Store, points: list[Point], settled: Callable[[], bool]) -> 
 
 
 @contextmanager
-def sqlite_store(folder: Path) -> Iterator[tuple[Store, Callable[[], bool], Callable[[], int]]]:
+def open_sqlite_store(folder: Path) -> Iterator[tuple[Store, Callable[[], bool], Callable[[], int]]]:
     """A store, whether it has kept all it was given, and how many requests, tasks and hops it has."""
     path = folder / "telemetry.sqlite"
     store = SqliteStore(path)
@@ -105,22 +105,22 @@ def sqlite_store(folder: Path) -> Iterator[tuple[Store, Callable[[], bool], Call
 
 
 @contextmanager
-def influx_store(folder: Path) -> Iterator[tuple[Store, Callable[[], bool], Callable[[], int]]]:
-    with influx(folder / "influx") as server:
+def open_influx_store(folder: Path) -> Iterator[tuple[Store, Callable[[], bool], Callable[[], int]]]:
+    with start_influx(folder / "influx") as server:
         store = InfluxStore(server.target, folder / "spool")
         yield store, lambda: not store.waiting, lambda: _kept(server)
         store.close()
         assert store.dropped == 0
 
 
-def _kept(server: Influx) -> int:
-    return sum(server.count(name, "request") for name in ("request", "hop", "task"))
+def _kept(server: InfluxServer) -> int:
+    return sum(server.count_points(name, "request") for name in ("request", "hop", "task"))
 
 
-def line_costs(points: list[Point]) -> dict[str, float]:
+def measure_line_costs(points: list[TelemetryPoint]) -> dict[str, float]:
     """Microseconds of processor time for a line, and the bytes of one, plain and as it waits on disk."""
     begin_s = time.process_time()
-    lines = Lines().of(points)
+    lines = LineEncoder().encode(points)
     ours_s = time.process_time() - begin_s
     begin_s = time.process_time()
     for point in points:
@@ -146,19 +146,24 @@ def line_costs(points: list[Point]) -> dict[str, float]:
 def measure(seconds: float) -> dict[str, Any]:
     count = round(NEEDED_PER_S * seconds)
     stores: dict[str, Any] = {}
-    for name, opened in (("SQLite", sqlite_store), ("InfluxDB", influx_store)):
-        points = made(count, time.time_ns() - 3_600_000_000_000)
+    for name, opened in (("SQLite", open_sqlite_store), ("InfluxDB", open_influx_store)):
+        points = make_points(count, time.time_ns() - 3_600_000_000_000)
         with tempfile.TemporaryDirectory() as folder, opened(Path(folder)) as (store, settled, kept):
-            figures = steady(store, points, settled)
+            figures = write_at_required_rate(store, points, settled)
             later = [replace(point, time_ns=point.time_ns + 60_000_000_000) for point in points]
-            figures["flat_out_per_s"] = flat_out(store, later, settled)
+            figures["flat_out_per_s"] = measure_max_rate(store, later, settled)
             figures["ratio"] = figures["flat_out_per_s"] / NEEDED_PER_S
             assert kept() == 2 * count, f"{name} has {kept()} points of {2 * count}"
             stores[name] = figures
-    return {"needed_per_s": NEEDED_PER_S, "seconds": seconds, "stores": stores, "line": line_costs(points[:5000])}
+    return {
+        "needed_per_s": NEEDED_PER_S,
+        "seconds": seconds,
+        "stores": stores,
+        "line": measure_line_costs(points[:5000]),
+    }
 
 
-def show(found: dict[str, Any]) -> None:
+def print_results(found: dict[str, Any]) -> None:
     table = Table(title=f"{NEEDED_PER_S} points a second for {found['seconds']:g} s, then as fast as it goes")
     for column in ("store", "kept /s", "CPU, cores", "latest write, ms", "at its end, s", "flat out /s", "of needed"):
         table.add_column(column, justify="left" if column == "store" else "right")
@@ -187,7 +192,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     options = parser.parse_args()
     found = measure(options.seconds)
-    show(found)
+    print_results(found)
     if options.json:
         print(json.dumps(found))
 

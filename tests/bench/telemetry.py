@@ -23,41 +23,41 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from brokers.server.local_broker import Kind, start_broker
-from brokers.server.mosquitto_conf import find as find_mosquitto
+from brokers.server.local_broker import BrokerKind, start_broker
+from brokers.server.mosquitto_conf import find_mosquitto as find_mosquitto
 from brokers.telemetry.event_socket import SOCKET_VARIABLE
-from monitor.launch.child_process import Child, end_all
-from monitor.stores.sqlite import FILE as STORE
-from tests.bench.events import await_socket, cpu_s
-from tests.bench.throughput import FILE, MODEL, pipelined
-from tests.support.monitor.telemetry_file import points
+from monitor.launch.child_process import ChildProcess, terminate_all
+from monitor.stores.sqlite import TELEMETRY_FILE as STORE
+from tests.bench.events import process_cpu_s, wait_for_socket
+from tests.bench.throughput import MODEL, PIPELINE_TEMPLATE, measure_pipelined
+from tests.support.monitor.telemetry_file import read_points
 
 
 @dataclass(slots=True)
-class Side:
+class PipelineVariant:
     """One of the two pipelines, and what its rounds gave."""
 
     name: str
     file: Path
     address: str
     socket: Path
-    stages: list[Child]
-    rates: list[float] = field(default_factory=list)  # results a second
+    stages: list[ChildProcess]
+    rates_per_s: list[float] = field(default_factory=list)  # results a second
 
-    def round(self, requests: int) -> None:
+    def run_round(self, requests: int) -> None:
         """One more round; the client in this process tells as the stages do."""
         os.environ[SOCKET_VARIABLE] = str(self.socket)
-        self.rates.append(asyncio.run(pipelined(self.file, self.address, requests))[0])
+        self.rates_per_s.append(asyncio.run(measure_pipelined(self.file, self.address, requests))[0])
 
 
 @contextmanager
-def side(name: str, folder: Path, address: str, cut: int, window: int) -> Iterator[Side]:
+def start_variant(name: str, folder: Path, address: str, cut: int, window: int) -> Iterator[PipelineVariant]:
     """A pipeline of its own name, whose stages tell who listens at `folder/NAME`, if anybody does."""
     file, socket = folder / f"{name}.toml", folder / name
-    text = FILE.format(model=MODEL, cut=cut, window=window).replace('name = "bench"', f'name = "{name}"')
+    text = PIPELINE_TEMPLATE.format(model=MODEL, cut=cut, window=window).replace('name = "bench"', f'name = "{name}"')
     file.write_text(text)
     stages = [
-        Child(
+        ChildProcess(
             stage,
             ("stage", str(file), stage, "--broker", address),
             folder / f"{name}-{stage}.log",
@@ -68,12 +68,12 @@ def side(name: str, folder: Path, address: str, cut: int, window: int) -> Iterat
     try:
         for stage in stages:
             stage.start()
-        yield Side(name, file, address, socket, stages)
+        yield PipelineVariant(name, file, address, socket, stages)
     finally:
-        end_all(stages)
+        terminate_all(stages)
 
 
-def measure(kind: Kind, cut: int, requests: int, window: int, rounds: int) -> dict[str, float]:
+def measure(kind: BrokerKind, cut: int, requests: int, window: int, rounds: int) -> dict[str, float]:
     """Medians of the rounds of both sides, and what the monitor took for its own."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name, start_broker(kind=kind) as broker:
@@ -87,25 +87,25 @@ def measure(kind: Kind, cut: int, requests: int, window: int, rounds: int) -> di
             "--store",
             str(folder / STORE),
         )
-        monitor = Child("monitor", words, folder / "monitor.log")
+        monitor = ChildProcess("monitor", words, folder / "monitor.log")
         try:
             monitor.start()
-            await_socket(folder / "with")
+            wait_for_socket(folder / "with")
             with (
-                side("with", folder, broker.address, cut, window) as told,
-                side("without", folder, broker.address, cut, window) as untold,
+                start_variant("with", folder, broker.address, cut, window) as told,
+                start_variant("without", folder, broker.address, cut, window) as untold,
             ):
                 for each in (told, untold):  # the stages load, and the machine warms up
-                    each.round(requests)
-                    each.rates.clear()
+                    each.run_round(requests)
+                    each.rates_per_s.clear()
                 used_s, took_s = _rounds((told, untold), monitor.process.pid, requests, rounds)
         finally:
-            end_all([monitor])
-        kept = len(points(folder / STORE, "request"))
+            terminate_all([monitor])
+        kept = len(read_points(folder / STORE, "request"))
     return {
-        "with_per_s": median(told.rates),
-        "without_per_s": median(untold.rates),
-        "ratio": median(told.rates) / median(untold.rates),
+        "with_per_s": median(told.rates_per_s),
+        "without_per_s": median(untold.rates_per_s),
+        "ratio": median(told.rates_per_s) / median(untold.rates_per_s),
         "rounds": rounds,
         "requests": requests,
         "kept": kept,
@@ -113,16 +113,16 @@ def measure(kind: Kind, cut: int, requests: int, window: int, rounds: int) -> di
     }
 
 
-def _rounds(sides: Sequence[Side], pid: int, requests: int, rounds: int) -> tuple[float, float]:
+def _rounds(sides: Sequence[PipelineVariant], pid: int, requests: int, rounds: int) -> tuple[float, float]:
     """All rounds, in turns; the monitor's processor time in those that told it, and how long these took."""
     used_s = took_s = 0.0
     for number in range(rounds):
         for each in sides if number % 2 else sides[::-1]:
-            before_s = cpu_s(pid)
-            each.round(requests)
+            before_s = process_cpu_s(pid)
+            each.run_round(requests)
             if each is sides[0]:
-                used_s += cpu_s(pid) - before_s
-                took_s += requests / each.rates[-1]
+                used_s += process_cpu_s(pid) - before_s
+                took_s += requests / each.rates_per_s[-1]
     return used_s, took_s
 
 

@@ -21,18 +21,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from brokers.server.local_broker import Kind, start_broker
-from brokers.server.mosquitto_conf import find as find_mosquitto
-from monitor.launch.child_process import Child, end_all
+from brokers.server.local_broker import BrokerKind, start_broker
+from brokers.server.mosquitto_conf import find_mosquitto as find_mosquitto
+from monitor.launch.child_process import ChildProcess, terminate_all
 from sources.client.offloader import Offloader
 from sources.conversion import to_content
-from stages.models.registry import model_spec
+from stages.models.registry import get_model_spec
 from stages.partition.part_loader import load_part
 
 MODEL = "torchvision:vgg11"
 WARM_UP = 6
 SOLO_RUNS = 12
-FILE = """
+PIPELINE_TEMPLATE = """
 [pipeline]
 name = "bench"
 model = "{model}"
@@ -48,14 +48,14 @@ window = {window}
 """
 
 
-def solo_ms(cuts: list[int]) -> list[float]:
+def solo_forward_ms(cuts: list[int]) -> list[float]:
     """The median time of each part's forward, alone, in milliseconds."""
-    spec = model_spec(MODEL)
+    spec = get_model_spec(MODEL)
     values = {spec.input_name: torch.rand(1, 3, 224, 224)}
     times = []
     for index in range(len(cuts) + 1):
         part = load_part(spec, cuts, index, None, 0, "cpu").to(memory_format=torch.channels_last)  # as a worker does
-        values = {part.takes[0]: next(iter(values.values()))}
+        values = {part.input_names[0]: next(iter(values.values()))}
         runs = []
         with torch.inference_mode():
             for _ in range(SOLO_RUNS):
@@ -67,14 +67,14 @@ def solo_ms(cuts: list[int]) -> list[float]:
     return times
 
 
-async def pipelined(file: Path, address: str, requests: int) -> tuple[float, dict[str, float]]:
+async def measure_pipelined(file: Path, address: str, requests: int) -> tuple[float, dict[str, float]]:
     """Results a second, and the stages' own compute times, with the window full throughout."""
     pictures = [torch.rand(1, 3, 224, 224) for _ in range(4)]
     computed: dict[str, list[float]] = {}
     async with Offloader(file, broker=address) as offload:
         await asyncio.gather(*(offload(pictures[0]) for _ in range(WARM_UP)))
         begin_s = time.perf_counter()
-        answers = await asyncio.gather(*(offload.ask(to_content(pictures[index % 4])) for index in range(requests)))
+        answers = await asyncio.gather(*(offload.request(to_content(pictures[index % 4])) for index in range(requests)))
         elapsed_s = time.perf_counter() - begin_s
     for answer in answers:
         for hop in answer.hops:
@@ -82,25 +82,25 @@ async def pipelined(file: Path, address: str, requests: int) -> tuple[float, dic
     return requests / elapsed_s, {stage: median(times) for stage, times in computed.items()}
 
 
-def measure(cut: int, kind: Kind, requests: int, window: int) -> dict[str, Any]:
+def measure(cut: int, kind: BrokerKind, requests: int, window: int) -> dict[str, Any]:
     """All rates of one cut, in results a second."""
     torch.set_num_threads(1)
-    before = solo_ms([cut])
-    whole_ms = solo_ms([])[0]
+    before = solo_forward_ms([cut])
+    whole_ms = solo_forward_ms([])[0]
     with tempfile.TemporaryDirectory() as folder, start_broker(kind=kind) as broker:
         file = Path(folder) / "bench.toml"
-        file.write_text(FILE.format(model=MODEL, cut=cut, window=window))
+        file.write_text(PIPELINE_TEMPLATE.format(model=MODEL, cut=cut, window=window))
         stages = [
-            Child(name, ("stage", str(file), name, "--broker", broker.address), Path(folder) / f"{name}.log")
+            ChildProcess(name, ("stage", str(file), name, "--broker", broker.address), Path(folder) / f"{name}.log")
             for name in ("first", "second")
         ]
         try:
             for stage in stages:
                 stage.start()
-            rate, computed = asyncio.run(pipelined(file, broker.address, requests))
+            rate, computed = asyncio.run(measure_pipelined(file, broker.address, requests))
         finally:
-            end_all(stages)
-    after = solo_ms([cut])
+            terminate_all(stages)
+    after = solo_forward_ms([cut])
     slowest_ms = max((before[part] + after[part]) / 2 for part in range(2))
     return {
         "cut": cut,

@@ -31,13 +31,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from brokers.server.local_broker import Kind
-from brokers.server.mosquitto_conf import find as find_mosquitto
+from brokers.server.local_broker import BrokerKind
+from brokers.server.mosquitto_conf import find_mosquitto as find_mosquitto
 from tests.bench.training_peers.ideal_pipeline import ideal_step_s
-from tests.bench.training_peers.job import Job
-from tests.bench.training_peers.single_process import alone, losses_alone
-from tests.bench.training_peers.sparse_pipeline import sparse_pipeline
-from tests.bench.training_peers.torch_pipeline import torch_pipeline
+from tests.bench.training_peers.job import TrainingJob
+from tests.bench.training_peers.single_process import measure_stages_alone, unsplit_losses
+from tests.bench.training_peers.sparse_pipeline import run_sparse_pipeline
+from tests.bench.training_peers.torch_pipeline import run_torch_pipeline
 
 CUTS = (6, 11)
 SOLO_STEPS = 6
@@ -57,25 +57,25 @@ RATIOS = {
 }
 
 
-def one_round(job: Job, kind: Kind) -> dict[str, Any]:
+def run_round(job: TrainingJob, kind: BrokerKind) -> dict[str, Any]:
     """Everything once: `rates` in rows a second by name, what a step takes the `stages`, and what each step took."""
     whole = replace(job, cuts=())
-    stages, unsplit = alone(job, SOLO_STEPS), alone(whole, SOLO_STEPS)[0]
+    stages, unsplit = measure_stages_alone(job, SOLO_STEPS), measure_stages_alone(whole, SOLO_STEPS)[0]
     rates = {
         "slowest": job.batch / max(stage.step_s(job.micro_batches) for stage in stages),
         "ideal": job.batch / min(ideal_step_s(stages, name, job.micro_batches) for name in job.schedules),
         "unsplit": job.batch / unsplit.step_s(job.micro_batches),
     }
-    told: dict[str, Any] = {"alone": [stage.in_step_ms(job.micro_batches) for stage in stages]}
-    losses = {"unsplit": losses_alone(whole, COMPARED_STEPS)}
+    told: dict[str, Any] = {"alone": [stage.step_breakdown_ms(job.micro_batches) for stage in stages]}
+    losses = {"unsplit": unsplit_losses(whole, COMPARED_STEPS)}
     found: dict[str, Any] = {}
     for whose, keeps in (("torch", False), ("tuned", True)):
         with tempfile.TemporaryDirectory() as folder:
-            runs = torch_pipeline(replace(job, keeps_memory=keeps), Path(folder))
+            runs = run_torch_pipeline(replace(job, tune_malloc=keeps), Path(folder))
         found |= {f"{whose} {name}": run for name, run in runs.items()}
     for schedule in job.schedules:
         with tempfile.TemporaryDirectory() as folder:
-            found[f"sparse {schedule}"] = run = sparse_pipeline(job, schedule, kind, Path(folder))
+            found[f"sparse {schedule}"] = run = run_sparse_pipeline(job, schedule, kind, Path(folder))
         told[f"sparse {schedule}"] = run["stages"]
     rates |= {name: job.batch / median(run["steps_s"]) for name, run in found.items()}
     _check({**losses, **{name: run["losses"] for name, run in found.items()}})
@@ -90,7 +90,7 @@ def _check(losses: Mapping[str, Sequence[float]]) -> None:
                 raise SystemExit(f"step {step}: the loss of the unsplit network is {expected}, that of {name} {actual}")
 
 
-def summed_up(job: Job, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_rounds(job: TrainingJob, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The medians of the rounds, and how ours, by its better schedule, compares: medians of each round's ratios."""
     rates = {name: median(each["rates"][name] for each in rounds) for name in rounds[0]["rates"]}
     return {
@@ -103,10 +103,10 @@ def summed_up(job: Job, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _ratio(rates: Mapping[str, float], other: str) -> float:
-    return best(rates, "sparse") / best(rates, other)
+    return best_rate(rates, "sparse") / best_rate(rates, other)
 
 
-def best(rates: Mapping[str, float], whose: str) -> float:
+def best_rate(rates: Mapping[str, float], whose: str) -> float:
     """The better one, where there are two of that name."""
     return max(rate for name, rate in rates.items() if name.startswith(whose))
 
@@ -114,7 +114,7 @@ def best(rates: Mapping[str, float], whose: str) -> float:
 # What it says ---------------------------------------------------------------------------------------------------------
 
 
-def show(title: str, rows: Sequence[Mapping[str, Any]], first: str) -> None:
+def print_tables(title: str, rows: Sequence[Mapping[str, Any]], first: str) -> None:
     """The rates by cut or batch, and below them the ratios."""
     console = Console(width=110)
     rates = Table(title=f"{title}: rows a second")
@@ -131,7 +131,7 @@ def show(title: str, rows: Sequence[Mapping[str, Any]], first: str) -> None:
     console.print(compared)
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Rows a second over the size of the batch, for each contestant."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -167,19 +167,19 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     options = parser.parse_args()
     cuts = options.cut or ([SWEEP_CUT] if options.sweep else CUTS)
-    jobs = [Job((cut,), options.steps) for cut in cuts]
+    jobs = [TrainingJob((cut,), options.steps) for cut in cuts]
     title = f"VGG-11, 32x32, two stages of one thread, {options.broker}"
     if options.sweep:
         jobs = [replace(job, batch=batch, steps=max(4, SWEEP_ROWS // batch)) for job in jobs for batch in SWEEP]
     rounds: list[list[dict[str, Any]]] = [[] for _ in jobs]
     for _ in range(options.rounds):
         for job, found in zip(jobs, rounds, strict=True):
-            found.append(one_round(job, options.broker))
-    rows = [summed_up(job, found) for job, found in zip(jobs, rounds, strict=True)]
-    show(title, rows, "batch" if options.sweep else "cut")
+            found.append(run_round(job, options.broker))
+    rows = [summarize_rounds(job, found) for job, found in zip(jobs, rounds, strict=True)]
+    print_tables(title, rows, "batch" if options.sweep else "cut")
     if options.sweep:
         options.out.mkdir(parents=True, exist_ok=True)
-        draw(rows, options.out / "sweep.png")
+        plot_sweep(rows, options.out / "sweep.png")
         print(f"the plot is {options.out / 'sweep.png'}")
     if options.json:
         print(json.dumps({"broker": options.broker, "rows": rows}))

@@ -8,49 +8,49 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.environment.container_engine import Compose, need_engine
-from tests.support.environment.external_programs import need
-from tests.support.environment.image import IMAGE, build
-from tests.support.pipelines.mqtt_camera import Door
+from tests.support.environment.container_engine import ComposeProject, require_container_engine
+from tests.support.environment.external_programs import require_dependency
+from tests.support.environment.image import IMAGE_TAG, build_image
+from tests.support.pipelines.mqtt_camera import MqttCamera
 
-ENGINES = {"image", "address"}  # the fixtures that need an engine; all others are made of them
+ENGINE_FIXTURES = {"image", "address"}  # the fixtures that need an engine; all others are made of them
 # What can be had without the images of InfluxDB, Chronograf and Grafana, which stand in a profile of their own.
-SERVICES = ("broker", "gateway", "head", "body", "tail", "monitor")
+COMPOSE_SERVICES = ("broker", "gateway", "head", "body", "tail", "monitor")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Say once what is left out where no engine runs: of skips in a fixture pytest would list each."""
-    if isinstance(item, pytest.Function) and not ENGINES.isdisjoint(item.fixturenames):
-        need_engine()
+    if isinstance(item, pytest.Function) and not ENGINE_FIXTURES.isdisjoint(item.fixturenames):
+        require_container_engine()
 
 
 @pytest.fixture(scope="session", name="image")
 def _image() -> str:
     """The image of this checkout; `.ci/run` has most of it in the engine's cache by now."""
-    build()
-    return IMAGE
+    build_image()
+    return IMAGE_TAG
 
 
 @pytest.fixture(scope="session", name="photograph")
 def _photograph() -> Path:
     """A dog, a bicycle and a car, with which the authors of the network show it."""
-    return need("darknet-files") / "data" / "dog.jpg"
+    return require_dependency("darknet-files") / "data" / "dog.jpg"
 
 
 @pytest.fixture(scope="module", name="compose")
-def _compose(image: str) -> Iterator[Compose]:
+def _compose(image: str) -> Iterator[ComposeProject]:
     assert image
-    compose = Compose(f"sparse-test-{uuid.uuid4().hex[:8]}")
+    compose = ComposeProject(f"sparse-test-{uuid.uuid4().hex[:8]}")
     try:
-        compose.up(*SERVICES)
+        compose.up(*COMPOSE_SERVICES)
         yield compose
     finally:
         compose("down", "--volumes", "--timeout", "1")
 
 
 @pytest.fixture(name="door")
-def _door(compose: Compose) -> Iterator[Door]:
-    door = Door(compose.broker_port)
+def _camera(compose: ComposeProject) -> Iterator[MqttCamera]:
+    door = MqttCamera(compose.broker_port)
     yield door
     door.close()

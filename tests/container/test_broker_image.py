@@ -13,7 +13,7 @@ from testcontainers.core.wait_strategies import PortWaitStrategy
 
 from brokers.mqtt.client import MqttTransport
 from brokers.protocol.transport import Properties, Will
-from tests.support.brokers.broker_kinds import Inbox, abandon, run
+from tests.support.brokers.broker_kinds import DeliveryQueue, kill_client_process, run_async
 from tests.support.environment.checkout import ROOT
 
 LARGE_BYTES = 5_000_000  # more than Mosquitto 2.1 takes by default
@@ -34,15 +34,15 @@ def _address() -> Iterator[str]:
 
 def test_a_large_message_arrives_whole_with_its_properties(address: str) -> None:
     async def test() -> None:
-        sender, reader, inbox = MqttTransport(address), MqttTransport(address), Inbox()
+        sender, reader, inbox = MqttTransport(address), MqttTransport(address), DeliveryQueue()
         await reader.subscribe("sparse/local/street/body/tasks", inbox)
         await reader.connect()
         await sender.connect()
         given = Properties(
             response_topic="sparse/local/source/door/inbox",
-            correlation=b"0123456789abcdef",
+            correlation_data=b"0123456789abcdef",
             content_type="application/octet-stream",
-            user=(("attempt", "1"),),
+            user_properties=(("attempt", "1"),),
         )
         payload = bytes(range(256)) * (LARGE_BYTES // 256)
         await sender.publish("sparse/local/street/body/tasks", payload, given, qos=1)
@@ -52,7 +52,7 @@ def test_a_large_message_arrives_whole_with_its_properties(address: str) -> None
         await sender.close()
         await reader.close()
 
-    run(test())
+    run_async(test())
 
 
 def test_presence_is_kept_for_those_who_come_later_and_a_death_clears_it(address: str) -> None:
@@ -62,22 +62,22 @@ def test_presence_is_kept_for_those_who_come_later_and_a_death_clears_it(address
         teller = MqttTransport(address)
         await teller.connect()
         await teller.publish(topic, b"here", qos=1, retain=True)
-        watcher, inbox = MqttTransport(address), Inbox()
+        watcher, inbox = MqttTransport(address), DeliveryQueue()
         await watcher.connect()
         await watcher.subscribe(topic, inbox, qos=1)
         assert bytes((await inbox.next()).payload) == b"here"
-        await abandon(address, Will(topic, b"gone", retain=True))
+        await kill_client_process(address, Will(topic, b"gone", retain=True))
         assert bytes((await inbox.next()).payload) == b"gone"
         await teller.close()
         await watcher.close()
 
-    run(test())
+    run_async(test())
 
 
 def test_a_shared_subscription_gives_each_message_to_one(address: str) -> None:
     async def test() -> None:
         readers = [MqttTransport(address) for _ in range(2)]
-        inboxes = [Inbox() for _ in readers]
+        inboxes = [DeliveryQueue() for _ in readers]
         for reader, inbox in zip(readers, inboxes, strict=True):
             await reader.connect()
             await reader.subscribe("$share/body/sparse/local/street/body/tasks", inbox, qos=1)
@@ -90,10 +90,10 @@ def test_a_shared_subscription_gives_each_message_to_one(address: str) -> None:
         for reader in readers:
             await reader.close()
 
-    run(test())
+    run_async(test())
 
 
-async def _all(inbox: Inbox) -> list[int]:
+async def _all(inbox: DeliveryQueue) -> list[int]:
     """What comes until nothing more does."""
     found = []
     while True:

@@ -7,8 +7,8 @@ import subprocess
 import time
 
 from tests.support.environment.checkout import ROOT
-from tests.support.environment.container_engine import docker, inspect
-from tests.support.environment.image import build
+from tests.support.environment.container_engine import docker, docker_inspect
+from tests.support.environment.image import build_image
 
 LIMIT_BYTES = 1_600_000_000  # with a CPU build of PyTorch, which is half of it
 
@@ -24,7 +24,7 @@ def test_it_holds_what_runs_and_nothing_that_tests_or_builds(image: str) -> None
     names = {line.partition("==")[0].lower() for line in listed.splitlines()}
     assert {"torch", "paho-mqtt", "av", "sparse-mqtt"} <= names
     assert names.isdisjoint({"opencv-python-headless", "pytest", "ruff", "mypy", "hatchling", "scikit-learn"})
-    assert inspect(image)["Size"] < LIMIT_BYTES
+    assert docker_inspect(image)["Size"] < LIMIT_BYTES
 
 
 def test_its_weights_are_there_without_a_network(image: str) -> None:
@@ -39,9 +39,9 @@ def test_a_stage_that_has_not_begun_leaves_at_once_when_told_to(image: str) -> N
     started = docker("run", "--detach", image, *command).strip()
     try:
         time.sleep(0.7)
-        assert inspect(started)["State"]["Running"], docker("logs", started)
+        assert docker_inspect(started)["State"]["Running"], docker("logs", started)
         docker("stop", "--time", "60", started)
-        assert inspect(started)["State"]["ExitCode"] == 128 + signal.SIGTERM
+        assert docker_inspect(started)["State"]["ExitCode"] == 128 + signal.SIGTERM
     finally:
         docker("rm", "--force", started)
 
@@ -64,7 +64,7 @@ def test_a_base_image_that_brings_its_own_torch_keeps_it(image: str) -> None:
     subprocess.run(command, input=STUB.format(base=base), text=True, check=True, capture_output=True)
     try:
         given = ["--build-arg", "BASE=sparse-test-base", "--build-arg", "TORCH=base"]
-        build("sparse:test-base", "--target", "torch", *given)
+        build_image("sparse:test-base", "--target", "torch", *given)
         look = "import torch; print(torch.__version__, torch.__file__)"
         version, file = docker("run", "--rm", "sparse:test-base", "python3", "-c", look).split()
         assert version == "2.9.0"

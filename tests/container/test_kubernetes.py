@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.security.principals import MONITOR, broker_name, source_name, stage_name
+from brokers.security.principals import MONITOR, broker_username, source_username, stage_username
 from tests.support.environment.checkout import ROOT
-from tests.support.environment.external_programs import need
+from tests.support.environment.external_programs import require_dependency
 
 # The oldest that its makers still mend, or that clouds still run, to the newest whose schemas are at hand.
 VERSIONS = ("1.31", "1.33", kubernetes_validate.latest_version())
@@ -30,7 +30,7 @@ Resource = dict[str, Any]
 
 
 def rendered(folder: str) -> list[Resource]:
-    command = [str(need("kubectl")), "kustomize", str(ROOT / "deploy/kubernetes" / folder)]
+    command = [str(require_dependency("kubectl")), "kustomize", str(ROOT / "deploy/kubernetes" / folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "deprecated" not in done.stderr
@@ -99,8 +99,8 @@ def test_each_has_the_secret_of_its_own_identity_and_comes_to_the_locked_broker(
     folder: str, site: str, file: str
 ) -> None:
     pipeline = load_pipeline(ROOT / file)
-    identities = {stage.name: stage_name(pipeline, stage) for stage in pipeline.stage}
-    identities |= {"gateway": source_name(pipeline), "monitor": MONITOR, "broker": broker_name(site)}
+    identities = {stage.name: stage_username(pipeline, stage) for stage in pipeline.stage}
+    identities |= {"gateway": source_username(pipeline), "monitor": MONITOR, "broker": broker_username(site)}
     for name, workload in workloads(folder).items():
         (volume,) = (each for each in workload["spec"]["template"]["spec"]["volumes"] if "secret" in each)
         assert volume["secret"] == {"secretName": identities[name], "defaultMode": 0o440}, name
@@ -109,7 +109,7 @@ def test_each_has_the_secret_of_its_own_identity_and_comes_to_the_locked_broker(
         assert mounted["readOnly"] is True
         given = {each["name"]: each["value"] for each in container.get("env", [])}
         assert mounted["mountPath"] == given.get("SPARSE_TLS", "/mosquitto/certs")
-        assert given.get("SPARSE_BROKER") == (pipeline.broker_of(site) if name == "monitor" else None)
+        assert given.get("SPARSE_BROKER") == (pipeline.configured_broker(site) if name == "monitor" else None)
 
 
 def test_a_configuration_that_changes_has_another_name_so_that_pods_are_replaced() -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.container.conftest import SERVICES
-from tests.support.environment.container_engine import Compose, await_health, docker, inspect
-from tests.support.environment.external_programs import need
-from tests.support.environment.swarm import STACK, await_replicas, stack, swarm
-from tests.support.pipelines.mqtt_camera import Door
+from tests.container.conftest import COMPOSE_SERVICES
+from tests.support.environment.container_engine import ComposeProject, docker, docker_inspect, wait_until_healthy
+from tests.support.environment.external_programs import require_dependency
+from tests.support.environment.swarm import STACK_NAME, deploy_stack, start_swarm, wait_for_replicas
+from tests.support.pipelines.mqtt_camera import MqttCamera
 from tests.support.pipelines.processes import eventually
 
 PICTURES = 40
@@ -32,8 +32,8 @@ def workers_of(stage: str, answers: list[dict[str, Any]]) -> Counter[str]:
     return Counter(hop["worker"].rpartition("-")[0] for hop in hops)
 
 
-def hosts_of(compose: Compose, service: str) -> set[str]:
-    return {inspect(each)["Config"]["Hostname"] for each in compose.containers(service)}
+def hosts_of(compose: ComposeProject, service: str) -> set[str]:
+    return {docker_inspect(each)["Config"]["Hostname"] for each in compose.container_ids(service)}
 
 
 def knock(port: int, certs: Path, identity: str | None) -> str:
@@ -42,7 +42,9 @@ def knock(port: int, certs: Path, identity: str | None) -> str:
     line += ["--cafile", f"{certs}/viewer/ca.crt"]
     if identity is not None:
         line += ["--cert", f"{certs}/{identity}/tls.crt", "--key", f"{certs}/{identity}/tls.key"]
-    done = subprocess.run([need("mosquitto_pub"), *line], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        [require_dependency("mosquitto_pub"), *line], capture_output=True, text=True, timeout=30, check=False
+    )
     return done.stdout + done.stderr
 
 
@@ -51,33 +53,33 @@ def test_the_stack_on_a_swarm_answers_a_picture_scales_and_leaves_nothing(
 ) -> None:
     """Of deploy/swarm, on a swarm of this machine. First, as it must be over when the compose project is up."""
     assert image
-    with swarm(), stack(tmp_path) as port:
-        door = Door(port, certs=tmp_path)
+    with start_swarm(), deploy_stack(tmp_path) as port:
+        door = MqttCamera(port, certs=tmp_path)
         try:
-            door.show(photograph)
-            assert {"car", "bicycle", "dog"} <= {each["label"] for each in door.answer(90)["objects"]}
+            door.publish(photograph)
+            assert {"car", "bicycle", "dog"} <= {each["label"] for each in door.next_result(90)["objects"]}
 
-            docker("service", "scale", "--detach", f"{STACK}_body=2")
-            await_replicas("body", 2)
+            docker("service", "scale", "--detach", f"{STACK_NAME}_body=2")
+            wait_for_replicas("body", 2)
             for _ in range(20):
-                door.show(photograph)
-            assert len(workers_of("body", door.answers(20))) == 2
+                door.publish(photograph)
+            assert len(workers_of("body", door.next_results(20))) == 2
 
-            docker("service", "scale", "--detach", f"{STACK}_body=1")
-            await_replicas("body", 1)
+            docker("service", "scale", "--detach", f"{STACK_NAME}_body=1")
+            wait_for_replicas("body", 1)
         finally:
             door.close()
         assert "Error" in knock(port, tmp_path, None), "nobody comes in without a certificate"
         assert "Not authorized" in knock(port, tmp_path, "viewer"), "or does what is not theirs"
         # A site that no node has gets no task.
-        docker("service", "update", "--detach", "--constraint-add", "node.labels.site == cloud", f"{STACK}_tail")
-        listed = ("service", "ps", "--no-trunc", f"{STACK}_tail")
+        docker("service", "update", "--detach", "--constraint-add", "node.labels.site == cloud", f"{STACK_NAME}_tail")
+        listed = ("service", "ps", "--no-trunc", f"{STACK_NAME}_tail")
         eventually("a task without a node", lambda: "no suitable node" in docker(*listed))
 
 
-def test_a_photograph_published_from_outside_gives_its_detections(door: Door, photograph: Path) -> None:
-    door.show(photograph)
-    answer = door.answer()
+def test_a_photograph_published_from_outside_gives_its_detections(door: MqttCamera, photograph: Path) -> None:
+    door.publish(photograph)
+    answer = door.next_result()
     assert answer["picture"] == {"width": 768, "height": 576}
     found = {each["label"]: each for each in answer["objects"]}
     assert {"car", "bicycle", "dog"} <= found.keys()
@@ -85,16 +87,16 @@ def test_a_photograph_published_from_outside_gives_its_detections(door: Door, ph
     assert (left + width / 2, top + height / 2) == pytest.approx((220, 376), abs=40)
 
 
-def test_the_file_as_a_whole_is_one_that_the_engine_takes(compose: Compose) -> None:
+def test_the_file_as_a_whole_is_one_that_the_engine_takes(compose: ComposeProject) -> None:
     """Telemetry included, whose images are not started here."""
     read = yaml.safe_load(compose("--profile", "telemetry", "config"))
-    assert set(read["services"]) == {*SERVICES, "recorder", "influxdb", "chronograf", "grafana"}
+    assert set(read["services"]) == {*COMPOSE_SERVICES, "recorder", "influxdb", "chronograf", "grafana"}
 
 
-def test_no_container_may_write_its_files_or_become_more_than_it_is(compose: Compose) -> None:
-    for service in SERVICES:
-        for each in compose.containers(service):
-            seen = inspect(each)
+def test_no_container_may_write_its_files_or_become_more_than_it_is(compose: ComposeProject) -> None:
+    for service in COMPOSE_SERVICES:
+        for each in compose.container_ids(service):
+            seen = docker_inspect(each)
             limits = seen["HostConfig"]
             assert limits["ReadonlyRootfs"], service
             assert limits["CapDrop"] == ["ALL"], service
@@ -103,12 +105,14 @@ def test_no_container_may_write_its_files_or_become_more_than_it_is(compose: Com
             assert seen["Config"]["User"] not in ("", "0", "root"), service
 
 
-def test_a_stage_that_is_scaled_to_three_is_worked_by_three(compose: Compose, door: Door, photograph: Path) -> None:
-    compose.up(*SERVICES, scale={"body": 3})
+def test_a_stage_that_is_scaled_to_three_is_worked_by_three(
+    compose: ComposeProject, door: MqttCamera, photograph: Path
+) -> None:
+    compose.up(*COMPOSE_SERVICES, scale={"body": 3})
     assert len(hosts_of(compose, "body")) == 3
     for _ in range(PICTURES):
-        door.show(photograph)
-    assert set(workers_of("body", door.answers(PICTURES))) == hosts_of(compose, "body")
+        door.publish(photograph)
+    assert set(workers_of("body", door.next_results(PICTURES))) == hosts_of(compose, "body")
     with urllib.request.urlopen(f"http://127.0.0.1:{compose.monitor_port}/stages", timeout=10) as answer:
         stages = json.load(answer)["street"]
     assert {name: stages[name]["workers"] for name in stages} == {"head": 1, "body": 3, "tail": 1}
@@ -116,59 +120,63 @@ def test_a_stage_that_is_scaled_to_three_is_worked_by_three(compose: Compose, do
 
 
 def test_a_container_that_is_killed_under_load_costs_no_picture_and_doubles_none(
-    compose: Compose, door: Door, photograph: Path
+    compose: ComposeProject, door: MqttCamera, photograph: Path
 ) -> None:
-    compose.up(*SERVICES, scale={"body": 3})
-    victim = compose.containers("body")[0]
+    compose.up(*COMPOSE_SERVICES, scale={"body": 3})
+    victim = compose.container_ids("body")[0]
     docker("pause", victim)  # so that it is sure to have tasks in hand when it dies: it takes them, and no more
     for _ in range(PICTURES):
-        door.show(photograph)
-    answers = door.answers(5)
+        door.publish(photograph)
+    answers = door.next_results(5)
     docker("kill", victim)  # which lets a paused container run, after the signal
-    answers += door.answers(PICTURES - 5)
+    answers += door.next_results(PICTURES - 5)
     first = min(answer["index"] for answer in answers)
     assert sorted(answer["index"] for answer in answers) == list(range(first, first + PICTURES))
     assert len({answer["request"] for answer in answers}) == PICTURES
     assert all("error" not in answer for answer in answers)
-    assert inspect(victim)["State"]["ExitCode"] == 137
+    assert docker_inspect(victim)["State"]["ExitCode"] == 137
     assert max(answer["attempts"] for answer in answers) > 1, "it held nothing when it died"
-    assert door.silent()
+    assert door.is_silent()
 
 
-def test_a_container_that_is_stopped_finishes_what_it_holds(compose: Compose, door: Door, photograph: Path) -> None:
-    compose.up(*SERVICES, scale={"body": 3})
-    leaver = compose.containers("body")[0]
+def test_a_container_that_is_stopped_finishes_what_it_holds(
+    compose: ComposeProject, door: MqttCamera, photograph: Path
+) -> None:
+    compose.up(*COMPOSE_SERVICES, scale={"body": 3})
+    leaver = compose.container_ids("body")[0]
     for _ in range(PICTURES):
-        door.show(photograph)
-    answers = door.answers(5)
+        door.publish(photograph)
+    answers = door.next_results(5)
     begun_s = time.monotonic()
     docker("stop", leaver)
     stopped_s = time.monotonic() - begun_s
-    answers += door.answers(PICTURES - 5)
-    assert inspect(leaver)["State"]["ExitCode"] == 0
+    answers += door.next_results(PICTURES - 5)
+    assert docker_inspect(leaver)["State"]["ExitCode"] == 0
     assert stopped_s < 25, "the engine waits for 30 s, then it kills"
     assert {answer["attempts"] for answer in answers} == {1}
 
 
-def test_a_stage_that_is_scaled_back_to_one_is_worked_by_one(compose: Compose, door: Door, photograph: Path) -> None:
-    compose.up(*SERVICES, scale={"body": 3})
-    compose.up(*SERVICES, scale={"body": 1})
+def test_a_stage_that_is_scaled_back_to_one_is_worked_by_one(
+    compose: ComposeProject, door: MqttCamera, photograph: Path
+) -> None:
+    compose.up(*COMPOSE_SERVICES, scale={"body": 3})
+    compose.up(*COMPOSE_SERVICES, scale={"body": 1})
     (left,) = hosts_of(compose, "body")
     for _ in range(5):
-        door.show(photograph)
-    assert workers_of("body", door.answers(5)) == {left: 5}
-    assert door.silent()
+        door.publish(photograph)
+    assert workers_of("body", door.next_results(5)) == {left: 5}
+    assert door.is_silent()
 
 
-def test_a_worker_is_unhealthy_while_its_broker_is_away(compose: Compose) -> None:
-    body = compose.containers("body")[0]
-    (broker,) = compose.containers("broker")
+def test_a_worker_is_unhealthy_while_its_broker_is_away(compose: ComposeProject) -> None:
+    body = compose.container_ids("body")[0]
+    (broker,) = compose.container_ids("broker")
     docker("stop", "--time", "5", broker)
     try:
         end_s = time.monotonic() + 90
-        while inspect(body)["State"]["Health"]["Status"] != "unhealthy":
+        while docker_inspect(body)["State"]["Health"]["Status"] != "unhealthy":
             assert time.monotonic() < end_s
             time.sleep(1)
     finally:
         docker("start", broker)
-    await_health([broker, body])
+    wait_until_healthy([broker, body])

@@ -8,30 +8,30 @@ from collections.abc import Iterator
 import pytest
 
 from brokers.server import mosquitto_conf as mosquitto
-from tests.support.brokers.broker_kinds import BrokerPlace, MemoryPlace, Place
+from tests.support.brokers.broker_kinds import BrokerUnderTest, InMemoryBrokerUnderTest, LocalBrokerUnderTest
 
 # What Mosquitto 2.1 and later allow by default.
 SMALL_PACKETS_BYTES = 2_000_000
 
 
-def need_mosquitto() -> None:
+def require_mosquitto() -> None:
     """Skip a test that needs Mosquitto where it is not installed; in CI that is a failure, not a green skip."""
-    if mosquitto.find() is None:
+    if mosquitto.find_mosquitto() is None:
         if os.environ.get("CI") == "true":
             pytest.fail("Mosquitto is not installed, and CI must test with it")
         pytest.skip("Mosquitto is not installed (Debian: apt-get install mosquitto)")
 
 
 @pytest.fixture(params=["memory", "embedded", "mosquitto", "mosquitto-2MB"])
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+def broker(request: pytest.FixtureRequest) -> Iterator[BrokerUnderTest]:
     if request.param == "memory":
-        yield MemoryPlace()
+        yield InMemoryBrokerUnderTest()
         return
     if request.param == "embedded":
         pytest.importorskip("iotcore", reason="the embedded broker has no wheel for this machine")
-        made = BrokerPlace("embedded")
+        made = LocalBrokerUnderTest("embedded")
     else:
-        need_mosquitto()
-        made = BrokerPlace("mosquitto", SMALL_PACKETS_BYTES if request.param == "mosquitto-2MB" else None)
+        require_mosquitto()
+        made = LocalBrokerUnderTest("mosquitto", SMALL_PACKETS_BYTES if request.param == "mosquitto-2MB" else None)
     yield made
     made.stop()

@@ -7,30 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from brokers.server.local_broker import Kind, LocalBroker, start_broker
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.processes import Machine, machine
+from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.processes import ProcessSandbox, process_sandbox
 
-KINDS: tuple[Kind, ...] = ("embedded", "mosquitto")
+BROKER_KINDS: tuple[BrokerKind, ...] = ("embedded", "mosquitto")
 
 
 @pytest.fixture(name="box")
-def _box(tmp_path: Path) -> Iterator[Machine]:
-    with machine(tmp_path) as found:
+def _sandbox(tmp_path: Path) -> Iterator[ProcessSandbox]:
+    with process_sandbox(tmp_path) as found:
         yield found
 
 
-@pytest.fixture(scope="module", name="broker", params=KINDS)
+@pytest.fixture(scope="module", name="broker", params=BROKER_KINDS)
 def _broker(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
     """A broker of each kind, in turn."""
-    need({"embedded": "iotcore"}.get(request.param, request.param))
+    require_dependency({"embedded": "iotcore"}.get(request.param, request.param))
     with start_broker(kind=request.param) as found:
         yield found
 
 
 @pytest.fixture(scope="module", name="embedded")
-def _embedded() -> Iterator[LocalBroker]:
+def _embedded_broker() -> Iterator[LocalBroker]:
     """The broker that is there without being installed."""
-    need("iotcore")
+    require_dependency("iotcore")
     with start_broker(kind="embedded") as found:
         yield found

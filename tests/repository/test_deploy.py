@@ -12,10 +12,10 @@ import yaml
 
 from brokers.cli import main
 from brokers.config.pipeline_file import load_pipeline
-from brokers.security.principals import MONITOR, broker_name, source_name, stage_name
+from brokers.security.principals import MONITOR, broker_username, source_username, stage_username
 from deploy.dashboards.chronograf import DIALECT
-from deploy.dashboards.grafana import SOURCE
-from tests.support.environment.checkout import ROOT, files
+from deploy.dashboards.grafana import DATASOURCE
+from tests.support.environment.checkout import ROOT, repository_files
 
 SITES = "deploy/kubernetes/sites"
 CONFIG = ROOT / "deploy/config"
@@ -35,7 +35,12 @@ def parsed(path: Path) -> dict[str, Any]:
 def images() -> list[str]:
     """Every image that a file of deploy/, or the compose file, names."""
     found: list[str] = []
-    for path in [COMPOSE, *files("deploy/*.yml"), *files("deploy/*.yaml"), ROOT / "deploy/Dockerfile"]:
+    for path in [
+        COMPOSE,
+        *repository_files("deploy/*.yml"),
+        *repository_files("deploy/*.yaml"),
+        ROOT / "deploy/Dockerfile",
+    ]:
         named = re.findall(r"^\s*(?:image: |ARG BASE=)(\S+)$", path.read_text(), re.MULTILINE)
         found += [re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", image) for image in named]
     return found
@@ -81,8 +86,8 @@ def test_the_pipeline_of_the_demo_and_the_locked_one_differ_in_their_locks_only(
 def test_each_service_of_the_swarm_has_the_secrets_of_its_own_identity_and_no_other() -> None:
     stack = parsed(STACKS[0])
     pipeline = load_pipeline(ROOT / LOCKED / "street.toml")
-    identities = {stage.name: stage_name(pipeline, stage) for stage in pipeline.stage}
-    identities |= {"gateway": source_name(pipeline), "monitor": MONITOR, "broker": broker_name("local")}
+    identities = {stage.name: stage_username(pipeline, stage) for stage in pipeline.stage}
+    identities |= {"gateway": source_username(pipeline), "monitor": MONITOR, "broker": broker_username("local")}
     files = ("ca.crt", "tls.crt", "tls.key")
     for name, identity in identities.items():
         service = stack["services"][name]
@@ -197,7 +202,7 @@ def test_both_files_mount_the_dashboards_where_they_are_looked_for() -> None:
             f"{target}/{file.relative_to(ROOT / source)}": file
             for target, source in mounts(demo[name]).items()
             if source.startswith("./")
-            for file in files(f"{source}/*")
+            for file in repository_files(f"{source}/*")
         }
         in_stack = {
             config["target"]: (STACKS[1].parent / configs[config["source"]]["file"]).resolve()
@@ -213,10 +218,10 @@ def test_both_files_mount_the_dashboards_where_they_are_looked_for() -> None:
 def test_grafanas_source_is_the_one_that_its_dashboard_asks_and_the_bucket_that_is_written_to() -> None:
     [source] = parsed(ROOT / "deploy/grafana/provisioning/datasources/sparse.yaml")["datasources"]
     written = parsed(COMPOSE)["services"]["recorder"]["environment"]
-    assert {"type": source["type"], "uid": source["uid"]} == SOURCE
+    assert {"type": source["type"], "uid": source["uid"]} == DATASOURCE
     assert source["url"] == written["SPARSE_INFLUX_URL"]
     assert source["jsonData"]["dbName"] == written["SPARSE_INFLUX_BUCKET"]
-    assert DIALECT.database == f'"{written["SPARSE_INFLUX_BUCKET"]}"..'
+    assert DIALECT.database_prefix == f'"{written["SPARSE_INFLUX_BUCKET"]}"..'
 
 
 def test_no_secret_stands_in_a_file() -> None:

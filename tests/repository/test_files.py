@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.support.environment.checkout import ROOT, files
+from tests.support.environment.checkout import ROOT, repository_files
 
 LINES = 400
 FUNCTION_LINES = 40
@@ -20,7 +20,7 @@ PLACES = re.compile("|".join(re.escape(word) for word in MACHINE + HOSTS))
 
 
 def _code() -> list[str]:
-    return [name for path in files("*.py") if not (name := str(path.relative_to(ROOT))).startswith("tests/")]
+    return [name for path in repository_files("*.py") if not (name := str(path.relative_to(ROOT))).startswith("tests/")]
 
 
 @pytest.mark.parametrize("name", _code())
@@ -49,7 +49,7 @@ def test_every_exception_from_the_budgets_is_still_needed() -> None:
 
 def test_no_file_names_this_machine_or_a_registry() -> None:
     found = []
-    for path in files():
+    for path in repository_files():
         try:
             text = path.read_text()
         except UnicodeDecodeError:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.support.environment.checkout import ROOT, files
+from tests.support.environment.checkout import ROOT, repository_files
 
-MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("brokers/*.py")]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in repository_files("brokers/*.py")]
 # One process for all, since a start takes longer than an import: each module finds none of the others imported.
 PROGRAM = """\
 import importlib, sys

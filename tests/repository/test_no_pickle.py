@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.environment.checkout import ROOT, files
+from tests.support.environment.checkout import ROOT, repository_files
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 TORCH_PICKLERS = {"load", "save", "load_state_dict_from_url"}
@@ -53,7 +53,7 @@ def _called(node: ast.Call) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("path", files("*.py"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", repository_files("*.py"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_pickles(path: Path) -> None:
     if str(path.relative_to(ROOT)) not in BASELINES:
         assert picklings(path.read_text()) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.environment.checkout import PACKAGES, ROOT, files
+from tests.support.environment.checkout import PACKAGES, ROOT, repository_files
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -26,7 +26,7 @@ def test_the_wheel_holds_the_four_packages_and_nothing_else(tmp_path: Path) -> N
     held = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in held}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
-    shipped = {str(path.relative_to(ROOT)) for name in PACKAGES for path in files(f"{name}/*")}
+    shipped = {str(path.relative_to(ROOT)) for name in PACKAGES for path in repository_files(f"{name}/*")}
     assert shipped <= held
 
 
@@ -37,7 +37,7 @@ def test_the_distribution_cannot_be_uploaded_by_accident() -> None:
 
 def test_every_folder_of_tests_is_a_package() -> None:
     """So that pytest puts the checkout on the path, and no `tests/unit/brokers` hides the real package."""
-    folders = {path.parent for path in files("tests/*.py")}
+    folders = {path.parent for path in repository_files("tests/*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 

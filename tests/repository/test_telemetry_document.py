@@ -8,20 +8,20 @@ from brokers.telemetry import event_socket
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
 from monitor.stores.influx import config as influx_target
 from monitor.stores.influx.config import InfluxTarget
-from monitor.stores.influx.spool import LIMIT_BYTES
-from monitor.stores.influx.store import _BATCH_POINTS, Waits
-from monitor.stores.sqlite import FILE
-from tests.support.monitor.telemetry_document import PATH, TABLES, with_tables
+from monitor.stores.influx.spool import SPOOL_LIMIT_BYTES
+from monitor.stores.influx.store import _BATCH_POINTS, InfluxTimings
+from monitor.stores.sqlite import TELEMETRY_FILE
+from tests.support.monitor.telemetry_document import DOCUMENT_PATH, TABLE_WRITERS, update_tables
 
-TEXT = PATH.read_text(encoding="utf-8")
+TEXT = DOCUMENT_PATH.read_text(encoding="utf-8")
 
 
 def test_the_tables_are_those_of_the_code() -> None:
-    assert with_tables(TEXT) == TEXT, "run: python -m tests.support.monitor.telemetry_document"
+    assert update_tables(TEXT) == TEXT, "run: python -m tests.support.monitor.telemetry_document"
 
 
 def test_no_table_is_empty() -> None:
-    for made in TABLES.values():
+    for made in TABLE_WRITERS.values():
         assert made().count("\n| `") > 40
 
 
@@ -30,23 +30,26 @@ def test_the_settings_are_those_of_the_code() -> None:
     names = {name for name in vars(influx_target).values() if isinstance(name, str) and name.startswith("SPARSE_")}
     assert set(found) == names
     target = InfluxTarget("http://db")
-    assert (found[influx_target.ORG], found[influx_target.BUCKET]) == (f"`{target.org}`", f"`{target.bucket}`")
+    assert (found[influx_target.ORG_VARIABLE], found[influx_target.BUCKET_VARIABLE]) == (
+        f"`{target.org}`",
+        f"`{target.bucket}`",
+    )
     for name in (event_socket.SOCKET_VARIABLE, event_socket.RUN_VARIABLE, event_socket._NAME):
         assert name in TEXT
 
 
 def test_the_numbers_are_those_of_the_code() -> None:
-    waits = Waits()
+    waits = InfluxTimings()
     assert f"at most {DATAGRAM_LIMIT_BYTES}\nbytes" in TEXT
     assert f"one file for each second or each {_BATCH_POINTS} points" in TEXT
-    assert waits.flush_s == 1.0
-    assert f"The spool is bounded: {LIMIT_BYTES >> 20} MiB" in TEXT
-    assert f"after {waits.first_s:g} s, 1 s, 2 s, up to {waits.longest_s:g} s" in TEXT
-    assert waits.mend_s == 60.0
+    assert waits.flush_interval_s == 1.0
+    assert f"The spool is bounded: {SPOOL_LIMIT_BYTES >> 20} MiB" in TEXT
+    assert f"after {waits.initial_backoff_s:g} s, 1 s, 2 s, up to {waits.max_backoff_s:g} s" in TEXT
+    assert waits.misconfigured_retry_s == 60.0
     assert "tries again every minute" in TEXT
-    assert f"`{FILE}`" in TEXT
+    assert f"`{TELEMETRY_FILE}`" in TEXT
 
 
 def test_the_spool_holds_what_the_page_says() -> None:
     [minutes] = re.findall(r"at about 40 to\n60 bytes a point, which is 5000 points a second for (\d+) minutes", TEXT)
-    assert int(minutes) == LIMIT_BYTES // 60 // 5000 // 60
+    assert int(minutes) == SPOOL_LIMIT_BYTES // 60 // 5000 // 60

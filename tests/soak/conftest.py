@@ -6,20 +6,20 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.pipeline.conftest import _box, _broker, _embedded  # noqa: F401 - fixtures
-from tests.support.environment.external_programs import need
+from tests.pipeline.conftest import _broker, _embedded_broker, _sandbox  # noqa: F401 - fixtures
+from tests.support.environment.external_programs import require_dependency
 
-Tell = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 @pytest.fixture(name="long")
-def _long(request: pytest.FixtureRequest) -> bool:
+def _is_long_run(request: pytest.FixtureRequest) -> bool:
     """Whether this is `make soak`."""
     return bool(request.config.getoption("--long"))
 
 
 @pytest.fixture(name="tell")
-def _tell(capsys: pytest.CaptureFixture[str]) -> Tell:
+def _print_line(capsys: pytest.CaptureFixture[str]) -> PrintLine:
     """Print a line of figures, whatever pytest captures; tests that run side by side have nowhere to print."""
 
     def tell(text: str) -> None:
@@ -30,6 +30,6 @@ def _tell(capsys: pytest.CaptureFixture[str]) -> Tell:
 
 
 @pytest.fixture(scope="module", name="mosquitto")
-def _mosquitto() -> None:
+def _require_mosquitto() -> None:
     """These tests are about Mosquitto: fail or skip where it is not installed."""
-    need("mosquitto")
+    require_dependency("mosquitto")

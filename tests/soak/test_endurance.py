@@ -12,15 +12,15 @@ import psutil
 import pytest
 
 from brokers.server.local_broker import LocalBroker, start_broker
-from tests.soak.conftest import Tell
-from tests.soak.harness.request_load import AT_ONCE, WARM_UP
-from tests.soak.harness.resource_usage import MIB, Trend, Watch, look
-from tests.support.brokers.presence import await_workers
-from tests.support.monitor.fake_monitor import StandInMonitor, monitor_path
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
-from tests.support.pipelines.processes import PATIENCE_S, Machine, eventually, machine
+from tests.soak.conftest import PrintLine
+from tests.soak.harness.request_load import CONCURRENCY, WARM_UP_FRACTION
+from tests.soak.harness.resource_usage import MIB, ResourceTrend, ResourceWatcher, sample_resources
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.monitor.fake_monitor import FakeMonitor, monitor_socket_path
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
+from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox, eventually, process_sandbox
 
-TWO = [stage("double", "double"), stage("add", "add_one")]
+TWO = [stage_table("double", "double"), stage_table("add", "add_one")]
 # Between a hundred requests and ten thousand the number of objects that an offloader holds has been seen to differ by
 # three, for what was just being done as they were counted. One object for every tenth request is far more.
 UNSTEADY_OBJECTS = 25
@@ -44,15 +44,15 @@ SMALL = Load(100_000, 1, 2 * MIB, 1800, 0.25)
 LARGE = Load(2_000, 1 << 19, 32 * MIB, 1800, 0.25)
 # What takes seconds shows what is kept of each request as objects, descriptors and threads. Of memory it shows only
 # what is gross, since a process has not settled after so few.
-FEW_SMALL = Load(1_500, 1, 32 * MIB, PATIENCE_S, 0.02)
-FEW_LARGE = Load(30, 1 << 19, 128 * MIB, PATIENCE_S, 0.02)
+FEW_SMALL = Load(1_500, 1, 32 * MIB, PROCESS_TIMEOUT_S, 0.02)
+FEW_LARGE = Load(30, 1 << 19, 128 * MIB, PROCESS_TIMEOUT_S, 0.02)
 
 
 @dataclass(frozen=True)
 class Served:
     """Two stages, a process each, at a broker."""
 
-    box: Machine
+    box: ProcessSandbox
     path: Path
     broker: LocalBroker
     processes: dict[str, int]
@@ -62,54 +62,58 @@ class Served:
 @pytest.fixture(scope="module", name="served")
 def _served(mosquitto: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with (
-        machine(tmp_path_factory.mktemp("served")) as box,
-        monitor_path() as socket,
-        StandInMonitor(socket),
+        process_sandbox(tmp_path_factory.mktemp("served")) as box,
+        monitor_socket_path() as socket,
+        FakeMonitor(socket),
         start_broker(kind="mosquitto") as broker,
     ):
-        path, told = pipeline_file(box.folder, TWO), {"SPARSE_MONITOR": str(socket)}
+        path, told = write_pipeline_file(box.folder, TWO), {"SPARSE_MONITOR": str(socket)}
         workers = {
-            each["name"]: box.sparse("stage", path, each["name"], "--broker", broker.address, environment=told).pid
+            each["name"]: box.start_sparse(
+                "stage", path, each["name"], "--broker", broker.address, environment=told
+            ).pid
             for each in TWO
         }
-        await_workers(broker.address, lambda found: len(found) == len(TWO))
+        wait_for_workers(broker.address, lambda found: len(found) == len(TWO))
         yield Served(box, path, broker, {"broker": broker.pid, **workers}, told)
 
 
 @pytest.mark.timeout(2 * SMALL.limit_s)
-def test_many_small_requests_leave_nothing_behind(served: Served, long: bool, tell: Tell) -> None:
+def test_many_small_requests_leave_nothing_behind(served: Served, long: bool, tell: PrintLine) -> None:
     endure(served, SMALL if long else FEW_SMALL, tell if long else None)
 
 
 @pytest.mark.timeout(2 * LARGE.limit_s)
-def test_many_large_requests_leave_nothing_behind(served: Served, long: bool, tell: Tell) -> None:
+def test_many_large_requests_leave_nothing_behind(served: Served, long: bool, tell: PrintLine) -> None:
     endure(served, LARGE if long else FEW_LARGE, tell if long else None)
 
 
-def endure(served: Served, load: Load, tell: Tell | None) -> None:
+def endure(served: Served, load: Load, tell: PrintLine | None) -> None:
     """Ask, and assert that nothing has grown in any process meanwhile, nor is left afterwards."""
     before = looks(served)
     words = ("tests.soak.harness.request_load", served.path, served.broker.address, str(load.count), str(load.values))
     asker = served.box.start(sys.executable, "-m", *words, environment=served.told)
-    eventually("the first answers", lambda: "begun" in asker.out() or asker.process.poll() is not None)
-    with Watch({**served.processes, "source": asker.pid}, load.every_s) as watch:
-        eventually("all answers", lambda: "asked" in asker.out() or asker.process.poll() is not None, load.limit_s)
-    said = asker.end()
-    assert said.status == 0, said.err
-    trends = watch.trends(WARM_UP)
+    eventually("the first answers", lambda: "begun" in asker.read_stdout() or asker.process.poll() is not None)
+    with ResourceWatcher({**served.processes, "source": asker.pid}, load.every_s) as watch:
+        eventually(
+            "all answers", lambda: "asked" in asker.read_stdout() or asker.process.poll() is not None, load.limit_s
+        )
+    said = asker.wait()
+    assert said.returncode == 0, said.stderr
+    trends = watch.trends(WARM_UP_FRACTION)
     if tell:
-        rate = load.count / said.answer["elapsed_s"]
+        rate = load.count / said.json_output["elapsed_s"]
         tell(f"{load.count} requests of {8 * load.values} bytes through two stages: {rate:.0f} a second")
         for trend in trends:
             tell(str(trend))
-    check(said.answer, load)
+    check(said.json_output, load)
     check_trends(trends, load.limit_bytes)
     eventually("the source to be gone from the others' descriptors and threads", lambda: looks(served) == before)
 
 
 def check(told: dict[str, Any], load: Load) -> None:
     """What the source itself says."""
-    assert told["counters"]["results"] == told["counters"]["requests"] == load.count + AT_ONCE
+    assert told["counters"]["results"] == told["counters"]["requests"] == load.count + CONCURRENCY
     assert told["tasks"] == []
     assert told["after"] == told["before"]
     early, late = told["objects"]
@@ -117,14 +121,14 @@ def check(told: dict[str, Any], load: Load) -> None:
         assert late - early <= UNSTEADY_OBJECTS, told["objects"]
 
 
-def check_trends(trends: Sequence[Trend], limit_bytes: int) -> None:
+def check_trends(trends: Sequence[ResourceTrend], limit_bytes: int) -> None:
     for trend in trends:
-        assert trend.grown_bytes <= limit_bytes, str(trend)
-        assert trend.descriptors[-1] <= trend.descriptors[0], str(trend)
+        assert trend.growth_bytes <= limit_bytes, str(trend)
+        assert trend.file_descriptors[-1] <= trend.file_descriptors[0], str(trend)
         assert trend.threads[-1] <= trend.threads[0], str(trend)
 
 
 def looks(served: Served) -> dict[str, tuple[int, int]]:
     """Descriptors and threads of each process."""
-    found = {name: look(psutil.Process(pid)) for name, pid in served.processes.items()}
-    return {name: (each.descriptors, each.threads) for name, each in found.items()}
+    found = {name: sample_resources(psutil.Process(pid)) for name, pid in served.processes.items()}
+    return {name: (each.file_descriptors, each.threads) for name, each in found.items()}

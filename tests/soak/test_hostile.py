@@ -28,10 +28,17 @@ from brokers.mqtt.client import MqttTransport
 from brokers.protocol.messages import JSON
 from brokers.protocol.transport import Delivery, Properties
 from sources.client.offloader import Offloader
-from tests.soak.conftest import Tell
-from tests.soak.harness.hostile_clients import BASE, LOOK, WORKERS, Attacker, Town, town
-from tests.soak.harness.hostile_messages import GIGANTIC, Hostile, valid
-from tests.support.pipelines.processes import PATIENCE_S, machine
+from tests.soak.conftest import PrintLine
+from tests.soak.harness.hostile_clients import (
+    LOOK_STAGE_TOPIC,
+    PIPELINE_TOPIC,
+    PRESENCE_TOPICS,
+    AttackedPipeline,
+    Attacker,
+    start_attacked_pipeline,
+)
+from tests.soak.harness.hostile_messages import OVERSIZED_USER_PROPERTIES, HostileMessage, valid_messages
+from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, process_sandbox
 
 # Messages in the short form and the long one.
 SHORT, LONG = 3_000, 200_000
@@ -41,8 +48,8 @@ GROWTH_BYTES = 48 << 20
 # is bounded by what they claim, and levels off after that time. It shall be level in the second half.
 UNFINISHED_S = 3.0
 DOORS = (
-    *(f"{BASE}/{stage}" for stage in ("double/tasks", "last/tasks", "double/in/double-1", "last/in/last-1")),
-    f"{LOOK}/in/look-1",
+    *(f"{PIPELINE_TOPIC}/{stage}" for stage in ("double/tasks", "last/tasks", "double/in/double-1", "last/in/last-1")),
+    f"{LOOK_STAGE_TOPIC}/in/look-1",
     "sparse/local/ingress/door",
     "sparse/local/results/door",
 )
@@ -51,8 +58,8 @@ RESULTS = "sparse/local/results/honest"
 
 
 @pytest.fixture(scope="module", name="place")
-def _place(mosquitto: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
-    with machine(tmp_path_factory.mktemp("town")) as box, town(box, "mosquitto") as found:
+def _place(mosquitto: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttackedPipeline]:
+    with process_sandbox(tmp_path_factory.mktemp("town")) as box, start_attacked_pipeline(box, "mosquitto") as found:
         yield found
 
 
@@ -73,7 +80,7 @@ class Honest:
     async def ask(self) -> None:
         """One request, answered rightly."""
         value = float(self.answered)
-        given = await asyncio.wait_for(self.offload(np.array(value)), PATIENCE_S)
+        given = await asyncio.wait_for(self.offload(np.array(value)), PROCESS_TIMEOUT_S)
         assert float(given) == 2 * value + 1
         self.answered += 1
 
@@ -81,7 +88,7 @@ class Honest:
         """One reading, answered rightly; again when it gave way to newer frames, which is what an ingress does."""
         self.frames += 1
         reading = json.dumps({"values": self.frames}).encode()
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(PROCESS_TIMEOUT_S):
             while True:
                 await self.camera.publish(INGRESS, reading, Properties(JSON), qos=1)
                 try:
@@ -99,7 +106,7 @@ class Honest:
 
 
 @asynccontextmanager
-async def honest(place: Town) -> AsyncIterator[Honest]:
+async def honest(place: AttackedPipeline) -> AsyncIterator[Honest]:
     camera = MqttTransport(place.address)
     async with Offloader(load_pipeline(place.path), broker=place.address, name="honest") as offload:
         found = Honest(offload, camera)
@@ -150,13 +157,13 @@ async def be_a_victim(victim: Offloader, outcomes: Counter[str]) -> None:
 # The attack --------------------------------------------------------------------------------------------------------
 
 
-def memory(place: Town) -> dict[str, int]:
+def memory(place: AttackedPipeline) -> dict[str, int]:
     """Resident set of each process, bytes; this one is the offloader's."""
     found = {name: process.memory_info().rss for name, process in place.processes().items()}
     return {**found, "offloader": psutil.Process().memory_info().rss}
 
 
-async def attack(place: Town, count: int, tell: Tell) -> list[dict[str, int]]:
+async def attack(place: AttackedPipeline, count: int, tell: PrintLine) -> list[dict[str, int]]:
     """Write that many messages while valid traffic goes on; return what memory was over time."""
     loaded = load_pipeline(place.path)
     samples = [memory(place)]
@@ -168,9 +175,9 @@ async def attack(place: Town, count: int, tell: Tell) -> list[dict[str, int]]:
         Attacker(place, seed=1) as attacker,
     ):
         for each in (good.offload, victim):
-            each.line._assembler.patience_s = UNFINISHED_S
-        await until(lambda: set(attacker.loads) >= WORKERS)
-        before = attacker.accounted
+            each.channel._assembler.chunk_timeout_s = UNFINISHED_S
+        await until(lambda: set(attacker.worker_records) >= PRESENCE_TOPICS)
+        before = attacker.rejected_count
         async with meanwhile(
             forever(good.ask, 0.005), forever(good.publish, 0.02), be_a_victim(victim, outcomes)
         ) as check:
@@ -185,8 +192,8 @@ async def attack(place: Town, count: int, tell: Tell) -> list[dict[str, int]]:
         sent, elapsed_s = attacker.sent, time.monotonic() - begin_s
         to_workers = sent["door"] + sent["inbox"]
         # The others are tasks that can be done, and messages that are passed over in silence: nobody can be told.
-        await until(lambda: attacker.accounted - before > 0.3 * to_workers)  # they report every second
-        taken = attacker.accounted - before
+        await until(lambda: attacker.rejected_count - before > 0.3 * to_workers)  # they report every second
+        taken = attacker.rejected_count - before
     tell(f"{place.broker.kind}: {sent.total()} hostile messages in {elapsed_s:.0f} s: {dict(sent)}")
     frames = f"{good.frames} frames ({good.frames_again} published again)"
     tell(f"answered meanwhile: {good.answered} requests, {frames}; of the victim: {dict(outcomes)}")
@@ -195,13 +202,13 @@ async def attack(place: Town, count: int, tell: Tell) -> list[dict[str, int]]:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(PROCESS_TIMEOUT_S):
         while not holds():  # noqa: ASYNC110 - nobody tells of it
             await asyncio.sleep(0.05)
 
 
-def check_logs(place: Town, hostile: int, tell: Tell) -> None:
-    said = place.said()
+def check_logs(place: AttackedPipeline, hostile: int, tell: PrintLine) -> None:
+    said = place.read_logs()
     assert len(said) >= 5
     for name, text in said.items():
         assert "Traceback" not in text, f"{name}: {text[text.index('Traceback') - 500 :][:3000]}"
@@ -212,7 +219,7 @@ def check_logs(place: Town, hostile: int, tell: Tell) -> None:
 
 
 def test_whatever_hostile_clients_write_nobody_dies_and_valid_traffic_goes_on(
-    place: Town, long: bool, tell: Tell, caplog: pytest.LogCaptureFixture
+    place: AttackedPipeline, long: bool, tell: PrintLine, caplog: pytest.LogCaptureFixture
 ) -> None:
     count = LONG if long else SHORT
     before = {name: process.pid for name, process in place.processes().items()}
@@ -227,7 +234,7 @@ def test_whatever_hostile_clients_write_nobody_dies_and_valid_traffic_goes_on(
     assert max(growth.values()) < GROWTH_BYTES, growth
 
 
-def test_no_answer_to_a_hostile_message_is_itself_answered_for_ever(place: Town) -> None:
+def test_no_answer_to_a_hostile_message_is_itself_answered_for_ever(place: AttackedPipeline) -> None:
     """Every message of every kind, with an answer that leads to each of the system's own topics."""
     heard: list[str] = []
 
@@ -238,15 +245,15 @@ def test_no_answer_to_a_hostile_message_is_itself_answered_for_ever(place: Town)
         async with Attacker(place, seed=2) as attacker:
             for topic in DOORS:
                 for address in DOORS:
-                    for message in valid(random.Random(3)):
+                    for message in valid_messages(random.Random(3)):
                         for user in ((), (("accept", "json"),), (("kind", "?"),)):
-                            changed = (*message.properties.user, *user)
-                            properties = replace(message.properties, response_topic=address, user=changed)
+                            changed = (*message.properties.user_properties, *user)
+                            properties = replace(message.properties, response_topic=address, user_properties=changed)
                             await attacker.publish(topic, replace(message, properties=properties))
                 await attacker.probe()
-            sent = len(DOORS) ** 2 * 3 * len(valid(random.Random(3)))
+            sent = len(DOORS) ** 2 * 3 * len(valid_messages(random.Random(3)))
             # Each is heard once, and is worth a few answers; a storm would not end, and not be quiet again.
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(PROCESS_TIMEOUT_S):
                 while await one_second(heard) > 0:
                     assert len(heard) < 20 * sent
         await spy.close()
@@ -261,19 +268,26 @@ async def one_second(heard: list[str]) -> int:
     return sum("/up/" not in topic for topic in heard[before:])
 
 
-def test_a_retained_message_of_gigantic_properties_costs_nobody_its_connection(place: Town) -> None:
+def test_a_retained_message_of_gigantic_properties_costs_nobody_its_connection(place: AttackedPipeline) -> None:
     async def go() -> None:
         async with honest(place) as good, Attacker(place, seed=3) as attacker:
-            topics = [*DOORS, f"{BASE}/double/up/giant", f"{BASE}/last/up/giant", f"{BASE}/double/up/double-2"]
+            topics = [
+                *DOORS,
+                f"{PIPELINE_TOPIC}/double/up/giant",
+                f"{PIPELINE_TOPIC}/last/up/giant",
+                f"{PIPELINE_TOPIC}/double/up/double-2",
+            ]
             for topic in topics:
-                await attacker.publish(topic, Hostile(Properties(user=GIGANTIC), b"x", retain=True))
+                await attacker.publish(
+                    topic, HostileMessage(Properties(user_properties=OVERSIZED_USER_PROPERTIES), b"x", retain=True)
+                )
             await attacker.probe()
             async with honest(place) as newcomer:  # what is retained comes to it at once
                 for _ in range(5):
                     await good.ask()
                     await newcomer.ask()
             for topic in topics:
-                await attacker.publish(topic, Hostile(Properties(), b"", retain=True))
+                await attacker.publish(topic, HostileMessage(Properties(), b"", retain=True))
 
     asyncio.run(go())
-    assert not [text for text in place.said().values() if "lost: bad MQTT packet" in text]
+    assert not [text for text in place.read_logs().values() if "lost: bad MQTT packet" in text]

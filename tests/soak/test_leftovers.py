@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline
-from brokers.dispatch.channel import Line
+from brokers.dispatch.channel import MessageChannel
 from brokers.errors import DeadlinePassed, RequestFailed
 from brokers.mqtt.client import MqttTransport
 from brokers.server.local_broker import start_broker
 from sources.client.offloader import Offloader
 from stages.commands.stage import make_executor
-from stages.worker.worker import Worker
-from tests.soak.harness.resource_usage import held
-from tests.support.monitor.fake_monitor import StandInMonitor, monitor_path
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
+from stages.worker.worker import InferenceWorker
+from tests.soak.harness.resource_usage import count_reachable_objects
+from tests.support.monitor.fake_monitor import FakeMonitor, monitor_socket_path
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
-STAGES = [stage("picky", "picky"), stage("add", "add_one")]
+STAGES = [stage_table("picky", "picky"), stage_table("add", "add_one")]
 # A round in which each request leaves one object behind, or each that fails, or is late, or is answered, shows.
 ROUND = 300
 AT_ONCE = 8
@@ -43,12 +43,12 @@ SETTLED_S = 30.0
 
 
 @asynccontextmanager
-async def serving(pipeline: Pipeline, address: str) -> AsyncIterator[list[Worker]]:
+async def serving(pipeline: Pipeline, address: str) -> AsyncIterator[list[InferenceWorker]]:
     """A worker of each stage."""
     workers, working = [], []
     for each in pipeline.stage:
         executor, device = make_executor(pipeline, each, 1)
-        workers.append(Worker(MqttTransport(address), pipeline, each, executor, each.name, device))
+        workers.append(InferenceWorker(MqttTransport(address), pipeline, each, executor, each.name, device))
     try:
         for worker in workers:
             await worker.start()
@@ -84,7 +84,7 @@ async def one_round(offload: Offloader, values: int) -> Counter[str]:
 
 def count(*roots: object) -> int:
     gc.collect()
-    return held(*roots)
+    return count_reachable_objects(*roots)
 
 
 async def back_to(before: Sequence[int], roots: Sequence[object]) -> None:
@@ -100,11 +100,11 @@ def test_requests_that_were_answered_failed_or_late_leave_nothing_in_any_table(
     mosquitto: None, tmp_path: Path, values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("brokers.protocol.chunking._REMEMBERED", REMEMBERED)
-    pipeline = load_pipeline(pipeline_file(tmp_path, STAGES))
+    pipeline = load_pipeline(write_pipeline_file(tmp_path, STAGES))
 
     async def go(address: str) -> None:
         async with serving(pipeline, address) as workers, Offloader(pipeline, broker=address) as asks:
-            lines: list[Line] = [asks.line, *(worker._line for worker in workers)]
+            lines: list[MessageChannel] = [asks.channel, *(worker._channel for worker in workers)]
             for line in lines:
                 line._chunk_bytes = CHUNK_BYTES
             fates = await one_round(asks, values)
@@ -116,6 +116,6 @@ def test_requests_that_were_answered_failed_or_late_leave_nothing_in_any_table(
             await back_to(before, (asks, *workers))
 
     # Somebody listens to events: without a monitor thousands of them are kept for one that may come.
-    with monitor_path() as path, StandInMonitor(path), start_broker(kind="mosquitto") as broker:
+    with monitor_socket_path() as path, FakeMonitor(path), start_broker(kind="mosquitto") as broker:
         monkeypatch.setenv("SPARSE_MONITOR", str(path))
         asyncio.run(go(broker.address))

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from brokers.dispatch.presence import Birth
-from brokers.server.local_broker import Kind, LocalBroker, start_broker
-from tests.pipeline.conftest import KINDS
-from tests.soak.conftest import Tell
-from tests.soak.harness.numeric_chain import CHAIN
-from tests.soak.harness.worker_fleet import Fleet, Load, chain_file, figures
-from tests.support.brokers.presence import await_workers
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine
+from brokers.dispatch.presence import WorkerRecord
+from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
+from tests.pipeline.conftest import BROKER_KINDS
+from tests.soak.conftest import PrintLine
+from tests.soak.harness.numeric_chain import STAGE_COEFFICIENTS
+from tests.soak.harness.worker_fleet import ChainLoad, WorkerFleet, format_summary, write_chain_pipeline_file
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox
 
 WORKERS = 2  # of each stage
 LONG_AWAY_S = 20.0
@@ -30,11 +30,11 @@ DEADLINE_MS = 5000
 class Mortal:
     """A broker that is killed, and started again at its old address."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: BrokerKind) -> None:
         self._broker = start_broker(kind=kind)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> BrokerKind:
         return self._broker.kind
 
     @property
@@ -53,9 +53,9 @@ class Mortal:
         self._broker.stop()
 
 
-@pytest.fixture(name="mortal", params=KINDS)
+@pytest.fixture(name="mortal", params=BROKER_KINDS)
 def _mortal(request: pytest.FixtureRequest) -> Iterator[Mortal]:
-    need({"embedded": "iotcore"}.get(request.param, request.param))
+    require_dependency({"embedded": "iotcore"}.get(request.param, request.param))
     found = Mortal(request.param)
     try:
         yield found
@@ -64,58 +64,62 @@ def _mortal(request: pytest.FixtureRequest) -> Iterator[Mortal]:
 
 
 def test_a_broker_that_is_killed_and_one_that_is_away_cost_no_request(
-    box: Machine, mortal: Mortal, long: bool, tell: Tell
+    box: ProcessSandbox, mortal: Mortal, long: bool, tell: PrintLine
 ) -> None:
-    path = chain_file(box.folder, seconds=0.02, every_s=0.02, window=12)
-    fleet = Fleet(box, path, mortal.address)
-    members = [fleet.start(name) for name in CHAIN for _ in range(WORKERS)]
-    fleet.await_up(members)
-    load = Load(box, path, mortal.address)
-    load.await_more(20)
+    path = write_chain_pipeline_file(box.folder, stage_seconds=0.02, every_s=0.02, window=12)
+    fleet = WorkerFleet(box, path, mortal.address)
+    members = [fleet.start(name) for name in STAGE_COEFFICIENTS for _ in range(WORKERS)]
+    fleet.wait_until_up(members)
+    load = ChainLoad(box, path, mortal.address)
+    load.wait_for_more_results(20)
     waits_s = []
     for away_s in (0.0, LONG_AWAY_S if long else SHORT_AWAY_S):
         mortal.kill()
         time.sleep(away_s)  # the fault itself: nobody waits for anything
         mortal.start()
         back_s = time.monotonic()
-        load.await_more(20)
+        load.wait_for_more_results(20)
         waits_s.append(time.monotonic() - back_s)
-        fleet.await_up(members)
-        load.await_more(50)
-    summary = load.end()
-    fleet.assert_nobody_panicked()
+        fleet.wait_until_up(members)
+        load.wait_for_more_results(50)
+    summary = load.finish()
+    fleet.assert_clean_logs()
     waits = ", ".join(f"{wait_s:.1f}" for wait_s in waits_s)
-    tell(f"outages of 0 and {away_s:.0f} s, {mortal.kind}: {figures(summary)}; 20 results {waits} s after its return")
+    tell(
+        f"outages of 0 and {away_s:.0f} s, {mortal.kind}: {format_summary(summary)}; 20 results {waits} s after its return"
+    )
 
 
 def test_the_requests_of_a_source_that_is_killed_are_gone_from_its_worker_when_their_deadline_is(
-    box: Machine, broker: LocalBroker
+    box: ProcessSandbox, broker: LocalBroker
 ) -> None:
     """The worker is kept busy by one task all the while: those that wait behind it go by themselves, not computed."""
     gate, diary = box.folder / "gate", box.folder / "diary"
     settings = {"gate": str(gate), "diary": str(diary)}
-    gated = stage("gated", executor="tests.soak.harness.numeric_chain:Gated", settings=settings, max_batch=8)
-    dying = pipeline_file(box.folder, [gated], counter(10_000, window=6, deadline_ms=DEADLINE_MS), name="gated")
-    worker = box.sparse("stage", dying, "gated", "--broker", broker.address, "--worker", "gated-1")
-    await_workers(broker.address, lambda workers: len(_ours(workers)) == 1)
-    source = box.sparse("source", dying, "--broker", broker.address, "--out", box.folder / "first")
-    await_workers(broker.address, lambda workers: any(birth.load.queue >= 3 for birth in _ours(workers)))
+    gated = stage_table("gated", executor="tests.soak.harness.numeric_chain:Gated", settings=settings, max_batch=8)
+    dying = write_pipeline_file(
+        box.folder, [gated], counting_source_table(10_000, window=6, deadline_ms=DEADLINE_MS), name="gated"
+    )
+    worker = box.start_sparse("stage", dying, "gated", "--broker", broker.address, "--worker", "gated-1")
+    wait_for_workers(broker.address, lambda workers: len(_ours(workers)) == 1)
+    source = box.start_sparse("source", dying, "--broker", broker.address, "--out", box.folder / "first")
+    wait_for_workers(broker.address, lambda workers: any(birth.load.queue >= 3 for birth in _ours(workers)))
     source.process.kill()
     source.process.wait()
-    await_workers(broker.address, lambda workers: all(birth.load.queue == 0 for birth in _ours(workers)))
+    wait_for_workers(broker.address, lambda workers: all(birth.load.queue == 0 for birth in _ours(workers)))
     assert written(diary) == 1, "the one that it has in hand"
     gate.touch()
     living = box.folder / "living"
     living.mkdir()
-    again = pipeline_file(living, [gated], counter(3), name="gated")
-    said = box.sparse("source", again, "--broker", broker.address, "--out", living / "out", "--json").end()
-    assert said.status == 0, said.err
-    assert said.answer["results"] == 3
+    again = write_pipeline_file(living, [gated], counting_source_table(3), name="gated")
+    said = box.start_sparse("source", again, "--broker", broker.address, "--out", living / "out", "--json").wait()
+    assert said.returncode == 0, said.stderr
+    assert said.json_output["results"] == 3
     assert written(diary) == 4
-    assert worker.end(signal.SIGTERM).status == 0
+    assert worker.wait(signal.SIGTERM).returncode == 0
 
 
-def _ours(workers: dict[str, Birth]) -> list[Birth]:
+def _ours(workers: dict[str, WorkerRecord]) -> list[WorkerRecord]:
     return [birth for birth in workers.values() if birth.pipeline == "gated"]
 
 

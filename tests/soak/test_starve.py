@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from brokers.server.local_broker import Kind, LocalBroker, start_broker
-from tests.soak.conftest import Tell
-from tests.soak.harness.camera import Camera, frame
-from tests.soak.harness.resource_usage import MIB, Trend, Watch
-from tests.support.brokers.presence import await_workers
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine, Running, eventually
+from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
+from tests.soak.conftest import PrintLine
+from tests.soak.harness.camera import IngressCamera, jpeg_frame
+from tests.soak.harness.resource_usage import MIB, ResourceTrend, ResourceWatcher
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
 
 # Samples for each that the pipeline has time for.
 SPEED = 10
@@ -60,58 +60,60 @@ SHORT = Form(0.15, 5.0, 50, SHORT_LIMIT_BYTES)
 
 @pytest.mark.timeout(900)
 def test_a_live_source_ten_times_too_fast_shows_fresh_results_and_counts_what_it_drops(
-    box: Machine, mosquitto: None, long: bool, tell: Tell
+    box: ProcessSandbox, mosquitto: None, long: bool, tell: PrintLine
 ) -> None:
     source_starves(box, "mosquitto", 1, LONG if long else SHORT, tell if long else None)
 
 
 @pytest.mark.timeout(900)
-def test_a_chain_of_stages_shows_results_as_fresh(box: Machine, long: bool, tell: Tell) -> None:
+def test_a_chain_of_stages_shows_results_as_fresh(box: ProcessSandbox, long: bool, tell: PrintLine) -> None:
     form = LONG if long else Form(0.1, 4.0, 50, SHORT_LIMIT_BYTES)
     source_starves(box, "embedded", 3, form, tell if long else None)
 
 
 @pytest.mark.timeout(900)
 def test_a_camera_at_the_ingress_ten_times_too_fast_sees_fresh_results_of_its_frames(
-    box: Machine, mosquitto: None, long: bool, tell: Tell
+    box: ProcessSandbox, mosquitto: None, long: bool, tell: PrintLine
 ) -> None:
     form = LONG if long else SHORT
     table = {"name": "glance", "executor": "tests.soak.harness.camera:Glance", "settings": {"seconds": form.stage_s}}
-    path = pipeline_file(box.folder, [table])
+    path = write_pipeline_file(box.folder, [table])
     with pipeline(box, path, ["glance"], "mosquitto") as (broker, workers):
-        source = box.sparse("source", path, "--broker", broker.address, "--json", "--out", box.folder, "--no-pictures")
-        with Camera(broker.port, "probe") as probe:
-            eventually("the gateway", lambda: probe.publish(frame()).results)
-        with Camera(broker.port, "camera") as camera:
-            with Watch({"broker": broker.pid, "source": source.pid, **workers}, form.every_s) as watch:
-                camera.film(frame(), form.every_s, form.count)
-            last = len(camera.published_s) - 1
+        source = box.start_sparse(
+            "source", path, "--broker", broker.address, "--json", "--out", box.folder, "--no-pictures"
+        )
+        with IngressCamera(broker.port, "probe") as probe:
+            eventually("the gateway", lambda: probe.publish(jpeg_frame()).results)
+        with IngressCamera(broker.port, "camera") as camera:
+            with ResourceWatcher({"broker": broker.pid, "source": source.pid, **workers}, form.every_s) as watch:
+                camera.publish_frames(jpeg_frame(), form.every_s, form.count)
+            last = len(camera.publish_times_s) - 1
             eventually("the last result", lambda: camera.results and camera.results[-1][1]["index"] == last)
-        said = source.end(signal.SIGINT)
+        said = source.wait(signal.SIGINT)
     rows = [result for _, result in camera.results]
-    taken = said.answer["requests"] + said.answer["dropped"]
+    taken = said.json_output["requests"] + said.json_output["dropped"]
     # All of the camera's frames; of the probe's those that came once the gateway was there.
-    assert 0 < taken - len(camera.published_s) <= len(probe.published_s)
+    assert 0 < taken - len(camera.publish_times_s) <= len(probe.publish_times_s)
     check_rows(rows)
-    check_ages(camera.ages_ms(), rows, form, tell if long else None)
+    check_ages(camera.latencies_ms(), rows, form, tell if long else None)
     check_memory(watch.trends(WARM_UP), form.limit_bytes, tell if long else None)
 
 
-def source_starves(box: Machine, kind: Kind, stages: int, form: Form, tell: Tell | None) -> None:
+def source_starves(box: ProcessSandbox, kind: BrokerKind, stages: int, form: Form, tell: PrintLine | None) -> None:
     """A live source in front of a chain of equal stages."""
-    tables = [stage(f"stage-{number}", "Slow", settings={"seconds": form.stage_s}) for number in range(stages)]
-    path = pipeline_file(box.folder, tables, counter(form.count, every_s=form.every_s, live=True))
+    tables = [stage_table(f"stage-{number}", "Slow", settings={"seconds": form.stage_s}) for number in range(stages)]
+    path = write_pipeline_file(box.folder, tables, counting_source_table(form.count, every_s=form.every_s, live=True))
     with pipeline(box, path, [table["name"] for table in tables], kind) as (broker, workers):
-        source = box.sparse("source", path, "--broker", broker.address, "--json", "--out", box.folder)
+        source = box.start_sparse("source", path, "--broker", broker.address, "--json", "--out", box.folder)
         results = box.folder / "results.jsonl"
         eventually("the first result", lambda: results.exists() and results.stat().st_size)
         processes = {"source": source.pid, **workers}
         if kind == "mosquitto":  # the embedded one keeps a log in memory, which a minute does not fill
             processes["broker"] = broker.pid
-        with Watch(processes, form.every_s) as watch:
-            said = source.end(timeout_s=10 * form.seconds)
+        with ResourceWatcher(processes, form.every_s) as watch:
+            said = source.wait(timeout_s=10 * form.seconds)
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    told = said.answer
+    told = said.json_output
     assert told["results"] == told["requests"] == len(rows)
     assert told["results"] + told["dropped"] == form.count
     check_rows(rows)
@@ -123,15 +125,15 @@ def source_starves(box: Machine, kind: Kind, stages: int, form: Form, tell: Tell
 
 @contextmanager
 def pipeline(
-    box: Machine, path: Path, names: Sequence[str], kind: Kind
+    box: ProcessSandbox, path: Path, names: Sequence[str], kind: BrokerKind
 ) -> Iterator[tuple[LocalBroker, dict[str, int]]]:
     """A broker, and a worker of each stage: its process id by the name of its stage."""
-    need({"embedded": "iotcore"}.get(kind, kind))
+    require_dependency({"embedded": "iotcore"}.get(kind, kind))
     with start_broker(kind=kind) as broker:
-        workers: dict[str, Running] = {
-            name: box.sparse("stage", path, name, "--broker", broker.address) for name in names
+        workers: dict[str, RunningCommand] = {
+            name: box.start_sparse("stage", path, name, "--broker", broker.address) for name in names
         }
-        await_workers(broker.address, lambda found: len(found) == len(names))
+        wait_for_workers(broker.address, lambda found: len(found) == len(names))
         yield broker, {name: worker.pid for name, worker in workers.items()}
 
 
@@ -145,7 +147,7 @@ def check_rows(rows: Sequence[dict[str, Any]]) -> None:
     assert rows[-1]["dropped"] >= len(rows), "the source was not much faster than the pipeline"
 
 
-def check_ages(ages_ms: Sequence[float], rows: Sequence[dict[str, Any]], form: Form, tell: Tell | None) -> None:
+def check_ages(ages_ms: Sequence[float], rows: Sequence[dict[str, Any]], form: Form, tell: PrintLine | None) -> None:
     """The ages without those of the first results, which find an empty pipeline, in service times as measured."""
     service_ms = statistics.median(
         sum(each["decode_ms"] + each["compute_ms"] + each["encode_ms"] for each in row["time"]["stages"])
@@ -159,10 +161,10 @@ def check_ages(ages_ms: Sequence[float], rows: Sequence[dict[str, Any]], form: F
     assert found[form.percentile] < SERVICE_TIMES * service_ms, (service_ms, found)
 
 
-def check_memory(trends: Sequence[Trend], limit_bytes: int, tell: Tell | None) -> None:
+def check_memory(trends: Sequence[ResourceTrend], limit_bytes: int, tell: PrintLine | None) -> None:
     for trend in trends:
         if tell:
             tell(str(trend))
-        assert trend.grown_bytes <= limit_bytes, str(trend)
-        assert trend.descriptors[-1] <= trend.descriptors[0], str(trend)
+        assert trend.growth_bytes <= limit_bytes, str(trend)
+        assert trend.file_descriptors[-1] <= trend.file_descriptors[0], str(trend)
         assert trend.threads[-1] <= trend.threads[0], str(trend)

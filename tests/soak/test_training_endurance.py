@@ -10,15 +10,21 @@ import torch
 from torch import nn
 
 from brokers.config.pipeline_file import load_pipeline
-from sources.datasets.batches import Batches, micro
+from sources.datasets.batches import Batches, split_micro_batches
 from sources.datasets.digits import Digits
 from sources.training.lr_schedule import learning_rate
-from stages.models.registry import model_spec
-from tests.soak.conftest import Tell
-from tests.soak.harness.resource_usage import MIB, Watch
-from tests.soak.harness.training_run import STAGES, Lesson, assert_equal, expected, lesson_file
+from stages.models.registry import get_model_spec
+from tests.soak.conftest import PrintLine
+from tests.soak.harness.resource_usage import MIB, ResourceWatcher
+from tests.soak.harness.training_run import (
+    STAGES,
+    TrainingRunCommand,
+    assert_weights_equal,
+    expected_weights,
+    write_training_pipeline_file,
+)
 from tests.support.environment.checkout import ROOT
-from tests.support.pipelines.processes import Machine
+from tests.support.pipelines.processes import ProcessSandbox
 from tests.support.training.training_network import MODEL
 
 STEPS, SHORT_STEPS = 501, 150
@@ -26,21 +32,21 @@ STEPS, SHORT_STEPS = 501, 150
 GROWTH_BYTES = 8 * MIB
 
 
-def test_five_hundred_steps_leave_nothing_behind(box: Machine, long: bool, tell: Tell) -> None:
+def test_five_hundred_steps_leave_nothing_behind(box: ProcessSandbox, long: bool, tell: PrintLine) -> None:
     steps = STEPS if long else SHORT_STEPS
-    path = lesson_file(box.folder, epochs=steps // 3, checkpoint_every=50, evaluate_every=20)
-    lesson = Lesson(box, path)
-    lesson.await_step(20)
-    processes = {name: lesson.process("stage", "--worker", f"{name}-1").pid for name in STAGES}
-    with Watch({**processes, "source": lesson.process("source").pid}, 0.05) as watch:
-        lesson.await_step(steps - 10)  # then it joins the weights, and leaves
-    assert lesson.end()["steps"] == steps
-    assert_equal(lesson.weights(), expected(steps))
+    path = write_training_pipeline_file(box.folder, epochs=steps // 3, checkpoint_every=50, evaluate_every=20)
+    lesson = TrainingRunCommand(box, path)
+    lesson.wait_for_step(20)
+    processes = {name: lesson.find_process("stage", "--worker", f"{name}-1").pid for name in STAGES}
+    with ResourceWatcher({**processes, "source": lesson.find_process("source").pid}, 0.05) as watch:
+        lesson.wait_for_step(steps - 10)  # then it joins the weights, and leaves
+    assert lesson.wait()["steps"] == steps
+    assert_weights_equal(lesson.load_weights(), expected_weights(steps))
     assert len(list((lesson.folder / "checkpoints" / "head").iterdir())) == 2
     for trend in watch.trends(0.2):
         tell(str(trend))
-        assert trend.grown_bytes < GROWTH_BYTES, trend
-        assert trend.descriptors[-1] <= trend.descriptors[0] + 1, trend
+        assert trend.growth_bytes < GROWTH_BYTES, trend
+        assert trend.file_descriptors[-1] <= trend.file_descriptors[0] + 1, trend
         assert trend.threads[-1] <= trend.threads[0] + 1, trend
 
 
@@ -56,10 +62,12 @@ def digits_file(folder: Path, long: bool) -> Path:
 
 
 @pytest.mark.timeout(1200)
-def test_digits_are_read_as_well_as_the_uncut_network_reads_them(box: Machine, long: bool, tell: Tell) -> None:
+def test_digits_are_read_as_well_as_the_uncut_network_reads_them(
+    box: ProcessSandbox, long: bool, tell: PrintLine
+) -> None:
     path = digits_file(box.folder, long)
-    lesson = Lesson(box, path)
-    summary = lesson.end(timeout_s=1100)
+    lesson = TrainingRunCommand(box, path)
+    summary = lesson.wait(timeout_s=1100)
     tested = [event for event in lesson.events() if event["event"] == "evaluation"]
     wanted = read_plainly(path)
     assert tested[-1]["accuracy"] == wanted
@@ -71,7 +79,7 @@ def read_plainly(path: Path) -> float:
     """The accuracy on the test digits of the uncut network, trained by plain torch."""
     pipeline = load_pipeline(path)
     table, digits = pipeline.training, Digits()
-    spec: Any = model_spec(pipeline.pipeline.model or "", folder=str(ROOT))
+    spec: Any = get_model_spec(pipeline.pipeline.model or "", folder=str(ROOT))
     torch.set_num_threads(1)
     torch.manual_seed(pipeline.pipeline.seed)
     model = spec.build().train()
@@ -84,7 +92,7 @@ def read_plainly(path: Path) -> float:
 
     for step in range(table.epochs * batches.steps_per_epoch):
         inputs, labels = batches.batch(step)
-        for some, theirs in micro(inputs, labels, table.micro_batches):
+        for some, theirs in split_micro_batches(inputs, labels, table.micro_batches):
             loss = nn.functional.cross_entropy(model(fitted(some)), torch.from_numpy(theirs))
             torch.autograd.backward([loss * (len(theirs) / len(labels))])
         for group in optimizer.param_groups:

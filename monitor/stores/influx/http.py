@@ -15,37 +15,37 @@ from influxdb_client.service.write_service import WriteService
 
 from monitor.stores.influx.config import InfluxTarget
 
-CONNECT_S = 3.0
-READ_S = 10.0  # between two bytes of an answer
+CONNECT_TIMEOUT_S = 3.0
+READ_TIMEOUT_S = 10.0  # between two bytes of an answer
 _ROWS = 10_000  # of one piece of an answer: what InfluxDB itself suggests
 _SHOWN_CHARACTERS = 200  # of what a server says
 _PIECE_BYTES = 1 << 16
 
 
-class Meaning(Enum):
+class InfluxErrorKind(Enum):
     """Who has to act."""
 
-    AWAY = "it is not there, or has too much to do: try again"
-    WRONG = "a token, an address, a bucket: a person has to mend it, and then it goes on"
-    REFUSED = "these very bytes will never be taken"
+    RETRYABLE = "it is not there, or has too much to do: try again"
+    MISCONFIGURED = "a token, an address, a bucket: a person has to mend it, and then it goes on"
+    REJECTED = "these very bytes will never be taken"
 
 
 @dataclass(eq=False)
-class Trouble(Exception):
+class InfluxError(Exception):
     """A request that did not succeed: what that means, and one line that says why, without any secret.
 
     `dropped`: of the points that were sent, how many the server says it did not keep; None where it does not say.
     """
 
-    meaning: Meaning
+    kind: InfluxErrorKind
     problem: str
-    dropped: int | None = None
+    dropped_points: int | None = None
 
     def __str__(self) -> str:
         return self.problem
 
 
-class InfluxHttp:
+class InfluxClient:
     """Speaks with the server of a target. Nothing is sent before the first call. One thread at a time."""
 
     def __init__(self, target: InfluxTarget) -> None:
@@ -54,14 +54,14 @@ class InfluxHttp:
             target.url,
             token=target.token,  # empty: no such header
             org=target.org,
-            timeout=(1000 * CONNECT_S, 1000 * READ_S),
-            ssl_ca_cert=str(target.ca) if target.ca else None,
+            timeout=(1000 * CONNECT_TIMEOUT_S, 1000 * READ_TIMEOUT_S),
+            ssl_ca_cert=str(target.ca_file) if target.ca_file else None,
             retries=False,  # when to try again is for those to say who call
         )
         self._writes = WriteService(self._client.api_client)
 
     def write(self, body: bytes, *, encoding: str = "gzip") -> None:
-        """Send lines; raises `Trouble`."""
+        """Send lines; raises `InfluxError`."""
         try:
             _, status, _ = self._writes.post_write_with_http_info(
                 self._target.org,
@@ -74,12 +74,15 @@ class InfluxHttp:
         except ApiException as error:
             raise self._trouble(error) from None
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
-            raise Trouble(Meaning.AWAY, _reason(error)) from None
+            raise InfluxError(InfluxErrorKind.RETRYABLE, _reason(error)) from None
         if status != 204:  # a page for people, say: whoever answers has kept nothing
-            raise Trouble(Meaning.WRONG, f"it answers {status} to a write, where InfluxDB answers 204: wrong address?")
+            raise InfluxError(
+                InfluxErrorKind.MISCONFIGURED,
+                f"it answers {status} to a write, where InfluxDB answers 204: wrong address?",
+            )
 
-    def ask(self, query: str) -> Iterator[dict[str, Any]]:
-        """The pieces of the answer to a query in InfluxQL, as they come; raises `Trouble`, also between two pieces."""
+    def query(self, query: str) -> Iterator[dict[str, Any]]:
+        """The pieces of the answer to a query in InfluxQL, as they come; raises `InfluxError`, also between two pieces."""
         asked = [("db", self._target.bucket), ("epoch", "ns"), ("chunked", "true"), ("chunk_size", _ROWS), ("q", query)]
         try:
             response = self._client.api_client.call_api(
@@ -92,40 +95,43 @@ class InfluxHttp:
         except ApiException as error:
             raise self._trouble(error) from None
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
-            raise Trouble(Meaning.AWAY, _reason(error)) from None
+            raise InfluxError(InfluxErrorKind.RETRYABLE, _reason(error)) from None
 
     def close(self) -> None:
         """Leave the server. May be called twice."""
         self._client.close()
 
-    def _trouble(self, error: ApiException) -> Trouble:
+    def _trouble(self, error: ApiException) -> InfluxError:
         status, said = error.status or 0, self._said(error)
         told = f"{said.text} ({status})" if said.text else f"it answers {status}"
         match status:
             case 401:
                 there = "the token is not accepted" if self._target.token else "it wants a token, and none is given"
-                return Trouble(Meaning.WRONG, f"{there} (401)")
+                return InfluxError(InfluxErrorKind.MISCONFIGURED, f"{there} (401)")
             case 403:
-                return Trouble(Meaning.WRONG, f"the token does not allow it: {told}")
+                return InfluxError(InfluxErrorKind.MISCONFIGURED, f"the token does not allow it: {told}")
             case 404:
                 known = any(word in said.text for word in ("bucket", "database", "organization"))
-                return Trouble(Meaning.WRONG, told if known else f"no InfluxDB 1.8 or later is there: {told}")
+                return InfluxError(
+                    InfluxErrorKind.MISCONFIGURED, told if known else f"no InfluxDB 1.8 or later is there: {told}"
+                )
             case 400 | 413 | 422 if not said.page:
-                return Trouble(Meaning.REFUSED, told, said.dropped)
+                return InfluxError(InfluxErrorKind.REJECTED, told, said.dropped)
             case 0 | 429:
-                return Trouble(Meaning.AWAY, said.text or "no answer")
+                return InfluxError(InfluxErrorKind.RETRYABLE, said.text or "no answer")
             case _ if status >= 500:
-                return Trouble(Meaning.AWAY, told)
+                return InfluxError(InfluxErrorKind.RETRYABLE, told)
             case _:  # a proxy's page, or its way to another address
-                return Trouble(
-                    Meaning.WRONG, f"no InfluxDB is there: it answers {status} {error.reason or ''}".rstrip()
+                return InfluxError(
+                    InfluxErrorKind.MISCONFIGURED,
+                    f"no InfluxDB is there: it answers {status} {error.reason or ''}".rstrip(),
                 )
 
-    def _said(self, error: ApiException) -> _Said:
+    def _said(self, error: ApiException) -> _ErrorResponse:
         body = error.body or (error.reason if not error.status else "") or ""
         text = body.decode("utf-8", "replace") if isinstance(body, bytes) else str(body)
         if text.lstrip().startswith("<"):
-            return _Said("", page=True)
+            return _ErrorResponse("", page=True)
         try:
             found = json.loads(text)
             text = str(found.get("message") or found.get("error") or "")
@@ -135,11 +141,11 @@ class InfluxHttp:
         dropped = int(count) if found_dropped and count.isdecimal() and int(count) else None
         if self._target.token:
             text = text.replace(self._target.token, "...")
-        return _Said(" ".join(text.split())[:_SHOWN_CHARACTERS], dropped)
+        return _ErrorResponse(" ".join(text.split())[:_SHOWN_CHARACTERS], dropped)
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
+class _ErrorResponse:
     """What a server says to a request that it does not grant. `page`: it is for a browser, so no InfluxDB said it."""
 
     text: str
@@ -163,7 +169,7 @@ def _document(line: bytes) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise Trouble(Meaning.WRONG, "its answer to a query is no JSON: wrong address?")
+        raise InfluxError(InfluxErrorKind.MISCONFIGURED, "its answer to a query is no JSON: wrong address?")
     return found
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from monitor.errors import BadStore
-from monitor.points.points import Point, Value
-from monitor.points.schema import MEASUREMENTS, Measurement, Type
+from monitor.points.points import FieldValue, TelemetryPoint
+from monitor.points.schema import MEASUREMENTS, FieldType, Measurement
 from monitor.stores.influx.config import InfluxTarget
-from monitor.stores.influx.http import InfluxHttp, Trouble
-from monitor.stores.line_protocol import plain_tag
+from monitor.stores.influx.http import InfluxClient, InfluxError
+from monitor.stores.line_protocol import sanitize_tag
 
 _STRING = str.maketrans({"\\": r"\\", "'": r"\'"})
 
@@ -31,27 +31,27 @@ class InfluxReader:
                     first[run] = min(row[0], first.get(run, row[0]))
         return sorted(first, key=lambda run: (first[run], run))
 
-    def points(self, measurement: str, run: str | None = None) -> list[Point]:
+    def points(self, measurement: str, run: str | None = None) -> list[TelemetryPoint]:
         """The points of a measurement, by time; of one run, where it is given."""
         known = MEASUREMENTS[measurement]
         columns = [f'"{tag}"::tag' for tag in known.tags] + [f'"{field.name}"::field' for field in known.fields]
-        where = "" if run is None else f" WHERE \"run\"::tag = '{plain_tag(run).translate(_STRING)}'"
+        where = "" if run is None else f" WHERE \"run\"::tag = '{sanitize_tag(run).translate(_STRING)}'"
         found = self._ask(f'SELECT {", ".join(columns)} FROM "{measurement}"{where}')
         return [_point(known, row) for series in found for row in series["values"]]
 
     def _ask(self, query: str) -> Iterator[dict[str, Any]]:
         """The series of the answer, in pieces; InfluxDB sorts by time."""
-        http = InfluxHttp(self.target)
+        http = InfluxClient(self.target)
         more = False
         try:
-            for document in http.ask(query):
+            for document in http.query(query):
                 results = document.get("results") or [{}]
                 problem = document.get("error") or results[0].get("error")
                 if problem:
                     raise BadStore(str(self.target), str(problem))
                 yield from results[0].get("series") or ()
                 more = bool(results[0].get("partial"))
-        except Trouble as trouble:
+        except InfluxError as trouble:
             raise BadStore(str(self.target), trouble.problem) from None
         finally:
             http.close()
@@ -59,13 +59,13 @@ class InfluxReader:
             raise BadStore(str(self.target), "its answer is not complete: it ended in the middle")
 
 
-def _point(known: Measurement, row: Sequence[Any]) -> Point:
+def _point(known: Measurement, row: Sequence[Any]) -> TelemetryPoint:
     split = 1 + len(known.tags)
     tags = {tag: value or "" for tag, value in zip(known.tags, row[1:split], strict=True)}
     fields = {field.name: _value(field.type, value) for field, value in zip(known.fields, row[split:], strict=True)}
-    return Point(known.name, row[0], tags, fields)
+    return TelemetryPoint(known.name, row[0], tags, fields)
 
 
-def _value(kind: Type, value: Value) -> Value:
+def _value(kind: FieldType, value: FieldValue) -> FieldValue:
     # JSON has one kind of number, and 5.0 comes as 5.
     return float(value) if kind == "float" and value is not None else value

@@ -23,7 +23,7 @@ from monitor.errors import BadStore
 log = logging.getLogger(__name__)
 
 # A point takes about 60 bytes (`python -m tests.bench.stores` measures it): 5,000 a second for more than ten minutes.
-LIMIT_BYTES = 256 << 20
+SPOOL_LIMIT_BYTES = 256 << 20
 _BLOCK_BYTES = 4096  # what the smallest file takes of a disk
 _NAME = re.compile(r"(\d{12,})-(\d+)\.lp\.gz")
 _LOCK = "lock"
@@ -31,17 +31,17 @@ _HALF = ".half"
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class SpooledBatch:
     """One file. `found`: it was there when the spool was opened, and may be broken by a power cut."""
 
     number: int
-    points: int
+    point_count: int
     size_bytes: int  # of the disk
-    found: bool = False
+    recovered: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.number:012d}-{self.points}.lp.gz"
+        return f"{self.number:012d}-{self.point_count}.lp.gz"
 
 
 class Spool:
@@ -50,11 +50,11 @@ class Spool:
     Raises `BadStore` for a folder that cannot be written, or that another process uses.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(self, folder: Path, limit_bytes: int = SPOOL_LIMIT_BYTES) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
         self.dropped = 0  # points for which there was no room, or whose file was lost
         self._guard = threading.Lock()
-        self._in_hand: Batch | None = None
+        self._in_hand: SpooledBatch | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -67,13 +67,13 @@ class Spool:
             busy = isinstance(error, BlockingIOError)
             problem = "another monitor uses it" if busy else f"points cannot wait there: {_reason(error)}"
             raise BadStore(str(folder), problem) from None
-        self._points = sum(batch.points for batch in self._waiting)
+        self._points = sum(batch.point_count for batch in self._waiting)
         self._bytes = sum(batch.size_bytes for batch in self._waiting)
         self._next = 1 + max((batch.number for batch in self._waiting), default=0)
         with self._guard:
             self._make_room(0)
 
-    def _take_over(self) -> list[Batch]:
+    def _take_over(self) -> list[SpooledBatch]:
         """What a former process left, in order; raises `OSError` where we may not write."""
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         found = []
@@ -81,14 +81,14 @@ class Spool:
             if path.name.endswith(_HALF):
                 path.unlink()
             elif match := _NAME.fullmatch(path.name):
-                found.append(Batch(int(match[1]), int(match[2]), _on_disk(path.stat().st_size), found=True))
+                found.append(SpooledBatch(int(match[1]), int(match[2]), _on_disk(path.stat().st_size), recovered=True))
         probe = self.folder / f"probe{_HALF}"
         probe.write_bytes(b"")
         probe.unlink()
         return sorted(found, key=lambda batch: batch.number)
 
     @property
-    def points(self) -> int:
+    def point_count(self) -> int:
         """Points that wait."""
         return self._points
 
@@ -99,7 +99,7 @@ class Spool:
             if size_bytes > self.limit_bytes:
                 self.dropped += points
                 return
-            batch = Batch(self._next, points, size_bytes)
+            batch = SpooledBatch(self._next, points, size_bytes)
             half = self.folder / f"{batch.name}{_HALF}"
             self._make_room(size_bytes)
             try:
@@ -113,7 +113,7 @@ class Spool:
             self._points += points
             self._bytes += size_bytes
 
-    def take(self) -> tuple[Batch, bytes] | None:
+    def take(self) -> tuple[SpooledBatch, bytes] | None:
         """The oldest batch, which stays in hand, and so in the folder, until it is `done` or `give_back`."""
         while True:
             with self._guard:
@@ -123,15 +123,15 @@ class Spool:
             try:
                 return batch, (self.folder / batch.name).read_bytes()
             except OSError as error:
-                log.warning("lost %d points of %s: %s", batch.points, batch.name, _reason(error))
-                self.done(lost=batch.points)
+                log.warning("lost %d points of %s: %s", batch.point_count, batch.name, _reason(error))
+                self.ack(lost=batch.point_count)
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """What is in hand waits again."""
         with self._guard:
             self._in_hand = None
 
-    def done(self, lost: int = 0) -> None:
+    def ack(self, lost: int = 0) -> None:
         """What is in hand can go; `lost` of its points count as dropped."""
         with self._guard:
             batch, self._in_hand = self._in_hand, None
@@ -152,12 +152,12 @@ class Spool:
             oldest = next((batch for batch in islice(self._waiting, 2) if batch is not self._in_hand), None)
             if oldest is None:
                 return
-            self.dropped += oldest.points
+            self.dropped += oldest.point_count
             self._remove(oldest)
 
-    def _remove(self, batch: Batch) -> None:
+    def _remove(self, batch: SpooledBatch) -> None:
         self._waiting.remove(batch)  # the first, or the second: found at once
-        self._points -= batch.points
+        self._points -= batch.point_count
         self._bytes -= batch.size_bytes
         try:
             (self.folder / batch.name).unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.training.schedule import Name, operations
+from stages.training.schedule import ScheduleName, operations
 
 # Steps that are played through: by then each takes as long as the one before it.
 _STEPS = 4
@@ -23,7 +23,7 @@ class StageTimes:
         """A whole step of this stage, if it never had to wait."""
         return micro_batches * (self.forward_s + self.backward_s) + self.commit_s
 
-    def in_step_ms(self, micro_batches: int) -> dict[str, float]:
+    def step_breakdown_ms(self, micro_batches: int) -> dict[str, float]:
         """The sums over a step, in the words of our stages."""
         return {
             "forward_ms": 1000 * micro_batches * self.forward_s,
@@ -32,7 +32,7 @@ class StageTimes:
         }
 
 
-def ideal_step_s(stages: Sequence[StageTimes], schedule: Name, micro_batches: int) -> float:
+def ideal_step_s(stages: Sequence[StageTimes], schedule: ScheduleName, micro_batches: int) -> float:
     """How long a step takes when many follow one another, with the pipeline filled and drained in each.
 
     A stage begins a forward when it has done what its schedule has before it and the former stage has done that
@@ -47,7 +47,9 @@ def ideal_step_s(stages: Sequence[StageTimes], schedule: Name, micro_batches: in
     return ends_s[-1] - ends_s[-2]
 
 
-def _one_step(stages: Sequence[StageTimes], schedule: Name, micro_batches: int, free_s: list[float]) -> list[float]:
+def _one_step(
+    stages: Sequence[StageTimes], schedule: ScheduleName, micro_batches: int, free_s: list[float]
+) -> list[float]:
     """When each stage has done a step, if it is free for it from `free_s` on."""
     free_s = list(free_s)
     left = [list(operations(schedule, index, len(stages), micro_batches)) for index in range(len(stages))]

@@ -12,24 +12,24 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from stages.training.malloc_tuning import keep_memory
+from stages.training.malloc_tuning import tune_malloc
 from tests.bench.training_peers.ideal_pipeline import StageTimes
-from tests.bench.training_peers.job import Job
-from tests.bench.training_peers.torch_pipeline import Single
+from tests.bench.training_peers.job import TrainingJob
+from tests.bench.training_peers.torch_pipeline import SingleTensorPart
 
 # The first step allocates what the others use again.
 _WARM_UP = 1
 
 
-def alone(job: Job, steps: int) -> list[StageTimes]:
+def measure_stages_alone(job: TrainingJob, steps: int) -> list[StageTimes]:
     """What each part takes, one after the other, each with the machine for itself: medians of so many steps."""
-    keep_memory()
+    tune_malloc()
     torch.set_num_threads(1)
     rows = job.batch // job.micro_batches
     inputs, labels = (torch.from_numpy(array[:rows]) for array in job.examples())
     found = []
     for index in range(len(job.cuts) + 1):
-        module = Single(job.part(index))
+        module = SingleTensorPart(job.build_part(index))
         targets = labels if index == len(job.cuts) else None
         found.append(_stage_alone(job, module, inputs, targets, steps, wanting=index > 0))
         inputs = module(inputs).detach()
@@ -37,10 +37,10 @@ def alone(job: Job, steps: int) -> list[StageTimes]:
 
 
 def _stage_alone(
-    job: Job, module: nn.Module, value: Tensor, targets: Tensor | None, steps: int, *, wanting: bool
+    job: TrainingJob, module: nn.Module, value: Tensor, targets: Tensor | None, steps: int, *, wanting: bool
 ) -> StageTimes:
     """Steps of the same micro-batch again and again; `wanting`: its gradient is wanted by the stage before."""
-    optimizer = job.optimizer(module)
+    optimizer = job.build_optimizer(module)
     gradient = torch.full_like(module(value), 1e-4) if targets is None else None
     runs: list[tuple[float, float, float]] = []
     for _ in range(_WARM_UP + steps):
@@ -62,14 +62,14 @@ def _stage_alone(
     return StageTimes(*(median(times) for times in zip(*runs[_WARM_UP:], strict=True)))
 
 
-def losses_alone(job: Job, steps: int) -> list[float]:
+def unsplit_losses(job: TrainingJob, steps: int) -> list[float]:
     """The mean losses of the first steps of the whole network: what all contestants should see."""
-    module = Single(job.part(0))
-    optimizer = job.optimizer(module)
+    module = SingleTensorPart(job.build_part(0))
+    optimizer = job.build_optimizer(module)
     inputs, labels = map(torch.from_numpy, job.examples())
     found = []
     for step in range(steps):
-        rows = job.rows(step)
+        rows = job.batch_slice(step)
         mean = 0.0
         pieces = (array[rows].chunk(job.micro_batches) for array in (inputs, labels))
         for value, targets in zip(*pieces, strict=True):

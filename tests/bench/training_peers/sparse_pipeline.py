@@ -9,18 +9,18 @@ from statistics import median
 from typing import Any
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.dispatch.channel import Line
+from brokers.dispatch.channel import MessageChannel
 from brokers.mqtt.client import MqttTransport
-from brokers.protocol.topics import source_inbox
-from brokers.server.local_broker import Kind, start_broker
-from monitor.launch.child_process import Child, end_all
+from brokers.protocol.topics import source_inbox_topic
+from brokers.server.local_broker import BrokerKind, start_broker
+from monitor.launch.child_process import ChildProcess, terminate_all
 from sources.datasets.dataset import Dataset, Examples
-from sources.training.training_loop import Event, Training
-from stages.training.schedule import Name
-from tests.bench.training_peers.job import BATCHES, Job
+from sources.training.training_loop import TrainingEventDict, TrainingLoop
+from stages.training.schedule import ScheduleName
+from tests.bench.training_peers.job import BATCH_COUNT, TrainingJob
 
-STAGE_TIMES = ("queue_ms", "decode_ms", "forward_ms", "backward_ms", "encode_ms", "commit_ms")
-FILE = """
+STAGE_TIME_KEYS = ("queue_ms", "decode_ms", "forward_ms", "backward_ms", "encode_ms", "commit_ms")
+PIPELINE_TEMPLATE = """
 [pipeline]
 name = "bench"
 kind = "training"
@@ -40,13 +40,13 @@ checkpoint_every = 1000000
 """
 
 
-class Drawn(Dataset):
+class RandomDataset(Dataset):
     """The examples of a job."""
 
     name = "drawn"
     classes = tuple("0123456789")
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainingJob) -> None:
         self._examples = Examples(*job.examples())
 
     def train(self) -> Examples:
@@ -56,21 +56,23 @@ class Drawn(Dataset):
         return self._examples.first(1)
 
 
-def sparse_pipeline(job: Job, schedule: Name, kind: Kind, folder: Path) -> dict[str, Any]:
+def run_sparse_pipeline(job: TrainingJob, schedule: ScheduleName, kind: BrokerKind, folder: Path) -> dict[str, Any]:
     """`steps_s`, what each step took, the `losses`, and what the `stages` say of a step: medians, in milliseconds.
 
     `folder` is empty.
     """
     # The last step leaves a checkpoint behind: it is beyond those that count.
-    epochs = -(-(job.warm_up + job.steps + 1) // BATCHES)
+    epochs = -(-(job.warm_up + job.steps + 1) // BATCH_COUNT)
     names = [f"stage-{index}" for index in range(len(job.cuts) + 1)]
     file = folder / "bench.toml"
     stages = "".join(f'[[stage]]\nname = "{name}"\nthreads = 1\n' for name in names)
-    file.write_text(FILE.format(job=job, cuts=list(job.cuts), stages=stages, epochs=epochs, schedule=schedule))
+    file.write_text(
+        PIPELINE_TEMPLATE.format(job=job, cuts=list(job.cuts), stages=stages, epochs=epochs, schedule=schedule)
+    )
     with start_broker(kind=kind) as broker:
         common = ("--broker", broker.address, "--checkpoints")
         children = [
-            Child(name, ("stage", str(file), name, *common, str(folder / name)), folder / f"{name}.log")
+            ChildProcess(name, ("stage", str(file), name, *common, str(folder / name)), folder / f"{name}.log")
             for name in names
         ]
         try:
@@ -78,37 +80,37 @@ def sparse_pipeline(job: Job, schedule: Name, kind: Kind, folder: Path) -> dict[
                 child.start()
             events = asyncio.run(_train(job, file, broker.address))
         finally:
-            end_all(children)
+            terminate_all(children)
     return _figures(job, events)
 
 
-async def _train(job: Job, file: Path, address: str) -> list[tuple[float, Event]]:
+async def _train(job: TrainingJob, file: Path, address: str) -> list[tuple[float, TrainingEventDict]]:
     """The events of the steps, with the time at which each was done."""
     pipeline = load_pipeline(file)
-    events: list[tuple[float, Event]] = []
-    line = Line(MqttTransport(address))
+    events: list[tuple[float, TrainingEventDict]] = []
+    line = MessageChannel(MqttTransport(address))
     await line.open()
     try:
-        inbox = source_inbox(pipeline.source.site, "bench")
+        inbox = source_inbox_topic(pipeline.source.site, "bench")
         tell = lambda event: events.append((time.monotonic(), event))  # noqa: E731
-        training = Training(pipeline, Drawn(job), "bench", line, inbox, tell)
-        await line.listen(inbox, training.stepper.heard)
-        await training.watch.open(line)
+        training = TrainingLoop(pipeline, RandomDataset(job), "bench", line, inbox, tell)
+        await line.subscribe(inbox, training.step_runner.on_message)
+        await training.membership.subscribe(line)
         await training.run()
     finally:
         await line.close()
     return events
 
 
-def _figures(job: Job, events: list[tuple[float, Event]]) -> dict[str, Any]:
+def _figures(job: TrainingJob, events: list[tuple[float, TrainingEventDict]]) -> dict[str, Any]:
     if wrong := [event for _, event in events if event["event"] != "step"]:
         raise RuntimeError(f"the run was disturbed: {wrong[0]}")
     counted = [event for _, event in events[job.warm_up : job.warm_up + job.steps]]
     return {
-        "steps_s": job.counted([at_s for at_s, _ in events]),
+        "steps_s": job.step_durations_s([at_s for at_s, _ in events]),
         "losses": [event["loss"] for _, event in events],
         "stages": [
-            {name: median(event["time"]["stages"][index][name] for event in counted) for name in STAGE_TIMES}
+            {name: median(event["time"]["stages"][index][name] for event in counted) for name in STAGE_TIME_KEYS}
             for index in range(len(job.cuts) + 1)
         ],
     }

@@ -1,6 +1,6 @@
 """The peer of the training benchmark: `torch.distributed.pipelining` on gloo, a process of one thread for each stage.
 
-The processes are `python -m tests.bench.training_peers.torch_pipeline JOB RANK`, where JOB is a file with a `Job`; each ends with
+The processes are `python -m tests.bench.training_peers.torch_pipeline JOB RANK`, where JOB is a file with a `TrainingJob`; each ends with
 one JSON object on standard output: by schedule, how long each step took, and, of the last stage, the losses.
 """
 
@@ -20,30 +20,30 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from stages.partition.partition import Part
-from stages.training.malloc_tuning import keep_memory
-from tests.bench.training_peers.job import Job
+from stages.training.malloc_tuning import tune_malloc
+from tests.bench.training_peers.job import TrainingJob
 
 _SCHEDULES: Mapping[str, Any] = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 _TIMEOUT_S = 600.0
 
 
-class Single(nn.Module):
+class SingleTensorPart(nn.Module):
     """A part with one tensor in and one out, called with the tensor itself."""
 
     def __init__(self, part: Part) -> None:
         super().__init__()
         self.part = part
-        (self.takes,), (self.gives,) = part.takes, part.gives
+        (self.input_name,), (self.output_name,) = part.input_names, part.output_names
 
     def forward(self, value: Tensor) -> Tensor:
-        found: Tensor = self.part({self.takes: value})[self.gives]
+        found: Tensor = self.part({self.input_name: value})[self.output_name]
         return found
 
 
-def torch_pipeline(job: Job, folder: Path) -> dict[str, dict[str, Any]]:
+def run_torch_pipeline(job: TrainingJob, folder: Path) -> dict[str, dict[str, Any]]:
     """By schedule: `steps_s`, what each step took, and the `losses`. `folder` is empty."""
     file = folder / "job.json"
-    file.write_text(job.to_text())
+    file.write_text(job.to_json())
     command = (sys.executable, "-m", "tests.bench.training_peers.torch_pipeline", str(file))
     processes = [subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE) for rank in range(len(job.cuts) + 1)]
     try:
@@ -59,10 +59,10 @@ def torch_pipeline(job: Job, folder: Path) -> dict[str, dict[str, Any]]:
     return {name: {"steps_s": first[name]["steps_s"], "losses": last[name]["losses"]} for name in job.schedules}
 
 
-def _train(job: Job, rank: int, name: str) -> dict[str, Any]:
+def _train(job: TrainingJob, rank: int, name: str) -> dict[str, Any]:
     count = len(job.cuts) + 1
-    module = Single(job.part(rank))
-    optimizer = job.optimizer(module)
+    module = SingleTensorPart(job.build_part(rank))
+    optimizer = job.build_optimizer(module)
     stage = PipelineStage(module, rank, count, torch.device("cpu"))
     schedule = _SCHEDULES[name](stage, n_microbatches=job.micro_batches, loss_fn=nn.functional.cross_entropy)
     inputs, labels = map(torch.from_numpy, job.examples())
@@ -71,21 +71,21 @@ def _train(job: Job, rank: int, name: str) -> dict[str, Any]:
     for step in range(job.warm_up + job.steps):
         losses: list[Tensor] = []
         if rank == 0:
-            schedule.step(inputs[job.rows(step)])
+            schedule.step(inputs[job.batch_slice(step)])
         else:
-            schedule.step(target=labels[job.rows(step)], losses=losses)
+            schedule.step(target=labels[job.batch_slice(step)], losses=losses)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if losses:
             means.append(float(torch.stack(losses).detach().mean()))
         ends_s.append(time.monotonic())
-    return {"steps_s": job.counted(ends_s), "losses": means}
+    return {"steps_s": job.step_durations_s(ends_s), "losses": means}
 
 
 def _main(file: Path, rank: int) -> None:
-    job = Job.from_text(file.read_text())
-    if job.keeps_memory:
-        keep_memory()
+    job = TrainingJob.from_json(file.read_text())
+    if job.tune_malloc:
+        tune_malloc()
     torch.set_num_threads(1)
     meeting = f"file://{file.with_suffix('.meeting')}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=len(job.cuts) + 1)

@@ -8,29 +8,32 @@ from pathlib import Path
 import pytest
 
 from brokers.doctor import bridge_checks as across
-from brokers.doctor.check_result import Carried, Finding
-from brokers.doctor.probe_client import Visit
-from brokers.doctor.runner import Examination, Question
-from tests.support.brokers.mosquitto import RULES, bridged, mosquitto
+from brokers.doctor.check_result import CheckResult, ThroughputResult
+from brokers.doctor.probe_client import BrokerProbe
+from brokers.doctor.runner import DoctorOptions, DoctorRun
+from tests.support.brokers.mosquitto import BRIDGE_TOPIC_LINES, start_bridged_brokers, start_mosquitto
 from tests.support.brokers.ports import free_port
-from tests.support.brokers.retained_messages import left_at
+from tests.support.brokers.retained_messages import retained_topics
 
 MQTT_5 = "bridge_protocol_version mqttv50"
 BOTH_WAYS = ("near to far", "far to near")
 
 
-def crossed(near: int, far: int) -> dict[tuple[str, str], Finding]:
+def crossed(near: int, far: int) -> dict[tuple[str, str], CheckResult]:
     """What is found across, by what it is and by its way."""
 
-    async def test() -> list[Finding]:
-        async with Visit.to(f"mqtt://127.0.0.1:{near}") as here, Visit.to(f"mqtt://127.0.0.1:{far}") as there:
-            ends = across.End("near", here), across.End("far", there)
-            return [finding async for finding in across.examine_across(*ends)]
+    async def test() -> list[CheckResult]:
+        async with (
+            BrokerProbe.from_address(f"mqtt://127.0.0.1:{near}") as here,
+            BrokerProbe.from_address(f"mqtt://127.0.0.1:{far}") as there,
+        ):
+            ends = across.BridgeEnd("near", here), across.BridgeEnd("far", there)
+            return [finding async for finding in across.check_bridge(*ends)]
 
-    return {(finding.what, finding.said.partition(":")[0]): finding for finding in asyncio.run(test())}
+    return {(finding.check, finding.message.partition(":")[0]): finding for finding in asyncio.run(test())}
 
 
-def levels(found: dict[tuple[str, str], Finding], what: str) -> list[str]:
+def levels(found: dict[tuple[str, str], CheckResult], what: str) -> list[str]:
     return [found[what, way].level for way in BOTH_WAYS]
 
 
@@ -38,9 +41,9 @@ def wait_for_bridge(port: int) -> None:
     """Return when the broker says that the bridge that it keeps stands."""
 
     async def test() -> None:
-        async with Visit.to(f"mqtt://127.0.0.1:{port}").visitor() as asking:
+        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as asking:
             await asking.subscribe("$SYS/broker/connection/+/state")
-            while (heard := await asking.hear(20)) is not None and bytes(heard.payload) != b"1":
+            while (heard := await asking.receive(20)) is not None and bytes(heard.payload) != b"1":
                 pass
             assert heard is not None
 
@@ -48,47 +51,52 @@ def wait_for_bridge(port: int) -> None:
 
 
 def test_a_bridge_of_mqtt_5_carries_all_and_nothing_is_left_at_either_end(tmp_path: Path) -> None:
-    with bridged(tmp_path, MQTT_5) as (near, far):
+    with start_bridged_brokers(tmp_path, MQTT_5) as (near, far):
         found = crossed(near, far)
         for what in ("bridge", "once", "properties", "chunk", "presence", "last will"):
             assert levels(found, what) == ["ok", "ok"], found
-        assert (left_at(near), left_at(far)) == ([], [])
+        assert (retained_topics(near), retained_topics(far)) == ([], [])
 
 
 def test_a_bridge_of_311_loses_properties_and_the_line_that_mends_it_is_named(tmp_path: Path) -> None:
-    with bridged(tmp_path) as (near, far):
+    with start_bridged_brokers(tmp_path) as (near, far):
         found = crossed(near, far)
         assert levels(found, "properties") == ["FAIL", "FAIL"]
         for way in BOTH_WAYS:
-            assert MQTT_5 in found["properties", way].mend
-            assert "Response Topic" in found["properties", way].said
+            assert MQTT_5 in found["properties", way].fix
+            assert "Response Topic" in found["properties", way].message
         assert levels(found, "bridge") == ["ok", "ok"]
-        assert (left_at(near), left_at(far)) == ([], [])  # though this bridge loses the time at which records expire
+        assert (retained_topics(near), retained_topics(far)) == (
+            [],
+            [],
+        )  # though this bridge loses the time at which records expire
 
 
 def test_a_broker_behind_a_bridge_that_takes_no_chunk_of_the_usual_size_is_told(tmp_path: Path) -> None:
-    with bridged(tmp_path, MQTT_5, far=("max_packet_size 100000",)) as (near, far):
+    with start_bridged_brokers(tmp_path, MQTT_5, far_lines=("max_packet_size 100000",)) as (near, far):
         found = crossed(near, far)
         assert levels(found, "chunk") == ["FAIL", "ok"]  # who sends from there knows the limit
-        assert "max_packet_size" in found["chunk", "near to far"].mend
+        assert "max_packet_size" in found["chunk", "near to far"].fix
 
 
 def test_a_bridge_without_presence_is_told_for_the_way_that_lacks_it(tmp_path: Path) -> None:
     lacking = "topic sparse/far/+/+/up/+ in 1"
-    assert lacking in RULES
-    with bridged(tmp_path, MQTT_5, topics=tuple(rule for rule in RULES if rule != lacking)) as (near, far):
+    assert lacking in BRIDGE_TOPIC_LINES
+    with start_bridged_brokers(
+        tmp_path, MQTT_5, topic_lines=tuple(rule for rule in BRIDGE_TOPIC_LINES if rule != lacking)
+    ) as (near, far):
         found = crossed(near, far)
         assert levels(found, "presence") == ["ok", "FAIL"]
-        assert lacking in found["presence", "far to near"].mend
+        assert lacking in found["presence", "far to near"].fix
 
 
 def test_no_bridge_is_told_and_no_more_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(across, "REACH_S", 1.0)
-    with mosquitto(tmp_path) as near, mosquitto(tmp_path) as far:
+    with start_mosquitto(tmp_path) as near, start_mosquitto(tmp_path) as far:
         found = crossed(near, far)
         assert set(found) == {("bridge", way) for way in BOTH_WAYS}
         assert levels(found, "bridge") == ["FAIL", "FAIL"]
-        assert "topic sparse/far/+/+/in/+ out 0" in found["bridge", "near to far"].mend
+        assert "topic sparse/far/+/+/in/+ out 0" in found["bridge", "near to far"].fix
 
 
 def test_bridges_that_make_a_loop_are_told(tmp_path: Path) -> None:
@@ -102,8 +110,8 @@ def test_bridges_that_make_a_loop_are_told(tmp_path: Path) -> None:
 
     lines = bridge("one", far_port)
     with (
-        mosquitto(tmp_path, *bridge("two", near_port), port=far_port),
-        mosquitto(tmp_path, *lines, port=near_port),
+        start_mosquitto(tmp_path, *bridge("two", near_port), port=far_port),
+        start_mosquitto(tmp_path, *lines, port=near_port),
     ):
         for port in (near_port, far_port):
             wait_for_bridge(port)
@@ -113,13 +121,13 @@ def test_bridges_that_make_a_loop_are_told(tmp_path: Path) -> None:
 
 
 def test_a_round_trip_across_is_measured(tmp_path: Path) -> None:
-    with bridged(tmp_path, MQTT_5) as (near, far):
+    with start_bridged_brokers(tmp_path, MQTT_5) as (near, far):
         addresses = [f"mqtt://127.0.0.1:{port}" for port in (near, far)]
-        question = Question(addresses[0], {"1 MiB": 1 << 20}, across=addresses[1], sites=("near", "far"))
-        found = Examination(question, lambda _: None)
+        question = DoctorOptions(addresses[0], {"1 MiB": 1 << 20}, bridged_broker=addresses[1], sites=("near", "far"))
+        found = DoctorRun(question, lambda _: None)
         asyncio.run(found.run())
-        assert {finding.level for finding in found.findings} == {"ok"}
-        assert {finding.at for finding in found.findings} == {*addresses, ""}
-        (row,) = found.carried
-        assert isinstance(row, Carried)
+        assert {finding.level for finding in found.results} == {"ok"}
+        assert {finding.broker for finding in found.results} == {*addresses, ""}
+        (row,) = found.throughput
+        assert isinstance(row, ThroughputResult)
         assert row.frames_per_s > 0

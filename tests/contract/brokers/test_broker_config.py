@@ -13,12 +13,12 @@ from brokers.commands.config import command
 from brokers.errors import BadFile
 from brokers.mqtt.client import MqttTransport
 from brokers.protocol.transport import Delivery, Properties
-from tests.contract.conftest import need_mosquitto
-from tests.support.brokers.broker_kinds import run
+from tests.contract.conftest import require_mosquitto
+from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.ports import free_port
 from tests.support.environment.checkout import ROOT
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.processes import Machine, machine
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.processes import ProcessSandbox, process_sandbox
 
 STREET = """
 [pipeline]
@@ -58,7 +58,7 @@ def printed(path: Path, site: str, capsys: pytest.CaptureFixture[str], **options
 def test_three_mosquittos_take_the_printed_files_and_messages_cross_both_ways(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    need_mosquitto()
+    require_mosquitto()
     addresses = {name: f"mqtt://127.0.0.1:{free_port()}" for name in SITES}
     path = tmp_path / "street.toml"
     path.write_text(STREET + sites(**addresses))
@@ -69,10 +69,10 @@ def test_three_mosquittos_take_the_printed_files_and_messages_cross_both_ways(
             # As root it would become another user, who may not write here.
             conf.write_text(printed(path, name, capsys, data=tmp_path / name) + "user root\n")
             log = stack.enter_context((tmp_path / f"{name}.log").open("w"))
-            broker = subprocess.Popen([need("mosquitto"), "-c", conf], stderr=log)
+            broker = subprocess.Popen([require_dependency("mosquitto"), "-c", conf], stderr=log)
             stack.callback(broker.wait, 10)
             stack.callback(broker.terminate)
-        run(_cross(addresses))
+        run_async(_cross(addresses))
     logs = [line for name in SITES for line in (tmp_path / f"{name}.log").read_text().splitlines()]
     # A bridge may be there before the broker that it leads to.
     told = [line for line in logs if "Error creating bridge" not in line]
@@ -103,8 +103,8 @@ async def _cross(addresses: dict[str, str]) -> None:
             if where == "cloud" and bytes(found.payload) == b"work":
                 break
     properties = found.properties
-    assert (properties.correlation, properties.response_topic) == (said.correlation, said.response_topic)
-    assert (properties.content_type, properties.user) == (said.content_type, said.user)
+    assert (properties.correlation_data, properties.response_topic) == (said.correlation_data, said.response_topic)
+    assert (properties.content_type, properties.user_properties) == (said.content_type, said.user_properties)
     await device.close()
     await cloud.close()
 
@@ -187,11 +187,11 @@ def test_a_mistake_is_one_line_and_nothing_is_printed(tmp_path: Path, case: str)
         f'{STREET}[[site]]\nname = "device"\nbroker = "mqtts://d"\nlinks = [{{ to = "cloud" }}]\n'
         f'[[site]]\nname = "cloud"\n{broker}'
     )
-    box: Machine
-    with machine(tmp_path) as box:
-        said = box.sparse("broker", "config", path, site).end()
-    assert (said.status, said.out) == (2, "")
-    assert said.err.startswith(f"sparse: {path}: ")
-    assert expected in said.err
-    assert len(said.err.splitlines()) == 1
-    assert str(ROOT) not in said.err.replace(str(path), "")
+    box: ProcessSandbox
+    with process_sandbox(tmp_path) as box:
+        said = box.start_sparse("broker", "config", path, site).wait()
+    assert (said.returncode, said.stdout) == (2, "")
+    assert said.stderr.startswith(f"sparse: {path}: ")
+    assert expected in said.stderr
+    assert len(said.stderr.splitlines()) == 1
+    assert str(ROOT) not in said.stderr.replace(str(path), "")

@@ -16,59 +16,61 @@ from brokers.doctor import checks as probes
 from brokers.doctor import mqtt311 as older
 from brokers.doctor import probe_client as visitor
 from brokers.doctor import verdicts as doctor
-from brokers.doctor.check_result import Finding
-from brokers.doctor.probe_client import Visit
-from brokers.doctor.runner import Examination, Question
+from brokers.doctor.check_result import CheckResult
+from brokers.doctor.probe_client import BrokerProbe
+from brokers.doctor.runner import DoctorOptions, DoctorRun
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.server.local_broker import start_broker
-from tests.support.brokers.mosquitto import mosquitto
+from tests.support.brokers.mosquitto import start_mosquitto
 from tests.support.brokers.ports import free_port
-from tests.support.brokers.retained_messages import left_at
-from tests.support.environment.external_programs import need
+from tests.support.brokers.retained_messages import retained_topics
+from tests.support.environment.external_programs import require_dependency
 
 SMALL = {"1 KiB": 1 << 10, "1 MiB": 1 << 20}
 
 
-def examined(port: int) -> Examination:
+def examined(port: int) -> DoctorRun:
     """A whole examination, of small messages."""
-    found = Examination(Question(f"mqtt://127.0.0.1:{port}", SMALL), lambda _: None)
+    found = DoctorRun(DoctorOptions(f"mqtt://127.0.0.1:{port}", SMALL), lambda _: None)
     asyncio.run(found.run())
     return found
 
 
-def greeted(address: str | int) -> dict[str, Finding]:
+def greeted(address: str | int) -> dict[str, CheckResult]:
     """What a greeting alone finds."""
 
-    async def test() -> list[Finding]:
-        async with Visit.to(f"mqtt://127.0.0.1:{address}" if isinstance(address, int) else address) as visit:
-            return (await probes.greet(visit))[0]
+    async def test() -> list[CheckResult]:
+        async with BrokerProbe.from_address(
+            f"mqtt://127.0.0.1:{address}" if isinstance(address, int) else address
+        ) as visit:
+            return (await probes.check_connection(visit))[0]
 
     return by_what(asyncio.run(test()))
 
 
-def probed(port: int, probe: Callable[[Visit], Awaitable[list[Finding]]]) -> Finding:
-    async def test() -> Finding:
-        async with Visit.to(f"mqtt://127.0.0.1:{port}") as visit:
-            (found,) = await probes.tried("probe", lambda: probe(visit))
+def probed(port: int, probe: Callable[[BrokerProbe], Awaitable[list[CheckResult]]]) -> CheckResult:
+    async def test() -> CheckResult:
+        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}") as visit:
+            (found,) = await probes.run_check("probe", lambda: probe(visit))
             return found
 
     return asyncio.run(test())
 
 
-def by_what(findings: list[Finding]) -> dict[str, Finding]:
-    return {finding.what: finding for finding in findings}
+def by_what(findings: list[CheckResult]) -> dict[str, CheckResult]:
+    return {finding.check: finding for finding in findings}
 
 
 def sessions_at(port: int) -> int:
     """How many clients Mosquitto knows that are not connected."""
 
     async def test() -> int:
-        async with Visit.to(f"mqtt://127.0.0.1:{port}").visitor() as asking:
+        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as asking:
             await asking.subscribe("$SYS/broker/clients/disconnected")
             end_s = time.monotonic() + 5
             count = -1
             while count and time.monotonic() < end_s:  # it is told once in a while
-                heard = await asking.hear(1.5)
+                heard = await asking.receive(1.5)
                 count = int(bytes(heard.payload)) if heard else count
             return count
 
@@ -80,21 +82,21 @@ ALL += ["largest", "burst", "session"]
 
 
 def test_a_mosquitto_as_it_comes_is_good_and_nothing_is_left_there(tmp_path: Path) -> None:
-    with mosquitto(tmp_path, "sys_interval 1") as port:
+    with start_mosquitto(tmp_path, "sys_interval 1") as port:
         found = examined(port)
-        assert [(each.what, each.level) for each in found.findings] == [(what, "ok") for what in ALL]
-        assert [row.what for row in found.carried] == list(SMALL)
-        assert all(row.frames_per_s > 0 and row.round_trip_ms > 0 for row in found.carried)
-        assert left_at(port) == []
+        assert [(each.check, each.level) for each in found.results] == [(what, "ok") for what in ALL]
+        assert [row.name for row in found.throughput] == list(SMALL)
+        assert all(row.frames_per_s > 0 and row.round_trip_ms > 0 for row in found.throughput)
+        assert retained_topics(port) == []
         assert sessions_at(port) == 0
 
 
 def test_the_embedded_broker_is_good_too() -> None:
-    need("iotcore")
+    require_dependency("iotcore")
     with start_broker(kind="embedded") as broker:
         found = examined(broker.port)
-        assert [(each.what, each.level) for each in found.findings] == [(what, "ok") for what in ALL]
-        assert left_at(broker.port) == []
+        assert [(each.check, each.level) for each in found.results] == [(what, "ok") for what in ALL]
+        assert retained_topics(broker.port) == []
 
 
 @pytest.mark.parametrize(
@@ -110,54 +112,54 @@ def test_the_embedded_broker_is_good_too() -> None:
 def test_what_a_broker_announces_is_judged_and_mended(
     tmp_path: Path, lines: str, what: str, level: str, mend: str
 ) -> None:
-    with mosquitto(tmp_path, lines) as port:
+    with start_mosquitto(tmp_path, lines) as port:
         found = greeted(port)[what]
         assert found.level == level
-        assert mend in found.mend
-    with mosquitto(tmp_path, mend) as port:  # the line that mends it does
-        assert greeted(port).get(what, Finding("ok", what, "")).level == "ok"
+        assert mend in found.fix
+    with start_mosquitto(tmp_path, mend) as port:  # the line that mends it does
+        assert greeted(port).get(what, CheckResult("ok", what, "")).level == "ok"
 
 
 @pytest.mark.parametrize("lines", ["max_packet_size 20000", "retain_available false", "max_qos 0"])
 def test_what_a_broker_says_it_cannot_is_not_tried_and_the_rest_is(tmp_path: Path, lines: str) -> None:
-    with mosquitto(tmp_path, lines) as port:
+    with start_mosquitto(tmp_path, lines) as port:
         found = examined(port)
-        assert [each.level for each in found.findings].count("FAIL") == 1, found.findings
-        assert {"publish", "properties", "shared", "burst"} <= set(by_what(found.findings))
-        assert len(found.carried) == len(SMALL)  # in chunks that fit
+        assert [each.level for each in found.results].count("FAIL") == 1, found.results
+        assert {"publish", "properties", "shared", "burst"} <= set(by_what(found.results))
+        assert len(found.throughput) == len(SMALL)  # in chunks that fit
 
 
 @pytest.mark.parametrize(
-    ("probe", "level"), [(probes.keep_order, "FAIL"), (probes.remember, "warn")], ids=["burst", "session"]
+    ("probe", "level"), [(probes.check_burst, "FAIL"), (probes.check_session, "warn")], ids=["burst", "session"]
 )
 def test_a_short_queue_loses_what_waits_for_a_client(
-    tmp_path: Path, probe: Callable[[Visit], Awaitable[list[Finding]]], level: str
+    tmp_path: Path, probe: Callable[[BrokerProbe], Awaitable[list[CheckResult]]], level: str
 ) -> None:
-    with mosquitto(tmp_path, "max_queued_messages 10") as port:
+    with start_mosquitto(tmp_path, "max_queued_messages 10") as port:
         found = probed(port, probe)
         assert found.level == level
-        assert "max_queued_messages 1000" in found.mend
-    with mosquitto(tmp_path, "max_queued_messages 1000") as port:
+        assert "max_queued_messages 1000" in found.fix
+    with start_mosquitto(tmp_path, "max_queued_messages 1000") as port:
         assert probed(port, probe).level == "ok"
 
 
 def test_an_access_list_that_shuts_sparse_out_is_told(tmp_path: Path) -> None:
     access = tmp_path / "acl"
     access.write_text("topic readwrite other/#\n")
-    with mosquitto(tmp_path, f"acl_file {access}") as port:
-        found = probed(port, probes.deliver)
-        assert (found.level, "sparse/#" in found.mend) == ("FAIL", True)
+    with start_mosquitto(tmp_path, f"acl_file {access}") as port:
+        found = probed(port, probes.check_delivery)
+        assert (found.level, "sparse/#" in found.fix) == ("FAIL", True)
     access.write_text("topic readwrite sparse/#\n")
-    with mosquitto(tmp_path, f"acl_file {access}") as port:
-        assert probed(port, probes.deliver).level == "ok"
+    with start_mosquitto(tmp_path, f"acl_file {access}") as port:
+        assert probed(port, probes.check_delivery).level == "ok"
 
 
 def test_a_broker_that_wants_a_password_says_so_and_shows_none(tmp_path: Path) -> None:
-    with mosquitto(tmp_path, anonymous=False) as port:
+    with start_mosquitto(tmp_path, allow_anonymous=False) as port:
         (found,) = greeted(f"mqtt://ann:secret@127.0.0.1:{port}").values()
-        assert (found.what, found.level) == ("password", "FAIL")
-        assert "'ann'" in found.said
-        assert "secret" not in found.said + found.mend
+        assert (found.check, found.level) == ("password", "FAIL")
+        assert "'ann'" in found.message
+        assert "secret" not in found.message + found.fix
 
 
 # Older, other, absent ---------------------------------------------------------------------------------------------
@@ -181,10 +183,10 @@ async def server(answers: Callable[[bytes], bytes | None]) -> AsyncIterator[str]
         yield f"mqtt://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
 
 
-def greeted_by(answers: Callable[[bytes], bytes | None]) -> Finding:
-    async def test() -> Finding:
-        async with server(answers) as address, Visit.to(address) as visit:
-            (found,), limits = await probes.greet(visit)
+def greeted_by(answers: Callable[[bytes], bytes | None]) -> CheckResult:
+    async def test() -> CheckResult:
+        async with server(answers) as address, BrokerProbe.from_address(address) as visit:
+            (found,), limits = await probes.check_connection(visit)
             assert limits is None
             return found
 
@@ -199,33 +201,33 @@ def only_311(code: int, refusal: bytes = b"\x20\x02\x00\x01") -> Callable[[bytes
 @pytest.mark.parametrize("refusal", [b"\x20\x02\x00\x01", b"\x20\x03\x00\x84\x00", b""])
 def test_a_broker_that_speaks_only_311_is_one_clear_line(refusal: bytes) -> None:
     found = greeted_by(only_311(0, refusal))
-    assert (found.what, found.level) == ("MQTT 5", "FAIL")
-    assert "speaks only MQTT 3.1.1" in found.said
-    assert "enable MQTT 5" in found.mend
+    assert (found.check, found.level) == ("MQTT 5", "FAIL")
+    assert "speaks only MQTT 3.1.1" in found.message
+    assert "enable MQTT 5" in found.fix
 
 
 def test_a_broker_that_speaks_only_311_may_want_a_password_too() -> None:
-    assert "wants a user and password" in greeted_by(only_311(5)).said
+    assert "wants a user and password" in greeted_by(only_311(5)).message
 
 
 def test_the_plain_listener_of_the_embedded_broker_speaks_only_311() -> None:
-    need("iotcore")
-    with start_broker(kind="embedded", plain_port=0) as broker:
-        (found,) = greeted(broker.plain_port or 0).values()
-        assert "speaks only MQTT 3.1.1" in found.said
+    require_dependency("iotcore")
+    with start_broker(kind="embedded", mqtt311_port=0) as broker:
+        (found,) = greeted(broker.mqtt311_port or 0).values()
+        assert "speaks only MQTT 3.1.1" in found.message
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"\x20\x03\x00\x89\x00"])
 def test_what_is_no_broker_or_lets_nobody_in_is_told(answer: bytes) -> None:
     found = greeted_by(lambda _: answer)
-    assert (found.what, found.level) == ("reachable", "FAIL")
-    assert "sparse broker" in found.mend
+    assert (found.check, found.level) == ("reachable", "FAIL")
+    assert "sparse broker" in found.fix
 
 
 def test_nothing_that_listens_is_told() -> None:
     (found,) = greeted(free_port()).values()
-    assert (found.what, found.level) == ("reachable", "FAIL")
-    assert "refused" in found.said
+    assert (found.check, found.level) == ("reachable", "FAIL")
+    assert "refused" in found.message
 
 
 def test_something_that_never_answers_takes_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,16 +235,16 @@ def test_something_that_never_answers_takes_bounded_time(monkeypatch: pytest.Mon
     monkeypatch.setattr(older, "WAIT_S", 0.3)
     began_s = time.monotonic()
     found = greeted_by(lambda _: None)
-    assert "no answer within 0.3 s" in found.said
+    assert "no answer within 0.3 s" in found.message
     assert time.monotonic() - began_s < 3
 
 
 def test_a_probe_that_never_ends_is_ended() -> None:
-    async def test() -> list[Finding]:
-        return await probes.tried("it", asyncio.Event().wait, 0.1)  # type: ignore[arg-type]
+    async def test() -> list[CheckResult]:
+        return await probes.run_check("it", asyncio.Event().wait, 0.1)  # type: ignore[arg-type]
 
     (found,) = asyncio.run(test())
-    assert (found.what, found.level) == ("it", "FAIL")
+    assert (found.check, found.level) == ("it", "FAIL")
 
 
 # TLS --------------------------------------------------------------------------------------------------------------
@@ -258,17 +260,17 @@ def test_a_certificate_is_judged_by_its_end(
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", str(days), "-subj", "/CN=127.0.0.1"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
     subprocess.run(command, check=True, capture_output=True)
-    with mosquitto(tmp_path, f"certfile {cert}", f"keyfile {key}") as port:
+    with start_mosquitto(tmp_path, f"certfile {cert}", f"keyfile {key}") as port:
         (stranger,) = greeted(f"mqtts://127.0.0.1:{port}").values()
-        assert (stranger.what, stranger.level) == ("TLS", "FAIL")
-        assert "not trusted" in stranger.said
+        assert (stranger.check, stranger.level) == ("TLS", "FAIL")
+        assert "not trusted" in stranger.message
         monkeypatch.setenv("SSL_CERT_FILE", str(cert))
         found = greeted(f"mqtts://127.0.0.1:{port}")["TLS"]
-        assert (found.level, found.said[:9]) == (level, "TLSv1.3, ")
+        assert (found.level, found.message[:9]) == (level, "TLSv1.3, ")
 
 
 def test_the_names_of_its_topics_are_no_site_of_anybodys() -> None:
-    visit = Visit.to("mqtt://127.0.0.1")
+    visit = BrokerProbe.from_address("mqtt://127.0.0.1")
     assert visit.topic("a").startswith("sparse/doctor/doctor-")
-    assert visit.topic("a") != Visit.to("mqtt://127.0.0.1").topic("a")
-    assert doctor.SMALLEST_PACKET_BYTES < doctor.USUAL_PACKET_BYTES
+    assert visit.topic("a") != BrokerProbe.from_address("mqtt://127.0.0.1").topic("a")
+    assert doctor.MIN_PACKET_BYTES < doctor.CHUNK_PACKET_BYTES

@@ -10,10 +10,10 @@ import pytest
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.connect_errors import Refused
+from brokers.mqtt.connect_errors import OperationRefused
 from brokers.protocol.transport import Will
-from tests.support.brokers.broker_kinds import Inbox, run
-from tests.support.brokers.locked_broker import Door, forge, locked, tls_of
+from tests.support.brokers.broker_kinds import DeliveryQueue, run_async
+from tests.support.brokers.locked_broker import SecureBroker, forge_credentials, start_secure_broker, tls_from_folder
 
 # A fourth stage is of a user's own, and may send its work anywhere.
 PIPELINE = Pipeline.model_validate(
@@ -95,47 +95,54 @@ EVERYTHING = sorted(OPERATORS | {f"{OTHER}/in/w", f"{OTHER}/up/w", f"{OTHER}/tas
 
 
 @pytest.fixture(scope="module", name="doors")
-def _doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Door]]:
+def _doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, SecureBroker]]:
     folder = tmp_path_factory.mktemp("locks")
     with ExitStack() as stack:
         yield {
-            site: stack.enter_context(locked(folder, PIPELINE, site, more_access=MORE_ACCESS))
+            site: stack.enter_context(start_secure_broker(folder, PIPELINE, site, extra_acl=MORE_ACCESS))
             for site in ("device", "cloud")
         }
 
 
 @pytest.fixture(scope="module", name="forged")
-def _forged(doors: dict[str, Door]) -> dict[str, Path]:
+def _forged(doors: dict[str, SecureBroker]) -> dict[str, Path]:
     """Credentials of the right authority that `sparse certs` makes for nobody."""
     certs = doors["device"].certs
-    return {name: forge(certs, name) for name in (ANYBODY, "stranger")}
+    return {name: forge_credentials(certs, name) for name in (ANYBODY, "stranger")}
 
 
 async def is_taken(line: MqttTransport, topic: str) -> bool:
     """Whether the broker takes a publication."""
     try:
         await line.publish(topic, b"x", qos=1)
-    except Refused as error:
+    except OperationRefused as error:
         return error.reason != "Not authorized"
     return True
 
 
 @pytest.mark.parametrize(("who", "site"), MAY, ids=lambda value: value)
-def test_who_writes_what_and_nothing_else(doors: dict[str, Door], forged: dict[str, Path], who: str, site: str) -> None:
+def test_who_writes_what_and_nothing_else(
+    doors: dict[str, SecureBroker], forged: dict[str, Path], who: str, site: str
+) -> None:
     async def test() -> None:
-        line = doors[site].line(forged.get(who, Path(who)))
+        line = doors[site].create_transport(forged.get(who, Path(who)))
         await line.connect()
         written = {topic for topic in EVERYTHING if await is_taken(line, topic)}
         await line.close()
         assert written == MAY[who, site][0]
 
-    run(test())
+    run_async(test())
 
 
 @pytest.mark.parametrize(("who", "site"), MAY, ids=lambda value: value)
-def test_who_reads_what_and_nothing_else(doors: dict[str, Door], forged: dict[str, Path], who: str, site: str) -> None:
+def test_who_reads_what_and_nothing_else(
+    doors: dict[str, SecureBroker], forged: dict[str, Path], who: str, site: str
+) -> None:
     async def test() -> None:
-        line, author = doors[site].line(forged.get(who, Path(who))), doors[site].line(forged[ANYBODY])
+        line, author = (
+            doors[site].create_transport(forged.get(who, Path(who))),
+            doors[site].create_transport(forged[ANYBODY]),
+        )
         heard: set[str] = set()
         await line.connect()
         await author.connect()
@@ -143,20 +150,20 @@ def test_who_reads_what_and_nothing_else(doors: dict[str, Door], forged: dict[st
         await line.subscribe("#", lambda delivery: heard.add(delivery.topic), qos=1)
         for topic in EVERYTHING:
             await author.publish(topic, b"x", qos=1)
-        await line.subscribe("answered/when/all/has/been/delivered", Inbox())
+        await line.subscribe("answered/when/all/has/been/delivered", DeliveryQueue())
         await line.close()
         await author.close()
         assert heard == MAY[who, site][1]
 
-    run(test())
+    run_async(test())
 
 
-def test_a_stage_takes_no_task_from_outside_its_pipeline(doors: dict[str, Door]) -> None:
+def test_a_stage_takes_no_task_from_outside_its_pipeline(doors: dict[str, SecureBroker]) -> None:
     """Whatever it asks for: a shared subscription is no way round."""
 
     async def test() -> None:
-        head, operator = doors["device"].line("street.head"), doors["device"].line("operator")
-        own, others = Inbox(), Inbox()
+        head, operator = doors["device"].create_transport("street.head"), doors["device"].create_transport("operator")
+        own, others = DeliveryQueue(), DeliveryQueue()
         await head.connect()
         await operator.connect()
         await head.subscribe(f"$share/street.head/{HEAD}/tasks", own, qos=1)
@@ -164,42 +171,45 @@ def test_a_stage_takes_no_task_from_outside_its_pipeline(doors: dict[str, Door])
         await operator.publish(f"{BODY}/tasks", b"x", qos=1)
         await operator.publish(f"{HEAD}/tasks", b"x", qos=1)
         await own.next()
-        await others.nothing()
+        await others.assert_empty()
         await head.close()
         await operator.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_last_will_is_no_way_round(doors: dict[str, Door], forged: dict[str, Path]) -> None:
+def test_a_last_will_is_no_way_round(doors: dict[str, SecureBroker], forged: dict[str, Path]) -> None:
     """Else whoever may connect could take away the record of any worker."""
 
     async def test() -> None:
-        author, camera = doors["device"].line(forged[ANYBODY]), doors["device"].line("camera.door")
-        heard = Inbox()
+        author, camera = (
+            doors["device"].create_transport(forged[ANYBODY]),
+            doors["device"].create_transport("camera.door"),
+        )
+        heard = DeliveryQueue()
         await author.connect()
         await author.subscribe(f"{HEAD}/up/w", heard)
         await camera.connect(will=Will(f"{HEAD}/up/w", b"", retain=True))
         assert camera._connection is not None
-        camera._connection._pump.end("the test cuts it")  # no goodbye: the broker publishes the will
-        await heard.nothing(1.0)
+        camera._connection._pump.close("the test cuts it")  # no goodbye: the broker publishes the will
+        await heard.assert_empty(1.0)
         await camera.close()
         await author.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_name_that_is_claimed_counts_for_nothing(doors: dict[str, Door]) -> None:
+def test_a_name_that_is_claimed_counts_for_nothing(doors: dict[str, SecureBroker]) -> None:
     """The certificate says who it is, whatever user name and client id say."""
 
     async def test() -> None:
         door = doors["device"]
         address = door.address.replace("mqtts://", "mqtts://operator:any@")
-        line = MqttTransport(address, client_id="street.head", tls=tls_of(door.certs / "camera.door"))
+        line = MqttTransport(address, client_id="street.head", tls=tls_from_folder(door.certs / "camera.door"))
         await line.connect()
         assert await is_taken(line, "sparse/device/ingress/door")
         assert not await is_taken(line, f"{HEAD}/in/w")
         assert not await is_taken(line, f"{HEAD}/up/w")
         await line.close()
 
-    run(test())
+    run_async(test())

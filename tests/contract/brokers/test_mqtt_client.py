@@ -20,13 +20,13 @@ from brokers.errors import BadFile, BrokerUnreachable
 from brokers.mqtt import client as mqtt
 from brokers.mqtt import socket_loop as pump
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.connect_errors import Refused
-from brokers.mqtt.socket_connect import Tls, dial
+from brokers.mqtt.connect_errors import OperationRefused
+from brokers.mqtt.socket_connect import TlsConfig, connect_socket
 from brokers.protocol.broker_url import BrokerAddress
 from brokers.server import mosquitto_conf as mosquitto
 from brokers.server.local_broker import start_broker
-from tests.contract.conftest import need_mosquitto
-from tests.support.brokers.broker_kinds import Inbox, run
+from tests.contract.conftest import require_mosquitto
+from tests.support.brokers.broker_kinds import DeliveryQueue, run_async
 from tests.support.brokers.ports import free_port
 
 CONNACK = b"\x20\x03\x00\x00\x00"
@@ -60,10 +60,10 @@ async def fake_broker(serve: Serve) -> AsyncIterator[str]:
 
 @contextmanager
 def own_mosquitto(folder: Path, config: str) -> Iterator[subprocess.Popen[bytes]]:
-    need_mosquitto()
+    require_mosquitto()
     path = folder / "mosquitto.conf"
     path.write_text(f"user {getpass.getuser()}\n{config}")  # else it leaves root, and may not read the test's folder
-    process = subprocess.Popen([mosquitto.find() or "", "-c", str(path)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([mosquitto.find_mosquitto() or "", "-c", str(path)], stderr=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -71,7 +71,7 @@ def own_mosquitto(folder: Path, config: str) -> Iterator[subprocess.Popen[bytes]
         process.wait()
 
 
-async def refused(address: str, timeout_s: float = 5.0, tls: Tls = Tls()) -> str:
+async def connect_error_text(address: str, timeout_s: float = 5.0, tls: TlsConfig = TlsConfig()) -> str:
     with pytest.raises(BrokerUnreachable) as caught:
         await MqttTransport(address, tls=tls).connect(timeout_s=timeout_s)
     line = str(caught.value)
@@ -79,7 +79,7 @@ async def refused(address: str, timeout_s: float = 5.0, tls: Tls = Tls()) -> str
     return line
 
 
-async def until_it_answers(address: str, tls: Tls = Tls()) -> MqttTransport:
+async def until_it_answers(address: str, tls: TlsConfig = TlsConfig()) -> MqttTransport:
     end_s = time.monotonic() + 10
     while True:
         transport = MqttTransport(address, tls=tls)
@@ -95,18 +95,18 @@ async def until_it_answers(address: str, tls: Tls = Tls()) -> MqttTransport:
 def test_a_port_where_nothing_listens_is_told_at_once() -> None:
     async def test() -> None:
         begin = time.monotonic()
-        line = await refused(f"mqtt://127.0.0.1:{free_port()}")
+        line = await connect_error_text(f"mqtt://127.0.0.1:{free_port()}")
         assert "refused" in line
         assert time.monotonic() - begin < 2
 
-    run(test())
+    run_async(test())
 
 
 def test_a_host_that_does_not_exist_is_told() -> None:
     async def test() -> None:
-        assert "no-such-host.invalid" in await refused("mqtt://no-such-host.invalid")
+        assert "no-such-host.invalid" in await connect_error_text("mqtt://no-such-host.invalid")
 
-    run(test())
+    run_async(test())
 
 
 def test_a_server_that_is_silent_is_given_up_in_time() -> None:
@@ -115,9 +115,9 @@ def test_a_server_that_is_silent_is_given_up_in_time() -> None:
 
     async def test() -> None:
         async with fake_broker(silent) as address:
-            assert "no answer within 0.3 s" in await refused(address, 0.3)
+            assert "no answer within 0.3 s" in await connect_error_text(address, 0.3)
 
-    run(test())
+    run_async(test())
 
 
 @pytest.mark.parametrize(
@@ -139,19 +139,19 @@ def test_a_server_that_does_not_speak_mqtt_5_is_told_plainly(answer: bytes, told
 
     async def test() -> None:
         async with fake_broker(serve) as address:
-            assert told in await refused(address)
+            assert told in await connect_error_text(address)
 
-    run(test())
+    run_async(test())
 
 
 def test_the_plain_listener_of_the_embedded_broker_is_for_mqtt_311_only() -> None:
     pytest.importorskip("iotcore")
 
     async def test() -> None:
-        with start_broker(kind="embedded", plain_port=0) as broker:
-            await refused(f"mqtt://127.0.0.1:{broker.plain_port}", 2)
+        with start_broker(kind="embedded", mqtt311_port=0) as broker:
+            await connect_error_text(f"mqtt://127.0.0.1:{broker.mqtt311_port}", 2)
 
-    run(test())
+    run_async(test())
 
 
 def test_a_wrong_password_is_told_and_not_shown(tmp_path: Path) -> None:
@@ -162,11 +162,11 @@ def test_a_wrong_password_is_told_and_not_shown(tmp_path: Path) -> None:
             end_s = time.monotonic() + 5
             line = ""
             while "ot authorized" not in line and time.monotonic() < end_s:
-                line = await refused(f"mqtt://ann:secret@127.0.0.1:{port}")
+                line = await connect_error_text(f"mqtt://ann:secret@127.0.0.1:{port}")
             assert "ot authorized" in line
             assert "secret" not in line
 
-    run(test())
+    run_async(test())
 
 
 def test_a_subscription_that_is_refused_is_an_error_and_forgotten() -> None:
@@ -181,12 +181,12 @@ def test_a_subscription_that_is_refused_is_an_error_and_forgotten() -> None:
         async with fake_broker(serve) as address:
             line = MqttTransport(address)
             await line.connect()
-            with pytest.raises(Refused, match="'a/b': Not authorized"):
-                await line.subscribe("a/b", Inbox())
+            with pytest.raises(OperationRefused, match="'a/b': Not authorized"):
+                await line.subscribe("a/b", DeliveryQueue())
             assert "a/b" not in line._subscriptions
             await line.close()
 
-    run(test())
+    run_async(test())
 
 
 @pytest.mark.parametrize("problem", [None, BadFile("ca.pem", "it is being replaced"), ValueError("a mistake of ours")])
@@ -209,25 +209,25 @@ def test_whatever_goes_wrong_while_reconnecting_it_is_tried_again(
         else:
             await reader.read()
 
-    async def unlucky(address: BrokerAddress, tls: Tls) -> socket.socket:
+    async def unlucky(address: BrokerAddress, tls: TlsConfig) -> socket.socket:
         nonlocal dialled
         dialled += 1
         if dialled == 2 and problem is not None:
             raise problem
-        return await dial(address, tls)
+        return await connect_socket(address, tls)
 
     async def test() -> None:
         monkeypatch.setattr(mqtt, "dial", unlucky)
         async with fake_broker(serve) as address:
             line = MqttTransport(address)
             await line.connect()
-            await line.subscribe("a/b", Inbox())
+            await line.subscribe("a/b", DeliveryQueue())
             assert line._connection is not None
             await asyncio.shield(line._connection.lost)
             await asyncio.wait_for(line.publish("t", b"x"), 5)
             await line.close()
 
-    run(test())
+    run_async(test())
     assert dialled == 3
 
 
@@ -259,7 +259,7 @@ def test_no_more_than_the_receive_maximum_is_unacknowledged() -> None:
             await asyncio.gather(*(line.publish("t", qos=1) for _ in range(5)))
             await line.close()
 
-    run(test())
+    run_async(test())
     assert most == 2
 
 
@@ -269,7 +269,7 @@ def test_a_broker_that_hangs_is_noticed_and_left(monkeypatch: pytest.MonkeyPatch
 
     async def test() -> None:
         with own_mosquitto(tmp_path, f"listener {port} 127.0.0.1\nallow_anonymous true\n") as broker:
-            line, inbox, again = await until_it_answers(f"mqtt://127.0.0.1:{port}"), Inbox(), asyncio.Event()
+            line, inbox, again = await until_it_answers(f"mqtt://127.0.0.1:{port}"), DeliveryQueue(), asyncio.Event()
 
             async def back() -> None:
                 again.set()
@@ -288,7 +288,7 @@ def test_a_broker_that_hangs_is_noticed_and_left(monkeypatch: pytest.MonkeyPatch
             await inbox.next()
             await line.close()
 
-    run(test())
+    run_async(test())
 
 
 def test_a_long_transfer_over_a_slow_link_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,7 @@ def test_a_long_transfer_over_a_slow_link_is_no_silence(monkeypatch: pytest.Monk
             assert not connection.lost.done()
             await line.close()
 
-    run(test())
+    run_async(test())
 
 
 def test_publications_that_were_given_up_on_a_slow_link_do_not_pile_up() -> None:
@@ -337,13 +337,13 @@ def test_publications_that_were_given_up_on_a_slow_link_do_not_pile_up() -> None
                 with suppress(TimeoutError):
                     await asyncio.wait_for(line.publish("camera", frame), 0.01)
             queue = connection._pump._out
-            assert queue.taken_bytes - queue.sent_bytes <= pump.QUEUE_LIMIT_BYTES + 2 * len(frame)
-            assert queue.taken_bytes < 30 * len(frame), "most never got so far"
+            assert queue.accepted_bytes - queue.sent_bytes <= pump.QUEUE_LIMIT_BYTES + 2 * len(frame)
+            assert queue.accepted_bytes < 30 * len(frame), "most never got so far"
             done.set()
             await line.close()
 
     done = asyncio.Event()
-    run(test())
+    run_async(test())
 
 
 def test_garbage_in_the_middle_ends_the_connection_and_not_the_line() -> None:
@@ -370,7 +370,7 @@ def test_garbage_in_the_middle_ends_the_connection_and_not_the_line() -> None:
             await asyncio.wait_for(again.wait(), 5)
             await line.close()
 
-    run(test())
+    run_async(test())
     assert greeted == 2
 
 
@@ -402,7 +402,7 @@ def test_a_callback_that_waits_for_a_connection_that_ends_again_does_not_block_t
             await asyncio.wait_for(again.wait(), 10)
             await line.close()
 
-    run(test())
+    run_async(test())
     assert greeted == 3
 
 
@@ -411,13 +411,13 @@ def test_a_unix_socket_is_an_address(tmp_path: Path) -> None:
 
     async def test() -> None:
         with own_mosquitto(tmp_path, f"listener 0 {path}\nallow_anonymous true\n"):
-            line, inbox = await until_it_answers(f"mqtt+unix://{path}"), Inbox()
+            line, inbox = await until_it_answers(f"mqtt+unix://{path}"), DeliveryQueue()
             await line.subscribe("t", inbox)
             await line.publish("t", bytes(3_000_000))
             assert (await inbox.next()).payload.nbytes == 3_000_000
             await line.close()
 
-    run(test())
+    run_async(test())
 
 
 @pytest.fixture
@@ -441,7 +441,10 @@ def test_tls_carries_large_payloads_both_ways_and_refuses_strangers(
 
     async def test() -> None:
         with own_mosquitto(tmp_path, config):
-            line, inbox = await until_it_answers(f"mqtts://127.0.0.1:{port}", Tls(cafile=str(cert))), Inbox()
+            line, inbox = (
+                await until_it_answers(f"mqtts://127.0.0.1:{port}", TlsConfig(cafile=str(cert))),
+                DeliveryQueue(),
+            )
             await line.subscribe("t", inbox)
             payload = os.urandom(8_000_000)
             await line.publish("t", [payload, b"", payload], qos=1)
@@ -451,9 +454,9 @@ def test_tls_carries_large_payloads_both_ways_and_refuses_strangers(
             for _ in range(50):
                 assert (await inbox.next()).payload == payload[:10_000]
             await line.close()
-            assert "certificate" in await refused(f"mqtts://127.0.0.1:{port}")
+            assert "certificate" in await connect_error_text(f"mqtts://127.0.0.1:{port}")
 
-    run(test())
+    run_async(test())
 
 
 def test_a_certificate_file_that_is_none_is_told(tmp_path: Path) -> None:
@@ -463,6 +466,6 @@ def test_a_certificate_file_that_is_none_is_told(tmp_path: Path) -> None:
     async def test() -> None:
         for path in (wrong, tmp_path / "missing.pem"):
             with pytest.raises(BadFile, match=path.name):
-                await MqttTransport("mqtts://127.0.0.1:1", tls=Tls(cafile=str(path))).connect()
+                await MqttTransport("mqtts://127.0.0.1:1", tls=TlsConfig(cafile=str(path))).connect()
 
-    run(test())
+    run_async(test())

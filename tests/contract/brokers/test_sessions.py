@@ -14,18 +14,18 @@ from brokers.mqtt import socket_loop as pump
 from brokers.mqtt.client import MqttTransport
 from brokers.protocol.transport import Delivery, Transport
 from brokers.server.local_broker import LocalBroker, start_broker
-from tests.contract.conftest import need_mosquitto
-from tests.support.brokers.broker_kinds import WAIT_S, BrokerPlace, Inbox, Place, run
+from tests.contract.conftest import require_mosquitto
+from tests.support.brokers.broker_kinds import WAIT_S, BrokerUnderTest, DeliveryQueue, LocalBrokerUnderTest, run_async
 
 
-async def listening(place: Place, inbox: Inbox, session: str = "mine") -> Transport:
+async def listening(place: BrokerUnderTest, inbox: DeliveryQueue, session: str = "mine") -> Transport:
     line = place.transport(session)
-    await line.subscribe("t/+", inbox, qos=1, settle=True)
+    await line.subscribe("t/+", inbox, qos=1, manual_ack=True)
     await line.connect()
     return line
 
 
-async def said_to(place: Place, *numbers: int) -> None:
+async def said_to(place: BrokerUnderTest, *numbers: int) -> None:
     line = place.transport()
     await line.connect()
     for number in numbers:
@@ -34,18 +34,18 @@ async def said_to(place: Place, *numbers: int) -> None:
 
 
 async def settled(delivery: Delivery) -> int:
-    assert delivery.settle is not None
-    delivery.settle()
+    assert delivery.ack is not None
+    delivery.ack()
     return int(bytes(delivery.payload))
 
 
-async def numbers(inbox: Inbox, count: int) -> list[int]:
+async def numbers(inbox: DeliveryQueue, count: int) -> list[int]:
     return [int(bytes((await inbox.next()).payload)) for _ in range(count)]
 
 
-def test_what_is_not_settled_comes_again_and_before_what_came_meanwhile(place: Place) -> None:
+def test_what_is_not_settled_comes_again_and_before_what_came_meanwhile(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        first, second = Inbox(), Inbox()
+        first, second = DeliveryQueue(), DeliveryQueue()
         line = await listening(place, first)
         await said_to(place, *range(5))
         came = [await first.next() for _ in range(5)]
@@ -55,15 +55,15 @@ def test_what_is_not_settled_comes_again_and_before_what_came_meanwhile(place: P
         await said_to(place, 5, 6)
         line = await listening(place, second)
         assert [await settled(await second.next()) for _ in range(5)] == [2, 3, 4, 5, 6]
-        await second.nothing()
+        await second.assert_empty()
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_what_is_settled_does_not_come_again(place: Place) -> None:
+def test_what_is_settled_does_not_come_again(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        first, second = Inbox(), Inbox()
+        first, second = DeliveryQueue(), DeliveryQueue()
         line = await listening(place, first)
         await said_to(place, *range(20))
         came = [await first.next() for _ in range(20)]
@@ -75,61 +75,61 @@ def test_what_is_settled_does_not_come_again(place: Place) -> None:
         assert await numbers(second, 1) == [20]
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_without_a_session_nothing_is_kept(place: Place) -> None:
+def test_without_a_session_nothing_is_kept(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        first, second = Inbox(), Inbox()
+        first, second = DeliveryQueue(), DeliveryQueue()
         line = await listening(place, first, session="")
         await said_to(place, 0)
         assert await numbers(first, 1) == [0]
         await line.close()
         await said_to(place, 1)
         line = await listening(place, second, session="")
-        await second.nothing()
+        await second.assert_empty()
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_what_is_sent_without_confirmation_has_nothing_to_settle(place: Place) -> None:
+def test_what_is_sent_without_confirmation_has_nothing_to_settle(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        inbox = Inbox()
+        inbox = DeliveryQueue()
         line = await listening(place, inbox)
         await line.publish("t/a", b"0")
-        if (await inbox.next()).settle is not None:  # rumqttd raises it to the QoS of the subscription
-            assert isinstance(place, BrokerPlace)
-            assert place.broker.kind == "embedded"
+        if (await inbox.next()).ack is not None:  # rumqttd raises it to the QoS of the subscription
+            assert isinstance(place, LocalBrokerUnderTest)
+            assert place.local_broker.kind == "embedded"
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_handler_that_fails_has_settled(place: Place) -> None:
+def test_a_handler_that_fails_has_settled(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        second, broken_once = Inbox(), asyncio.Event()
+        second, broken_once = DeliveryQueue(), asyncio.Event()
 
         def broken(delivery: Delivery) -> None:
             broken_once.set()
             raise KeyError("mine")
 
         line = place.transport("mine")
-        await line.subscribe("t/+", broken, qos=1, settle=True)
+        await line.subscribe("t/+", broken, qos=1, manual_ack=True)
         await line.connect()
         await said_to(place, 0)
         await asyncio.wait_for(broken_once.wait(), WAIT_S)
         await line.close()
         line = await listening(place, second)
-        await second.nothing()
+        await second.assert_empty()
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_broker_that_forgets_a_session_is_gone_on_with(place: Place) -> None:
+def test_a_broker_that_forgets_a_session_is_gone_on_with(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        inbox, again = Inbox(), asyncio.Event()
+        inbox, again = DeliveryQueue(), asyncio.Event()
 
         async def back() -> None:
             again.set()
@@ -144,19 +144,19 @@ def test_a_broker_that_forgets_a_session_is_gone_on_with(place: Place) -> None:
         await settled(before)
         await said_to(place, 1)
         assert await settled(await inbox.next()) == 1
-        await inbox.nothing()
+        await inbox.assert_empty()
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
 # What Mosquitto does beyond this: it marks what it sends again -----------------------------------------------------
 
 
 @contextmanager
-def mosquitto_place() -> Iterator[BrokerPlace]:
-    need_mosquitto()
-    made = BrokerPlace("mosquitto")
+def mosquitto_place() -> Iterator[LocalBrokerUnderTest]:
+    require_mosquitto()
+    made = LocalBrokerUnderTest("mosquitto")
     try:
         yield made
     finally:
@@ -171,8 +171,8 @@ def cut(line: Transport) -> None:
 
 
 def test_what_is_in_hand_when_a_connection_breaks_is_not_handed_out_twice() -> None:
-    async def test(place: BrokerPlace) -> None:
-        inbox, again = Inbox(), asyncio.Event()
+    async def test(place: LocalBrokerUnderTest) -> None:
+        inbox, again = DeliveryQueue(), asyncio.Event()
 
         async def back() -> None:
             again.set()
@@ -186,33 +186,33 @@ def test_what_is_in_hand_when_a_connection_breaks_is_not_handed_out_twice() -> N
         await asyncio.wait_for(again.wait(), 20)
         await said_to(place, 10)
         came.append(await inbox.next())
-        await inbox.nothing(0)
+        await inbox.assert_empty(0)
         assert [await settled(each) for each in came if each is not came[4]] == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]
-        assert not any(each.again for each in came)
+        assert not any(each.redelivered for each in came)
         await line.close()
-        second = Inbox()
+        second = DeliveryQueue()
         line = await listening(place, second)
-        await second.nothing()
+        await second.assert_empty()
         await line.close()
 
     with mosquitto_place() as place:
-        run(test(place))
+        run_async(test(place))
 
 
 def test_what_another_of_the_name_had_in_hand_is_marked() -> None:
-    async def test(place: BrokerPlace) -> None:
-        first, second = Inbox(), Inbox()
+    async def test(place: LocalBrokerUnderTest) -> None:
+        first, second = DeliveryQueue(), DeliveryQueue()
         line = await listening(place, first)
         await said_to(place, 0)
         await first.next()
         await line.close()
         await said_to(place, 1)
         line = await listening(place, second)
-        assert [(await second.next()).again for _ in range(2)] == [True, False]
+        assert [(await second.next()).redelivered for _ in range(2)] == [True, False]
         await line.close()
 
     with mosquitto_place() as place:
-        run(test(place))
+        run_async(test(place))
 
 
 @pytest.fixture(params=["mosquitto", "embedded"])
@@ -220,7 +220,7 @@ def either(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
     if request.param == "embedded":
         pytest.importorskip("iotcore")
     else:
-        need_mosquitto()
+        require_mosquitto()
     with start_broker(kind=request.param) as found:
         yield found
 
@@ -235,7 +235,7 @@ def test_no_more_is_read_than_can_be_held_and_the_connection_lives(
     most = 8 + -(-pump.READ_BUDGET_BYTES // payload_bytes) + 1  # what one turn of the loop may read at once
 
     async def test() -> None:
-        inbox, held, ended = Inbox(), 0, []
+        inbox, held, ended = DeliveryQueue(), 0, []
 
         def take(delivery: Delivery) -> None:
             nonlocal held
@@ -243,7 +243,7 @@ def test_no_more_is_read_than_can_be_held_and_the_connection_lives(
             inbox(delivery)
 
         line = MqttTransport(either.address, client_id="mine", session_expiry_s=600)
-        await line.subscribe("t", take, qos=1, settle=True)
+        await line.subscribe("t", take, qos=1, manual_ack=True)
         await line.connect()
         assert line._connection is not None
         line._connection.lost.add_done_callback(lambda _: ended.append(True))
@@ -255,21 +255,21 @@ def test_no_more_is_read_than_can_be_held_and_the_connection_lives(
         await asyncio.sleep(pump.TICK_S * 1.5 * pump.DEAD_AFTER_TICKS)
         found = []
         for each in [first, *[await inbox.next() for _ in range(7)]]:
-            assert each.settle is not None
+            assert each.ack is not None
             assert held <= most
             found.append(int.from_bytes(each.payload[:4], "big"))
-            each.settle()
+            each.ack()
             held -= 1
         while len(found) < count:
             each = await inbox.next()
             assert held <= most
-            assert each.settle is not None
+            assert each.ack is not None
             found.append(int.from_bytes(each.payload[:4], "big"))
-            each.settle()
+            each.ack()
             held -= 1
         assert found == list(range(count))
         assert not ended
         await line.close()
         await sender.close()
 
-    run(test())
+    run_async(test())

@@ -10,26 +10,26 @@ import pytest
 
 from brokers.errors import Disconnected, TooLarge
 from brokers.protocol.transport import Delivery, Properties, Transport, Will
-from tests.support.brokers.broker_kinds import Inbox, Place, run
+from tests.support.brokers.broker_kinds import BrokerUnderTest, DeliveryQueue, run_async
 
 ALL_PROPERTIES = Properties(
     content_type="application/vnd.safetensors",
-    correlation=bytes(range(16)),
+    correlation_data=bytes(range(16)),
     response_topic="sparse/local/source/s/inbox",
     expiry_s=60,
-    user=(("hop", "1"), ("hop", "2"), ("naïve", "ü")),
+    user_properties=(("hop", "1"), ("hop", "2"), ("naïve", "ü")),
 )
 
 
-async def connected(place: Place) -> Transport:
+async def connected(place: BrokerUnderTest) -> Transport:
     transport = place.transport()
     await transport.connect()
     return transport
 
 
-def test_a_publication_arrives_with_its_payload_and_all_its_properties(place: Place) -> None:
+def test_a_publication_arrives_with_its_payload_and_all_its_properties(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        line, inbox = await connected(place), Inbox()
+        line, inbox = await connected(place), DeliveryQueue()
         await line.subscribe("t/+", inbox)
         for qos in (0, 1):
             await line.publish("t/a", [b"one, ", bytearray(b""), memoryview(b"two")], ALL_PROPERTIES, qos=qos)
@@ -37,18 +37,18 @@ def test_a_publication_arrives_with_its_payload_and_all_its_properties(place: Pl
             assert (came.topic, bytes(came.payload), came.retain) == ("t/a", b"one, two", False)
             # A broker counts a message's expiry down while it holds it (MQTT 5.0 section 3.3.2.3.3).
             assert came.properties.expiry_s in (59, 60)
-            assert came.properties.user == ALL_PROPERTIES.user
-            assert came.properties.correlation == ALL_PROPERTIES.correlation
+            assert came.properties.user_properties == ALL_PROPERTIES.user_properties
+            assert came.properties.correlation_data == ALL_PROPERTIES.correlation_data
             assert came.properties.content_type == ALL_PROPERTIES.content_type
             assert came.properties.response_topic == ALL_PROPERTIES.response_topic
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_an_empty_payload_is_a_publication_too(place: Place) -> None:
+def test_an_empty_payload_is_a_publication_too(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        line, inbox = await connected(place), Inbox()
+        line, inbox = await connected(place), DeliveryQueue()
         await line.subscribe("t", inbox)
         await line.publish("t", b"", ALL_PROPERTIES)
         assert (await inbox.next()).payload.nbytes == 0
@@ -56,12 +56,12 @@ def test_an_empty_payload_is_a_publication_too(place: Place) -> None:
         assert (await inbox.next()).properties == Properties()
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_the_order_of_a_topic_is_kept_whatever_the_sizes(place: Place) -> None:
+def test_the_order_of_a_topic_is_kept_whatever_the_sizes(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        sender, receiver, inbox = await connected(place), await connected(place), Inbox()
+        sender, receiver, inbox = await connected(place), await connected(place), DeliveryQueue()
         await receiver.subscribe("t", inbox)
         sizes = [1, 70_000, 0, 16_384, 3, 300_000, 20, 131_072] * 10
         for number, size in enumerate(sizes):
@@ -72,12 +72,12 @@ def test_the_order_of_a_topic_is_kept_whatever_the_sizes(place: Place) -> None:
         await sender.close()
         await receiver.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_publications_of_many_tasks_at_once_do_not_mix(place: Place) -> None:
+def test_publications_of_many_tasks_at_once_do_not_mix(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        sender, receiver, inbox = await connected(place), await connected(place), Inbox()
+        sender, receiver, inbox = await connected(place), await connected(place), DeliveryQueue()
         await receiver.subscribe("t/+", inbox)
         async with asyncio.TaskGroup() as group:
             for number in range(16):
@@ -88,57 +88,57 @@ def test_publications_of_many_tasks_at_once_do_not_mix(place: Place) -> None:
         await sender.close()
         await receiver.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_retained_publication_waits_for_subscribers_until_it_is_cleared(place: Place) -> None:
+def test_a_retained_publication_waits_for_subscribers_until_it_is_cleared(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        line, first, second = await connected(place), Inbox(), Inbox()
+        line, first, second = await connected(place), DeliveryQueue(), DeliveryQueue()
         await line.publish("up/w1", b"here", ALL_PROPERTIES, qos=1, retain=True)
         await line.subscribe("up/+", first)
         came = await first.next()
         assert (bytes(came.payload), came.retain) == (b"here", True)
-        assert came.properties.user == ALL_PROPERTIES.user
+        assert came.properties.user_properties == ALL_PROPERTIES.user_properties
         await line.publish("up/w1", b"", qos=1, retain=True)
         assert (await first.next()).payload.nbytes == 0
         await line.unsubscribe("up/+")
         await line.subscribe("up/+", second)
-        await second.nothing()
+        await second.assert_empty()
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_the_will_of_a_killed_client_is_published(place: Place) -> None:
+def test_the_will_of_a_killed_client_is_published(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        line, inbox = await connected(place), Inbox()
+        line, inbox = await connected(place), DeliveryQueue()
         await line.subscribe("up/#", inbox)
-        await place.die(Will("up/w1", b"gone"))
+        await place.kill_client_with_will(Will("up/w1", b"gone"))
         assert bytes((await inbox.next()).payload) == b"gone"
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_the_will_of_a_client_that_closed_is_not_published(place: Place) -> None:
+def test_the_will_of_a_client_that_closed_is_not_published(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        line, inbox = await connected(place), Inbox()
+        line, inbox = await connected(place), DeliveryQueue()
         await line.subscribe("up/#", inbox)
         leaver = place.transport()
-        await leaver.subscribe("noise", Inbox())
+        await leaver.subscribe("noise", DeliveryQueue())
         await leaver.connect(will=Will("up/w1", b"gone"))
         # Bytes that it never reads must not turn its goodbye into a reset.
         await line.publish("noise", bytes(1_500_000))
         await leaver.close()
-        await inbox.nothing()
+        await inbox.assert_empty()
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_shared_subscription_gives_each_publication_to_one_member(place: Place) -> None:
+def test_a_shared_subscription_gives_each_publication_to_one_member(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        sender, members, inbox = await connected(place), [await connected(place) for _ in range(2)], Inbox()
+        sender, members, inbox = await connected(place), [await connected(place) for _ in range(2)], DeliveryQueue()
         counts = [0, 0]
 
         def handler(member: int) -> None:
@@ -154,28 +154,28 @@ def test_a_shared_subscription_gives_each_publication_to_one_member(place: Place
         for number in range(20):
             await sender.publish("tasks", bytes([number]), qos=1)
         assert sorted([(await inbox.next()).payload[0] for _ in range(20)]) == list(range(20))
-        await inbox.nothing()
+        await inbox.assert_empty()
         assert min(counts) >= 5
         for line in (sender, *members):
             await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_payload_is_written_where_the_placer_says(place: Place) -> None:
+def test_a_payload_is_written_where_the_placer_says(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        line, inbox = await connected(place), Inbox()
+        line, inbox = await connected(place), DeliveryQueue()
         whole = memoryview(bytearray(500_000))
         asked: list[tuple[str, str, int]] = []
 
         def placer(topic: str, properties: Properties, length: int) -> memoryview | None:
             asked.append((topic, properties.content_type, length))
-            offset = int(properties.user[0][1])
+            offset = int(properties.user_properties[0][1])
             return None if offset < 0 else whole[offset : offset + length]
 
-        await line.subscribe("t", inbox, placer=placer)
+        await line.subscribe("t", inbox, buffer_provider=placer)
         for offset, size in ((100, 300_000), (300_100, 5), (300_105, 100_000), (-1, 7)):
-            await line.publish("t", b"x" * size, Properties("c", user=(("offset", str(offset)),)))
+            await line.publish("t", b"x" * size, Properties("c", user_properties=(("offset", str(offset)),)))
         for size in (300_000, 5, 100_000, 7):
             came = await inbox.next()
             assert (came.payload.nbytes, came.payload.obj is whole.obj) == (size, size != 7)
@@ -183,23 +183,23 @@ def test_a_payload_is_written_where_the_placer_says(place: Place) -> None:
         assert bytes(whole) == bytes(100) + b"x" * 400_005 + bytes(99_895)
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_tensor_of_64_mib_passes_in_chunks(place: Place) -> None:
+def test_a_tensor_of_64_mib_passes_in_chunks(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        sender, receiver, inbox = await connected(place), await connected(place), Inbox()
+        sender, receiver, inbox = await connected(place), await connected(place), DeliveryQueue()
         chunk_bytes, total = 512 << 10, 64 << 20
         tensor = np.random.default_rng(0).integers(0, 255, total, np.uint8)
         came = np.zeros(total, np.uint8)
 
         def placer(topic: str, properties: Properties, length: int) -> memoryview:
-            offset = int(properties.user[0][1])
+            offset = int(properties.user_properties[0][1])
             return came.data[offset : offset + length]
 
-        await receiver.subscribe("t", inbox, placer=placer)
+        await receiver.subscribe("t", inbox, buffer_provider=placer)
         for offset in range(0, total, chunk_bytes):
-            properties = Properties(user=(("offset", str(offset)),))
+            properties = Properties(user_properties=(("offset", str(offset)),))
             await sender.publish("t", tensor.data[offset : offset + chunk_bytes], properties)
         for _ in range(0, total, chunk_bytes):
             await inbox.next()
@@ -207,12 +207,12 @@ def test_a_tensor_of_64_mib_passes_in_chunks(place: Place) -> None:
         await sender.close()
         await receiver.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_packet_over_the_limit_is_refused_before_a_byte_is_sent(place: Place) -> None:
+def test_a_packet_over_the_limit_is_refused_before_a_byte_is_sent(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        line, inbox = await connected(place), Inbox()
+        line, inbox = await connected(place), DeliveryQueue()
         await line.subscribe("t", inbox)
         limit = line.limits.max_packet_bytes
         for qos in (0, 1):
@@ -224,12 +224,12 @@ def test_a_packet_over_the_limit_is_refused_before_a_byte_is_sent(place: Place) 
         assert bytes((await inbox.next()).payload) == b"still here"
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_after_a_restart_of_the_broker_all_goes_on_by_itself(place: Place) -> None:
+def test_after_a_restart_of_the_broker_all_goes_on_by_itself(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        line, inbox, again = place.transport(), Inbox(), asyncio.Event()
+        line, inbox, again = place.transport(), DeliveryQueue(), asyncio.Event()
 
         async def back() -> None:
             await line.publish("t/back", b"back", qos=1)  # as presence does
@@ -237,27 +237,29 @@ def test_after_a_restart_of_the_broker_all_goes_on_by_itself(place: Place) -> No
 
         line.on_reconnect(back)
         await line.subscribe("t/#", inbox, qos=1)
-        connected = [line.connected]
+        connected = [line.is_connected]
         await line.connect()
-        connected.append(line.connected)
+        connected.append(line.is_connected)
         await asyncio.to_thread(place.stop)
         waiting = asyncio.create_task(line.publish("t/waited", b"waited", qos=1))
         await asyncio.sleep(0.3)
         assert not waiting.done()
-        connected.append(line.connected)
+        connected.append(line.is_connected)
         place.start()
         await asyncio.wait_for(again.wait(), 20)
-        assert [*connected, line.connected] == [False, True, False, True]
+        assert [*connected, line.is_connected] == [False, True, False, True]
         await waiting
         assert {(await inbox.next()).topic for _ in range(2)} == {"t/back", "t/waited"}
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_handler_or_callback_that_fails_does_not_end_the_line(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_handler_or_callback_that_fails_does_not_end_the_line(
+    place: BrokerUnderTest, caplog: pytest.LogCaptureFixture
+) -> None:
     async def test() -> None:
-        line, inbox = await connected(place), Inbox()
+        line, inbox = await connected(place), DeliveryQueue()
 
         def broken(delivery: Delivery) -> None:
             raise KeyError("mine")
@@ -269,41 +271,41 @@ def test_a_handler_or_callback_that_fails_does_not_end_the_line(place: Place, ca
         assert bytes((await inbox.next()).payload) == b"fine"
         await line.close()
 
-    run(test())
+    run_async(test())
     assert "KeyError" in caplog.text
     assert "secret" not in caplog.text
 
 
-def test_what_was_unsubscribed_does_not_come(place: Place) -> None:
+def test_what_was_unsubscribed_does_not_come(place: BrokerUnderTest) -> None:
     async def test() -> None:
-        line, first, second = await connected(place), Inbox(), Inbox()
+        line, first, second = await connected(place), DeliveryQueue(), DeliveryQueue()
         await line.subscribe("a", first)
         await line.subscribe("b", second)
         await line.unsubscribe("a")
         await line.publish("a", b"1")
         await line.publish("b", b"2")
         await second.next()
-        await first.nothing(0.05)
+        await first.assert_empty(0.05)
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_filter_has_one_handler(place: Place) -> None:
+def test_a_filter_has_one_handler(place: BrokerUnderTest) -> None:
     async def test() -> None:
         line = await connected(place)
-        await line.subscribe("a", Inbox())
+        await line.subscribe("a", DeliveryQueue())
         with pytest.raises(ValueError, match="subscribed already"):
-            await line.subscribe("a", Inbox())
+            await line.subscribe("a", DeliveryQueue())
         await line.close()
 
-    run(test())
+    run_async(test())
 
 
-def test_closing_twice_is_closing_once_and_whoever_waits_is_told(place: Place) -> None:
+def test_closing_twice_is_closing_once_and_whoever_waits_is_told(place: BrokerUnderTest) -> None:
     async def test() -> None:
         line = await connected(place)
-        await line.subscribe("t", Inbox())
+        await line.subscribe("t", DeliveryQueue())
         await asyncio.to_thread(place.stop)
         await asyncio.sleep(0.1)
         waiting = asyncio.create_task(line.publish("t", b"never", qos=1))
@@ -315,19 +317,19 @@ def test_closing_twice_is_closing_once_and_whoever_waits_is_told(place: Place) -
         with pytest.raises(Disconnected):
             await line.publish("t", b"late")
 
-    run(test(), 10)
+    run_async(test(), 10)
 
 
-def test_a_placer_that_raises_costs_nothing_but_a_copy(place: Place) -> None:
+def test_a_placer_that_raises_costs_nothing_but_a_copy(place: BrokerUnderTest) -> None:
     """What it could not place goes to a fresh buffer, and what follows is read as before."""
 
     def broken(topic: str, properties: Properties, length: int) -> memoryview | None:
         raise KeyError("a mistake of whoever placed it")
 
     async def test() -> None:
-        line, inbox = place.transport(), Inbox()
+        line, inbox = place.transport(), DeliveryQueue()
         await line.connect()
-        await line.subscribe("t", inbox, placer=broken)
+        await line.subscribe("t", inbox, buffer_provider=broken)
         payload = os.urandom(300_000)
         for _ in range(3):
             await line.publish("t", payload)
@@ -335,4 +337,4 @@ def test_a_placer_that_raises_costs_nothing_but_a_copy(place: Place) -> None:
             assert (await inbox.next()).payload == payload
         await line.close()
 
-    run(test())
+    run_async(test())

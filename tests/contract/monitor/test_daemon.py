@@ -9,17 +9,17 @@ from collections.abc import AsyncIterator
 import pytest
 
 from brokers.errors import BrokerUnreachable, PortTaken
-from brokers.mqtt.in_memory import MemoryHub, MemoryTransport
+from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from monitor.daemon.daemon import Daemon
-from tests.support.brokers.broker_kinds import run
+from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.ports import free_port
 from tests.support.brokers.presence_records import source_record, worker_record
-from tests.support.monitor.http_client import ask, series_at, stages_at
-from tests.support.monitor.prometheus_text import value_of
+from tests.support.monitor.http_client import fetch_metrics, fetch_stages, http_get
+from tests.support.monitor.prometheus_text import series_value
 
 
 @contextlib.asynccontextmanager
-async def watching(hub: MemoryHub) -> AsyncIterator[tuple[int, MemoryTransport]]:
+async def watching(hub: MemoryBroker) -> AsyncIterator[tuple[int, MemoryTransport]]:
     """A monitor's port, and a client that may publish."""
     client, port, daemon = MemoryTransport(hub), free_port(), Daemon(MemoryTransport(hub))
     await client.connect()
@@ -46,46 +46,46 @@ async def watching(hub: MemoryHub) -> AsyncIterator[tuple[int, MemoryTransport]]
 )  # fmt: skip
 def test_what_is_no_record_is_counted_and_changes_nothing(topic: str, payload: bytes) -> None:
     async def test() -> None:
-        async with watching(MemoryHub()) as (port, client):
+        async with watching(MemoryBroker()) as (port, client):
             known, birth = worker_record("w1", queue=3)
             await client.publish(known, birth.to_bytes(), retain=True)
             await client.publish(topic, payload, retain=True)
             await asyncio.sleep(0.02)
-            series = await asyncio.to_thread(series_at, port)
-            assert value_of(series, "sparse_worker_queue", worker="w1") == 3
-            assert value_of(series, "sparse_monitor_refused_total") == 1
-            stages = await asyncio.to_thread(stages_at, port)
+            series = await asyncio.to_thread(fetch_metrics, port)
+            assert series_value(series, "sparse_worker_queue", worker="w1") == 3
+            assert series_value(series, "sparse_monitor_refused_total") == 1
+            stages = await asyncio.to_thread(fetch_stages, port)
             assert {name: list(found) for name, found in stages.items()} == {"street": ["body"]}
 
-    run(test())
+    run_async(test())
 
 
 def test_without_the_broker_no_figures_are_made_up_and_with_it_they_are_back() -> None:
     async def test() -> None:
-        hub = MemoryHub()
+        hub = MemoryBroker()
         async with watching(hub) as (port, client):
             for topic, record in (worker_record(queue=3), source_record(window=4)):
                 await client.publish(topic, record.to_bytes(), retain=True)
             await asyncio.sleep(0.02)
-            assert await asyncio.to_thread(ask, port, "/health") == (
+            assert await asyncio.to_thread(http_get, port, "/health") == (
                 200, "text/plain; charset=utf-8", "connected to memory://hub\n",
             )  # fmt: skip
             hub.stop()
             for path in ("/health", "/stages"):
-                status, _, said = await asyncio.to_thread(ask, port, path)
+                status, _, said = await asyncio.to_thread(http_get, port, path)
                 assert (status, said) == (503, "not connected to memory://hub\n")
-            series = await asyncio.to_thread(series_at, port)
-            assert value_of(series, "sparse_broker_connected") == 0
+            series = await asyncio.to_thread(fetch_metrics, port)
+            assert series_value(series, "sparse_broker_connected") == 0
             hub.start()
-            assert (await asyncio.to_thread(ask, port, "/health"))[0] == 200
-            assert (await asyncio.to_thread(stages_at, port))["street"]["body"]["queue"] == 3
+            assert (await asyncio.to_thread(http_get, port, "/health"))[0] == 200
+            assert (await asyncio.to_thread(fetch_stages, port))["street"]["body"]["queue"] == 3
 
-    run(test())
+    run_async(test())
 
 
 def test_one_that_cannot_start_leaves_nothing_behind() -> None:
     async def test() -> None:
-        hub, port = MemoryHub(), free_port()
+        hub, port = MemoryBroker(), free_port()
         hub.stop()
         away = Daemon(MemoryTransport(hub))
         with pytest.raises(BrokerUnreachable):
@@ -99,4 +99,4 @@ def test_one_that_cannot_start_leaves_nothing_behind() -> None:
         await second.stop()
         await first.stop()
 
-    run(test())
+    run_async(test())

@@ -8,27 +8,32 @@ from typing import Any
 
 import pytest
 
-from deploy.dashboards.chronograf import RUNS as CHRONOGRAFS_RUNS
-from deploy.dashboards.grafana import RUNS as GRAFANAS_RUNS
-from monitor.points.points import Point, Value
+from deploy.dashboards.chronograf import RUN_NAMES_QUERY as CHRONOGRAFS_RUNS
+from deploy.dashboards.grafana import RUN_NAMES_QUERY as GRAFANAS_RUNS
+from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.points.schema import MEASUREMENTS
-from monitor.stores.line_protocol import Lines
-from tests.support.monitor.dashboards import chronograf, chronograf_fills_in, grafana, grafana_fills_in
-from tests.support.monitor.influx_servers import BUCKET, Influx, running
+from monitor.stores.line_protocol import LineEncoder
+from tests.support.monitor.dashboards import (
+    chronograf_queries,
+    fill_chronograf_variables,
+    fill_grafana_variables,
+    grafana_queries,
+)
+from tests.support.monitor.influx_servers import BUCKET, InfluxServer, start_servers
 
 BEGIN_S, SECONDS, EVERY_S = 1_700_000_000, 40, 10
 STAGES = ("head", "tail")
 Series = dict[str, Any]
 
 
-def point(measurement: str, at_s: float, tags: dict[str, str], /, **fields: Value) -> Point:
+def point(measurement: str, at_s: float, tags: dict[str, str], /, **fields: FieldValue) -> TelemetryPoint:
     """All fields that are not given are 1, or "x": a panel that asks for another field than it should shows."""
     known = {field.name: "x" if field.type == "text" else 1 for field in MEASUREMENTS[measurement].fields}
     here = {"node": "box", "site": "local", "pipeline": "street", **tags}
-    return Point(measurement, round(at_s * 1e9), here, {**known, **fields})
+    return TelemetryPoint(measurement, round(at_s * 1e9), here, {**known, **fields})
 
 
-def second(run: str, number: int, scale: int) -> Iterator[Point]:
+def second(run: str, number: int, scale: int) -> Iterator[TelemetryPoint]:
     """What one second of a run leaves: four requests, over two stages, and everything else once."""
     at_s = BEGIN_S + number + 0.25
     own = {"run": run, "source": "camera"}
@@ -62,32 +67,35 @@ def second(run: str, number: int, scale: int) -> Iterator[Point]:
 
 
 @pytest.fixture(scope="module", name="database")
-def _database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Influx]:
+def _database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InfluxServer]:
     """With two runs at the same time, so that whatever shows both is found out."""
-    found = Influx(tmp_path_factory.mktemp("influx"))
-    with running(found):
+    found = InfluxServer(tmp_path_factory.mktemp("influx"))
+    with start_servers(found):
         points = [
             each for run, scale in (("r1", 1), ("r2", 100)) for s in range(SECONDS) for each in second(run, s, scale)
         ]
-        body = "\n".join(Lines().of(points)).encode()
+        body = "\n".join(LineEncoder().encode(points)).encode()
         with urllib.request.urlopen(f"{found.url}/write?db={BUCKET}", data=body, timeout=30):
             yield found
 
 
-def lines(database: Influx, queries: list[str], fills_in: Any) -> list[Series]:
+def lines(database: InfluxServer, queries: list[str], fills_in: Any) -> list[Series]:
     """What a panel shows of the first run."""
     # A millisecond less: Grafana's span has its end in it.
     begin_ms, end_ms = BEGIN_S * 1000, (BEGIN_S + SECONDS) * 1000 - 1
     found = []
     for query in queries:
-        found += database.ask(fills_in(query, "r1", begin_ms, end_ms, EVERY_S))
+        found += database.query(fills_in(query, "r1", begin_ms, end_ms, EVERY_S))
     return found
 
 
-def shown(database: Influx, title: str, column: str, **tags: str) -> list[float]:
+def shown(database: InfluxServer, title: str, column: str, **tags: str) -> list[float]:
     """Every point that a line of a panel goes through, in both dashboards."""
     both = []
-    for panels, fills_in in ((chronograf(), chronograf_fills_in), (grafana(), grafana_fills_in)):
+    for panels, fills_in in (
+        (chronograf_queries(), fill_chronograf_variables),
+        (grafana_queries(), fill_grafana_variables),
+    ):
         for series in lines(database, panels[title], fills_in):
             if column in series["columns"] and tags.items() <= series.get("tags", {}).items():
                 place = series["columns"].index(column)
@@ -97,14 +105,14 @@ def shown(database: Influx, title: str, column: str, **tags: str) -> list[float]
     return first
 
 
-@pytest.mark.parametrize("title", list(chronograf()))
-def test_each_panel_has_lines_and_both_dashboards_have_the_same(database: Influx, title: str) -> None:
-    ours = lines(database, chronograf()[title], chronograf_fills_in)
-    assert ours == lines(database, grafana()[title], grafana_fills_in)
+@pytest.mark.parametrize("title", list(chronograf_queries()))
+def test_each_panel_has_lines_and_both_dashboards_have_the_same(database: InfluxServer, title: str) -> None:
+    ours = lines(database, chronograf_queries()[title], fill_chronograf_variables)
+    assert ours == lines(database, grafana_queries()[title], fill_grafana_variables)
     for series in ours:
         for place, column in enumerate(series["columns"]):
             assert any(row[place] is not None for row in series["values"]), f"{column} has no value"
-    asked = chronograf()[title]
+    asked = chronograf_queries()[title]
     assert len({series["name"] for series in ours}) >= len(asked), "a query without an answer"
 
 
@@ -140,7 +148,7 @@ def test_each_panel_has_lines_and_both_dashboards_have_the_same(database: Influx
     ],
 )
 def test_a_panel_shows_what_was_written(
-    database: Influx, title: str, column: str, tags: dict[str, str], value: float
+    database: InfluxServer, title: str, column: str, tags: dict[str, str], value: float
 ) -> None:
     found = shown(database, title, column, **tags)
     # The first of what is a difference is one of nothing.
@@ -149,6 +157,6 @@ def test_a_panel_shows_what_was_written(
 
 
 @pytest.mark.parametrize("query", [CHRONOGRAFS_RUNS, GRAFANAS_RUNS])
-def test_the_runs_to_pick_from_are_all_there_are(database: Influx, query: str) -> None:
-    found = {value for series in database.ask(query) for _, value in series["values"]}
+def test_the_runs_to_pick_from_are_all_there_are(database: InfluxServer, query: str) -> None:
+    found = {value for series in database.query(query) for _, value in series["values"]}
     assert found == {"r1", "r2"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from brokers.telemetry.schema import RequestDone
-from monitor.daemon.collector import Telemetry
-from monitor.points.points import Point, points_of
-from monitor.stores.batch_writer import Writer
+from monitor.daemon.collector import TelemetryCollector
+from monitor.points.points import TelemetryPoint, event_to_points
+from monitor.stores.batch_writer import BatchWriter
 from tests.support.pipelines.processes import eventually
 
 
@@ -15,9 +15,9 @@ class Kept:
     """A store that keeps in memory what it is given."""
 
     def __init__(self) -> None:
-        self.points: list[Point] = []
+        self.points: list[TelemetryPoint] = []
 
-    def write(self, points: Sequence[Point]) -> None:
+    def write(self, points: Sequence[TelemetryPoint]) -> None:
         self.points += points
 
     def close(self) -> None:
@@ -30,11 +30,11 @@ class Kept:
 
 def test_each_result_is_counted_once_whoever_tells_of_it() -> None:
     kept = Kept()
-    telemetry = Telemetry("box", "r1", [Writer(kept, "memory")], every_s=0.05)
+    telemetry = TelemetryCollector("box", "r1", [BatchWriter(kept, "memory")], sample_interval_s=0.05)
     telemetry.start()
     try:
         for number in range(1, 41):
-            telemetry.add(points_of(RequestDone(time_ns=number, source="camera"), "box", "r1"))
+            telemetry.add(event_to_points(RequestDone(time_ns=number, source="camera"), "box", "r1"))
         eventually("all samples", lambda: kept.samples() >= 40)
     finally:
         telemetry.stop(5)

@@ -18,15 +18,15 @@ from brokers.server.local_broker import start_broker
 from brokers.telemetry.client import EventClient
 from brokers.telemetry.schema import RequestDone, TaskProcessed
 from sources.client.offloader import Offloader
-from sources.inference.inference_run import Feed
-from sources.inputs.ingress import Gateway
-from sources.inputs.sample_buffer import Intake
+from sources.inference.inference_run import InferenceRun
+from sources.inputs.ingress import IngressGateway
+from sources.inputs.sample_buffer import SampleBuffer
 from stages.executor import FunctionExecutor
-from stages.worker.worker import Worker
-from tests.contract.conftest import need_mosquitto
-from tests.support.brokers.broker_kinds import run
-from tests.support.brokers.foreign_client import Stranger
-from tests.support.monitor.fake_monitor import StandInMonitor, monitor_path
+from stages.worker.worker import InferenceWorker
+from tests.contract.conftest import require_mosquitto
+from tests.support.brokers.broker_kinds import run_async
+from tests.support.brokers.foreign_client import ForeignClient
+from tests.support.monitor.fake_monitor import FakeMonitor, monitor_socket_path
 from tests.support.pipelines.processes import eventually
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -42,15 +42,15 @@ def double(x: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", name="address")
 def _address() -> Iterator[str]:
-    need_mosquitto()
+    require_mosquitto()
     with start_broker(kind="mosquitto") as broker:
         yield broker.address
 
 
 @pytest.fixture(name="monitor")
-def _monitor(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInMonitor]:
+def _monitor(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMonitor]:
     """A socket that plays the monitor."""
-    with monitor_path() as path, StandInMonitor(path) as found:
+    with monitor_socket_path() as path, FakeMonitor(path) as found:
         monkeypatch.setenv("SPARSE_MONITOR", str(path))
         yield found
 
@@ -64,7 +64,7 @@ def _pipeline(tmp_path: Path) -> Pipeline:
 
 
 @asynccontextmanager
-async def serving(address: str, pipeline: Pipeline, monitor: StandInMonitor) -> AsyncIterator[None]:
+async def serving(address: str, pipeline: Pipeline, monitor: FakeMonitor) -> AsyncIterator[None]:
     """A worker at each stage, which tells what it does."""
     with ExitStack() as clients:
         workers = []
@@ -72,7 +72,9 @@ async def serving(address: str, pipeline: Pipeline, monitor: StandInMonitor) -> 
             names = {"stage": stage.name, "worker": stage.name}
             events = clients.enter_context(EventClient(monitor.path, "stage", stage.name, {}, names))
             workers.append(
-                Worker(MqttTransport(address), pipeline, stage, FunctionExecutor(double), stage.name, "cpu", events)
+                InferenceWorker(
+                    MqttTransport(address), pipeline, stage, FunctionExecutor(double), stage.name, "cpu", events
+                )
             )
         for worker in workers:
             await worker.start()
@@ -87,7 +89,7 @@ async def serving(address: str, pipeline: Pipeline, monitor: StandInMonitor) -> 
                 await worker.stop()
 
 
-def tasks(monitor: StandInMonitor, count: int) -> list[list[TaskProcessed]]:
+def tasks(monitor: FakeMonitor, count: int) -> list[list[TaskProcessed]]:
     """What the workers said of so many requests: for each, its tasks by stage."""
 
     def found() -> list[TaskProcessed]:
@@ -106,19 +108,19 @@ def assert_chain(chain: list[TaskProcessed], trace: str, parent: str) -> None:
 
 
 def test_a_foreign_client_is_the_parent_of_what_is_done_for_it(
-    address: str, pipeline: Pipeline, monitor: StandInMonitor
+    address: str, pipeline: Pipeline, monitor: FakeMonitor
 ) -> None:
     def ask(user: dict[str, str]) -> None:
-        with Stranger(address, [(ANSWERS, 1)]) as me:
-            me.say(DOOR, b'{"x": 1}', response_topic=ANSWERS, user=user)
-            assert json.loads(me.hear().payload)["values"] == {"x": 8.0}
+        with ForeignClient(address, [(ANSWERS, 1)]) as me:
+            me.publish(DOOR, b'{"x": 1}', response_topic=ANSWERS, user_properties=user)
+            assert json.loads(me.receive().payload)["values"] == {"x": 8.0}
 
     async def whole() -> None:
         async with serving(address, pipeline, monitor):
             for user in ({"traceparent": PARENT}, {"traceparent": PARENT.upper()}, {}):
                 await asyncio.to_thread(ask, user)
 
-    run(whole())
+    run_async(whole())
     traced, broken, bare = tasks(monitor, 3)
     assert_chain(traced, TRACE, SPAN)
     for chain in (broken, bare):  # a trace of its own, as good as with none
@@ -126,25 +128,25 @@ def test_a_foreign_client_is_the_parent_of_what_is_done_for_it(
 
 
 def test_a_camera_is_the_parent_of_the_request_that_its_frame_becomes(
-    address: str, pipeline: Pipeline, monitor: StandInMonitor
+    address: str, pipeline: Pipeline, monitor: FakeMonitor
 ) -> None:
     def publish() -> None:
-        with Stranger(address, [("sparse/local/results/door", 1)]) as me:
-            me.say("sparse/local/ingress/door", b'{"x": 1}', user={"traceparent": PARENT})
-            assert json.loads(me.hear().payload)["values"] == {"x": 8.0}
+        with ForeignClient(address, [("sparse/local/results/door", 1)]) as me:
+            me.publish("sparse/local/ingress/door", b'{"x": 1}', user_properties={"traceparent": PARENT})
+            assert json.loads(me.receive().payload)["values"] == {"x": 8.0}
 
     async def whole() -> None:
         async with serving(address, pipeline, monitor), Offloader(pipeline, broker=address) as offloader:
-            intake = Intake("all")
-            feed = Feed(offloader, intake)
-            gateway = Gateway(offloader.line.transport, "local", intake, feed.refuse)
-            await gateway.open()
+            intake = SampleBuffer("all")
+            feed = InferenceRun(offloader, intake)
+            gateway = IngressGateway(offloader.channel.transport, "local", intake, feed.reject)
+            await gateway.start()
             feeding = asyncio.create_task(feed.run(), name="feed")
             await asyncio.to_thread(publish)
-            await gateway.close()
+            await gateway.drain()
             await feeding
 
-    run(whole())
+    run_async(whole())
     [chain] = tasks(monitor, 1)
     [done] = [event for event in monitor.events if isinstance(event, RequestDone)]
     assert (done.trace, done.parent) == (TRACE, SPAN)

@@ -11,23 +11,23 @@ import pytest
 
 from brokers.errors import PortTaken
 from monitor.daemon import http_server as web
-from monitor.daemon.http_server import CONNECTIONS_LIMIT, HEAD_LIMIT_BYTES, Answer, Web
+from monitor.daemon.http_server import CONNECTIONS_LIMIT, HEAD_LIMIT_BYTES, HttpResponse, HttpServer
 from monitor.errors import CannotServe
-from tests.support.brokers.broker_kinds import run
+from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.ports import free_port
 
 LARGE = "x" * 20_000_000  # more than any socket's buffers hold
 PAGES = {
-    "/page": lambda: Answer("hé\n"),
-    "/large": lambda: Answer(LARGE),
-    "/sick": lambda: Answer("not now\n", status=HTTPStatus.SERVICE_UNAVAILABLE),
+    "/page": lambda: HttpResponse("hé\n"),
+    "/large": lambda: HttpResponse(LARGE),
+    "/sick": lambda: HttpResponse("not now\n", status=HTTPStatus.SERVICE_UNAVAILABLE),
 }
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[int]:
-    server, port = Web(PAGES), free_port()
+    server, port = HttpServer(PAGES), free_port()
     await server.start("127.0.0.1", port)
     try:
         yield port
@@ -76,7 +76,7 @@ def test_a_page_is_given_whole_with_its_length_and_a_head_without_it() -> None:
             assert (await ask(port, get("/large"))).endswith(LARGE[-100:].encode())
             assert (await ask(port, get("/sick"))).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
 
-    run(test())
+    run_async(test())
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_what_is_no_question_for_a_page_is_refused(said: bytes, status: int) -> 
             assert given.startswith(f"HTTP/1.1 {status} ".encode()) or (status == 431 and not given)
             assert await is_well(port)
 
-    run(test())
+    run_async(test())
 
 
 def test_what_cannot_be_asked_for_is_told_what_can() -> None:
@@ -114,7 +114,7 @@ def test_what_cannot_be_asked_for_is_told_what_can() -> None:
             assert (await ask(port, get("/pages"))).endswith(b"not found: there is /page, /large, /sick\n")
             assert b"Allow: GET, HEAD\r\n" in await ask(port, get("/page", "PUT"))
 
-    run(test())
+    run_async(test())
 
 
 def test_whoever_says_nothing_or_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_whoever_says_nothing_or_takes_nothing_is_left(monkeypatch: pytest.Monke
             for _, writer in (silent, slow, deaf):
                 writer.close()
 
-    run(test())
+    run_async(test())
 
 
 def test_a_crowd_that_asks_nothing_keeps_nobody_out() -> None:
@@ -149,7 +149,7 @@ def test_a_crowd_that_asks_nothing_keeps_nobody_out() -> None:
             for _, writer in crowd:
                 writer.close()
 
-    run(test())
+    run_async(test())
 
 
 def test_where_all_places_are_taken_by_answers_the_next_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_where_all_places_are_taken_by_answers_the_next_is_turned_away(monkeypat
             await asyncio.sleep(0.3)
             assert await is_well(port)
 
-    run(test())
+    run_async(test())
 
 
 def test_stopping_ends_what_is_under_way() -> None:
@@ -183,18 +183,18 @@ def test_stopping_ends_what_is_under_way() -> None:
         with pytest.raises(ConnectionError):
             await dial(port)
 
-    run(test())
+    run_async(test())
 
 
 def test_a_place_where_it_cannot_listen_is_one_line() -> None:
     async def test() -> None:
         async with serving() as port:
             with pytest.raises(PortTaken, match=f"port {port} on 127.0.0.1 is taken"):
-                await Web({}).start("127.0.0.1", port)
+                await HttpServer({}).start("127.0.0.1", port)
         with pytest.raises(CannotServe, match=r"^cannot listen at 192\.0\.2\.1, port 9100: cannot assign requested"):
-            await Web({}).start("192.0.2.1", 9100)
+            await HttpServer({}).start("192.0.2.1", 9100)
         for host in ("..", "a" * 70, "no-such-host.invalid"):
             with pytest.raises(CannotServe, match=r"no such host$"):
-                await Web({}).start(host, 9100)
+                await HttpServer({}).start(host, 9100)
 
-    run(test())
+    run_async(test())

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from monitor.errors import BadStore
-from monitor.points.points import Point
+from monitor.points.points import TelemetryPoint
 from monitor.points.schema import MEASUREMENTS
 from monitor.stores.influx.config import InfluxTarget
 from monitor.stores.influx.reader import InfluxReader
 from monitor.stores.influx.store import InfluxStore
-from tests.contract.monitor.test_stores import NOW_NS, full
+from tests.contract.monitor.test_stores import NOW_NS, full_point
 from tests.support.pipelines.processes import eventually
 
 IMAGE = "influxdb:2.7"
@@ -69,7 +69,7 @@ def test_every_measurement_comes_back_as_it_went_in(target: InfluxTarget, tmp_pa
     run = uuid.uuid4().hex
     shift_ns = time.time_ns() % 1_000_000_000
     points = {
-        name: [replace(full(known, number, run=run), time_ns=NOW_NS + shift_ns + number) for number in (1, 2, 3)]
+        name: [replace(full_point(known, number, run=run), time_ns=NOW_NS + shift_ns + number) for number in (1, 2, 3)]
         for name, known in MEASUREMENTS.items()
     }
     store = InfluxStore(target, tmp_path / "spool")
@@ -92,6 +92,6 @@ def test_a_wrong_token_and_a_bucket_that_is_not_there_are_one_line(target: Influ
         store = InfluxStore(wrong, tmp_path / "spool")
         with pytest.raises(BadStore, match=problem):
             store.check()
-        store.write([Point("batch", time.time_ns(), {}, {"tasks": 1})])
+        store.write([TelemetryPoint("batch", time.time_ns(), {}, {"tasks": 1})])
         store.close()
         assert (store.waiting > 0, store.dropped) == (True, 0)

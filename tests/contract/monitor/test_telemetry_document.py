@@ -14,29 +14,29 @@ from pathlib import Path
 
 import pytest
 
-from brokers.telemetry.schema import Event, Start, TaskProcessed, event_from_json
-from monitor.points.points import Point
+from brokers.telemetry.schema import ProcessStarted, TaskProcessed, TelemetryEvent, event_from_json
+from monitor.points.points import TelemetryPoint
 from monitor.points.schema import MEASUREMENTS
 from monitor.stores.influx.store import InfluxStore
 from monitor.stores.sqlite import SqliteStore
-from tests.contract.monitor.test_stores import full
-from tests.support.environment.external_programs import need
-from tests.support.monitor.influx_servers import Influx, influx
-from tests.support.monitor.telemetry_document import blocks
+from tests.contract.monitor.test_stores import full_point
+from tests.support.environment.external_programs import require_dependency
+from tests.support.monitor.influx_servers import InfluxServer, start_influx
+from tests.support.monitor.telemetry_document import code_blocks
 from tests.support.pipelines.processes import eventually
 
 POINTS = [
-    Point(point.measurement, time.time_ns() - 1_000_000 * number, point.tags, {**point.fields, "error": ""})
+    TelemetryPoint(point.measurement, time.time_ns() - 1_000_000 * number, point.tags, {**point.fields, "error": ""})
     for known in MEASUREMENTS.values()
     for number in range(1, 11)
-    for point in [full(known, number)]
+    for point in [full_point(known, number)]
 ]
-INFLUXQL = [line for block in blocks("sql", "InfluxQL") for line in block.splitlines()]
+INFLUXQL = [line for block in code_blocks("sql", "InfluxQL") for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Influx]:
-    with influx(tmp_path_factory.mktemp("influx")) as found:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InfluxServer]:
+    with start_influx(tmp_path_factory.mktemp("influx")) as found:
         store = InfluxStore(found.target, tmp_path_factory.mktemp("spool"))
         store.write(POINTS)
         eventually("all points to be taken", lambda: not store.waiting)
@@ -45,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Influx]:
         yield found
 
 
-def sent(command: list[str], folder: Path) -> Event:
+def sent(command: list[str], folder: Path) -> TelemetryEvent:
     """The event that a program sends to the monitor's socket."""
     place = folder / "monitor.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as monitor:
@@ -58,19 +58,19 @@ def sent(command: list[str], folder: Path) -> Event:
 
 
 def test_the_example_in_python_sends_an_event(tmp_path: Path) -> None:
-    [example] = blocks("python", "Sending an event")
+    [example] = code_blocks("python", "Sending an event")
     assert isinstance(sent([sys.executable, "-c", example], tmp_path), TaskProcessed)
 
 
 def test_the_example_in_a_shell_sends_an_event(tmp_path: Path) -> None:
-    need("socat")
-    [example] = blocks("sh", "Sending an event")
+    require_dependency("socat")
+    [example] = code_blocks("sh", "Sending an event")
     event = sent(["sh", "-c", example], tmp_path)
-    assert isinstance(event, Start)
+    assert isinstance(event, ProcessStarted)
     assert event.pid > 0
 
 
-@pytest.mark.parametrize("query", blocks("sql", "SQLite"))
+@pytest.mark.parametrize("query", code_blocks("sql", "SQLite"))
 def test_a_query_of_the_file_is_answered(query: str, tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "telemetry.sqlite")
     store.write(POINTS)
@@ -82,22 +82,22 @@ def test_a_query_of_the_file_is_answered(query: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("query", INFLUXQL)
-def test_a_query_in_influxql_is_answered(server: Influx, query: str) -> None:
-    found = server.ask(query)
+def test_a_query_in_influxql_is_answered(server: InfluxServer, query: str) -> None:
+    found = server.query(query)
     assert found
     assert all(value is not None for series in found for row in series["values"] for value in row)
 
 
-def test_the_query_from_a_shell_is_answered(server: Influx, tmp_path: Path) -> None:
-    [example] = blocks("sh", "InfluxQL")
+def test_the_query_from_a_shell_is_answered(server: InfluxServer, tmp_path: Path) -> None:
+    [example] = code_blocks("sh", "InfluxQL")
     token = tmp_path / "token"
     token.write_text(server.target.token + "\n")
     named = {"SPARSE_INFLUX_URL": server.target.url, "SPARSE_INFLUX_TOKEN_FILE": str(token), "PATH": "/usr/bin:/bin"}
-    need("curl")
+    require_dependency("curl")
     answer = subprocess.run(["sh", "-c", example], env=named, capture_output=True, text=True, check=True, timeout=60)
     assert re.search(r'"values":\[\[.*,10\]\]', answer.stdout)
 
 
 def test_there_are_examples() -> None:
-    assert len(blocks("sql", "SQLite")) == 4
+    assert len(code_blocks("sql", "SQLite")) == 4
     assert len(INFLUXQL) == 5

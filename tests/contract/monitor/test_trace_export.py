@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from brokers.telemetry.schema import Event, RequestDone, TaskProcessed
+from brokers.telemetry.schema import RequestDone, TaskProcessed, TelemetryEvent
 from monitor.errors import BadCollector
 from monitor.stores import otlp as traces_module
-from monitor.stores.batch_writer import Writer
-from monitor.stores.otlp import Traces
+from monitor.stores.batch_writer import BatchWriter
+from monitor.stores.otlp import TraceExporter
 from tests.support.brokers.ports import free_port
 from tests.support.environment.checkout import ROOT
-from tests.support.monitor.otlp_collector import collector
+from tests.support.monitor.otlp_collector import start_otlp_collector
 from tests.support.pipelines.processes import eventually
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -28,7 +28,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces_module, "_TIMEOUT_S", 1.0)
 
 
-def told() -> list[Event]:
+def told() -> list[TelemetryEvent]:
     """A request through two stages: as it is told, the first to be done first."""
     common: dict[str, Any] = {"run": "r1", "site": "local", "pipeline": "street", "trace": TRACE, "request": "ab"}
     times: dict[str, Any] = {"queue_ms": 1.0, "decode_ms": 2.0, "compute_ms": 30.0, "encode_ms": 0.5}
@@ -42,8 +42,8 @@ def told() -> list[Event]:
 
 
 def test_a_request_is_one_trace_and_each_span_has_its_parent_its_time_and_its_figures() -> None:
-    with collector() as (found, url):
-        traces = Traces(url, "rack")
+    with start_otlp_collector() as (found, url):
+        traces = TraceExporter(url, "rack")
         traces.write(told())
         traces.close()
     services = [service for service, _ in found.spans]
@@ -68,21 +68,21 @@ def test_events_without_a_trace_or_with_a_broken_one_are_no_spans() -> None:
         TaskProcessed(time_ns=NOW_NS, stage="head", worker="h1", trace=trace, span=span)
         for trace, span in [("", ""), (TRACE, ""), ("xyz", HEAD), ("0", HEAD), ("f" * 33, HEAD), (TRACE, "1" * 17)]
     ]
-    with collector() as (found, url):
-        traces = Traces(url, "rack")
+    with start_otlp_collector() as (found, url):
+        traces = TraceExporter(url, "rack")
         traces.write(tasks)
         traces.close()
-    assert (found.asked, found.spans) == (0, [])
+    assert (found.request_count, found.spans) == (0, [])
 
 
 @pytest.mark.parametrize("trouble", ["away", "refuses"])
 def test_a_collector_that_takes_nothing_costs_the_spans_and_is_told_of_once(
     trouble: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with collector() as (found, url):
+    with start_otlp_collector() as (found, url):
         found.status = 400
-        traces = Traces(url if trouble == "refuses" else f"http://127.0.0.1:{free_port()}", "rack")
-        writer = Writer(traces, "the collector of traces")
+        traces = TraceExporter(url if trouble == "refuses" else f"http://127.0.0.1:{free_port()}", "rack")
+        writer = BatchWriter(traces, "the collector of traces")
         writer.start()
         writer.add(told())
         eventually("the loss", lambda: traces.dropped == 3)
@@ -97,9 +97,9 @@ def test_a_collector_that_takes_nothing_costs_the_spans_and_is_told_of_once(
 
 def test_one_that_comes_back_is_told_the_next() -> None:
     port = free_port()
-    traces = Traces(f"http://127.0.0.1:{port}/", "rack")
+    traces = TraceExporter(f"http://127.0.0.1:{port}/", "rack")
     traces.write(told())
-    with collector(port) as (found, _):
+    with start_otlp_collector(port) as (found, _):
         traces.write(told())
         assert len(found.spans) == 3
     traces.close()
@@ -109,7 +109,7 @@ def test_one_that_comes_back_is_told_the_next() -> None:
 @pytest.mark.parametrize("url", ["", "127.0.0.1:4318", "grpc://127.0.0.1:4317", "http://", "http://host:port"])
 def test_an_address_of_no_collector_is_one_clear_line(url: str) -> None:
     with pytest.raises(BadCollector) as caught:
-        Traces(url, "rack")
+        TraceExporter(url, "rack")
     assert str(caught.value).startswith(f"--traces {url!r}: expected the address of a collector")
 
 

@@ -13,19 +13,19 @@ import pytest
 
 from brokers.errors import UsageError
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
-from monitor.daemon.unix_listener import EventDoor
+from monitor.daemon.unix_listener import UnixListener
 from monitor.errors import BadSocket, SocketTaken
-from tests.support.monitor.unix_client import send, short_folder
+from tests.support.monitor.unix_client import send_datagrams, short_temp_folder
 from tests.support.pipelines.processes import eventually
 
 
 @pytest.fixture(name="folder")
 def _folder() -> Iterator[Path]:
-    with short_folder() as found:
+    with short_temp_folder() as found:
         yield found
 
 
-def taken(door: EventDoor, count: int) -> list[bytes]:
+def taken(door: UnixListener, count: int) -> list[bytes]:
     found: list[bytes] = []
 
     def look() -> bool:
@@ -38,11 +38,11 @@ def taken(door: EventDoor, count: int) -> list[bytes]:
 
 def test_all_that_is_sent_comes_out_in_order_and_nothing_stays_on_disk(folder: Path) -> None:
     path = folder / "made" / "events"
-    door = EventDoor(path)
+    door = UnixListener(path)
     door.open()
     assert [stat.S_IMODE(each.stat().st_mode) for each in (path.parent, path)] == [0o700, 0o600]
     sent = [b"%d" % number for number in range(2000)]
-    send(path, *sent)
+    send_datagrams(path, *sent)
     assert taken(door, 2000) == sent
     door.close()
     door.close()
@@ -51,9 +51,9 @@ def test_all_that_is_sent_comes_out_in_order_and_nothing_stays_on_disk(folder: P
 
 def test_what_was_sent_before_the_end_is_heard(folder: Path) -> None:
     for _ in range(20):
-        door = EventDoor(folder / "events")
+        door = UnixListener(folder / "events")
         door.open()
-        send(door.path, *[b"x"] * 10)
+        send_datagrams(door.path, *[b"x"] * 10)
         door.close()
         assert door.take(100) == [b"x"] * 10
 
@@ -63,9 +63,9 @@ def test_a_socket_that_a_dead_daemon_left_is_replaced(folder: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as dead:
         dead.bind(str(path))
     (folder / "events.lock").touch()
-    door = EventDoor(path)
+    door = UnixListener(path)
     door.open()
-    send(path, b"hello")
+    send_datagrams(path, b"hello")
     assert taken(door, 1) == [b"hello"]
     door.close()
     assert list(folder.iterdir()) == []
@@ -73,7 +73,7 @@ def test_a_socket_that_a_dead_daemon_left_is_replaced(folder: Path) -> None:
 
 def test_a_living_daemon_keeps_its_socket_and_the_other_is_told_how_to_choose(folder: Path) -> None:
     path = folder / "events"
-    living, other = EventDoor(path), EventDoor(path)
+    living, other = UnixListener(path), UnixListener(path)
     living.open()
     with pytest.raises(SocketTaken) as caught:
         other.open()
@@ -83,7 +83,7 @@ def test_a_living_daemon_keeps_its_socket_and_the_other_is_told_how_to_choose(fo
         f"{path}: a monitor that runs listens on this socket: stop it, or choose another with --socket "
         "(and SPARSE_MONITOR for those who send)"
     )
-    send(path, b"still here")
+    send_datagrams(path, b"still here")
     assert taken(living, 1) == [b"still here"]
     living.close()
 
@@ -93,11 +93,11 @@ def test_of_many_that_start_over_a_dead_socket_at_once_one_has_it(folder: Path) 
     for _ in range(30):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as dead:
             dead.bind(str(path))
-        doors = [EventDoor(path) for _ in range(4)]
-        opened: list[EventDoor] = []
+        doors = [UnixListener(path) for _ in range(4)]
+        opened: list[UnixListener] = []
         start = threading.Barrier(len(doors))
 
-        def go(door: EventDoor, start: threading.Barrier = start, opened: list[EventDoor] = opened) -> None:
+        def go(door: UnixListener, start: threading.Barrier = start, opened: list[UnixListener] = opened) -> None:
             start.wait()
             try:
                 door.open()
@@ -111,7 +111,7 @@ def test_of_many_that_start_over_a_dead_socket_at_once_one_has_it(folder: Path) 
         for thread in threads:
             thread.join()
         assert len(opened) == 1
-        send(path, b"you")
+        send_datagrams(path, b"you")
         assert taken(opened[0], 1) == [b"you"]
         opened[0].close()
 
@@ -127,7 +127,7 @@ def test_of_many_that_start_over_a_dead_socket_at_once_one_has_it(folder: Path) 
 def test_a_place_where_no_socket_can_be_is_one_clear_line(folder: Path, name: str, problem: str) -> None:
     (folder / "file").write_text("mine")
     with pytest.raises(BadSocket) as caught:
-        EventDoor(folder / name).open()
+        UnixListener(folder / name).open()
     assert str(caught.value) == f"{folder / name}: events cannot be heard there: {problem}"
     assert [path.name for path in folder.iterdir()] == ["file"]
     assert (folder / "file").read_text() == "mine"
@@ -137,28 +137,28 @@ def test_a_link_is_not_followed_to_anothers_file(folder: Path) -> None:
     (folder / "precious").write_text("mine")
     (folder / "events").symlink_to(folder / "precious")
     with pytest.raises(BadSocket):
-        EventDoor(folder / "events").open()
+        UnixListener(folder / "events").open()
     (folder / "events").unlink()
     (folder / "events.lock").symlink_to(folder / "precious")
     with pytest.raises(BadSocket):
-        EventDoor(folder / "events").open()
+        UnixListener(folder / "events").open()
     assert (folder / "precious").read_text() == "mine"
 
 
 def test_a_datagram_that_is_too_large_is_counted_and_the_next_one_is_heard(folder: Path) -> None:
-    door = EventDoor(folder / "events")
+    door = UnixListener(folder / "events")
     door.open()
     largest = b"y" * DATAGRAM_LIMIT_BYTES
-    send(door.path, b"x" * (DATAGRAM_LIMIT_BYTES + 1), largest, b"")
+    send_datagrams(door.path, b"x" * (DATAGRAM_LIMIT_BYTES + 1), largest, b"")
     assert taken(door, 2) == [largest, b""]
     assert door.too_large == 1
     door.close()
 
 
 def test_no_sender_waits_for_a_reader_that_is_slow_and_memory_is_bounded(folder: Path) -> None:
-    door = EventDoor(folder / "events", room_bytes=100_000)
+    door = UnixListener(folder / "events", buffer_limit_bytes=100_000)
     door.open()
-    send(door.path, *[b"z" * 999 + b"\n" + b"z" * 1000] * 200)  # nobody takes any
+    send_datagrams(door.path, *[b"z" * 999 + b"\n" + b"z" * 1000] * 200)  # nobody takes any
     door.close()
     kept = door.take(1000)
     assert len(kept) == 100_000 // 2064

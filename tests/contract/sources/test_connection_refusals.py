@@ -10,30 +10,30 @@ import numpy as np
 import pytest
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.dispatch.channel import Line
+from brokers.dispatch.channel import MessageChannel
 from brokers.errors import DeadlinePassed
-from brokers.mqtt.in_memory import MemoryHub, MemoryTransport
+from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.messages import Failure, Message, Task
 from sources.client.offloader import Offloader
-from tests.support.brokers.broker_kinds import run
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
-from tests.unit.brokers.dispatch.test_worker_pool import birth
+from tests.support.brokers.broker_kinds import run_async
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
+from tests.unit.brokers.dispatch.test_worker_pool import make_worker_record
 
 
 def test_a_deadline_that_passes_while_all_are_full_is_told_when_it_passes(tmp_path: Path) -> None:
-    pipeline = load_pipeline(pipeline_file(tmp_path, [stage("head", "double")]))
+    pipeline = load_pipeline(write_pipeline_file(tmp_path, [stage_table("head", "double")]))
     topics = pipeline.topics(pipeline.stage[0])
 
     async def test() -> None:
-        hub = MemoryHub()
-        line = Line(MemoryTransport(hub))
+        hub = MemoryBroker()
+        line = MessageChannel(MemoryTransport(hub))
         asked = []
 
         def turn_away(topic: str, message: Message) -> None:
             assert isinstance(message, Task)
             asked.append(message.attempt)
             full = Failure(
-                request=message.request,
+                request_id=message.request_id,
                 stage="head",
                 worker="w",
                 error="Busy",
@@ -41,12 +41,12 @@ def test_a_deadline_that_passes_while_all_are_full_is_told_when_it_passes(tmp_pa
                 attempt=message.attempt,
                 retry=True,
             )
-            telling.append(asyncio.create_task(line.send(message.reply.topic, full)))
+            telling.append(asyncio.create_task(line.send(message.reply_to.topic, full)))
 
         telling: list[asyncio.Task[None]] = []
         await line.open()
-        await line.listen(topics.inbox("w"), turn_away)
-        record = birth("w").model_copy(update={"pipeline": pipeline.name}).to_bytes()
+        await line.subscribe(topics.inbox("w"), turn_away)
+        record = make_worker_record("w").model_copy(update={"pipeline": pipeline.name}).to_bytes()
         await line.transport.publish(topics.presence("w"), record, qos=1, retain=True)
         async with Offloader(pipeline, transport=MemoryTransport(hub)) as offload:
             begin_s = time.monotonic()
@@ -58,4 +58,4 @@ def test_a_deadline_that_passes_while_all_are_full_is_told_when_it_passes(tmp_pa
         assert asked == [1, 2, 3, 4, 5]
         assert 0.9 <= took_s < 1.3, took_s
 
-    run(test())
+    run_async(test())

@@ -11,54 +11,54 @@ from typing import Any
 import pytest
 
 from brokers.server.local_broker import LocalBroker
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine, machine
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, process_sandbox
 
-NUMBERS = [stage("double", "double")]
+NUMBERS = [stage_table("double", "double")]
 PARTS = [{"name": "head"}, {"name": "tail"}]
 TINY = "tests.support.training.factories:tiny"
 # What a run says every other second while its stages have not answered: on a busy machine one may take that long.
 WAITS = re.compile(r"^ *\d+\.\d s  starting  .*\n", re.MULTILINE)
 
 
-def one_line(box: Machine, *words: str | Path) -> str:
+def one_line(box: ProcessSandbox, *words: str | Path) -> str:
     """What `sparse` says of a mistake; nothing else is said, and nothing is left."""
-    said = box.sparse(*words).end()
-    assert said.status == 2, said.err
-    assert said.out == ""
-    told = WAITS.sub("", said.err)
+    said = box.start_sparse(*words).wait()
+    assert said.returncode == 2, said.stderr
+    assert said.stdout == ""
+    told = WAITS.sub("", said.stderr)
     assert told.startswith("sparse: ")
-    assert told.count("\n") == 1, said.err
-    assert "Traceback" not in said.err
-    box.nothing_is_left(within_s=5)
+    assert told.count("\n") == 1, said.stderr
+    assert "Traceback" not in said.stderr
+    box.assert_nothing_left(within_s=5)
     return told.removeprefix("sparse: ").rstrip("\n")
 
 
-def run(box: Machine, path: Path, *words: str) -> str:
+def run(box: ProcessSandbox, path: Path, *words: str) -> str:
     """What `sparse run` says of this file, started with the broker that needs no installation."""
-    need("iotcore")
+    require_dependency("iotcore")
     return one_line(box, "run", path, "--broker", "embedded", "--json", "--out", box.folder / "out", *words)
 
 
 # The pipeline file ------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_not_there(box: Machine) -> None:
+def test_a_file_that_is_not_there(box: ProcessSandbox) -> None:
     assert run(box, box.folder / "no.toml") == f"{box.folder}/no.toml: no such file"
 
 
-def test_a_folder_for_a_file(box: Machine) -> None:
+def test_a_folder_for_a_file(box: ProcessSandbox) -> None:
     assert run(box, box.folder) == f"{box.folder}: Is a directory"
 
 
-def test_a_file_that_is_no_toml(box: Machine) -> None:
+def test_a_file_that_is_no_toml(box: ProcessSandbox) -> None:
     path = box.folder / "bad.toml"
     path.write_text("[pipeline\nname = 1")
     assert run(box, path).startswith(f"{path}: is not TOML: Expected ']' at the end of a table declaration (at line 1")
 
 
-def test_a_file_that_is_no_text(box: Machine) -> None:
+def test_a_file_that_is_no_text(box: ProcessSandbox) -> None:
     path = box.folder / "bad.toml"
     path.write_bytes(b"\xff\xfe\x00")
     assert run(box, path) == f"{path}: is not text: expected TOML in UTF-8"
@@ -67,22 +67,22 @@ def test_a_file_that_is_no_text(box: Machine) -> None:
 # tests/unit/brokers/config/test_pipeline_file.py has them all; of each sort one, to see that it comes through.
 CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an unknown key": (
-        lambda folder: pipeline_file(folder, [stage("double", "double", max_bach=4)]),
+        lambda folder: write_pipeline_file(folder, [stage_table("double", "double", max_bach=4)]),
         "max_bach: unknown key (did you mean 'max_batch'?): expected one of name, workers, site, device,",
     ),
     "a value that cannot be": (
-        lambda folder: pipeline_file(folder, [stage("double", "double", workers="two")]),
+        lambda folder: write_pipeline_file(folder, [stage_table("double", "double", workers="two")]),
         "got 'two'",
     ),
     "tables that do not fit together": (
-        lambda folder: pipeline_file(folder, PARTS, model=TINY, cuts=[1, 2, 3]),
+        lambda folder: write_pipeline_file(folder, PARTS, model=TINY, cuts=[1, 2, 3]),
         "pipeline.cuts: 3 cuts make 4 parts, 2 stages without an executor take one",
     ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_the_file_says(box: Machine, case: str) -> None:
+def test_what_the_file_says(box: ProcessSandbox, case: str) -> None:
     make, expected = CASES[case]
     path = make(box.folder)
     said = run(box, path)
@@ -93,21 +93,25 @@ def test_what_the_file_says(box: Machine, case: str) -> None:
 # What it names ----------------------------------------------------------------------------------------------------
 
 
-def test_an_executor_that_is_not_there(box: Machine) -> None:
-    path = pipeline_file(box.folder, [*NUMBERS, {"name": "mine", "executor": "my_stages:smooth"}], counter(1))
+def test_an_executor_that_is_not_there(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(
+        box.folder, [*NUMBERS, {"name": "mine", "executor": "my_stages:smooth"}], counting_source_table(1)
+    )
     searched = f"searched in {box.folder} and the installed packages"
     expected = f"executor 'my_stages:smooth': No module named 'my_stages' ({searched})"
     assert run(box, path) == f"{path}: stage.executor: {expected}"
 
 
-def test_an_executor_of_another_name(box: Machine) -> None:
-    path = pipeline_file(box.folder, [stage("double", "dubble")], counter(1))
+def test_an_executor_of_another_name(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, [stage_table("double", "dubble")], counting_source_table(1))
     expected = "executor 'tests.support.pipelines.example_code:dubble': module tests.support.pipelines.example_code has no dubble"
     assert run(box, path) == f"{path}: stage.executor: {expected}"
 
 
-def test_settings_that_an_executor_does_not_take(box: Machine) -> None:
-    path = pipeline_file(box.folder, [stage("slow", "Slow", settings={"second": 1})], counter(1))
+def test_settings_that_an_executor_does_not_take(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(
+        box.folder, [stage_table("slow", "Slow", settings={"second": 1})], counting_source_table(1)
+    )
     said = run(box, path)
     assert said.startswith(
         f"{path}: stage.executor: executor 'tests.support.pipelines.example_code:Slow': its settings do not fit: "
@@ -115,26 +119,26 @@ def test_settings_that_an_executor_does_not_take(box: Machine) -> None:
     assert "'second'" in said
 
 
-def test_a_source_that_is_not_there(box: Machine) -> None:
-    path = pipeline_file(box.folder, NUMBERS, {"kind": "video", "path": "no.mp4"})
+def test_a_source_that_is_not_there(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, NUMBERS, {"kind": "video", "path": "no.mp4"})
     expected = f"{box.folder}/no.mp4: no such file or folder; expected a video file"
     assert run(box, path) == f"{path}: source.path: {expected}"
 
 
-def test_a_kind_of_source_that_there_is_not(box: Machine) -> None:
-    path = pipeline_file(box.folder, NUMBERS, {"kind": "vidio"})
+def test_a_kind_of_source_that_there_is_not(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, NUMBERS, {"kind": "vidio"})
     known = "video, images, camera, digits, cifar10, ingress, or a class as"
     assert run(box, path).startswith(f"{path}: source.kind: source kind 'vidio': expected one of {known}")
 
 
-def test_a_camera_that_is_not_there(box: Machine) -> None:
-    path = pipeline_file(box.folder, NUMBERS, {"kind": "camera", "device": "/dev/no-camera"})
+def test_a_camera_that_is_not_there(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, NUMBERS, {"kind": "camera", "device": "/dev/no-camera"})
     assert run(box, path) == f"{path}: source.device: camera /dev/no-camera: No such file or directory"
 
 
-def test_a_folder_that_cannot_be_made(box: Machine) -> None:
-    need("iotcore")
-    path = pipeline_file(box.folder, NUMBERS, counter(1))
+def test_a_folder_that_cannot_be_made(box: ProcessSandbox) -> None:
+    require_dependency("iotcore")
+    path = write_pipeline_file(box.folder, NUMBERS, counting_source_table(1))
     said = one_line(box, "run", path, "--broker", "embedded", "--out", "/dev/null/out")
     assert said == "/dev/null/out: the results cannot be written: Not a directory"
 
@@ -142,42 +146,42 @@ def test_a_folder_that_cannot_be_made(box: Machine) -> None:
 # Networks ---------------------------------------------------------------------------------------------------------
 
 
-def stage_says(box: Machine, broker: LocalBroker, path: Path, name: str = "head") -> str:
+def stage_says(box: ProcessSandbox, broker: LocalBroker, path: Path, name: str = "head") -> str:
     return one_line(box, "stage", path, name, "--broker", broker.address)
 
 
-def test_a_cut_that_does_not_exist_is_said_by_the_run(box: Machine) -> None:
-    path = pipeline_file(box.folder, PARTS, counter(1), model=TINY, cuts=[9])
+def test_a_cut_that_does_not_exist_is_said_by_the_run(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, PARTS, counting_source_table(1), model=TINY, cuts=[9])
     said = run(box, path)
     expected = "cut 9 does not exist: the network has 5 layers and cuts 1 to 4; the nearest, 4, is"
     assert said.startswith(f"{path}: pipeline.cuts: {expected}")
 
 
-def test_a_model_that_is_not_known(box: Machine, embedded: LocalBroker) -> None:
-    path = pipeline_file(box.folder, PARTS, model="yolov4-tiny", cuts=[3])
+def test_a_model_that_is_not_known(box: ProcessSandbox, embedded: LocalBroker) -> None:
+    path = write_pipeline_file(box.folder, PARTS, model="yolov4-tiny", cuts=[3])
     said = stage_says(box, embedded, path)
     assert said.startswith(f"{path}: pipeline.model: model 'yolov4-tiny' is not known: did you mean ")
     assert "yolov3-tiny" in said
     assert "torchvision:NAME" in said
 
 
-def test_weights_that_do_not_fit(box: Machine, embedded: LocalBroker) -> None:
+def test_weights_that_do_not_fit(box: ProcessSandbox, embedded: LocalBroker) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from tests.support.training.factories import Tiny
+    from tests.support.training.factories import TinyNetwork
 
-    state = Tiny().state_dict()
+    state = TinyNetwork().state_dict()
     save_file({**state, "second.weight": torch.zeros(8, 9)}, box.folder / "tiny.safetensors")
-    path = pipeline_file(box.folder, PARTS, model=TINY, cuts=[2], weights="tiny.safetensors")
+    path = write_pipeline_file(box.folder, PARTS, model=TINY, cuts=[2], weights="tiny.safetensors")
     problem = "does not fit: expected 'second.weight' of shape [8, 8], the file has [8, 9]"
     expected = f"{path}: pipeline.weights: {box.folder}/tiny.safetensors {problem}"
     assert stage_says(box, embedded, path) == expected
 
 
-def test_weights_that_are_none(box: Machine, embedded: LocalBroker) -> None:
+def test_weights_that_are_none(box: ProcessSandbox, embedded: LocalBroker) -> None:
     (box.folder / "tiny.safetensors").write_bytes(b"\xff" * 100)
-    path = pipeline_file(box.folder, PARTS, model=TINY, cuts=[2], weights="tiny.safetensors")
+    path = write_pipeline_file(box.folder, PARTS, model=TINY, cuts=[2], weights="tiny.safetensors")
     expected = f"{path}: pipeline.weights: {box.folder}/tiny.safetensors: is no safetensors file: "
     assert stage_says(box, embedded, path).startswith(expected)
 
@@ -188,18 +192,18 @@ def test_weights_whose_checksum_fails(tmp_path: Path, embedded: LocalBroker) -> 
     cache.mkdir()
     (cache / "yolov3.weights").write_bytes(b"broken")
     environment = {"SPARSE_CACHE": str(cache), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    with machine(tmp_path, environment) as box:
-        path = pipeline_file(tmp_path, PARTS, model="yolov3", cuts=[9], weights="yolov3")
-        said = box.sparse("stage", path, "head", "--broker", embedded.address).end()
-    assert said.status == 2
-    told = said.err.splitlines()[-1]
+    with process_sandbox(tmp_path, environment) as box:
+        path = write_pipeline_file(tmp_path, PARTS, model="yolov3", cuts=[9], weights="yolov3")
+        said = box.start_sparse("stage", path, "head", "--broker", embedded.address).wait()
+    assert said.returncode == 2
+    told = said.stderr.splitlines()[-1]
     assert "yolov3.weights" in told
     assert "is another file, by its checksum" in told
-    assert "Traceback" not in said.err
+    assert "Traceback" not in said.stderr
 
 
-def test_a_network_that_cannot_be_cut(box: Machine, embedded: LocalBroker) -> None:
-    path = pipeline_file(box.folder, PARTS, model="tests.support.training.factories:doors", cuts=[1])
+def test_a_network_that_cannot_be_cut(box: ProcessSandbox, embedded: LocalBroker) -> None:
+    path = write_pipeline_file(box.folder, PARTS, model="tests.support.training.factories:doors", cuts=[1])
     said = stage_says(box, embedded, path)
     assert "cannot be cut as it is, torch.fx says" in said
     assert "nn.Sequential" in said
@@ -208,8 +212,8 @@ def test_a_network_that_cannot_be_cut(box: Machine, embedded: LocalBroker) -> No
 # Brokers ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_port_that_is_taken(box: Machine) -> None:
-    path = pipeline_file(box.folder, NUMBERS, counter(1))
+def test_a_port_that_is_taken(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, NUMBERS, counting_source_table(1))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -220,8 +224,8 @@ def test_a_port_that_is_taken(box: Machine) -> None:
 
 
 @pytest.mark.parametrize("command", ["run", "stage", "source", "status"])
-def test_a_broker_that_is_out_of_reach(box: Machine, command: str) -> None:
-    path = pipeline_file(box.folder, NUMBERS, counter(1))
+def test_a_broker_that_is_out_of_reach(box: ProcessSandbox, command: str) -> None:
+    path = write_pipeline_file(box.folder, NUMBERS, counting_source_table(1))
     words: dict[str, tuple[Any, ...]] = {
         "run": ("run", path, "--out", box.folder / "out"),
         "stage": ("stage", path, "double"),
@@ -234,19 +238,19 @@ def test_a_broker_that_is_out_of_reach(box: Machine, command: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["stage", "source", "status", "monitor"])
-def test_a_broker_that_nobody_has_named(box: Machine, command: str) -> None:
-    path = pipeline_file(box.folder, NUMBERS, counter(1))
+def test_a_broker_that_nobody_has_named(box: ProcessSandbox, command: str) -> None:
+    path = write_pipeline_file(box.folder, NUMBERS, counting_source_table(1))
     said = one_line(box, command, path, *(["double"] if command == "stage" else []))
     assert said.startswith(f"{path}: no broker is known for site 'local': give --broker mqtt://HOST:PORT")
 
 
 def test_status_without_a_file_asks_the_broker_of_the_environment(tmp_path: Path) -> None:
-    with machine(tmp_path, {"SPARSE_BROKER": "mqtt://me:secret@127.0.0.1:9"}) as box:
+    with process_sandbox(tmp_path, {"SPARSE_BROKER": "mqtt://me:secret@127.0.0.1:9"}) as box:
         assert one_line(box, "status").startswith("no MQTT 5 broker at mqtt://me@127.0.0.1:9: connection refused")
 
 
-def test_a_stage_that_the_file_does_not_have(box: Machine) -> None:
-    path = pipeline_file(box.folder, NUMBERS)
+def test_a_stage_that_the_file_does_not_have(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, NUMBERS)
     said = one_line(box, "stage", path, "duble", "--broker", "mqtt://127.0.0.1:9")
     assert said == f"{path}: no stage 'duble' (did you mean 'double'?): it has double"
 
@@ -262,22 +266,22 @@ def test_a_stage_that_the_file_does_not_have(box: Machine) -> None:
         (("no.toml",), "no.toml: no such file"),
     ],
 )
-def test_a_monitor_that_cannot_be_as_it_is_told(box: Machine, words: tuple[str, ...], expected: str) -> None:
+def test_a_monitor_that_cannot_be_as_it_is_told(box: ProcessSandbox, words: tuple[str, ...], expected: str) -> None:
     assert expected in one_line(box, "monitor", "--broker", "mqtt://127.0.0.1:9", *words)
 
 
-def test_a_number_of_threads_that_cannot_be(box: Machine) -> None:
-    path = pipeline_file(box.folder, NUMBERS)
+def test_a_number_of_threads_that_cannot_be(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, NUMBERS)
     assert "Input should be greater than or equal to 1" in one_line(box, "stage", path, "double", "--threads=-3")
 
 
-def test_a_stage_that_dies_as_it_starts_is_no_mistake_of_the_file(box: Machine) -> None:
+def test_a_stage_that_dies_as_it_starts_is_no_mistake_of_the_file(box: ProcessSandbox) -> None:
     """The run fails (status 1), and the line says where to read on."""
-    need("iotcore")
-    path = pipeline_file(box.folder, [stage("bad", "BadStart")], counter(1))
+    require_dependency("iotcore")
+    path = write_pipeline_file(box.folder, [stage_table("bad", "BadStart")], counting_source_table(1))
     out = box.folder / "out"
-    said = box.sparse("run", path, "--broker", "embedded", "--out", out).end()
-    assert said.status == 1
+    said = box.start_sparse("run", path, "--broker", "embedded", "--out", out).wait()
+    assert said.returncode == 1
     expected = f"sparse: stage bad ended with status 1: the file is not there (its log: {out}/logs/bad-1.log)\n"
-    assert said.err == expected
-    box.nothing_is_left()
+    assert said.stderr == expected
+    box.assert_nothing_left()

@@ -14,10 +14,10 @@ from PIL import Image
 
 from brokers.server.local_broker import LocalBroker
 from tests.support.brokers.ports import free_port
-from tests.support.environment.clips import video_file
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine, Running, Said, eventually
+from tests.support.environment.clips import write_video
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import CommandResult, ProcessSandbox, RunningCommand, eventually
 
 # What a terminal does at a Ctrl-C, what `kill -INT` or `timeout -s INT` does, and what a service manager does.
 WAYS = {
@@ -29,15 +29,15 @@ WAYS = {
 
 @pytest.fixture(autouse=True)
 def _embedded_broker_is_there() -> None:
-    need("iotcore")
+    require_dependency("iotcore")
 
 
-def endless(box: Machine, *words: str, seconds: float = 0.02) -> tuple[Running, Path]:
+def endless(box: ProcessSandbox, *words: str, seconds: float = 0.02) -> tuple[RunningCommand, Path]:
     """A run that does not end by itself, and its folder."""
-    stages = [stage("first", "double"), stage("slow", "Slow", settings={"seconds": seconds})]
-    path = pipeline_file(box.folder, stages, counter(1_000_000))
+    stages = [stage_table("first", "double"), stage_table("slow", "Slow", settings={"seconds": seconds})]
+    path = write_pipeline_file(box.folder, stages, counting_source_table(1_000_000))
     out = box.folder / "out"
-    return box.sparse("run", path, "--broker", "embedded", "--json", "--out", out, *words), out
+    return box.start_sparse("run", path, "--broker", "embedded", "--json", "--out", out, *words), out
 
 
 def some_results(out: Path, count: int = 5) -> None:
@@ -54,154 +54,156 @@ def no_file_is_half_written(out: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_is_stopped_ends_in_good_order(box: Machine, way: str) -> None:
+def test_a_run_that_is_stopped_ends_in_good_order(box: ProcessSandbox, way: str) -> None:
     run, out = endless(box)
     some_results(out)
     WAYS[way](run)
-    said = run.end()
-    assert said.status == (0 if way == "by SIGTERM" else 130), said.err
-    assert said.out.count("\n") == 1
+    said = run.wait()
+    assert said.returncode == (0 if way == "by SIGTERM" else 130), said.stderr
+    assert said.stdout.count("\n") == 1
     kept = json.loads((out / "summary.json").read_text())
     files = {**kept["files"], "telemetry": "telemetry.sqlite"}
-    assert said.answer == {**kept, "broker": "embedded", "files": files}
+    assert said.json_output == {**kept, "broker": "embedded", "files": files}
     lines = (out / "results.jsonl").read_text().splitlines()
-    assert said.answer["results"] == said.answer["requests"] == len(lines)
+    assert said.json_output["results"] == said.json_output["requests"] == len(lines)
     assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))
-    assert said.answer["lost"] == 0
-    assert "Traceback" not in said.err
-    box.nothing_is_left()
+    assert said.json_output["lost"] == 0
+    assert "Traceback" not in said.stderr
+    box.assert_nothing_left()
     no_file_is_half_written(out)
 
 
-def test_a_second_ctrl_c_waits_for_nothing(box: Machine) -> None:
+def test_a_second_ctrl_c_waits_for_nothing(box: ProcessSandbox) -> None:
     run, out = endless(box, seconds=60)
-    eventually("the source", lambda: box.find("source"))
+    eventually("the source", lambda: box.find_process("source"))
     eventually("its file", (out / "results.jsonl").exists)
     os.killpg(run.pid, signal.SIGINT)
     with pytest.raises(TimeoutError):  # it waits for the stage, which sleeps
         _wait(run, 2.0)
     os.killpg(run.pid, signal.SIGINT)
-    said = run.end(timeout_s=20)
-    assert said.status == 130, said.err
-    assert said.out == ""
-    assert "Traceback" not in said.err
-    box.nothing_is_left()
+    said = run.wait(timeout_s=20)
+    assert said.returncode == 130, said.stderr
+    assert said.stdout == ""
+    assert "Traceback" not in said.stderr
+    box.assert_nothing_left()
 
 
 @pytest.mark.parametrize("moment", ["the broker", "the first stage", "the second stage", "the source"])
-def test_a_ctrl_c_while_it_starts_leaves_nothing(box: Machine, moment: str) -> None:
+def test_a_ctrl_c_while_it_starts_leaves_nothing(box: ProcessSandbox, moment: str) -> None:
     run, _ = endless(box)
     words = {"the broker": ("broker-guard",), "the first stage": ("first",), "the second stage": ("slow",)}
-    eventually(moment, lambda: box.find(*words.get(moment, ("source",))))
+    eventually(moment, lambda: box.find_process(*words.get(moment, ("source",))))
     os.killpg(run.pid, signal.SIGINT)
-    said = run.end()
-    assert said.status == 130, said.err
-    assert "Traceback" not in said.err
-    box.nothing_is_left(within_s=5)  # a broker that was just starting is ended by its guard
+    said = run.wait()
+    assert said.returncode == 130, said.stderr
+    assert "Traceback" not in said.stderr
+    box.assert_nothing_left(within_s=5)  # a broker that was just starting is ended by its guard
 
 
-def test_a_run_that_is_killed_takes_its_processes_with_it(box: Machine) -> None:
+def test_a_run_that_is_killed_takes_its_processes_with_it(box: ProcessSandbox) -> None:
     run, out = endless(box)
     some_results(out)
-    assert len(box.alive()) >= 5  # itself, the broker and its guard, two stages, the source
+    assert len(box.live_processes()) >= 5  # itself, the broker and its guard, two stages, the source
     run.process.kill()
     run.process.wait()
-    box.nothing_is_left(within_s=20)
+    box.assert_nothing_left(within_s=20)
 
 
-def test_a_source_that_does_not_mind_being_closed_is_left_behind(box: Machine) -> None:
+def test_a_source_that_does_not_mind_being_closed_is_left_behind(box: ProcessSandbox) -> None:
     source = {"kind": "tests.support.pipelines.example_code:Deaf", "name": "deaf"}
-    path = pipeline_file(box.folder, [stage("first", "double")], source)
+    path = write_pipeline_file(box.folder, [stage_table("first", "double")], source)
     out = box.folder / "out"
-    run = box.sparse("run", path, "--broker", "embedded", "--json", "--out", out)
+    run = box.start_sparse("run", path, "--broker", "embedded", "--json", "--out", out)
     some_results(out, 1)
-    said = run.end(signal.SIGINT)
-    assert said.status == 130, said.err
-    assert said.answer["results"] == 1
-    box.nothing_is_left()
+    said = run.wait(signal.SIGINT)
+    assert said.returncode == 130, said.stderr
+    assert said.json_output["results"] == 1
+    box.assert_nothing_left()
 
 
 @pytest.mark.parametrize("command", ["stage", "source"])
-def test_a_process_in_the_foreground_ends_at_a_ctrl_c(box: Machine, command: str) -> None:
-    broker = box.sparse("broker", "--kind", "embedded", "--port", str(free_port()))
-    eventually("the broker", lambda: "listens on" in broker.said())
-    address = broker.said().split("listens on ")[1].split(";")[0]
-    path = pipeline_file(box.folder, [stage("first", "double")], counter(3))
+def test_a_process_in_the_foreground_ends_at_a_ctrl_c(box: ProcessSandbox, command: str) -> None:
+    broker = box.start_sparse("broker", "--kind", "embedded", "--port", str(free_port()))
+    eventually("the broker", lambda: "listens on" in broker.read_stderr())
+    address = broker.read_stderr().split("listens on ")[1].split(";")[0]
+    path = write_pipeline_file(box.folder, [stage_table("first", "double")], counting_source_table(3))
     words = ("stage", path, "first") if command == "stage" else ("source", path, "--out", box.folder / "out")
-    one = box.sparse(*words, "--broker", address)
+    one = box.start_sparse(*words, "--broker", address)
     eventually("its connection", lambda: psutil.Process(one.pid).net_connections(kind="tcp"))
-    said = one.end(signal.SIGINT) if command == "stage" else _twice(one)
-    assert said.status == 130, said.err
-    assert "Traceback" not in said.err
-    assert broker.end(signal.SIGINT).status == 130
-    box.nothing_is_left(within_s=5)
+    said = one.wait(signal.SIGINT) if command == "stage" else _twice(one)
+    assert said.returncode == 130, said.stderr
+    assert "Traceback" not in said.stderr
+    assert broker.wait(signal.SIGINT).returncode == 130
+    box.assert_nothing_left(within_s=5)
 
 
-def test_a_service_that_is_told_to_end_has_done_what_it_should(box: Machine, embedded: LocalBroker) -> None:
+def test_a_service_that_is_told_to_end_has_done_what_it_should(box: ProcessSandbox, embedded: LocalBroker) -> None:
     """SIGTERM is how containers and service managers end what runs for ever: no failure."""
-    broker = box.sparse("broker", "--kind", "embedded", "--port", str(free_port()))
-    path = pipeline_file(box.folder, [stage("first", "double")], counter(3))
-    worker = box.sparse("-v", "stage", path, "first", "--broker", embedded.address)
-    eventually("the broker", lambda: "listens on" in broker.said())
-    eventually("the stage", lambda: "serves stage" in worker.said())
-    assert broker.end(signal.SIGTERM).status == 0
-    path = pipeline_file(box.folder, [stage("first", "double")], name="door")
-    gateway = box.sparse("-v", "source", path, "--broker", embedded.address, "--out", box.folder / "out")
-    eventually("the gateway", lambda: "publish pictures or readings" in gateway.said())
-    assert worker.end(signal.SIGTERM).status == 0
-    assert gateway.end(signal.SIGTERM).status == 0
-    box.nothing_is_left(within_s=5)
+    broker = box.start_sparse("broker", "--kind", "embedded", "--port", str(free_port()))
+    path = write_pipeline_file(box.folder, [stage_table("first", "double")], counting_source_table(3))
+    worker = box.start_sparse("-v", "stage", path, "first", "--broker", embedded.address)
+    eventually("the broker", lambda: "listens on" in broker.read_stderr())
+    eventually("the stage", lambda: "serves stage" in worker.read_stderr())
+    assert broker.wait(signal.SIGTERM).returncode == 0
+    path = write_pipeline_file(box.folder, [stage_table("first", "double")], name="door")
+    gateway = box.start_sparse("-v", "source", path, "--broker", embedded.address, "--out", box.folder / "out")
+    eventually("the gateway", lambda: "publish pictures or readings" in gateway.read_stderr())
+    assert worker.wait(signal.SIGTERM).returncode == 0
+    assert gateway.wait(signal.SIGTERM).returncode == 0
+    box.assert_nothing_left(within_s=5)
 
 
-def test_a_broker_that_dies_says_so(box: Machine) -> None:
+def test_a_broker_that_dies_says_so(box: ProcessSandbox) -> None:
     port = free_port()
-    broker = box.sparse("broker", "--kind", "embedded", "--port", str(port))
-    eventually("the broker", lambda: "listens on" in broker.said())
+    broker = box.start_sparse("broker", "--kind", "embedded", "--port", str(port))
+    eventually("the broker", lambda: "listens on" in broker.read_stderr())
     for process in eventually("its process", lambda: _listening(box, port)):
         process.kill()
-    said = broker.end()
-    assert said.status == 1
-    assert said.err.splitlines()[-1].startswith(
+    said = broker.wait()
+    assert said.returncode == 1
+    assert said.stderr.splitlines()[-1].startswith(
         f"sparse: the embedded broker at mqtt://127.0.0.1:{port} ended by itself: "
     )
-    box.nothing_is_left(within_s=5)
+    box.assert_nothing_left(within_s=5)
 
 
-def _listening(box: Machine, port: int) -> list[psutil.Process]:
+def _listening(box: ProcessSandbox, port: int) -> list[psutil.Process]:
     """The broker itself, and not its guard: who listens at this port."""
     return [
         process
-        for process in box.alive()
+        for process in box.live_processes()
         if any(line.status == psutil.CONN_LISTEN and line.laddr.port == port for line in process.net_connections("tcp"))
     ]
 
 
-def _twice(run: Running) -> Said:
+def _twice(run: RunningCommand) -> CommandResult:
     """A source without a stage waits for one, until it is asked twice."""
     run.process.send_signal(signal.SIGINT)
     with pytest.raises(TimeoutError):
         _wait(run, 1.0)
-    return run.end(signal.SIGINT)
+    return run.wait(signal.SIGINT)
 
 
-def _wait(run: Running, timeout_s: float) -> None:
+def _wait(run: RunningCommand, timeout_s: float) -> None:
     try:
         psutil.Process(run.pid).wait(timeout_s)
     except psutil.TimeoutExpired:
         raise TimeoutError from None
 
 
-def test_the_pictures_of_a_run_that_is_stopped_are_whole(box: Machine) -> None:
-    video = video_file(box.folder / "long.mp4", 200)
-    path = pipeline_file(box.folder, [stage("bytes", "Bytes")], {"kind": "video", "path": str(video), "loop": True})
+def test_the_pictures_of_a_run_that_is_stopped_are_whole(box: ProcessSandbox) -> None:
+    video = write_video(box.folder / "long.mp4", 200)
+    path = write_pipeline_file(
+        box.folder, [stage_table("bytes", "Bytes")], {"kind": "video", "path": str(video), "loop": True}
+    )
     out = box.folder / "out"
-    run = box.sparse("run", path, "--broker", "embedded", "--json", "--out", out)
+    run = box.start_sparse("run", path, "--broker", "embedded", "--json", "--out", out)
     some_results(out, 30)
-    said = run.end(signal.SIGINT)
-    assert said.status == 130, said.err
-    box.nothing_is_left()
+    said = run.wait(signal.SIGINT)
+    assert said.returncode == 130, said.stderr
+    box.assert_nothing_left()
     no_file_is_half_written(out)
-    files = said.answer["files"]
+    files = said.json_output["files"]
     with av.open(str(out / files["clip"])) as clip:
         assert sum(1 for _ in clip.decode(video=0)) > 0
     for name in (files["sheet"], *files["frames"]):

@@ -11,8 +11,8 @@ import pytest
 
 from brokers.config.pipeline_file import load_pipeline
 from tests.support.environment.checkout import ROOT
-from tests.support.pipelines.ingress_pipeline import Gateway
-from tests.support.pipelines.processes import Machine
+from tests.support.pipelines.ingress_pipeline import IngressPipeline
+from tests.support.pipelines.processes import ProcessSandbox
 
 EXAMPLES = ROOT / "examples"
 
@@ -25,33 +25,33 @@ def test_every_pipeline_file_is_one_and_names_itself(name: str) -> None:
     assert [line for line in commands if line.startswith("sparse")] in ([], [f"sparse run examples/{name}"])
 
 
-def test_the_sensor_filter_and_the_python_way_in(box: Machine) -> None:
+def test_the_sensor_filter_and_the_python_way_in(box: ProcessSandbox) -> None:
     path = EXAMPLES / "sensor.toml"
     (publish,) = re.findall(r"^#     (mosquitto_pub .+)$", path.read_text(), flags=re.MULTILINE)
-    gateway = Gateway(box, path, "--json", "--out", str(box.folder / "out"))
+    gateway = IngressPipeline(box, path, "--json", "--out", str(box.folder / "out"))
 
-    first = gateway.publish(publish)
+    first = gateway.publish_and_wait(publish)
     assert (first["source"], first["values"]) == ("kitchen", {"celsius": 21.5, "outliers": 0, "alarm": False})
     for celsius in (21.6, 21.4, 21.5, 21.6):
-        gateway.ask("kitchen", {"celsius": celsius})
-    before = gateway.ask("kitchen", {"celsius": 21.5})["values"]
+        gateway.request("kitchen", {"celsius": celsius})
+    before = gateway.request("kitchen", {"celsius": 21.5})["values"]
     # One wild reading changes nothing; a lasting change is one.
-    assert gateway.ask("kitchen", {"celsius": 85.0})["values"] == {**before, "outliers": 1}
+    assert gateway.request("kitchen", {"celsius": 85.0})["values"] == {**before, "outliers": 1}
     assert before["celsius"] == pytest.approx(21.5, abs=0.1)
-    warm = [gateway.ask("sauna", {"celsius": celsius})["values"]["alarm"] for celsius in (29.0, 35.0, 35.0)]
+    warm = [gateway.request("sauna", {"celsius": celsius})["values"]["alarm"] for celsius in (29.0, 35.0, 35.0)]
     assert warm == [False, True, True]
-    several = gateway.ask("series", {"celsius": [20.0, 22.0, 22.0]})["values"]
+    several = gateway.request("series", {"celsius": [20.0, 22.0, 22.0]})["values"]
     assert several == {"celsius": 21.5, "outliers": 0, "alarm": False}
 
-    refused = gateway.ask("kitchen", {"celsius": "warm"})
+    refused = gateway.request("kitchen", {"celsius": "warm"})
     assert (refused["error"], refused["stage"]) == ("BadPayload", "calm")
     for nothing in ({"celsius": None}, {}, {"fahrenheit": 70}):
-        assert gateway.ask("nothing", nothing)["error"] == "BadPayload"
+        assert gateway.request("nothing", nothing)["error"] == "BadPayload"
 
     lacks = "expected ['celsius', 'outliers'], ['celsius'] missing from ['fahrenheit', 'outliers']"
-    said = box.start(sys.executable, EXAMPLES / "offload.py", gateway.address).end()
-    assert said.status == 0, said.err
-    one, many, *rest = said.out.splitlines()
+    said = box.start(sys.executable, EXAMPLES / "offload.py", gateway.address).wait()
+    assert said.returncode == 0, said.stderr
+    one, many, *rest = said.stdout.splitlines()
     assert one == "one: 21.5 degrees, alarm: False"
     # A filter remembers: a request that had to be sent again, on a busy machine, counts twice in the hundredths.
     assert re.fullmatch(r"many: 50 answers, the last is 39\.6\d degrees", many)
@@ -60,12 +60,12 @@ def test_the_sensor_filter_and_the_python_way_in(box: Machine) -> None:
         "late: 0.01 ms are not enough",
     ]
 
-    answer = gateway.client("mosquitto_rr -t sparse/local/sensor/calm/tasks -e answers/mine -m 21 -W 20").end()
-    assert '"error": "BadPayload"' in answer.out  # a bare number, and the stage `alarm` wants to know of what
+    answer = gateway.start_client("mosquitto_rr -t sparse/local/sensor/calm/tasks -e answers/mine -m 21 -W 20").wait()
+    assert '"error": "BadPayload"' in answer.stdout  # a bare number, and the stage `alarm` wants to know of what
     asked = "mosquitto_rr -t sparse/local/sensor/calm/tasks -e answers/mine -W 20 -m"
-    answer = gateway.client(f"""{asked} '{{"celsius": 21}}'""").end()
-    assert '"values": {"celsius": 21.0, "outliers": 0, "alarm": false}' in answer.out
-    summary = gateway.end().answer
+    answer = gateway.start_client(f"""{asked} '{{"celsius": 21}}'""").wait()
+    assert '"values": {"celsius": 21.0, "outliers": 0, "alarm": false}' in answer.stdout
+    summary = gateway.interrupt().json_output
     assert summary["lost"] == 0
     results = [json.loads(line) for line in (box.folder / "out" / "results.jsonl").read_text().splitlines()]
     failed = [result["source"] for result in results if "error" in result]

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.environment.checkout import ROOT
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.ingress_pipeline import Gateway
-from tests.support.pipelines.processes import Machine
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.ingress_pipeline import IngressPipeline
+from tests.support.pipelines.processes import ProcessSandbox
 
 PAGE = (ROOT / "docs" / "stages.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -23,7 +23,7 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.split
 
 
 @pytest.fixture(name="page")
-def _page(box: Machine) -> Path:
+def _page(box: ProcessSandbox) -> Path:
     """The files of the page, in a folder."""
     for name, text in FILES.items():
         (box.folder / name).write_text(text)
@@ -43,32 +43,32 @@ def test_the_page_has_what_these_tests_run() -> None:
     assert programs == {"sparse", "mosquitto_sub", "mosquitto_pub", "python"}
 
 
-def test_a_function_is_a_stage(box: Machine, page: Path) -> None:
+def test_a_function_is_a_stage(box: ProcessSandbox, page: Path) -> None:
     assert COMMANDS[0] == "sparse run weather.toml"
-    gateway = Gateway(box, page / "weather.toml")
-    reader = gateway.client(f"{COMMANDS[1]} -C 1")
-    result = gateway.publish(COMMANDS[2])
+    gateway = IngressPipeline(box, page / "weather.toml")
+    reader = gateway.start_client(f"{COMMANDS[1]} -C 1")
+    result = gateway.publish_and_wait(COMMANDS[2])
     assert result["values"] == {"feels": 31.0, "shade": True}
-    assert reader.end(signal.SIGTERM).err == ""
-    gateway.end()
+    assert reader.wait(signal.SIGTERM).stderr == ""
+    gateway.interrupt()
 
 
-def test_a_class_remembers(box: Machine, page: Path) -> None:
-    gateway = Gateway(box, page / "recent.toml")
-    means = [gateway.ask("cellar", {"celsius": celsius})["values"]["celsius"] for celsius in (10, 20, 40)]
+def test_a_class_remembers(box: ProcessSandbox, page: Path) -> None:
+    gateway = IngressPipeline(box, page / "recent.toml")
+    means = [gateway.request("cellar", {"celsius": celsius})["values"]["celsius"] for celsius in (10, 20, 40)]
     assert means == [10.0, 15.0, 30.0]
-    assert gateway.ask("attic", {"celsius": 50})["values"] == {"celsius": 50.0}
-    gateway.end()
+    assert gateway.request("attic", {"celsius": 50})["values"] == {"celsius": 50.0}
+    gateway.interrupt()
 
 
-def test_an_executor_takes_another_way(box: Machine, page: Path) -> None:
-    gateway = Gateway(box, page / "triage.toml")
-    warm, cold = (gateway.ask("roof", {"celsius": celsius}) for celsius in (10, -10))
+def test_an_executor_takes_another_way(box: ProcessSandbox, page: Path) -> None:
+    gateway = IngressPipeline(box, page / "triage.toml")
+    warm, cold = (gateway.request("roof", {"celsius": celsius}) for celsius in (10, -10))
     assert warm["values"] == {"celsius": 9.0, "frozen": False}
     assert [spent["stage"] for spent in warm["time"]["stages"]] == ["triage", "thaw", "record"]
     assert cold["values"] == {"celsius": -10.0, "frozen": True}
     assert [spent["stage"] for spent in cold["time"]["stages"]] == ["triage", "record"]
-    gateway.end()
+    gateway.interrupt()
 
 
 def test_a_stage_is_tested_without_a_broker(page: Path) -> None:
@@ -76,15 +76,15 @@ def test_a_stage_is_tested_without_a_broker(page: Path) -> None:
     assert "2 passed" in python(page, *command.split()[1:], "-p", "no:cacheprovider")
 
 
-def test_a_network_and_a_source_of_ones_own(box: Machine, page: Path) -> None:
-    need("iotcore")
+def test_a_network_and_a_source_of_ones_own(box: ProcessSandbox, page: Path) -> None:
+    require_dependency("iotcore")
     assert COMMANDS[-1] == "sparse run digits.toml --json"
-    said = box.sparse("run", page / "digits.toml", "--json", "--broker", "embedded", "--out", page / "out").end()
-    assert said.status == 0, said.err
-    assert said.answer["results"] == 20
+    said = box.start_sparse("run", page / "digits.toml", "--json", "--broker", "embedded", "--out", page / "out").wait()
+    assert said.returncode == 0, said.stderr
+    assert said.json_output["results"] == 20
     result = json.loads((page / "out" / "results.jsonl").read_text().splitlines()[0])
     assert len(result["values"]["output"][0]) == 10
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
 def test_layers_are_counted_and_a_network_is_cut_by_hand(page: Path) -> None:

@@ -9,30 +9,33 @@ import signal
 import numpy as np
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.protocol.messages import Body
+from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_numpy
 from brokers.server.local_broker import LocalBroker
-from sources.client.offloader import ON_THEIR_WAY, Offloader
-from tests.support.brokers.presence import await_workers
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import PATIENCE_S, Machine
+from sources.client.offloader import PREFETCH_PER_WORKER, Offloader
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox
 
 POISON = 7
 
 
-def body(value: float) -> Body:
-    return Body({"values": from_numpy(np.array(value))})
+def body(value: float) -> TensorContent:
+    return TensorContent({"values": from_numpy(np.array(value))})
 
 
 def test_a_request_that_kills_three_workers_is_given_back_and_no_other_is_blamed(
-    box: Machine, embedded: LocalBroker
+    box: ProcessSandbox, embedded: LocalBroker
 ) -> None:
-    stages = [stage("first", "add_one"), stage("deadly", "Deadly", settings={"value": POISON + 1.0}, workers=2)]
-    path = pipeline_file(box.folder, stages, counter(20), name="poisoned")
+    stages = [
+        stage_table("first", "add_one"),
+        stage_table("deadly", "Deadly", settings={"value": POISON + 1.0}, workers=2),
+    ]
+    path = write_pipeline_file(box.folder, stages, counting_source_table(20), name="poisoned")
     out = box.folder / "out"
-    said = box.sparse("run", path, "--broker", embedded.address, "--json", "--out", out).end()
-    summary = said.answer
-    assert (summary["requests"], summary["results"], summary["lost"]) == (20, 19, 0), said.err
+    said = box.start_sparse("run", path, "--broker", embedded.address, "--json", "--out", out).wait()
+    summary = said.json_output
+    assert (summary["requests"], summary["results"], summary["lost"]) == (20, 19, 0), said.stderr
     assert summary["failures"] == {"PoisonRequest": 1}
     found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     (poison,) = [result for result in found if "error" in result]
@@ -42,17 +45,19 @@ def test_a_request_that_kills_three_workers_is_given_back_and_no_other_is_blamed
     assert summary["retried"]["WorkerLost"] >= 2
 
 
-def test_what_somebody_waits_for_overtakes_what_waits_in_the_background(box: Machine, embedded: LocalBroker) -> None:
-    path = pipeline_file(box.folder, [stage("slow", "Slow", settings={"seconds": 0.05})], name="ranked")
-    box.sparse("stage", path, "slow", "--broker", embedded.address)
-    await_workers(embedded.address, lambda workers: any("/ranked/" in topic for topic in workers))
+def test_what_somebody_waits_for_overtakes_what_waits_in_the_background(
+    box: ProcessSandbox, embedded: LocalBroker
+) -> None:
+    path = write_pipeline_file(box.folder, [stage_table("slow", "Slow", settings={"seconds": 0.05})], name="ranked")
+    box.start_sparse("stage", path, "slow", "--broker", embedded.address)
+    wait_for_workers(embedded.address, lambda workers: any("/ranked/" in topic for topic in workers))
 
     async def go() -> list[int]:
         done = 0
 
         async def background(offload: Offloader) -> None:
             nonlocal done
-            await offload.ask(body(1.0), priority="background")
+            await offload.request(body(1.0), priority="background")
             done += 1
 
         pipeline = load_pipeline(path)
@@ -65,7 +70,7 @@ def test_what_somebody_waits_for_overtakes_what_waits_in_the_background(box: Mac
             overtaken = []
             for _ in range(5):
                 before = done
-                await person.ask(body(2.0))
+                await person.request(body(2.0))
                 overtaken.append(done - before)
             assert done < 30, "there was nothing left to overtake"
             for task in asking:
@@ -77,42 +82,44 @@ def test_what_somebody_waits_for_overtakes_what_waits_in_the_background(box: Mac
     assert max(asyncio.run(go())) <= 2
 
 
-def test_the_window_follows_the_workers_that_are_up(box: Machine, broker: LocalBroker) -> None:
-    stages = [stage("one", "add_one"), stage("two", "add_one")]
-    path = pipeline_file(box.folder, stages, name="grows")
+def test_the_window_follows_the_workers_that_are_up(box: ProcessSandbox, broker: LocalBroker) -> None:
+    stages = [stage_table("one", "add_one"), stage_table("two", "add_one")]
+    path = write_pipeline_file(box.folder, stages, name="grows")
 
     async def reaches(offload: Offloader, places: int, widest: int) -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while offload.window.size != places + ON_THEIR_WAY * widest:  # noqa: ASYNC110 - nobody tells of it
+        async with asyncio.timeout(PROCESS_TIMEOUT_S):
+            while offload.inflight_limit.limit != places + PREFETCH_PER_WORKER * widest:  # noqa: ASYNC110 - nobody tells of it
                 await asyncio.sleep(0.05)
 
     async def go() -> None:
         async with Offloader(load_pipeline(path), broker=broker.address) as offload:
-            assert offload.window.size == 2 + ON_THEIR_WAY  # what the file says, while nobody is up
-            workers = [box.sparse("stage", path, name, "--broker", broker.address) for name in ("one", "two", "two")]
+            assert offload.inflight_limit.limit == 2 + PREFETCH_PER_WORKER  # what the file says, while nobody is up
+            workers = [
+                box.start_sparse("stage", path, name, "--broker", broker.address) for name in ("one", "two", "two")
+            ]
             await reaches(offload, 3, 2)
             workers[-1].process.send_signal(signal.SIGTERM)
             await reaches(offload, 2, 1)
             workers[0].process.kill()
-            workers.append(box.sparse("stage", path, "two", "--broker", broker.address))
+            workers.append(box.start_sparse("stage", path, "two", "--broker", broker.address))
             await reaches(offload, 2, 2)
 
     asyncio.run(go())
 
 
-def test_a_source_of_priority_background_asks_in_the_background(box: Machine, embedded: LocalBroker) -> None:
-    path = pipeline_file(box.folder, [stage("one", "add_one")], {"priority": "background"}, name="humble")
+def test_a_source_of_priority_background_asks_in_the_background(box: ProcessSandbox, embedded: LocalBroker) -> None:
+    path = write_pipeline_file(box.folder, [stage_table("one", "add_one")], {"priority": "background"}, name="humble")
 
     async def go() -> None:
         async with Offloader(load_pipeline(path), broker=embedded.address) as offload:
             heard: asyncio.Queue[dict[str, str]] = asyncio.Queue()
             topics = offload.pipeline.topics(offload.pipeline.stage[0])
-            await offload.line.transport.subscribe(
-                topics.inbox("+"), lambda delivery: heard.put_nowait(dict(delivery.properties.user)), qos=0
+            await offload.channel.transport.subscribe(
+                topics.inbox("+"), lambda delivery: heard.put_nowait(dict(delivery.properties.user_properties)), qos=0
             )
-            box.sparse("stage", path, "one", "--broker", embedded.address)
-            await offload.ask(body(1.0))
-            await offload.ask(body(1.0), priority="interactive")
+            box.start_sparse("stage", path, "one", "--broker", embedded.address)
+            await offload.request(body(1.0))
+            await offload.request(body(1.0), priority="interactive")
             asked = [(await heard.get()).get("priority") for _ in range(2)]
             assert asked == ["background", None]
 

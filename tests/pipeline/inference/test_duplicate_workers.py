@@ -8,18 +8,18 @@ import signal
 
 import pytest
 
-from brokers.dispatch.presence import Birth
+from brokers.dispatch.presence import WorkerRecord
 from brokers.mqtt.client import MqttTransport
 from brokers.protocol.topics import StageTopics
 from brokers.server.local_broker import LocalBroker
-from stages.worker.duplicate_check import PROBATION_S
-from tests.support.brokers.presence import await_workers, watch_workers
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
-from tests.support.pipelines.processes import Machine, Running, eventually
+from stages.worker.duplicate_check import CONFLICT_WATCH_S
+from tests.support.brokers.presence import wait_for_workers, watch_workers
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
 
-SLOW = stage("slow", "Slow", settings={"seconds": 0.1})
+SLOW = stage_table("slow", "Slow", settings={"seconds": 0.1})
 TOPIC = StageTopics("local", "test", "slow").presence("w")
-STALE = Birth(
+STALE = WorkerRecord(
     worker="w",
     stage="slow",
     pipeline="test",
@@ -33,18 +33,20 @@ STALE = Birth(
 )
 
 
-def test_a_twin_of_a_worker_that_is_up_is_refused_and_the_first_goes_on(box: Machine, broker: LocalBroker) -> None:
-    path = pipeline_file(box.folder, [SLOW])
-    first = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
-    before = await_workers(broker.address, lambda workers: TOPIC in workers)[TOPIC]
+def test_a_twin_of_a_worker_that_is_up_is_refused_and_the_first_goes_on(
+    box: ProcessSandbox, broker: LocalBroker
+) -> None:
+    path = write_pipeline_file(box.folder, [SLOW])
+    first = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+    before = wait_for_workers(broker.address, lambda workers: TOPIC in workers)[TOPIC]
 
-    async def meanwhile() -> tuple[int, str, list[dict[str, Birth]]]:
+    async def meanwhile() -> tuple[int, str, list[dict[str, WorkerRecord]]]:
         ended = asyncio.Event()
         watching = asyncio.create_task(watch_workers(broker.address, lambda workers: ended.is_set()))
-        twin = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
-        said = await asyncio.get_running_loop().run_in_executor(None, twin.end)
+        twin = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+        said = await asyncio.get_running_loop().run_in_executor(None, twin.wait)
         ended.set()
-        return said.status, said.err, (await watching)[1:]
+        return said.returncode, said.stderr, (await watching)[1:]
 
     status, err, states = asyncio.run(meanwhile())
     assert status == 2, err
@@ -52,24 +54,26 @@ def test_a_twin_of_a_worker_that_is_up_is_refused_and_the_first_goes_on(box: Mac
     assert err.count("\n") == 1
     assert {state[TOPIC].instance for state in states} == {before.instance}  # and its record was never away
     assert {state[TOPIC].state for state in states} == {"up"}
-    assert "lost" not in first.said()
-    assert first.end(signal.SIGTERM).status == 0
-    box.nothing_is_left()
+    assert "lost" not in first.read_stderr()
+    assert first.wait(signal.SIGTERM).returncode == 0
+    box.assert_nothing_left()
 
 
-def test_a_worker_that_was_killed_comes_back_under_its_id(box: Machine, broker: LocalBroker) -> None:
-    path = pipeline_file(box.folder, [SLOW])
-    first = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
-    before = await_workers(broker.address, lambda workers: TOPIC in workers)[TOPIC]
-    first.end(signal.SIGKILL)
-    second = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
-    after = await_workers(broker.address, lambda workers: TOPIC in workers and workers[TOPIC].pid == second.pid)[TOPIC]
+def test_a_worker_that_was_killed_comes_back_under_its_id(box: ProcessSandbox, broker: LocalBroker) -> None:
+    path = write_pipeline_file(box.folder, [SLOW])
+    first = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+    before = wait_for_workers(broker.address, lambda workers: TOPIC in workers)[TOPIC]
+    first.wait(signal.SIGKILL)
+    second = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+    after = wait_for_workers(broker.address, lambda workers: TOPIC in workers and workers[TOPIC].pid == second.pid)[
+        TOPIC
+    ]
     assert after.instance
     assert after.instance != before.instance
-    assert second.end(signal.SIGTERM).status == 0
+    assert second.wait(signal.SIGTERM).returncode == 0
 
 
-def test_a_record_that_outlived_its_worker_keeps_nobody_out(box: Machine, broker: LocalBroker) -> None:
+def test_a_record_that_outlived_its_worker_keeps_nobody_out(box: ProcessSandbox, broker: LocalBroker) -> None:
     """As when the broker was away while the worker died: no last will has cleared it."""
 
     async def leave_behind(record: bytes) -> None:
@@ -78,18 +82,18 @@ def test_a_record_that_outlived_its_worker_keeps_nobody_out(box: Machine, broker
         await transport.publish(TOPIC, record, qos=1, retain=True)
         await transport.close()
 
-    path = pipeline_file(box.folder, [SLOW])
+    path = write_pipeline_file(box.folder, [SLOW])
     asyncio.run(leave_behind(STALE.to_bytes()))
     try:
-        heir = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
-        workers = await_workers(broker.address, lambda workers: TOPIC in workers and workers[TOPIC].pid == heir.pid)
+        heir = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+        workers = wait_for_workers(broker.address, lambda workers: TOPIC in workers and workers[TOPIC].pid == heir.pid)
         assert workers[TOPIC].instance != STALE.instance
-        assert heir.end(signal.SIGTERM).status == 0
+        assert heir.wait(signal.SIGTERM).returncode == 0
     finally:
         asyncio.run(leave_behind(b""))
 
 
-def started_together(box: Machine, address: str, *marks: tuple[str, str]) -> list[Running]:
+def started_together(box: ProcessSandbox, address: str, *marks: tuple[str, str]) -> list[RunningCommand]:
     """Workers of one stage, of each its id and the fingerprint of its model, that join at the same instant."""
     ready = box.folder / "ready"
     started, there = [], [box.folder / f"there-{place}" for place in range(len(marks))]
@@ -97,8 +101,8 @@ def started_together(box: Machine, address: str, *marks: tuple[str, str]) -> lis
         folder = box.folder / f"of-{sign.name}"
         folder.mkdir()
         settings = {"fingerprint": fingerprint, "there": str(sign), "ready": str(ready)}
-        path = pipeline_file(folder, [stage("slow", "Marked", settings=settings)])
-        started.append(box.sparse("stage", path, "slow", "--broker", address, "--worker", worker))
+        path = write_pipeline_file(folder, [stage_table("slow", "Marked", settings=settings)])
+        started.append(box.start_sparse("stage", path, "slow", "--broker", address, "--worker", worker))
     eventually("all to be loaded", lambda: all(sign.exists() for sign in there))
     ready.touch()
     return started
@@ -113,20 +117,20 @@ def started_together(box: Machine, address: str, *marks: tuple[str, str]) -> lis
     ids=["of two models", "of one id"],
 )
 def test_of_two_that_join_at_the_same_instant_exactly_one_stays(
-    box: Machine, broker: LocalBroker, marks: tuple[tuple[str, str], ...], reason: str
+    box: ProcessSandbox, broker: LocalBroker, marks: tuple[tuple[str, str], ...], reason: str
 ) -> None:
     workers = started_together(box, broker.address, *marks)
     eventually("one to leave", lambda: any(worker.process.poll() is not None for worker in workers))
     (gone,) = [worker for worker in workers if worker.process.poll() is not None]
     (stays,) = [worker for worker in workers if worker is not gone]
-    said = gone.end()
-    assert said.status == 2, said.err
-    assert re.fullmatch(rf"sparse: worker '\w' cannot join: {reason}.*", said.err.splitlines()[-1]), said.err
+    said = gone.wait()
+    assert said.returncode == 2, said.stderr
+    assert re.fullmatch(rf"sparse: worker '\w' cannot join: {reason}.*", said.stderr.splitlines()[-1]), said.stderr
 
-    def settled(seen: dict[str, Birth]) -> bool:
-        return [birth.pid for birth in seen.values() if (birth.up_s or 0) > PROBATION_S] == [stays.pid]
+    def settled(seen: dict[str, WorkerRecord]) -> bool:
+        return [birth.pid for birth in seen.values() if (birth.up_s or 0) > CONFLICT_WATCH_S] == [stays.pid]
 
-    (birth,) = await_workers(broker.address, settled).values()
+    (birth,) = wait_for_workers(broker.address, settled).values()
     assert birth.state == "up"
-    assert stays.end(signal.SIGTERM).status == 0
-    box.nothing_is_left()
+    assert stays.wait(signal.SIGTERM).returncode == 0
+    box.assert_nothing_left()

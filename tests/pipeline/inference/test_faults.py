@@ -13,63 +13,63 @@ import numpy as np
 import pytest
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.dispatch.presence import Birth
-from brokers.dispatch.worker_pool import SILENT_S
+from brokers.dispatch.presence import WorkerRecord
+from brokers.dispatch.worker_pool import PRESENCE_TIMEOUT_S
 from brokers.errors import DeadlinePassed, NoWorker
-from brokers.protocol.messages import Body
+from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_numpy, to_numpy
-from brokers.server.local_broker import Kind, LocalBroker, start_broker
-from sources.client.offloader import Answer, Offloader
+from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
+from sources.client.offloader import Offloader, OffloadResult
 from sources.inference.inference_run import _UNRECORDED_LIMIT
-from tests.pipeline.conftest import KINDS
-from tests.support.brokers.presence import await_workers
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import PATIENCE_S, Machine, eventually
+from tests.pipeline.conftest import BROKER_KINDS
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox, eventually
 
 # What it may take from a fault until its last request is answered: noticing, reconnecting, a report, the work.
 MENDED_S = 15.0
-STEP = stage("step", "Slow", settings={"seconds": 0.02})
-LAST = stage("last", "add_one")
+STEP = stage_table("step", "Slow", settings={"seconds": 0.02})
+LAST = stage_table("last", "add_one")
 
 
-def body(value: float) -> Body:
-    return Body({"values": from_numpy(np.array(value))})
+def body(value: float) -> TensorContent:
+    return TensorContent({"values": from_numpy(np.array(value))})
 
 
-def check(answers: Sequence[Answer]) -> None:
+def check(answers: Sequence[OffloadResult]) -> None:
     """Every result is that of its own request."""
     for index, answer in enumerate(answers):
-        assert isinstance(answer.content, Body)
+        assert isinstance(answer.content, TensorContent)
         assert float(to_numpy(answer.content.tensors["values"])) == index + 1
 
 
-async def load(offload: Offloader, count: int, disturb: Callable[[int], None]) -> list[Answer]:
+async def load(offload: Offloader, count: int, disturb: Callable[[int], None]) -> list[OffloadResult]:
     """Answers to `count` requests, with `disturb` called in a thread as soon as each next one is in."""
-    asking = [asyncio.create_task(offload.ask(body(index))) for index in range(count)]
+    asking = [asyncio.create_task(offload.request(body(index))) for index in range(count)]
     for done, finished in enumerate(asyncio.as_completed(asking), 1):
         await finished
         await asyncio.to_thread(disturb, done)
     return [task.result() for task in asking]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_broker_that_restarts_three_times_costs_seconds_and_no_request(box: Machine, kind: Kind) -> None:
-    need({"embedded": "iotcore"}.get(kind, kind))
-    path = pipeline_file(box.folder, [STEP, LAST])
+@pytest.mark.parametrize("kind", BROKER_KINDS)
+def test_a_broker_that_restarts_three_times_costs_seconds_and_no_request(box: ProcessSandbox, kind: BrokerKind) -> None:
+    require_dependency({"embedded": "iotcore"}.get(kind, kind))
+    path = write_pipeline_file(box.folder, [STEP, LAST])
     brokers = [start_broker(kind=kind)]
     address = brokers[0].address
     try:
         for name in ("step", "last"):
-            box.sparse("stage", path, name, "--broker", address, "--worker", name)
-        await_workers(address, lambda workers: len(workers) == 2)
+            box.start_sparse("stage", path, name, "--broker", address, "--worker", name)
+        wait_for_workers(address, lambda workers: len(workers) == 2)
 
         def disturb(done: int) -> None:
             if done in (20, 60, 100):
                 brokers[-1].stop()
                 brokers.append(start_broker(kind=kind, port=brokers[0].port))
 
-        async def go() -> tuple[list[Answer], Offloader]:
+        async def go() -> tuple[list[OffloadResult], Offloader]:
             async with Offloader(load_pipeline(path), broker=address, window=4) as offload:
                 return await load(offload, 140, disturb), offload
 
@@ -82,16 +82,16 @@ def test_a_broker_that_restarts_three_times_costs_seconds_and_no_request(box: Ma
         brokers[-1].stop()
 
 
-def test_a_worker_that_dies_while_the_broker_is_away_is_not_waited_for(box: Machine) -> None:
+def test_a_worker_that_dies_while_the_broker_is_away_is_not_waited_for(box: ProcessSandbox) -> None:
     """No will tells of it, since nobody was there to publish it."""
-    need("mosquitto")
-    path = pipeline_file(box.folder, [STEP, LAST])
+    require_dependency("mosquitto")
+    path = write_pipeline_file(box.folder, [STEP, LAST])
     broker = start_broker(kind="mosquitto")
     try:
-        ghost = box.sparse("stage", path, "step", "--broker", broker.address, "--worker", "ghost")
-        box.sparse("stage", path, "step", "--broker", broker.address, "--worker", "living")
-        box.sparse("stage", path, "last", "--broker", broker.address)
-        await_workers(broker.address, lambda workers: len(workers) == 3)
+        ghost = box.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "ghost")
+        box.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "living")
+        box.start_sparse("stage", path, "last", "--broker", broker.address)
+        wait_for_workers(broker.address, lambda workers: len(workers) == 3)
 
         def disturb(done: int) -> None:
             nonlocal broker
@@ -100,53 +100,53 @@ def test_a_worker_that_dies_while_the_broker_is_away_is_not_waited_for(box: Mach
                 ghost.process.kill()
                 broker = start_broker(kind="mosquitto", port=broker.port)
 
-        async def go() -> list[Answer]:
+        async def go() -> list[OffloadResult]:
             async with Offloader(load_pipeline(path), broker=broker.address, window=6) as offload:
                 return await load(offload, 60, disturb)
 
         begin_s = time.monotonic()
         check(asyncio.run(go()))
-        assert time.monotonic() - begin_s < SILENT_S + MENDED_S
+        assert time.monotonic() - begin_s < PRESENCE_TIMEOUT_S + MENDED_S
     finally:
         broker.stop()
 
 
 def test_the_work_of_a_frozen_worker_is_done_by_another_and_its_late_answers_change_nothing(
-    box: Machine, broker: LocalBroker
+    box: ProcessSandbox, broker: LocalBroker
 ) -> None:
     diary = box.folder / "diary"
     settings = {"gate": str(box.folder / "gate"), "diary": str(diary)}
-    step = stage("step", executor="tests.soak.harness.numeric_chain:Gated", settings=settings)
-    path = pipeline_file(box.folder, [step, LAST], name="frozen")
-    frozen = box.sparse("stage", path, "step", "--broker", broker.address, "--worker", "frozen")
-    box.sparse("stage", path, "last", "--broker", broker.address)
-    await_workers(broker.address, lambda workers: sum("/frozen/" in topic for topic in workers) == 2)
+    step = stage_table("step", executor="tests.soak.harness.numeric_chain:Gated", settings=settings)
+    path = write_pipeline_file(box.folder, [step, LAST], name="frozen")
+    frozen = box.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "frozen")
+    box.start_sparse("stage", path, "last", "--broker", broker.address)
+    wait_for_workers(broker.address, lambda workers: sum("/frozen/" in topic for topic in workers) == 2)
 
-    async def go() -> tuple[list[Answer], Offloader]:
+    async def go() -> tuple[list[OffloadResult], Offloader]:
         async with Offloader(load_pipeline(path), broker=broker.address, window=3) as offload:
-            asking = [asyncio.create_task(offload.ask(body(index))) for index in range(3)]
+            asking = [asyncio.create_task(offload.request(body(index))) for index in range(3)]
             # One is at work, which does not end before the gate is open; the others wait behind it.
             await asyncio.to_thread(eventually, "work in hand", diary.exists)
-            await asyncio.to_thread(await_workers, broker.address, lambda workers: waiting(workers) == 2)
+            await asyncio.to_thread(wait_for_workers, broker.address, lambda workers: waiting(workers) == 2)
             frozen.process.send_signal(signal.SIGSTOP)
             (box.folder / "gate").touch()
-            box.sparse("stage", path, "step", "--broker", broker.address, "--worker", "other")
+            box.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "other")
             answers = await asyncio.gather(*asking)
             await asyncio.to_thread(eventually, "status to miss the frozen one", lambda: lost() == {"frozen"})
             frozen.process.send_signal(signal.SIGCONT)
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(PROCESS_TIMEOUT_S):
                 while offload.counters["twins"] < 3:  # noqa: ASYNC110 - nobody tells of a counter
                     await asyncio.sleep(0.05)
-                again: list[Answer] = []
+                again: list[OffloadResult] = []
                 while not any(answer.hops[0].worker == "frozen" for answer in again):
-                    again = [await offload.ask(body(index)) for index in range(3)]
+                    again = [await offload.request(body(index)) for index in range(3)]
                     check(again)
             await asyncio.to_thread(eventually, "status to miss nobody", lambda: lost() == set())
             return list(answers), offload
 
     def lost() -> set[str]:
         """Who is lost, says `sparse status`; all others are up."""
-        found = box.sparse("status", path, "--broker", broker.address, "--json").end().answer["workers"]
+        found = box.start_sparse("status", path, "--broker", broker.address, "--json").wait().json_output["workers"]
         assert {worker["state"] for worker in found} == {"up"}
         return {worker["worker"] for worker in found if worker["lost"]}
 
@@ -156,53 +156,55 @@ def test_the_work_of_a_frozen_worker_is_done_by_another_and_its_late_answers_cha
     assert offload.counters["results"] == offload.counters["requests"]
 
 
-def waiting(workers: dict[str, Birth]) -> int:
+def waiting(workers: dict[str, WorkerRecord]) -> int:
     """How many tasks wait at the worker that will be frozen."""
     return sum(birth.load.queue for birth in workers.values() if birth.worker == "frozen")
 
 
-def test_a_worker_whose_queue_expires_while_nothing_can_be_sent_on_lives(box: Machine, embedded: LocalBroker) -> None:
+def test_a_worker_whose_queue_expires_while_nothing_can_be_sent_on_lives(
+    box: ProcessSandbox, embedded: LocalBroker
+) -> None:
     """Two answers wait for a worker of the next stage, so nothing is computed; meanwhile all else is late, and goes."""
-    path = pipeline_file(box.folder, [stage("step", "double", max_batch=8), LAST], name="late")
-    lonely = box.sparse("stage", path, "step", "--broker", embedded.address, "--worker", "lonely")
-    await_workers(embedded.address, lambda workers: any("/late/" in topic for topic in workers))
+    path = write_pipeline_file(box.folder, [stage_table("step", "double", max_batch=8), LAST], name="late")
+    lonely = box.start_sparse("stage", path, "step", "--broker", embedded.address, "--worker", "lonely")
+    wait_for_workers(embedded.address, lambda workers: any("/late/" in topic for topic in workers))
 
     async def go() -> float:
         async with Offloader(load_pipeline(path), broker=embedded.address, window=8) as offload:
-            asking = [asyncio.create_task(offload.ask(body(0), deadline_ms=5000)) for _ in range(2)]
-            await asyncio.to_thread(await_workers, embedded.address, lambda workers: told(workers, "done") == 2)
-            asking += [asyncio.create_task(offload.ask(body(0), deadline_ms=1000)) for _ in range(3)]
+            asking = [asyncio.create_task(offload.request(body(0), deadline_ms=5000)) for _ in range(2)]
+            await asyncio.to_thread(wait_for_workers, embedded.address, lambda workers: told(workers, "done") == 2)
+            asking += [asyncio.create_task(offload.request(body(0), deadline_ms=1000)) for _ in range(3)]
             errors = await asyncio.gather(*asking, return_exceptions=True)
             assert all(isinstance(error, DeadlinePassed) for error in errors), errors
-            await asyncio.to_thread(await_workers, embedded.address, lambda workers: told(workers, "failed") >= 5)
-            box.sparse("stage", path, "last", "--broker", embedded.address)
-            answer = await offload.ask(body(1))
-            assert isinstance(answer.content, Body)
+            await asyncio.to_thread(wait_for_workers, embedded.address, lambda workers: told(workers, "failed") >= 5)
+            box.start_sparse("stage", path, "last", "--broker", embedded.address)
+            answer = await offload.request(body(1))
+            assert isinstance(answer.content, TensorContent)
             return float(to_numpy(answer.content.tensors["values"]))
 
-    def told(workers: dict[str, Birth], count: str) -> int:
+    def told(workers: dict[str, WorkerRecord], count: str) -> int:
         """What the worker says of itself; nothing once it has died."""
         return sum(getattr(birth.load, count) for birth in workers.values() if birth.worker == "lonely")
 
     assert asyncio.run(go()) == 3
-    assert lonely.process.poll() is None, lonely.said()
+    assert lonely.process.poll() is None, lonely.read_stderr()
 
 
-def test_a_deadline_holds_while_the_broker_is_away(box: Machine) -> None:
-    path = pipeline_file(box.folder, [STEP])
+def test_a_deadline_holds_while_the_broker_is_away(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, [STEP])
     broker = start_broker()
-    box.sparse("stage", path, "step", "--broker", broker.address)
-    await_workers(broker.address, lambda workers: len(workers) == 1)
+    box.start_sparse("stage", path, "step", "--broker", broker.address)
+    wait_for_workers(broker.address, lambda workers: len(workers) == 1)
 
     async def go() -> float:
         async with Offloader(load_pipeline(path), broker=broker.address) as offload:
-            await offload.ask(body(0))
+            await offload.request(body(0))
             await asyncio.to_thread(broker.stop)
             await asyncio.sleep(0.1)
             begin_s = time.monotonic()
             # Which of the two depends on whether the broker still told of the worker's end.
             with pytest.raises((DeadlinePassed, NoWorker)):
-                await offload.ask(body(0), deadline_ms=1000)
+                await offload.request(body(0), deadline_ms=1000)
             return time.monotonic() - begin_s
 
     try:
@@ -211,29 +213,31 @@ def test_a_deadline_holds_while_the_broker_is_away(box: Machine) -> None:
         broker.stop()
 
 
-def test_a_large_message_may_pass_one_worker_twice(box: Machine, embedded: LocalBroker) -> None:
+def test_a_large_message_may_pass_one_worker_twice(box: ProcessSandbox, embedded: LocalBroker) -> None:
     """A detour that comes back: the second pass is no twin of the first, though all but its chunks' name are alike."""
-    path = pipeline_file(box.folder, [stage("there", "Boomerang"), stage("back", "Boomerang")])
+    path = write_pipeline_file(box.folder, [stage_table("there", "Boomerang"), stage_table("back", "Boomerang")])
     for name in ("there", "back"):
-        box.sparse("stage", path, name, "--broker", embedded.address)
-    await_workers(embedded.address, lambda workers: len(workers) >= 2)
+        box.start_sparse("stage", path, name, "--broker", embedded.address)
+    wait_for_workers(embedded.address, lambda workers: len(workers) >= 2)
 
-    async def go() -> Answer:
+    async def go() -> OffloadResult:
         async with Offloader(load_pipeline(path), broker=embedded.address) as offload:
-            content = Body({"values": from_numpy(np.zeros(1 << 18))})  # 2 MiB: four chunks
-            return await offload.ask(content, deadline_ms=20_000)
+            content = TensorContent({"values": from_numpy(np.zeros(1 << 18))})  # 2 MiB: four chunks
+            return await offload.request(content, deadline_ms=20_000)
 
     answer = asyncio.run(go())
     assert [hop.stage for hop in answer.hops] == ["there", "back", "there", "back"]
 
 
-def test_a_worker_that_hangs_holds_up_no_other_frame_of_a_live_source(box: Machine, embedded: LocalBroker) -> None:
-    source = counter(1_000_000, every_s=0.01, live=True)
-    path = pipeline_file(box.folder, [STEP], source, name="lively")
-    hangs = box.sparse("stage", path, "step", "--broker", embedded.address, "--worker", "hangs")
-    box.sparse("stage", path, "step", "--broker", embedded.address, "--worker", "works")
-    await_workers(embedded.address, lambda workers: sum("/lively/" in topic for topic in workers) == 2)
-    feed = box.sparse("source", path, "--broker", embedded.address, "--json", "--out", box.folder / "out")
+def test_a_worker_that_hangs_holds_up_no_other_frame_of_a_live_source(
+    box: ProcessSandbox, embedded: LocalBroker
+) -> None:
+    source = counting_source_table(1_000_000, every_s=0.01, live=True)
+    path = write_pipeline_file(box.folder, [STEP], source, name="lively")
+    hangs = box.start_sparse("stage", path, "step", "--broker", embedded.address, "--worker", "hangs")
+    box.start_sparse("stage", path, "step", "--broker", embedded.address, "--worker", "works")
+    wait_for_workers(embedded.address, lambda workers: sum("/lively/" in topic for topic in workers) == 2)
+    feed = box.start_sparse("source", path, "--broker", embedded.address, "--json", "--out", box.folder / "out")
     results = box.folder / "out" / "results.jsonl"
 
     def rows() -> list[dict[str, Any]]:
@@ -252,4 +256,4 @@ def test_a_worker_that_hangs_holds_up_no_other_frame_of_a_live_source(box: Machi
         return any(count > 2 * _UNRECORDED_LIMIT for count in overtaken_by)
 
     eventually("the frames that hung, after many later ones", was_overtaken)
-    assert feed.end(signal.SIGTERM).status == 0
+    assert feed.wait(signal.SIGTERM).returncode == 0

@@ -22,42 +22,55 @@ from PIL import Image
 
 from brokers.errors import SparseError
 from brokers.protocol.safetensors_codec import from_numpy, pack
-from brokers.server.local_broker import Kind
+from brokers.server.local_broker import BrokerKind
 from stages.partition.weight_files import find_weights
-from tests.pipeline.conftest import KINDS
+from tests.pipeline.conftest import BROKER_KINDS
 from tests.support.brokers.ports import free_port
-from tests.support.environment.external_programs import missing, need
-from tests.support.pipelines.pipeline_files import pipeline_file
-from tests.support.pipelines.processes import PATIENCE_S, Machine, Running, eventually, machine
+from tests.support.environment.external_programs import require_dependency, skip_or_fail
+from tests.support.pipelines.pipeline_files import write_pipeline_file
+from tests.support.pipelines.processes import (
+    PROCESS_TIMEOUT_S,
+    ProcessSandbox,
+    RunningCommand,
+    eventually,
+    process_sandbox,
+)
 
 # The embedded broker speaks version 5 only; on Mosquitto the older one is tried, which has no properties.
 # What tests/unit/stages/models/test_yolo_postprocess.py has from the original Darknet for this photograph: score, and corners in pixels.
 DOG_SCORE = 0.564
 DOG_BOX = np.array([129.1, 186.7, 369.3, 517.5])  # left, top, right, bottom
-VERSIONS: dict[Kind, str] = {"embedded": "5", "mosquitto": "311"}
+VERSIONS: dict[BrokerKind, str] = {"embedded": "5", "mosquitto": "311"}
 
 
 @dataclass
 class Door:
     """A detector in one stage that runs behind the gateway, and somebody who reads all its results."""
 
-    box: Machine
+    box: ProcessSandbox
     port: int
     version: str
-    run: Running
-    reader: Running
+    run: RunningCommand
+    reader: RunningCommand
 
     @property
     def client(self) -> list[str]:
         return ["-p", str(self.port), "-V", self.version]
 
     def publish(self, source: str, payload: bytes) -> None:
-        command = [str(need("mosquitto_pub")), *self.client, "-t", f"sparse/local/ingress/{source}", "-q", "1"]
+        command = [
+            str(require_dependency("mosquitto_pub")),
+            *self.client,
+            "-t",
+            f"sparse/local/ingress/{source}",
+            "-q",
+            "1",
+        ]
         command.append("-s" if payload else "-n")
         subprocess.run(command, input=payload, check=True, timeout=60)
 
     def results(self, source: str) -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in self.reader.out().splitlines() if line.endswith("}")]
+        found = [json.loads(line) for line in self.reader.read_stdout().splitlines() if line.endswith("}")]
         return [result for result in found if result["source"] == source]
 
     def ask(self, source: str, payload: bytes) -> dict[str, Any]:
@@ -66,26 +79,26 @@ class Door:
         return eventually(f"the result of {source}", lambda: self.results(source))[0]
 
 
-@pytest.fixture(scope="module", name="door", params=KINDS)
+@pytest.fixture(scope="module", name="door", params=BROKER_KINDS)
 def _door(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
-    kind: Kind = request.param
-    need({"embedded": "iotcore"}.get(kind, kind))
+    kind: BrokerKind = request.param
+    require_dependency({"embedded": "iotcore"}.get(kind, kind))
     try:
         find_weights("yolov3-tiny")
     except SparseError as problem:
-        missing(str(problem))
+        skip_or_fail(str(problem))
     folder = tmp_path_factory.mktemp("door")
     port = free_port()
-    with machine(folder) as box:
+    with process_sandbox(folder) as box:
         stages = [{"name": "all", "max_batch": 2}]
         source = {"kind": "ingress"}
-        path = pipeline_file(folder, stages, source, name="door", model="yolov3-tiny", weights="yolov3-tiny")
+        path = write_pipeline_file(folder, stages, source, name="door", model="yolov3-tiny", weights="yolov3-tiny")
         out = folder / "out"
-        run = box.sparse("run", path, "--broker", kind, "--port", str(port), "--json", "--out", out)
-        eventually("the gateway", lambda: f"sparse/local/ingress/NAME at mqtt://127.0.0.1:{port}" in run.said())
+        run = box.start_sparse("run", path, "--broker", kind, "--port", str(port), "--json", "--out", out)
+        eventually("the gateway", lambda: f"sparse/local/ingress/NAME at mqtt://127.0.0.1:{port}" in run.read_stderr())
         eventually("its file", (out / "results.jsonl").exists)
         client = ["-p", str(port), "-V", VERSIONS[kind]]
-        reader = box.start(need("mosquitto_sub"), *client, "-t", "sparse/local/results/#")
+        reader = box.start(require_dependency("mosquitto_sub"), *client, "-t", "sparse/local/results/#")
         door = Door(box, port, VERSIONS[kind], run, reader)
         _greet(door)
         yield door
@@ -103,7 +116,7 @@ def _greet(door: Door) -> None:
 
 def dog() -> bytes:
     """A photograph of a dog, a bicycle and a car, 768x576, that everybody's detector is shown."""
-    return (need("darknet-files") / "data" / "dog.jpg").read_bytes()
+    return (require_dependency("darknet-files") / "data" / "dog.jpg").read_bytes()
 
 
 def as_file(picture: Image.Image, kind: str) -> bytes:
@@ -205,7 +218,7 @@ def test_what_is_no_picture_is_answered_once_and_the_worker_lives(door: Door, na
 def test_counters_show_what_was_refused(door: Door) -> None:
     door.ask("counted-badly", b"\xff\xd8\xff\xe0 no JPEG")
     door.ask("counted-well", dog())
-    seen = [json.loads(line) for line in door.reader.out().splitlines()]
+    seen = [json.loads(line) for line in door.reader.read_stdout().splitlines()]
     failed = sum("error" in result and result.get("stage") == "all" for result in seen)
     done = sum("objects" in result for result in seen) + failed
     assert failed >= 1
@@ -227,8 +240,8 @@ def _load(door: Door) -> dict[str, Any]:
 
 
 def _worker(door: Door) -> dict[str, Any]:
-    said = door.box.sparse("status", "--broker", f"mqtt://127.0.0.1:{door.port}", "--json").end()
-    (worker,) = said.answer["workers"]
+    said = door.box.start_sparse("status", "--broker", f"mqtt://127.0.0.1:{door.port}", "--json").wait()
+    (worker,) = said.json_output["workers"]
     found: dict[str, Any] = worker
     return found
 
@@ -252,7 +265,16 @@ def test_a_foreign_client_is_told_what_is_wrong(door: Door) -> None:
 
 
 def test_a_task_without_a_response_topic_does_no_harm(door: Door) -> None:
-    command = [str(need("mosquitto_pub")), "-p", str(door.port), "-V", "5", "-t", "sparse/local/door/all/tasks", "-s"]
+    command = [
+        str(require_dependency("mosquitto_pub")),
+        "-p",
+        str(door.port),
+        "-V",
+        "5",
+        "-t",
+        "sparse/local/door/all/tasks",
+        "-s",
+    ]
     subprocess.run(command, input=dog(), check=True, timeout=60)
     assert found_dog(door.ask("after-nobody", dog()))
 
@@ -268,11 +290,11 @@ def _request(door: Door, payload: bytes, own_id: bytes) -> tuple[bytes, dict[str
     client.loop_start()
     try:
         client.subscribe("answers/mine", qos=1)
-        assert subscribed.wait(PATIENCE_S)
+        assert subscribed.wait(PROCESS_TIMEOUT_S)
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.ResponseTopic, properties.CorrelationData = "answers/mine", own_id
         client.publish("sparse/local/door/all/tasks", payload, qos=1, properties=properties)
-        answer = answers.get(timeout=PATIENCE_S)
+        answer = answers.get(timeout=PROCESS_TIMEOUT_S)
     finally:
         client.disconnect()
         client.loop_stop()
@@ -283,13 +305,13 @@ def _request(door: Door, payload: bytes, own_id: bytes) -> tuple[bytes, dict[str
 
 def test_a_stopped_gateway_says_what_it_has_done(door: Door) -> None:
     """The last test of this file: it ends the run."""
-    said = door.run.end(signal.SIGINT)
-    summary = said.answer
-    assert said.status == 130
+    said = door.run.wait(signal.SIGINT)
+    summary = said.json_output
+    assert said.returncode == 130
     assert summary["requests"] == summary["results"] + summary["failed"]
     assert summary["lost"] == 0
     assert summary["failures"]["BadPayload"] >= 3
     results = (door.box.folder / "out" / "results.jsonl").read_text().splitlines()
     assert len(results) == summary["requests"]
-    door.reader.end(signal.SIGTERM)
-    door.box.nothing_is_left(within_s=5)
+    door.reader.wait(signal.SIGTERM)
+    door.box.assert_nothing_left(within_s=5)

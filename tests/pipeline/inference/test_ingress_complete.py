@@ -14,21 +14,21 @@ from typing import Any
 import pytest
 
 from brokers.mqtt.client import RECEIVE_MAXIMUM, MqttTransport
-from brokers.protocol.topics import ingress, results
+from brokers.protocol.topics import ingress_topic, results_topic
 from brokers.protocol.transport import Delivery
 from brokers.server.local_broker import LocalBroker, start_broker
-from tests.support.brokers.presence import await_workers
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
-from tests.support.pipelines.processes import PATIENCE_S, Machine, Running
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
+from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox, RunningCommand
 
-STEP = stage("step", "Slow", settings={"seconds": 0.03})
+STEP = stage_table("step", "Slow", settings={"seconds": 0.03})
 COMPLETE = {"kind": "ingress", "keep": "all", "window": 4}
 
 
 @pytest.fixture(name="mosquitto")
 def _mosquitto() -> Iterator[LocalBroker]:
-    need("mosquitto")
+    require_dependency("mosquitto")
     with start_broker(kind="mosquitto") as found:
         yield found
 
@@ -51,7 +51,7 @@ class Camera:
 
     async def __aenter__(self) -> Camera:
         await self._line.connect()
-        await self._line.subscribe(results("local"), self._take, qos=1)
+        await self._line.subscribe(results_topic("local"), self._take, qos=1)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -59,20 +59,20 @@ class Camera:
 
     async def greet(self) -> None:
         """Publish until there is an answer: MQTT does not say whether the gateway has subscribed yet."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(PROCESS_TIMEOUT_S):
             while not self._greeted.is_set():
-                await self._line.publish(ingress("local", "greeting"), b'{"values": 0}', qos=1)
+                await self._line.publish(ingress_topic("local", "greeting"), b'{"values": 0}', qos=1)
                 await asyncio.sleep(0.2)
 
     async def publish(self, count: int, payload: Callable[[int], bytes] | None = None) -> None:
         for number in range(self._next, self._next + count):
             frame = payload(number) if payload else json.dumps({"values": number}).encode()
-            await self._line.publish(ingress("local", "camera"), frame, qos=1)
+            await self._line.publish(ingress_topic("local", "camera"), frame, qos=1)
         self._next += count
 
     async def until(self, wanted: Callable[[], object]) -> None:
         """Wait for results until there are those that are wanted."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(PROCESS_TIMEOUT_S):
             while not wanted():
                 self._heard.clear()
                 await self._heard.wait()
@@ -86,18 +86,18 @@ class Camera:
             self._heard.set()
 
 
-def pipeline(box: Machine, address: str, step: dict[str, Any] = STEP) -> Path:
-    path = pipeline_file(box.folder, [step], COMPLETE)
-    box.sparse("stage", path, "step", "--broker", address, "--worker", "one")
-    await_workers(address, lambda workers: len(workers) == 1)
+def pipeline(box: ProcessSandbox, address: str, step: dict[str, Any] = STEP) -> Path:
+    path = write_pipeline_file(box.folder, [step], COMPLETE)
+    box.start_sparse("stage", path, "step", "--broker", address, "--worker", "one")
+    wait_for_workers(address, lambda workers: len(workers) == 1)
     return path
 
 
-def gateway(box: Machine, path: Path, address: str) -> Running:
-    return box.sparse("source", path, "--broker", address, "--json", "--out", box.folder / "out")
+def gateway(box: ProcessSandbox, path: Path, address: str) -> RunningCommand:
+    return box.start_sparse("source", path, "--broker", address, "--json", "--out", box.folder / "out")
 
 
-def test_a_killed_gateway_owes_no_frame_its_answer(box: Machine, mosquitto: LocalBroker) -> None:
+def test_a_killed_gateway_owes_no_frame_its_answer(box: ProcessSandbox, mosquitto: LocalBroker) -> None:
     address = mosquitto.address
     path = pipeline(box, address)
 
@@ -107,15 +107,15 @@ def test_a_killed_gateway_owes_no_frame_its_answer(box: Machine, mosquitto: Loca
             await camera.greet()
             await camera.publish(150)
             await camera.until(lambda: len(camera.answered) >= 20)
-            await asyncio.to_thread(first.end, signal.SIGKILL)
+            await asyncio.to_thread(first.wait, signal.SIGKILL)
             seen = len(camera.answered)
             assert seen < 150, "it was killed too late for this test to say anything"
             await camera.publish(50)
             second = gateway(box, path, address)
             await camera.until(lambda: len(camera.answered) == 200)
-            said = await asyncio.to_thread(second.end, signal.SIGTERM)
-            assert said.status == 0, said.err
-            assert said.answer["failed"] == 0
+            said = await asyncio.to_thread(second.wait, signal.SIGTERM)
+            assert said.returncode == 0, said.stderr
+            assert said.json_output["failed"] == 0
             # What is answered twice was answered, and not yet confirmed, when the gateway died: it says so itself.
             for number, times in camera.answered.items():
                 ours = [each for each in camera.results if round(each["values"]["values"]) == number]
@@ -131,10 +131,10 @@ def test_a_killed_gateway_owes_no_frame_its_answer(box: Machine, mosquitto: Loca
 
 
 def test_a_gateway_that_leaves_answers_what_it_has_begun_and_leaves_the_rest_at_the_broker(
-    box: Machine, mosquitto: LocalBroker
+    box: ProcessSandbox, mosquitto: LocalBroker
 ) -> None:
     address = mosquitto.address
-    path = pipeline(box, address, stage("step", "Slow", settings={"seconds": 0.04}))
+    path = pipeline(box, address, stage_table("step", "Slow", settings={"seconds": 0.04}))
 
     async def go() -> Counter[int]:
         async with Camera(address) as camera:
@@ -142,18 +142,18 @@ def test_a_gateway_that_leaves_answers_what_it_has_begun_and_leaves_the_rest_at_
             await camera.greet()
             await camera.publish(140)
             await camera.until(lambda: len(camera.answered) >= 5)
-            said = await asyncio.to_thread(first.end, signal.SIGTERM)
-            assert said.status == 0, said.err
-            assert said.answer["requests"] == said.answer["results"] < 140
+            said = await asyncio.to_thread(first.wait, signal.SIGTERM)
+            assert said.returncode == 0, said.stderr
+            assert said.json_output["requests"] == said.json_output["results"] < 140
             second = gateway(box, path, address)
             await camera.until(lambda: len(camera.answered) == 140)
-            await asyncio.to_thread(second.end, signal.SIGTERM)
+            await asyncio.to_thread(second.wait, signal.SIGTERM)
             return camera.answered
 
     assert asyncio.run(go()) == Counter(range(140))
 
 
-def test_what_is_no_frame_is_refused_once_and_not_asked_again(box: Machine, mosquitto: LocalBroker) -> None:
+def test_what_is_no_frame_is_refused_once_and_not_asked_again(box: ProcessSandbox, mosquitto: LocalBroker) -> None:
     address = mosquitto.address
     path = pipeline(box, address)
 
@@ -164,12 +164,12 @@ def test_what_is_no_frame_is_refused_once_and_not_asked_again(box: Machine, mosq
             await camera.publish(5, lambda number: b"\x00\x01")
             await camera.until(lambda: len(camera.results) == 5)
             assert {result["error"] for result in camera.results} == {"BadPayload"}
-            await asyncio.to_thread(running.end, signal.SIGTERM)
+            await asyncio.to_thread(running.wait, signal.SIGTERM)
             camera.results.clear()
             again = gateway(box, path, address)
             await camera.publish(1)
             await camera.until(lambda: camera.results)
-            await asyncio.to_thread(again.end, signal.SIGTERM)
+            await asyncio.to_thread(again.wait, signal.SIGTERM)
             assert camera.answered == Counter([5])
 
     asyncio.run(go())
@@ -209,7 +209,7 @@ class Way:
         writer.close()
 
 
-def test_a_connection_that_breaks_again_and_again_costs_no_frame(box: Machine, mosquitto: LocalBroker) -> None:
+def test_a_connection_that_breaks_again_and_again_costs_no_frame(box: ProcessSandbox, mosquitto: LocalBroker) -> None:
     path = pipeline(box, mosquitto.address)
 
     async def go() -> tuple[Counter[int], int]:
@@ -226,7 +226,7 @@ def test_a_connection_that_breaks_again_and_again_costs_no_frame(box: Machine, m
                     await camera.until(lambda cut=cut: len(camera.answered) >= 20 * cut)  # type: ignore[misc]
                     way.cut()
                 await camera.until(lambda: len(camera.answered) == 120)
-                await asyncio.to_thread(running.end, signal.SIGTERM)
+                await asyncio.to_thread(running.wait, signal.SIGTERM)
                 return camera.answered, way.made
         finally:
             server.close()

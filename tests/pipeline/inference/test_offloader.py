@@ -13,41 +13,43 @@ import pytest
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.errors import BrokerUnreachable, DeadlinePassed, Disconnected, NoWorker, RequestFailed
-from brokers.protocol.messages import Body
+from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_numpy, to_numpy
 from brokers.server.local_broker import LocalBroker
 from sources.client.offloader import Offloader
-from tests.support.brokers.presence import await_workers
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
-from tests.support.pipelines.processes import Machine, machine
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, process_sandbox
 
 # The pipelines of this file, each a stage or two, all served at once.
 PIPELINES = {
-    "chain": [stage("double", "double"), stage("add", "add_one")],
-    "picky": [stage("picky", "picky")],
-    "moody": [stage("moody", "moody")],
-    "forgets": [stage("forgets", "forgets")],
-    "slow": [stage("slow", "Slow", settings={"seconds": 0.4})],
-    "rows": [stage("rows", "Rows", max_batch=4, max_wait_ms=50)],
-    "sorted": [stage("sort", "Sorter"), stage("small", "double"), stage("large", "add_one")],
-    "bytes": [stage("raw", "Bytes")],
+    "chain": [stage_table("double", "double"), stage_table("add", "add_one")],
+    "picky": [stage_table("picky", "picky")],
+    "moody": [stage_table("moody", "moody")],
+    "forgets": [stage_table("forgets", "forgets")],
+    "slow": [stage_table("slow", "Slow", settings={"seconds": 0.4})],
+    "rows": [stage_table("rows", "Rows", max_batch=4, max_wait_ms=50)],
+    "sorted": [stage_table("sort", "Sorter"), stage_table("small", "double"), stage_table("large", "add_one")],
+    "bytes": [stage_table("raw", "Bytes")],
 }
 # Two workers on one stage, started by hand below.
-TEAM = [stage("slow", "Slow", settings={"seconds": 0.05})]
+TEAM = [stage_table("slow", "Slow", settings={"seconds": 0.05})]
 
 
 @pytest.fixture(scope="module", name="served")
 def _served(broker: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pipeline]]:
     """All pipelines with their workers, through a broker of each kind."""
     folder = tmp_path_factory.mktemp("served")
-    with machine(folder) as box:
-        found = {name: load_pipeline(pipeline_file(folder, stages, name=name)) for name, stages in PIPELINES.items()}
-        found["team"] = load_pipeline(pipeline_file(folder, TEAM, name="team"))
+    with process_sandbox(folder) as box:
+        found = {
+            name: load_pipeline(write_pipeline_file(folder, stages, name=name)) for name, stages in PIPELINES.items()
+        }
+        found["team"] = load_pipeline(write_pipeline_file(folder, TEAM, name="team"))
         for pipeline in found.values():
             for each in pipeline.stage:
-                box.sparse("stage", pipeline.path, each.name, "--broker", broker.address)
-        box.sparse("stage", found["team"].path, "slow", "--broker", broker.address)
-        await_workers(
+                box.start_sparse("stage", pipeline.path, each.name, "--broker", broker.address)
+        box.start_sparse("stage", found["team"].path, "slow", "--broker", broker.address)
+        wait_for_workers(
             broker.address, lambda workers: len(workers) == sum(len(each.stage) for each in found.values()) + 1
         )
         yield found
@@ -147,7 +149,7 @@ def test_a_worker_drops_what_is_past_its_deadline(served: dict[str, Pipeline], b
             found = await asyncio.gather(*late, return_exceptions=True)
             await first
             begun = asyncio.get_running_loop().time()
-            answer = await offload.ask(Body({"values": from_numpy(np.array(5.0))}))
+            answer = await offload.request(TensorContent({"values": from_numpy(np.array(5.0))}))
             took_s = asyncio.get_running_loop().time() - begun
             return [*found, took_s - answer.hops[0].compute_ms / 1000]
 
@@ -161,15 +163,15 @@ def test_a_worker_drops_what_is_past_its_deadline(served: dict[str, Pipeline], b
 def test_without_a_worker_a_request_says_how_to_start_one(
     broker: LocalBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sources.client.offloader.ROOM_WAIT_S", 0.3)
-    nobody = load_pipeline(pipeline_file(tmp_path, [stage("nobody", "double")], name="nobody"))
+    monkeypatch.setattr("sources.client.offloader.WORKER_WAIT_S", 0.3)
+    nobody = load_pipeline(write_pipeline_file(tmp_path, [stage_table("nobody", "double")], name="nobody"))
     (found,) = ask(nobody, broker, np.array(1.0))
     assert isinstance(found, NoWorker)
     assert "sparse stage FILE nobody" in str(found)
 
 
 def test_without_a_broker_the_offloader_says_so_at_once(tmp_path: Path) -> None:
-    pipeline = load_pipeline(pipeline_file(tmp_path, [stage("one", "double")]))
+    pipeline = load_pipeline(write_pipeline_file(tmp_path, [stage_table("one", "double")]))
 
     async def enter() -> None:
         async with Offloader(pipeline, broker="mqtt://127.0.0.1:9"):
@@ -194,11 +196,11 @@ def test_batches_give_what_single_requests_give_and_are_batches(
 ) -> None:
     async def rows() -> list[tuple[np.ndarray[Any, Any], int]]:
         async with Offloader(served["rows"], broker=broker.address, window=12) as offload:
-            content = [Body({"rows": from_numpy(np.full((1, 3), float(index)))}) for index in range(24)]
-            answers = await asyncio.gather(*(offload.ask(each) for each in content))
+            content = [TensorContent({"rows": from_numpy(np.full((1, 3), float(index)))}) for index in range(24)]
+            answers = await asyncio.gather(*(offload.request(each) for each in content))
         found = []
         for answer in answers:
-            assert isinstance(answer.content, Body)
+            assert isinstance(answer.content, TensorContent)
             tensors = {name: to_numpy(tensor) for name, tensor in answer.content.tensors.items()}
             assert tensors["rows"].shape == (1, 3)
             assert tensors["batch"].tolist() == [answer.hops[0].batch]
@@ -225,8 +227,8 @@ def test_rows_of_different_numbers_are_batched_and_split_again(
 def test_two_workers_of_a_stage_share_its_work(served: dict[str, Pipeline], broker: LocalBroker) -> None:
     async def share() -> Counter[str]:
         async with Offloader(served["team"], broker=broker.address, window=6) as offload:
-            content = Body({"values": from_numpy(np.array(1.0))})
-            answers = await asyncio.gather(*(offload.ask(content) for _ in range(24)))
+            content = TensorContent({"values": from_numpy(np.array(1.0))})
+            answers = await asyncio.gather(*(offload.request(content) for _ in range(24)))
         return Counter(answer.hops[0].worker for answer in answers)
 
     shares = asyncio.run(share())
@@ -239,10 +241,10 @@ def test_an_executor_chooses_another_stage_by_the_nodes_dispatcher(
 ) -> None:
     async def both() -> list[tuple[float, list[str], str]]:
         async with Offloader(served["sorted"], broker=broker.address) as offload:
-            contents = [Body({"values": from_numpy(np.array(value))}) for value in (200.0, 5.0)]
+            contents = [TensorContent({"values": from_numpy(np.array(value))}) for value in (200.0, 5.0)]
             found = []
-            for answer in await asyncio.gather(*(offload.ask(content) for content in contents)):
-                assert isinstance(answer.content, Body)
+            for answer in await asyncio.gather(*(offload.request(content) for content in contents)):
+                assert isinstance(answer.content, TensorContent)
                 value = float(to_numpy(answer.content.tensors["values"]))
                 way = answer.content.metadata.get("way", "")
                 found.append((value, [hop.stage for hop in answer.hops], way))
@@ -261,15 +263,17 @@ def test_an_executor_may_take_bytes_that_are_no_arrays(served: dict[str, Pipelin
 def test_the_record_of_a_worker_says_what_it_takes_where_it_knows(
     served: dict[str, Pipeline], broker: LocalBroker
 ) -> None:
-    workers = await_workers(broker.address, lambda seen: {"double", "raw"} <= {each.stage for each in seen.values()})
+    workers = wait_for_workers(broker.address, lambda seen: {"double", "raw"} <= {each.stage for each in seen.values()})
     found = {each.stage: each.formats for each in workers.values()}
     assert found["double"] == ("application/x-safetensors", "application/json")
     assert found["raw"] == ()  # its author's own `prepare`
 
 
-def test_a_stage_whose_executor_cannot_start_says_why_and_stops_nothing(box: Machine, embedded: LocalBroker) -> None:
-    path = pipeline_file(box.folder, [stage("bad", "BadStart")])
-    said = box.sparse("stage", path, "bad", "--broker", embedded.address).end()
-    assert said.status == 1
-    assert said.err == "sparse: the file is not there\n"
-    box.nothing_is_left()
+def test_a_stage_whose_executor_cannot_start_says_why_and_stops_nothing(
+    box: ProcessSandbox, embedded: LocalBroker
+) -> None:
+    path = write_pipeline_file(box.folder, [stage_table("bad", "BadStart")])
+    said = box.start_sparse("stage", path, "bad", "--broker", embedded.address).wait()
+    assert said.returncode == 1
+    assert said.stderr == "sparse: the file is not there\n"
+    box.assert_nothing_left()

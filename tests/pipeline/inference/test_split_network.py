@@ -12,14 +12,14 @@ import torch
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.errors import RequestFailed
-from brokers.protocol.messages import Body
+from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_torch, to_torch
 from brokers.server.local_broker import LocalBroker
 from sources.client.offloader import Offloader
-from tests.support.brokers.presence import await_workers
-from tests.support.pipelines.pipeline_files import pipeline_file
-from tests.support.pipelines.processes import machine
-from tests.support.training.factories import Tiny
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.pipelines.pipeline_files import write_pipeline_file
+from tests.support.pipelines.processes import process_sandbox
+from tests.support.training.factories import TinyNetwork
 
 SEED = 11
 
@@ -34,22 +34,22 @@ def _halves(embedded: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> 
         "batched": {"max_batch": 4, "max_wait_ms": 100},
         "half": {"wire": "float16"},
     }
-    with machine(folder) as box:
+    with process_sandbox(folder) as box:
         found = {}
         for name, settings in variants.items():
             stages = [{"name": "head", **settings}, {"name": "tail", **settings}]
-            found[name] = load_pipeline(pipeline_file(folder, stages, name=name, **network))
+            found[name] = load_pipeline(write_pipeline_file(folder, stages, name=name, **network))
             for stage in stages:
-                box.sparse("stage", found[name].path, stage["name"], "--broker", embedded.address)
-        await_workers(embedded.address, lambda workers: len(workers) == 2 * len(variants))
+                box.start_sparse("stage", found[name].path, stage["name"], "--broker", embedded.address)
+        wait_for_workers(embedded.address, lambda workers: len(workers) == 2 * len(variants))
         yield found
 
 
 @pytest.fixture(scope="module", name="whole")
-def _whole() -> Tiny:
+def _whole() -> TinyNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
-        return Tiny().eval()
+        return TinyNetwork().eval()
 
 
 def inputs(count: int) -> list[torch.Tensor]:
@@ -58,7 +58,7 @@ def inputs(count: int) -> list[torch.Tensor]:
 
 
 def test_tensors_in_and_out_are_those_of_the_unsplit_network(
-    halves: dict[str, Pipeline], embedded: LocalBroker, whole: Tiny
+    halves: dict[str, Pipeline], embedded: LocalBroker, whole: TinyNetwork
 ) -> None:
     async def ask() -> tuple[list[torch.Tensor], dict[str, torch.Tensor], Any]:
         async with Offloader(halves["plain"], broker=embedded.address, window=8) as offload:
@@ -79,15 +79,15 @@ def test_tensors_in_and_out_are_those_of_the_unsplit_network(
 
 
 def test_batches_give_what_the_unsplit_network_gives(
-    halves: dict[str, Pipeline], embedded: LocalBroker, whole: Tiny
+    halves: dict[str, Pipeline], embedded: LocalBroker, whole: TinyNetwork
 ) -> None:
     async def ask() -> list[tuple[torch.Tensor, list[int]]]:
         async with Offloader(halves["batched"], broker=embedded.address, window=12) as offload:
-            contents = [Body({"input": from_torch(x)}) for x in inputs(24)]
-            answers = await asyncio.gather(*(offload.ask(content) for content in contents))
+            contents = [TensorContent({"input": from_torch(x)}) for x in inputs(24)]
+            answers = await asyncio.gather(*(offload.request(content) for content in contents))
         found = []
         for answer in answers:
-            assert isinstance(answer.content, Body)
+            assert isinstance(answer.content, TensorContent)
             found.append((to_torch(answer.content.tensors["output"]), [hop.batch for hop in answer.hops]))
         return found
 
@@ -100,12 +100,12 @@ def test_batches_give_what_the_unsplit_network_gives(
 
 
 def test_float16_on_the_wire_halves_what_crosses_and_rounds_it(
-    halves: dict[str, Pipeline], embedded: LocalBroker, whole: Tiny
+    halves: dict[str, Pipeline], embedded: LocalBroker, whole: TinyNetwork
 ) -> None:
     async def ask(name: str) -> tuple[torch.Tensor, int]:
         async with Offloader(halves[name], broker=embedded.address) as offload:
-            answer = await offload.ask(Body({"input": from_torch(inputs(1)[0])}))
-        assert isinstance(answer.content, Body)
+            answer = await offload.request(TensorContent({"input": from_torch(inputs(1)[0])}))
+        assert isinstance(answer.content, TensorContent)
         return to_torch(answer.content.tensors["output"]), answer.hops[0].bytes_out
 
     exact, exact_bytes = asyncio.run(ask("plain"))
@@ -117,7 +117,7 @@ def test_float16_on_the_wire_halves_what_crosses_and_rounds_it(
 
 
 def test_a_tensor_of_the_wrong_shape_fails_its_request_alone(
-    halves: dict[str, Pipeline], embedded: LocalBroker, whole: Tiny
+    halves: dict[str, Pipeline], embedded: LocalBroker, whole: TinyNetwork
 ) -> None:
     async def ask() -> list[Any]:
         async with Offloader(halves["batched"], broker=embedded.address) as offload:

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from brokers.errors import SparseError
-from brokers.server.mosquitto_conf import find as find_mosquitto
+from brokers.server.mosquitto_conf import find_mosquitto as find_mosquitto
 from sources.inputs.demo_videos import find_video
 from stages.partition.weight_files import find_weights
 from tests.support.environment.checkout import ROOT
-from tests.support.environment.external_programs import missing, need
-from tests.support.pipelines.processes import Said, machine
+from tests.support.environment.external_programs import require_dependency, skip_or_fail
+from tests.support.pipelines.processes import CommandResult, process_sandbox
 
 # Of 250: a car that stands behind a person, then people with bicycles.
 SHOWN = (*range(32, 44), *range(112, 124))
@@ -33,7 +33,7 @@ STAGE_KEYS = {"workers", "tasks", "queue_ms", "decode_ms", "compute_ms", "encode
 class Demo:
     """What a run said, and its folder."""
 
-    said: Said
+    said: CommandResult
     out: Path
 
     @property
@@ -48,19 +48,19 @@ def _demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
         find_weights("yolov3-tiny")
         street = find_video("street", ROOT)
     except SparseError as problem:
-        missing(str(problem))
+        skip_or_fail(str(problem))
     if find_mosquitto() is None:
-        need("iotcore")
+        require_dependency("iotcore")
     folder = tmp_path_factory.mktemp("demo")
     _cut(street, folder / "short.mp4")
     text = (ROOT / "examples" / "street.toml").read_text()
     assert 'path = "street"' in text
     path = folder / "street.toml"
     path.write_text(text.replace('path = "street"', 'path = "short.mp4"'))
-    with machine(folder) as box:
-        said = box.sparse("run", path, "--json", "--out", folder / "out").end()
-        assert said.status == 0, said.err
-        box.nothing_is_left()
+    with process_sandbox(folder) as box:
+        said = box.start_sparse("run", path, "--json", "--out", folder / "out").wait()
+        assert said.returncode == 0, said.stderr
+        box.assert_nothing_left()
     return Demo(said, folder / "out")
 
 
@@ -77,17 +77,17 @@ def _cut(street: Path, short: Path) -> None:
 
 
 def test_it_ends_with_one_line_of_json_and_says_nothing_else_there(demo: Demo) -> None:
-    assert demo.said.out.count("\n") == 1
-    assert set(demo.said.answer) >= KEYS
-    assert "Traceback" not in demo.said.err
+    assert demo.said.stdout.count("\n") == 1
+    assert set(demo.said.json_output) >= KEYS
+    assert "Traceback" not in demo.said.stderr
     written = json.loads((demo.out / "summary.json").read_text())
     # The source wrote it, who knows neither whose the broker is nor who else writes into the folder.
     files = {**written["files"], "telemetry": "telemetry.sqlite"}
-    assert {**written, "broker": demo.said.answer["broker"], "files": files} == demo.said.answer
+    assert {**written, "broker": demo.said.json_output["broker"], "files": files} == demo.said.json_output
 
 
 def test_its_numbers_agree_with_one_another(demo: Demo) -> None:
-    summary = demo.said.answer
+    summary = demo.said.json_output
     assert summary["pipeline"] == "street"
     assert summary["broker"] in ("mosquitto", "embedded")
     assert summary["requests"] == summary["results"] == len(demo.results) == len(SHOWN)
@@ -99,7 +99,7 @@ def test_its_numbers_agree_with_one_another(demo: Demo) -> None:
 
 
 def test_it_says_of_each_stage_what_it_did_and_where_the_time_went(demo: Demo) -> None:
-    stages = demo.said.answer["stages"]
+    stages = demo.said.json_output["stages"]
     assert list(stages) == ["head", "body", "tail"]
     for stage in stages.values():
         assert set(stage) == STAGE_KEYS
@@ -110,7 +110,7 @@ def test_it_says_of_each_stage_what_it_did_and_where_the_time_went(demo: Demo) -
     assert stages["head"]["bytes_out"] == stages["body"]["bytes_in"] > 0
     assert stages["body"]["bytes_out"] == stages["tail"]["bytes_in"] > 0
     spent = sum(stage[key] for stage in stages.values() for key in stage if key.endswith("_ms"))
-    assert spent <= demo.said.answer["latency_ms"]["p99"]
+    assert spent <= demo.said.json_output["latency_ms"]["p99"]
 
 
 def test_the_results_come_in_the_order_of_the_video(demo: Demo) -> None:
@@ -140,7 +140,7 @@ def test_people_and_cars_are_found_where_they_are(demo: Demo) -> None:
 
 
 def test_the_pictures_open(demo: Demo) -> None:
-    files = demo.said.answer["files"]
+    files = demo.said.json_output["files"]
     frames = sorted((demo.out / "frames").iterdir())
     assert [f"frames/{path.name}" for path in frames] == sorted(files["frames"])
     assert len(frames) >= 4
@@ -169,7 +169,7 @@ def test_boxes_are_drawn_where_something_was_found(demo: Demo) -> None:
 
 def test_nothing_but_the_results_is_left_in_the_folder(demo: Demo) -> None:
     names = {path.name for path in demo.out.iterdir()}
-    files = demo.said.answer["files"]
+    files = demo.said.json_output["files"]
     assert names == {
         "results.jsonl", "summary.json", "logs", "frames", files["sheet"], files["clip"], files["telemetry"]
     }  # fmt: skip

@@ -12,21 +12,21 @@ from pathlib import Path
 import pytest
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.mqtt.connect_errors import Refused
-from brokers.mqtt.in_memory import MemoryHub, MemoryTransport
+from brokers.mqtt.connect_errors import OperationRefused
+from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.transport import Buffer, Delivery, Properties
-from brokers.server.local_broker import Kind, start_broker
+from brokers.server.local_broker import BrokerKind, start_broker
 from stages.commands.stage import make_executor
 from stages.worker import worker as worker_module
-from stages.worker.worker import Worker
-from tests.pipeline.conftest import KINDS
-from tests.support.brokers.broker_kinds import run
-from tests.support.brokers.presence import await_workers
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine, eventually
+from stages.worker.worker import InferenceWorker
+from tests.pipeline.conftest import BROKER_KINDS
+from tests.support.brokers.broker_kinds import run_async
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, eventually
 
-SLOW = stage("slow", "Slow", settings={"seconds": 0.1})
+SLOW = stage_table("slow", "Slow", settings={"seconds": 0.1})
 
 
 class Strict(MemoryTransport):
@@ -46,30 +46,30 @@ class Strict(MemoryTransport):
         if "/up/" in topic:
             self.allowed -= 1
             if self.allowed < 0:
-                raise Refused("publication to", topic, "Not authorized")
+                raise OperationRefused("publication to", topic, "Not authorized")
         await super().publish(topic, payload, properties, qos=qos, retain=retain)
 
 
-def _worker(folder: Path, transport: MemoryTransport) -> Worker:
-    pipeline = load_pipeline(pipeline_file(folder, [SLOW]))
+def _worker(folder: Path, transport: MemoryTransport) -> InferenceWorker:
+    pipeline = load_pipeline(write_pipeline_file(folder, [SLOW]))
     table = pipeline.find_stage("slow")
     executor, device = make_executor(pipeline, table, 1)
-    return Worker(transport, pipeline, table, executor, "w", device)
+    return InferenceWorker(transport, pipeline, table, executor, "w", device)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_worker_is_told_to_leave_while_its_broker_is_gone(box: Machine, kind: Kind) -> None:
-    need({"embedded": "iotcore"}.get(kind, kind))
-    path = pipeline_file(box.folder, [SLOW])
+@pytest.mark.parametrize("kind", BROKER_KINDS)
+def test_a_worker_is_told_to_leave_while_its_broker_is_gone(box: ProcessSandbox, kind: BrokerKind) -> None:
+    require_dependency({"embedded": "iotcore"}.get(kind, kind))
+    path = write_pipeline_file(box.folder, [SLOW])
     with start_broker(kind=kind) as broker:
-        stranded = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "stranded")
-        await_workers(broker.address, lambda workers: len(workers) == 1)
+        stranded = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "stranded")
+        wait_for_workers(broker.address, lambda workers: len(workers) == 1)
     begin_s = time.monotonic()
-    said = stranded.end(signal.SIGTERM, timeout_s=20)
-    assert said.status == 0, said.err
-    assert "Traceback" not in said.err
+    said = stranded.wait(signal.SIGTERM, timeout_s=20)
+    assert said.returncode == 0, said.stderr
+    assert "Traceback" not in said.stderr
     assert time.monotonic() - begin_s < 8
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
 def test_a_worker_whose_reports_are_refused_says_so_once_and_works_on(
@@ -79,7 +79,7 @@ def test_a_worker_whose_reports_are_refused_says_so_once_and_works_on(
     caplog.set_level(logging.WARNING)
 
     async def test() -> None:
-        hub = MemoryHub()
+        hub = MemoryBroker()
         transport = Strict(hub)
         worker = _worker(tmp_path, transport)
         await worker.start()
@@ -87,7 +87,7 @@ def test_a_worker_whose_reports_are_refused_says_so_once_and_works_on(
         await asyncio.sleep(0.2)
         topic = "sparse/local/test/slow/up/w"
         assert [record.message for record in caplog.records] == [
-            f"worker w could not report: {Refused('publication to', topic, 'Not authorized')}"
+            f"worker w could not report: {OperationRefused('publication to', topic, 'Not authorized')}"
         ]
         reports: list[Delivery] = []
         listener = MemoryTransport(hub)
@@ -101,35 +101,37 @@ def test_a_worker_whose_reports_are_refused_says_so_once_and_works_on(
         await worker.stop()
         await listener.close()
 
-    run(test())
+    run_async(test())
 
 
 def test_a_worker_that_may_not_say_goodbye_leaves(tmp_path: Path) -> None:
     async def test() -> None:
-        worker = _worker(tmp_path, Strict(MemoryHub()))
+        worker = _worker(tmp_path, Strict(MemoryBroker()))
         await worker.start()
         running = asyncio.create_task(worker.run(), name="run")
         await worker.drain()
         await running
         await worker.stop()
 
-    run(test())
+    run_async(test())
 
 
-def test_a_source_is_told_to_leave_while_its_broker_is_frozen(box: Machine) -> None:
+def test_a_source_is_told_to_leave_while_its_broker_is_frozen(box: ProcessSandbox) -> None:
     """It neither reads nor hangs up: what cannot be published is given up, in seconds."""
-    path = pipeline_file(box.folder, [stage("one", "add_one")], counter(1_000_000, every_s=0.05), name="frozen")
+    path = write_pipeline_file(
+        box.folder, [stage_table("one", "add_one")], counting_source_table(1_000_000, every_s=0.05), name="frozen"
+    )
     with start_broker() as broker:
-        box.sparse("stage", path, "one", "--broker", broker.address)
+        box.start_sparse("stage", path, "one", "--broker", broker.address)
         out = box.folder / "out"
-        source = box.sparse("source", path, "--broker", broker.address, "--json", "--out", out)
+        source = box.start_sparse("source", path, "--broker", broker.address, "--json", "--out", out)
         eventually("a result", lambda: (out / "results.jsonl").exists() and (out / "results.jsonl").read_text())
         os.kill(broker.pid, signal.SIGSTOP)
         time.sleep(1.0)  # by now a frame is on its way that nobody will answer
         try:
-            said = source.end(signal.SIGTERM)
+            said = source.wait(signal.SIGTERM)
         finally:
             os.kill(broker.pid, signal.SIGCONT)
-    assert said.status == 0, said.err
-    assert "Traceback" not in said.err
-    assert said.answer["results"] > 0
+    assert said.returncode == 0, said.stderr
+    assert "Traceback" not in said.stderr
+    assert said.json_output["results"] > 0

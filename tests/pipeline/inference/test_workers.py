@@ -12,33 +12,33 @@ import numpy as np
 import psutil
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.protocol.messages import Body
+from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_numpy
 from brokers.server.local_broker import LocalBroker
-from sources.client.offloader import Answer, Offloader
-from tests.support.brokers.presence import await_workers, watch_workers
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine, eventually
+from sources.client.offloader import Offloader, OffloadResult
+from tests.support.brokers.presence import wait_for_workers, watch_workers
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, eventually
 
-SLOW = stage("slow", "Slow", settings={"seconds": 0.1})
+SLOW = stage_table("slow", "Slow", settings={"seconds": 0.1})
 
 
-def test_a_worker_that_is_told_to_leave_finishes_what_it_holds(box: Machine, broker: LocalBroker) -> None:
-    path = pipeline_file(box.folder, [SLOW])
-    leaver = box.sparse("stage", path, "slow", "--broker", broker.address, "--worker", "leaver")
-    await_workers(broker.address, lambda workers: len(workers) == 1)
+def test_a_worker_that_is_told_to_leave_finishes_what_it_holds(box: ProcessSandbox, broker: LocalBroker) -> None:
+    path = write_pipeline_file(box.folder, [SLOW])
+    leaver = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "leaver")
+    wait_for_workers(broker.address, lambda workers: len(workers) == 1)
 
-    async def go() -> tuple[list[Answer], list[str]]:
+    async def go() -> tuple[list[OffloadResult], list[str]]:
         loop = asyncio.get_running_loop()
         watching = asyncio.create_task(watch_workers(broker.address, _left()))
         async with Offloader(load_pipeline(path), broker=broker.address, window=3) as offload:
-            content = Body({"values": from_numpy(np.array(1.0))})
-            asking = [asyncio.create_task(offload.ask(content)) for _ in range(3)]
+            content = TensorContent({"values": from_numpy(np.array(1.0))})
+            asking = [asyncio.create_task(offload.request(content)) for _ in range(3)]
             await asyncio.sleep(0.05)  # all three are in its hands: its capacity is three
             leaver.process.send_signal(signal.SIGTERM)
             answers = await asyncio.gather(*asking)
-            said = await loop.run_in_executor(None, leaver.end)
-            assert said.status == 0, said.err
+            said = await loop.run_in_executor(None, leaver.wait)
+            assert said.returncode == 0, said.stderr
             assert offload.counters["retries"] == 0
         states: list[str] = [next(iter(workers.values())).state for workers in await watching if workers]
         return answers, states
@@ -46,22 +46,22 @@ def test_a_worker_that_is_told_to_leave_finishes_what_it_holds(box: Machine, bro
     answers, states = asyncio.run(go())
     assert {answer.hops[0].worker for answer in answers} == {"leaver"}
     assert list(dict.fromkeys(states)) == ["up", "draining", "stopped"]
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_requests_of_a_worker_that_leaves_go_to_another(box: Machine, embedded: LocalBroker) -> None:
+def test_requests_of_a_worker_that_leaves_go_to_another(box: ProcessSandbox, embedded: LocalBroker) -> None:
     """Rolling over all workers of a stage under load: each request is answered once, whoever leaves."""
-    path = pipeline_file(box.folder, [SLOW])
-    old = box.sparse("stage", path, "slow", "--broker", embedded.address, "--worker", "old")
-    await_workers(embedded.address, lambda workers: len(workers) == 1)
+    path = write_pipeline_file(box.folder, [SLOW])
+    old = box.start_sparse("stage", path, "slow", "--broker", embedded.address, "--worker", "old")
+    wait_for_workers(embedded.address, lambda workers: len(workers) == 1)
 
-    async def go() -> list[Answer]:
+    async def go() -> list[OffloadResult]:
         async with Offloader(load_pipeline(path), broker=embedded.address, window=6) as offload:
-            content = Body({"values": from_numpy(np.array(1.0))})
-            asking = [asyncio.create_task(offload.ask(content)) for _ in range(20)]
+            content = TensorContent({"values": from_numpy(np.array(1.0))})
+            asking = [asyncio.create_task(offload.request(content)) for _ in range(20)]
             await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
             old.process.send_signal(signal.SIGTERM)
-            box.sparse("stage", path, "slow", "--broker", embedded.address, "--worker", "new")
+            box.start_sparse("stage", path, "slow", "--broker", embedded.address, "--worker", "new")
             answers = await asyncio.gather(*asking)
             assert offload.counters["results"] == 20
             return list(answers)
@@ -70,59 +70,67 @@ def test_requests_of_a_worker_that_leaves_go_to_another(box: Machine, embedded: 
     assert {answer.hops[0].worker for answer in answers} == {"old", "new"}
 
 
-def test_a_run_starts_a_killed_worker_again_and_loses_nothing(box: Machine, broker: LocalBroker) -> None:
-    stages = [stage(name, "Slow", settings={"seconds": seconds}) for name, seconds in (("first", 0.02), ("slow", 0.05))]
+def test_a_run_starts_a_killed_worker_again_and_loses_nothing(box: ProcessSandbox, broker: LocalBroker) -> None:
+    stages = [
+        stage_table(name, "Slow", settings={"seconds": seconds}) for name, seconds in (("first", 0.02), ("slow", 0.05))
+    ]
     # Results are written in order: one that waits for its second attempt holds back up to a window of later ones, so
     # the count may leap. There are enough that the run is far from its end at the last kill.
-    path = pipeline_file(box.folder, [*stages, stage("last", "add_one")], counter(150, window=9))
+    path = write_pipeline_file(
+        box.folder, [*stages, stage_table("last", "add_one")], counting_source_table(150, window=9)
+    )
     out = box.folder / "out"
-    run = box.sparse("run", path, "--broker", broker.address, "--json", "--out", out)
+    run = box.start_sparse("run", path, "--broker", broker.address, "--json", "--out", out)
     results = out / "results.jsonl"
 
     def recorded() -> int:
-        assert run.process.poll() is None, f"it ended too soon: {run.said()}"
+        assert run.process.poll() is None, f"it ended too soon: {run.read_stderr()}"
         return results.read_text().count("\n") if results.exists() else 0
 
     for count, name in ((5, "slow-1"), (10, "first-1"), (15, "last-1"), (20, "first-1")):
         eventually("more results", lambda count=count: recorded() >= count)  # type: ignore[misc]
-        killed = eventually(f"worker {name}", lambda name=name: recorded() and box.find("--worker", name))  # type: ignore[misc]
+        killed = eventually(f"worker {name}", lambda name=name: recorded() and box.find_process("--worker", name))  # type: ignore[misc]
         assert isinstance(killed, psutil.Process)
         killed.kill()
-    said = run.end()
-    summary = said.answer
-    assert said.status == 0, said.err
+    said = run.wait()
+    summary = said.json_output
+    assert said.returncode == 0, said.stderr
     assert (summary["requests"], summary["results"], summary["lost"], summary["failed"]) == (150, 150, 0, 0)
     assert summary["retries"] >= 2
     assert summary["elapsed_s"] < 45  # it is their last wills that tell: a lease would take 60 s
     assert summary["stages"]["slow"]["tasks"] == 150
     assert results.read_text().count("\n") == 150
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_a_worker_with_another_model_is_refused(box: Machine, embedded: LocalBroker) -> None:
+def test_a_worker_with_another_model_is_refused(box: ProcessSandbox, embedded: LocalBroker) -> None:
     factory = "tests.support.training.factories:tiny"
-    file = pipeline_file(box.folder, [{"name": "head"}, {"name": "tail"}], model=factory, cuts=[2])
+    file = write_pipeline_file(box.folder, [{"name": "head"}, {"name": "tail"}], model=factory, cuts=[2])
     (box.folder / "other").mkdir()
-    seed = pipeline_file(box.folder / "other", [{"name": "head"}, {"name": "tail"}], model=factory, cuts=[2], seed=1)
-    first = box.sparse("stage", file, "head", "--broker", embedded.address, "--worker", "first")
-    await_workers(embedded.address, lambda workers: any(topic.endswith("/first") for topic in workers))
-    twin = box.sparse("stage", file, "head", "--broker", embedded.address, "--worker", "twin")
-    other = box.sparse("stage", seed, "head", "--broker", embedded.address, "--worker", "other")
-    said = other.end()
-    assert said.status == 2
+    seed = write_pipeline_file(
+        box.folder / "other", [{"name": "head"}, {"name": "tail"}], model=factory, cuts=[2], seed=1
+    )
+    first = box.start_sparse("stage", file, "head", "--broker", embedded.address, "--worker", "first")
+    wait_for_workers(embedded.address, lambda workers: any(topic.endswith("/first") for topic in workers))
+    twin = box.start_sparse("stage", file, "head", "--broker", embedded.address, "--worker", "twin")
+    other = box.start_sparse("stage", seed, "head", "--broker", embedded.address, "--worker", "other")
+    said = other.wait()
+    assert said.returncode == 2
     line = r"sparse: worker 'other' cannot join: worker '(first|twin)' serves stage 'head' with the model"
-    assert re.match(line, said.err), said.err
-    assert said.err.count("\n") == 1
-    workers = await_workers(embedded.address, lambda workers: any(topic.endswith("/twin") for topic in workers))
+    assert re.match(line, said.stderr), said.stderr
+    assert said.stderr.count("\n") == 1
+    workers = wait_for_workers(embedded.address, lambda workers: any(topic.endswith("/twin") for topic in workers))
     assert not any(topic.endswith("/other") for topic in workers)
-    assert first.end(signal.SIGINT).status == 130
-    assert twin.end(signal.SIGTERM).status == 0
-    box.nothing_is_left()
+    assert first.wait(signal.SIGINT).returncode == 130
+    assert twin.wait(signal.SIGTERM).returncode == 0
+    box.assert_nothing_left()
 
 
-def test_the_failures_of_a_worker_are_counted_where_anybody_sees_them(box: Machine, embedded: LocalBroker) -> None:
-    path = pipeline_file(box.folder, [stage("picky", "picky")], name="counted")
-    box.sparse("stage", path, "picky", "--broker", embedded.address)
+def test_the_failures_of_a_worker_are_counted_where_anybody_sees_them(
+    box: ProcessSandbox, embedded: LocalBroker
+) -> None:
+    path = write_pipeline_file(box.folder, [stage_table("picky", "picky")], name="counted")
+    box.start_sparse("stage", path, "picky", "--broker", embedded.address)
 
     async def go() -> None:
         async with Offloader(load_pipeline(path), broker=embedded.address) as offload:
@@ -132,7 +140,7 @@ def test_the_failures_of_a_worker_are_counted_where_anybody_sees_them(box: Machi
     asyncio.run(go())
 
     def loads() -> dict[str, Any] | None:
-        found = box.sparse("status", path, "--broker", embedded.address, "--json").end().answer
+        found = box.start_sparse("status", path, "--broker", embedded.address, "--json").wait().json_output
         (worker,) = found["workers"]
         load: dict[str, Any] = worker["load"]
         return load if load["done"] == 3 else None

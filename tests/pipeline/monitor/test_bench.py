@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from brokers.server.local_broker import start_broker
-from monitor.analysis.run_metrics import MEASUREMENTS_READ, measured
+from monitor.analysis.run_metrics import MEASUREMENTS_READ, compute_run_metrics
 from monitor.bench.manifest import load_manifest
-from monitor.bench.suite import FOLDER
+from monitor.bench.suite import SUITES_FOLDER
 from monitor.stores.sqlite import SqliteReader
 from tests.support.environment.checkout import ROOT
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine, eventually
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, eventually
 
 SHORT = ("--requests", "30", "--warm-up", "5", "--repeats", "1")
 SPLIT = ROOT / "examples" / "split.toml"
@@ -32,12 +32,12 @@ def results(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "places", [("cloud", "cloudlet"), ("hybrid-on-device", "device"), ("hybrid-off-device", "server")], ids="-and-".join
 )
-def test_suites_are_measured_against_one_another(box: Machine, places: tuple[str, str]) -> None:
-    need("mosquitto")
+def test_suites_are_measured_against_one_another(box: ProcessSandbox, places: tuple[str, str]) -> None:
+    require_dependency("mosquitto")
     out = box.folder / "bench"
     names = [f"detect-{place}" for place in places]
-    said = box.sparse("bench", *names, *SHORT, "--out", out).end(timeout_s=280)
-    assert said.status == 0, said.err
+    said = box.start_sparse("bench", *names, *SHORT, "--out", out).wait(timeout_s=280)
+    assert said.returncode == 0, said.stderr
     runs = results(out)["runs"]
     assert list(runs) == [f"{name}-1" for name in names]
     for name in names:
@@ -45,15 +45,15 @@ def test_suites_are_measured_against_one_another(box: Machine, places: tuple[str
         points = {each: SqliteReader(out / f"{name}-1" / "telemetry.sqlite").points(each) for each in MEASUREMENTS_READ}
         assert len(points["request"]) == 30
         assert run["samples"] == 25
-        assert run["throughput_per_s"] == round(measured(points, 5).throughput_per_s, 4)
+        assert run["throughput_per_s"] == round(compute_run_metrics(points, 5).throughput_per_s, 4)
         assert any(key.startswith("links.") for key in run) == (name != "detect-device")
         assert {"cpu_s.stage", "cpu_s.source", "cpu_s.broker", "cpu_s.run"} <= set(run)
         assert "cpu_s.monitor" not in run  # it measures
         # All of the latency is somewhere.
         stages = sum(value for key, value in run.items() if key.startswith("stages."))
         assert stages + run["network_ms"] == pytest.approx(run["latency_ms.mean"], rel=0.01)
-        assert f"{name}-1: " in said.err
-        assert name in said.out
+        assert f"{name}-1: " in said.stderr
+        assert name in said.stdout
     if "server" in places:
         # A cut costs bytes: `sparse cuts` says what crosses the second; of the uncut network JPEGs do.
         cut = runs["detect-hybrid-off-device-1"]["links.cloudlet - cloud.there_bytes"]
@@ -62,22 +62,22 @@ def test_suites_are_measured_against_one_another(box: Machine, places: tuple[str
     found = load_manifest(out)
     assert found is not None
     assert (found.warm_up, found.requests, found.repeats, found.mode) == (5, 30, 1, "run")
-    assert found.ended is not None
+    assert found.ended_at is not None
     assert [suite.runs for suite in found.suites] == [(f"{name}-1",) for name in names]
     with (out / "results.csv").open() as file:
         assert [line["run"] for line in csv.DictReader(file)] == list(runs)
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_two_deployments_train_the_same_and_say_how_fast(box: Machine) -> None:
-    need("mosquitto")
+def test_two_deployments_train_the_same_and_say_how_fast(box: ProcessSandbox) -> None:
+    require_dependency("mosquitto")
     out = box.folder / "bench"
     options = ("--requests", "12", "--warm-up", "2", "--repeats", "1", "--json", "--out", out)
-    said = box.sparse("bench", "train-hybrid-on-device", "train-device", *options).end(timeout_s=280)
-    assert said.status == 0, said.err
-    assert said.answer["suites"].keys() == {"train-hybrid-on-device", "train-device"}
+    said = box.start_sparse("bench", "train-hybrid-on-device", "train-device", *options).wait(timeout_s=280)
+    assert said.returncode == 0, said.stderr
+    assert said.json_output["suites"].keys() == {"train-hybrid-on-device", "train-device"}
     for name in ("train-hybrid-on-device-1", "train-device-1"):
-        run = said.answer["runs"][name]
+        run = said.json_output["runs"][name]
         assert (run["kind"], run["samples"]) == ("training", 10 * 32)
         steps = SqliteReader(out / name / "telemetry.sqlite").points("step")
         assert len(steps) == 12
@@ -88,63 +88,71 @@ def test_two_deployments_train_the_same_and_say_how_fast(box: Machine) -> None:
         for name in ("train-hybrid-on-device", "train-device")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_repeats_go_round_by_round_and_a_run_that_fails_leaves_the_others_alone(box: Machine) -> None:
-    good = pipeline_file(box.folder, [stage("a", "double")], counter(40), name="good")
-    bad = pipeline_file(box.folder, [stage("a", "Gone")], counter(40), name="bad")
+def test_repeats_go_round_by_round_and_a_run_that_fails_leaves_the_others_alone(box: ProcessSandbox) -> None:
+    good = write_pipeline_file(box.folder, [stage_table("a", "double")], counting_source_table(40), name="good")
+    bad = write_pipeline_file(box.folder, [stage_table("a", "Gone")], counting_source_table(40), name="bad")
     out = box.folder / "bench"
     options = ("--repeats", "2", "--warm-up", "10", "--out", out)
-    said = box.sparse("bench", good, bad, *options).end()
-    assert said.status == 1, said.err
+    said = box.start_sparse("bench", good, bad, *options).wait()
+    assert said.returncode == 1, said.stderr
     runs = results(out)["runs"]
     assert list(runs) == ["good-1", "bad-1", "good-2", "bad-2"]
     assert [runs[f"good-{number}"]["samples"] for number in (1, 2)] == [30, 30]
     assert "tests.support.pipelines.example_code:Gone" in runs["bad-1"]["error"]
-    assert f"bad-1: failed: {runs['bad-1']['error']}" in said.err
-    assert "Traceback" not in said.err
+    assert f"bad-1: failed: {runs['bad-1']['error']}" in said.stderr
+    assert "Traceback" not in said.stderr
     found = load_manifest(out)
     assert found is not None
     assert [suite.runs for suite in found.suites] == [("good-1", "good-2"), ("bad-1", "bad-2")]
-    assert found.suites[0].changed == {}
+    assert found.suites[0].overrides == {}
 
 
-def test_ctrl_c_keeps_what_was_finished(box: Machine) -> None:
-    slow = pipeline_file(box.folder, [stage("a", "double")], counter(100_000, every_s=0.01), name="slow")
-    fast = pipeline_file(box.folder, [stage("a", "double")], counter(30), name="fast")
+def test_ctrl_c_keeps_what_was_finished(box: ProcessSandbox) -> None:
+    slow = write_pipeline_file(
+        box.folder, [stage_table("a", "double")], counting_source_table(100_000, every_s=0.01), name="slow"
+    )
+    fast = write_pipeline_file(box.folder, [stage_table("a", "double")], counting_source_table(30), name="fast")
     out = box.folder / "bench"
-    running = box.sparse("bench", fast, slow, "--repeats", "2", "--warm-up", "5", "--out", out)
+    running = box.start_sparse("bench", fast, slow, "--repeats", "2", "--warm-up", "5", "--out", out)
     eventually("the second run's requests", (out / "slow-1" / "results.jsonl").is_file)
-    said = running.end(signal.SIGINT)
-    assert said.status == 130, said.err
+    said = running.wait(signal.SIGINT)
+    assert said.returncode == 130, said.stderr
     assert list(results(out)["runs"]) == ["fast-1"]
-    assert "slow-1: stopped, it does not count" in said.err
+    assert "slow-1: stopped, it does not count" in said.stderr
     found = load_manifest(out)
     assert found is not None
     assert [suite.runs for suite in found.suites] == [("fast-1",), ()]
-    assert found.ended is not None
-    box.nothing_is_left()
+    assert found.ended_at is not None
+    box.assert_nothing_left()
 
 
-def test_a_benchmark_that_is_killed_leaves_no_run_behind(box: Machine) -> None:
-    slow = pipeline_file(box.folder, [stage("a", "double")], counter(100_000, every_s=0.01), name="slow")
+def test_a_benchmark_that_is_killed_leaves_no_run_behind(box: ProcessSandbox) -> None:
+    slow = write_pipeline_file(
+        box.folder, [stage_table("a", "double")], counting_source_table(100_000, every_s=0.01), name="slow"
+    )
     out = box.folder / "bench"
-    running = box.sparse("bench", slow, "--out", out)
+    running = box.start_sparse("bench", slow, "--out", out)
     eventually("the run's requests", (out / "slow-1" / "results.jsonl").is_file)
-    running.end(signal.SIGKILL)
-    eventually("the run's end", lambda: not box.alive())
+    running.wait(signal.SIGKILL)
+    eventually("the run's end", lambda: not box.live_processes())
 
 
-def test_stages_that_are_up_elsewhere_are_measured_from_the_source_alone(box: Machine) -> None:
-    need("mosquitto")
-    path = pipeline_file(box.folder, [stage("a", "double", site="here")], counter(40, site="here"), name="far")
+def test_stages_that_are_up_elsewhere_are_measured_from_the_source_alone(box: ProcessSandbox) -> None:
+    require_dependency("mosquitto")
+    path = write_pipeline_file(
+        box.folder, [stage_table("a", "double", site="here")], counting_source_table(40, site="here"), name="far"
+    )
     with start_broker(kind="mosquitto") as broker:
         path.write_text(path.read_text() + f'[[site]]\nname = "here"\nbroker = "{broker.address}"\n')
-        box.sparse("stage", path, "a")
+        box.start_sparse("stage", path, "a")
         out = box.folder / "bench"
-        said = box.sparse("bench", path, "--source-only", "--repeats", "1", "--warm-up", "10", "--out", out).end()
-    assert said.status == 0, said.err
+        said = box.start_sparse(
+            "bench", path, "--source-only", "--repeats", "1", "--warm-up", "10", "--out", out
+        ).wait()
+    assert said.returncode == 0, said.stderr
     run = results(out)["runs"]["far-1"]
     assert run["samples"] == 30
     assert "stages.a.compute_ms" in run
@@ -155,35 +163,35 @@ def test_stages_that_are_up_elsewhere_are_measured_from_the_source_alone(box: Ma
     assert found.mode == "source"
 
 
-def test_a_sweep_of_batch_sizes_names_the_best(box: Machine) -> None:
-    path = pipeline_file(box.folder, [stage("a")], {"kind": "digits"}, name="swept", model="vgg11-small")
+def test_a_sweep_of_batch_sizes_names_the_best(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, [stage_table("a")], {"kind": "digits"}, name="swept", model="vgg11-small")
     out = box.folder / "sweep"
     options = ("--batch", "1,4", "--requests", "40", "--warm-up", "10", "--repeats", "2", "--json", "--out", out)
-    said = box.sparse("bench", "sweep", path, *options).end()
-    assert said.status == 0, said.err
-    assert list(said.answer["runs"]) == ["batch-1-1", "batch-4-1", "batch-1-2", "batch-4-2"]
-    best = said.answer["best"]
+    said = box.start_sparse("bench", "sweep", path, *options).wait()
+    assert said.returncode == 0, said.stderr
+    assert list(said.json_output["runs"]) == ["batch-1-1", "batch-4-1", "batch-1-2", "batch-4-2"]
+    best = said.json_output["best"]
     assert {best["best"], best["second"]} == {"batch-1", "batch-4"}
     found = load_manifest(out)
     assert found is not None
-    assert [suite.about for suite in found.suites] == [{"sweep": "batch", "batch": size} for size in (1, 4)]
+    assert [suite.sweep_point for suite in found.suites] == [{"sweep": "batch", "batch": size} for size in (1, 4)]
     with (out / "results.csv").open() as file:
         assert [line["batch"] for line in csv.DictReader(file)] == ["1", "4", "1", "4"]
 
 
-def test_a_sweep_of_cuts_tries_not_to_cut_as_well(box: Machine) -> None:
-    need("mosquitto")
+def test_a_sweep_of_cuts_tries_not_to_cut_as_well(box: ProcessSandbox) -> None:
+    require_dependency("mosquitto")
     out = box.folder / "sweep"
-    said = box.sparse("bench", "sweep", SPLIT, "--cuts", "8", *SHORT, "--out", out).end(timeout_s=280)
-    assert said.status == 0, said.err
+    said = box.start_sparse("bench", "sweep", SPLIT, "--cuts", "8", *SHORT, "--out", out).wait(timeout_s=280)
+    assert said.returncode == 0, said.stderr
     runs = results(out)["runs"]
     assert list(runs) == ["cut-8-1", "uncut-at-device-1", "uncut-at-cloud-1"]
     assert [key for key in runs["uncut-at-device-1"] if key.startswith("links.")] == []
     assert "stages.whole.compute_ms" in runs["uncut-at-cloud-1"]
     found = load_manifest(out)
     assert found is not None
-    assert found.suites[0].about == {"sweep": "cut", "cut": 8, "cut_bytes": 346_112}
-    assert "best: " in said.out
+    assert found.suites[0].sweep_point == {"sweep": "cut", "cut": 8, "cut_bytes": 346_112}
+    assert "best: " in said.stdout
 
 
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
@@ -208,42 +216,42 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_a_mistake_is_one_line(box: Machine, mistake: str) -> None:
+def test_a_mistake_is_one_line(box: ProcessSandbox, mistake: str) -> None:
     words, expected = BAD[mistake]
     out = box.folder / "bench"
-    said = box.sparse("bench", *words, "--out", out).end()
-    assert said.status == 2, said.err
-    (line,) = said.err.strip().splitlines()
+    said = box.start_sparse("bench", *words, "--out", out).wait()
+    assert said.returncode == 2, said.stderr
+    (line,) = said.stderr.strip().splitlines()
     assert line.startswith("sparse: ")
     assert expected in line
     assert not out.exists()
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(box: Machine) -> None:
+def test_a_folder_that_is_not_empty_is_left_alone(box: ProcessSandbox) -> None:
     (box.folder / "mine").write_text("kept")
-    said = box.sparse("bench", "detect-device", "--out", box.folder).end()
-    assert (said.status, said.err.count("\n")) == (2, 1)
-    assert "it is not empty" in said.err
+    said = box.start_sparse("bench", "detect-device", "--out", box.folder).wait()
+    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
+    assert "it is not empty" in said.stderr
     assert not (box.folder / "manifest.json").exists()
 
 
-def test_a_folder_below_a_file_is_one_line(box: Machine) -> None:
+def test_a_folder_below_a_file_is_one_line(box: ProcessSandbox) -> None:
     (box.folder / "file").touch()
-    said = box.sparse("bench", "detect-device", "--out", box.folder / "file" / "bench").end()
-    assert (said.status, said.err.count("\n")) == (2, 1)
-    assert "results cannot be put into" in said.err
+    said = box.start_sparse("bench", "detect-device", "--out", box.folder / "file" / "bench").wait()
+    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
+    assert "results cannot be put into" in said.stderr
 
 
-def test_a_run_that_has_no_samples_after_its_warm_up_says_so(box: Machine) -> None:
-    path = pipeline_file(box.folder, [stage("a", "double")], counter(5), name="short")
-    said = box.sparse("bench", path, "--repeats", "1", "--out", box.folder / "bench").end()
-    assert said.status == 1
-    assert "short-1: failed: the run has no samples: its warm-up of 20 takes all 5 requests" in said.err
+def test_a_run_that_has_no_samples_after_its_warm_up_says_so(box: ProcessSandbox) -> None:
+    path = write_pipeline_file(box.folder, [stage_table("a", "double")], counting_source_table(5), name="short")
+    said = box.start_sparse("bench", path, "--repeats", "1", "--out", box.folder / "bench").wait()
+    assert said.returncode == 1
+    assert "short-1: failed: the run has no samples: its warm-up of 20 takes all 5 requests" in said.stderr
 
 
-def test_the_suites_are_listed(box: Machine) -> None:
-    said = box.sparse("bench", "--list").end()
-    assert said.status == 0
-    for path in FOLDER.glob("*.toml"):
-        assert f"  {path.stem} " in said.out
-    assert max(len(line) for line in said.out.splitlines()) <= 80
+def test_the_suites_are_listed(box: ProcessSandbox) -> None:
+    said = box.start_sparse("bench", "--list").wait()
+    assert said.returncode == 0
+    for path in SUITES_FOLDER.glob("*.toml"):
+        assert f"  {path.stem} " in said.stdout
+    assert max(len(line) for line in said.stdout.splitlines()) <= 80

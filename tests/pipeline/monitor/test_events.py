@@ -17,19 +17,27 @@ import pytest
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.server.local_broker import LocalBroker
-from brokers.telemetry.schema import BatchProcessed, Event, RequestDone, Start, StepDone, Stop, TaskProcessed
+from brokers.telemetry.schema import (
+    BatchProcessed,
+    ProcessStarted,
+    ProcessStopped,
+    RequestDone,
+    StepDone,
+    TaskProcessed,
+    TelemetryEvent,
+)
 from sources.client.offloader import Offloader
-from tests.pipeline.training.test_bad_input import lesson
-from tests.support.brokers.presence import await_workers
-from tests.support.monitor.fake_monitor import StandInMonitor, monitor_path
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine, Running, eventually
+from tests.pipeline.training.test_bad_input import write_training_pipeline_file
+from tests.support.brokers.presence import wait_for_workers
+from tests.support.monitor.fake_monitor import FakeMonitor, monitor_socket_path
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
 
 
 @pytest.fixture(name="monitor")
-def _monitor(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInMonitor]:
+def _monitor(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMonitor]:
     """At the place that this process, too, is told of by its environment."""
-    with monitor_path() as path, StandInMonitor(path) as found:
+    with monitor_socket_path() as path, FakeMonitor(path) as found:
         monkeypatch.setenv("SPARSE_MONITOR", str(path))
         monkeypatch.setenv("SPARSE_RUN", "r7")
         yield found
@@ -39,10 +47,12 @@ def told_to(path: Path) -> dict[str, str]:
     return {"SPARSE_MONITOR": str(path), "SPARSE_RUN": "r7"}
 
 
-def serve(box: Machine, broker: LocalBroker, pipeline: Pipeline, path: Path, *words: str) -> list[Running]:
+def serve(
+    box: ProcessSandbox, broker: LocalBroker, pipeline: Pipeline, path: Path, *words: str
+) -> list[RunningCommand]:
     """A worker for each stage, called as the stage is with a 1; they are up."""
     workers = [
-        box.sparse(
+        box.start_sparse(
             "stage",
             pipeline.path,
             each.name,
@@ -55,26 +65,28 @@ def serve(box: Machine, broker: LocalBroker, pipeline: Pipeline, path: Path, *wo
         )
         for each in pipeline.stage
     ]
-    await_workers(broker.address, lambda found: len(found) == len(workers))
+    wait_for_workers(broker.address, lambda found: len(found) == len(workers))
     return workers
 
 
-def tasks_of(monitor: StandInMonitor, name: str) -> list[TaskProcessed]:
+def tasks_of(monitor: FakeMonitor, name: str) -> list[TaskProcessed]:
     return [event for event in monitor.events if isinstance(event, TaskProcessed) and event.stage == name]
 
 
-def batches_of(monitor: StandInMonitor, name: str) -> list[BatchProcessed]:
+def batches_of(monitor: FakeMonitor, name: str) -> list[BatchProcessed]:
     return [event for event in monitor.events if isinstance(event, BatchProcessed) and event.stage == name]
 
 
-def requests_of(monitor: StandInMonitor) -> list[RequestDone]:
+def requests_of(monitor: FakeMonitor) -> list[RequestDone]:
     return [event for event in monitor.events if isinstance(event, RequestDone)]
 
 
-def test_the_events_of_a_run_add_up(box: Machine, embedded: LocalBroker, monitor: StandInMonitor) -> None:
+def test_the_events_of_a_run_add_up(box: ProcessSandbox, embedded: LocalBroker, monitor: FakeMonitor) -> None:
     batched = {"max_batch": 4, "max_wait_ms": 20}
     pipeline = load_pipeline(
-        pipeline_file(box.folder, [stage("head", "Rows", **batched), stage("tail", "Rows", **batched)])
+        write_pipeline_file(
+            box.folder, [stage_table("head", "Rows", **batched), stage_table("tail", "Rows", **batched)]
+        )
     )
     count = 30
 
@@ -85,8 +97,8 @@ def test_the_events_of_a_run_add_up(box: Machine, embedded: LocalBroker, monitor
     workers = serve(box, embedded, pipeline, monitor.path)
     asyncio.run(ask())
     for worker in workers:
-        assert worker.end(signal.SIGTERM).status == 0
-    eventually("the end of all", lambda: len(monitor.of("stop")) == 3)
+        assert worker.wait(signal.SIGTERM).returncode == 0
+    eventually("the end of all", lambda: len(monitor.events_of_kind("stop")) == 3)
     assert_life(monitor.events, {("stage", "head1"), ("stage", "tail1"), ("source", "me")})
     assert Counter(event.event for event in monitor.events if isinstance(event, TaskProcessed | RequestDone)) == {
         "request_done": count,
@@ -103,8 +115,8 @@ def test_the_events_of_a_run_add_up(box: Machine, embedded: LocalBroker, monitor
     assert_requests(monitor)
 
 
-def assert_life(events: list[Event], expected: set[tuple[str, str]]) -> None:
-    for kind in (Start, Stop):
+def assert_life(events: list[TelemetryEvent], expected: set[tuple[str, str]]) -> None:
+    for kind in (ProcessStarted, ProcessStopped):
         lives = [event for event in events if isinstance(event, kind)]
         assert {(life.role, life.name) for life in lives} == expected
         assert len(lives) == len(expected)
@@ -112,7 +124,7 @@ def assert_life(events: list[Event], expected: set[tuple[str, str]]) -> None:
         assert all(life.pid for life in lives)
 
 
-def assert_requests(monitor: StandInMonitor) -> None:
+def assert_requests(monitor: FakeMonitor) -> None:
     """Each request's hops are what its workers said themselves, and its spans are a chain."""
     heads, tails = ({task.request: task for task in tasks_of(monitor, name)} for name in ("head", "tail"))
     for done in requests_of(monitor):
@@ -129,9 +141,9 @@ def assert_requests(monitor: StandInMonitor) -> None:
 
 
 def test_what_fails_is_told_with_its_error_by_worker_and_source(
-    box: Machine, embedded: LocalBroker, monitor: StandInMonitor
+    box: ProcessSandbox, embedded: LocalBroker, monitor: FakeMonitor
 ) -> None:
-    pipeline = load_pipeline(pipeline_file(box.folder, [stage("picky", "picky")]))
+    pipeline = load_pipeline(write_pipeline_file(box.folder, [stage_table("picky", "picky")]))
 
     async def ask() -> None:
         async with Offloader(pipeline, broker=embedded.address) as offload:
@@ -148,22 +160,28 @@ def test_what_fails_is_told_with_its_error_by_worker_and_source(
     assert all(done.latency_ms > 0 and not done.hops for done in failed)
 
 
-def test_a_run_with_no_monitor_or_one_that_comes_and_goes_is_as_any_other(box: Machine, embedded: LocalBroker) -> None:
+def test_a_run_with_no_monitor_or_one_that_comes_and_goes_is_as_any_other(
+    box: ProcessSandbox, embedded: LocalBroker
+) -> None:
     """The last thing that is told is heard by a monitor that was started again, whatever went before."""
-    pipeline = load_pipeline(pipeline_file(box.folder, [stage("double", "double")], counter(400, every_s=0.01)))
-    with monitor_path() as path:
+    pipeline = load_pipeline(
+        write_pipeline_file(box.folder, [stage_table("double", "double")], counting_source_table(400, every_s=0.01))
+    )
+    with monitor_socket_path() as path:
         serve(box, embedded, pipeline, path)
         words = ("source", pipeline.path, "--broker", embedded.address, "--json", "--out", box.folder / "out")
-        source = box.sparse(*words, environment=told_to(path))
-        with StandInMonitor(path) as first:
+        source = box.start_sparse(*words, environment=told_to(path))
+        with FakeMonitor(path) as first:
             eventually("some results", lambda: len(requests_of(first)) > 20)
             first.kill()
             eventually("more results", lambda: _results(box.folder / "out") > 150)
-        with StandInMonitor(path) as second:
-            said = source.end()
-            assert (said.status, said.answer["results"], said.answer["retries"]) == (0, 400, 0), said.err
-            eventually("the end", lambda: second.of("stop"))
-            assert said.err.count("monitor") == 0
+        with FakeMonitor(path) as second:
+            said = source.wait()
+            assert (said.returncode, said.json_output["results"], said.json_output["retries"]) == (0, 400, 0), (
+                said.stderr
+            )
+            eventually("the end", lambda: second.events_of_kind("stop"))
+            assert said.stderr.count("monitor") == 0
         heard = [done.request for monitor in (first, second) for done in requests_of(monitor)]
         assert len(heard) == len(set(heard))
         assert 21 <= len(heard) <= 400
@@ -175,17 +193,17 @@ def _results(folder: Path) -> int:
 
 
 def test_a_training_run_tells_each_step_and_each_operation(
-    box: Machine, embedded: LocalBroker, monitor: StandInMonitor
+    box: ProcessSandbox, embedded: LocalBroker, monitor: FakeMonitor
 ) -> None:
     """Two epochs of 3 steps of 32 rows in 2 micro-batches; after each epoch 32 rows are evaluated at once."""
-    pipeline = load_pipeline(lesson(box.folder, evaluate_every=1))
+    pipeline = load_pipeline(write_training_pipeline_file(box.folder, evaluate_every=1))
     workers = serve(box, embedded, pipeline, monitor.path, "--checkpoints", str(box.folder / "checkpoints"))
     words = ("source", pipeline.path, "--broker", embedded.address, "--json", "--no-pictures")
-    said = box.sparse(*words, "--out", box.folder / "out", environment=told_to(monitor.path)).end()
-    assert said.status == 0, said.err
+    said = box.start_sparse(*words, "--out", box.folder / "out", environment=told_to(monitor.path)).wait()
+    assert said.returncode == 0, said.stderr
     for worker in workers:
-        assert worker.end(signal.SIGTERM).status == 0
-    eventually("the end of all", lambda: len(monitor.of("stop")) == 3)
+        assert worker.wait(signal.SIGTERM).returncode == 0
+    eventually("the end of all", lambda: len(monitor.events_of_kind("stop")) == 3)
     steps = [event for event in monitor.events if isinstance(event, StepDone)]
     assert [(step.step, step.epoch, step.rows) for step in steps] == [(n, (n - 1) // 3, 32) for n in range(1, 7)]
     assert all(step.source == "stripes" and step.step_ms > 0 for step in steps)

@@ -14,34 +14,34 @@ from PIL import Image
 
 from brokers.server.local_broker import LocalBroker
 from monitor.stores.influx.store import InfluxStore
-from monitor.stores.sqlite import FILE, SqliteReader, SqliteStore
-from tests.support.environment.browser import PROGRAM, look
-from tests.support.environment.external_programs import need
-from tests.support.monitor.influx_servers import influx
-from tests.support.monitor.synthetic_runs import MadeUp, at, keep, manifest
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine, Said, eventually
+from monitor.stores.sqlite import TELEMETRY_FILE, SqliteReader, SqliteStore
+from tests.support.environment.browser import CHROMIUM, render_page
+from tests.support.environment.external_programs import require_dependency
+from tests.support.monitor.influx_servers import start_influx
+from tests.support.monitor.synthetic_runs import SyntheticRun, make_manifest, time_ns_at, write_run_folder
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import CommandResult, ProcessSandbox, eventually
 
 HOSTILE = "<script>alert(1)</script> & $x^2$ _"
 INFERENCE = ("completion", "where", "latency", "network", "network-cdf", "link-bytes", "cpu", "cpu-seconds")
 
 
-def report(box: Machine, *runs: str | Path, **environment: str) -> Said:
+def report(box: ProcessSandbox, *runs: str | Path, **environment: str) -> CommandResult:
     """A report of these, in the machine's folder."""
-    return box.sparse("report", *runs, "--json", "--out", box.folder / "report", environment=environment).end()
+    return box.start_sparse("report", *runs, "--json", "--out", box.folder / "report", environment=environment).wait()
 
 
-def page(box: Machine) -> str:
+def page(box: ProcessSandbox) -> str:
     return (box.folder / "report" / "index.html").read_text()
 
 
-def test_two_runs_are_compared_in_every_figure(box: Machine) -> None:
-    slow, fast = MadeUp("slow", rate_per_s=10), MadeUp("fast", rate_per_s=25)
-    said = report(box, *(keep(each.points(), box.folder / each.name) for each in (slow, fast)))
-    assert said.status == 0, said.err
-    assert tuple(said.answer["figures"]) == INFERENCE
-    assert [row["run"] for row in said.answer["runs"]] == ["slow", "fast"]
-    assert said.answer["runs"][1]["throughput (requests/s) ratio"] == pytest.approx(2.5, rel=0.02)
+def test_two_runs_are_compared_in_every_figure(box: ProcessSandbox) -> None:
+    slow, fast = SyntheticRun("slow", rate_per_s=10), SyntheticRun("fast", rate_per_s=25)
+    said = report(box, *(write_run_folder(each.points(), box.folder / each.name) for each in (slow, fast)))
+    assert said.returncode == 0, said.stderr
+    assert tuple(said.json_output["figures"]) == INFERENCE
+    assert [row["run"] for row in said.json_output["runs"]] == ["slow", "fast"]
+    assert said.json_output["runs"][1]["throughput (requests/s) ratio"] == pytest.approx(2.5, rel=0.02)
     for name in INFERENCE:
         with Image.open(box.folder / "report" / "figures" / f"{name}.png") as picture:
             assert picture.width == 940
@@ -52,14 +52,14 @@ def test_two_runs_are_compared_in_every_figure(box: Machine) -> None:
         assert svg.count("<svg") == 1
         assert "var(" not in svg
         assert (box.folder / "report" / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_a_csv_file_has_what_the_telemetry_says(box: Machine) -> None:
+def test_a_csv_file_has_what_the_telemetry_says(box: ProcessSandbox) -> None:
     """From the raw records to the file, without any code of the report."""
-    folder = keep(MadeUp("one", requests=40).points(), box.folder / "one")
-    assert report(box, folder).status == 0
-    requests = SqliteReader(folder / FILE).points("request")
+    folder = write_run_folder(SyntheticRun("one", request_count=40).points(), box.folder / "one")
+    assert report(box, folder).returncode == 0
+    requests = SqliteReader(folder / TELEMETRY_FILE).points("request")
     began_ns = min(point.time_ns - round(float(str(point.fields["latency_ms"])) * 1e6) for point in requests)
     by_hand = [(0.0, 0.0), *(((each.time_ns - began_ns) / 1e9, (n + 1) / 40) for n, each in enumerate(requests))]
     with (box.folder / "report" / "data" / "completion.csv").open() as file:
@@ -68,88 +68,90 @@ def test_a_csv_file_has_what_the_telemetry_says(box: Machine) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 375])
-def test_a_browser_shows_every_figure_and_has_no_complaint(box: Machine, width: int) -> None:
-    need(PROGRAM)
+def test_a_browser_shows_every_figure_and_has_no_complaint(box: ProcessSandbox, width: int) -> None:
+    require_dependency(CHROMIUM)
     names = ("cloud", HOSTILE)
     folders = [box.folder / f"run-{number}" for number in range(2)]
     for folder, name in zip(folders, names, strict=True):
-        keep(MadeUp(name, gpu=name == "cloud").points(), folder / name.replace("/", "."))
+        write_run_folder(SyntheticRun(name, has_gpu=name == "cloud").points(), folder / name.replace("/", "."))
     said = report(box, *(next(folder.iterdir()) for folder in folders))
-    assert said.status == 0, said.err
-    found = look(box, box.folder / "report" / "index.html", width)
-    assert found.complaints == []
+    assert said.returncode == 0, said.stderr
+    found = render_page(box, box.folder / "report" / "index.html", width)
+    assert found.console_errors == []
     assert found.requests == []
-    assert found.inner == width
-    assert found.wide <= width
-    assert tuple(found.figures) == tuple(said.answer["figures"])
-    for name, (wide, high, right) in found.figures.items():
+    assert found.viewport_width == width
+    assert found.scroll_width <= width
+    assert tuple(found.figure_boxes) == tuple(said.json_output["figures"])
+    for name, (wide, high, right) in found.figure_boxes.items():
         assert wide > 250, name
         assert high > 100, name
         assert right <= width, name
 
 
-def test_a_hostile_name_is_text_wherever_it_stands(box: Machine) -> None:
-    folder = keep(MadeUp(HOSTILE, pipeline=HOSTILE).points(), box.folder / HOSTILE.replace("/", "."))
+def test_a_hostile_name_is_text_wherever_it_stands(box: ProcessSandbox) -> None:
+    folder = write_run_folder(SyntheticRun(HOSTILE, pipeline=HOSTILE).points(), box.folder / HOSTILE.replace("/", "."))
     said = report(box, folder)
-    assert said.status == 0, said.err
+    assert said.returncode == 0, said.stderr
     assert "<script" not in page(box)
     assert "&lt;script&gt;" in page(box)
 
 
-def test_a_page_asks_nobody_for_anything(box: Machine) -> None:
-    assert report(box, keep(MadeUp("one").points(), box.folder / "one")).status == 0
+def test_a_page_asks_nobody_for_anything(box: ProcessSandbox) -> None:
+    assert report(box, write_run_folder(SyntheticRun("one").points(), box.folder / "one")).returncode == 0
     wanted = re.findall(r'(?:src|href)="([^"#][^"]*)"', page(box))
     assert {link.partition("/")[0] for link in wanted} == {"data:,", "figures", "data"}
     assert all((box.folder / "report" / link).is_file() for link in wanted if not link.startswith("data:"))
     assert not re.search(r"@import|url\((?!#)", page(box))
 
 
-def bench(folder: Path, suites: Mapping[str, Sequence[MadeUp]], **about: object) -> Path:
+def bench(folder: Path, suites: Mapping[str, Sequence[SyntheticRun]], **about: object) -> Path:
     """The folder of a benchmark, with its runs."""
     runs = {suite: [f"{suite}-{number}" for number in range(1, len(repeats) + 1)] for suite, repeats in suites.items()}
     for suite, repeats in suites.items():
         for name, made_up in zip(runs[suite], repeats, strict=True):
-            keep(made_up.points(), folder / name)
-    (folder / "manifest.json").write_text(json.dumps(manifest(runs, warm_up=20, **about)))
+            write_run_folder(made_up.points(), folder / name)
+    (folder / "manifest.json").write_text(json.dumps(make_manifest(runs, warm_up=20, **about)))
     return folder
 
 
-def test_the_repeats_of_a_benchmark_are_one_line_and_its_manifest_is_told(box: Machine) -> None:
+def test_the_repeats_of_a_benchmark_are_one_line_and_its_manifest_is_told(box: ProcessSandbox) -> None:
     suites = {
-        "cloud": [MadeUp("cloud", rate_per_s=rate) for rate in (10, 12, 20)],
-        "cloudlet": [MadeUp("cloudlet", rate_per_s=rate) for rate in (20, 24, 40)],
+        "cloud": [SyntheticRun("cloud", rate_per_s=rate) for rate in (10, 12, 20)],
+        "cloudlet": [SyntheticRun("cloudlet", rate_per_s=rate) for rate in (20, 24, 40)],
     }
     folder = bench(box.folder / "bench", suites)
     SqliteStore(folder / "cloud-2" / "telemetry.sqlite").close()
-    keep([], folder / "cloudlet-3" / "x")
-    (folder / "cloudlet-3" / FILE).unlink()
+    write_run_folder([], folder / "cloudlet-3" / "x")
+    (folder / "cloudlet-3" / TELEMETRY_FILE).unlink()
     said = report(box, folder)
-    assert said.status == 0, said.err
-    assert [(row["run"], row["repeats"], row["samples"]) for row in said.answer["runs"]] == [
+    assert said.returncode == 0, said.stderr
+    assert [(row["run"], row["repeats"], row["samples"]) for row in said.json_output["runs"]] == [
         ("cloud", 3, 180), ("cloudlet", 2, 180)
     ]  # fmt: skip
-    assert said.answer["runs"][1]["throughput (requests/s)"] == pytest.approx(22)
-    (left_out,) = said.answer["left_out"]
+    assert said.json_output["runs"][1]["throughput (requests/s)"] == pytest.approx(22)
+    (left_out,) = said.json_output["left_out"]
     assert f"{folder / 'cloudlet-3'}" in left_out
     assert "8 ms, 50 Mbit/s, emulated" in page(box)
     assert "torch 2.7.0" in page(box)
 
 
-def test_a_run_of_a_benchmark_has_its_warm_up_cut_off_and_a_strangers_manifest_says_nothing(box: Machine) -> None:
-    bench(box.folder / "bench", {"cloud": [MadeUp("cloud", requests=60)]})
-    alone = keep(MadeUp("alone", requests=60).points(), box.folder / "app" / "alone")
+def test_a_run_of_a_benchmark_has_its_warm_up_cut_off_and_a_strangers_manifest_says_nothing(
+    box: ProcessSandbox,
+) -> None:
+    bench(box.folder / "bench", {"cloud": [SyntheticRun("cloud", request_count=60)]})
+    alone = write_run_folder(SyntheticRun("alone", request_count=60).points(), box.folder / "app" / "alone")
     (box.folder / "app" / "manifest.json").write_text('{"name": "an app of the web"}')
     said = report(box, box.folder / "bench" / "cloud-1", alone)
-    assert said.status == 0, said.err
-    assert [row["samples"] for row in said.answer["runs"]] == [40, 60]
+    assert said.returncode == 0, said.stderr
+    assert [row["samples"] for row in said.json_output["runs"]] == [40, 60]
 
 
-def test_no_figure_of_an_earlier_report_stays_and_no_other_folder_is_written_to(box: Machine) -> None:
-    folder = keep(MadeUp("one", requests=40).points(), box.folder / "one")
-    assert report(box, folder).status == 0
+def test_no_figure_of_an_earlier_report_stays_and_no_other_folder_is_written_to(box: ProcessSandbox) -> None:
+    folder = write_run_folder(SyntheticRun("one", request_count=40).points(), box.folder / "one")
+    assert report(box, folder).returncode == 0
     old = box.folder / "report" / "figures" / "sweep.pdf"
     old.write_bytes(b"of another comparison")
-    assert report(box, folder).status == 0
+    assert report(box, folder).returncode == 0
     assert not old.exists()
     web = box.folder / "web"
     (web / "figures").mkdir(parents=True)
@@ -158,9 +160,9 @@ def test_no_figure_of_an_earlier_report_stays_and_no_other_folder_is_written_to(
     note = box.folder / "report" / "data" / "note.txt"
     note.write_text("of a person")
     for other in (folder, web, box.folder / "report"):
-        said = box.sparse("report", folder, "--out", other).end()
-        assert said.status == 2
-        assert said.err.splitlines() == [
+        said = box.start_sparse("report", folder, "--out", other).wait()
+        assert said.returncode == 2
+        assert said.stderr.splitlines() == [
             f"sparse: {other}: it holds something else than a report: name another folder, or an empty one"
         ]
     assert (web / "figures" / "gpu.png").exists()
@@ -168,50 +170,54 @@ def test_no_figure_of_an_earlier_report_stays_and_no_other_folder_is_written_to(
     assert (box.folder / "report" / "index.html").exists()
 
 
-def test_a_sweep_is_drawn_over_what_it_varied(box: Machine) -> None:
-    points = {f"batch {batch}": [MadeUp("x", rate_per_s=4.0 * batch)] * 2 for batch in (1, 4, 2)}
+def test_a_sweep_is_drawn_over_what_it_varied(box: ProcessSandbox) -> None:
+    points = {f"batch {batch}": [SyntheticRun("x", rate_per_s=4.0 * batch)] * 2 for batch in (1, 4, 2)}
     folder = bench(
         box.folder / "sweep", points, **{name: {"sweep": "batch", "batch": int(name.split()[1])} for name in points}
     )
     said = report(box, folder)
-    assert said.status == 0, said.err
+    assert said.returncode == 0, said.stderr
     with (box.folder / "report" / "data" / "sweep.csv").open() as file:
         found = [(float(row["value"]), float(row["throughput_per_s"])) for row in csv.DictReader(file)]
     assert [value for value, _ in found] == [1.0, 2.0, 4.0]
     assert [rate for _, rate in found] == pytest.approx([4.0, 8.0, 16.0])
 
 
-def test_training_is_reported_by_its_steps(box: Machine) -> None:
-    folder = keep(MadeUp("digits", pipeline="digits").training_points(steps=30), box.folder / "digits")
+def test_training_is_reported_by_its_steps(box: ProcessSandbox) -> None:
+    folder = write_run_folder(
+        SyntheticRun("digits", pipeline="digits").training_points(steps=30), box.folder / "digits"
+    )
     said = report(box, folder)
-    assert said.status == 0, said.err
-    assert {"learning-step", "learning-time", "where"} <= set(said.answer["figures"])
-    assert said.answer["runs"][0]["samples"] == 30 * 64
+    assert said.returncode == 0, said.stderr
+    assert {"learning-step", "learning-time", "where"} <= set(said.json_output["figures"])
+    assert said.json_output["runs"][0]["samples"] == 30 * 64
 
 
-def test_a_real_run_is_reported(box: Machine, embedded: LocalBroker) -> None:
-    path = pipeline_file(box.folder, [stage("first", "double"), stage("second", "double")], counter(30))
+def test_a_real_run_is_reported(box: ProcessSandbox, embedded: LocalBroker) -> None:
+    path = write_pipeline_file(
+        box.folder, [stage_table("first", "double"), stage_table("second", "double")], counting_source_table(30)
+    )
     words = ("run", path, "--broker", embedded.address, "--json", "--out", box.folder / "run")
-    run = box.sparse(*words, environment={"SPARSE_MONITOR": ""}).end()  # with a monitor of its own
-    assert run.status == 0, run.err
+    run = box.start_sparse(*words, environment={"SPARSE_MONITOR": ""}).wait()  # with a monitor of its own
+    assert run.returncode == 0, run.stderr
     said = report(box, box.folder / "run")
-    assert said.status == 0, said.err
-    assert said.answer["runs"][0]["samples"] == 30
+    assert said.returncode == 0, said.stderr
+    assert said.json_output["runs"][0]["samples"] == 30
     with (box.folder / "report" / "data" / "where.csv").open() as file:
         assert list(dict.fromkeys(row["stage"] for row in csv.DictReader(file))) == ["first", "second", ""]
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_a_run_in_influxdb_has_the_figures_of_the_same_run_in_a_file(box: Machine) -> None:
-    made_up = MadeUp("one", gpu=True)
+def test_a_run_in_influxdb_has_the_figures_of_the_same_run_in_a_file(box: ProcessSandbox) -> None:
+    made_up = SyntheticRun("one", has_gpu=True)
     points = made_up.points()
-    with influx(box.folder / "influx") as server:
+    with start_influx(box.folder / "influx") as server:
         store = InfluxStore(server.target, box.folder / "spool")
         try:
             store.write(points)
             kept = sum(point.measurement == "process" for point in points)
-            eventually("all points in InfluxDB", lambda: server.count("process", "pid") == kept)
-            eventually("all hops in InfluxDB", lambda: server.count("hop", "place") == 3 * made_up.requests)
+            eventually("all points in InfluxDB", lambda: server.count_points("process", "pid") == kept)
+            eventually("all hops in InfluxDB", lambda: server.count_points("hop", "place") == 3 * made_up.request_count)
         finally:
             store.close()
         there = {
@@ -220,13 +226,13 @@ def test_a_run_in_influxdb_has_the_figures_of_the_same_run_in_a_file(box: Machin
             "SPARSE_INFLUX_TOKEN": server.target.token,
         }
         said = report(box, "influx:one", **there)
-        assert said.status == 0, said.err
+        assert said.returncode == 0, said.stderr
         unknown = report(box, "influx:two", **there)
-    assert (unknown.status, len(unknown.err.splitlines())) == (2, 1)
-    assert "influx:two: there is no such run in bucket" in unknown.err
+    assert (unknown.returncode, len(unknown.stderr.splitlines())) == (2, 1)
+    assert "influx:two: there is no such run in bucket" in unknown.stderr
     data = box.folder / "report" / "data"
     from_influx = {path.name: path.read_text() for path in data.iterdir()}
-    assert report(box, keep(points, box.folder / "one")).status == 0
+    assert report(box, write_run_folder(points, box.folder / "one")).returncode == 0
     assert from_influx == {path.name: path.read_text() for path in data.iterdir()}
 
 
@@ -234,7 +240,10 @@ def test_a_run_in_influxdb_has_the_figures_of_the_same_run_in_a_file(box: Machin
     ("name", "told"),
     [
         ("nowhere", "nowhere: there is no such file or folder"),
-        ("folder", f"expected the folder of a run, which has {FILE} in it, or of a benchmark, with manifest.json"),
+        (
+            "folder",
+            f"expected the folder of a run, which has {TELEMETRY_FILE} in it, or of a benchmark, with manifest.json",
+        ),
         ("empty.sqlite", "it holds no telemetry of Sparse"),
         ("text.sqlite", "no telemetry of Sparse: file is not a database"),
         ("new", "the run has no samples"),
@@ -244,44 +253,44 @@ def test_a_run_in_influxdb_has_the_figures_of_the_same_run_in_a_file(box: Machin
         ("influx:one", "influx:one: set SPARSE_INFLUX_URL to the address of InfluxDB"),
     ],
 )
-def test_what_is_no_run_gives_one_line(box: Machine, name: str, told: str) -> None:
+def test_what_is_no_run_gives_one_line(box: ProcessSandbox, name: str, told: str) -> None:
     for folder in ("folder", "no-json", "no-runs"):
         (box.folder / folder).mkdir()
     (box.folder / "empty.sqlite").touch()
     (box.folder / "text.sqlite").write_text("no telemetry at all" * 100)
     (box.folder / "no-json" / "manifest.json").write_text("{")
-    (box.folder / "no-runs" / "manifest.json").write_text(json.dumps(manifest({"cloud": ["cloud-1"]})))
-    keep([], box.folder / "new")
-    failed = [point for point in MadeUp("all-failed", requests=1).points() if point.measurement == "request"]
-    keep([type(each)(each.measurement, at(1), each.tags, {**each.fields, "error": "NoWorker"}) for each in failed],
+    (box.folder / "no-runs" / "manifest.json").write_text(json.dumps(make_manifest({"cloud": ["cloud-1"]})))
+    write_run_folder([], box.folder / "new")
+    failed = [point for point in SyntheticRun("all-failed", request_count=1).points() if point.measurement == "request"]
+    write_run_folder([type(each)(each.measurement, time_ns_at(1), each.tags, {**each.fields, "error": "NoWorker"}) for each in failed],
          box.folder / "all-failed")  # fmt: skip
     said = report(box, name if name.startswith("influx:") else box.folder / name)
-    assert (said.status, len(said.err.splitlines()), said.out) == (2, 1, "")
-    assert said.err.startswith("sparse: ")
-    assert told in said.err
+    assert (said.returncode, len(said.stderr.splitlines()), said.stdout) == (2, 1, "")
+    assert said.stderr.startswith("sparse: ")
+    assert told in said.stderr
     assert not (box.folder / "report").exists()
 
 
-def test_an_influxdb_that_is_not_there_gives_one_line(box: Machine) -> None:
+def test_an_influxdb_that_is_not_there_gives_one_line(box: ProcessSandbox) -> None:
     said = report(box, "influx:one", SPARSE_INFLUX_URL="http://127.0.0.1:9")
-    assert said.status in (1, 2)
-    assert len(said.err.splitlines()) == 1
-    assert "127.0.0.1:9" in said.err
+    assert said.returncode in (1, 2)
+    assert len(said.stderr.splitlines()) == 1
+    assert "127.0.0.1:9" in said.stderr
 
 
-def test_inference_and_training_are_not_compared(box: Machine) -> None:
-    inference = keep(MadeUp("street").points(), box.folder / "street")
-    training = keep(MadeUp("digits").training_points(), box.folder / "digits")
+def test_inference_and_training_are_not_compared(box: ProcessSandbox) -> None:
+    inference = write_run_folder(SyntheticRun("street").points(), box.folder / "street")
+    training = write_run_folder(SyntheticRun("digits").training_points(), box.folder / "digits")
     said = report(box, inference, training)
-    assert said.status == 2
-    (line,) = said.err.splitlines()
+    assert said.returncode == 2
+    (line,) = said.stderr.splitlines()
     assert line.startswith("sparse: cannot compare 'street' with 'digits': the first is of inference, the second of")
 
 
-def test_without_matplotlib_one_line_names_the_extra(box: Machine) -> None:
+def test_without_matplotlib_one_line_names_the_extra(box: ProcessSandbox) -> None:
     program = "import sys; sys.modules['matplotlib'] = None; from brokers.cli import main; sys.exit(main(sys.argv[1:]))"
-    folder = keep(MadeUp("one").points(), box.folder / "one")
-    said = box.start(sys.executable, "-c", program, "report", folder, "--out", box.folder / "report").end()
-    assert said.status == 2
-    assert len(said.err.splitlines()) == 1
-    assert "[report]" in said.err
+    folder = write_run_folder(SyntheticRun("one").points(), box.folder / "one")
+    said = box.start(sys.executable, "-c", program, "report", folder, "--out", box.folder / "report").wait()
+    assert said.returncode == 2
+    assert len(said.stderr.splitlines()) == 1
+    assert "[report]" in said.stderr

@@ -13,22 +13,28 @@ import pytest
 
 from brokers.server.local_broker import LocalBroker
 from tests.support.brokers.ports import free_port
-from tests.support.monitor.http_client import ask, series_at
-from tests.support.monitor.prometheus_text import value_of
-from tests.support.monitor.telemetry_file import points, requests
-from tests.support.monitor.unix_client import event, send, short_folder, task
-from tests.support.pipelines.pipeline_files import counter, pipeline_file, stage
-from tests.support.pipelines.processes import Machine, Running, eventually
+from tests.support.monitor.http_client import fetch_metrics, http_get
+from tests.support.monitor.prometheus_text import series_value
+from tests.support.monitor.telemetry_file import finished_request_ids, read_points
+from tests.support.monitor.unix_client import encode_event, encode_task_event, send_datagrams, short_temp_folder
+from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
 
 COUNT = 300
 STAGES = ("first", "second")
 
 
-def start(box: Machine, broker: LocalBroker, *words: str, count: int = COUNT, **environment: str) -> Running:
+def start(
+    box: ProcessSandbox, broker: LocalBroker, *words: str, count: int = COUNT, **environment: str
+) -> RunningCommand:
     """A run of two stages, with results in box.folder/out."""
-    path = pipeline_file(box.folder, [stage(name, "double") for name in STAGES], counter(count, every_s=0.01))
+    path = write_pipeline_file(
+        box.folder, [stage_table(name, "double") for name in STAGES], counting_source_table(count, every_s=0.01)
+    )
     out = box.folder / "out"
-    return box.sparse("run", path, "--broker", broker.address, "--json", "--out", out, *words, environment=environment)
+    return box.start_sparse(
+        "run", path, "--broker", broker.address, "--json", "--out", out, *words, environment=environment
+    )
 
 
 def results(out: Path) -> list[str]:
@@ -40,54 +46,54 @@ def results(out: Path) -> list[str]:
     return [json.loads(line)["request"] for line in whole]
 
 
-def finished(run: Running, count: int = COUNT) -> dict[str, Any]:
+def finished(run: RunningCommand, count: int = COUNT) -> dict[str, Any]:
     """The summary of a run that has answered everything, whatever became of its monitor."""
-    said = run.end()
-    assert said.status == 0, said.err
-    assert "Traceback" not in said.err
-    assert (said.answer["requests"], said.answer["results"], said.answer["lost"]) == (count, count, 0)
-    return said.answer
+    said = run.wait()
+    assert said.returncode == 0, said.stderr
+    assert "Traceback" not in said.stderr
+    assert (said.json_output["requests"], said.json_output["results"], said.json_output["lost"]) == (count, count, 0)
+    return said.json_output
 
 
-def monitor_of(box: Machine) -> psutil.Process:
-    found = eventually("the monitor", lambda: box.find("monitor"))
+def monitor_of(box: ProcessSandbox) -> psutil.Process:
+    found = eventually("the monitor", lambda: box.find_process("monitor"))
     assert found is not None
     return found
 
 
-def test_what_a_run_does_is_in_its_folder_and_the_counts_are_right(box: Machine, embedded: LocalBroker) -> None:
+def test_what_a_run_does_is_in_its_folder_and_the_counts_are_right(box: ProcessSandbox, embedded: LocalBroker) -> None:
     summary = finished(start(box, embedded))
     out = box.folder / "out"
     file = out / summary["files"]["telemetry"]
-    assert Counter(requests(file)) == Counter(results(out))
+    assert Counter(finished_request_ids(file)) == Counter(results(out))
     for measurement in ("hop", "task"):
-        found = Counter((point.tags["stage"], str(point.fields["request"])) for point in points(file, measurement))
+        found = Counter((point.tags["stage"], str(point.fields["request"])) for point in read_points(file, measurement))
         assert found == Counter((name, request) for name in STAGES for request in results(out))
     batches: Counter[str] = Counter()
-    for point in points(file, "batch"):
+    for point in read_points(file, "batch"):
         batches[point.tags["stage"]] += int(point.fields["tasks"] or 0)
     assert batches == dict.fromkeys(STAGES, COUNT)
-    life = [(point.tags["role"], point.fields["event"]) for point in points(file, "life")]
+    life = [(point.tags["role"], point.fields["event"]) for point in read_points(file, "life")]
     expected = {"run": 1, "stage": 2, "source": 1}
     assert Counter(life) == {(role, word): number for role, number in expected.items() for word in ("start", "stop")}
     for measurement in ("request", "hop", "task", "batch", "life", "node", "process", "stage", "source", "monitor"):
-        found_points = points(file, measurement)
+        found_points = read_points(file, measurement)
         assert found_points, measurement
         assert {point.tags["run"] for point in found_points} == {"out"}
-    assert {point.tags["role"] for point in points(file, "process")} == {"monitor", "run", "stage", "source"}
-    last = points(file, "monitor")[-1].fields
+    assert {point.tags["role"] for point in read_points(file, "process")} == {"monitor", "run", "stage", "source"}
+    last = read_points(file, "monitor")[-1].fields
     assert (last["bad_events"], last["dropped_events"], last["dropped_points"]) == (0, 0, 0)
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_without_a_monitor_nothing_is_missing_but_its_records(box: Machine, embedded: LocalBroker) -> None:
+def test_without_a_monitor_nothing_is_missing_but_its_records(box: ProcessSandbox, embedded: LocalBroker) -> None:
     summary = finished(start(box, embedded, SPARSE_MONITOR=str(box.folder / "nobody")))
     assert summary["files"]["telemetry"] is None
     assert not (box.folder / "out" / "telemetry.sqlite").exists()
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_a_monitor_that_is_frozen_for_a_while_gets_all_of_it_later(box: Machine, embedded: LocalBroker) -> None:
+def test_a_monitor_that_is_frozen_for_a_while_gets_all_of_it_later(box: ProcessSandbox, embedded: LocalBroker) -> None:
     run, out = start(box, embedded, count=600), box.folder / "out"
     eventually("some results", lambda: len(results(out)) >= 20)
     monitor = monitor_of(box)
@@ -96,124 +102,129 @@ def test_a_monitor_that_is_frozen_for_a_while_gets_all_of_it_later(box: Machine,
     eventually("many more results meanwhile", lambda: len(results(out)) >= frozen + 150)
     monitor.resume()
     finished(run, 600)
-    assert Counter(requests(out / "telemetry.sqlite")) == Counter(results(out))
+    assert Counter(finished_request_ids(out / "telemetry.sqlite")) == Counter(results(out))
 
 
-def test_a_monitor_that_stays_frozen_holds_up_nothing(box: Machine, embedded: LocalBroker) -> None:
+def test_a_monitor_that_stays_frozen_holds_up_nothing(box: ProcessSandbox, embedded: LocalBroker) -> None:
     run, out = start(box, embedded), box.folder / "out"
     eventually("some results", lambda: len(results(out)) >= 20)
     monitor_of(box).suspend()
     finished(run)
-    box.nothing_is_left(within_s=5)
+    box.assert_nothing_left(within_s=5)
 
 
 def test_a_monitor_that_is_killed_is_started_again_and_what_it_had_kept_is_there(
-    box: Machine, embedded: LocalBroker
+    box: ProcessSandbox, embedded: LocalBroker
 ) -> None:
     run, out = start(box, embedded, count=1000), box.folder / "out"
     file = out / "telemetry.sqlite"
-    eventually("some records", lambda: len(requests(file)) >= 20)
+    eventually("some records", lambda: len(finished_request_ids(file)) >= 20)
     first = monitor_of(box)
     first.kill()
-    kept = set(requests(file))
-    eventually("another monitor", lambda: (found := box.find("monitor")) and found.pid != first.pid)
+    kept = set(finished_request_ids(file))
+    eventually("another monitor", lambda: (found := box.find_process("monitor")) and found.pid != first.pid)
     again = len(results(out))
-    eventually("its records", lambda: set(requests(file)) - kept)
-    assert "the monitor ended by itself, and was started again" in run.said()
+    eventually("its records", lambda: set(finished_request_ids(file)) - kept)
+    assert "the monitor ended by itself, and was started again" in run.read_stderr()
     finished(run, 1000)
-    stored, answered = requests(file), results(out)
+    stored, answered = finished_request_ids(file), results(out)
     assert len(stored) == len(set(stored))
     assert kept <= set(stored) <= set(answered)
     assert set(answered[-100:]) <= set(stored)
     assert len(answered[again:]) > 100
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_a_monitor_that_cannot_live_is_said_once_and_the_run_goes_on(box: Machine, embedded: LocalBroker) -> None:
+def test_a_monitor_that_cannot_live_is_said_once_and_the_run_goes_on(
+    box: ProcessSandbox, embedded: LocalBroker
+) -> None:
     run = start(box, embedded, SPARSE_INFLUX_URL="nonsense")
     finished(run)
-    (line,) = [line for line in run.said().splitlines() if "telemetry" in line]
+    (line,) = [line for line in run.read_stderr().splitlines() if "telemetry" in line]
     assert line.startswith("no more telemetry: the monitor ended: SPARSE_INFLUX_URL: it is no address of a server")
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
 def test_a_node_that_has_a_monitor_needs_no_other_and_it_may_die_and_come_back(
-    box: Machine, embedded: LocalBroker
+    box: ProcessSandbox, embedded: LocalBroker
 ) -> None:
-    with short_folder() as folder:
+    with short_temp_folder() as folder:
         file, socket = box.folder / "node.sqlite", folder / "events"
         words = ("monitor", "--store", file, "--port", str(free_port()), "--socket", socket)
-        first = box.sparse(*words)
+        first = box.start_sparse(*words)
         eventually("its socket", socket.exists)
         run, out = start(box, embedded, count=1000, SPARSE_MONITOR=str(socket), SPARSE_RUN="monday"), box.folder / "out"
-        eventually("some records", lambda: len(requests(file)) >= 20)
+        eventually("some records", lambda: len(finished_request_ids(file)) >= 20)
         first.process.kill()
-        first.end()
-        kept, answered = set(requests(file)), len(results(out))
+        first.wait()
+        kept, answered = set(finished_request_ids(file)), len(results(out))
         eventually("results without it", lambda: len(results(out)) >= answered + 100)
-        second = box.sparse(*words)
-        eventually("its records", lambda: set(requests(file)) - kept)
+        second = box.start_sparse(*words)
+        eventually("its records", lambda: set(finished_request_ids(file)) - kept)
         assert finished(run, 1000)["files"]["telemetry"] is None
-        assert second.end(signal.SIGTERM).status == 0
-        stored = set(requests(file))
+        assert second.wait(signal.SIGTERM).returncode == 0
+        stored = set(finished_request_ids(file))
         assert kept <= stored
         # The senders had kept what happened while it was away.
         assert set(results(out)[answered + 50 :]) <= stored
-        assert {point.tags["run"] for point in points(file, "request")} == {"monday"}
-    box.nothing_is_left()
+        assert {point.tags["run"] for point in read_points(file, "request")} == {"monday"}
+    box.assert_nothing_left()
 
 
-def test_without_telemetry_nobody_is_told(box: Machine, embedded: LocalBroker) -> None:
-    with short_folder() as folder:
+def test_without_telemetry_nobody_is_told(box: ProcessSandbox, embedded: LocalBroker) -> None:
+    with short_temp_folder() as folder:
         file, socket, port = box.folder / "node.sqlite", folder / "events", free_port()
-        monitor = box.sparse("monitor", "--store", file, "--port", str(port), "--socket", socket)
-        eventually("the monitor", lambda: ask(port, "/health")[0] == 200)
+        monitor = box.start_sparse("monitor", "--store", file, "--port", str(port), "--socket", socket)
+        eventually("the monitor", lambda: http_get(port, "/health")[0] == 200)
         summary = finished(start(box, embedded, "--no-telemetry", SPARSE_MONITOR=str(socket)))
         assert summary["files"]["telemetry"] is None
-        assert monitor.end(signal.SIGTERM).status == 0
-    assert points(file, "life") == []
-    assert points(file, "node")
+        assert monitor.wait(signal.SIGTERM).returncode == 0
+    assert read_points(file, "life") == []
+    assert read_points(file, "node")
 
 
-def test_a_monitor_without_a_broker_serves_its_node(box: Machine) -> None:
-    with short_folder() as folder:
+def test_a_monitor_without_a_broker_serves_its_node(box: ProcessSandbox) -> None:
+    with short_temp_folder() as folder:
         file, socket, port = box.folder / "node.sqlite", folder / "events", free_port()
         words = ("--socket", socket, "--every", "0.05", "--run", "monday")
-        monitor = box.sparse("monitor", "--store", file, "--port", str(port), *words)
-        eventually("the monitor", lambda: ask(port, "/health")[0] == 200)
-        assert monitor.said() == (
+        monitor = box.start_sparse("monitor", "--store", file, "--port", str(port), *words)
+        eventually("the monitor", lambda: http_get(port, "/health")[0] == 200)
+        assert monitor.read_stderr() == (
             f"watching this node, no broker is named; events at {socket}; kept in {file}; "
             f"http://127.0.0.1:{port}/metrics; Ctrl-C ends it\n"
         )
-        assert ask(port, "/stages")[0] == 404
-        send(socket, task(1) + b"nonsense\n" + task(2, run="tuesday") + event("links_carried"))
-        eventually("the events", lambda: value_of(series_at(port), "sparse_monitor_events_total") == 2)
-        eventually("the others", lambda: value_of(series_at(port), "sparse_monitor_bad_events_total") == 2)
-        eventually("a sample", lambda: value_of(series_at(port), "sparse_node_memory_used_bytes") > 0)
-        said = monitor.end(signal.SIGINT)
-    assert said.status == 130
-    assert "nonsense" not in said.err
-    assert [point.tags["run"] for point in points(file, "task")] == ["monday", "tuesday"]
-    assert points(file, "monitor")[-1].fields["bad_events"] == 2
-    box.nothing_is_left()
+        assert http_get(port, "/stages")[0] == 404
+        send_datagrams(
+            socket,
+            encode_task_event(1) + b"nonsense\n" + encode_task_event(2, run="tuesday") + encode_event("links_carried"),
+        )
+        eventually("the events", lambda: series_value(fetch_metrics(port), "sparse_monitor_events_total") == 2)
+        eventually("the others", lambda: series_value(fetch_metrics(port), "sparse_monitor_bad_events_total") == 2)
+        eventually("a sample", lambda: series_value(fetch_metrics(port), "sparse_node_memory_used_bytes") > 0)
+        said = monitor.wait(signal.SIGINT)
+    assert said.returncode == 130
+    assert "nonsense" not in said.stderr
+    assert [point.tags["run"] for point in read_points(file, "task")] == ["monday", "tuesday"]
+    assert read_points(file, "monitor")[-1].fields["bad_events"] == 2
+    box.assert_nothing_left()
 
 
-def test_a_socket_of_a_living_monitor_is_one_line_and_it_lives_on(box: Machine) -> None:
-    with short_folder() as folder:
+def test_a_socket_of_a_living_monitor_is_one_line_and_it_lives_on(box: ProcessSandbox) -> None:
+    with short_temp_folder() as folder:
         socket, port = folder / "events", free_port()
-        monitor = box.sparse("monitor", "--port", str(port), "--socket", socket)
-        eventually("the monitor", lambda: ask(port, "/health")[0] == 200)
+        monitor = box.start_sparse("monitor", "--port", str(port), "--socket", socket)
+        eventually("the monitor", lambda: http_get(port, "/health")[0] == 200)
         for words, environment in [(("--socket", socket), {}), ((), {"SPARSE_MONITOR": str(socket)})]:
-            said = box.sparse("monitor", "--port", str(free_port()), *words, environment=environment).end()
-            assert (said.status, said.out) == (2, "")
-            assert said.err == (
+            said = box.start_sparse("monitor", "--port", str(free_port()), *words, environment=environment).wait()
+            assert (said.returncode, said.stdout) == (2, "")
+            assert said.stderr == (
                 f"sparse: {socket}: a monitor that runs listens on this socket: stop it, or choose another with "
                 "--socket (and SPARSE_MONITOR for those who send)\n"
             )
-        send(socket, task(1))
-        eventually("the event", lambda: value_of(series_at(port), "sparse_monitor_events_total") == 1)
-        assert monitor.end(signal.SIGTERM).status == 0
-    box.nothing_is_left()
+        send_datagrams(socket, encode_task_event(1))
+        eventually("the event", lambda: series_value(fetch_metrics(port), "sparse_monitor_events_total") == 1)
+        assert monitor.wait(signal.SIGTERM).returncode == 0
+    box.assert_nothing_left()
 
 
 @pytest.mark.parametrize(
@@ -226,9 +237,9 @@ def test_a_socket_of_a_living_monitor_is_one_line_and_it_lives_on(box: Machine) 
         (("--traces", "nowhere"), "sparse: --traces 'nowhere': expected the address of a collector"),
     ],
 )
-def test_what_a_monitor_cannot_do_is_one_clear_line(box: Machine, words: tuple[str, ...], said: str) -> None:
-    ended = box.sparse("monitor", "--port", str(free_port()), *words).end()
-    assert ended.status in (1, 2)
-    assert (ended.err.count("\n"), ended.out) == (1, "")
-    assert ended.err.startswith(said)
-    box.nothing_is_left()
+def test_what_a_monitor_cannot_do_is_one_clear_line(box: ProcessSandbox, words: tuple[str, ...], said: str) -> None:
+    ended = box.start_sparse("monitor", "--port", str(free_port()), *words).wait()
+    assert ended.returncode in (1, 2)
+    assert (ended.stderr.count("\n"), ended.stdout) == (1, "")
+    assert ended.stderr.startswith(said)
+    box.assert_nothing_left()

@@ -8,21 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from brokers.doctor.probe_client import Visit
-from tests.support.brokers.mosquitto import mosquitto
+from brokers.doctor.probe_client import BrokerProbe
+from tests.support.brokers.mosquitto import start_mosquitto
 from tests.support.brokers.ports import free_port
 from tests.support.environment.checkout import ROOT
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
-from tests.support.pipelines.processes import Machine
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox
 
 
-def doctor(box: Machine, port: int, *more: str | Path) -> tuple[int, str, str]:
-    said = box.sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}", *more).end()
-    return said.status, said.out, said.err
+def doctor(box: ProcessSandbox, port: int, *more: str | Path) -> tuple[int, str, str]:
+    said = box.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}", *more).wait()
+    return said.returncode, said.stdout, said.stderr
 
 
-def test_a_good_broker_is_status_0_with_a_line_for_each_finding_and_a_table(box: Machine, tmp_path: Path) -> None:
-    with mosquitto(tmp_path) as port:
+def test_a_good_broker_is_status_0_with_a_line_for_each_finding_and_a_table(
+    box: ProcessSandbox, tmp_path: Path
+) -> None:
+    with start_mosquitto(tmp_path) as port:
         status, out, err = doctor(box, port)
     assert (status, err) == (0, "")
     lines = out.splitlines()
@@ -30,18 +32,18 @@ def test_a_good_broker_is_status_0_with_a_line_for_each_finding_and_a_table(box:
     assert lines[0].startswith(f"ok    MQTT 5       mqtt://127.0.0.1:{port} ")
     assert [line.split("  ")[0] for line in lines if "iB  " in line] == ["1 KiB", "64 KiB", "1 MiB", "4 MiB", "16 MiB"]
     assert lines[-1].startswith("Sparse will work with it: ")
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
-def test_a_broker_that_lacks_something_is_status_1_and_json_comes_last(box: Machine, tmp_path: Path) -> None:
-    stages = [stage("head", wire="float16"), stage("tail")]
-    path = pipeline_file(tmp_path, stages, model="vgg11-small", cuts=[6])
-    with mosquitto(tmp_path, "retain_available false") as port:
-        said = box.sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}", "--pipeline", path, "--json").end()
-    assert said.status == 1
-    assert said.out.count("\n") == 1
-    assert "FAIL  retained" in said.err
-    answer = said.answer
+def test_a_broker_that_lacks_something_is_status_1_and_json_comes_last(box: ProcessSandbox, tmp_path: Path) -> None:
+    stages = [stage_table("head", wire="float16"), stage_table("tail")]
+    path = write_pipeline_file(tmp_path, stages, model="vgg11-small", cuts=[6])
+    with start_mosquitto(tmp_path, "retain_available false") as port:
+        said = box.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}", "--pipeline", path, "--json").wait()
+    assert said.returncode == 1
+    assert said.stdout.count("\n") == 1
+    assert "FAIL  retained" in said.stderr
+    answer = said.json_output
     assert answer["usable"] is False
     (found,) = [each for each in answer["findings"] if each["level"] == "FAIL"]
     assert (found["what"], "retain_available true" in found["mend"]) == ("retained", True)
@@ -49,30 +51,32 @@ def test_a_broker_that_lacks_something_is_status_1_and_json_comes_last(box: Mach
     assert (row["what"], row["size_bytes"]) == ("head to tail", 2 * 128 * 8 * 8)
 
 
-def test_nobody_there_is_status_1(box: Machine) -> None:
+def test_nobody_there_is_status_1(box: ProcessSandbox) -> None:
     status, out, _ = doctor(box, free_port())
     assert status == 1
     assert out.startswith("FAIL  reachable")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_that_is_told_to_leave_leaves_nothing_behind(box: Machine, tmp_path: Path, number: signal.Signals) -> None:
+def test_one_that_is_told_to_leave_leaves_nothing_behind(
+    box: ProcessSandbox, tmp_path: Path, number: signal.Signals
+) -> None:
     async def test(port: int) -> None:
-        async with Visit.to(f"mqtt://127.0.0.1:{port}").visitor() as witness:
+        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as witness:
             await witness.subscribe("sparse/doctor/+/retained")
-            running = box.sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}")
-            heard = await witness.hear(60)
+            running = box.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}")
+            heard = await witness.receive(60)
             assert heard is not None
-            said = await asyncio.to_thread(running.end, number)
-            assert (said.status, "Traceback" in said.err) == (130, False)
-            assert "Sparse will" not in said.out
-        async with Visit.to(f"mqtt://127.0.0.1:{port}").visitor() as late:
+            said = await asyncio.to_thread(running.wait, number)
+            assert (said.returncode, "Traceback" in said.stderr) == (130, False)
+            assert "Sparse will" not in said.stdout
+        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as late:
             await late.subscribe("sparse/#")
-            assert await late.hear(0.5) is None
+            assert await late.receive(0.5) is None
 
-    with mosquitto(tmp_path) as port:
+    with start_mosquitto(tmp_path) as port:
         asyncio.run(test(port))
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
 @pytest.mark.parametrize(
@@ -87,31 +91,33 @@ def test_one_that_is_told_to_leave_leaves_nothing_behind(box: Machine, tmp_path:
         (("mqtt://127.0.0.1", "--pipeline", "missing.toml"), "missing.toml: no such file"),
     ],
 )
-def test_bad_usage_is_one_line_and_status_2(box: Machine, arguments: tuple[str, ...], told: str) -> None:
-    said = box.sparse("broker", "doctor", *arguments).end()
-    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
-    assert told in said.err
+def test_bad_usage_is_one_line_and_status_2(box: ProcessSandbox, arguments: tuple[str, ...], told: str) -> None:
+    said = box.start_sparse("broker", "doctor", *arguments).wait()
+    assert (said.returncode, said.stdout, said.stderr.count("\n")) == (2, "", 1)
+    assert told in said.stderr
 
 
-def test_cuts_that_do_not_fit_the_network_are_one_line_that_names_the_file(box: Machine, tmp_path: Path) -> None:
-    path = pipeline_file(tmp_path, [stage("head"), stage("tail")], model="vgg11-small", cuts=[999])
-    said = box.sparse("broker", "doctor", "mqtt://127.0.0.1:1", "--pipeline", path).end()
-    assert (said.status, said.err.count("\n")) == (2, 1)
-    assert said.err.startswith(f"sparse: {path}: pipeline.cuts: ")
+def test_cuts_that_do_not_fit_the_network_are_one_line_that_names_the_file(box: ProcessSandbox, tmp_path: Path) -> None:
+    path = write_pipeline_file(tmp_path, [stage_table("head"), stage_table("tail")], model="vgg11-small", cuts=[999])
+    said = box.start_sparse("broker", "doctor", "mqtt://127.0.0.1:1", "--pipeline", path).wait()
+    assert (said.returncode, said.stderr.count("\n")) == (2, 1)
+    assert said.stderr.startswith(f"sparse: {path}: pipeline.cuts: ")
 
 
-def test_the_address_of_the_environment_is_used_and_its_password_is_not_shown(tmp_path: Path, box: Machine) -> None:
-    with mosquitto(tmp_path, anonymous=False) as port:
+def test_the_address_of_the_environment_is_used_and_its_password_is_not_shown(
+    tmp_path: Path, box: ProcessSandbox
+) -> None:
+    with start_mosquitto(tmp_path, allow_anonymous=False) as port:
         box._environment["SPARSE_BROKER"] = f"mqtt://ann:secret@127.0.0.1:{port}"
-        said = box.sparse("broker", "doctor", "--json").end()
-    assert said.status == 1
-    assert "'ann'" in said.err
-    assert "secret" not in said.out + said.err
+        said = box.start_sparse("broker", "doctor", "--json").wait()
+    assert said.returncode == 1
+    assert "'ann'" in said.stderr
+    assert "secret" not in said.stdout + said.stderr
 
 
-def test_cuts_are_listed_with_what_crosses_them(box: Machine) -> None:
-    said = box.sparse("cuts", ROOT / "examples" / "street.toml").end()
-    assert (said.status, said.err) == (0, "")
-    assert said.out.splitlines()[0] == "after 8: head to body, 346,112 bytes as float32: layers.7 1x128x26x26"
-    nothing = box.sparse("cuts", ROOT / "examples" / "sensor.toml").end()
-    assert (nothing.status, "no network" in nothing.out) == (0, True)
+def test_cuts_are_listed_with_what_crosses_them(box: ProcessSandbox) -> None:
+    said = box.start_sparse("cuts", ROOT / "examples" / "street.toml").wait()
+    assert (said.returncode, said.stderr) == (0, "")
+    assert said.stdout.splitlines()[0] == "after 8: head to body, 346,112 bytes as float32: layers.7 1x128x26x26"
+    nothing = box.start_sparse("cuts", ROOT / "examples" / "sensor.toml").wait()
+    assert (nothing.returncode, "no network" in nothing.stdout) == (0, True)

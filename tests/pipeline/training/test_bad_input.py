@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from brokers.server.local_broker import LocalBroker
-from tests.support.environment.external_programs import need
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
-from tests.support.pipelines.processes import Machine, Running, Said, eventually, machine
+from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
+from tests.support.pipelines.processes import CommandResult, ProcessSandbox, RunningCommand, eventually, process_sandbox
 
 STAGES = ("head", "tail")
-PARTS = tuple(stage(name) for name in STAGES)
+PARTS = tuple(stage_table(name) for name in STAGES)
 SOURCE = {"kind": "tests.support.training.striped_images:Stripes", "name": "stripes"}
 
 
-def lesson(
+def write_training_pipeline_file(
     folder: Path,
     *,
     stages: Sequence[Mapping[str, Any]] = PARTS,
@@ -40,7 +40,7 @@ def lesson(
         "seed": 5,
         **(pipeline or {}),
     }
-    path = pipeline_file(folder, stages, source, name=name, **fields)
+    path = write_pipeline_file(folder, stages, source, name=name, **fields)
     table = {"epochs": 2, "batch": 32, "micro_batches": 2, "evaluate_every": 0, **training}
     settings = table.pop("settings", None)
     lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
@@ -52,30 +52,34 @@ def lesson(
     return path
 
 
-def start(box: Machine, path: Path, *words: str | Path, out: str = "out") -> Running:
-    need("iotcore")
-    return box.sparse("run", path, "--broker", "embedded", "--json", "--no-pictures", "--out", box.folder / out, *words)
+def start(box: ProcessSandbox, path: Path, *words: str | Path, out: str = "out") -> RunningCommand:
+    require_dependency("iotcore")
+    return box.start_sparse(
+        "run", path, "--broker", "embedded", "--json", "--no-pictures", "--out", box.folder / out, *words
+    )
 
 
-def resume(box: Machine, path: Path, out: str = "out") -> Running:
-    return box.sparse("run", path, "--broker", "embedded", "--json", "--no-pictures", "--resume", box.folder / out)
+def resume(box: ProcessSandbox, path: Path, out: str = "out") -> RunningCommand:
+    return box.start_sparse(
+        "run", path, "--broker", "embedded", "--json", "--no-pictures", "--resume", box.folder / out
+    )
 
 
-def told(box: Machine, said: Said, status: int) -> str:
+def told(box: ProcessSandbox, said: CommandResult, status: int) -> str:
     """The one line that says what is wrong, after whatever the run has told of its stages."""
-    assert said.status == status, said.err
-    assert "Traceback" not in said.err
-    lines = [line for line in said.err.splitlines() if line.startswith("sparse: ")]
-    assert len(lines) == 1, said.err
-    assert said.err.splitlines()[-1] == lines[0]
-    box.nothing_is_left(within_s=10)
+    assert said.returncode == status, said.stderr
+    assert "Traceback" not in said.stderr
+    lines = [line for line in said.stderr.splitlines() if line.startswith("sparse: ")]
+    assert len(lines) == 1, said.stderr
+    assert said.stderr.splitlines()[-1] == lines[0]
+    box.assert_nothing_left(within_s=10)
     return lines[0].removeprefix("sparse: ")
 
 
-def refused(box: Machine, path: Path, *words: str) -> str:
+def refused(box: ProcessSandbox, path: Path, *words: str) -> str:
     """What `sparse run` says of a file that cannot be; status 2, and nothing else is said."""
-    said = start(box, path, *words).end()
-    assert said.out == ""
+    said = start(box, path, *words).wait()
+    assert said.stdout == ""
     return told(box, said, 2)
 
 
@@ -99,13 +103,13 @@ FILES: dict[str, tuple[dict[str, Any], str]] = {
     "labels that stay, with the last stage elsewhere": (
         {
             "labels": "stay",
-            "stages": [stage("head"), stage("tail", site="cloud")],
+            "stages": [stage_table("head"), stage_table("tail", site="cloud")],
             "source": {**SOURCE, "site": "device"},
         },
         "training.labels: to stay, they need stage 'tail' at the source's site 'device', it is at 'cloud'",
     ),
     "a stage of one's own": (
-        {"stages": [stage("head"), stage("tail"), stage("more", "double")]},
+        {"stages": [stage_table("head"), stage_table("tail"), stage_table("more", "double")]},
         "stage 'more': a pipeline that trains has parts of its model only, no executor",
     ),
     "a training table in an inference pipeline": (
@@ -113,7 +117,7 @@ FILES: dict[str, tuple[dict[str, Any], str]] = {
         "training: is for a pipeline whose kind is 'training', this one's is 'inference'",
     ),
     "a half precision wire": (
-        {"stages": [stage("head", wire="float16"), stage("tail")]},
+        {"stages": [stage_table("head", wire="float16"), stage_table("tail")]},
         "stage 'head': training is exact: wire is 'float32' and max_batch 1, or left out",
     ),
     "a schedule that there is not": ({"schedule": "2f2b"}, "training.schedule: expected '1f1b' or 'gpipe', got '2f2b'"),
@@ -134,9 +138,9 @@ name = "device"
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_what_the_file_says(box: Machine, case: str) -> None:
+def test_what_the_file_says(box: ProcessSandbox, case: str) -> None:
     given, expected = FILES[case]
-    path = lesson(box.folder, **given)
+    path = write_training_pipeline_file(box.folder, **given)
     if "site" in str(given):
         path.write_text(path.read_text() + _SITES)
     assert refused(box, path) == f"{path}: {expected}"
@@ -174,42 +178,44 @@ NAMES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_what_the_file_names(box: Machine, embedded: LocalBroker, case: str) -> None:
+def test_what_the_file_names(box: ProcessSandbox, embedded: LocalBroker, case: str) -> None:
     """Every stage says so."""
     given, expected = NAMES[case]
-    path = lesson(box.folder, **given)
-    said = box.sparse("stage", path, "head", "--broker", embedded.address, "--checkpoints", box.folder / "kept").end()
-    assert said.out == ""
+    path = write_training_pipeline_file(box.folder, **given)
+    said = box.start_sparse(
+        "stage", path, "head", "--broker", embedded.address, "--checkpoints", box.folder / "kept"
+    ).wait()
+    assert said.stdout == ""
     assert told(box, said, 2).startswith(f"{path}: {expected}")
 
 
-def test_what_its_stages_say_of_the_file_is_said_once_by_the_run(box: Machine) -> None:
+def test_what_its_stages_say_of_the_file_is_said_once_by_the_run(box: ProcessSandbox) -> None:
     given, expected = NAMES["a setting that the optimizer does not take"]
-    path = lesson(box.folder, **given)
+    path = write_training_pipeline_file(box.folder, **given)
     assert refused(box, path).startswith(f"{path}: {expected}")
 
 
-def test_a_data_set_that_there_is_not(box: Machine) -> None:
-    path = lesson(box.folder, source={"kind": "digitz", "name": "digits"})
+def test_a_data_set_that_there_is_not(box: ProcessSandbox) -> None:
+    path = write_training_pipeline_file(box.folder, source={"kind": "digitz", "name": "digits"})
     assert "source.kind" in refused(box, path)
 
 
 # While it trains ------------------------------------------------------------------------------------------------------
 
 
-def test_labels_that_the_network_has_no_class_for(box: Machine) -> None:
-    path = lesson(
+def test_labels_that_the_network_has_no_class_for(box: ProcessSandbox) -> None:
+    path = write_training_pipeline_file(
         box.folder, source={"kind": "tests.support.training.striped_images:TooManyClasses", "name": "stripes"}
     )
-    line = told(box, start(box, path).end(), 1)
+    line = told(box, start(box, path).wait(), 1)
     assert "step 0 failed at stage 'tail', worker 'tail-1': BadLabels: label " in line
     assert "is out of range: the network has 4 classes" in line
     no_traceback(box.folder / "out")
 
 
-def test_a_loss_that_is_no_number_says_where_and_what_to_try_and_the_last_checkpoint_stays(box: Machine) -> None:
-    path = lesson(box.folder, lr=3e37, checkpoint_every=1)
-    line = told(box, start(box, path).end(), 1)
+def test_a_loss_that_is_no_number_says_where_and_what_to_try_and_the_last_checkpoint_stays(box: ProcessSandbox) -> None:
+    path = write_training_pipeline_file(box.folder, lr=3e37, checkpoint_every=1)
+    line = told(box, start(box, path).wait(), 1)
     assert "failed at stage 'tail', worker 'tail-1': NotFinite: the loss is nan in step " in line
     assert "try a lower learning rate" in line
     step = int(line.partition(" in step ")[2].split()[0])
@@ -223,26 +229,26 @@ def test_a_loss_that_is_no_number_says_where_and_what_to_try_and_the_last_checkp
 
 
 def test_a_full_disk_while_checkpointing_says_so_and_the_run_goes_on_from_before_when_there_is_room(
-    box: Machine,
+    box: ProcessSandbox,
 ) -> None:
     wide = {"model": "tests.support.training.residual_networks:wide", "cuts": [3]}
     out = box.folder / "out"
-    assert start(box, lesson(box.folder, epochs=1, pipeline=wide)).end().status == 0
+    assert start(box, write_training_pipeline_file(box.folder, epochs=1, pipeline=wide)).wait().returncode == 0
     before = {name: versions(out, name) for name in STAGES}
     assert before == {"head": [3], "tail": [3]}
-    path = lesson(box.folder, epochs=2, checkpoint_every=2, pipeline=wide)
+    path = write_training_pipeline_file(box.folder, epochs=2, checkpoint_every=2, pipeline=wide)
     words = ("run", path, "--broker", "embedded", "--json", "--resume", out)
     # In blocks of 1024 bytes: too few for a checkpoint of the head, enough for all else that a run writes.
     limited = 'ulimit -f 300 && exec "$@"'
-    said = box.start("bash", "-c", limited, "bash", sys.executable, "-m", "brokers.cli", *words).end()
+    said = box.start("bash", "-c", limited, "bash", sys.executable, "-m", "brokers.cli", *words).wait()
     line = told(box, said, 1)
     assert "step 3 failed at stage 'head', worker 'head-1': CannotCheckpoint: no checkpoint at " in line
     assert "those before it are whole" in line
     assert [path.name for path in (out / "checkpoints" / "head").iterdir()] == ["version-000000000003.safetensors"]
     no_traceback(out)
-    again = resume(box, path).end()
-    assert again.status == 0, again.err
-    assert again.answer["steps"] == 6
+    again = resume(box, path).wait()
+    assert again.returncode == 0, again.stderr
+    assert again.json_output["steps"] == 6
     assert [versions(out, name)[-1] for name in STAGES] == [6, 6]
 
 
@@ -253,22 +259,22 @@ def test_a_full_disk_while_checkpointing_says_so_and_the_run_goes_on_from_before
 def _trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that is done."""
     folder = tmp_path_factory.mktemp("trained")
-    with machine(folder) as box:
-        said = start(box, lesson(folder)).end()
-        assert said.status == 0, said.err
-        assert said.answer["steps"] == 6
+    with process_sandbox(folder) as box:
+        said = start(box, write_training_pipeline_file(folder)).wait()
+        assert said.returncode == 0, said.stderr
+        assert said.json_output["steps"] == 6
     return folder / "out"
 
 
 @pytest.fixture(name="copy")
-def _copy(trained: Path, box: Machine) -> Path:
+def _copy(trained: Path, box: ProcessSandbox) -> Path:
     shutil.copytree(trained, box.folder / "out")
     return box.folder / "out"
 
 
-def test_a_run_with_other_settings_is_not_gone_on_with(box: Machine, copy: Path) -> None:
-    path = lesson(box.folder, lr=0.01, batch=16)
-    line = told(box, resume(box, path).end(), 2)
+def test_a_run_with_other_settings_is_not_gone_on_with(box: ProcessSandbox, copy: Path) -> None:
+    path = write_training_pipeline_file(box.folder, lr=0.01, batch=16)
+    line = told(box, resume(box, path).wait(), 2)
     assert line.endswith("cannot resume, the run began with other settings: batch was 32, is 16; lr was 0.05, is 0.01")
     assert [versions(copy, name) for name in STAGES] == [[6], [6]]
 
@@ -283,33 +289,33 @@ def test_a_run_with_other_settings_is_not_gone_on_with(box: Machine, copy: Path)
     ids=["cut", "model", "optimizer"],
 )
 def test_checkpoints_of_another_cut_model_or_optimizer_are_refused_and_stay(
-    box: Machine, copy: Path, change: dict[str, Any]
+    box: ProcessSandbox, copy: Path, change: dict[str, Any]
 ) -> None:
     before = {path: path.read_bytes() for path in (copy / "checkpoints").rglob("*.safetensors")}
-    path = lesson(box.folder, **change)
-    line = told(box, resume(box, path).end(), 2)
+    path = write_training_pipeline_file(box.folder, **change)
+    line = told(box, resume(box, path).wait(), 2)
     assert line.startswith(f"{path}: training.checkpoints: {copy}/checkpoints/")
     assert "is no checkpoint of this stage: expected the part " in line
     assert line.endswith("another model, cut or recipe; name another folder, or move it away")
     assert {path: path.read_bytes() for path in (copy / "checkpoints").rglob("*.safetensors")} == before
 
 
-def test_a_checkpoint_that_was_cut_off_is_refused_by_its_name(box: Machine, copy: Path) -> None:
+def test_a_checkpoint_that_was_cut_off_is_refused_by_its_name(box: ProcessSandbox, copy: Path) -> None:
     (newest,) = (copy / "checkpoints" / "tail").glob("*.safetensors")
     newest.write_bytes(newest.read_bytes()[:1000])
-    line = told(box, resume(box, lesson(box.folder)).end(), 2)
+    line = told(box, resume(box, write_training_pipeline_file(box.folder)).wait(), 2)
     assert f"{newest} is no checkpoint of this stage: it cannot be read" in line
 
 
-def test_a_second_run_on_the_checkpoints_of_the_first_asks_for_resume(box: Machine, copy: Path) -> None:
-    path = lesson(box.folder, checkpoints=str(copy / "checkpoints"))
-    line = told(box, start(box, path, out="again").end(), 2)
+def test_a_second_run_on_the_checkpoints_of_the_first_asks_for_resume(box: ProcessSandbox, copy: Path) -> None:
+    path = write_training_pipeline_file(box.folder, checkpoints=str(copy / "checkpoints"))
+    line = told(box, start(box, path, out="again").wait(), 2)
     assert "source 'stripes' has trained 6 steps of this pipeline already: go on from there with --resume" in line
 
 
-def test_a_folder_that_is_no_run_cannot_be_gone_on_with(box: Machine) -> None:
+def test_a_folder_that_is_no_run_cannot_be_gone_on_with(box: ProcessSandbox) -> None:
     (box.folder / "out").mkdir()
-    line = told(box, resume(box, lesson(box.folder)).end(), 2)
+    line = told(box, resume(box, write_training_pipeline_file(box.folder)).wait(), 2)
     assert "there is no checkpoints/ in it: expected the folder of a training run" in line
 
 
@@ -317,17 +323,17 @@ def test_a_folder_that_is_no_run_cannot_be_gone_on_with(box: Machine) -> None:
 
 
 def test_a_second_source_of_the_same_name_is_refused_while_the_first_trains(
-    box: Machine, embedded: LocalBroker
+    box: ProcessSandbox, embedded: LocalBroker
 ) -> None:
-    path = lesson(box.folder, epochs=10_000, name="twins")
+    path = write_training_pipeline_file(box.folder, epochs=10_000, name="twins")
     broker = ("--broker", embedded.address)
     for name in STAGES:
-        box.sparse("stage", path, name, *broker, "--checkpoints", box.folder / "versions")
-    first = box.sparse("source", path, *broker, "--out", box.folder / "first")
+        box.start_sparse("stage", path, name, *broker, "--checkpoints", box.folder / "versions")
+    first = box.start_sparse("source", path, *broker, "--out", box.folder / "first")
     record = box.folder / "first" / "training.jsonl"
     eventually("a step", lambda: record.exists() and '"step"' in record.read_text())
-    said = box.sparse("source", path, *broker, "--out", box.folder / "second").end()
-    assert said.status == 2
-    (line,) = [line for line in said.err.splitlines() if line.startswith("sparse: ")]
+    said = box.start_sparse("source", path, *broker, "--out", box.folder / "second").wait()
+    assert said.returncode == 2
+    (line,) = [line for line in said.stderr.splitlines() if line.startswith("sparse: ")]
     assert "a source named 'stripes' trains this pipeline: stop it, or choose another name with --name" in line
     assert first.process.poll() is None

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from brokers.config.pipeline_file import load_pipeline
 from brokers.config.schema import TrainingTable
-from brokers.process.import_string import load_named
+from brokers.process.import_string import import_string
 from tests.pipeline.cli.test_stages_guide import FILES as STAGES_FILES
 from tests.support.environment.checkout import ROOT
-from tests.support.pipelines.processes import Machine
+from tests.support.pipelines.processes import ProcessSandbox
 
 PAGE = (ROOT / "docs" / "training.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -22,16 +22,18 @@ FILES = {text.split()[1]: text for kind, text in BLOCKS if kind in ("python", "t
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 
 
-def test_a_data_set_and_a_network_of_ones_own_are_trained_and_the_weights_fit_the_uncut_network(box: Machine) -> None:
+def test_a_data_set_and_a_network_of_ones_own_are_trained_and_the_weights_fit_the_uncut_network(
+    box: ProcessSandbox,
+) -> None:
     for name, text in {"digits.py": STAGES_FILES["digits.py"], **FILES}.items():
         (box.folder / name).write_text(text)
     assert COMMANDS == ["sparse run waves.toml --json"]
     out = box.folder / "run"
-    said = box.sparse("run", box.folder / "waves.toml", "--json", "--out", out).end()
-    assert said.status == 0, said.err
-    assert said.answer["test_accuracy"] > 0.95
-    assert said.answer["steps"] == 12
-    network = load_named("digits:digits", box.folder)()
+    said = box.start_sparse("run", box.folder / "waves.toml", "--json", "--out", out).wait()
+    assert said.returncode == 0, said.stderr
+    assert said.json_output["test_accuracy"] > 0.95
+    assert said.json_output["steps"] == 12
+    network = import_string("digits:digits", box.folder)()
     network.load_state_dict(load_file(out / "model.safetensors"), strict=True)
     parts: dict[str, torch.Tensor] = {}
     for stage in ("head", "body", "tail"):
@@ -40,7 +42,7 @@ def test_a_data_set_and_a_network_of_ones_own_are_trained_and_the_weights_fit_th
     assert (out / "training.png").stat().st_size > 10_000
     events = [json.loads(line)["event"] for line in (out / "training.jsonl").read_text().splitlines()]
     assert (events.count("step"), events.count("evaluation")) == (12, 3)
-    box.nothing_is_left()
+    box.assert_nothing_left()
 
 
 def test_the_keys_of_the_page_are_those_of_the_code() -> None:
@@ -52,7 +54,7 @@ def test_the_keys_of_the_page_are_those_of_the_code() -> None:
 def test_the_examples_of_the_page_are_pipelines_that_train() -> None:
     for name in re.findall(r"examples/([a-z-]+\.toml)", PAGE):
         pipeline = load_pipeline(ROOT / "examples" / name)
-        assert pipeline.trains is (name != "digits-inference.toml")
+        assert pipeline.is_training is (name != "digits-inference.toml")
 
 
 def test_its_links_lead_somewhere() -> None:

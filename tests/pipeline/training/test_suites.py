@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.soak.harness.training_run import Lesson, assert_equal, expected, lesson_file
-from tests.support.pipelines.processes import Machine
+from tests.soak.harness.training_run import (
+    TrainingRunCommand,
+    assert_weights_equal,
+    expected_weights,
+    write_training_pipeline_file,
+)
+from tests.support.pipelines.processes import ProcessSandbox
 
 SUITES: dict[str, dict[str, Any]] = {
     "on-device": {"sites": ("device", "cloudlet", "cloud"), "schedule": "gpipe"},
@@ -16,9 +21,9 @@ SUITES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_the_suites_learn_what_the_uncut_network_learns(box: Machine, suite: str) -> None:
-    lesson = Lesson(box, lesson_file(box.folder, epochs=4, **SUITES[suite]))
-    summary = lesson.end()
+def test_the_suites_learn_what_the_uncut_network_learns(box: ProcessSandbox, suite: str) -> None:
+    lesson = TrainingRunCommand(box, write_training_pipeline_file(box.folder, epochs=4, **SUITES[suite]))
+    summary = lesson.wait()
     assert (summary["steps"], summary["rolled_back"]) == (12, 0)
-    assert_equal(lesson.weights(), expected(12))
-    box.nothing_is_left()
+    assert_weights_equal(lesson.load_weights(), expected_weights(12))
+    box.assert_nothing_left()

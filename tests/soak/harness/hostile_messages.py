@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from brokers.dispatch.presence import Birth
+from brokers.dispatch.presence import WorkerRecord
 from brokers.protocol.codec import encode
 from brokers.protocol.messages import (
     JPEG,
@@ -27,30 +27,30 @@ from brokers.protocol.messages import (
     PNG,
     SAFETENSORS,
     Activation,
-    Blob,
-    Body,
-    Control,
+    BinaryContent,
     Failure,
     Gradient,
     Message,
     ReplyTo,
     Result,
-    Step,
+    StepMessage,
+    StepVerb,
     Task,
-    Verb,
+    TaskDone,
+    TensorContent,
 )
 from brokers.protocol.safetensors_codec import from_numpy
-from brokers.protocol.stage_timing import HOPS, Hop
-from brokers.protocol.training import MICRO, MicroBatch
+from brokers.protocol.stage_timing import HOPS_KEY, Hop
+from brokers.protocol.training import MICRO_BATCH_KEY, MicroBatch
 from brokers.protocol.transport import Properties
 
 # What a field of MQTT can hold at most, and enough of them for a head that nobody reads.
 FIELD_BYTES = 65_535
-GIGANTIC: tuple[tuple[str, str], ...] = (("padding", "p" * 60_000),) * 20
+OVERSIZED_USER_PROPERTIES: tuple[tuple[str, str], ...] = (("padding", "p" * 60_000),) * 20
 
 
 @dataclass(frozen=True, slots=True)
-class Hostile:
+class HostileMessage:
     """One message, without the topic that it goes to."""
 
     properties: Properties
@@ -58,7 +58,7 @@ class Hostile:
     retain: bool = False
 
 
-def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
+def png_bomb(width: int = 60_000, height: int = 60_000) -> bytes:
     """A PNG of some bytes that says it has billions of pixels."""
 
     def part(kind: bytes, data: bytes) -> bytes:
@@ -68,80 +68,95 @@ def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", zlib.compress(b"")) + part(b"IEND", b"")
 
 
-def picture(form: str) -> bytes:
+def small_image(image_format: str) -> bytes:
     body = io.BytesIO()
-    Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)).save(body, form)
+    Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)).save(body, image_format)
     return body.getvalue()
 
 
 def jpeg_bomb() -> bytes:
     """A JPEG whose frame header says 65,500 by 65,500 pixels."""
-    data = bytearray(picture("JPEG"))
+    data = bytearray(small_image("JPEG"))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", 65_500, 65_500)
     return bytes(data)
 
 
-def birth(worker: str, stage: str, pipeline: str = "test", **others: Any) -> bytes:
+def forged_worker_record(worker: str, stage: str, pipeline: str = "test", **others: Any) -> bytes:
     """A presence record, as good as any."""
     given = {"site": "local", "node": "n", "pid": 1, "device": "cpu", "fingerprint": "forged", "capacity": 2**31}
-    return Birth(worker=worker, stage=stage, pipeline=pipeline, **{**given, **others}).to_bytes()
+    return WorkerRecord(worker=worker, stage=stage, pipeline=pipeline, **{**given, **others}).to_bytes()
 
 
 def _valid(chance: random.Random) -> Iterator[Message]:
     request = chance.randbytes(16)
     reply = ReplyTo("attacker/replies")
-    body = Body({"values": from_numpy(np.array(1.5)), "more": from_numpy(np.ones((3, 2), np.float32))}, {"a": "b"})
+    body = TensorContent(
+        {"values": from_numpy(np.array(1.5)), "more": from_numpy(np.ones((3, 2), np.float32))}, {"a": "b"}
+    )
     hops = (Hop("double", "double-1", 1.0, 1.0, 1.0, 1.0, 8, 8),)
     for content in (
         body,
-        Blob(JSON, b'{"values": [1, 2, 3]}'),
-        Blob(JPEG, picture("JPEG")),
-        Blob(JPEG, jpeg_bomb()),
-        Blob(PNG, picture("PNG")),
-        Blob(PNG, bomb()),
-        Blob(JSON, b"[" * 50_000),
-        Blob(JSON, b'{"values":' * 5_000),
+        BinaryContent(JSON, b'{"values": [1, 2, 3]}'),
+        BinaryContent(JPEG, small_image("JPEG")),
+        BinaryContent(JPEG, jpeg_bomb()),
+        BinaryContent(PNG, small_image("PNG")),
+        BinaryContent(PNG, png_bomb()),
+        BinaryContent(JSON, b"[" * 50_000),
+        BinaryContent(JSON, b'{"values":' * 5_000),
     ):
-        yield Task(request=request, content=content, reply=reply, sender="attacker/sender", deadline_ms=500.0)
-    yield Task(request=request, content=body, reply=ReplyTo("attacker/json", "json", b"echo"))
-    yield Activation(request=request, content=body, reply=reply, hops=hops, sender="attacker/sender", attempt=2)
-    yield Result(request=request, content=body, hops=hops)
-    yield Failure(request=request, stage="double", worker="double-1", error="Busy", reason="full", retry=True)
-    yield Control(request=request, worker="double-1")
-    yield Gradient(request=request, content=body, sender="attacker/sender")
+        yield Task(
+            request_id=request, content=content, reply_to=reply, sender_inbox="attacker/sender", deadline_ms=500.0
+        )
+    yield Task(request_id=request, content=body, reply_to=ReplyTo("attacker/json", "json", b"echo"))
+    yield Activation(
+        request_id=request, content=body, reply_to=reply, hops=hops, sender_inbox="attacker/sender", attempt=2
+    )
+    yield Result(request_id=request, content=body, hops=hops)
+    yield Failure(request_id=request, stage="double", worker="double-1", error="Busy", reason="full", retry=True)
+    yield TaskDone(request_id=request, worker="double-1")
+    yield Gradient(request_id=request, content=body, sender_inbox="attacker/sender")
     micro = MicroBatch(step=request.hex(), term=1, index=0, count=2, rows=8, number=0, seed=1)
-    lesson = Body({"input": from_numpy(np.ones((4, 3, 8, 8), np.float32))}, {MICRO: micro.to_text()})
-    yield Task(request=request, content=lesson, reply=reply, sender="attacker/sender", source="stripes")
+    lesson = TensorContent({"input": from_numpy(np.ones((4, 3, 8, 8), np.float32))}, {MICRO_BATCH_KEY: micro.to_json()})
+    yield Task(request_id=request, content=lesson, reply_to=reply, sender_inbox="attacker/sender", source="stripes")
     # Not `halt` and `restore`: whoever may write those conducts, which access lists are for.
-    verbs: tuple[Verb, ...] = ("prepared", "commit", "committed", "abandon", "halted", "restored", "collect")
+    verbs: tuple[StepVerb, ...] = ("prepared", "commit", "committed", "abandon", "halted", "restored", "collect")
     for verb in verbs:
         details = {"stage": "head", "worker": "head-1", "source": "stripes", "lr": 1.0, "version": 3}
-        yield Step(
-            request=request, verb=verb, term=chance.choice((0, 1, 1 << 40)), sender="attacker/s", details=details
+        yield StepMessage(
+            request_id=request,
+            verb=verb,
+            term=chance.choice((0, 1, 1 << 40)),
+            sender_inbox="attacker/s",
+            details=details,
         )
 
 
-def valid(chance: random.Random) -> list[Hostile]:
+def valid_messages(rng: random.Random) -> list[HostileMessage]:
     """One message of every kind, those of foreign clients and chunks among them, as they should be."""
     found = []
-    for message in _valid(chance):
+    for message in _valid(rng):
         packet = encode(message)
-        found.append(Hostile(packet.properties, b"".join(packet.pieces)))
+        found.append(HostileMessage(packet.properties, b"".join(packet.buffers)))
         if isinstance(message, Task):
-            foreign = Properties(message.content.content_type if isinstance(message.content, Blob) else SAFETENSORS)
-            found.append(Hostile(replace(foreign, response_topic="attacker/foreign"), found[-1].payload))
+            foreign = Properties(
+                message.content.content_type if isinstance(message.content, BinaryContent) else SAFETENSORS
+            )
+            found.append(HostileMessage(replace(foreign, response_topic="attacker/foreign"), found[-1].payload))
     task = found[0]
     for place in ("0/4096", "512/4096", "0/1073741824", "0/2097152"):
-        user = (*task.properties.user, ("message", "aa"), ("chunk", place))
-        found.append(Hostile(replace(task.properties, user=user), task.payload[:512]))
-    found += [Hostile(Properties(), birth(worker, "double", state="draining")) for worker in ("double-1", "nobody")]
-    found.append(Hostile(Properties(JSON), json.dumps({"source": "s", "index": 1, "pipeline": "test"}).encode()))
+        user = (*task.properties.user_properties, ("message", "aa"), ("chunk", place))
+        found.append(HostileMessage(replace(task.properties, user_properties=user), task.payload[:512]))
+    found += [
+        HostileMessage(Properties(), forged_worker_record(worker, "double", state="draining"))
+        for worker in ("double-1", "nobody")
+    ]
+    found.append(HostileMessage(Properties(JSON), json.dumps({"source": "s", "index": 1, "pipeline": "test"}).encode()))
     return found
 
 
 # What a property may be set to instead.
-NASTY_USER: dict[str, Sequence[str]] = {
+HOSTILE_USER_PROPERTIES: dict[str, Sequence[str]] = {
     "sparse": ("1", "2", "", "1" * 60_000),
     "kind": ("task", "activation", "result", "failure", "control", "gradient", "", "K" * 60_000),
     "attempt": ("0", "-1", "999999999", "9" * 5000, "NaN"),
@@ -157,7 +172,7 @@ NASTY_USER: dict[str, Sequence[str]] = {
     "sparse.hops": ("[]",),
     "": ("", "x"),
 }
-NASTY_TOPICS = (
+HOSTILE_TOPICS = (
     "",
     "#",
     "+/x",
@@ -169,26 +184,30 @@ NASTY_TOPICS = (
     "$SYS/x",
     "attacker/x",
 )
-NASTY_METADATA = (
-    {HOPS: "[" * 1000},
-    {HOPS: "null"},
+HOSTILE_METADATA = (
+    {HOPS_KEY: "[" * 1000},
+    {HOPS_KEY: "null"},
     {"format": "detections"},
     {"format": "classes", "labels": "[" * 999},
 )
 
 
-class Mutator:
+class MessageMutator:
     """Makes messages that are wrong out of those that are right."""
 
-    def __init__(self, seed: int, more: Sequence[Hostile] = ()) -> None:
-        self.chance = random.Random(seed)
-        self._right = valid(self.chance)
-        self._bodies = [encode(_with_metadata(metadata)) for metadata in NASTY_METADATA]
-        self.corpus = [*self._right, *(Hostile(each.properties, b"".join(each.pieces)) for each in self._bodies), *more]
+    def __init__(self, seed: int, extra_messages: Sequence[HostileMessage] = ()) -> None:
+        self.rng = random.Random(seed)
+        self._right = valid_messages(self.rng)
+        self._bodies = [encode(_with_metadata(metadata)) for metadata in HOSTILE_METADATA]
+        self.corpus = [
+            *self._right,
+            *(HostileMessage(each.properties, b"".join(each.buffers)) for each in self._bodies),
+            *extra_messages,
+        ]
 
-    def next(self, response_topics: Sequence[str]) -> Hostile:
+    def next_message(self, response_topics: Sequence[str]) -> HostileMessage:
         """The next message; `response_topics` are further addresses that its answer may be led to."""
-        chance = self.chance
+        chance = self.rng
         found = chance.choice(self._right if chance.random() < 0.6 else self.corpus)
         found = replace(found, properties=self._fresh(found.properties))
         for _ in range(chance.choice((0, 1, 1, 1, 2, 3))):
@@ -197,17 +216,17 @@ class Mutator:
 
     def _fresh(self, properties: Properties) -> Properties:
         """Most requests are new ones: what was refused once as a chunk is ignored afterwards."""
-        if self.chance.random() < 0.7:
-            return replace(properties, correlation=self.chance.randbytes(16))
+        if self.rng.random() < 0.7:
+            return replace(properties, correlation_data=self.rng.randbytes(16))
         return properties
 
-    def _mutated(self, found: Hostile, response_topics: Sequence[str]) -> Hostile:
-        if self.chance.random() < 0.45:
+    def _mutated(self, found: HostileMessage, response_topics: Sequence[str]) -> HostileMessage:
+        if self.rng.random() < 0.45:
             return replace(found, payload=self._payload(bytearray(found.payload)))
         return replace(found, properties=self._properties(found.properties, response_topics))
 
     def _payload(self, data: bytearray) -> bytes:
-        chance = self.chance
+        chance = self.rng
         match chance.randrange(8):
             case 0 | 1 | 2 if data:
                 for _ in range(chance.randint(1, 8)):
@@ -226,29 +245,33 @@ class Mutator:
         return bytes(data)
 
     def _properties(self, found: Properties, response_topics: Sequence[str]) -> Properties:
-        chance = self.chance
-        user = list(found.user)
+        chance = self.rng
+        user = list(found.user_properties)
         match chance.randrange(9):
             case 0 if user:
                 del user[chance.randrange(len(user))]
             case 1 if user:
                 user.insert(chance.randrange(len(user)), chance.choice(user))
             case 2 | 3:
-                name = chance.choice(tuple(NASTY_USER))
-                user = [pair for pair in user if pair[0] != name] + [(name, chance.choice(NASTY_USER[name]))]
+                name = chance.choice(tuple(HOSTILE_USER_PROPERTIES))
+                user = [pair for pair in user if pair[0] != name] + [
+                    (name, chance.choice(HOSTILE_USER_PROPERTIES[name]))
+                ]
             case 4:
-                topics = (*NASTY_TOPICS, *response_topics)
+                topics = (*HOSTILE_TOPICS, *response_topics)
                 return replace(found, response_topic=_publishable(chance.choice(topics)))
             case 5:
-                return replace(found, correlation=chance.randbytes(chance.choice((0, 1, 15, 17, 300, FIELD_BYTES))))
+                return replace(
+                    found, correlation_data=chance.randbytes(chance.choice((0, 1, 15, 17, 300, FIELD_BYTES)))
+                )
             case 6:
                 kinds = (JSON, JPEG, PNG, SAFETENSORS, "", "text/html; x", "c" * 60_000)
                 return replace(found, content_type=chance.choice(kinds))
             case 7:
                 return replace(found, expiry_s=chance.choice((None, 1, 2**32 - 1)))
             case _ if chance.random() < 0.02:
-                user += GIGANTIC
-        return replace(found, user=tuple(user))
+                user += OVERSIZED_USER_PROPERTIES
+        return replace(found, user_properties=tuple(user))
 
 
 def _publishable(topic: str) -> str:
@@ -257,15 +280,17 @@ def _publishable(topic: str) -> str:
 
 
 def _with_metadata(metadata: dict[str, str]) -> Result:
-    found = Result(request=bytes(16), content=Body({"values": from_numpy(np.array(1.0))}, {}))
-    object.__setattr__(found, "content", Body(found.content.tensors, metadata))  # type: ignore[union-attr]
+    found = Result(request_id=bytes(16), content=TensorContent({"values": from_numpy(np.array(1.0))}, {}))
+    object.__setattr__(found, "content", TensorContent(found.content.tensors, metadata))  # type: ignore[union-attr]
     return found
 
 
-def made_up(count: int) -> list[Hostile]:
+def generated_messages(count: int) -> list[HostileMessage]:
     """What hypothesis makes up of property names and values of ours, and others, around any payload."""
-    names = st.sampled_from(list(NASTY_USER)) | st.text(_LETTERS, max_size=8)
-    values = st.sampled_from([value for values in NASTY_USER.values() for value in values if len(value) < 500])
+    names = st.sampled_from(list(HOSTILE_USER_PROPERTIES)) | st.text(_LETTERS, max_size=8)
+    values = st.sampled_from(
+        [value for values in HOSTILE_USER_PROPERTIES.values() for value in values if len(value) < 500]
+    )
     properties = st.builds(
         Properties,
         content_type=st.sampled_from(["", SAFETENSORS, JSON, JPEG]) | st.text(_LETTERS, max_size=10),
@@ -280,7 +305,7 @@ def made_up(count: int) -> list[Hostile]:
         st.none() | st.integers() | st.floats() | st.text(_LETTERS, max_size=5),
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(_LETTERS, max_size=5), inner, max_size=4),
     ).map(lambda value: json.dumps(value).encode())
-    found: list[Hostile] = []
+    found: list[HostileMessage] = []
 
     @settings(
         max_examples=count,
@@ -292,7 +317,7 @@ def made_up(count: int) -> list[Hostile]:
     )
     @given(properties, payloads)
     def collect(properties: Properties, payload: bytes) -> None:
-        found.append(Hostile(properties, payload))
+        found.append(HostileMessage(properties, payload))
 
     collect()
     return found

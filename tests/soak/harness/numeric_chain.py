@@ -19,15 +19,15 @@ from stages.executor import TaskContext, TaskExecutor
 Tensors = dict[str, Any]
 
 # name -> (factor, offset): no two orders, no stage left out and none done twice give the same number.
-CHAIN = {"first": (2.0, 1.0), "second": (3.0, -7.0), "third": (5.0, 11.0)}
+STAGE_COEFFICIENTS = {"first": (2.0, 1.0), "second": (3.0, -7.0), "third": (5.0, 11.0)}
 # Every tenth request carries so much beside its number that it travels in several chunks.
 HEAVY_EVERY = 10
 HEAVY_VALUES = 160_000  # of 8 bytes: three chunks of 512 KiB
 # However a test ends, its workers do not wait for longer.
-GATE_S = 120.0
+GATE_TIMEOUT_S = 120.0
 
 
-class Affine(TaskExecutor):
+class AffineExecutor(TaskExecutor):
     """Sleeps, as work that needs no core of this machine, then multiplies and adds."""
 
     def __init__(self, factor: float, offset: float, seconds: float) -> None:
@@ -38,7 +38,7 @@ class Affine(TaskExecutor):
         return {name: self._factor * values + self._offset for name, values in tensors.items()}
 
 
-class Ends(Affine):
+class MinMaxExecutor(AffineExecutor):
     """The last of the chain: of what is heavy, only its least and its greatest number come out."""
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
@@ -46,11 +46,11 @@ class Ends(Affine):
         return {name: np.array([values.min(), values.max()]) for name, values in found.items()}
 
 
-class Numbers(Source):
+class NumberSource(Source):
     """Counts, one number every `every_s` seconds if there is room for it, until there is a file at `until`."""
 
-    def __init__(self, name: str, until: str, every_s: float) -> None:
-        self.name, self._until, self._every_s = name, Path(until), every_s
+    def __init__(self, name: str, stop_file: str, every_s: float) -> None:
+        self.name, self._until, self._every_s = name, Path(stop_file), every_s
         self._closed = threading.Event()
 
     def samples(self) -> Iterator[Sample]:
@@ -66,24 +66,24 @@ class Numbers(Source):
         self._closed.set()
 
 
-def expected(index: int) -> Tensors:
+def expected_result(index: int) -> Tensors:
     """What is published for the request of this index."""
     value = float(index)
-    for factor, offset in CHAIN.values():
+    for factor, offset in STAGE_COEFFICIENTS.values():
         value = factor * value + offset
     return {name: [value, value] for name in (("heavy", "values") if index % HEAVY_EVERY == 0 else ("values",))}
 
 
-class Gated(TaskExecutor):
+class GatedExecutor(TaskExecutor):
     """Writes a line for each task that it begins, and ends none before there is a file at `gate`."""
 
-    def __init__(self, gate: str, diary: str) -> None:
-        self._gate, self._diary = Path(gate), Path(diary)
+    def __init__(self, gate_file: str, log_file: str) -> None:
+        self._gate, self._diary = Path(gate_file), Path(log_file)
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
         with self._diary.open("a", encoding="utf-8") as diary:
-            diary.write(f"{task.request.hex()}\n")
-        end_s = time.monotonic() + GATE_S
+            diary.write(f"{task.request_id.hex()}\n")
+        end_s = time.monotonic() + GATE_TIMEOUT_S
         while not self._gate.exists() and time.monotonic() < end_s:
             time.sleep(0.02)
         return tensors

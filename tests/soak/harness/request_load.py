@@ -21,14 +21,14 @@ import numpy as np
 import psutil
 
 from sources.client.offloader import Offloader
-from tests.soak.harness.resource_usage import held
+from tests.soak.harness.resource_usage import count_reachable_objects
 
 # More than there is room for in flight, so that some wait for their turn at all times.
-AT_ONCE = 8
+CONCURRENCY = 8
 # The share of the requests after which everything has been used, and what is kept for use again is there.
-WARM_UP = 0.1
+WARM_UP_FRACTION = 0.1
 # Until the monitor has been told of all that happened: ten times what that takes.
-TOLD_S = 0.5
+TELEMETRY_FLUSH_S = 0.5
 
 
 async def _ask(offload: Offloader, numbers: Iterator[int], values: int) -> None:
@@ -41,16 +41,16 @@ async def _ask(offload: Offloader, numbers: Iterator[int], values: int) -> None:
 async def _ask_all(offload: Offloader, numbers: range, values: int) -> int:
     """Ask for each number; return how many objects the offloader then holds."""
     given = iter(numbers)
-    await asyncio.gather(*(_ask(offload, given, values) for _ in range(AT_ONCE)))
-    await asyncio.sleep(TOLD_S)
+    await asyncio.gather(*(_ask(offload, given, values) for _ in range(CONCURRENCY)))
+    await asyncio.sleep(TELEMETRY_FLUSH_S)
     gc.collect()
-    return held(offload)
+    return count_reachable_objects(offload)
 
 
-async def ask_for_long(file: str, address: str, count: int, values: int) -> dict[str, Any]:
-    warm = int(WARM_UP * count)
+async def run_load(file: str, address: str, count: int, values: int) -> dict[str, Any]:
+    warm = int(WARM_UP_FRACTION * count)
     async with Offloader(file, broker=address) as offload:
-        await _ask_all(offload, range(AT_ONCE), values)
+        await _ask_all(offload, range(CONCURRENCY), values)
         print("begun", flush=True)
         begin_s = time.monotonic()
         early = await _ask_all(offload, range(warm), values)
@@ -66,16 +66,16 @@ async def ask_for_long(file: str, address: str, count: int, values: int) -> dict
     }
 
 
-def opened() -> list[Any]:
+def open_resources() -> list[Any]:
     """What this process has open: the number of its descriptors, and its threads by name."""
     return [psutil.Process().num_fds(), sorted(each.name for each in threading.enumerate())]
 
 
 def main() -> None:
     _, file, address, count, values = sys.argv
-    before = opened()
-    told = asyncio.run(ask_for_long(file, address, int(count), int(values)))
-    print(json.dumps({**told, "before": before, "after": opened()}), flush=True)
+    before = open_resources()
+    told = asyncio.run(run_load(file, address, int(count), int(values)))
+    print(json.dumps({**told, "before": before, "after": open_resources()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,48 +30,48 @@ _NOT_HELD = (
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ResourceSample:
     """What one process held at one moment."""
 
     resident_bytes: int
-    descriptors: int
+    file_descriptors: int
     threads: int
 
 
 @dataclass(frozen=True, slots=True)
-class Trend:
+class ResourceTrend:
     """What a process held in each tenth of the time after the warm-up: medians, so that one moment decides nothing."""
 
     process: str
     resident_bytes: tuple[float, ...]
-    descriptors: tuple[int, ...]
+    file_descriptors: tuple[int, ...]
     threads: tuple[int, ...]
 
     @property
-    def grown_bytes(self) -> float:
+    def growth_bytes(self) -> float:
         """From the first tenth to the last."""
         return self.resident_bytes[-1] - self.resident_bytes[0]
 
     def __str__(self) -> str:
         tenths = " ".join(f"{size / MIB:.1f}" for size in self.resident_bytes)
         return (
-            f"{self.process:>8}: MiB resident in each tenth {tenths} (grown {self.grown_bytes / MIB:+.2f}); "
-            f"descriptors {self.descriptors[0]} -> {self.descriptors[-1]}, "
+            f"{self.process:>8}: MiB resident in each tenth {tenths} (grown {self.growth_bytes / MIB:+.2f}); "
+            f"descriptors {self.file_descriptors[0]} -> {self.file_descriptors[-1]}, "
             f"threads {self.threads[0]} -> {self.threads[-1]}"
         )
 
 
-class Watch:
+class ResourceWatcher:
     """Looks at some processes, by name, `every_s` seconds, from a thread of its own, until the block ends."""
 
     def __init__(self, processes: Mapping[str, int], every_s: float) -> None:
         self._processes = {name: psutil.Process(pid) for name, pid in processes.items()}
         self._every_s = every_s
-        self._looks: list[dict[str, Look]] = []
+        self._looks: list[dict[str, ResourceSample]] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_looking, name="watch")
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ResourceWatcher:
         self._thread.start()
         return self
 
@@ -79,9 +79,9 @@ class Watch:
         self._ended.set()
         self._thread.join()
 
-    def trends(self, warm_up: float) -> list[Trend]:
+    def trends(self, warm_up_fraction: float) -> list[ResourceTrend]:
         """What came of each process; the first share `warm_up` of the time does not count, nor does its end."""
-        looks = self._looks[int(warm_up * len(self._looks)) :]
+        looks = self._looks[int(warm_up_fraction * len(self._looks)) :]
         tenths = [looks[len(looks) * part // _TENTHS : len(looks) * (part + 1) // _TENTHS] for part in range(_TENTHS)]
         assert all(tenths), f"{len(looks)} looks are too few"
         return [_trend(name, tenths) for name in self._processes]
@@ -89,27 +89,27 @@ class Watch:
     def _keep_looking(self) -> None:
         while not self._ended.wait(self._every_s):
             try:
-                self._looks.append({name: look(process) for name, process in self._processes.items()})
+                self._looks.append({name: sample_resources(process) for name, process in self._processes.items()})
             except psutil.Error:  # one of them has ended, and with it what is to be seen
                 return
 
 
-def look(process: psutil.Process) -> Look:
+def sample_resources(process: psutil.Process) -> ResourceSample:
     with process.oneshot():
-        return Look(process.memory_info().rss, process.num_fds(), process.num_threads())
+        return ResourceSample(process.memory_info().rss, process.num_fds(), process.num_threads())
 
 
-def _trend(name: str, tenths: Sequence[Sequence[Mapping[str, Look]]]) -> Trend:
+def _trend(name: str, tenths: Sequence[Sequence[Mapping[str, ResourceSample]]]) -> ResourceTrend:
     looks = [[each[name] for each in tenth] for tenth in tenths]
-    return Trend(
+    return ResourceTrend(
         process=name,
         resident_bytes=tuple(statistics.median(each.resident_bytes for each in tenth) for tenth in looks),
-        descriptors=tuple(statistics.median_high(each.descriptors for each in tenth) for tenth in looks),
+        file_descriptors=tuple(statistics.median_high(each.file_descriptors for each in tenth) for tenth in looks),
         threads=tuple(statistics.median_high(each.threads for each in tenth) for tenth in looks),
     )
 
 
-def held(*roots: object) -> int:
+def count_reachable_objects(*roots: object) -> int:
     """How many objects hang on these, whichever way: a table that nobody clears shows, wherever it is.
 
     Not those of the program itself, nor what only an event loop or a thread knows of, nor what is in a deque of bounded

@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sources.datasets.batches import Batches
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
-from tests.support.pipelines.processes import Machine, Running, eventually
-from tests.support.training.striped_images import Stripes
-from tests.support.training.training_network import CUTS, MODEL, train_plainly
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
+from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
+from tests.support.training.striped_images import StripedImages
+from tests.support.training.training_network import CUTS, MODEL, train_unsplit
 
 STAGES = ("head", "body", "tail")
 BATCH, MICRO_BATCHES, SEED = 32, 4, 5
 
 
-def lesson_file(
+def write_training_pipeline_file(
     folder: Path,
     *,
     epochs: int,
@@ -34,9 +34,9 @@ def lesson_file(
     **training: Any,
 ) -> Path:
     """A pipeline file of three stages, 3 steps an epoch; the source is where the first stage is, links are in a row."""
-    path = pipeline_file(
+    path = write_pipeline_file(
         folder,
-        [stage(name, workers=workers, site=site) for name, site in zip(STAGES, sites, strict=True)],
+        [stage_table(name, workers=workers, site=site) for name, site in zip(STAGES, sites, strict=True)],
         {"kind": "tests.support.training.striped_images:Stripes", "name": "stripes", "site": sites[0]},
         name="lesson",
         kind="training",
@@ -56,31 +56,31 @@ def lesson_file(
 
 
 @cache
-def expected(steps: int) -> dict[str, Tensor]:
+def expected_weights(steps: int) -> dict[str, Tensor]:
     """The state of the uncut network after so many steps of plain torch."""
     torch.set_num_threads(1)
-    batches = Batches(Stripes().train(), BATCH, SEED)
-    model, _ = train_plainly(batches, steps, MICRO_BATCHES, seed=SEED)
+    batches = Batches(StripedImages().train(), BATCH, SEED)
+    model, _ = train_unsplit(batches, steps, MICRO_BATCHES, seed=SEED)
     return model.state_dict()
 
 
-def assert_equal(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def assert_weights_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Bit for bit."""
-    assert actual.keys() == wanted.keys()
-    wrong = [name for name, tensor in wanted.items() if not torch.equal(tensor, actual[name])]
+    assert actual.keys() == expected.keys()
+    wrong = [name for name, tensor in expected.items() if not torch.equal(tensor, actual[name])]
     assert wrong == []
 
 
-class Lesson:
+class TrainingRunCommand:
     """One `sparse run` of a lesson."""
 
-    def __init__(self, box: Machine, path: Path, *options: str, resume: Path | None = None) -> None:
-        self.folder = resume or box.folder / "run"
-        self._box = box
+    def __init__(self, sandbox: ProcessSandbox, path: Path, *options: str, resume: Path | None = None) -> None:
+        self.folder = resume or sandbox.folder / "run"
+        self._box = sandbox
         where = ("--resume", str(resume)) if resume else ("--out", str(self.folder))
         self._past = len(self.events())
         # tests/pipeline/training/test_guide.py has one with its picture, which takes longer than many a lesson.
-        self.running: Running = box.sparse("run", path, "--json", "--no-pictures", *where, *options)
+        self.command: RunningCommand = sandbox.start_sparse("run", path, "--json", "--no-pictures", *where, *options)
 
     def events(self) -> list[dict[str, Any]]:
         """What has happened so far, in all runs of this folder."""
@@ -89,47 +89,47 @@ class Lesson:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     @property
-    def step(self) -> int:
+    def last_step(self) -> int:
         """The step that was done last, by this process."""
         done = [event["step"] for event in self.events()[self._past :] if event["event"] == "step"]
         return done[-1] if done else 0
 
-    def worker(self, stage: str) -> str:
+    def worker_of(self, stage: str) -> str:
         """Who trained a stage in the step that was done last: of two that start together either may."""
         stages = [event["time"]["stages"] for event in self.events() if event["event"] == "step"][-1]
         return str(stages[STAGES.index(stage)]["worker"])
 
-    def await_step(self, step: int) -> None:
+    def wait_for_step(self, step: int) -> None:
         """Wait until a step is done."""
 
         def there() -> bool:
-            assert self.running.process.poll() is None, self.running.said()
-            return self.step >= step
+            assert self.command.process.poll() is None, self.command.read_stderr()
+            return self.last_step >= step
 
         eventually(f"step {step}", there)
 
-    def process(self, *words: str) -> psutil.Process:
+    def find_process(self, *words: str) -> psutil.Process:
         """The newest process with these words in its command line."""
-        found = eventually(" ".join(words), lambda: self._box.find(*words))
+        found = eventually(" ".join(words), lambda: self._box.find_process(*words))
         assert found is not None
         return found
 
     def kill(self, *words: str) -> None:
-        self.process(*words).send_signal(signal.SIGKILL)
+        self.find_process(*words).send_signal(signal.SIGKILL)
 
     def kill_broker(self) -> None:
         """The broker that the run has started."""
-        brokers = [process for process in self._box.alive() if process.name() == "mosquitto"]
+        brokers = [process for process in self._box.live_processes() if process.name() == "mosquitto"]
         assert len(brokers) == 1
         brokers[0].send_signal(signal.SIGKILL)
 
-    def end(self, timeout_s: float = 280) -> dict[str, Any]:
+    def wait(self, timeout_s: float = 280) -> dict[str, Any]:
         """Wait for its end; its summary."""
-        said = self.running.end(timeout_s=timeout_s)
-        assert said.status == 0, said.err
+        said = self.command.wait(timeout_s=timeout_s)
+        assert said.returncode == 0, said.stderr
         logs = {path.name: path.read_text() for path in (self.folder / "logs").iterdir()}
         assert {name: text for name, text in logs.items() if "Traceback" in text} == {}
-        return said.answer
+        return said.json_output
 
-    def weights(self) -> dict[str, Tensor]:
+    def load_weights(self) -> dict[str, Tensor]:
         return load_file(self.folder / "model.safetensors")

@@ -12,9 +12,9 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.in_memory import MemoryHub, MemoryTransport
+from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.transport import Delivery, Transport, Will
-from brokers.server.local_broker import Kind, LocalBroker, start_broker
+from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
 
 WAIT_S = 20.0
 
@@ -30,14 +30,14 @@ asyncio.run(main())
 """
 
 
-class Place(Protocol):
+class BrokerUnderTest(Protocol):
     """A broker under test."""
 
     def transport(self, session: str = "") -> Transport:
         """A new transport to it, not yet connected; with the session of that name."""
         ...
 
-    async def die(self, will: Will) -> None:
+    async def kill_client_with_will(self, will: Will) -> None:
         """Connect a client with this will, and kill it."""
         ...
 
@@ -48,17 +48,17 @@ class Place(Protocol):
         ...
 
 
-class MemoryPlace:
+class InMemoryBrokerUnderTest:
     def __init__(self) -> None:
-        self._hub = MemoryHub(max_packet_bytes=100_000_000)
+        self._hub = MemoryBroker(max_packet_bytes=100_000_000)
 
     def transport(self, session: str = "") -> Transport:
-        return MemoryTransport(self._hub, session=session)
+        return MemoryTransport(self._hub, session_name=session)
 
-    async def die(self, will: Will) -> None:
+    async def kill_client_with_will(self, will: Will) -> None:
         doomed = MemoryTransport(self._hub)
         await doomed.connect(will=will)
-        self._hub.die(doomed)
+        self._hub.kill_client(doomed)
         await doomed.close()
 
     def stop(self) -> None:
@@ -68,26 +68,30 @@ class MemoryPlace:
         self._hub.start()
 
 
-class BrokerPlace:
-    def __init__(self, kind: Kind, max_packet_bytes: int | None = None) -> None:
-        self._kind: Kind = kind
+class LocalBrokerUnderTest:
+    def __init__(self, kind: BrokerKind, max_packet_bytes: int | None = None) -> None:
+        self._kind: BrokerKind = kind
         self._max_packet_bytes = max_packet_bytes
-        self.broker: LocalBroker = start_broker(kind=kind, max_packet_bytes=max_packet_bytes)
+        self.local_broker: LocalBroker = start_broker(kind=kind, max_packet_bytes=max_packet_bytes)
 
     def transport(self, session: str = "") -> Transport:
-        return MqttTransport(self.broker.address, client_id=session or None, session_expiry_s=600 if session else 0)
+        return MqttTransport(
+            self.local_broker.address, client_id=session or None, session_expiry_s=600 if session else 0
+        )
 
-    async def die(self, will: Will) -> None:
-        await abandon(self.broker.address, will)
+    async def kill_client_with_will(self, will: Will) -> None:
+        await kill_client_process(self.local_broker.address, will)
 
     def stop(self) -> None:
-        self.broker.stop()
+        self.local_broker.stop()
 
     def start(self) -> None:
-        self.broker = start_broker(kind=self._kind, port=self.broker.port, max_packet_bytes=self._max_packet_bytes)
+        self.local_broker = start_broker(
+            kind=self._kind, port=self.local_broker.port, max_packet_bytes=self._max_packet_bytes
+        )
 
 
-class Inbox:
+class DeliveryQueue:
     """A handler that keeps what comes, and can be waited on."""
 
     def __init__(self) -> None:
@@ -99,7 +103,7 @@ class Inbox:
     async def next(self) -> Delivery:
         return await asyncio.wait_for(self._came.get(), WAIT_S)
 
-    async def nothing(self, for_s: float = 0.3) -> None:
+    async def assert_empty(self, for_s: float = 0.3) -> None:
         """Return after a while in which nothing came; fail otherwise."""
         try:
             delivery = await asyncio.wait_for(self._came.get(), for_s)
@@ -108,7 +112,7 @@ class Inbox:
         raise AssertionError(f"{delivery.topic} came with {bytes(delivery.payload[:100])!r}")
 
 
-async def abandon(address: str, will: Will) -> None:
+async def kill_client_process(address: str, will: Will) -> None:
     """Connect a process with this will to a broker, and kill it."""
     command = [sys.executable, "-c", _DOOMED, address, will.topic, will.payload.decode()]
     doomed = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
@@ -118,13 +122,13 @@ async def abandon(address: str, will: Will) -> None:
     await doomed.wait()
 
 
-def run(test: Coroutine[Any, Any, None], limit_s: float = 60.0) -> None:
+def run_async(coroutine: Coroutine[Any, Any, None], timeout_s: float = 60.0) -> None:
     """Run a test on a loop of its own; it must leave no task behind, and no exception that nobody saw."""
     unseen: list[str] = []
 
     async def guarded() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(str(context)))
-        await asyncio.wait_for(test, limit_s)
+        await asyncio.wait_for(coroutine, timeout_s)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert not others, f"tasks left: {sorted(task.get_name() for task in others if task)}"
 
@@ -132,7 +136,7 @@ def run(test: Coroutine[Any, Any, None], limit_s: float = 60.0) -> None:
     assert unseen == []
 
 
-def gone(pid: int, within_s: float = 5.0) -> bool:
+def has_exited(pid: int, within_s: float = 5.0) -> bool:
     """Return whether a process ends within some time; one that nobody waits for counts as ended."""
     end_s = time.monotonic() + within_s
     while time.monotonic() < end_s:

@@ -8,63 +8,71 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from brokers.dispatch.channel import Line
+from brokers.dispatch.channel import MessageChannel
 from brokers.errors import WireError
-from brokers.mqtt.in_memory import MemoryHub, MemoryTransport
+from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.chunking import Assembler
-from brokers.protocol.messages import Body, Message, ReplyTo, Task, new_request_id
+from brokers.protocol.messages import Message, ReplyTo, Task, TensorContent, new_request_id
 from brokers.protocol.safetensors_codec import from_numpy
-from brokers.protocol.transport import Buffer, Handler, Placer, Properties, Transport
+from brokers.protocol.transport import Buffer, BufferProvider, Handler, Properties, Transport
 from tests.support.brokers.broker_kinds import WAIT_S
 
-INBOX = "sparse/local/street/head/in/head-1"
+INBOX_TOPIC = "sparse/local/street/head/in/head-1"
 
 
-class Ear:
+class MessageRecorder:
     """What a line hears: messages, and what was refused."""
 
     def __init__(self) -> None:
         self.messages: asyncio.Queue[Message] = asyncio.Queue()
-        self.refused: asyncio.Queue[tuple[WireError, Properties]] = asyncio.Queue()
+        self.rejected: asyncio.Queue[tuple[WireError, Properties]] = asyncio.Queue()
 
-    def heard(self, topic: str, message: Message) -> None:
+    def on_message(self, topic: str, message: Message) -> None:
         self.messages.put_nowait(message)
 
-    def garbage(self, error: WireError, properties: Properties) -> None:
-        self.refused.put_nowait((error, properties))
+    def on_malformed(self, error: WireError, properties: Properties) -> None:
+        self.rejected.put_nowait((error, properties))
 
-    async def message(self) -> Message:
+    async def next_message(self) -> Message:
         return await asyncio.wait_for(self.messages.get(), WAIT_S)
 
-    async def refusal(self) -> tuple[WireError, Properties]:
-        return await asyncio.wait_for(self.refused.get(), WAIT_S)
+    async def next_rejection(self) -> tuple[WireError, Properties]:
+        return await asyncio.wait_for(self.rejected.get(), WAIT_S)
 
 
-async def listening(transport: Transport, assembler: Assembler | None = None) -> tuple[Line, Ear]:
-    line, ear = Line(transport, assembler=assembler), Ear()
+async def open_listening_channel(
+    transport: Transport, assembler: Assembler | None = None
+) -> tuple[MessageChannel, MessageRecorder]:
+    line, ear = MessageChannel(transport, assembler=assembler), MessageRecorder()
     await line.open()
-    await line.listen(INBOX, ear.heard, ear.garbage)
+    await line.subscribe(INBOX_TOPIC, ear.on_message, ear.on_malformed)
     return line, ear
 
 
-def task(values: NDArray[np.float32] | None = None) -> Task:
-    body = Body({"x": from_numpy(np.ones(3, np.float32) if values is None else values)}, {"k": "v"})
-    return Task(request=new_request_id(), content=body, reply=ReplyTo("back"), sender="back")
+def make_task(values: NDArray[np.float32] | None = None) -> Task:
+    body = TensorContent({"x": from_numpy(np.ones(3, np.float32) if values is None else values)}, {"k": "v"})
+    return Task(request_id=new_request_id(), content=body, reply_to=ReplyTo("back"), sender_inbox="back")
 
 
 class RecordingTransport(MemoryTransport):
     """Keeps what is sent through it, and may hide the placer: a transport need not ask where to write."""
 
-    def __init__(self, hub: MemoryHub, *, with_placer: bool = True) -> None:
+    def __init__(self, hub: MemoryBroker, *, with_buffer_provider: bool = True) -> None:
         super().__init__(hub)
         self.sent: list[tuple[str, Properties, int]] = []
-        self._with_placer = with_placer
+        self._with_placer = with_buffer_provider
 
     async def subscribe(
-        self, topic_filter: str, handler: Handler, *, qos: int = 0, placer: Placer | None = None, settle: bool = False
+        self,
+        topic_filter: str,
+        handler: Handler,
+        *,
+        qos: int = 0,
+        buffer_provider: BufferProvider | None = None,
+        manual_ack: bool = False,
     ) -> None:
-        kept = placer if self._with_placer else None
-        await super().subscribe(topic_filter, handler, qos=qos, placer=kept, settle=settle)
+        kept = buffer_provider if self._with_placer else None
+        await super().subscribe(topic_filter, handler, qos=qos, buffer_provider=kept, manual_ack=manual_ack)
 
     async def publish(
         self,

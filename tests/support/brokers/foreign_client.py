@@ -21,29 +21,29 @@ WAIT_S = 20.0
 
 
 @dataclass
-class Heard:
+class ReceivedMessage:
     """A message: its topic, its properties, its payload (put together, if it came in chunks)."""
 
     topic: str
     payload: bytes
-    user: dict[str, str]
-    correlation: bytes
+    user_properties: dict[str, str]
+    correlation_data: bytes
     content_type: str
     response_topic: str
     retain: bool
 
 
 @dataclass
-class Stranger:
+class ForeignClient:
     """Connects, hears everything on the topics it is told, and puts chunks together as the page says."""
 
     address: str
     topics: list[tuple[str, int]]
-    _heard: queue.Queue[Heard] = field(default_factory=queue.Queue)
+    _heard: queue.Queue[ReceivedMessage] = field(default_factory=queue.Queue)
     _parts: dict[Any, bytes] = field(default_factory=dict)
-    _passed_over: list[Heard] = field(default_factory=list)
+    _passed_over: list[ReceivedMessage] = field(default_factory=list)
 
-    def __enter__(self) -> Stranger:
+    def __enter__(self) -> ForeignClient:
         url = urlsplit(self.address)
         self._client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
         self._client.on_message = self._on_message
@@ -62,42 +62,42 @@ class Stranger:
         self._client.disconnect()
         self._client.loop_stop()
 
-    def say(
+    def publish(
         self,
         topic: str,
         payload: bytes,
         *,
-        user: dict[str, str] | None = None,
-        correlation: bytes = b"",
+        user_properties: dict[str, str] | None = None,
+        correlation_data: bytes = b"",
         response_topic: str = "",
         content_type: str = "",
         qos: int = 0,
     ) -> None:
         properties: Any = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
-        if correlation:
-            properties.CorrelationData = correlation
+        if correlation_data:
+            properties.CorrelationData = correlation_data
         if response_topic:
             properties.ResponseTopic = response_topic
         if content_type:
             properties.ContentType = content_type
-        if user:
-            properties.UserProperty = list(user.items())
+        if user_properties:
+            properties.UserProperty = list(user_properties.items())
         self._client.publish(topic, payload, qos, properties=properties).wait_for_publish(WAIT_S)
 
-    def hear(self, kind: str | None = None) -> Heard:
+    def receive(self, kind: str | None = None) -> ReceivedMessage:
         """The next message; with `kind`, the next of that kind: others are kept for later."""
         for heard in self._passed_over:
-            if kind is None or heard.user.get("kind") == kind:
+            if kind is None or heard.user_properties.get("kind") == kind:
                 self._passed_over.remove(heard)
                 return heard
         end_s = time.monotonic() + WAIT_S
         while True:
             heard = self._heard.get(timeout=max(0.001, end_s - time.monotonic()))
-            if kind is None or heard.user.get("kind") == kind:
+            if kind is None or heard.user_properties.get("kind") == kind:
                 return heard
             self._passed_over.append(heard)
 
-    def nothing(self, for_s: float = 0.3) -> bool:
+    def is_silent(self, for_s: float = 0.3) -> bool:
         try:
             self._heard.get(timeout=for_s)
         except queue.Empty:
@@ -117,7 +117,7 @@ class Stranger:
         if payload is not None:
             content_type = getattr(properties, "ContentType", "")
             self._heard.put(
-                Heard(message.topic, payload, user, correlation, content_type, response_topic, message.retain)
+                ReceivedMessage(message.topic, payload, user, correlation, content_type, response_topic, message.retain)
             )
 
     def _put_together(self, key: Any, place: str, part: bytes) -> bytes | None:
@@ -128,14 +128,14 @@ class Stranger:
         return self._parts.pop(key) if len(self._parts[key]) == total else None
 
 
-def write_body(name: str, values: list[float]) -> bytes:
+def encode_tensor_body(name: str, values: list[float]) -> bytes:
     """A safetensors body with one tensor of float32."""
     entry = {"dtype": "F32", "shape": [len(values)], "data_offsets": [0, 4 * len(values)]}
     header = json.dumps({name: entry}).encode()
     return struct.pack("<Q", len(header)) + header + struct.pack(f"<{len(values)}f", *values)
 
 
-def read_body(body: bytes) -> tuple[dict[str, list[float]], dict[str, str]]:
+def decode_tensor_body(body: bytes) -> tuple[dict[str, list[float]], dict[str, str]]:
     """The float32 tensors of a body, flat, and its metadata."""
     (length,) = struct.unpack_from("<Q", body)
     header = json.loads(body[8 : 8 + length])
@@ -149,5 +149,5 @@ def read_body(body: bytes) -> tuple[dict[str, list[float]], dict[str, str]]:
     return found, metadata
 
 
-def new_request() -> bytes:
+def random_request_id() -> bytes:
     return secrets.token_bytes(16)

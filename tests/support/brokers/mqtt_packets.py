@@ -12,7 +12,7 @@ _PAIR, _VARIABLE = 0x26, 0x0B
 
 
 @dataclass(frozen=True)
-class Publish:
+class CapturedPublish:
     """One PUBLISH: its topic, its properties by name, and how large it is."""
 
     topic: str
@@ -21,18 +21,18 @@ class Publish:
     packet_bytes: int
 
     @property
-    def identity(self) -> tuple[bytes, ...]:
+    def dedup_key(self) -> tuple[bytes, ...]:
         """What no two messages about requests share."""
         names = ("correlation", "kind", "attempt", "verb", "chunk")
         return (self.topic.encode(), *(self.properties.get(name, b"") for name in names))
 
 
 @dataclass
-class Wire:
+class PacketCapture:
     """One direction of one connection, as its bytes come."""
 
-    publishes: list[Publish] = field(default_factory=list)
-    other_bytes: int = 0
+    publishes: list[CapturedPublish] = field(default_factory=list)
+    non_publish_bytes: int = 0
     _rest: bytearray = field(default_factory=bytearray)
 
     def feed(self, piece: bytes) -> None:
@@ -43,11 +43,11 @@ class Wire:
             if packet[0] >> 4 == PUBLISH:
                 self.publishes.append(_publish(packet))
             else:
-                self.other_bytes += length
+                self.non_publish_bytes += length
 
     @property
-    def bytes(self) -> int:
-        return sum(each.packet_bytes for each in self.publishes) + self.other_bytes
+    def total_bytes(self) -> int:
+        return sum(each.packet_bytes for each in self.publishes) + self.non_publish_bytes
 
 
 def _whole(data: bytearray) -> int | None:
@@ -72,7 +72,7 @@ def _counted(packet: bytes, at: int) -> tuple[bytes, int]:
     return packet[at + 2 : end], end
 
 
-def _publish(packet: bytes) -> Publish:
+def _publish(packet: bytes) -> CapturedPublish:
     _, at = _variable(packet, 1)
     topic, at = _counted(packet, at)
     if packet[0] & 0x06:  # at QoS 0 there is no packet identifier
@@ -91,4 +91,4 @@ def _publish(packet: bytes) -> Publish:
             assert kind == _PAIR, f"property {kind:#x} is not one of a PUBLISH"
             name, at = _counted(packet, at)
             properties[name.decode()], at = _counted(packet, at)
-    return Publish(topic.decode(), properties, len(packet) - end, len(packet))
+    return CapturedPublish(topic.decode(), properties, len(packet) - end, len(packet))

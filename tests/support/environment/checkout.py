@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("brokers", "stages", "sources", "monitor")
 
 
-def files(pattern: str = "*") -> list[Path]:
+def repository_files(pattern: str = "*") -> list[Path]:
     """All files that are tracked, or would be by `git add .`: a new file keeps the rules before its first commit."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", pattern],

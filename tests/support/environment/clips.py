@@ -9,40 +9,40 @@ import av
 import numpy
 from PIL import Image
 
-from sources.inputs.sample import Picture
+from sources.inputs.sample import RgbImage
 
-SIZE = (64, 48)  # width, height
+FRAME_SIZE = (64, 48)  # width, height
 
 
-def numbered(index: int) -> Picture:
+def numbered_frame(index: int) -> RgbImage:
     """A grey picture (H, W, 3) whose brightness tells its number, in steps that survive compression."""
-    return numpy.full((SIZE[1], SIZE[0], 3), 8 * index % 256, numpy.uint8)
+    return numpy.full((FRAME_SIZE[1], FRAME_SIZE[0], 3), 8 * index % 256, numpy.uint8)
 
 
-def number_of(picture: Picture) -> int:
-    return round(float(picture.mean()) / 8)
+def frame_number(image: RgbImage) -> int:
+    return round(float(image.mean()) / 8)
 
 
 def video_bytes(frames: int, *, container: str = "mp4", codec: str = "mpeg4", fps: int = 25) -> bytes:
-    """A video whose frames are `numbered`."""
+    """A video whose frames are `numbered_frame`."""
     body = io.BytesIO()
     with av.open(body, "w", format=container) as output:
         stream = output.add_stream(codec, rate=fps, options={"qscale": "2", "g": "1"})
         assert isinstance(stream, av.VideoStream)
-        stream.width, stream.height = SIZE
+        stream.width, stream.height = FRAME_SIZE
         stream.pix_fmt = "yuv420p"
         for index in range(frames):
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(index), format="rgb24")))
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(index), format="rgb24")))
         output.mux(stream.encode(None))
     return body.getvalue()
 
 
-def video_file(path: Path, frames: int) -> Path:
+def write_video(path: Path, frames: int) -> Path:
     path.write_bytes(video_bytes(frames))
     return path
 
 
-def sound_bytes() -> bytes:
+def wav_bytes() -> bytes:
     """A tenth of a second of silence as a WAV file: media, but no video."""
     body = io.BytesIO()
     with av.open(body, "w", format="wav") as output:
@@ -54,7 +54,7 @@ def sound_bytes() -> bytes:
     return body.getvalue()
 
 
-def picture_bytes(kind: str = "JPEG", index: int = 3) -> bytes:
+def image_bytes(image_format: str = "JPEG", index: int = 3) -> bytes:
     body = io.BytesIO()
-    Image.fromarray(numbered(index)).save(body, kind)
+    Image.fromarray(numbered_frame(index)).save(body, image_format)
     return body.getvalue()

@@ -14,18 +14,18 @@ from typing import Any
 
 from tests.support.brokers.ports import free_port
 from tests.support.environment.checkout import ROOT
-from tests.support.environment.external_programs import missing
+from tests.support.environment.external_programs import skip_or_fail
 
-LEFT_OUT = (
+NO_ENGINE_REASON = (
     "no container engine can be reached (`docker info` fails): left out are the image, docker-compose.yml, the swarm "
     "stack, and the broker's image"
 )
 
 
-def need_engine() -> None:
+def require_container_engine() -> None:
     """End the test where there is no engine: skipped here, failed on a build server."""
     if not _reachable():
-        missing(LEFT_OUT)
+        skip_or_fail(NO_ENGINE_REASON)
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def compose_command() -> tuple[str, ...]:
             done = subprocess.run([*command, "version"], capture_output=True, timeout=30, check=False)
             if done.returncode == 0:
                 return command
-    return missing("neither `docker compose` nor docker-compose is there: apt-get install docker-compose")
+    return skip_or_fail("neither `docker compose` nor docker-compose is there: apt-get install docker-compose")
 
 
 def docker(*arguments: str, timeout_s: float = 120) -> str:
@@ -53,19 +53,19 @@ def docker(*arguments: str, timeout_s: float = 120) -> str:
     return _run(["docker", *arguments], {}, timeout_s)
 
 
-def docker_with(environment: Mapping[str, str], *arguments: str) -> str:
+def docker_with_env(environment: Mapping[str, str], *arguments: str) -> str:
     """The same, with some variables more in its environment."""
     return _run(["docker", *arguments], environment, 120)
 
 
-def inspect(thing: str) -> dict[str, Any]:
+def docker_inspect(name: str) -> dict[str, Any]:
     """What the engine knows of a container or an image."""
-    found: list[dict[str, Any]] = json.loads(docker("inspect", thing))
+    found: list[dict[str, Any]] = json.loads(docker("inspect", name))
     return found[0]
 
 
 @dataclass
-class Compose:
+class ComposeProject:
     """The compose file at the top, as a project with ports of its own beside whatever else runs here."""
 
     project: str
@@ -80,7 +80,7 @@ class Compose:
         }
         return _run([*compose_command(), *arguments], given, timeout_s)
 
-    def containers(self, service: str) -> list[str]:
+    def container_ids(self, service: str) -> list[str]:
         """The ids of a service's containers."""
         return self("ps", "--quiet", service).split()
 
@@ -88,15 +88,15 @@ class Compose:
         """Bring services up, and wait until each of their containers is well."""
         scaled = [word for name, count in (scale or {}).items() for word in ("--scale", f"{name}={count}")]
         self("up", "--detach", "--no-build", *scaled, *services)
-        ids = [each for service in services for each in self.containers(service)]
-        await_health(ids)
+        ids = [each for service in services for each in self.container_ids(service)]
+        wait_until_healthy(ids)
 
 
-def await_health(ids: list[str], timeout_s: float = 180) -> None:
+def wait_until_healthy(container_ids: list[str], timeout_s: float = 180) -> None:
     """Wait until these containers are healthy by their own check; fail with the log of one that is not."""
     end_s = time.monotonic() + timeout_s
-    for each in ids:
-        while (state := inspect(each)["State"]).get("Health", {}).get("Status") != "healthy":
+    for each in container_ids:
+        while (state := docker_inspect(each)["State"]).get("Health", {}).get("Status") != "healthy":
             if time.monotonic() > end_s or state["Status"] != "running":
                 raise AssertionError(f"{each} is not healthy: {state}\n{docker('logs', '--tail', '9', each)}")
             time.sleep(0.5)

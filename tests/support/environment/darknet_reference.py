@@ -20,18 +20,18 @@ import torch
 from brokers.errors import SparseError
 from stages.models.darknet_layers import NORM_MOMENTUM, Convolutional, Darknet
 from stages.partition.weight_files import find_weights
-from tests.support.environment.external_programs import need
+from tests.support.environment.external_programs import require_dependency
 
-Floats = npt.NDArray[np.float32]
-LIBRARY = "/usr/lib/darknet/libdarknet.so"
+FloatArray = npt.NDArray[np.float32]
+LIBRARY_PATH = "/usr/lib/darknet/libdarknet.so"
 
 
 def darknet_file(path: str) -> Path:
     """A file of Debian's `darknet`, below /usr/share/darknet."""
-    return need("darknet-files") / path
+    return require_dependency("darknet-files") / path
 
 
-def cfg_of_size(name: str, size: int, folder: Path) -> Path:
+def write_resized_cfg(name: str, size: int, folder: Path) -> Path:
     """The named network's .cfg for input of size x size, in a batch of one, written into `folder`."""
     text = darknet_file(f"cfg/{name}.cfg").read_text()
     for key, number in (("width", size), ("height", size), ("batch", 1), ("subdivisions", 1)):
@@ -41,7 +41,7 @@ def cfg_of_size(name: str, size: int, folder: Path) -> Path:
     return path
 
 
-def trained_weights(name: str) -> Path:
+def pretrained_weights(name: str) -> Path:
     """The published weights of this name; skipped where they can neither be found nor fetched, which fails in CI."""
     try:
         return find_weights(name)
@@ -51,7 +51,7 @@ def trained_weights(name: str) -> Path:
         pytest.skip(str(problem))
 
 
-def fill_sanely(model: Darknet, seed: int) -> None:
+def init_stable_weights(model: Darknet, seed: int) -> None:
     """Seeded weights under which signals neither die nor explode: rolling means and variances of real signals.
 
     Leaves the model in evaluation mode.
@@ -79,9 +79,9 @@ def fill_sanely(model: Darknet, seed: int) -> None:
     model.eval()
 
 
-def opencv_raw(cfg: Path, weights: Path, blob: Floats, layers: list[str]) -> list[Floats]:
+def opencv_forward(cfg: Path, weights: Path, blob: FloatArray, layers: list[str]) -> list[FloatArray]:
     """What OpenCV computes for the named layers (`conv_15` is layer 15): (1, C, H, W) each."""
-    need("cv2")
+    require_dependency("cv2")
     import cv2
 
     network = cv2.dnn.readNetFromDarknet(str(cfg), str(weights))
@@ -108,12 +108,12 @@ class _Image(ctypes.Structure):
     _fields_ = [("w", ctypes.c_int), ("h", ctypes.c_int), ("c", ctypes.c_int), ("data", ctypes.POINTER(ctypes.c_float))]
 
 
-class Original:
+class DarknetLibrary:
     """The original C library. It ends the process on a bad file, and never frees: for short-lived tests only."""
 
     def __init__(self) -> None:
-        need("darknet")
-        self._library: Any = ctypes.CDLL(LIBRARY)
+        require_dependency("darknet")
+        self._library: Any = ctypes.CDLL(LIBRARY_PATH)
         # It was compiled with -ffast-math, and loading it has this process flush subnormal numbers to zero: undo that.
         torch.set_flush_denormal(False)
         self._library.letterbox_image.restype = _Image
@@ -128,13 +128,13 @@ class Original:
         ]  # fmt: skip
         self._library.do_nms_sort.argtypes = [ctypes.POINTER(_Detection), ctypes.c_int, ctypes.c_int, ctypes.c_float]
 
-    def letterbox(self, picture: npt.NDArray[np.uint8], width: int, height: int) -> Floats:
+    def letterbox(self, picture: npt.NDArray[np.uint8], width: int, height: int) -> FloatArray:
         """uint8 (H, W, 3) -> (3, height, width)"""
         image, _alive = _image(picture)
         boxed = self._library.letterbox_image(image, width, height)
         return np.ctypeslib.as_array(boxed.data, (3, height, width)).copy()
 
-    def load(self, cfg: Path, weights: Path) -> int:
+    def load_network(self, cfg: Path, weights: Path) -> int:
         """A network, by its handle."""
         handle: int = self._library.load_network(str(cfg).encode(), str(weights).encode(), 0)
         return handle
@@ -155,7 +155,7 @@ class Original:
         return sorted(detections, key=lambda detection: -detection[0])
 
 
-def _image(picture: npt.NDArray[np.uint8]) -> tuple[_Image, Floats]:
+def _image(picture: npt.NDArray[np.uint8]) -> tuple[_Image, FloatArray]:
     """Darknet's image of a picture, and the numbers it points to, which the caller keeps alive."""
     planes = np.ascontiguousarray((picture / 255.0).astype(np.float32).transpose(2, 0, 1))
     height, width = picture.shape[:2]

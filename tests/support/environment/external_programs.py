@@ -38,29 +38,29 @@ FILES = {"darknet-files": (Path("/usr/share/darknet"), "apt-get install darknet"
 MODULES = {"iotcore": "no wheel for this platform", "cv2": "make test"}
 
 
-def find(part: str) -> Path | None:
+def find_dependency(name: str) -> Path | None:
     """The program, folder or module file of that name, or None where this machine has none."""
-    if part in PROGRAMS:
-        program = shutil.which(part, path=SEARCH_PATH)
+    if name in PROGRAMS:
+        program = shutil.which(name, path=SEARCH_PATH)
         return Path(program) if program else None
-    if part in FILES:
-        return FILES[part][0] if FILES[part][0].exists() else None
-    if part not in MODULES:
-        raise KeyError(f"{part} is no part that tests/support/environment/external_programs.py knows")
-    spec = importlib.util.find_spec(part)
+    if name in FILES:
+        return FILES[name][0] if FILES[name][0].exists() else None
+    if name not in MODULES:
+        raise KeyError(f"{name} is no part that tests/support/environment/external_programs.py knows")
+    spec = importlib.util.find_spec(name)
     return Path(spec.origin) if spec and spec.origin else None
 
 
-def need(part: str) -> Path:
+def require_dependency(name: str) -> Path:
     """Where the part is; ends the test when it is missing: skipped here, failed on a build server."""
-    found = find(part)
+    found = find_dependency(name)
     if found is not None:
         return found
-    hint = PROGRAMS.get(part) or MODULES.get(part) or FILES[part][1]
-    return missing(f"{part} is missing: {hint}")
+    hint = PROGRAMS.get(name) or MODULES.get(name) or FILES[name][1]
+    return skip_or_fail(f"{name} is missing: {hint}")
 
 
-def missing(reason: str) -> NoReturn:
+def skip_or_fail(reason: str) -> NoReturn:
     """End the test, because a part of its world is not there."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)

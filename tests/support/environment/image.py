@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parents[3]
-IMAGE = "sparse:0.1.0"
+IMAGE_TAG = "sparse:0.1.0"
 # The first that is free serves the local folder. It is part of the command that fetches PyTorch, and a build that is
 # repeated takes a step from the last one only where the commands are the same.
-PORTS = range(18970, 18990)
+WHEEL_SERVER_PORTS = range(18970, 18990)
 _WHEEL = re.compile(r"torch-([^-]+)-cp(\d+)-.*x86_64\.whl")
 
 
@@ -44,7 +44,7 @@ def pip_settings() -> dict[str, str]:
     return found
 
 
-def local_torch(settings: dict[str, str]) -> tuple[Path, str] | None:
+def find_local_torch_wheel(settings: dict[str, str]) -> tuple[Path, str] | None:
     """A folder with a wheel of PyTorch for the image's Python, and its version; None where there is none."""
     for folder in settings.get("find-links", "").split():
         for wheel in sorted(Path(folder).glob("torch-*.whl")) if "://" not in folder else ():
@@ -64,7 +64,7 @@ def build_arguments(lock: IO[str]) -> Iterator[list[str]]:
         addresses = " ".join(each for each in settings.get(name, "").split() if each.startswith("http"))
         if addresses:
             arguments += ["--build-arg", f"{argument}={addresses}"]
-    found = local_torch(settings)
+    found = find_local_torch_wheel(settings)
     if found is None:
         yield arguments
         return
@@ -81,7 +81,7 @@ def build_arguments(lock: IO[str]) -> Iterator[list[str]]:
         server.server_close()
 
 
-def build(tag: str = IMAGE, *more: str) -> None:
+def build_image(tag: str = IMAGE_TAG, *more: str) -> None:
     """Build the image; raise `subprocess.CalledProcessError`, with what the engine said, when that fails.
 
     One process builds at a time: the next takes all steps from the engine's cache.
@@ -93,18 +93,18 @@ def build(tag: str = IMAGE, *more: str) -> None:
 
 def _serve(folder: Path) -> http.server.ThreadingHTTPServer:
     handler = functools.partial(_Quiet, directory=str(folder))
-    for port in PORTS:
+    for port in WHEEL_SERVER_PORTS:
         try:
             server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
         except OSError:
             continue
         threading.Thread(target=server.serve_forever, name="wheels", daemon=True).start()
         return server
-    raise OSError(f"no port of {PORTS.start} to {PORTS.stop - 1} is free")
+    raise OSError(f"no port of {WHEEL_SERVER_PORTS.start} to {WHEEL_SERVER_PORTS.stop - 1} is free")
 
 
 if __name__ == "__main__":
     try:
-        build()
+        build_image()
     except subprocess.CalledProcessError as error:
-        sys.exit(f"{IMAGE} could not be built:\n{error.stdout}")
+        sys.exit(f"{IMAGE_TAG} could not be built:\n{error.stdout}")

@@ -8,7 +8,7 @@ from tests.support.environment.checkout import ROOT
 
 TEXT = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
 
-Row = list[str]
+TableRow = list[str]
 
 
 def section(heading: str) -> str:
@@ -18,7 +18,7 @@ def section(heading: str) -> str:
     return found[2]
 
 
-def tables(heading: str) -> list[list[Row]]:
+def tables(heading: str) -> list[list[TableRow]]:
     """The tables under a heading: rows of cells, without the head."""
     rows = re.findall(r"(?:^\|.*\n)+", section(heading), re.MULTILINE)
     return [
@@ -26,17 +26,17 @@ def tables(heading: str) -> list[list[Row]]:
     ]
 
 
-def names(cell: str) -> list[str]:
+def code_spans(cell: str) -> list[str]:
     """What stands in backticks in a cell."""
     return re.findall(r"`([^`]+)`", cell)
 
 
-def column(table: list[Row], number: int = 0) -> list[str]:
+def column_code_spans(table: list[TableRow], number: int = 0) -> list[str]:
     """What stands in backticks in a column, in order."""
-    return [name for row in table for name in names(row[number])]
+    return [name for row in table for name in code_spans(row[number])]
 
 
-def packet() -> bytes:
+def example_packet() -> bytes:
     """The bytes of the hex dump; each line must say where it begins."""
     data = b""
     for line in re.findall(r"```text\n(.*?)```", section("One message, byte by byte"), re.DOTALL)[0].splitlines():

@@ -8,25 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from brokers.config.pipeline_file import load_pipeline
-from tests.support.brokers.locked_broker import certs_for
+from tests.support.brokers.locked_broker import create_pipeline_certs
 from tests.support.brokers.ports import free_port
 from tests.support.environment.checkout import ROOT
-from tests.support.environment.container_engine import docker, docker_with
-from tests.support.environment.external_programs import missing
+from tests.support.environment.container_engine import docker, docker_with_env
+from tests.support.environment.external_programs import skip_or_fail
 
-STACK = "sparse-test"
-OURS = ("broker", "gateway", "head", "body", "tail", "monitor")
+STACK_NAME = "sparse-test"
+STACK_SERVICES = ("broker", "gateway", "head", "body", "tail", "monitor")
 IDENTITIES = ("broker.local", "street.source", "street.head", "street.body", "street.tail", "monitor")
 
 
 @contextmanager
-def swarm() -> Iterator[None]:
+def start_swarm() -> Iterator[None]:
     """This machine as a swarm, and as the site `cloudlet`.
 
     To leave a swarm, Docker 20.10 forgets the names of all containers on other networks, too: nothing else may be up.
     """
     if docker("info", "--format", "{{.Swarm.LocalNodeState}}").strip() != "inactive":
-        missing("this machine is part of a swarm, which a test must leave alone: the swarm stack is left out")
+        skip_or_fail("this machine is part of a swarm, which a test must leave alone: the swarm stack is left out")
     docker("swarm", "init", "--advertise-addr", "127.0.0.1", "--listen-addr", "127.0.0.1")
     try:
         docker("node", "update", "--label-add", "site=cloudlet", docker("node", "ls", "--quiet").strip())
@@ -36,48 +36,48 @@ def swarm() -> Iterator[None]:
 
 
 @contextmanager
-def stack(certs: Path) -> Iterator[int]:
+def deploy_stack(certs: Path) -> Iterator[int]:
     """The stack, deployed, all of it well, with certificates made in this folder; gives the port of its broker.
 
     Its secrets go with the swarm.
     """
-    certs_for(certs, load_pipeline(ROOT / "deploy/locked/street.toml"))
+    create_pipeline_certs(certs, load_pipeline(ROOT / "deploy/locked/street.toml"))
     for identity in IDENTITIES:
         for name in ("ca.crt", "tls.crt", "tls.key"):
             docker("secret", "create", f"{identity}.{name}", str(certs / identity / name))
     port = free_port()
     environment = {"SPARSE_PORT": str(port)}
     # The image is on this machine only: there is no registry to ask for it.
-    deploy = ("stack", "deploy", "--resolve-image", "never", "--compose-file", "deploy/swarm/stack.yml", STACK)
-    docker_with(environment, *deploy)
+    deploy = ("stack", "deploy", "--resolve-image", "never", "--compose-file", "deploy/swarm/stack.yml", STACK_NAME)
+    docker_with_env(environment, *deploy)
     try:
-        for service in OURS:
-            await_replicas(service, 1)
+        for service in STACK_SERVICES:
+            wait_for_replicas(service, 1)
         yield port
     finally:
-        docker("stack", "rm", STACK)
-        await_none()
+        docker("stack", "rm", STACK_NAME)
+        wait_for_stack_removal()
 
 
-def running(service: str) -> list[str]:
+def running_tasks(service: str) -> list[str]:
     """The tasks of a service that run, which those are that are healthy."""
     what = ("--filter", "desired-state=running", "--format", "{{.ID}} {{.CurrentState}}")
-    lines = docker("service", "ps", *what, f"{STACK}_{service}").splitlines()
+    lines = docker("service", "ps", *what, f"{STACK_NAME}_{service}").splitlines()
     return [line.split()[0] for line in lines if line.split()[1] == "Running"]
 
 
-def await_replicas(service: str, count: int, timeout_s: float = 180) -> None:
+def wait_for_replicas(service: str, count: int, timeout_s: float = 180) -> None:
     """Wait until so many tasks of a service run; fail with what became of them."""
     end_s = time.monotonic() + timeout_s
-    while len(running(service)) != count:
-        assert time.monotonic() < end_s, docker("service", "ps", "--no-trunc", f"{STACK}_{service}")
+    while len(running_tasks(service)) != count:
+        assert time.monotonic() < end_s, docker("service", "ps", "--no-trunc", f"{STACK_NAME}_{service}")
         time.sleep(0.5)
 
 
-def await_none(timeout_s: float = 120) -> None:
+def wait_for_stack_removal(timeout_s: float = 120) -> None:
     """Wait until no container of the stack is left, and take its volumes away."""
     end_s = time.monotonic() + timeout_s
-    while docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.stack.namespace={STACK}").strip():
+    while docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.stack.namespace={STACK_NAME}").strip():
         assert time.monotonic() < end_s, "containers of the stack are left"
         time.sleep(0.5)
-    docker("volume", "rm", "--force", f"{STACK}_results", f"{STACK}_broker")
+    docker("volume", "rm", "--force", f"{STACK_NAME}_results", f"{STACK_NAME}_broker")

@@ -7,13 +7,13 @@ from pathlib import Path
 GIB = 1 << 30
 
 
-def own_groups(root: Path, *lines: str) -> None:
+def write_proc_self_cgroup(root: Path, *lines: str) -> None:
     """What /proc/self/cgroup says."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text("".join(f"{line}\n" for line in lines))
 
 
-def group_v2(root: Path, path: str, limit: str, usage: int, inactive_file: int) -> None:
+def write_cgroup_v2(root: Path, path: str, limit: str, usage: int, inactive_file: int) -> None:
     """A group; `limit` may be "max"."""
     folder = root / "sys/fs/cgroup" / path
     folder.mkdir(parents=True, exist_ok=True)
@@ -22,7 +22,7 @@ def group_v2(root: Path, path: str, limit: str, usage: int, inactive_file: int) 
     (folder / "memory.stat").write_text(f"anon 4096\nfile 8192\ninactive_file {inactive_file}\nactive_file 0\n")
 
 
-def group_v1(root: Path, path: str, limit: int, usage: int, inactive_file: int) -> None:
+def write_cgroup_v1(root: Path, path: str, limit: int, usage: int, inactive_file: int) -> None:
     """A group; a `limit` of 9223372036854771712 is none."""
     folder = root / "sys/fs/cgroup/memory" / path
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from tests.support.environment.checkout import ROOT
 
-CHRONOGRAF = ROOT / "deploy/chronograf/sparse.dashboard"
-GRAFANA = ROOT / "deploy/grafana/dashboards/sparse.json"
+CHRONOGRAF_FILE = ROOT / "deploy/chronograf/sparse.dashboard"
+GRAFANA_FILE = ROOT / "deploy/grafana/dashboards/sparse.json"
 _FROM = re.compile(r'FROM (?:"sparse"\.\.)?"(\w+)"')
 
 
@@ -19,32 +19,32 @@ def _json(text: str) -> dict[str, Any]:
     return found
 
 
-def chronograf() -> dict[str, list[str]]:
+def chronograf_queries() -> dict[str, list[str]]:
     """The queries of each cell, as the file has them."""
-    cells = _json(CHRONOGRAF.read_text())["cells"]
+    cells = _json(CHRONOGRAF_FILE.read_text())["cells"]
     return {cell["name"]: [query["query"] for query in cell["queries"]] for cell in cells}
 
 
-def grafana() -> dict[str, list[str]]:
+def grafana_queries() -> dict[str, list[str]]:
     """The queries of each panel that is no headline."""
-    panels = [panel for panel in _json(GRAFANA.read_text())["panels"] if panel["type"] != "row"]
+    panels = [panel for panel in _json(GRAFANA_FILE.read_text())["panels"] if panel["type"] != "row"]
     return {panel["title"]: [target["query"] for target in panel["targets"]] for panel in panels}
 
 
-def chronograf_fills_in(query: str, run: str, from_ms: int, to_ms: int, every_s: int) -> str:
+def fill_chronograf_variables(query: str, run: str, from_ms: int, to_ms: int, every_s: int) -> str:
     """As Chronograf does, when a span of time was drawn with the mouse."""
     begin, end = (f"'{datetime.fromtimestamp(each / 1000, UTC):%Y-%m-%dT%H:%M:%S.%fZ}'" for each in (from_ms, to_ms))
     filled = query.replace(":dashboardTime:", begin).replace(":upperDashboardTime:", end)
     return filled.replace(":interval:", f"{every_s * 1000}ms").replace(":run:", run)
 
 
-def grafana_fills_in(query: str, run: str, from_ms: int, to_ms: int, every_s: int) -> str:
+def fill_grafana_variables(query: str, run: str, from_ms: int, to_ms: int, every_s: int) -> str:
     """As Grafana does with a span of time."""
     filled = query.replace("$timeFilter", f"time >= {from_ms}ms and time <= {to_ms}ms")
     return filled.replace("$__interval", f"{every_s}s").replace("$run", run)
 
 
-def asked(query: str) -> list[tuple[str, set[str]]]:
+def referenced_columns(query: str) -> list[tuple[str, set[str]]]:
     """Which measurement a query asks, itself or a query within it, and each tag and field that is named there."""
     found = []
     for match in _FROM.finditer(query):

@@ -10,28 +10,28 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @dataclass
-class Answers:
+class FakeHttpServer:
     """What it says to every request from now on, and what it was sent."""
 
     status: int = 204
     body: str = ""
     url: str = ""
-    bodies: list[bytes] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
+    request_bodies: list[bytes] = field(default_factory=list)
+    request_headers: list[dict[str, str]] = field(default_factory=list)
 
-    def say(self, status: int, body: str = "") -> None:
+    def respond_with(self, status: int, body: str = "") -> None:
         self.status, self.body = status, body
 
 
 @contextmanager
-def answering() -> Iterator[Answers]:
+def start_fake_http_server() -> Iterator[FakeHttpServer]:
     """A server on a port of its own."""
-    answers = Answers()
+    answers = FakeHttpServer()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            answers.headers.append(dict(self.headers))
-            answers.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            answers.request_headers.append(dict(self.headers))
+            answers.request_bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
             self.send_response(answers.status)
             if answers.status != 204:  # which has no body, and no length
                 self.send_header("Content-Length", str(len(answers.body.encode())))

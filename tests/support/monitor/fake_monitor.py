@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, Event, event_from_json
+from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, TelemetryEvent, event_from_json
 
 
-class StandInMonitor:
+class FakeMonitor:
     """Listens at `path` while it is entered, in a thread of its own. `events`: what it was told, in that order."""
 
-    def __init__(self, path: Path, *, deaf: bool = False) -> None:
+    def __init__(self, path: Path, *, paused: bool = False) -> None:
         self.path = path
-        self.events: list[Event] = []
-        self.datagrams: list[int] = []  # how many bytes each had
+        self.events: list[TelemetryEvent] = []
+        self.datagram_sizes: list[int] = []  # how many bytes each had
         self._hears = threading.Event()
-        if not deaf:
+        if not paused:
             self._hears.set()
 
-    def __enter__(self) -> StandInMonitor:
+    def __enter__(self) -> FakeMonitor:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(self.path))
         self._socket.settimeout(0.05)
@@ -41,7 +41,7 @@ class StandInMonitor:
         self.kill()
         self.path.unlink(missing_ok=True)
 
-    def hear(self) -> None:
+    def resume(self) -> None:
         """Begin to read: it was made deaf, as one is that has too much to do."""
         self._hears.set()
 
@@ -52,7 +52,7 @@ class StandInMonitor:
         self._thread.join()
         self._socket.close()
 
-    def of(self, *kinds: str) -> list[Event]:
+    def events_of_kind(self, *kinds: str) -> list[TelemetryEvent]:
         """The events of these kinds, so far."""
         return [event for event in list(self.events) if event.event in kinds]
 
@@ -61,12 +61,12 @@ class StandInMonitor:
         while not self._ends.is_set():
             with contextlib.suppress(TimeoutError):
                 datagram = self._socket.recv(2 * DATAGRAM_LIMIT_BYTES)
-                self.datagrams.append(len(datagram))
+                self.datagram_sizes.append(len(datagram))
                 self.events += [event_from_json(line) for line in datagram.splitlines()]
 
 
 @contextlib.contextmanager
-def monitor_path() -> Iterator[Path]:
+def monitor_socket_path() -> Iterator[Path]:
     """Where a monitor may listen: a short name, since a socket's has room for a hundred characters."""
     folder = tempfile.mkdtemp(prefix=f"sparse-{os.getpid()}-", dir="/tmp")
     try:

@@ -6,12 +6,12 @@ import http.client
 import json
 from typing import Any
 
-from tests.support.monitor.prometheus_text import Series, read_exposition
+from tests.support.monitor.prometheus_text import SeriesValues, parse_exposition
 
 _PATIENCE_S = 10.0
 
 
-def ask(port: int, path: str) -> tuple[int, str, str]:
+def http_get(port: int, path: str) -> tuple[int, str, str]:
     """Status, content type and body; status 0 where nobody listens."""
     line = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
     try:
@@ -24,16 +24,16 @@ def ask(port: int, path: str) -> tuple[int, str, str]:
         line.close()
 
 
-def series_at(port: int) -> Series:
+def fetch_metrics(port: int) -> SeriesValues:
     """All that /metrics has."""
-    status, kind, text = ask(port, "/metrics")
+    status, kind, text = http_get(port, "/metrics")
     assert (status, kind) == (200, "text/plain; version=0.0.4; charset=utf-8")
-    return read_exposition(text)
+    return parse_exposition(text)
 
 
-def stages_at(port: int) -> dict[str, dict[str, dict[str, Any]]]:
+def fetch_stages(port: int) -> dict[str, dict[str, dict[str, Any]]]:
     """All that /stages has."""
-    status, kind, text = ask(port, "/stages")
+    status, kind, text = http_get(port, "/stages")
     assert (status, kind) == (200, "application/json"), text
     found: dict[str, dict[str, dict[str, Any]]] = json.loads(text)
     return found

@@ -23,14 +23,14 @@ from typing import Any
 
 from monitor.stores.influx.config import InfluxTarget
 from tests.support.brokers.ports import free_port
-from tests.support.environment.external_programs import need
+from tests.support.environment.external_programs import require_dependency
 from tests.support.pipelines.processes import eventually
 
 TOKEN = "a-token-for-tests"
 BUCKET = "sparse"
 
 
-class Server(ABC):
+class DatabaseServer(ABC):
     """One server: started, ended by a signal, started again."""
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class Server(ABC):
         """What starts it, in the foreground."""
 
     @abstractmethod
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether it answers."""
 
     def start(self) -> None:
@@ -60,10 +60,10 @@ class Server(ABC):
             self._process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         eventually(f"{type(self).__name__} to answer", self._up)
 
-    def end(self, number: int = signal.SIGTERM) -> None:
+    def stop(self, signal_number: int = signal.SIGTERM) -> None:
         """Returns when it is gone."""
         if self._process is not None:
-            self._process.send_signal(number)
+            self._process.send_signal(signal_number)
             self._process.wait(60)
             self._process = None
 
@@ -72,28 +72,28 @@ class Server(ABC):
         status = self._process.poll()
         assert status is None, f"it ended with {status}: {(self.folder / 'log').read_text()[-2000:]}"
         try:
-            return self.ready()
+            return self.is_ready()
         except OSError:
             return False
 
 
-class Influx(Server):
+class InfluxServer(DatabaseServer):
     """InfluxDB 1.6. Clients come in by its door, which is another process: `end` ends the database only."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.rpc = free_port()
-        self.door = Door(folder / "door", self.port)
+        self.rpc_port = free_port()
+        self.proxy = NginxProxy(folder / "door", self.port)
 
     @property
     def target(self) -> InfluxTarget:
-        return self.door.target
+        return self.proxy.target
 
     def command(self) -> list[str | Path]:
         path = self.folder / "influxdb.conf"
         path.write_text(
             f"""reporting-disabled = true
-bind-address = "127.0.0.1:{self.rpc}"
+bind-address = "127.0.0.1:{self.rpc_port}"
 [meta]
 dir = "{self.folder}/meta"
 [data]
@@ -107,33 +107,33 @@ bind-address = "127.0.0.1:{self.port}"
 log-enabled = false
 """
         )
-        return [need("influxd"), "run", "-config", path]
+        return [require_dependency("influxd"), "run", "-config", path]
 
-    def ready(self) -> bool:
-        self.ask(f'CREATE DATABASE "{BUCKET}"')
+    def is_ready(self) -> bool:
+        self.query(f'CREATE DATABASE "{BUCKET}"')
         return True
 
-    def ask(self, query: str, bucket: str = BUCKET) -> list[dict[str, Any]]:
+    def query(self, influxql: str, bucket: str = BUCKET) -> list[dict[str, Any]]:
         """The series of an answer, past nginx and all code of ours."""
-        body = urllib.parse.urlencode({"q": query, "db": bucket, "epoch": "ns"}).encode()
+        body = urllib.parse.urlencode({"q": influxql, "db": bucket, "epoch": "ns"}).encode()
         with urllib.request.urlopen(f"{self.url}/query", data=body, timeout=30) as answer:
             [result] = json.load(answer)["results"]
         assert "error" not in result, result
         found: list[dict[str, Any]] = result.get("series", [])
         return found
 
-    def count(self, measurement: str, field: str) -> int:
+    def count_points(self, measurement: str, field: str) -> int:
         """How many points have that field."""
-        found = self.ask(f'SELECT count("{field}") FROM "{measurement}"')
+        found = self.query(f'SELECT count("{field}") FROM "{measurement}"')
         return int(found[0]["values"][0][1]) if found else 0
 
 
-class Door(Server):
+class NginxProxy(DatabaseServer):
     """nginx, which makes an InfluxDB 1.6 look like a later one."""
 
-    def __init__(self, folder: Path, behind: int) -> None:
+    def __init__(self, folder: Path, upstream_port: int) -> None:
         super().__init__(folder)
-        self.behind = behind
+        self.upstream_port = upstream_port
         self.token = TOKEN  # that it wants, from its next start on
 
     def command(self) -> list[str | Path]:
@@ -155,36 +155,36 @@ http {{
         location = /door {{ return 204; }}
         location = /api/v2/write {{
             rewrite ^ /write?db=$arg_bucket&precision=n? break;
-            proxy_pass http://127.0.0.1:{self.behind};
+            proxy_pass http://127.0.0.1:{self.upstream_port};
         }}
-        location = /query {{ proxy_pass http://127.0.0.1:{self.behind}; }}
+        location = /query {{ proxy_pass http://127.0.0.1:{self.upstream_port}; }}
     }}
 }}
 """
         )
-        return [need("nginx"), "-e", "stderr", "-c", path]
+        return [require_dependency("nginx"), "-e", "stderr", "-c", path]
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         asked = urllib.request.Request(f"{self.url}/door", headers={"Authorization": f"Token {self.token}"})
         with urllib.request.urlopen(asked, timeout=5):
             return True
 
 
-class Victoria(Server):
+class VictoriaMetricsServer(DatabaseServer):
     """VictoriaMetrics, which keeps numbers only, and counts milliseconds."""
 
     def command(self) -> list[str | Path]:
         return [
-            need("victoria-metrics"),
+            require_dependency("victoria-metrics"),
             *(f"-httpListenAddr=127.0.0.1:{self.port}", f"-storageDataPath={self.folder}/data"),
             *("-loggerLevel=ERROR", "-memory.allowedBytes=256MiB", "-storage.minFreeDiskSpaceBytes=1MB"),
         ]
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         with urllib.request.urlopen(f"{self.url}/health", timeout=5):
             return True
 
-    def export(self, name: str) -> list[tuple[dict[str, str], int, float]]:
+    def export_samples(self, name: str) -> list[tuple[dict[str, str], int, float]]:
         """All samples of a metric, such as `batch_tasks`: labels, milliseconds, value."""
         with urllib.request.urlopen(f"{self.url}/internal/force_flush", timeout=30):
             pass  # what came in this second is not found without
@@ -199,7 +199,7 @@ class Victoria(Server):
 
 
 @contextmanager
-def running(*servers: Server) -> Iterator[None]:
+def start_servers(*servers: DatabaseServer) -> Iterator[None]:
     """The servers, started; all ended by their ids."""
     try:
         for server in servers:
@@ -207,20 +207,20 @@ def running(*servers: Server) -> Iterator[None]:
         yield
     finally:
         for server in servers:
-            server.end(signal.SIGKILL)
+            server.stop(signal.SIGKILL)
 
 
 @contextmanager
-def influx(folder: Path) -> Iterator[Influx]:
+def start_influx(folder: Path) -> Iterator[InfluxServer]:
     """An InfluxDB with an empty bucket, and its door."""
-    found = Influx(folder)
-    with running(found, found.door):
+    found = InfluxServer(folder)
+    with start_servers(found, found.proxy):
         yield found
 
 
 @contextmanager
-def victoria(folder: Path) -> Iterator[Victoria]:
+def start_victoria_metrics(folder: Path) -> Iterator[VictoriaMetricsServer]:
     """A VictoriaMetrics without anything."""
-    found = Victoria(folder)
-    with running(found):
+    found = VictoriaMetricsServer(folder)
+    with start_servers(found):
         yield found

@@ -5,76 +5,76 @@ It looks ahead where InfluxDB's own looks behind, and takes a backslash for itse
 
 from __future__ import annotations
 
-from monitor.points.points import Value
+from monitor.points.points import FieldValue
 
-Read = tuple[str, dict[str, str], dict[str, Value], int]
+ParsedLine = tuple[str, dict[str, str], dict[str, FieldValue], int]
 
 
-def read_line(line: str) -> Read:
+def parse_line(line: str) -> ParsedLine:
     """Measurement, tags, fields, time; raises `ValueError` for anything that is no line."""
     if "\n" in line:
         raise ValueError("more than one line")
-    rest = Rest(line)
-    measurement = rest.name(",= ")
+    rest = LineScanner(line)
+    measurement = rest.read_name(",= ")
     tags = {}
-    while rest.take(","):
-        key = rest.name(",= ")
-        rest.must("=")
-        tags[key] = rest.name(",= ")
+    while rest.accept(","):
+        key = rest.read_name(",= ")
+        rest.expect("=")
+        tags[key] = rest.read_name(",= ")
         if not tags[key]:
             raise ValueError(f"an empty tag: {key}")
-    rest.must(" ")
-    fields: dict[str, Value] = {}
+    rest.expect(" ")
+    fields: dict[str, FieldValue] = {}
     while True:
-        key = rest.name(",= ")
-        rest.must("=")
-        fields[key] = rest.value()
-        if not rest.take(","):
+        key = rest.read_name(",= ")
+        rest.expect("=")
+        fields[key] = rest.read_value()
+        if not rest.accept(","):
             break
-    rest.must(" ")
-    return measurement, tags, fields, int(rest.left)
+    rest.expect(" ")
+    return measurement, tags, fields, int(rest.remaining)
 
 
-class Rest:
+class LineScanner:
     """What of a line is not read yet."""
 
     def __init__(self, line: str) -> None:
-        self.left = line
+        self.remaining = line
 
-    def take(self, character: str) -> bool:
-        found = self.left.startswith(character)
+    def accept(self, character: str) -> bool:
+        found = self.remaining.startswith(character)
         if found:
-            self.left = self.left[1:]
+            self.remaining = self.remaining[1:]
         return found
 
-    def must(self, character: str) -> None:
-        if not self.take(character):
-            raise ValueError(f"expected {character!r} before {self.left!r}")
+    def expect(self, character: str) -> None:
+        if not self.accept(character):
+            raise ValueError(f"expected {character!r} before {self.remaining!r}")
 
-    def name(self, special: str) -> str:
+    def read_name(self, special: str) -> str:
         """Up to the next special character that no backslash precedes."""
         found = ""
-        while self.left and self.left[0] not in special:
-            if self.left[0] == "\\" and self.left[1:2] and self.left[1] in special:
-                self.left = self.left[1:]
-            found, self.left = found + self.left[0], self.left[1:]
+        while self.remaining and self.remaining[0] not in special:
+            if self.remaining[0] == "\\" and self.remaining[1:2] and self.remaining[1] in special:
+                self.remaining = self.remaining[1:]
+            found, self.remaining = found + self.remaining[0], self.remaining[1:]
         return found
 
-    def value(self) -> Value:
-        if self.take('"'):
+    def read_value(self) -> FieldValue:
+        if self.accept('"'):
             return self._text()
-        end = min((place for mark in ", " if (place := self.left.find(mark)) >= 0), default=len(self.left))
-        word, self.left = self.left[:end], self.left[end:]
+        end = min((place for mark in ", " if (place := self.remaining.find(mark)) >= 0), default=len(self.remaining))
+        word, self.remaining = self.remaining[:end], self.remaining[end:]
         if word in ("true", "false"):
             return word == "true"
         return int(word[:-1]) if word.endswith("i") else float(word)
 
     def _text(self) -> str:
         found = ""
-        while not self.take('"'):
-            if not self.left:
+        while not self.accept('"'):
+            if not self.remaining:
                 raise ValueError("a text without an end")
-            if self.left[0] == "\\" and self.left[1:2] in ("\\", '"'):
-                self.left = self.left[1:]
-            found, self.left = found + self.left[0], self.left[1:]
+            if self.remaining[0] == "\\" and self.remaining[1:2] in ("\\", '"'):
+                self.remaining = self.remaining[1:]
+            found, self.remaining = found + self.remaining[0], self.remaining[1:]
         return found

@@ -12,15 +12,15 @@ from typing import Any
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 
-class Collector:
+class OtlpCollector:
     """`spans` by name of service, in the order in which they came."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Any]] = []
         self.status = 200
-        self.asked = 0
+        self.request_count = 0
 
-    def took(self, body: bytes) -> None:
+    def add_export(self, body: bytes) -> None:
         request = ExportTraceServiceRequest.FromString(body)
         for resource in request.resource_spans:
             names = {each.key: each.value.string_value for each in resource.resource.attributes}
@@ -29,16 +29,16 @@ class Collector:
 
 
 @contextmanager
-def collector(port: int = 0) -> Iterator[tuple[Collector, str]]:
+def start_otlp_collector(port: int = 0) -> Iterator[tuple[OtlpCollector, str]]:
     """A collector that listens, and its address."""
-    found = Collector()
+    found = OtlpCollector()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            found.asked += 1
+            found.request_count += 1
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/v1/traces" and found.status == 200:
-                found.took(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+                found.add_export(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
             self.send_response(found.status if self.path == "/v1/traces" else 404)
             self.send_header("Content-Length", "0")
             self.end_headers()

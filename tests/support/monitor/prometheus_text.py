@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 
-Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
+SeriesValues = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _ESCAPED = {"\\": "\\", '"': '"', "n": "\n"}
 
 
-def read_exposition(text: str) -> Series:
+def parse_exposition(text: str) -> SeriesValues:
     """All series by name and labels; raises AssertionError where the page breaks the format."""
     assert text.endswith("\n")
-    found: Series = {}
+    found: SeriesValues = {}
     kinds: dict[str, str] = {}
     for line in text[:-1].split("\n"):
         if line.startswith("# HELP "):
@@ -69,13 +69,13 @@ def _read_text(line: str, at: int) -> tuple[int, str]:
     return at + 1, text
 
 
-def labelled(series: Series, name: str, **labels: str) -> dict[frozenset[tuple[str, str]], float]:
+def select_series(series: SeriesValues, name: str, **labels: str) -> dict[frozenset[tuple[str, str]], float]:
     """The series of a name that have these labels among theirs."""
     wanted = set(labels.items())
     return {key: value for (known, key), value in series.items() if known == name and wanted <= key}
 
 
-def value_of(series: Series, name: str, **labels: str) -> float:
+def series_value(series: SeriesValues, name: str, **labels: str) -> float:
     """The one series of a name that has these labels among its own."""
-    (value,) = labelled(series, name, **labels).values()
+    (value,) = select_series(series, name, **labels).values()
     return value

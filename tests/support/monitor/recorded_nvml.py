@@ -14,7 +14,7 @@ from typing import Any
 
 from monitor.sensors.nvml import load_nvml
 
-TWO_GPUS = Path(__file__).with_name("nvml_two_gpus.json")
+TWO_GPUS_RECORDING = Path(__file__).with_name("nvml_two_gpus.json")
 
 
 class RecordedNvml:
@@ -22,16 +22,16 @@ class RecordedNvml:
 
     NVMLError = load_nvml().NVMLError
 
-    def __init__(self, recording: Path = TWO_GPUS, *, refuses_to_begin: int = 0) -> None:
+    def __init__(self, recording: Path = TWO_GPUS_RECORDING, *, init_error: int = 0) -> None:
         self.gpus = json.loads(recording.read_text())["gpus"]
-        self.questions = frozenset(self.gpus[0]["samples"][0])
-        self.moment = 0
-        self.begun = 0  # how often it was begun, less how often it was let go of
+        self.recorded_functions = frozenset(self.gpus[0]["samples"][0])
+        self.sample_index = 0
+        self.init_count = 0  # how often it was begun, less how often it was let go of
         self.calls: Counter[str] = Counter()
-        self._refuses_to_begin = refuses_to_begin
+        self._refuses_to_begin = init_error
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in {*self._lasting(), *self.questions}:
+        if name not in {*self._lasting(), *self.recorded_functions}:
             raise AttributeError(name)
         return lambda *arguments: self._call(name, *arguments)
 
@@ -48,7 +48,7 @@ class RecordedNvml:
         self.calls[name] += 1
         if name in (lasting := self._lasting()):
             return lasting[name](*arguments)
-        answer = self.gpus[arguments[0]]["samples"][self.moment][name]
+        answer = self.gpus[arguments[0]]["samples"][self.sample_index][name]
         if not isinstance(answer, dict):
             return answer
         if "error" in answer:
@@ -58,7 +58,7 @@ class RecordedNvml:
     def _begin(self) -> None:
         if self._refuses_to_begin:
             raise self.NVMLError(self._refuses_to_begin)
-        self.begun += 1
+        self.init_count += 1
 
     def _end(self) -> None:
-        self.begun -= 1
+        self.init_count -= 1

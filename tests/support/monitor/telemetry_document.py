@@ -11,18 +11,18 @@ from typing import Any, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from brokers.telemetry.schema import Event, HopFigures, Phase, Role
+from brokers.telemetry.schema import BatchPhase, HopMetrics, ProcessRole, TelemetryEvent
 from monitor.points.schema import MEASUREMENTS, Measurement
 from tests.support.environment.checkout import ROOT
 
-PATH = ROOT / "docs" / "telemetry.md"
+DOCUMENT_PATH = ROOT / "docs" / "telemetry.md"
 
 # What the models do not say themselves, since their names say it to a programmer.
-MEANS = {
+FIELD_DESCRIPTIONS = {
     "event": "which one it is",
     "site": "of the sender",
     "pipeline": "its name",
-    "role": ", ".join(f"`{role}`" for role in get_args(Role)),
+    "role": ", ".join(f"`{role}`" for role in get_args(ProcessRole)),
     "name": "of the process: a worker's id, a source's name",
     "pid": "its process id; 0: unknown",
     "stage": "its name",
@@ -36,7 +36,7 @@ MEANS = {
     "bytes_in": "of what came in",
     "bytes_out": "of what went out",
     "batch": "tasks that were computed together",
-    "phase": ", ".join(f"`{phase}`" for phase in get_args(Phase)),
+    "phase": ", ".join(f"`{phase}`" for phase in get_args(BatchPhase)),
     "attempts": "how often it was sent",
     "hops": "what each stage did for it, in order; at most 64",
     "trace": "W3C trace id, in hex",
@@ -52,7 +52,7 @@ MEANS = {
     "count": "events that are lost",
 }
 _KINDS = (("str", "text"), ("int", "int"), ("float", "float"), ("Literal", "text"), ("tuple", "list of hops"))
-COMMON = ("time_ns", "run", "site", "pipeline")
+COMMON_FIELDS = ("time_ns", "run", "site", "pipeline")
 
 
 def _first_line(model: type) -> str:
@@ -74,56 +74,56 @@ def _default(field: FieldInfo) -> str:
 
 def _rows(fields: dict[str, FieldInfo]) -> list[str]:
     return [
-        f"| `{name}` | {_kind(field)} | {_default(field)} | {field.description or MEANS[name]} |"
+        f"| `{name}` | {_kind(field)} | {_default(field)} | {field.description or FIELD_DESCRIPTIONS[name]} |"
         for name, field in fields.items()
     ]
 
 
 def _events() -> str:
     """Every event's own fields, after those that all have."""
-    events = get_args(Event)
+    events = get_args(TelemetryEvent)
     head = ["| field | type | default | meaning |", "|---|---|---|---|"]
     parts = ["All events have", "", *head]
-    parts += _rows({name: events[0].model_fields[name] for name in COMMON})
+    parts += _rows({name: events[0].model_fields[name] for name in COMMON_FIELDS})
     for model in events:
-        fields = {name: field for name, field in model.model_fields.items() if name not in (*COMMON, "event")}
+        fields = {name: field for name, field in model.model_fields.items() if name not in (*COMMON_FIELDS, "event")}
         parts += ["", f"**`{model.model_fields['event'].default}`**: {_first_line(model)}", "", *head, *_rows(fields)]
-    parts += ["", "**Each of `hops`**:", "", *head, *_rows(dict(HopFigures.model_fields))]
+    parts += ["", "**Each of `hops`**:", "", *head, *_rows(dict(HopMetrics.model_fields))]
     return "\n".join(["", *parts, "", ""])
 
 
 def _measurement(known: Measurement) -> list[str]:
     tags = ", ".join(f"`{tag}`" for tag in known.tags)
-    rows = [f"| `{field.name}` | {field.type} | {field.unit} | {field.means} |" for field in known.fields]
+    rows = [f"| `{field.name}` | {field.type} | {field.unit} | {field.description} |" for field in known.fields]
     head = ["| field | type | unit | meaning |", "|---|---|---|---|"]
-    return [f"**`{known.name}`**: {known.means} Tags: {tags}.", "", *head, *rows, ""]
+    return [f"**`{known.name}`**: {known.description} Tags: {tags}.", "", *head, *rows, ""]
 
 
 def _measurements() -> str:
     return "\n".join(["", *[line for known in MEASUREMENTS.values() for line in _measurement(known)], ""])
 
 
-TABLES = {"events": _events, "measurements": _measurements}
+TABLE_WRITERS = {"events": _events, "measurements": _measurements}
 
 
-def with_tables(text: str) -> str:
+def update_tables(text: str) -> str:
     """The page with its tables as the code has them."""
-    for name, made in TABLES.items():
+    for name, made in TABLE_WRITERS.items():
         begin, end = f"<!-- {name}: from the code -->\n", "<!-- end -->"
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
-        assert found, f"{PATH.name} has no place for {name}"
+        assert found, f"{DOCUMENT_PATH.name} has no place for {name}"
         text = before + begin + made() + end + after
     return text
 
 
-def blocks(language: str, heading: str) -> list[str]:
+def code_blocks(language: str, heading: str) -> list[str]:
     """The code of one language under a heading of the page."""
-    text = PATH.read_text(encoding="utf-8")
+    text = DOCUMENT_PATH.read_text(encoding="utf-8")
     found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ [^\n]*$\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, f"no heading {heading!r}"
     return re.findall(rf"^```{language}\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
 
 
 if __name__ == "__main__":
-    PATH.write_text(with_tables(PATH.read_text(encoding="utf-8")), encoding="utf-8")
+    DOCUMENT_PATH.write_text(update_tables(DOCUMENT_PATH.read_text(encoding="utf-8")), encoding="utf-8")

@@ -30,24 +30,24 @@ def add_one(values: Any, **others: Any) -> Tensors:
     return {"values": values + 1, **others}
 
 
-def swell(values: Any) -> Tensors:
+def add_padding(values: Any) -> Tensors:
     """What crosses a cut is much larger than what came in: 800 kB."""
     return {"values": values, "ballast": np.full(200_000, float(values), np.float32)}
 
 
-def shed(values: Any, ballast: Any) -> Tensors:
-    assert np.all(ballast == np.float32(values - 1)), "the ballast is another request's"
+def strip_padding(values: Any, padding: Any) -> Tensors:
+    assert np.all(padding == np.float32(values - 1)), "the ballast is another request's"
     return {"values": values}
 
 
-def picky(values: Any) -> Tensors:
+def reject_negative(values: Any) -> Tensors:
     """Raises what an executor's author did not foresee, for some inputs."""
     if np.any(values < 0):
         raise ArithmeticError(f"{float(np.min(values))} is below zero")
     return {"values": values}
 
 
-class Speechless(Exception):
+class UnprintableError(Exception):
     """Has no text: making it fails."""
 
     def __str__(self) -> str:
@@ -58,11 +58,11 @@ class Busy(Exception):
     """Called as the protocol calls a full worker, which it is not."""
 
 
-def moody(values: Any) -> Tensors:
+def raise_by_value(values: Any) -> Tensors:
     """Raises, by its input, what makes trouble for whoever has to tell of it."""
     match int(values):
         case 1:
-            raise Speechless
+            raise UnprintableError
         case 2:
             raise ValueError("first\nsecond " + "x" * 100_000)
         case 3:
@@ -72,12 +72,12 @@ def moody(values: Any) -> Tensors:
     return {"values": values}
 
 
-def forgets(values: Any) -> Any:
+def return_non_dict(values: Any) -> Any:
     """Does not return what a stage must return."""
     return values
 
 
-class Slow(TaskExecutor):
+class SleepExecutor(TaskExecutor):
     """Sleeps, as work that needs no core of this machine."""
 
     def __init__(self, seconds: float) -> None:
@@ -88,22 +88,22 @@ class Slow(TaskExecutor):
         return dict(tensors)
 
 
-class Marked(TaskExecutor):
+class FingerprintExecutor(TaskExecutor):
     """Says to be of a model of this fingerprint; says in a file that it is there, and is ready once another is."""
 
-    def __init__(self, fingerprint: str, there: str, ready: str) -> None:
-        self.fingerprint, self.there, self.ready = fingerprint, Path(there), Path(ready)
+    def __init__(self, fingerprint: str, started_file: str, ready_file: str) -> None:
+        self.fingerprint, self.started_file, self.ready_file = fingerprint, Path(started_file), Path(ready_file)
 
     def start(self, node: Node) -> None:
-        self.there.touch()
-        while not self.ready.exists():
+        self.started_file.touch()
+        while not self.ready_file.exists():
             time.sleep(0.001)
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
         return dict(tensors)
 
 
-class Rows(TaskExecutor):
+class BatchableExecutor(TaskExecutor):
     """Doubles rows, many requests at once; says in how large a batch each row was, and after how many calls."""
 
     batchable = True
@@ -118,7 +118,7 @@ class Rows(TaskExecutor):
         return {"rows": 2 * rows, "batch": np.full(len(rows), len(rows))}
 
 
-class Sorter(TaskExecutor):
+class RoutingExecutor(TaskExecutor):
     """Sends what is large on a detour, by itself; leaves the rest to the next stage."""
 
     def start(self, node: Node) -> None:
@@ -132,7 +132,7 @@ class Sorter(TaskExecutor):
         return None
 
 
-class Bytes(TaskExecutor):
+class ByteCountExecutor(TaskExecutor):
     """Takes what is no array at all, and counts it."""
 
     def prepare(self, content: Any, task: TaskContext) -> Tensors:
@@ -142,7 +142,7 @@ class Bytes(TaskExecutor):
         return {"bytes": len(tensors["raw"])}
 
 
-class BadStart(TaskExecutor):
+class FailingStartExecutor(TaskExecutor):
     """Fails before it has anything to stop."""
 
     def start(self, node: Node) -> None:
@@ -152,7 +152,7 @@ class BadStart(TaskExecutor):
         raise AssertionError("stopped what has not begun")
 
 
-class Counter(Source):
+class CountingSource(Source):
     """Counts, as fast as it is asked to or `every_s` seconds."""
 
     def __init__(self, name: str, count: int, every_s: float = 0.0, live: bool = False) -> None:
@@ -170,12 +170,12 @@ class Counter(Source):
         self._closed.set()
 
 
-class Talker(Counter):
+class PrintingSource(CountingSource):
     """Prints what it likes when it has counted to the end, and then may fail."""
 
-    def __init__(self, name: str, count: int, says: str, fails: bool = False) -> None:
+    def __init__(self, name: str, count: int, text: str, raise_at_end: bool = False) -> None:
         super().__init__(name, count)
-        self._says, self._fails = says, fails
+        self._says, self._fails = text, raise_at_end
 
     def samples(self) -> Iterator[Sample]:
         yield from super().samples()
@@ -184,7 +184,7 @@ class Talker(Counter):
             raise OSError("the cable is out")
 
 
-class Deaf(Source):
+class BlockingSource(Source):
     """Gives one sample and then blocks, and does not mind being closed."""
 
     def __init__(self, name: str) -> None:
@@ -199,7 +199,7 @@ class Deaf(Source):
         """Nothing, which is the point."""
 
 
-class Breaks(Source):
+class FailingSource(Source):
     """Gives two samples and fails."""
 
     def __init__(self, name: str) -> None:
@@ -214,7 +214,7 @@ class Breaks(Source):
         """Nothing."""
 
 
-class Boomerang(TaskExecutor):
+class LoopbackExecutor(TaskExecutor):
     """Sends each request around once more, from the last stage back to the first."""
 
     def start(self, node: Node) -> None:
@@ -229,7 +229,7 @@ class Boomerang(TaskExecutor):
         return tensors
 
 
-class Deadly(TaskExecutor):
+class CrashingExecutor(TaskExecutor):
     """Takes the process with it when it meets this value, as a driver's fault or a lack of memory does."""
 
     def __init__(self, value: float) -> None:

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.support.environment.external_programs import need
+from tests.support.environment.external_programs import require_dependency
 
 
-class Door:
+class MqttCamera:
     """Publishes pictures to the ingress of site `local` at a port of this machine, and keeps what is answered.
 
     With a folder of `sparse certs` it comes to a locked broker, as `camera.SOURCE` and as `viewer`.
@@ -25,7 +25,7 @@ class Door:
         self._certs = certs
         self._came: queue.Queue[dict[str, Any]] = queue.Queue()
         topic = f"sparse/local/results/{source}"
-        command = [str(need("mosquitto_sub")), *self._line("viewer"), "-q", "1", "-t", topic, "-F", "%p"]
+        command = [str(require_dependency("mosquitto_sub")), *self._line("viewer"), "-q", "1", "-t", topic, "-F", "%p"]
         self._reader = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._reading = threading.Thread(target=self._read, name="results", daemon=True)
         self._reading.start()
@@ -38,18 +38,18 @@ class Door:
         own = self._certs / identity
         return [*line, "--cafile", f"{own}/ca.crt", "--cert", f"{own}/tls.crt", "--key", f"{own}/tls.key"]
 
-    def show(self, picture: Path) -> None:
+    def publish(self, image: Path) -> None:
         """Publish one picture; returns when the broker has it."""
         topic = f"sparse/local/ingress/{self._source}"
         line = self._line(f"camera.{self._source}")
-        command = [str(need("mosquitto_pub")), *line, "-q", "1", "-t", topic, "-f", str(picture)]
+        command = [str(require_dependency("mosquitto_pub")), *line, "-q", "1", "-t", topic, "-f", str(image)]
         subprocess.run(command, check=True, timeout=30)
 
-    def answer(self, timeout_s: float = 60) -> dict[str, Any]:
+    def next_result(self, timeout_s: float = 60) -> dict[str, Any]:
         """The next result."""
         return self._came.get(timeout=timeout_s)
 
-    def answers(self, count: int, timeout_s: float = 150) -> list[dict[str, Any]]:
+    def next_results(self, count: int, timeout_s: float = 150) -> list[dict[str, Any]]:
         """So many results; fail when they do not come."""
         end_s = time.monotonic() + timeout_s
         found: list[dict[str, Any]] = []
@@ -60,7 +60,7 @@ class Door:
                 raise AssertionError(f"{len(found)} of {count} results came in {timeout_s:g} s") from None
         return found
 
-    def silent(self, for_s: float = 2.0) -> bool:
+    def is_silent(self, for_s: float = 2.0) -> bool:
         """Whether nothing more comes for a while."""
         try:
             self._came.get(timeout=for_s)

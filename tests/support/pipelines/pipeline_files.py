@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-WORKSHOP = "tests.support.pipelines.example_code"
+EXAMPLE_CODE_MODULE = "tests.support.pipelines.example_code"
 
 
-def stage(name: str, made_by: str = "", **settings: Any) -> dict[str, Any]:
+def stage_table(name: str, executor_name: str = "", **settings: Any) -> dict[str, Any]:
     """A `[[stage]]`; `made_by` is a name in tests/support/pipelines/example_code.py."""
-    executor = {"executor": f"{WORKSHOP}:{made_by}"} if made_by else {}
+    executor = {"executor": f"{EXAMPLE_CODE_MODULE}:{executor_name}"} if executor_name else {}
     return {"name": name, **executor, **settings}
 
 
-def pipeline_file(
+def write_pipeline_file(
     folder: Path, stages: Sequence[Mapping[str, Any]], source: Mapping[str, Any] | None = None, **pipeline: Any
 ) -> Path:
     """A pipeline file in `folder`, named after the pipeline."""
@@ -28,10 +28,15 @@ def pipeline_file(
     return path
 
 
-def counter(count: int, **settings: Any) -> dict[str, Any]:
+def counting_source_table(count: int, **settings: Any) -> dict[str, Any]:
     """A `[source]` that counts."""
     given = {key: settings.pop(key) for key in ("every_s", "live") if key in settings}
-    return {"kind": f"{WORKSHOP}:Counter", "name": "counter", "settings": {"count": count, **given}, **settings}
+    return {
+        "kind": f"{EXAMPLE_CODE_MODULE}:Counter",
+        "name": "counter",
+        "settings": {"count": count, **given},
+        **settings,
+    }
 
 
 def _table(head: str, items: Mapping[str, Any]) -> str:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.server.link_emulator import Relay
-from monitor.launch.sites import RunSites, find_sites
-from tests.support.brokers.mqtt_packets import Wire
-from tests.support.environment.external_programs import need
+from brokers.server.link_emulator import LinkEmulator
+from monitor.launch.sites import SiteBrokers, set_up_brokers
+from tests.support.brokers.mqtt_packets import PacketCapture
+from tests.support.environment.external_programs import require_dependency
 
 # From the device: 1 ms to the cloudlet, 9 ms more to the cloud.
 THREE_SITES = """
@@ -29,10 +29,10 @@ name = "cloud"
 
 
 @contextmanager
-def sites_up(path: Path) -> Iterator[RunSites]:
+def start_sites(path: Path) -> Iterator[SiteBrokers]:
     """Start a Mosquitto for each site and a relay for each slow link; the file names the brokers from then on."""
-    need("mosquitto")
-    with find_sites(load_pipeline(path), "mosquitto", None) as found:
+    require_dependency("mosquitto")
+    with set_up_brokers(load_pipeline(path), "mosquitto", None) as found:
         text = path.read_text()
         for site in found.brokers:
             head = f'[[site]]\nname = "{site}"\n'
@@ -42,14 +42,14 @@ def sites_up(path: Path) -> Iterator[RunSites]:
         yield found
 
 
-def link(sites: RunSites, site: str, to: str) -> Relay:
+def get_link(sites: SiteBrokers, site: str, peer: str) -> LinkEmulator:
     """The relay between two sites."""
-    (found,) = [each.relay for each in sites.links if (each.site, each.table.to) == (site, to)]
+    (found,) = [each.emulator for each in sites.links if (each.site, each.config.to) == (site, peer)]
     return found
 
 
-def listen(relay: Relay) -> dict[str, Wire]:
+def capture_link(relay: LinkEmulator) -> dict[str, PacketCapture]:
     """Read all that comes out of a relay from now on, by direction: to be asked before anything crosses."""
-    heard: dict[str, Wire] = defaultdict(Wire)
+    heard: dict[str, PacketCapture] = defaultdict(PacketCapture)
     relay.tap = lambda way, piece: heard[way].feed(piece)
     return heard

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Tiny(nn.Module):
+class TinyNetwork(nn.Module):
     """Four layers of numbers with a way around the second and third: (B, 6) -> (B, 3)."""
 
     def __init__(self) -> None:
@@ -21,19 +21,19 @@ class Tiny(nn.Module):
         return self.last(x + self.third(self.second(x)))  # type: ignore[no-any-return]
 
 
-def tiny() -> nn.Module:
-    return Tiny()
+def tiny_network() -> nn.Module:
+    return TinyNetwork()
 
 
-tiny.input_shape = (1, 6)  # type: ignore[attr-defined]
+tiny_network.input_shape = (1, 6)  # type: ignore[attr-defined]
 
 
-class Doors(nn.Module):
+class DataDependentNetwork(nn.Module):
     """Goes one way or the other by a value, which torch.fx cannot follow, and has no children to cut between."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 1 if bool(torch.sum(x) > 0) else x - 1
 
 
-def doors() -> nn.Module:
-    return Doors()
+def data_dependent_network() -> nn.Module:
+    return DataDependentNetwork()

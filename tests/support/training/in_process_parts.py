@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.protocol.training import LABELS, MicroBatch, micro_seed
-from stages.training.part_trainer import Judged, Learner
-from stages.training.schedule import Name, Op, operations
+from brokers.protocol.training import LABELS_TENSOR, MicroBatch, micro_batch_seed
+from stages.training.part_trainer import MicroBatchMetrics, PartTrainer
+from stages.training.schedule import ScheduledOp, ScheduleName, operations
 from tests.support.environment.checkout import ROOT
 
-Batch = Sequence[tuple[Tensor, Tensor]]  # the micro-batches of a step: inputs (B, ...), labels (B)
+StepBatch = Sequence[tuple[Tensor, Tensor]]  # the micro-batches of a step: inputs (B, ...), labels (B)
 
 
-def lesson_pipeline(
+def make_training_pipeline(
     model: str,
     cuts: Sequence[int],
     *,
@@ -46,31 +46,33 @@ def lesson_pipeline(
     )
 
 
-class Parts:
+class InProcessParts:
     """A learner for each stage, and the steps they do together."""
 
     def __init__(self, pipeline: Pipeline, *, seed: int = 0) -> None:
         self.pipeline, self.seed = pipeline, seed
-        self.learners = [Learner(pipeline, stage, device="cpu", threads=1) for stage in pipeline.stage]
-        for learner in self.learners:
+        self.part_trainers = [PartTrainer(pipeline, stage, device="cpu", threads=1) for stage in pipeline.stage]
+        for learner in self.part_trainers:
             learner.start()
         self._losses: dict[int, float] = {}
 
-    def step(self, number: int, batch: Batch, schedule: Name = "1f1b") -> list[float]:
+    def train_step(self, number: int, batch: StepBatch, schedule: ScheduleName = "1f1b") -> list[float]:
         """A whole step; the loss of each of its micro-batches."""
-        self.do(number, batch, schedule)
-        for learner in self.learners:
-            assert len(learner.saved) == 0
+        self.run_operations(number, batch, schedule)
+        for learner in self.part_trainers:
+            assert len(learner.activations) == 0
             learner.commit(self.pipeline.training.lr)
         return [loss for _, loss in sorted(self._losses.items())]
 
-    def do(self, number: int, batch: Batch, schedule: Name = "1f1b", limit: int | None = None) -> int:
+    def run_operations(
+        self, number: int, batch: StepBatch, schedule: ScheduleName = "1f1b", limit: int | None = None
+    ) -> int:
         """The operations of a step, or the first `limit` of them; how many were done."""
-        count, stages = len(batch), len(self.learners)
+        count, stages = len(batch), len(self.part_trainers)
         rows = sum(len(labels) for _, labels in batch)
-        left: list[list[Op]] = [list(operations(schedule, stage, stages, count)) for stage in range(stages)]
+        left: list[list[ScheduledOp]] = [list(operations(schedule, stage, stages, count)) for stage in range(stages)]
         forwards: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(stages)]
-        forwards[0] = {index: {"input": inputs, LABELS: labels} for index, (inputs, labels) in enumerate(batch)}
+        forwards[0] = {index: {"input": inputs, LABELS_TENSOR: labels} for index, (inputs, labels) in enumerate(batch)}
         gradients: list[dict[int, dict[str, Tensor] | None]] = [{} for _ in range(stages)]
         self._losses = {}
         requests = [index.to_bytes(16, "big") for index in range(count)]
@@ -85,41 +87,41 @@ class Parts:
             kind, index = left[stage].pop(0)
             done += 1
             if kind == "backward":
-                given = self.learners[stage].backward(requests[index], gradients[stage].pop(index))
+                given = self.part_trainers[stage].backward(requests[index], gradients[stage].pop(index))
                 if stage:
                     gradients[stage - 1][index] = given
                 continue
-            seed = micro_seed(self.seed, number, index)
+            seed = micro_batch_seed(self.seed, number, index)
             micro = MicroBatch(step="0" * 32, term=1, index=index, count=count, rows=rows, number=number, seed=seed)
-            found = self.learners[stage].forward(micro, requests[index], forwards[stage].pop(index))
-            if isinstance(found, Judged):
+            found = self.part_trainers[stage].forward(micro, requests[index], forwards[stage].pop(index))
+            if isinstance(found, MicroBatchMetrics):
                 self._losses[index] = found.loss
                 gradients[stage][index] = None
             else:
                 forwards[stage + 1][index] = found
         return done
 
-    def abandon(self) -> None:
-        for learner in self.learners:
-            learner.abandon()
+    def abort(self) -> None:
+        for learner in self.part_trainers:
+            learner.abort()
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer, by the names of the uncut network."""
-        return {name: tensor for learner in self.learners for name, tensor in learner.weights().items()}
+        return {name: tensor for learner in self.part_trainers for name, tensor in learner.weights().items()}
 
 
-class Plain:
+class UnsplitTrainer:
     """The uncut network in a plain loop of torch: its own optimizer, its own loss; only seeds are ours."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, seed: int = 0) -> None:
         torch.set_num_threads(1)
         self.model, self.optimizer, self.seed = model.train(), optimizer, seed
 
-    def step(self, number: int, batch: Batch) -> list[float]:
+    def train_step(self, number: int, batch: StepBatch) -> list[float]:
         rows = sum(len(labels) for _, labels in batch)
         losses = []
         for index, (inputs, labels) in enumerate(batch):
-            torch.manual_seed(micro_seed(self.seed, number, index))
+            torch.manual_seed(micro_batch_seed(self.seed, number, index))
             loss = nn.functional.cross_entropy(self.model(inputs), labels)
             torch.autograd.backward([loss * (len(labels) / rows)])
             losses.append(loss.item())
@@ -128,7 +130,7 @@ class Plain:
         return losses
 
 
-def assert_same_bits(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def assert_bitwise_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Every parameter and buffer, to the last bit."""
     assert actual.keys() == expected.keys()
     wrong = [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)]

@@ -13,49 +13,49 @@ import torch
 from torch import Tensor
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.dispatch.channel import Line
+from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
 from brokers.errors import SparseError, WireError
-from brokers.mqtt.in_memory import MemoryHub, MemoryTransport
+from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.codec import decode
-from brokers.protocol.messages import Message, Step
+from brokers.protocol.messages import Message, StepMessage
 from brokers.protocol.safetensors_codec import to_torch
-from brokers.protocol.topics import source_inbox
+from brokers.protocol.topics import source_inbox_topic
 from brokers.protocol.transport import Delivery
-from sources.client.source_presence import Standing
-from sources.datasets.batches import Batches, micro
+from sources.client.source_presence import SourcePresence
+from sources.datasets.batches import Batches, split_micro_batches
 from sources.datasets.dataset import Dataset
-from sources.training.training_loop import Event, Training
+from sources.training.training_loop import TrainingEventDict, TrainingLoop
 from stages.training import membership as roles
 from stages.training import step_executor as execution
 from stages.training import worker as trainer
-from stages.training.membership import make_trainer
-from stages.training.part_trainer import Learner
-from stages.training.worker import Trainer
+from stages.training.membership import make_training_worker
+from stages.training.part_trainer import PartTrainer
+from stages.training.worker import TrainingWorker
 from tests.support.brokers.broker_kinds import WAIT_S
-from tests.support.training.in_process_parts import Plain
-from tests.support.training.striped_images import Stripes
-from tests.support.training.training_network import CUTS, MODEL, small
+from tests.support.training.in_process_parts import UnsplitTrainer
+from tests.support.training.striped_images import StripedImages
+from tests.support.training.training_network import CUTS, MODEL, small_network
 
 SEED = 3
 
 
-def kill(hub: MemoryHub, transport: MemoryTransport) -> None:
+def kill_client(hub: MemoryBroker, transport: MemoryTransport) -> None:
     """End a client as when its process is killed: it says nothing more, and its broker tells."""
-    hub.die(transport)
+    hub.kill_client(transport)
     transport._closed = True
     transport._standing.set()
 
 
-class Worker:
+class InProcessWorker:
     """One worker of one stage."""
 
-    def __init__(self, hub: MemoryHub, pipeline: Pipeline, stage: int, name: str, folder: Path) -> None:
+    def __init__(self, hub: MemoryBroker, pipeline: Pipeline, stage: int, name: str, folder: Path) -> None:
         self.transport = MemoryTransport(hub)
         self.stage = pipeline.stage[stage]
-        self.learner = Learner(pipeline, self.stage, device="cpu", threads=1)
-        self.trainer: Trainer = make_trainer(
-            self.transport, pipeline, self.stage, self.learner, name, "cpu", folder / self.stage.name
+        self.part_trainer = PartTrainer(pipeline, self.stage, device="cpu", threads=1)
+        self.trainer: TrainingWorker = make_training_worker(
+            self.transport, pipeline, self.stage, self.part_trainer, name, "cpu", folder / self.stage.name
         )
         self._hub = hub
         self._running: asyncio.Task[None] | None = None
@@ -74,11 +74,11 @@ class Worker:
         await asyncio.wait_for(self._running, WAIT_S)
         await self.trainer.stop()
 
-    def die(self) -> None:
+    def kill(self) -> None:
         """As when its process is killed."""
-        kill(self._hub, self.transport)
+        kill_client(self._hub, self.transport)
 
-    async def end(self) -> None:
+    async def close(self) -> None:
         """Let go of what is left of it. Raises whatever ended it before."""
         await self.transport.close()
         assert self._running is not None
@@ -88,55 +88,55 @@ class Worker:
         await self.trainer.stop()
 
 
-class Pupil:
+class InProcessSource:
     """A source: what `sparse source` does of a training run, without its files."""
 
     def __init__(
         self,
-        hub: MemoryHub,
+        hub: MemoryBroker,
         pipeline: Pipeline,
         name: str,
         dataset: Dataset,
         resume: bool,
-        told: Callable[[Event], None],
+        on_event: Callable[[TrainingEventDict], None],
     ) -> None:
         self.name, self.dataset = name, dataset
-        self.events: list[Event] = []
+        self.events: list[TrainingEventDict] = []
         self.transport = MemoryTransport(hub)
-        self.line = Line(self.transport)
-        self._standing = Standing(self.line, pipeline, name, SourceLoad)
-        self._inbox = source_inbox(pipeline.source.site, name)
-        self._told = told
-        self.training = Training(pipeline, dataset, name, self.line, self._inbox, self._tell, resume=resume)
+        self.channel = MessageChannel(self.transport)
+        self._standing = SourcePresence(self.channel, pipeline, name, SourceLoad)
+        self._inbox = source_inbox_topic(pipeline.source.site, name)
+        self._told = on_event
+        self.training = TrainingLoop(pipeline, dataset, name, self.channel, self._inbox, self._tell, resume=resume)
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: TrainingEventDict) -> None:
         self.events.append(event)
         self._told(event)
 
     async def start(self) -> None:
-        await self.line.open(will=self._standing.will)
-        self._standing.open()
-        await self.line.listen(self._inbox, self.training.stepper.heard)
-        await self.training.watch.open(self.line)
+        await self.channel.open(will=self._standing.will)
+        self._standing.start()
+        await self.channel.subscribe(self._inbox, self.training.step_runner.on_message)
+        await self.training.membership.subscribe(self.channel)
 
         async def broken() -> None:
-            self.training.stepper.broken()
+            self.training.step_runner.on_connection_lost()
 
         self.transport.on_reconnect(broken)
 
-    async def end(self) -> None:
-        await self._standing.close()
-        await self.line.close()
+    async def close(self) -> None:
+        await self._standing.stop()
+        await self.channel.close()
 
-    def of(self, kind: str) -> list[Event]:
+    def events_of_kind(self, kind: str) -> list[TrainingEventDict]:
         return [event for event in self.events if event["event"] == kind]
 
 
-class Classroom:
+class InProcessPipeline:
     """A pipeline of three stages (or as many as it is told), its workers, its sources, and whoever listens."""
 
     def __init__(self, folder: Path, *, cuts: Iterable[int] = CUTS, **training: Any) -> None:
-        self.hub = MemoryHub(max_packet_bytes=100_000_000)
+        self.hub = MemoryBroker(max_packet_bytes=100_000_000)
         self.folder = folder
         settings = {"batch": 24, "micro_batches": 3, "epochs": 2, "checkpoint_every": 4, "evaluate_every": 0}
         self.pipeline = Pipeline.model_validate(
@@ -150,105 +150,109 @@ class Classroom:
                 "training": {**settings, "lr": 0.05, "settings": {"momentum": 0.9}, **training},
             }
         )  # fmt: skip
-        self.workers: list[Worker] = []
-        self.pupils: list[Pupil] = []
-        self.heard: list[tuple[str, Message]] = []  # all that was said, in order
+        self.workers: list[InProcessWorker] = []
+        self.sources: list[InProcessSource] = []
+        self.messages: list[tuple[str, Message]] = []  # all that was said, in order
         self.on_message: Callable[[str, Message], None] = lambda topic, message: None
-        self.on_event: Callable[[Event], None] = lambda event: None
+        self.on_event: Callable[[TrainingEventDict], None] = lambda event: None
         self._ear = MemoryTransport(self.hub)
 
-    async def open(self, *stages: int) -> None:
+    async def start(self, *stages: int) -> None:
         """Listen, and start a worker for each stage."""
         await self._ear.connect()
         await self._ear.subscribe("sparse/#", self._hear)
         for stage in stages or range(len(self.pipeline.stage)):
-            await self.add(stage)
+            await self.add_worker(stage)
 
-    async def add(self, stage: int, name: str = "", folder: Path | None = None) -> Worker:
-        made = Worker(
+    async def add_worker(self, stage: int, name: str = "", folder: Path | None = None) -> InProcessWorker:
+        made = InProcessWorker(
             self.hub, self.pipeline, stage, name or f"w{stage}-{len(self.workers)}", folder or self.folder / "versions"
         )
         self.workers.append(made)
         await made.start()
         return made
 
-    async def pupil(self, name: str = "pupil", dataset: Dataset | None = None, *, resume: bool = False) -> Pupil:
-        made = Pupil(self.hub, self.pipeline, name, dataset or Stripes(), resume, self._told)
-        self.pupils.append(made)
+    async def add_source(
+        self, name: str = "pupil", dataset: Dataset | None = None, *, resume: bool = False
+    ) -> InProcessSource:
+        made = InProcessSource(self.hub, self.pipeline, name, dataset or StripedImages(), resume, self._told)
+        self.sources.append(made)
         await made.start()
         return made
 
-    async def learn(self, name: str = "pupil", dataset: Dataset | None = None, *, resume: bool = False) -> Pupil:
+    async def train(
+        self, name: str = "pupil", dataset: Dataset | None = None, *, resume: bool = False
+    ) -> InProcessSource:
         """A whole run of one source."""
-        made = await self.pupil(name, dataset, resume=resume)
+        made = await self.add_source(name, dataset, resume=resume)
         await made.training.run()
         return made
 
     async def close(self) -> None:
-        for pupil in self.pupils:
-            await pupil.end()
+        for pupil in self.sources:
+            await pupil.close()
         for worker in self.workers:
-            await worker.end()
+            await worker.close()
         await self._ear.close()
 
     def _hear(self, delivery: Delivery) -> None:
         with suppress(WireError):
             message = decode(delivery.properties, delivery.payload)
-            if "sparse" in dict(delivery.properties.user):
-                self.heard.append((delivery.topic, message))
+            if "sparse" in dict(delivery.properties.user_properties):
+                self.messages.append((delivery.topic, message))
                 self.on_message(delivery.topic, message)
 
-    def _told(self, event: Event) -> None:
+    def _told(self, event: TrainingEventDict) -> None:
         self.on_event(event)
 
-    async def until(self, what: str, look: Callable[[], object]) -> None:
+    async def wait_for(self, description: str, poll: Callable[[], object]) -> None:
         """Wait until something is so."""
         try:
             async with asyncio.timeout(WAIT_S):
-                while not look():  # noqa: ASYNC110 - it looks at what tells nobody
+                while not poll():  # noqa: ASYNC110 - it looks at what tells nobody
                     await asyncio.sleep(0.01)
         except TimeoutError:
-            raise AssertionError(f"waited {WAIT_S:g} s for {what}") from None
+            raise AssertionError(f"waited {WAIT_S:g} s for {description}") from None
 
-    async def until_step(self, pupil: Pupil, step: int) -> None:
-        await self.until(f"step {step}", lambda: pupil.training.done >= step)
+    async def wait_for_step(self, source: InProcessSource, step: int) -> None:
+        await self.wait_for(f"step {step}", lambda: source.training.completed_steps >= step)
 
-    async def until_something_is_said(self, messages: int = 4) -> None:
-        wanted = len(self.heard) + messages
-        await self.until("more to be said", lambda: len(self.heard) >= wanted)
+    async def wait_for_messages(self, count: int = 4) -> None:
+        wanted = len(self.messages) + count
+        await self.wait_for("more to be said", lambda: len(self.messages) >= wanted)
 
     # What came of it ----------------------------------------------------------------------------------------------
 
     @property
-    def crew(self) -> dict[str, str]:
+    def members(self) -> dict[str, str]:
         """Who trains now, as those who trained last know it."""
         found = [worker.trainer for worker in self.workers if worker.is_running]
-        newest = max(found, key=lambda trainer: trainer.steps.term)
-        return dict(newest._execution.crew)
+        newest = max(found, key=lambda trainer: trainer.step_queue.term)
+        return dict(newest._executor.members)
 
-    def active(self, stage: int) -> Worker:
+    def active_worker(self, stage: int) -> InProcessWorker:
         """The worker that trains a stage."""
-        name = self.crew[f"s{stage}"]
+        name = self.members[f"s{stage}"]
         return next(worker for worker in self.workers if worker.trainer.worker == name)
 
     @property
-    def saved(self) -> int:
+    def saved_activations(self) -> int:
         """Forwards that wait, at those who train."""
-        return sum(len(self.active(stage).learner.saved) for stage in range(len(self.pipeline.stage)))
+        return sum(len(self.active_worker(stage).part_trainer.activations) for stage in range(len(self.pipeline.stage)))
 
-    async def weights(self, pupil: Pupil) -> dict[str, Tensor]:
-        bodies = await pupil.training.weights()
+    async def weights(self, source: InProcessSource) -> dict[str, Tensor]:
+        bodies = await source.training.fetch_weights()
         return {name: to_torch(tensor) for body in bodies.values() for name, tensor in body.tensors.items()}
 
-    def order(self) -> list[str]:
+    def sources_by_version(self) -> list[str]:
         """Whose step each version is, from the first: a version that was done again is the last one that was done."""
         found: dict[int, str] = {}
-        for topic, message in self.heard:
-            if isinstance(message, Step) and message.verb == "committed" and message.details["stage"] == "s0":
+        for topic, message in self.messages:
+            if isinstance(message, StepMessage) and message.verb == "committed" and message.details["stage"] == "s0":
                 found[message.details["version"]] = topic.split("/")[3]
         return [found[version] for version in sorted(found)]
 
-    def plainly(self, order: Iterable[str], datasets: Mapping[str, Dataset]) -> dict[str, Tensor]:
+    def train_unsplit(self, order: Iterable[str], datasets: Mapping[str, Dataset]) -> dict[str, Tensor]:
         """The state of the uncut network in a plain loop, when sources do their steps in this order.
 
         In the thread that computes for all: what it still does would draw from the same generator.
@@ -260,14 +264,16 @@ class Classroom:
     def _plainly(self, order: Iterable[str], datasets: Mapping[str, Dataset]) -> dict[str, Tensor]:
         table = self.pipeline.training
         torch.manual_seed(SEED)
-        model = small()
-        whole = Plain(model, torch.optim.SGD(model.parameters(), lr=table.lr, momentum=0.9), seed=SEED)
+        model = small_network()
+        whole = UnsplitTrainer(model, torch.optim.SGD(model.parameters(), lr=table.lr, momentum=0.9), seed=SEED)
         done = dict.fromkeys(datasets, 0)
         batches = {name: Batches(dataset.train(), table.batch, SEED) for name, dataset in datasets.items()}
         for name in order:
             inputs, labels = batches[name].batch(done[name])
-            pieces = micro(inputs, labels, table.micro_batches)
-            whole.step(done[name], [(torch.from_numpy(some), torch.from_numpy(theirs)) for some, theirs in pieces])
+            pieces = split_micro_batches(inputs, labels, table.micro_batches)
+            whole.train_step(
+                done[name], [(torch.from_numpy(some), torch.from_numpy(theirs)) for some, theirs in pieces]
+            )
             done[name] += 1
         return model.state_dict()
 
@@ -279,7 +285,7 @@ class _OneThread(ThreadPoolExecutor):
         """Not before the process ends: the others compute on."""
 
 
-def hurry(monkeypatch: Any) -> None:
+def shorten_intervals(monkeypatch: Any) -> None:
     """Workers that report ten times a second: what takes them seconds is done in tenths. All compute in one thread."""
     one_thread = _OneThread(1, thread_name_prefix="compute")
     monkeypatch.setattr(execution, "ThreadPoolExecutor", lambda *_, **__: one_thread)

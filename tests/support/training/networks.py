@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def fill(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and statistic its own numbers, of a size at which values neither vanish nor explode.
 
     Initial weights will not do: the layer scales of ConvNeXt (1e-6), or the means of batch norms (0), hide mistakes.

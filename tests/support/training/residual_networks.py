@@ -8,7 +8,7 @@ from torch import Tensor, nn
 CLASSES = 5
 
 
-class Skips(nn.Module):
+class SkipNetwork(nn.Module):
     """What the first layer gives is used by every later one, and by each of them at another place of its sum."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Skips(nn.Module):
         return self.out(torch.relu(fourth) * begun + third)  # type: ignore[no-any-return]
 
 
-class Dropouts(nn.Module):
+class DropoutNetwork(nn.Module):
     """Dropout as a module and as a function, before, between and after layers."""
 
     def __init__(self) -> None:
@@ -46,14 +46,14 @@ class Dropouts(nn.Module):
         return self.out(self.drop(last))  # type: ignore[no-any-return]
 
 
-def skips() -> nn.Module:
-    return Skips()
+def skip_network() -> nn.Module:
+    return SkipNetwork()
 
 
-def dropouts() -> nn.Module:
-    return Dropouts()
+def dropout_network() -> nn.Module:
+    return DropoutNetwork()
 
 
-def wide() -> nn.Module:
+def wide_network() -> nn.Module:
     """For pictures (3, 8, 8): its first three layers have most of its weights."""
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 1024), nn.ReLU(), nn.Linear(1024, 4))

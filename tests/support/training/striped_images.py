@@ -12,12 +12,12 @@ from sources.datasets.dataset import Dataset, Examples
 CLASSES = 4
 
 
-class Stripes(Dataset):
+class StripedImages(Dataset):
     """Pictures (3, 8, 8) whose class is the row that is bright."""
 
     name = "stripes"
     classes = tuple("0123")
-    mirrors = True
+    horizontal_flip = True
 
     def __init__(self, count: int = 96, seed: int = 0) -> None:
         self._count, self._seed = count, seed
@@ -36,7 +36,7 @@ class Stripes(Dataset):
         return Examples(pictures, labels.astype(np.int64))
 
 
-class TooManyClasses(Stripes):
+class ExtraClassImages(StripedImages):
     """One more class than the network has."""
 
     classes = tuple("01234")

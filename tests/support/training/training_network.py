@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from brokers.protocol.training import micro_seed
-from sources.datasets.batches import Batches, micro
+from brokers.protocol.training import micro_batch_seed
+from sources.datasets.batches import Batches, split_micro_batches
 from tests.support.training.striped_images import CLASSES
 
 MODEL = "tests.support.training.training_network:small"
@@ -14,7 +14,7 @@ MODEL = "tests.support.training.training_network:small"
 CUTS = (4, 9)
 
 
-class Small(nn.Module):
+class SmallNetwork(nn.Module):
     """Convolutions with a batch norm, a skip connection, and dropout as a module and as a function."""
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class Small(nn.Module):
         return self.out(nn.functional.dropout(flat, 0.1, self.training))  # type: ignore[no-any-return]
 
 
-def small() -> nn.Module:
-    return Small()
+def small_network() -> nn.Module:
+    return SmallNetwork()
 
 
-class Reader(nn.Module):
+class DigitNetwork(nn.Module):
     """Enough for handwritten digits: (B, 3, 32, 32) of bytes in, 10 classes out."""
 
     def __init__(self) -> None:
@@ -55,23 +55,23 @@ class Reader(nn.Module):
         return self.out(torch.flatten(more, 1))  # type: ignore[no-any-return]
 
 
-def reader() -> nn.Module:
-    return Reader()
+def digit_network() -> nn.Module:
+    return DigitNetwork()
 
 
-def train_plainly(
+def train_unsplit(
     batches: Batches, steps: int, micro_batches: int, *, seed: int = 0, lr: float = 0.05, momentum: float = 0.9
 ) -> tuple[nn.Module, list[float]]:
     """The uncut network after so many steps of plain torch, and the loss of each."""
     torch.manual_seed(seed)
-    model = small().train()
+    model = small_network().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     losses = []
     for step in range(steps):
         inputs, labels = batches.batch(step)
         total = 0.0
-        for index, (some, theirs) in enumerate(micro(inputs, labels, micro_batches)):
-            torch.manual_seed(micro_seed(seed, step, index))
+        for index, (some, theirs) in enumerate(split_micro_batches(inputs, labels, micro_batches)):
+            torch.manual_seed(micro_batch_seed(seed, step, index))
             loss = nn.functional.cross_entropy(model(torch.from_numpy(some)), torch.from_numpy(theirs))
             torch.autograd.backward([loss * (len(theirs) / len(labels))])
             total += loss.item() * len(theirs)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from brokers.errors import BadPayload
-from brokers.protocol.messages import JPEG, JSON, Blob, Body
+from brokers.protocol.messages import JPEG, JSON, BinaryContent, TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from stages.errors import BadExecutor
-from stages.executor import FunctionExecutor, TaskContext, TaskExecutor, load_executor, readings
+from stages.executor import FunctionExecutor, TaskContext, TaskExecutor, load_executor, parse_json_arrays
 
 MODULE = """
 import torch
@@ -54,7 +54,7 @@ def context() -> TaskContext:
 
 
 def call(executor: TaskExecutor, **arrays: Any) -> dict[str, Any]:
-    content = Body({name: from_array(value) for name, value in arrays.items()})
+    content = TensorContent({name: from_array(value) for name, value in arrays.items()})
     given = executor.execute(executor.prepare(content, context()), context())
     assert given is not None
     return given
@@ -158,19 +158,19 @@ def test_what_a_function_returns_must_be_a_dict() -> None:
 
 def test_metadata_travels_into_the_task() -> None:
     task = context()
-    TaskExecutor().prepare(Body({}, {"camera": "north"}), task)
+    TaskExecutor().prepare(TensorContent({}, {"camera": "north"}), task)
     assert task.metadata == {"camera": "north"}
 
 
 def test_readings_are_named_or_bare_numbers_and_lists_of_them() -> None:
-    named = readings(Blob(JSON, b'{"celsius": 21.5, "levels": [[1, 2], [3, 4]], "on": true}'))
+    named = parse_json_arrays(BinaryContent(JSON, b'{"celsius": 21.5, "levels": [[1, 2], [3, 4]], "on": true}'))
     assert {name: (array.dtype.name, array.shape) for name, array in named.items()} == {
         "celsius": ("float64", ()),
         "levels": ("float64", (2, 2)),
         "on": ("float64", ()),
     }
-    assert readings(Blob(JSON, b"21.5"))["value"] == 21.5
-    assert readings(Blob(JSON, b" [1, 2]"))["value"].tolist() == [1.0, 2.0]
+    assert parse_json_arrays(BinaryContent(JSON, b"21.5"))["value"] == 21.5
+    assert parse_json_arrays(BinaryContent(JSON, b" [1, 2]"))["value"].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -182,9 +182,9 @@ def test_readings_are_named_or_bare_numbers_and_lists_of_them() -> None:
 )
 def test_readings_that_are_no_numbers_are_refused(text: bytes) -> None:
     with pytest.raises(BadPayload, match="expected numbers"):
-        readings(Blob(JSON, text))
+        parse_json_arrays(BinaryContent(JSON, text))
 
 
 def test_a_stage_of_numbers_takes_no_picture() -> None:
     with pytest.raises(BadPayload, match="this stage takes numbers"):
-        TaskExecutor().prepare(Blob(JPEG, b"\xff\xd8\xff"), context())
+        TaskExecutor().prepare(BinaryContent(JPEG, b"\xff\xd8\xff"), context())

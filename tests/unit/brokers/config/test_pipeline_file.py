@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.config.pipeline_file import broker_address, load_pipeline, nearest, new_run_folder
-from brokers.config.schema import LOCAL
+from brokers.config.pipeline_file import did_you_mean, load_pipeline, new_run_folder, resolve_broker_address
+from brokers.config.schema import LOCAL_SITE
 from brokers.errors import BadFile
 from brokers.protocol.topics import StageTopics
 
@@ -57,7 +57,7 @@ def test_a_file_is_read_with_its_defaults(file: Path) -> None:
     found = load_pipeline(file)
     assert (found.name, found.pipeline.cuts, found.folder) == ("street", (8, 13), file.parent)
     head = found.find_stage("head")
-    assert (head.workers, head.site, head.device, head.max_batch, head.wire) == (1, LOCAL, "auto", 1, "float32")
+    assert (head.workers, head.site, head.device, head.max_batch, head.wire) == (1, LOCAL_SITE, "auto", 1, "float32")
     assert (found.source.kind, found.source.path, found.source.name) == ("video", "street.mp4", "source")
 
 
@@ -68,9 +68,9 @@ def test_stages_follow_one_another_and_know_their_parts(file: Path) -> None:
     file.write_text(text, encoding="utf-8")
     found = load_pipeline(file)
     head, body, blur, tail = found.stage
-    assert [found.after(stage) for stage in found.stage] == [body, blur, tail, None]
+    assert [found.next_stage(stage) for stage in found.stage] == [body, blur, tail, None]
     assert [found.part_index(stage) for stage in (head, body, tail)] == [0, 1, 2]
-    assert found.topics(blur) == StageTopics(LOCAL, "street", "blur")
+    assert found.topics(blur) == StageTopics(LOCAL_SITE, "street", "blur")
 
 
 def test_the_window_can_be_said(file: Path) -> None:
@@ -84,13 +84,16 @@ def test_a_site_has_the_broker_it_states_else_the_one_of_the_environment(
     file.write_text(GOOD + '[[site]]\nname = "cloud"\nbroker = "mqtts://c:1"\n', encoding="utf-8")
     found = load_pipeline(file)
     monkeypatch.delenv("SPARSE_BROKER", raising=False)
-    assert (broker_address(found, "cloud"), broker_address(found, LOCAL)) == ("mqtts://c:1", None)
+    assert (resolve_broker_address(found, "cloud"), resolve_broker_address(found, LOCAL_SITE)) == ("mqtts://c:1", None)
     monkeypatch.setenv("SPARSE_BROKER", "mqtt://here:1")
-    assert (broker_address(found, "cloud"), broker_address(found, LOCAL)) == ("mqtts://c:1", "mqtt://here:1")
-    assert broker_address(None, LOCAL) == "mqtt://here:1"
-    assert broker_address(found, "cloud", "mqtt://said:1") == "mqtt://said:1"
-    assert broker_address(found, "cloud", handed=True) == "mqtt://here:1"
-    assert found.broker_of(LOCAL) is None  # what a file says does not depend on where it is read
+    assert (resolve_broker_address(found, "cloud"), resolve_broker_address(found, LOCAL_SITE)) == (
+        "mqtts://c:1",
+        "mqtt://here:1",
+    )
+    assert resolve_broker_address(None, LOCAL_SITE) == "mqtt://here:1"
+    assert resolve_broker_address(found, "cloud", "mqtt://said:1") == "mqtt://said:1"
+    assert resolve_broker_address(found, "cloud", from_parent=True) == "mqtt://here:1"
+    assert found.configured_broker(LOCAL_SITE) is None  # what a file says does not depend on where it is read
 
 
 def test_a_stage_that_is_not_there_is_told_with_the_nearest(file: Path) -> None:
@@ -245,5 +248,5 @@ def test_no_text_raises_anything_but_one_line(text: str, at: int) -> None:
 
 
 def test_the_nearest_name_is_offered_only_where_one_is_near() -> None:
-    assert nearest("hed", ["head", "tail"]) == " (did you mean 'head'?)"
-    assert nearest("xyz", ["head", "tail"]) == ""
+    assert did_you_mean("hed", ["head", "tail"]) == " (did you mean 'head'?)"
+    assert did_you_mean("xyz", ["head", "tail"]) == ""

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.config.bridge_rules import rules
-from brokers.config.topology import Sites
+from brokers.config.bridge_rules import topic_rules
+from brokers.config.topology import SiteTopology
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,27 @@ def site(name: str, *to: str) -> Site:
     return Site(name, tuple(Link(other) for other in to))
 
 
-ROW = Sites.of([site("device", "cloudlet"), site("cloudlet", "cloud"), site("cloud")])
+ROW = SiteTopology.from_sites([site("device", "cloudlet"), site("cloudlet", "cloud"), site("cloud")])
 
 
 def test_a_bridge_carries_what_is_for_those_behind_it_and_brings_what_is_for_those_before_it() -> None:
-    near, far = ROW.crossing("device", "cloudlet"), ROW.crossing("cloudlet", "cloud")
+    near, far = ROW.bridge_sides("device", "cloudlet"), ROW.bridge_sides("cloudlet", "cloud")
     assert (near.near, near.far) == (("device",), ("cloudlet", "cloud"))
     assert (far.near, far.far) == (("device", "cloudlet"), ("cloud",))
 
 
 def test_there_is_one_way_between_two_sites_whoever_keeps_the_bridges() -> None:
-    assert ROW.way("device", "cloud") == ("device", "cloudlet", "cloud")
-    assert ROW.way("cloud", "device") == ("cloud", "cloudlet", "device")
-    assert ROW.way("cloud", "moon") == ()
-    assert Sites.of([site("a"), site("b")]).way("a", "b") == ()
+    assert ROW.path("device", "cloud") == ("device", "cloudlet", "cloud")
+    assert ROW.path("cloud", "device") == ("cloud", "cloudlet", "device")
+    assert ROW.path("cloud", "moon") == ()
+    assert SiteTopology.from_sites([site("a"), site("b")]).path("a", "b") == ()
 
 
 def test_the_rules_of_a_bridge() -> None:
-    said = {f"{rule.topic_filter} {rule.direction} {rule.qos}" for rule in rules(ROW.crossing("cloudlet", "cloud"))}
+    said = {
+        f"{rule.topic_filter} {rule.direction} {rule.qos}"
+        for rule in topic_rules(ROW.bridge_sides("cloudlet", "cloud"))
+    }
     assert {
         "sparse/cloud/+/+/in/+ out 0",
         "sparse/cloud/+/+/tasks out 1",
@@ -60,12 +63,12 @@ def test_the_rules_of_a_bridge() -> None:
 def test_in_any_tree_nothing_that_crosses_a_bridge_can_come_back_over_it(parents: list[int]) -> None:
     names = [str(number) for number in range(len(parents) + 1)]
     up = {names[index + 1]: names[parent % (index + 1)] for index, parent in enumerate(parents)}
-    tree = Sites.of([site(name, *([up[name]] if name in up else [])) for name in names])
+    tree = SiteTopology.from_sites([site(name, *([up[name]] if name in up else [])) for name in names])
     for name, to in up.items():
-        crossing = tree.crossing(name, to)
+        crossing = tree.bridge_sides(name, to)
         assert sorted(crossing.near + crossing.far) == sorted(names)
-        there = {rule.topic_filter for rule in rules(crossing) if rule.direction == "out"}
-        back = {rule.topic_filter for rule in rules(crossing) if rule.direction == "in"}
+        there = {rule.topic_filter for rule in topic_rules(crossing) if rule.direction == "out"}
+        back = {rule.topic_filter for rule in topic_rules(crossing) if rule.direction == "in"}
         assert not there & back
 
 
@@ -94,5 +97,5 @@ BAD = {
 def test_what_is_no_tree_is_told_in_one_line(case: str) -> None:
     sites, expected = BAD[case]
     with pytest.raises(ValueError) as caught:
-        Sites.of(sites)
+        SiteTopology.from_sites(sites)
     assert str(caught.value) == expected

@@ -7,27 +7,35 @@ from typing import Any
 
 import pytest
 
-from brokers.dispatch.presence import OTHER, REASON_LIMIT, RECORD_LIMIT_BYTES, Birth, SourceBirth, SourceLoad, by_reason
+from brokers.dispatch.presence import (
+    OTHER_REASON,
+    REASON_LIMIT,
+    RECORD_LIMIT_BYTES,
+    SourceLoad,
+    SourceRecord,
+    WorkerRecord,
+    normalize_reason_counts,
+)
 from brokers.errors import BadPayload, VersionMismatch
 
-SOURCE = SourceBirth(source="cam", pipeline="street", site="local", node="here", pid=1)
-WORKER = Birth(
+SOURCE = SourceRecord(source="cam", pipeline="street", site="local", node="here", pid=1)
+WORKER = WorkerRecord(
     worker="w", stage="head", pipeline="street", site="local", node="here", pid=1, device="cpu", fingerprint="",
     capacity=1,
 )  # fmt: skip
 
 
 def test_a_record_of_a_source_reads_as_it_was_written() -> None:
-    load = SourceLoad(requests=9, results=7, dropped={"newer_came": 2}, retries={"WorkerLost": 1}, twins=1)
+    load = SourceLoad(requests=9, results=7, dropped={"newer_came": 2}, retries={"WorkerLost": 1}, duplicates=1)
     record = SOURCE.model_copy(update={"load": load, "up_s": 1.5})
-    assert SourceBirth.from_bytes(record.to_bytes()) == record
+    assert SourceRecord.from_bytes(record.to_bytes()) == record
 
 
 def test_a_worker_of_before_says_neither_its_age_nor_what_it_turned_away() -> None:
     fields = json.loads(WORKER.to_bytes())
     del fields["up_s"], fields["load"]["turned_away"], fields["load"]["expired"]
-    found = Birth.from_bytes(json.dumps(fields).encode())
-    assert (found.up_s, found.load.turned_away, found.load.expired) == (None, 0, 0)
+    found = WorkerRecord.from_bytes(json.dumps(fields).encode())
+    assert (found.up_s, found.load.rejected, found.load.expired) == (None, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -48,22 +56,22 @@ def test_a_worker_of_before_says_neither_its_age_nor_what_it_turned_away() -> No
 def test_a_record_of_a_source_that_breaks_a_rule_is_refused(change: dict[str, Any]) -> None:
     fields = {**json.loads(SOURCE.to_bytes()), **change}
     with pytest.raises(BadPayload, match="not a presence record"):
-        SourceBirth.from_bytes(json.dumps(fields).encode())
+        SourceRecord.from_bytes(json.dumps(fields).encode())
 
 
 def test_a_source_of_another_version_is_told_apart() -> None:
     with pytest.raises(VersionMismatch):
-        SourceBirth.from_bytes(SOURCE.model_copy(update={"version": "2"}).to_bytes())
+        SourceRecord.from_bytes(SOURCE.model_copy(update={"version": "2"}).to_bytes())
 
 
 def test_counts_by_reason_fit_a_record_whatever_the_reasons() -> None:
     wild = {"": 1, "a b": 2, "a_b": 3, "ü" * 100: 4, **{f"made-up-{number}": 1 for number in range(1000)}}
-    found = by_reason(wild)
+    found = normalize_reason_counts(wild)
     assert REASON_LIMIT - 1 <= len(found) <= REASON_LIMIT
     assert sum(found.values()) == sum(wild.values())
     assert found["a_b"] == 5
-    assert found[OTHER] > 900
+    assert found[OTHER_REASON] > 900
     record = SOURCE.model_copy(update={"load": SourceLoad(failed=found)})
-    assert SourceBirth.from_bytes(record.to_bytes()) == record
+    assert SourceRecord.from_bytes(record.to_bytes()) == record
     assert SourceLoad(failed=wild).failed == found
-    assert by_reason({"WorkerLost": 2, "Busy": 0}) == {"WorkerLost": 2}
+    assert normalize_reason_counts({"WorkerLost": 2, "Busy": 0}) == {"WorkerLost": 2}

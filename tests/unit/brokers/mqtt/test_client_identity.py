@@ -10,20 +10,20 @@ import pytest
 
 from brokers.errors import BadFile, UsageError
 from brokers.mqtt import tls_files as credentials
-from brokers.mqtt.client_identity import read_password, tls_of, transport_to, with_password
-from brokers.mqtt.socket_connect import Tls
-from brokers.mqtt.tls_files import Expired, KeyMisfit, NotYetValid, now
+from brokers.mqtt.client_identity import create_transport, load_tls_config, read_password, with_password
+from brokers.mqtt.socket_connect import TlsConfig
+from brokers.mqtt.tls_files import Expired, KeyMismatch, NotYetValid, utc_now
 from brokers.protocol.broker_url import parse_address
-from brokers.security.cert_store import keep
+from brokers.security.cert_store import ensure_certificates
 from brokers.security.dev_ca import Identity
-from tests.support.brokers.locked_broker import forge
+from tests.support.brokers.locked_broker import forge_credentials
 
 SECRET = "correct horse"
 
 
 @pytest.fixture(name="certs")
 def _certs(tmp_path: Path) -> Path:
-    keep(tmp_path / "certs", [Identity("viewer")], days=30)
+    ensure_certificates(tmp_path / "certs", [Identity("viewer")], days=30)
     return tmp_path / "certs"
 
 
@@ -34,22 +34,22 @@ def _mine(certs: Path) -> Path:
 
 def test_without_an_identity_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARSE_TLS", raising=False)
-    assert tls_of("") == Tls()
-    assert transport_to("mqtts://host")._tls == Tls()
+    assert load_tls_config("") == TlsConfig()
+    assert create_transport("mqtts://host")._tls == TlsConfig()
 
 
 def test_a_folder_is_who_we_are_and_whom_we_believe(monkeypatch: pytest.MonkeyPatch, mine: Path) -> None:
-    expected = Tls(str(mine / "ca.crt"), str(mine / "tls.crt"), str(mine / "tls.key"))
-    assert tls_of(str(mine)) == expected
+    expected = TlsConfig(str(mine / "ca.crt"), str(mine / "tls.crt"), str(mine / "tls.key"))
+    assert load_tls_config(str(mine)) == expected
     monkeypatch.setenv("SPARSE_TLS", str(mine))
-    assert transport_to("mqtts://host")._tls == expected
-    assert transport_to("mqtt://host")._tls == Tls()  # where no lock is, none is opened
+    assert create_transport("mqtts://host")._tls == expected
+    assert create_transport("mqtt://host")._tls == TlsConfig()  # where no lock is, none is opened
 
 
 def test_who_logs_in_by_password_needs_the_authority_only(mine: Path) -> None:
     (mine / "tls.crt").unlink()
     (mine / "tls.key").unlink()
-    assert tls_of(str(mine)) == Tls(str(mine / "ca.crt"))
+    assert load_tls_config(str(mine)) == TlsConfig(str(mine / "ca.crt"))
 
 
 @pytest.mark.parametrize(
@@ -70,49 +70,49 @@ def test_a_file_that_does_not_do_is_named(
 ) -> None:
     spoil(mine)
     with pytest.raises(kind) as caught:
-        tls_of(str(mine))
+        load_tls_config(str(mine))
     assert told in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
 def test_a_folder_that_cannot_even_be_asked_for_is_named() -> None:
     with pytest.raises(BadFile, match="n: cannot be read: file name too long"):
-        tls_of("n" * 300)
+        load_tls_config("n" * 300)
 
 
 def test_a_certificate_that_does_not_fit_its_key(certs: Path, mine: Path) -> None:
-    (forge(certs, "viewer") / "tls.key").replace(mine / "tls.key")
-    with pytest.raises(KeyMisfit, match=r"tls.crt: does not fit the key in .*tls.key"):
-        tls_of(str(mine))
+    (forge_credentials(certs, "viewer") / "tls.key").replace(mine / "tls.key")
+    with pytest.raises(KeyMismatch, match=r"tls.crt: does not fit the key in .*tls.key"):
+        load_tls_config(str(mine))
 
 
 def test_a_clock_that_was_never_set(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = certs / "viewer"
-    monkeypatch.setattr(credentials, "now", lambda: now().replace(year=1970))
+    monkeypatch.setattr(credentials, "now", lambda: utc_now().replace(year=1970))
     with pytest.raises(NotYetValid) as caught:
-        tls_of(str(mine))
+        load_tls_config(str(mine))
     line = str(caught.value)
-    assert line.startswith(f"{mine / 'ca.crt'}: is valid from {now():%Y-%m}")
+    assert line.startswith(f"{mine / 'ca.crt'}: is valid from {utc_now():%Y-%m}")
     assert "and here it is 1970-" in line
     assert line.endswith("is this machine's clock right?")
 
 
 def test_a_certificate_whose_time_is_over(certs: Path) -> None:
     with pytest.raises(Expired, match=r"tls.crt: expired at .*, and here it is .*--renew"):
-        tls_of(str(forge(certs, "viewer", begin_days=-9, days=3)))
+        load_tls_config(str(forge_credentials(certs, "viewer", valid_from_days=-9, valid_days=3)))
 
 
 def test_an_authority_whose_time_is_over(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(credentials, "now", lambda: now().replace(year=now().year + 20))
+    monkeypatch.setattr(credentials, "now", lambda: utc_now().replace(year=utc_now().year + 20))
     with pytest.raises(Expired, match=r"ca.crt: expired at"):
-        tls_of(str(mine))
+        load_tls_config(str(mine))
 
 
 @pytest.mark.parametrize(("make", "told"), [(Path.touch, "is no folder"), (lambda path: None, "no such folder")])
 def test_what_is_no_folder_is_told(tmp_path: Path, make: Callable[[Path], object], told: str) -> None:
     make(tmp_path / "x")
     with pytest.raises(BadFile, match=f"{told}: expected one with ca.crt, tls.crt and tls.key"):
-        tls_of(str(tmp_path / "x"))
+        load_tls_config(str(tmp_path / "x"))
 
 
 # Passwords --------------------------------------------------------------------------------------------------------
@@ -150,14 +150,14 @@ def test_a_password_joins_the_user_of_the_address_and_shows_nowhere(
     assert with_password(parse_address("mqtt://ann@host")).password == SECRET
     assert with_password(parse_address("mqtt://ann:other@host")).password == "other"
     assert with_password(parse_address("mqtt://host")).password is None
-    transport = transport_to("mqtt://ann@host")
+    transport = create_transport("mqtt://ann@host")
     assert SECRET not in f"{transport!r} {transport.address} {transport._address!r}"
 
 
 def test_a_secret_that_everybody_may_read_is_told(tmp_path: Path, mine: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "password"
     path.write_text(SECRET)
-    for secret, use in ((path, lambda: read_password(path)), (mine / "tls.key", lambda: tls_of(str(mine)))):
+    for secret, use in ((path, lambda: read_password(path)), (mine / "tls.key", lambda: load_tls_config(str(mine)))):
         secret.chmod(0o600)
         with caplog.at_level(logging.WARNING):
             use()

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from brokers.errors import TooLarge
-from brokers.mqtt.packet_io import HEAD_BUFFER_BYTES, OutQueue, PacketReader
-from brokers.mqtt.publish_packet import MAX_HEAD_BYTES, BadPacket, PublishHead, encode_head
+from brokers.mqtt.packet_io import HEADER_BUFFER_BYTES, PacketReader, PacketWriter
+from brokers.mqtt.publish_packet import MAX_HEADER_BYTES, BadPacket, PublishHeader, encode_publish_header
 from brokers.protocol.transport import Properties
 
 
@@ -22,13 +22,13 @@ class Kept:
         self.packets: list[bytes] = []
         self._place = place
 
-    def place(self, head: PublishHead) -> memoryview | None:
+    def get_buffer(self, head: PublishHeader) -> memoryview | None:
         return None if self._place is None else self._place[: head.payload_bytes]
 
-    def published(self, head: PublishHead, payload: memoryview) -> None:
+    def on_publish(self, head: PublishHeader, payload: memoryview) -> None:
         self.publications.append((head.topic, bytes(payload)))
 
-    def packet(self, data: bytes) -> None:
+    def on_packet(self, data: bytes) -> None:
         self.packets.append(data)
 
 
@@ -43,20 +43,33 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def publish(topic: str, payload: bytes, properties: Properties = Properties()) -> bytes:
-    return encode_head(topic, properties, len(payload)) + payload
+    return encode_publish_header(topic, properties, len(payload)) + payload
 
 
 def mixture() -> tuple[bytes, list[tuple[str, bytes]], list[bytes]]:
     """Publications of sizes around every boundary, with other packets among them."""
     chance = random.Random(1)
-    sizes = [0, 1, 5, 127, 128, HEAD_BUFFER_BYTES - 9, HEAD_BUFFER_BYTES, HEAD_BUFFER_BYTES + 1, 70_000, 3, 0, 200_000]
+    sizes = [
+        0,
+        1,
+        5,
+        127,
+        128,
+        HEADER_BUFFER_BYTES - 9,
+        HEADER_BUFFER_BYTES,
+        HEADER_BUFFER_BYTES + 1,
+        70_000,
+        3,
+        0,
+        200_000,
+    ]
     publications = [(f"t/{number}", chance.randbytes(size)) for number, size in enumerate(sizes)]
     puback, pong = b"\x40\x02\x80\x01", b"\xd0\x00"
     data = b"".join(publish(*each) + (puback if number % 3 else pong) for number, each in enumerate(publications))
     return data, publications, [puback if number % 3 else pong for number in range(len(sizes))]
 
 
-@pytest.mark.parametrize("step", [1, 2, 7, 1000, HEAD_BUFFER_BYTES, 1 << 20])
+@pytest.mark.parametrize("step", [1, 2, 7, 1000, HEADER_BUFFER_BYTES, 1 << 20])
 def test_any_cut_of_the_bytes_gives_the_same_packets(pair: tuple[socket.socket, socket.socket], step: int) -> None:
     ours, theirs = pair
     data, publications, packets = mixture()
@@ -102,7 +115,7 @@ def test_a_head_larger_than_the_buffer_is_read(pair: tuple[socket.socket, socket
     ours, theirs = pair
     kept = Kept()
     reader = PacketReader(ours, kept, 1 << 20)
-    rest = memoryview(publish("a", b"x", Properties(correlation=bytes(60_000), content_type="y" * 60_000)) * 2)
+    rest = memoryview(publish("a", b"x", Properties(correlation_data=bytes(60_000), content_type="y" * 60_000)) * 2)
     while rest:
         rest = rest[theirs.send(rest) :]
         reader.read(1 << 20)
@@ -115,8 +128,8 @@ def test_a_publication_of_gigantic_properties_is_read_over_and_handed_out_for_it
     ours, theirs = pair
     kept = Kept()
     reader = PacketReader(ours, kept, 1 << 22)
-    gigantic = publish("a", b"x" * 100_000, Properties(user=(("a", "b" * 60_000),) * 20))
-    assert len(gigantic) > MAX_HEAD_BYTES
+    gigantic = publish("a", b"x" * 100_000, Properties(user_properties=(("a", "b" * 60_000),) * 20))
+    assert len(gigantic) > MAX_HEADER_BYTES
     rest = memoryview(publish("a", b"1") + gigantic + publish("a", b"2") + gigantic * 2 + publish("a", b"3"))
     while rest:
         rest = rest[theirs.send(rest[:50_000]) :]
@@ -145,7 +158,7 @@ def test_a_packet_that_is_no_publication_may_not_be_gigantic(pair: tuple[socket.
     ours, theirs = pair
     theirs.send(b"\x90\xff\xff\xff\x01")
     with pytest.raises(BadPacket, match="type 9"):
-        PacketReader(ours, Kept(), 8 * MAX_HEAD_BYTES).read(1 << 20)
+        PacketReader(ours, Kept(), 8 * MAX_HEADER_BYTES).read(1 << 20)
 
 
 def test_the_end_of_the_connection_is_an_error(pair: tuple[socket.socket, socket.socket]) -> None:
@@ -157,11 +170,11 @@ def test_the_end_of_the_connection_is_an_error(pair: tuple[socket.socket, socket
 
 def test_what_is_queued_leaves_in_order_and_is_counted(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
-    queue = OutQueue(ours)
+    queue = PacketWriter(ours)
     chance = random.Random(2)
     pieces = [chance.randbytes(chance.choice([0, 1, 100, 50_000])) for _ in range(300)]
     end = queue.push([memoryview(piece) for piece in pieces])
-    assert end == queue.taken_bytes == sum(map(len, pieces))
+    assert end == queue.accepted_bytes == sum(map(len, pieces))
     came = bytearray()
     while not queue.flush():
         assert queue.sent_bytes < end

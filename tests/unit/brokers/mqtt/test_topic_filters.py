@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from brokers.mqtt.topic_filters import Subscription, Subscriptions, matches, share_group
+from brokers.mqtt.topic_filters import Subscription, Subscriptions, filter_matches, split_shared_filter
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,12 @@ from brokers.mqtt.topic_filters import Subscription, Subscriptions, matches, sha
     ],
 )
 def test_a_filter_matches_as_the_specification_says(topic_filter: str, topic: str, expected: bool) -> None:
-    assert matches(topic_filter, topic) is expected
+    assert filter_matches(topic_filter, topic) is expected
 
 
 def test_a_shared_filter_names_its_group() -> None:
-    assert share_group("$share/workers/a/b") == ("workers", "a/b")
-    assert share_group("a/b") == ("", "a/b")
+    assert split_shared_filter("$share/workers/a/b") == ("workers", "a/b")
+    assert split_shared_filter("a/b") == ("", "a/b")
 
 
 def test_a_change_of_subscriptions_is_seen_for_topics_that_were_asked_for_before() -> None:

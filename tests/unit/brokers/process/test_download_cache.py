@@ -15,7 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from brokers.process.download_cache import BadChecksum, Origin, PackageFile, Unfetched, Url, cache_folder, cached
+from brokers.process.download_cache import (
+    BadChecksum,
+    DownloadFailed,
+    DownloadOrigin,
+    PackageOrigin,
+    UrlOrigin,
+    cache_folder,
+    fetch_file,
+)
 
 CONTENT = bytes(range(256)) * 4096
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -63,21 +71,21 @@ def names_in(folder: Path) -> list[str]:
 
 def test_a_file_is_fetched_once_and_then_comes_from_the_cache(site: Site, tmp_path: Path) -> None:
     for _ in range(3):
-        path = cached("a.bin", SHA256, [Url(f"{site.url}/right")], tmp_path / "cache")
+        path = fetch_file("a.bin", SHA256, [UrlOrigin(f"{site.url}/right")], tmp_path / "cache")
         assert path.read_bytes() == CONTENT
     assert site.asked == ["/right"]
     assert names_in(tmp_path / "cache") == ["a.bin"]
 
 
 def test_the_next_origin_is_asked_when_one_is_out_of_reach(site: Site, tmp_path: Path) -> None:
-    origins = [Url("http://127.0.0.1:1/right"), Url(f"{site.url}/none"), Url(f"{site.url}/right")]
-    assert cached("a.bin", SHA256, origins, tmp_path).read_bytes() == CONTENT
+    origins = [UrlOrigin("http://127.0.0.1:1/right"), UrlOrigin(f"{site.url}/none"), UrlOrigin(f"{site.url}/right")]
+    assert fetch_file("a.bin", SHA256, origins, tmp_path).read_bytes() == CONTENT
     assert site.asked == ["/none", "/right"]
 
 
 def test_when_all_fail_each_is_named_with_its_reason_and_the_place_to_put_the_file(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(Unfetched) as caught:
-        cached("a.bin", SHA256, [Url("http://127.0.0.1:1/x"), Url(f"{site.url}/none")], tmp_path)
+    with pytest.raises(DownloadFailed) as caught:
+        fetch_file("a.bin", SHA256, [UrlOrigin("http://127.0.0.1:1/x"), UrlOrigin(f"{site.url}/none")], tmp_path)
     text = str(caught.value)
     assert "127.0.0.1:1/x: [Errno" in text
     assert "404" in text or "Not Found" in text
@@ -89,7 +97,7 @@ def test_when_all_fail_each_is_named_with_its_reason_and_the_place_to_put_the_fi
 @pytest.mark.parametrize("page", ["wrong", "cut"])
 def test_wrong_bytes_are_refused_with_both_sums_and_never_kept(site: Site, tmp_path: Path, page: str) -> None:
     with pytest.raises(BadChecksum) as caught:
-        cached("a.bin", SHA256, [Url(f"{site.url}/{page}"), Url("http://127.0.0.1:1/x")], tmp_path)
+        fetch_file("a.bin", SHA256, [UrlOrigin(f"{site.url}/{page}"), UrlOrigin("http://127.0.0.1:1/x")], tmp_path)
     assert caught.value.expected == SHA256
     assert SHA256 in str(caught.value)
     assert caught.value.actual in str(caught.value)
@@ -98,20 +106,20 @@ def test_wrong_bytes_are_refused_with_both_sums_and_never_kept(site: Site, tmp_p
 
 def test_a_cached_file_that_was_changed_is_replaced(site: Site, tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"changed")
-    assert cached("a.bin", SHA256, [Url(f"{site.url}/right")], tmp_path).read_bytes() == CONTENT
+    assert fetch_file("a.bin", SHA256, [UrlOrigin(f"{site.url}/right")], tmp_path).read_bytes() == CONTENT
 
 
 def test_a_cached_file_is_found_where_nothing_can_be_written(site: Site, tmp_path: Path) -> None:
-    cached("a.bin", SHA256, [Url(f"{site.url}/right")], tmp_path)
+    fetch_file("a.bin", SHA256, [UrlOrigin(f"{site.url}/right")], tmp_path)
     (tmp_path / ".a.bin.lock").unlink()
-    cached("a.bin", SHA256, [], tmp_path)
+    fetch_file("a.bin", SHA256, [], tmp_path)
     assert not (tmp_path / ".a.bin.lock").exists()
 
 
 def test_a_cache_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(Unfetched, match=r"Not a directory|File exists"):
-        cached("a.bin", SHA256, [], tmp_path / "file" / "cache")
+    with pytest.raises(DownloadFailed, match=r"Not a directory|File exists"):
+        fetch_file("a.bin", SHA256, [], tmp_path / "file" / "cache")
 
 
 def test_many_processes_that_ask_at_once_fetch_once(site: Site, tmp_path: Path) -> None:
@@ -142,8 +150,8 @@ def make_wheel(folder: Path) -> Path:
     return wheel
 
 
-def package(wheel: Path, member: str = "toy_data/a.bin") -> PackageFile:
-    return PackageFile("toy-data==1.0", member, hashlib.sha256(wheel.read_bytes()).hexdigest())
+def package(wheel: Path, member: str = "toy_data/a.bin") -> PackageOrigin:
+    return PackageOrigin("toy-data==1.0", member, hashlib.sha256(wheel.read_bytes()).hexdigest())
 
 
 @pytest.fixture
@@ -156,20 +164,23 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_file_is_read_out_of_a_package_that_pip_fetched(wheel: Path, tmp_path: Path) -> None:
-    assert cached("a.bin", SHA256, [package(wheel)], tmp_path / "cache").read_bytes() == CONTENT
+    assert fetch_file("a.bin", SHA256, [package(wheel)], tmp_path / "cache").read_bytes() == CONTENT
     assert names_in(tmp_path / "cache") == ["a.bin"]
 
 
 def test_a_package_without_the_file_or_that_pip_cannot_find_says_so(wheel: Path, tmp_path: Path) -> None:
-    origins: list[Origin] = [package(wheel, "toy_data/b.bin"), PackageFile("not-there==1.0", "a.bin", "0" * 64)]
-    with pytest.raises(Unfetched, match=r"has no file toy_data/b\.bin; package not-there==1\.0: .*not-there"):
-        cached("a.bin", SHA256, origins, tmp_path / "cache")
+    origins: list[DownloadOrigin] = [
+        package(wheel, "toy_data/b.bin"),
+        PackageOrigin("not-there==1.0", "a.bin", "0" * 64),
+    ]
+    with pytest.raises(DownloadFailed, match=r"has no file toy_data/b\.bin; package not-there==1\.0: .*not-there"):
+        fetch_file("a.bin", SHA256, origins, tmp_path / "cache")
 
 
 def test_a_package_of_another_sum_is_not_even_opened(wheel: Path, tmp_path: Path) -> None:
-    forged = PackageFile("toy-data==1.0", "toy_data/a.bin", "0" * 64)
-    with pytest.raises(Unfetched, match=r"package toy-data==1\.0"):
-        cached("a.bin", SHA256, [forged], tmp_path / "cache")
+    forged = PackageOrigin("toy-data==1.0", "toy_data/a.bin", "0" * 64)
+    with pytest.raises(DownloadFailed, match=r"package toy-data==1\.0"):
+        fetch_file("a.bin", SHA256, [forged], tmp_path / "cache")
 
 
 def test_a_source_archive_has_one_more_folder_and_the_file_is_found_below_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokers.errors import BadChunk, Incomplete, TooLarge
-from brokers.protocol.chunking import Assembler, Chunk, cut
+from brokers.protocol.chunking import Assembler, ChunkHeader, split_into_chunks
 
 KEY = ("inbox", b"request")
 OTHER = ("inbox", b"other")
@@ -19,19 +19,19 @@ MESSAGE = bytes(range(10))
 
 def feed(assembler: Assembler, key: tuple[object, ...], offset: int, payload: bytes, total: int = 10) -> bytes | None:
     """Hand in one chunk the way a transport does that received it into a buffer of its own."""
-    whole = assembler.fill(key, Chunk(offset, total), memoryview(payload), now_s=0.0)
+    whole = assembler.add_chunk(key, ChunkHeader(offset, total), memoryview(payload), now_s=0.0)
     return None if whole is None else bytes(whole)
 
 
 def feed_in_place(
-    assembler: Assembler, key: tuple[object, ...], chunk: Chunk, payload: memoryview, now_s: float = 0.0
+    assembler: Assembler, key: tuple[object, ...], chunk: ChunkHeader, payload: memoryview, now_s: float = 0.0
 ) -> memoryview | None:
     """Hand in one chunk the way a transport does that asked where to write it."""
-    place = assembler.place(key, chunk, payload.nbytes, now_s)
+    place = assembler.get_buffer(key, chunk, payload.nbytes, now_s)
     if place is None:
-        return assembler.fill(key, chunk, payload, now_s)
+        return assembler.add_chunk(key, chunk, payload, now_s)
     place[:] = payload
-    return assembler.fill(key, chunk, place, now_s)
+    return assembler.add_chunk(key, chunk, place, now_s)
 
 
 # Cut and put together -------------------------------------------------------------------------------------------------
@@ -39,10 +39,10 @@ def feed_in_place(
 
 @given(st.lists(st.binary(max_size=30), max_size=6), st.integers(1, 40))
 def test_pieces_are_dealt_into_chunks_of_one_size_without_a_copy(pieces: list[bytes], chunk_bytes: int) -> None:
-    chunks = list(cut(tuple(map(memoryview, pieces)), chunk_bytes))
+    chunks = list(split_into_chunks(tuple(map(memoryview, pieces)), chunk_bytes))
     whole = b"".join(pieces)
     assert b"".join(part for _, parts in chunks for part in parts) == whole
-    assert [chunk for chunk, _ in chunks] == [Chunk(at, len(whole)) for at in range(0, len(whole), chunk_bytes)]
+    assert [chunk for chunk, _ in chunks] == [ChunkHeader(at, len(whole)) for at in range(0, len(whole), chunk_bytes)]
     assert all(sum(part.nbytes for part in parts) == chunk_bytes for _, parts in chunks[:-1])
     assert all(any(part.obj is piece for piece in pieces) for _, parts in chunks for part in parts)
 
@@ -50,12 +50,12 @@ def test_pieces_are_dealt_into_chunks_of_one_size_without_a_copy(pieces: list[by
 @given(st.binary(min_size=1, max_size=200), st.integers(1, 50), st.booleans())
 def test_any_cut_comes_together_again(message: bytes, chunk_bytes: int, in_place: bool) -> None:
     assembler = Assembler()
-    for chunk, parts in cut((memoryview(message),), chunk_bytes):
+    for chunk, parts in split_into_chunks((memoryview(message),), chunk_bytes):
         payload = memoryview(b"".join(parts))
         if in_place:
             whole = feed_in_place(assembler, KEY, chunk, payload)
         else:
-            whole = assembler.fill(KEY, chunk, payload, now_s=0.0)
+            whole = assembler.add_chunk(KEY, chunk, payload, now_s=0.0)
         assert (whole is not None) == (chunk.offset + payload.nbytes == len(message))
     assert bytes(whole or b"") == message
     assert len(assembler) == 0
@@ -65,7 +65,7 @@ def test_any_cut_comes_together_again(message: bytes, chunk_bytes: int, in_place
 def test_interleaved_messages_come_together_each_by_itself(data: st.DataObject) -> None:
     assembler = Assembler()
     messages = {(number,): bytes([number]) * data.draw(st.integers(1, 60)) for number in range(4)}
-    left = {key: list(cut((memoryview(message),), 7)) for key, message in messages.items()}
+    left = {key: list(split_into_chunks((memoryview(message),), 7)) for key, message in messages.items()}
     while left:
         key = data.draw(st.sampled_from(sorted(left)))
         chunk, parts = left[key].pop(0)
@@ -78,17 +78,17 @@ def test_interleaved_messages_come_together_each_by_itself(data: st.DataObject) 
 
 def test_a_chunk_in_its_place_is_not_copied() -> None:
     assembler = Assembler()
-    place = assembler.place(KEY, Chunk(0, 10), 10, now_s=0.0)
+    place = assembler.get_buffer(KEY, ChunkHeader(0, 10), 10, now_s=0.0)
     assert place is not None
     place[:] = MESSAGE
-    whole = assembler.fill(KEY, Chunk(0, 10), place, now_s=0.0)
+    whole = assembler.add_chunk(KEY, ChunkHeader(0, 10), place, now_s=0.0)
     assert whole is not None
     assert whole.obj is place.obj
 
 
 @given(st.integers(0, 10**19 - 1), st.integers(0, 10**19 - 1))
 def test_the_place_in_a_message_travels_as_text(offset: int, total: int) -> None:
-    assert Chunk.parse(str(Chunk(offset, total))) == Chunk(offset, total)
+    assert ChunkHeader.parse(str(ChunkHeader(offset, total))) == ChunkHeader(offset, total)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_the_place_in_a_message_travels_as_text(offset: int, total: int) -> None
 )
 def test_a_place_that_is_none_says_what_was_expected(text: str) -> None:
     with pytest.raises(BadChunk, match="expected offset/total"):
-        Chunk.parse(text)
+        ChunkHeader.parse(text)
 
 
 # What does not fit ----------------------------------------------------------------------------------------------------
@@ -122,8 +122,8 @@ def test_a_twin_is_dropped_and_counted_once() -> None:
     assembler = Assembler()
     assert feed(assembler, KEY, 0, MESSAGE[:4]) is None
     assert feed(assembler, KEY, 0, b"evil") is None
-    assert feed_in_place(assembler, KEY, Chunk(2, 10), memoryview(b"..")) is None
-    assert assembler.twins == 2
+    assert feed_in_place(assembler, KEY, ChunkHeader(2, 10), memoryview(b"..")) is None
+    assert assembler.duplicates == 2
     assert feed(assembler, KEY, 4, MESSAGE[4:]) == MESSAGE
 
 
@@ -135,7 +135,7 @@ def test_what_still_comes_of_a_whole_message_is_ignored(offset: int, length: int
     assert feed(assembler, KEY, offset, MESSAGE[offset : offset + length]) is None
     assert len(assembler) == 0
     assert assembler.expire(1e9) == []
-    assert assembler.twins == 0  # it may as well be what is left of one that was given up
+    assert assembler.duplicates == 0  # it may as well be what is left of one that was given up
 
 
 # After a first chunk of bytes 0 to 4 of a message of 10.
@@ -157,9 +157,9 @@ def test_a_misfit_ends_its_message_and_is_told_once(case: str, in_place: bool) -
     assembler = Assembler()
     feed(assembler, KEY, 0, MESSAGE[:4])
     feed(assembler, OTHER, 0, MESSAGE[:4])
-    ask = feed_in_place if in_place else Assembler.fill
+    ask = feed_in_place if in_place else Assembler.add_chunk
     with pytest.raises(BadChunk, match=re.escape(text)):
-        ask(assembler, KEY, Chunk(offset, total), memoryview(payload), 0.0)
+        ask(assembler, KEY, ChunkHeader(offset, total), memoryview(payload), 0.0)
     assert feed(assembler, KEY, offset, payload or b".", total) is None  # the transport hands in what it placed nowhere
     assert feed(assembler, KEY, 4, MESSAGE[4:]) is None
     assert feed(assembler, KEY, 0, MESSAGE) is None
@@ -226,7 +226,7 @@ def test_unfinished_messages_are_bounded_in_bytes_and_their_room_comes_back() ->
 
 
 def test_unfinished_messages_are_bounded_in_number() -> None:
-    assembler = Assembler(count_limit=2)
+    assembler = Assembler(message_count_limit=2)
     feed(assembler, ("a",), 0, b".")
     feed(assembler, ("b",), 0, b".")
     with pytest.raises(TooLarge, match="beside 2 unfinished ones has 10 bytes, at most 0 can go"):
@@ -255,9 +255,9 @@ def test_what_was_given_up_is_remembered_in_bounded_number() -> None:
 
 
 def test_a_message_without_news_is_given_up_once_with_its_context() -> None:
-    assembler = Assembler(patience_s=30.0)
-    assembler.fill(KEY, Chunk(0, 10), memoryview(MESSAGE[:4]), 100.0, "who sent it")
-    assembler.fill(KEY, Chunk(4, 10), memoryview(MESSAGE[4:6]), 120.0, "someone else")
+    assembler = Assembler(chunk_timeout_s=30.0)
+    assembler.add_chunk(KEY, ChunkHeader(0, 10), memoryview(MESSAGE[:4]), 100.0, "who sent it")
+    assembler.add_chunk(KEY, ChunkHeader(4, 10), memoryview(MESSAGE[4:6]), 120.0, "someone else")
     assert assembler.expire(150.0) == []
     [(context, error)] = assembler.expire(150.1)
     assert context == "who sent it"
@@ -265,15 +265,15 @@ def test_a_message_without_news_is_given_up_once_with_its_context() -> None:
     assert str(error) == "6 of 10 bytes came, and no more for 30 s"
     assert error.retry
     assert assembler.expire(1e9) == []
-    assert assembler.fill(KEY, Chunk(6, 10), memoryview(MESSAGE[6:]), 151.0) is None
+    assert assembler.add_chunk(KEY, ChunkHeader(6, 10), memoryview(MESSAGE[6:]), 151.0) is None
     assert len(assembler) == 0
 
 
 def test_a_chunk_on_its_way_when_its_message_is_given_up_does_no_harm() -> None:
     assembler = Assembler()
-    place = assembler.place(KEY, Chunk(0, 10), 10, now_s=0.0)
+    place = assembler.get_buffer(KEY, ChunkHeader(0, 10), 10, now_s=0.0)
     assert place is not None
     assert len(assembler.expire(1e9)) == 1
     place[:] = MESSAGE
-    assert assembler.fill(KEY, Chunk(0, 10), place, now_s=1e9) is None
+    assert assembler.add_chunk(KEY, ChunkHeader(0, 10), place, now_s=1e9) is None
     assert len(assembler) == 0

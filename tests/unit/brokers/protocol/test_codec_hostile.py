@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from brokers.errors import BadHeader, BadPayload, BadProperty, TrailingBytes, Truncated, VersionMismatch, WireError
 from brokers.protocol import codec as wire
-from brokers.protocol.codec import VERSION, decode, encode, refusal
-from brokers.protocol.messages import JPEG, JSON, SAFETENSORS, Control, Failure, Task
+from brokers.protocol.codec import PROTOCOL_VERSION, decode, encode, make_failure_reply
+from brokers.protocol.messages import JPEG, JSON, SAFETENSORS, Failure, Task, TaskDone
 from brokers.protocol.safetensors_codec import pack
-from brokers.protocol.stage_timing import HOPS
+from brokers.protocol.stage_timing import HOPS_KEY
 from brokers.protocol.transport import Properties
-from tests.unit.brokers.protocol.test_codec import BODY, REQUEST, REQUESTS, TASK, changed, payload_of
+from tests.unit.brokers.protocol.test_codec import BODY, REQUEST, REQUESTS, TASK, packet_payload, with_user_properties
 
 HOSTILE_USER: dict[str, tuple[dict[str, str | None], type[WireError], str]] = {
     "another version": ({"sparse": "2"}, VersionMismatch, "version 1 is spoken here, the message is of version '2'"),
@@ -55,7 +55,7 @@ def test_a_hostile_property_is_refused_with_its_own_error(case: str, kind: str) 
     user, expected, text = HOSTILE_USER[case]
     packet = encode(TASK)
     with pytest.raises(expected, match=text) as caught:
-        decode(changed(packet, **{"kind": kind, **user}), payload_of(packet))
+        decode(with_user_properties(packet, **{"kind": kind, **user}), packet_payload(packet))
     assert len(str(caught.value)) < 500
 
 
@@ -81,22 +81,22 @@ HOPS_VALUES = ['"1"', "null", "-1", "NaN", "Infinity", "1e999", "true", "[]", "9
 )
 def test_hops_that_are_none_are_refused(text: str) -> None:
     packet = encode(TASK)
-    forged = pack(BODY.tensors, {HOPS: text})
+    forged = pack(BODY.tensors, {HOPS_KEY: text})
     with pytest.raises(BadProperty, match="JSON list of hops"):
         decode(packet.properties, memoryview(b"".join(forged)))
 
 
-@pytest.mark.parametrize("length", range(len(payload_of(encode(TASK)))))
+@pytest.mark.parametrize("length", range(len(packet_payload(encode(TASK)))))
 def test_a_payload_truncated_at_any_byte_is_refused(length: int) -> None:
     packet = encode(TASK)
     with pytest.raises((Truncated, BadHeader)):
-        decode(packet.properties, payload_of(packet)[:length])
+        decode(packet.properties, packet_payload(packet)[:length])
 
 
 def test_trailing_bytes_are_refused() -> None:
     packet = encode(TASK)
     with pytest.raises(TrailingBytes):
-        decode(packet.properties, memoryview(payload_of(packet).tobytes() + b"."))
+        decode(packet.properties, memoryview(packet_payload(packet).tobytes() + b"."))
 
 
 FAILURE = {"stage": "a", "worker": "b", "error": "c", "reason": "d", "retry": True}
@@ -113,7 +113,7 @@ BAD_FAILURES = [b"", b"[]", b"null", b"{", b"\xff", b"[" * 100_000, b"{}", json.
 
 @pytest.mark.parametrize("payload", BAD_FAILURES + [json.dumps({**FAILURE, **bad}).encode() for bad in BAD_FIELDS])
 def test_a_failure_that_is_none_is_refused(payload: bytes) -> None:
-    properties = encode(Failure(request=REQUEST, stage="a", worker="b", error="c", reason="d")).properties
+    properties = encode(Failure(request_id=REQUEST, stage="a", worker="b", error="c", reason="d")).properties
     with pytest.raises(BadPayload, match="a failure needs"):
         decode(properties, memoryview(payload))
 
@@ -124,11 +124,13 @@ def test_a_failure_that_is_none_is_refused(payload: bytes) -> None:
 )
 def test_a_control_that_is_none_is_refused(user: dict[str, str | None], text: str) -> None:
     with pytest.raises(BadProperty, match=text):
-        decode(changed(encode(Control(request=REQUEST, worker="w")), **user), memoryview(b""))
+        decode(with_user_properties(encode(TaskDone(request_id=REQUEST, worker="w")), **user), memoryview(b""))
 
 
 OUR_NAMES = ["sparse", "kind", "attempt", "reply", "accept", "echo", "source", "deadline-ms", "chunk", "verb", "worker"]
-OUR_VALUES = st.sampled_from([VERSION, *wire._DECODERS, "done", "json", "1", "00", "a/b"]) | st.text(max_size=20)
+OUR_VALUES = st.sampled_from([PROTOCOL_VERSION, *wire._DECODERS, "done", "json", "1", "00", "a/b"]) | st.text(
+    max_size=20
+)
 ANY_PROPERTIES = st.builds(
     Properties,
     content_type=st.sampled_from(["", SAFETENSORS, JSON, JPEG]) | st.text(max_size=10),
@@ -141,7 +143,7 @@ ANY_PROPERTIES = st.builds(
 )
 ANY_PAYLOADS = st.one_of(
     st.binary(max_size=64),
-    st.just(payload_of(encode(TASK)).tobytes()),
+    st.just(packet_payload(encode(TASK)).tobytes()),
     st.recursive(st.none() | st.text(max_size=5), lambda inner: st.dictionaries(st.text(max_size=5), inner)).map(
         lambda value: json.dumps(value).encode()
     ),
@@ -151,12 +153,12 @@ ANY_PAYLOADS = st.one_of(
 @given(ANY_PROPERTIES, ANY_PAYLOADS, st.booleans())
 def test_no_packet_raises_anything_but_a_wire_error(properties: Properties, payload: bytes, ours: bool) -> None:
     if ours:
-        properties = replace(properties, user=(*properties.user, ("sparse", VERSION)))
+        properties = replace(properties, user_properties=(*properties.user_properties, ("sparse", PROTOCOL_VERSION)))
     try:
         found = decode(properties, memoryview(payload))
     except WireError as error:
-        refusal(error, properties, "stage", "worker")  # nor does answering it
+        make_failure_reply(error, properties, "stage", "worker")  # nor does answering it
     else:
-        if not isinstance(found, Task) or found.reply.topic:
+        if not isinstance(found, Task) or found.reply_to.topic:
             packet = encode(found)  # what is read can be passed on, and be read again
-            assert type(decode(packet.properties, payload_of(packet))) is type(found)
+            assert type(decode(packet.properties, packet_payload(packet))) is type(found)

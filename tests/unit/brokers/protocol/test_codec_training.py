@@ -13,15 +13,38 @@ from hypothesis import strategies as st
 
 from brokers.errors import BadHeader, BadPayload, BadProperty, TrailingBytes, Truncated, WireError
 from brokers.protocol.codec import decode, encode
-from brokers.protocol.messages import JPEG, JSON, SAFETENSORS, TERM_LIMIT, VERBS, Body, Gradient, Message, Step, Verb
+from brokers.protocol.messages import (
+    JPEG,
+    JSON,
+    JSON_INTEGER_LIMIT,
+    SAFETENSORS,
+    STEP_VERBS,
+    Gradient,
+    Message,
+    StepMessage,
+    StepVerb,
+    TensorContent,
+)
 from brokers.protocol.safetensors_codec import from_numpy
 from brokers.protocol.transport import Properties
-from tests.unit.brokers.protocol.test_codec import ATTEMPTS, BODIES, REQUEST, REQUESTS, TOPICS, changed, payload_of
+from tests.unit.brokers.protocol.test_codec import (
+    ATTEMPTS,
+    BODIES,
+    REQUEST,
+    REQUESTS,
+    TOPICS,
+    packet_payload,
+    with_user_properties,
+)
 
 GRADIENT = Gradient(
-    request=REQUEST, content=Body({"cut": from_numpy(np.ones((2, 3), np.float32))}), sender="sparse/local/t/tail/in/t-1"
+    request_id=REQUEST,
+    content=TensorContent({"cut": from_numpy(np.ones((2, 3), np.float32))}),
+    sender_inbox="sparse/local/t/tail/in/t-1",
 )
-STEP = Step(request=REQUEST, verb="commit", term=1_700_000_000_000, sender="s/inbox", details={"lr": 0.05, "a": [None]})
+STEP = StepMessage(
+    request_id=REQUEST, verb="commit", term=1_700_000_000_000, sender_inbox="s/inbox", details={"lr": 0.05, "a": [None]}
+)
 
 JSONS = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 53), 1 << 53) | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -30,10 +53,10 @@ JSONS = st.recursive(
 )
 GRADIENTS = st.builds(Gradient, request=REQUESTS, content=BODIES, sender=TOPICS | st.just(""), attempt=ATTEMPTS)
 STEPS = st.builds(
-    Step,
+    StepMessage,
     request=REQUESTS,
-    verb=st.sampled_from(VERBS),
-    term=st.integers(0, TERM_LIMIT - 1),
+    verb=st.sampled_from(STEP_VERBS),
+    term=st.integers(0, JSON_INTEGER_LIMIT - 1),
     sender=TOPICS | st.just(""),
     details=st.dictionaries(st.text(max_size=8), JSONS, max_size=4),
     attempt=ATTEMPTS,
@@ -43,10 +66,10 @@ STEPS = st.builds(
 @given(st.one_of(GRADIENTS, STEPS))
 def test_what_is_encoded_is_decoded_again(message: Message) -> None:
     packet = encode(message)
-    found = decode(packet.properties, payload_of(packet))
+    found = decode(packet.properties, packet_payload(packet))
     assert type(found) is type(message)
     assert found == message
-    assert packet.nbytes == len(payload_of(packet))
+    assert packet.nbytes == len(packet_payload(packet))
 
 
 def test_a_gradient_is_a_kind_its_request_and_its_tensors() -> None:
@@ -59,7 +82,7 @@ def test_a_word_about_a_step_says_its_verb_and_its_term_where_anybody_can_read_t
     packet = encode(STEP)
     user = (("sparse", "1"), ("kind", "step"), ("verb", "commit"), ("term", "1700000000000"))
     assert packet.properties == Properties(JSON, REQUEST, "s/inbox", None, user)
-    assert json.loads(bytes(payload_of(packet))) == STEP.details
+    assert json.loads(bytes(packet_payload(packet))) == STEP.details
 
 
 # Legal on construction ------------------------------------------------------------------------------------------------
@@ -75,14 +98,14 @@ def test_a_word_about_a_step_says_its_verb_and_its_term_where_anybody_can_read_t
     ],
 )
 @pytest.mark.parametrize("message", [GRADIENT, STEP], ids=["gradient", "step"])
-def test_an_illegal_message_cannot_be_made(message: Gradient | Step, fields: dict[str, Any], text: str) -> None:
+def test_an_illegal_message_cannot_be_made(message: Gradient | StepMessage, fields: dict[str, Any], text: str) -> None:
     with pytest.raises(BadProperty, match=text):
         replace(message, **fields)
 
 
-@pytest.mark.parametrize("term", [-1, TERM_LIMIT])
+@pytest.mark.parametrize("term", [-1, JSON_INTEGER_LIMIT])
 def test_a_term_is_a_whole_number_of_json(term: int) -> None:
-    with pytest.raises(BadProperty, match=f"term.*0 to {TERM_LIMIT - 1}, is {term}"):
+    with pytest.raises(BadProperty, match=f"term.*0 to {JSON_INTEGER_LIMIT - 1}, is {term}"):
         replace(STEP, term=term)
 
 
@@ -107,7 +130,7 @@ HOSTILE_STEPS: dict[str, tuple[dict[str, str | None], str]] = {
     "a fractional term": ({"term": "1.0"}, "whole number"),
     "a term in other digits": ({"term": "\N{ARABIC-INDIC DIGIT ONE}"}, "whole number"),
     "an endless term": ({"term": "9" * 5000}, "whole number"),
-    "a term past JSON's whole numbers": ({"term": str(TERM_LIMIT)}, f"is {TERM_LIMIT}"),
+    "a term past JSON's whole numbers": ({"term": str(JSON_INTEGER_LIMIT)}, f"is {JSON_INTEGER_LIMIT}"),
     "attempt zero": ({"attempt": "0"}, "1 or more"),
 }
 
@@ -117,7 +140,7 @@ def test_a_hostile_word_about_a_step_is_refused_with_its_own_error(case: str) ->
     user, text = HOSTILE_STEPS[case]
     packet = encode(STEP)
     with pytest.raises(BadProperty, match=text) as caught:
-        decode(changed(packet, **user), payload_of(packet))
+        decode(with_user_properties(packet, **user), packet_payload(packet))
     assert len(str(caught.value)) < 500
 
 
@@ -133,16 +156,16 @@ def test_details_that_are_no_object_are_refused(payload: bytes) -> None:
 
 
 @pytest.mark.parametrize("message", [GRADIENT, STEP], ids=["gradient", "step"])
-def test_a_request_id_of_another_length_or_an_answer_to_a_filter_is_refused(message: Gradient | Step) -> None:
+def test_a_request_id_of_another_length_or_an_answer_to_a_filter_is_refused(message: Gradient | StepMessage) -> None:
     packet = encode(message)
     for properties in (
-        replace(packet.properties, correlation=b""),
-        replace(packet.properties, correlation=b"." * 17),
+        replace(packet.properties, correlation_data=b""),
+        replace(packet.properties, correlation_data=b"." * 17),
         replace(packet.properties, response_topic="sparse/#"),
         replace(packet.properties, response_topic="a/" * 100),
     ):
         with pytest.raises(BadProperty):
-            decode(properties, payload_of(packet))
+            decode(properties, packet_payload(packet))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +179,7 @@ def test_a_gradient_that_is_no_tensors_is_refused(content_type: str, payload: by
 
 def test_a_gradient_that_is_cut_off_anywhere_is_refused() -> None:
     packet = encode(GRADIENT)
-    payload = payload_of(packet)
+    payload = packet_payload(packet)
     for length in range(len(payload)):
         with pytest.raises((Truncated, BadHeader)):
             decode(packet.properties, payload[:length])
@@ -165,29 +188,29 @@ def test_a_gradient_that_is_cut_off_anywhere_is_refused() -> None:
 def test_a_gradient_with_more_behind_it_is_refused() -> None:
     packet = encode(GRADIENT)
     with pytest.raises(TrailingBytes):
-        decode(packet.properties, memoryview(bytes(payload_of(packet)) + b"."))
+        decode(packet.properties, memoryview(bytes(packet_payload(packet)) + b"."))
 
 
 @given(st.sampled_from(["gradient", "step"]), st.binary(max_size=200), st.sampled_from(["", SAFETENSORS, JSON]))
 def test_any_bytes_are_a_message_or_a_refusal(kind: str, payload: bytes, content_type: str) -> None:
-    properties = replace(changed(encode(STEP), kind=kind), content_type=content_type)
+    properties = replace(with_user_properties(encode(STEP), kind=kind), content_type=content_type)
     try:
         found = decode(properties, memoryview(payload))
     except WireError:
         return
-    assert isinstance(found, Gradient | Step)
+    assert isinstance(found, Gradient | StepMessage)
 
 
 @given(JSONS)
 def test_no_details_come_as_others_than_they_were_sent(details: Any) -> None:
     packet = encode(replace(STEP, details={"it": details}))
-    found = decode(packet.properties, payload_of(packet))
-    assert isinstance(found, Step)
+    found = decode(packet.properties, packet_payload(packet))
+    assert isinstance(found, StepMessage)
     assert found.details == {"it": details}
 
 
 def test_every_verb_is_one_that_may_be_said() -> None:
-    said: set[Verb] = {replace(STEP, verb=verb).verb for verb in VERBS}
+    said: set[StepVerb] = {replace(STEP, verb=verb).verb for verb in STEP_VERBS}
     assert said == {
         "prepared", "commit", "committed", "abandon", "halt", "halted", "restore", "restored", "collect"
     }  # fmt: skip

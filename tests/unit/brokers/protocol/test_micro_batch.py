@@ -11,23 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokers.errors import BadProperty
-from brokers.protocol.messages import TERM_LIMIT
-from brokers.protocol.training import MICRO_LIMIT, ROWS_LIMIT, SEED_LIMIT, MicroBatch, Mode, micro_seed
+from brokers.protocol.messages import JSON_INTEGER_LIMIT
+from brokers.protocol.training import MICRO_BATCH_LIMIT, ROWS_LIMIT, SEED_LIMIT, MicroBatch, StepMode, micro_batch_seed
 
 MICRO = MicroBatch(step="0123456789abcdef" * 2, term=1, index=2, count=4, rows=64, number=7, seed=3)
 
 
 @st.composite
 def micro_batches(draw: st.DrawFn) -> MicroBatch:
-    count = draw(st.integers(1, MICRO_LIMIT))
-    modes: list[Mode] = ["train", "evaluate"]
+    count = draw(st.integers(1, MICRO_BATCH_LIMIT))
+    modes: list[StepMode] = ["train", "evaluate"]
     return MicroBatch(
         step=draw(st.binary(min_size=16, max_size=16)).hex(),
-        term=draw(st.integers(0, TERM_LIMIT - 1)),
+        term=draw(st.integers(0, JSON_INTEGER_LIMIT - 1)),
         index=draw(st.integers(0, count - 1)),
         count=count,
         rows=draw(st.integers(1, ROWS_LIMIT - 1)),
-        number=draw(st.integers(0, TERM_LIMIT - 1)),
+        number=draw(st.integers(0, JSON_INTEGER_LIMIT - 1)),
         seed=draw(st.integers(0, SEED_LIMIT - 1)),
         mode=draw(st.sampled_from(modes)),
     )
@@ -35,18 +35,18 @@ def micro_batches(draw: st.DrawFn) -> MicroBatch:
 
 @given(micro_batches())
 def test_what_is_said_is_understood(micro: MicroBatch) -> None:
-    assert MicroBatch.from_text(micro.to_text()) == micro
+    assert MicroBatch.from_json(micro.to_json()) == micro
 
 
 def test_what_a_later_version_adds_is_read_over() -> None:
     text = json.dumps({**asdict(MICRO), "colour": "blue"})
-    assert MicroBatch.from_text(text) == MICRO
+    assert MicroBatch.from_json(text) == MICRO
 
 
 def test_who_says_no_mode_trains() -> None:
     fields = asdict(MICRO)
     del fields["mode"]
-    assert MicroBatch.from_text(json.dumps(fields)).mode == "train"
+    assert MicroBatch.from_json(json.dumps(fields)).mode == "train"
 
 
 HOSTILE_TEXTS: dict[str, str | None] = {
@@ -65,7 +65,7 @@ HOSTILE_TEXTS: dict[str, str | None] = {
 @pytest.mark.parametrize("case", HOSTILE_TEXTS)
 def test_what_is_no_micro_batch_is_refused_with_what_was_expected(case: str) -> None:
     with pytest.raises(BadProperty, match=r"sparse\.micro.*must be a JSON object") as caught:
-        MicroBatch.from_text(HOSTILE_TEXTS[case])
+        MicroBatch.from_json(HOSTILE_TEXTS[case])
     assert len(str(caught.value)) < 500
 
 
@@ -76,7 +76,7 @@ NO_NUMBERS: tuple[Any, ...] = (None, "1", 1.0, True, -1, 1 << 64, [], {}, float(
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
 def test_a_field_that_is_no_number_of_its_kind_is_refused_by_its_name(name: str, value: Any) -> None:
     with pytest.raises(BadProperty, match=f"{name} must be a whole number"):
-        MicroBatch.from_text(json.dumps({**asdict(MICRO), name: value}))
+        MicroBatch.from_json(json.dumps({**asdict(MICRO), name: value}))
 
 
 @pytest.mark.parametrize("name", ["step", "term", "index", "count", "rows", "number", "seed"])
@@ -84,7 +84,7 @@ def test_a_field_that_is_missing_is_refused(name: str) -> None:
     fields = asdict(MICRO)
     del fields[name]
     with pytest.raises(BadProperty, match="JSON object"):
-        MicroBatch.from_text(json.dumps(fields))
+        MicroBatch.from_json(json.dumps(fields))
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,13 @@ def test_a_field_that_is_missing_is_refused(name: str) -> None:
 )
 def test_a_step_that_is_no_id_in_lower_case_hexadecimal_is_refused(step: Any) -> None:
     with pytest.raises(BadProperty, match=r"step must be 32 .*hexadecimal digits"):
-        MicroBatch.from_text(json.dumps({**asdict(MICRO), "step": step}))
+        MicroBatch.from_json(json.dumps({**asdict(MICRO), "step": step}))
 
 
 @pytest.mark.parametrize("mode", [None, "", "TRAIN", "test", 1, ["train"], {}], ids=repr)
 def test_a_mode_that_there_is_not_is_refused(mode: Any) -> None:
     with pytest.raises(BadProperty, match="mode must be train or evaluate"):
-        MicroBatch.from_text(json.dumps({**asdict(MICRO), "mode": mode}))
+        MicroBatch.from_json(json.dumps({**asdict(MICRO), "mode": mode}))
 
 
 def test_a_micro_batch_is_one_of_those_of_its_step() -> None:
@@ -109,7 +109,7 @@ def test_a_micro_batch_is_one_of_those_of_its_step() -> None:
     with pytest.raises(BadProperty, match="count"):
         replace(MICRO, index=0, count=0)
     with pytest.raises(BadProperty, match="count"):
-        replace(MICRO, count=MICRO_LIMIT + 1)
+        replace(MICRO, count=MICRO_BATCH_LIMIT + 1)
     with pytest.raises(BadProperty, match="rows"):
         replace(MICRO, rows=0)
 
@@ -117,24 +117,26 @@ def test_a_micro_batch_is_one_of_those_of_its_step() -> None:
 @given(st.text(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
 def test_any_text_is_a_micro_batch_or_a_refusal(text: str) -> None:
     try:
-        found = MicroBatch.from_text(text)
+        found = MicroBatch.from_json(text)
     except BadProperty:
         return
-    assert MicroBatch.from_text(found.to_text()) == found
+    assert MicroBatch.from_json(found.to_json()) == found
 
 
-@given(st.integers(-(1 << 63), 1 << 63), st.integers(0, TERM_LIMIT), st.integers(0, MICRO_LIMIT))
+@given(st.integers(-(1 << 63), 1 << 63), st.integers(0, JSON_INTEGER_LIMIT), st.integers(0, MICRO_BATCH_LIMIT))
 def test_the_seed_of_a_micro_batch_is_one_that_it_may_have(seed: int, number: int, index: int) -> None:
-    found = micro_seed(seed, number, index)
+    found = micro_batch_seed(seed, number, index)
     assert 0 <= found < SEED_LIMIT
-    assert found == micro_seed(seed, number, index)
+    assert found == micro_batch_seed(seed, number, index)
 
 
 def test_no_two_micro_batches_draw_the_same() -> None:
-    found = {micro_seed(seed, number, index) for seed in (0, 1, 11) for number in range(20) for index in range(20)}
+    found = {
+        micro_batch_seed(seed, number, index) for seed in (0, 1, 11) for number in range(20) for index in range(20)
+    }
     assert len(found) == 3 * 20 * 20
 
 
 def test_the_seed_of_a_micro_batch_is_the_same_in_every_version() -> None:
-    assert micro_seed(0, 0, 0) == 5_346_321_772_774_276_043
-    assert micro_seed(5, 7, 3) == 2_423_352_232_263_666_964
+    assert micro_batch_seed(0, 0, 0) == 5_346_321_772_774_276_043
+    assert micro_batch_seed(5, 7, 3) == 2_423_352_232_263_666_964

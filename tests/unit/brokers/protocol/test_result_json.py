@@ -12,42 +12,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokers.errors import BadPayload, WireError
-from brokers.protocol.messages import Blob, Body
-from brokers.protocol.result_json import describe, time_spent, to_bytes
-from brokers.protocol.safetensors_codec import Tensor, from_numpy
+from brokers.protocol.messages import BinaryContent, TensorContent
+from brokers.protocol.result_json import content_to_dict, encode_json, timing_to_dict
+from brokers.protocol.safetensors_codec import TensorView, from_numpy
 from brokers.protocol.stage_timing import Hop
-from tests.unit.brokers.protocol.test_safetensors_codec import wire_tensors
+from tests.unit.brokers.protocol.test_safetensors_codec import tensor_views
 
 HOPS = (Hop("head", "head-1", 1.00049, 0.5, 10.0, 0.25, 10, 20, 4), Hop("tail", "tail-1", 2.0, 0.0, 3.0, 0.0))
 
 
-def detections(scores: list[float], boxes: list[list[float]], **metadata: str) -> Body:
+def detections(scores: list[float], boxes: list[list[float]], **metadata: str) -> TensorContent:
     tensors = {
         "scores": from_numpy(np.array(scores, np.float32)),
         "boxes": from_numpy(np.array(boxes, np.float32).reshape(-1, 4)),
     }
-    return Body(tensors, {"format": "detections", "picture": "640x272", "labels": '["dog"]', **metadata})
+    return TensorContent(tensors, {"format": "detections", "picture": "640x272", "labels": '["dog"]', **metadata})
 
 
 def strict_json(found: dict[str, Any]) -> Any:
     """What a reader gets that knows no NaN, as most do."""
-    return json.loads(to_bytes(found), parse_constant=pytest.fail)
+    return json.loads(encode_json(found), parse_constant=pytest.fail)
 
 
 def test_detections_are_objects_in_pixels_of_the_picture() -> None:
-    assert describe(detections([0.98768], [[1.04, 2, 3, 4.06]])) == {
+    assert content_to_dict(detections([0.98768], [[1.04, 2, 3, 4.06]])) == {
         "picture": {"width": 640, "height": 272},
         "objects": [{"label": "dog", "score": 0.9877, "box": [1.0, 2.0, 3.0, 4.1]}],
     }
 
 
 def test_no_detections_are_an_empty_list() -> None:
-    assert describe(detections([], [], labels="[]"))["objects"] == []
+    assert content_to_dict(detections([], [], labels="[]"))["objects"] == []
 
 
 def test_classes_are_labels_with_scores() -> None:
-    body = Body({"scores": from_numpy(np.array([0.75, 0.25]))}, {"format": "classes", "labels": '["cat", "dog"]'})
-    assert describe(body) == {"classes": [{"label": "cat", "score": 0.75}, {"label": "dog", "score": 0.25}]}
+    body = TensorContent(
+        {"scores": from_numpy(np.array([0.75, 0.25]))}, {"format": "classes", "labels": '["cat", "dog"]'}
+    )
+    assert content_to_dict(body) == {"classes": [{"label": "cat", "score": 0.75}, {"label": "dog", "score": 0.25}]}
 
 
 def test_other_tensors_are_spelled_out_by_name_up_to_a_size() -> None:
@@ -57,11 +59,11 @@ def test_other_tensors_are_spelled_out_by_name_up_to_a_size() -> None:
         "edge": from_numpy(np.zeros(4096, np.uint8)),
         "large": from_numpy(np.zeros((4097, 1), np.float32)),
         "waves": from_numpy(np.zeros(2, np.complex64)),
-        "half": Tensor("BF16", (2,), memoryview(b"\xc0\x3f\x00\x40")),
-        "tiny": Tensor("F8_E4M3", (2,), memoryview(b"..")),
-        "tinier": Tensor("F4", (2,), memoryview(b".")),
+        "half": TensorView("BF16", (2,), memoryview(b"\xc0\x3f\x00\x40")),
+        "tiny": TensorView("F8_E4M3", (2,), memoryview(b"..")),
+        "tinier": TensorView("F4", (2,), memoryview(b".")),
     }
-    values = describe(Body(tensors))["values"]
+    values = content_to_dict(TensorContent(tensors))["values"]
     assert values["edge"] == [0] * 4096
     del values["edge"]
     assert values == {
@@ -76,19 +78,23 @@ def test_other_tensors_are_spelled_out_by_name_up_to_a_size() -> None:
 
 
 def test_bytes_that_are_no_tensors_are_told_by_type_and_size() -> None:
-    assert describe(Blob("image/png", b"12345")) == {"content_type": "image/png", "bytes": 5}
+    assert content_to_dict(BinaryContent("image/png", b"12345")) == {"content_type": "image/png", "bytes": 5}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_json_cannot_say_is_null(value: float) -> None:
-    assert strict_json(describe(Body({"x": from_numpy(np.array([1.0, value]))}))) == {"values": {"x": [1.0, None]}}
-    assert strict_json(describe(Body({"x": from_numpy(np.array(value, np.float16))}))) == {"values": {"x": None}}
-    [found] = strict_json(describe(detections([value], [[value, 1, 2, 3]])))["objects"]
+    assert strict_json(content_to_dict(TensorContent({"x": from_numpy(np.array([1.0, value]))}))) == {
+        "values": {"x": [1.0, None]}
+    }
+    assert strict_json(content_to_dict(TensorContent({"x": from_numpy(np.array(value, np.float16))}))) == {
+        "values": {"x": None}
+    }
+    [found] = strict_json(content_to_dict(detections([value], [[value, 1, 2, 3]])))["objects"]
     assert found == {"label": "dog", "score": None, "box": [None, 1, 2, 3]}
 
 
 def test_time_is_told_by_stage_and_what_is_left_is_the_networks() -> None:
-    assert time_spent(HOPS[:1]) == {
+    assert timing_to_dict(HOPS[:1]) == {
         "stages": [
             {
                 "stage": "head",
@@ -100,9 +106,9 @@ def test_time_is_told_by_stage_and_what_is_left_is_the_networks() -> None:
             }
         ]
     }
-    assert time_spent(HOPS, 20.0)["network_ms"] == 3.25
-    assert [stage["stage"] for stage in time_spent(HOPS, 20.0)["stages"]] == ["head", "tail"]
-    assert time_spent(HOPS, 1.0)["network_ms"] == 0.0  # a stage's clock may run fast
+    assert timing_to_dict(HOPS, 20.0)["network_ms"] == 3.25
+    assert [stage["stage"] for stage in timing_to_dict(HOPS, 20.0)["stages"]] == ["head", "tail"]
+    assert timing_to_dict(HOPS, 1.0)["network_ms"] == 0.0  # a stage's clock may run fast
 
 
 LIES: dict[str, dict[str, str]] = {
@@ -121,12 +127,12 @@ LIES: dict[str, dict[str, str]] = {
 @pytest.mark.parametrize("case", LIES)
 def test_metadata_that_lies_is_a_wire_error(case: str) -> None:
     with pytest.raises(BadPayload, match="metadata does not fit its tensors"):
-        describe(detections([0.5], [[1, 2, 3, 4]], **LIES[case]))
+        content_to_dict(detections([0.5], [[1, 2, 3, 4]], **LIES[case]))
 
 
 def test_more_boxes_than_scores_are_a_wire_error() -> None:
     with pytest.raises(BadPayload):
-        describe(detections([0.5], [[1, 2, 3, 4], [1, 2, 3, 4]]))
+        content_to_dict(detections([0.5], [[1, 2, 3, 4], [1, 2, 3, 4]]))
 
 
 @pytest.mark.parametrize("name", ["scores", "boxes"])
@@ -137,11 +143,11 @@ def test_tensors_that_are_not_what_the_metadata_says_are_a_wire_error(name: str,
     if replacement is not None:
         tensors[name] = from_numpy(replacement)
     with pytest.raises(BadPayload):
-        describe(Body(tensors, body.metadata))
+        content_to_dict(TensorContent(tensors, body.metadata))
 
 
 @given(
-    st.dictionaries(st.sampled_from(["scores", "boxes", "x"]), wire_tensors()),
+    st.dictionaries(st.sampled_from(["scores", "boxes", "x"]), tensor_views()),
     st.fixed_dictionaries(
         {},
         optional={
@@ -152,7 +158,7 @@ def test_tensors_that_are_not_what_the_metadata_says_are_a_wire_error(name: str,
     ),
 )
 def test_no_tensors_and_no_metadata_raise_anything_but_a_wire_error(
-    tensors: dict[str, Tensor], metadata: dict[str, str]
+    tensors: dict[str, TensorView], metadata: dict[str, str]
 ) -> None:
     with contextlib.suppress(WireError):
-        strict_json(describe(Body(tensors, metadata)))
+        strict_json(content_to_dict(TensorContent(tensors, metadata)))

@@ -24,7 +24,7 @@ from brokers.errors import (
 from brokers.protocol import safetensors_codec as codec
 from brokers.protocol.safetensors_codec import (
     HEADER_LIMIT_BYTES,
-    Tensor,
+    TensorView,
     from_numpy,
     from_torch,
     pack,
@@ -44,25 +44,25 @@ METADATA = st.dictionaries(
 
 
 @st.composite
-def wire_tensors(draw: st.DrawFn) -> Tensor:
+def tensor_views(draw: st.DrawFn) -> TensorView:
     dtype = draw(st.sampled_from(sorted(codec._DTYPES)))
     shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
     if dtype == "F4":
         shape = (*shape, 2)
-    size = codec.nbytes(dtype, shape)
-    return Tensor(dtype, shape, memoryview(draw(st.binary(min_size=size, max_size=size))))
+    size = codec.tensor_nbytes(dtype, shape)
+    return TensorView(dtype, shape, memoryview(draw(st.binary(min_size=size, max_size=size))))
 
 
-def joined(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+def joined(tensors: dict[str, TensorView], metadata: dict[str, str] | None = None) -> bytes:
     return b"".join(pack(tensors, metadata or {}))
 
 
 # Inverse ------------------------------------------------------------------------------------------------------------
 
 
-@given(st.dictionaries(NAMES, wire_tensors(), max_size=5), METADATA)
+@given(st.dictionaries(NAMES, tensor_views(), max_size=5), METADATA)
 @example({"größe ☃ \U0001f600": from_numpy(np.ones((), np.float32))}, {"ключ": 'значение\n\x00\t"\\'})
-def test_what_is_packed_is_unpacked_again(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def test_what_is_packed_is_unpacked_again(tensors: dict[str, TensorView], metadata: dict[str, str]) -> None:
     found, told = unpack(memoryview(joined(tensors, metadata)))
     assert (found, told) == (tensors, metadata)
 
@@ -121,7 +121,7 @@ def test_bfloat16_is_read_by_numpy_as_the_same_numbers() -> None:
 def test_read_only_and_unaligned_bytes_become_torch_tensors_of_their_own() -> None:
     whole = bytearray(b"." + np.arange(3, dtype=np.float64).tobytes())
     for data in (memoryview(whole)[1:], memoryview(bytes(whole))[1:]):
-        found = to_torch(Tensor("F64", (3,), data))
+        found = to_torch(TensorView("F64", (3,), data))
         assert found.tolist() == [0, 1, 2]
         assert found.data_ptr() % 8 == 0
         found += 1  # crashes the process if it lies in memory that belongs to a bytes object
@@ -139,12 +139,12 @@ def test_what_safetensors_cannot_hold_is_refused_where_it_is_sent(value: np.ndar
 
 def test_numpy_refuses_what_it_cannot_hold_by_name() -> None:
     with pytest.raises(UnknownDtype, match=r"'x'.*F8_E4M3"):
-        to_numpy(Tensor("F8_E4M3", (2,), memoryview(b"..")), name="x")
+        to_numpy(TensorView("F8_E4M3", (2,), memoryview(b"..")), name="x")
 
 
 def test_odd_rows_of_float4_are_refused_by_torch_in_one_line() -> None:
     with pytest.raises(BadPayload, match=r"'x'.*F4.*\[2, 3\].*even"):
-        to_torch(Tensor("F4", (2, 3), memoryview(b"123")), name="x")
+        to_torch(TensorView("F4", (2, 3), memoryview(b"123")), name="x")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_odd_rows_of_float4_are_refused_by_torch_in_one_line() -> None:
     ],
     ids=["reserved", "half a pair", "half a pair in metadata", "number", "number as key"],
 )
-def test_what_no_receiver_would_take_is_not_packed(tensors: dict[str, Tensor], metadata: Any) -> None:
+def test_what_no_receiver_would_take_is_not_packed(tensors: dict[str, TensorView], metadata: Any) -> None:
     with pytest.raises(BadHeader):
         pack(tensors, metadata)
 
@@ -172,8 +172,8 @@ def test_a_header_over_the_limit_is_refused_before_it_is_sent_with_both_numbers(
 # Agreement with the library -----------------------------------------------------------------------------------------
 
 
-@given(st.dictionaries(NAMES, wire_tensors(), max_size=5), METADATA)
-def test_the_library_reads_what_we_write(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+@given(st.dictionaries(NAMES, tensor_views(), max_size=5), METADATA)
+def test_the_library_reads_what_we_write(tensors: dict[str, TensorView], metadata: dict[str, str]) -> None:
     found = dict(library.deserialize(joined(tensors, metadata)))
     assert {name: (item["dtype"], tuple(item["shape"]), bytes(item["data"])) for name, item in found.items()} == {
         name: (tensor.dtype, tensor.shape, bytes(tensor.data)) for name, tensor in tensors.items()

@@ -8,8 +8,8 @@ import pytest
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.errors import BadFile
-from brokers.security.acl import render_access, users
-from brokers.security.principals import check_names
+from brokers.security.acl import acl_by_user, render_acl
+from brokers.security.principals import check_usernames
 
 
 def pipeline(name: str = "lesson", **more: Any) -> Pipeline:
@@ -22,7 +22,7 @@ def pipeline(name: str = "lesson", **more: Any) -> Pipeline:
 
 def may(who: str, what: str) -> set[str]:
     """The stages and sources, by the last levels of their filters, that somebody may read or write."""
-    rights = users(pipeline(), "local")[who]
+    rights = acl_by_user(pipeline(), "local")[who]
     found = {topic.removeprefix("sparse/local/") for topic, access in rights.items() if access in (what, "readwrite")}
     return {topic.removeprefix("lesson/") for topic in found}
 
@@ -43,7 +43,7 @@ def test_a_source_that_trains_writes_to_all_and_hears_the_first() -> None:
 
 
 def test_nobody_trains_by_the_front_door() -> None:
-    everybody = users(pipeline(), "local")
+    everybody = acl_by_user(pipeline(), "local")
     everybody.pop("operator")
     assert not [topic for rights in everybody.values() for topic in rights if topic.endswith("/tasks")]
 
@@ -53,9 +53,9 @@ def test_who_is_elsewhere_is_not_named() -> None:
         stage=[{"name": "a"}, {"name": "b", "site": "cloud"}, {"name": "c"}, {"name": "d"}],
         site=[{"name": "local", "links": [{"to": "cloud"}], "cameras": ["door"]}, {"name": "cloud"}],
     )
-    assert users(away, "cloud").keys() == {"lesson.b", "broker.local", "monitor", "operator"}
-    assert "lesson.b" not in users(away, "local")
-    assert users(away, "local")["camera.door"] == {"sparse/local/ingress/door": "write"}
+    assert acl_by_user(away, "cloud").keys() == {"lesson.b", "broker.local", "monitor", "operator"}
+    assert "lesson.b" not in acl_by_user(away, "local")
+    assert acl_by_user(away, "local")["camera.door"] == {"sparse/local/ingress/door": "write"}
 
 
 def test_a_camera_writes_to_where_the_gateway_reads_from_whatever_site_it_comes() -> None:
@@ -63,19 +63,19 @@ def test_a_camera_writes_to_where_the_gateway_reads_from_whatever_site_it_comes(
         site=[{"name": "local"}, {"name": "yard", "links": [{"to": "local"}], "cameras": ["gate"]}],
         source={"kind": "ingress"},
     )
-    assert users(away, "yard")["camera.gate"] == {"sparse/local/ingress/gate": "write"}
-    assert users(away, "local")["broker.yard"]["sparse/local/ingress/+"] == "write"
+    assert acl_by_user(away, "yard")["camera.gate"] == {"sparse/local/ingress/gate": "write"}
+    assert acl_by_user(away, "local")["broker.yard"]["sparse/local/ingress/+"] == "write"
 
 
 def test_a_bridge_that_logs_in_by_password_has_its_own_name() -> None:
     link = {"to": "cloud", "user": "fog-7", "password_file": "secret"}
     away = pipeline(site=[{"name": "local", "links": [link]}, {"name": "cloud"}])
-    rights = users(away, "cloud")
+    rights = acl_by_user(away, "cloud")
     assert rights["fog-7"] == rights["broker.local"]
 
 
 def test_no_right_stands_twice() -> None:
-    lines = render_access(pipeline(), "local").split("\n\n")
+    lines = render_acl(pipeline(), "local").split("\n\n")
     assert len(lines) > 5
     for block in lines:
         topics = [line.split()[-1] for line in block.splitlines() if line.startswith("topic ")]
@@ -85,17 +85,17 @@ def test_no_right_stands_twice() -> None:
 @pytest.mark.parametrize("name", ["broker", "camera", "broker.cloud", "a.b"])
 def test_a_pipeline_that_could_be_taken_for_somebody_else_is_refused(name: str) -> None:
     with pytest.raises(BadFile, match="cannot be told apart"):
-        check_names(pipeline(name))
+        check_usernames(pipeline(name))
 
 
 def test_a_name_that_fits_into_no_certificate_is_refused() -> None:
     with pytest.raises(BadFile, match="has 66 characters, a certificate's name has at most 64"):
-        check_names(pipeline("p" * 64))
+        check_usernames(pipeline("p" * 64))
 
 
 def test_a_camera_has_one_site() -> None:
     with pytest.raises(BadFile, match="'door' is at 'local' and at 'cloud': one camera has one site"):
-        check_names(
+        check_usernames(
             pipeline(
                 site=[
                     {"name": "local", "links": [{"to": "cloud"}], "cameras": ["door"]},

@@ -11,10 +11,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from brokers.cli import main
 from brokers.commands.certs import command
 from brokers.errors import BadFile, UsageError
-from brokers.mqtt.tls_files import check_folder, now, read_certificate
-from brokers.security.cert_store import Unfit
-from brokers.security.dev_ca import hosts_of, signed_by
-from tests.support.brokers.locked_broker import forge
+from brokers.mqtt.tls_files import check_tls_folder, read_certificate, utc_now
+from brokers.security.cert_store import UnusableCertificate
+from brokers.security.dev_ca import certificate_hosts, is_signed_by
+from tests.support.brokers.locked_broker import forge_credentials
 
 TEXT = """
 [pipeline]
@@ -65,11 +65,11 @@ def test_everybody_has_a_folder_like_a_kubernetes_secret(certs: Path) -> None:
     assert {path.name for path in certs.iterdir()} == {*EVERYBODY, "authority"}
     for name in EVERYBODY:
         assert {path.name for path in (certs / name).iterdir()} == {"ca.crt", "tls.crt", "tls.key"}
-        assert check_folder(certs / name)
+        assert check_tls_folder(certs / name)
         certificate = read_certificate(certs / name / "tls.crt")
         (common,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         assert common.value == name
-        assert signed_by(certificate, read_certificate(certs / "authority" / "ca.crt"))
+        assert is_signed_by(certificate, read_certificate(certs / "authority" / "ca.crt"))
 
 
 def test_only_their_owner_reads_keys(certs: Path) -> None:
@@ -83,13 +83,13 @@ def test_a_broker_serves_and_dials_and_has_the_names_it_is_reached_by(tmp_path: 
     command(file, tmp_path / "certs", host=["cloud=fog.example", "cloud=192.0.2.7"])
     loopback = {"localhost", "127.0.0.1", "::1"}
     cloud = read_certificate(tmp_path / "certs" / "broker.cloud" / "tls.crt")
-    assert set(hosts_of(cloud)) == {"cloud.example", "fog.example", "192.0.2.7", *loopback}
+    assert set(certificate_hosts(cloud)) == {"cloud.example", "fog.example", "192.0.2.7", *loopback}
     device = read_certificate(tmp_path / "certs" / "broker.device" / "tls.crt")
-    assert set(hosts_of(device)) == {"2001:db8::7", *loopback}
+    assert set(certificate_hosts(device)) == {"2001:db8::7", *loopback}
     uses = cloud.extensions.get_extension_for_class(ExtendedKeyUsage).value
     assert {*uses} == {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
     viewer = read_certificate(tmp_path / "certs" / "viewer" / "tls.crt")
-    assert hosts_of(viewer) == ()
+    assert certificate_hosts(viewer) == ()
     assert {*viewer.extensions.get_extension_for_class(ExtendedKeyUsage).value} == {ExtendedKeyUsageOID.CLIENT_AUTH}
 
 
@@ -103,7 +103,7 @@ def test_what_is_there_and_valid_is_kept_and_what_is_missing_is_made(
     command(file, certs)
     after = everything(certs)
     assert {name: data for name, data in after.items() if name in before} == before
-    assert check_folder(certs / "viewer")
+    assert check_tls_folder(certs / "viewer")
     said = capsys.readouterr().out
     assert "made    viewer" in said
     assert said.count("kept ") == len(EVERYBODY) - 1
@@ -116,7 +116,7 @@ def test_renew_makes_all_anew_under_the_authority_that_is_there(certs: Path, fil
     assert {name for name in before if before[name] == after[name]} == {
         "authority/ca.crt", "authority/ca.key", *(f"{name}/ca.crt" for name in EVERYBODY),
     }  # fmt: skip
-    assert all(check_folder(certs / name) for name in EVERYBODY)
+    assert all(check_tls_folder(certs / name) for name in EVERYBODY)
 
 
 def test_one_can_be_made_or_renewed_by_itself(tmp_path: Path, file: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_second_pipeline_shares_the_authority(certs: Path, file: Path) -> None
 
 
 def spoil_expired(certs: Path) -> None:
-    old = forge(certs, "viewer", begin_days=-9, days=3)
+    old = forge_credentials(certs, "viewer", valid_from_days=-9, valid_days=3)
     for name in ("tls.crt", "tls.key"):
         (old / name).replace(certs / "viewer" / name)
 
@@ -183,26 +183,26 @@ def test_what_does_not_do_is_told_and_nothing_is_written(certs: Path, file: Path
 
 def test_an_unfit_certificate_is_mended_by_what_the_line_says(certs: Path, file: Path) -> None:
     (certs / "viewer" / "tls.crt").write_text("x")
-    with pytest.raises(Unfit, match="`--renew --node viewer` makes it anew"):
+    with pytest.raises(UnusableCertificate, match="`--renew --node viewer` makes it anew"):
         command(file, certs)
     command(file, certs, node=["viewer"], renew=True)
     command(file, certs)
-    assert check_folder(certs / "viewer")
+    assert check_tls_folder(certs / "viewer")
 
 
 def test_a_broker_that_got_another_name_is_told(certs: Path, file: Path) -> None:
-    with pytest.raises(Unfit, match=r"broker.cloud/tls.crt: is not for the host 'fog.example'"):
+    with pytest.raises(UnusableCertificate, match=r"broker.cloud/tls.crt: is not for the host 'fog.example'"):
         command(file, certs, host=["cloud=fog.example"])
 
 
 def test_an_authority_that_is_too_old_signs_no_more(certs: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("brokers.security.cert_store.now", lambda: now().replace(year=now().year + 11))
+    monkeypatch.setattr("brokers.security.cert_store.now", lambda: utc_now().replace(year=utc_now().year + 11))
     with pytest.raises(BadFile, match=r"authority/ca.crt: expired at .* then `--renew` makes all anew"):
         command(file, certs, renew=True)
 
 
 def test_no_certificate_outlives_its_authority(certs: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("brokers.security.cert_store.now", lambda: now().replace(year=now().year + 9))
+    monkeypatch.setattr("brokers.security.cert_store.now", lambda: utc_now().replace(year=utc_now().year + 9))
     command(file, certs, days=3650, renew=True)
     authority = read_certificate(certs / "authority" / "ca.crt")
     assert read_certificate(certs / "viewer" / "tls.crt").not_valid_after_utc == authority.not_valid_after_utc

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from brokers.server.link_emulator import Relay
+from brokers.server.link_emulator import LinkEmulator
 
 
 @contextlib.contextmanager
@@ -38,8 +38,8 @@ def echo() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def relay(port: int, **link: float) -> Iterator[Relay]:
-    found = Relay(port, **link)
+def relay(port: int, **link: float) -> Iterator[LinkEmulator]:
+    found = LinkEmulator(port, **link)
     found.start()
     try:
         yield found
@@ -56,7 +56,7 @@ def read_exactly(sock: socket.socket, count: int) -> bytes:
     return data
 
 
-def round_trip(found: Relay, data: bytes) -> tuple[bytes, float]:
+def round_trip(found: LinkEmulator, data: bytes) -> tuple[bytes, float]:
     """What comes back, and after how many seconds."""
     with socket.create_connection(("127.0.0.1", found.port), timeout=30) as sock:
         begun_s = time.monotonic()
@@ -72,7 +72,7 @@ def test_what_goes_through_comes_out_whole_and_is_counted() -> None:
     with echo() as port, relay(port, delay_ms=2) as found:
         back, _ = round_trip(found, data)
         assert hashlib.sha256(back).digest() == hashlib.sha256(data).digest()
-        assert (found.crossed.there, found.crossed.back) == (len(data), len(data))
+        assert (found.byte_counts.outbound, found.byte_counts.inbound) == (len(data), len(data))
 
 
 def test_who_has_said_all_still_hears_the_answer() -> None:
@@ -107,14 +107,14 @@ def test_a_link_that_is_cut_breaks_what_goes_through_and_takes_nothing_until_it_
         with socket.create_connection(("127.0.0.1", found.port), timeout=10) as sock:
             sock.sendall(b"x")
             assert read_exactly(sock, 1) == b"x"
-            found.cut()
+            found.disable()
             with contextlib.suppress(ConnectionError):
                 assert sock.recv(1) == b""
         refused = contextlib.suppress(ConnectionError)
         with socket.create_connection(("127.0.0.1", found.port), timeout=10) as sock, refused:
             sock.sendall(b"x")
             assert sock.recv(1) == b""
-        found.mend()
+        found.enable()
         assert round_trip(found, b"again")[0] == b"again"
 
 
@@ -127,11 +127,11 @@ def test_nobody_at_the_other_end_is_as_a_cut() -> None:
 
 
 def test_a_stopped_relay_leaves_no_thread_and_listens_no_more() -> None:
-    found = Relay(1)
+    found = LinkEmulator(1)
     found.start()
     found.stop()
     found.stop()
-    found.cut()
+    found.disable()
     assert "link to port 1" not in {thread.name for thread in threading.enumerate()}
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", found.port), timeout=1)

@@ -6,25 +6,27 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from monitor.analysis.measurement_window import Counter, window_of
-from monitor.analysis.run_metrics import Crossed, StageTime, measured, percentiles
+from monitor.analysis.measurement_window import CounterSeries, select_window
+from monitor.analysis.run_metrics import LinkBytes, StageTime, compute_run_metrics, percentiles
 from monitor.errors import NoSamples
-from monitor.points.points import Point, Value
+from monitor.points.points import FieldValue, TelemetryPoint
 
 S = 1_000_000_000
 
 
-def point(measurement: str, at_s: float, tags: Mapping[str, str] | None = None, **fields: Value) -> Point:
-    return Point(measurement, round(at_s * S), tags or {}, fields)
+def point(measurement: str, at_s: float, tags: Mapping[str, str] | None = None, **fields: FieldValue) -> TelemetryPoint:
+    return TelemetryPoint(measurement, round(at_s * S), tags or {}, fields)
 
 
-def request(number: int, at_s: float, latency_ms: float, network_ms: float = 0.0, **fields: Value) -> Point:
-    own: dict[str, Value] = {"latency_ms": latency_ms, "network_ms": network_ms}
+def request(
+    number: int, at_s: float, latency_ms: float, network_ms: float = 0.0, **fields: FieldValue
+) -> TelemetryPoint:
+    own: dict[str, FieldValue] = {"latency_ms": latency_ms, "network_ms": network_ms}
     own |= {"attempts": 1, "request": f"{number:02}", "error": "", **fields}
     return point("request", at_s, {"source": "s"}, **own)
 
 
-def hop(number: int, stage: str, place: int, queue_ms: float, compute_ms: float) -> Point:
+def hop(number: int, stage: str, place: int, queue_ms: float, compute_ms: float) -> TelemetryPoint:
     fields = {"queue_ms": queue_ms, "decode_ms": 1.0, "compute_ms": compute_ms, "encode_ms": 0.5}
     return point("hop", number, {"stage": stage, "worker": f"{stage}-1"}, **fields, request=f"{number:02}", place=place)
 
@@ -40,7 +42,7 @@ REQUESTS = [
 
 
 def test_without_a_warm_up_the_window_begins_with_the_first_request() -> None:
-    found = measured({"request": REQUESTS})
+    found = compute_run_metrics({"request": REQUESTS})
     assert (found.kind, found.samples, found.failed, found.retries) == ("inference", 4, 1, 3)
     assert found.span_s == 3.0  # 10.0 to 13.0
     assert found.throughput_per_s == pytest.approx(4 / 3)
@@ -49,7 +51,7 @@ def test_without_a_warm_up_the_window_begins_with_the_first_request() -> None:
 
 
 def test_the_warm_up_does_not_count_and_its_last_result_begins_the_window() -> None:
-    found = measured({"request": list(reversed(REQUESTS))}, warm_up=2)
+    found = compute_run_metrics({"request": list(reversed(REQUESTS))}, warm_up=2)
     assert (found.samples, found.failed, found.warm_up) == (2, 1, 2)
     assert found.span_s == 2.0  # 11.0 to 13.0
     assert found.throughput_per_s == 1.0
@@ -66,7 +68,7 @@ def test_the_time_goes_to_the_stages_on_the_requests_way() -> None:
         hop(1, "head", 0, 100.0, 100.0),  # of the warm-up
         hop(3, "head", 0, 100.0, 100.0),  # of the one that failed
     ]
-    found = measured({"request": REQUESTS, "hop": hops}, warm_up=2)
+    found = compute_run_metrics({"request": REQUESTS, "hop": hops}, warm_up=2)
     assert list(found.stages) == ["head", "tail"]
     assert found.stages["head"] == StageTime(4.0, 1.0, 15.0, 0.5)
     assert found.stages["tail"] == StageTime(2.0, 1.0, 40.0, 0.5)
@@ -84,35 +86,37 @@ def test_steps_make_it_training_whose_samples_are_rows() -> None:
         point("task", 1.6, {"stage": "head"}, queue_ms=3.0, decode_ms=2.0, compute_ms=200.0, encode_ms=3.0),
         point("task", 0.9, {"stage": "head"}, queue_ms=9.0, decode_ms=9.0, compute_ms=900.0, encode_ms=9.0),
     ]
-    found = measured({"step": steps, "task": tasks}, warm_up=1)
+    found = compute_run_metrics({"step": steps, "task": tasks}, warm_up=1)
     assert (found.kind, found.samples, found.span_s, found.throughput_per_s) == ("training", 48, 0.8, 60.0)
     assert found.latency_ms["mean"] == 400.0
     assert found.network_ms is None
     assert found.stages == {"head": StageTime(2.0, 2.0, 150.0, 3.0)}  # of two tasks in two steps
 
 
-def link(at_s: float, there: int, back: int) -> Point:
+def link(at_s: float, there: int, back: int) -> TelemetryPoint:
     return point("link", at_s, {"from": "device", "to": "cloud"}, bytes_out=there, bytes_in=back)
 
 
 def test_a_link_counts_from_the_warm_ups_end_to_what_was_seen_after_the_last_result() -> None:
     links = [link(9.0, 0, 0), link(10.5, 1000, 10), link(11.5, 3000, 30), link(13.2, 8000, 90), link(15.0, 8100, 95)]
     # At 11.0 half way from 1000 to 3000.
-    assert measured({"request": REQUESTS, "link": links}, warm_up=2).links == {
-        "device - cloud": Crossed((8000 - 2000) / 2, (90 - 20) / 2)
+    assert compute_run_metrics({"request": REQUESTS, "link": links}, warm_up=2).links == {
+        "device - cloud": LinkBytes((8000 - 2000) / 2, (90 - 20) / 2)
     }
     # Without a warm-up: all, over four results.
-    assert measured({"request": REQUESTS, "link": links}).links == {"device - cloud": Crossed(2000.0, 22.5)}
+    assert compute_run_metrics({"request": REQUESTS, "link": links}).links == {
+        "device - cloud": LinkBytes(2000.0, 22.5)
+    }
 
 
 def test_weights_that_are_fetched_after_training_are_not_counted_as_its_traffic() -> None:
     steps = [point("step", second, step=second, rows=10, step_ms=1000.0) for second in (1, 2, 3)]
     links = [link(1.0, 500, 0), link(2.5, 2000, 300), link(3.1, 900_000, 900_000)]
-    found = measured({"step": steps, "link": links}, warm_up=1).links["device - cloud"]
-    assert found == Crossed(1500 * (2.0 / 1.5) / 20, 300 * (2.0 / 1.5) / 20)
+    found = compute_run_metrics({"step": steps, "link": links}, warm_up=1).links["device - cloud"]
+    assert found == LinkBytes(1500 * (2.0 / 1.5) / 20, 300 * (2.0 / 1.5) / 20)
 
 
-def process(at_s: float, role: str, pid: int, cpu_s: float | None) -> Point:
+def process(at_s: float, role: str, pid: int, cpu_s: float | None) -> TelemetryPoint:
     return point("process", at_s, {"role": role, "node": "n", "name": f"{role}-1"}, cpu_s=cpu_s, pid=pid)
 
 
@@ -128,7 +132,7 @@ def test_processor_time_is_of_the_window_and_by_role() -> None:
         process(11.0, "source", 3, None),
     ]
     born = point("life", 11.5, {"role": "stage", "name": "stage-1"}, event="start", pid=2)
-    found = measured({"request": REQUESTS, "process": seen, "life": [born]}, warm_up=2)
+    found = compute_run_metrics({"request": REQUESTS, "process": seen, "life": [born]}, warm_up=2)
     # Stage: at 11.0 it is 5.5, at 13.0 it is 7.5; and 0.7 of the other.
     assert found.cpu_s == {"stage": pytest.approx((2.0 + 0.7) / 2), "source": 0.0}
 
@@ -137,24 +141,24 @@ def test_processor_time_from_before_the_window_is_no_samples() -> None:
     """A process that imported for seconds, began just before the window, and is seen in it for the first time."""
     born = point("life", 10.9, {"role": "source", "name": "source-1"}, event="start", pid=7)
     seen = [process(11.4, "source", 7, 3.0), process(13.0, "source", 7, 3.5)]
-    found = measured({"request": REQUESTS, "process": seen, "life": [born]}, warm_up=2)
+    found = compute_run_metrics({"request": REQUESTS, "process": seen, "life": [born]}, warm_up=2)
     assert found.cpu_s == {"source": pytest.approx(0.25)}
 
 
 def test_steps_of_no_rows_are_no_samples() -> None:
     with pytest.raises(NoSamples, match="no samples"):
-        measured({"step": [point("step", 1, step=1, rows=0, step_ms=10.0)]})
+        compute_run_metrics({"step": [point("step", 1, step=1, rows=0, step_ms=10.0)]})
 
 
-def energy(at_s: float, joules: float | None, rail: str = "package-0") -> Point:
+def energy(at_s: float, joules: float | None, rail: str = "package-0") -> TelemetryPoint:
     return point("power", at_s, {"rail": rail}, energy_j=joules)
 
 
 def test_energy_is_of_the_window_and_a_sample_that_it_cuts_counts_in_part() -> None:
     seen = [energy(10.0, 50.0), energy(12.0, 4.0), energy(14.0, 6.0), energy(14.0, 1.0, "package-0/core")]
-    found = measured({"request": REQUESTS, "power": seen}, warm_up=2)
+    found = compute_run_metrics({"request": REQUESTS, "power": seen}, warm_up=2)
     assert found.energy_j == {"rail package-0": (4.0 / 2 + 6.0 / 2) / 2}
-    assert found.energy_missing == ""
+    assert found.energy_missing_reason == ""
 
 
 def test_without_a_sensor_there_is_a_reason_and_never_a_zero() -> None:
@@ -162,9 +166,9 @@ def test_without_a_sensor_there_is_a_reason_and_never_a_zero() -> None:
         point("missing", 9.0, {"sensor": "rapl"}, reason="only root may read it"),
         point("missing", 9.0, {"sensor": "interface.eth0"}, reason="it has gone"),
     ]
-    found = measured({"request": REQUESTS, "missing": told, "power": [energy(11.5, None)]})
-    assert (found.energy_j, found.energy_missing) == (None, "rapl: only root may read it")
-    assert measured({"request": REQUESTS}).energy_missing == "no sensor said anything"
+    found = compute_run_metrics({"request": REQUESTS, "missing": told, "power": [energy(11.5, None)]})
+    assert (found.energy_j, found.energy_missing_reason) == (None, "rapl: only root may read it")
+    assert compute_run_metrics({"request": REQUESTS}).energy_missing_reason == "no sensor said anything"
 
 
 @pytest.mark.parametrize(
@@ -176,9 +180,9 @@ def test_without_a_sensor_there_is_a_reason_and_never_a_zero() -> None:
         (REQUESTS[3:4], 0, "none of the 1 requests after its warm-up has a result"),
     ],
 )
-def test_a_run_with_nothing_to_measure_says_so(points: Sequence[Point], warm_up: int, said: str) -> None:
+def test_a_run_with_nothing_to_measure_says_so(points: Sequence[TelemetryPoint], warm_up: int, said: str) -> None:
     with pytest.raises(NoSamples, match=said):
-        measured({"request": points}, warm_up)
+        compute_run_metrics({"request": points}, warm_up)
 
 
 def test_percentiles_are_values_that_were_there() -> None:
@@ -188,13 +192,13 @@ def test_percentiles_are_values_that_were_there() -> None:
 
 
 def test_a_counter_is_read_between_what_was_seen() -> None:
-    counter = Counter(((10, 100.0), (20, 200.0)))
-    assert [counter.at(time) for time in (9, 10, 15, 20, 99)] == [0.0, 100.0, 150.0, 200.0, 200.0]
-    assert [counter.after(time) for time in (0, 10, 11, 21)] == [100.0, 100.0, 200.0, 200.0]
+    counter = CounterSeries(((10, 100.0), (20, 200.0)))
+    assert [counter.value_at(time) for time in (9, 10, 15, 20, 99)] == [0.0, 100.0, 150.0, 200.0, 200.0]
+    assert [counter.value_after(time) for time in (0, 10, 11, 21)] == [100.0, 100.0, 200.0, 200.0]
 
 
 def test_the_window_holds_what_counts_in_the_order_of_its_end() -> None:
-    window = window_of({"request": list(reversed(REQUESTS))}, 1)
-    assert [found.fields["request"] for found in window.counted] == ["01", "02", "03", "04"]
-    assert [found.fields["request"] for found in window.done] == ["01", "02", "04"]
+    window = select_window({"request": list(reversed(REQUESTS))}, 1)
+    assert [found.fields["request"] for found in window.points] == ["01", "02", "03", "04"]
+    assert [found.fields["request"] for found in window.succeeded] == ["01", "02", "04"]
     assert (window.begin_ns, window.end_ns) == (round(10.5 * S), 13 * S)

@@ -10,39 +10,39 @@ from pathlib import Path
 import pytest
 
 from brokers.config.pipeline_file import load_pipeline
-from monitor.bench.case import Case, case_of
-from monitor.bench.environment import hardware, revision, versions
-from monitor.bench.manifest import FILE, Manifest, load_manifest, suite_record, without_passwords
-from monitor.bench.suite import FOLDER, find_suites
+from monitor.bench.case import BenchCase, case_from_suite
+from monitor.bench.environment import git_revision, hardware, versions
+from monitor.bench.manifest import MANIFEST_FILE, Manifest, load_manifest, redact_passwords, suite_record
+from monitor.bench.suite import SUITES_FOLDER, find_suites
 from monitor.bench.sweep import cut_cases
 from monitor.errors import BadManifest
 from tests.support.environment.checkout import ROOT
 
 
-def manifest(*cases: Case) -> Manifest:
+def manifest(*cases: BenchCase) -> Manifest:
     return Manifest(
         command=("sparse", "bench", "detect"),
         mode="run",
-        begun="2026-01-02T03:04:05+00:00",
+        started_at="2026-01-02T03:04:05+00:00",
         warm_up=5,
         requests=30,
         repeats=2,
         versions=versions(),
-        revision=revision(),
+        revision=git_revision(),
         hardware=hardware(),
         suites=tuple(suite_record(case, True, [f"{case.name}-1"]) for case in cases),
     )
 
 
 def test_it_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    cases = [case_of(suite, 30, 5) for suite in find_suites(["detect-hybrid-on-device", "train-device"])]
+    cases = [case_from_suite(suite, 30, 5) for suite in find_suites(["detect-hybrid-on-device", "train-device"])]
     written = manifest(*cases)
-    (tmp_path / FILE).write_text(written.to_json())
+    (tmp_path / MANIFEST_FILE).write_text(written.to_json())
     found = load_manifest(tmp_path)
     assert found == written
     hybrid, device = found.suites
-    assert hybrid.text == (FOLDER / "detect-hybrid-on-device.toml").read_text()
-    assert hybrid.changed == {"source.limit": 30, "source.loop": True}
+    assert hybrid.pipeline_text == (SUITES_FOLDER / "detect-hybrid-on-device.toml").read_text()
+    assert hybrid.overrides == {"source.limit": 30, "source.loop": True}
     assert (hybrid.kind, hybrid.seed, hybrid.runs) == ("inference", 0, ("detect-hybrid-on-device-1",))
     links = [(link.site, link.to, link.delay_ms, link.rate_mbit, link.emulated) for link in hybrid.links]
     assert links == [("device", "cloudlet", 1.0, 200.0, True), ("cloudlet", "cloud", 8.0, 50.0, True)]
@@ -54,7 +54,7 @@ def test_links_that_nothing_crosses_are_not_named() -> None:
     cut, here, there = cut_cases(split, [8], {8: 346_112}, 30, 5)
     assert [len(suite_record(case, True, []).links) for case in (cut, here, there)] == [1, 0, 1]
     assert [suite_record(case, False, []).links[0].emulated for case in (cut, there)] == [False, False]
-    assert here.about == {"sweep": "cut", "cut": None, "site": "device"}
+    assert here.sweep_point == {"sweep": "cut", "cut": None, "site": "device"}
 
 
 def test_a_password_in_a_brokers_address_is_not_in_it(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_password_in_a_brokers_address_is_not_in_it(tmp_path: Path) -> None:
         "[[site]]\nname = \"far\"\nbroker = 'mqtts://fog:hush@far.example:8884'\n"
         '[source]\nkind = "video"\npath = "street"\nsite = "far"\n'
     )
-    text = suite_record(Case("far", path, load_pipeline(path)), False, []).text
+    text = suite_record(BenchCase("far", path, load_pipeline(path)), False, []).pipeline_text
     assert "hush" not in text
     assert "broker = 'mqtts://fog@far.example:8884'" in text
 
@@ -80,7 +80,7 @@ def test_a_password_in_a_brokers_address_is_not_in_it(tmp_path: Path) -> None:
     ],
 )
 def test_a_password_is_left_out_wherever_it_stands(line: str) -> None:
-    found = without_passwords(line)
+    found = redact_passwords(line)
     assert not re.search("hu'?sh", found)
     assert ("@far" in found) == ("@far" in line)
 
@@ -99,7 +99,7 @@ def test_the_machine_and_the_versions_are_told() -> None:
 def test_the_revision_is_that_of_the_checkout_and_null_outside_of_one(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.touch()
-    assert revision(program) is None
+    assert git_revision(program) is None
 
     def git(*words: str) -> str:
         identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
@@ -107,12 +107,12 @@ def test_the_revision_is_that_of_the_checkout_and_null_outside_of_one(tmp_path: 
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")
-    assert revision(program) is None  # not a part of it
+    assert git_revision(program) is None  # not a part of it
     git("add", "program.py")
     git("commit", "-qm", "one")
-    assert revision(program) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert git_revision(program) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     program.write_text("changed")
-    assert revision(program) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    assert git_revision(program) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_the_revision_is_that_of_the_checkout_and_null_outside_of_one(tmp_path: 
 )
 def test_a_manifest_that_cannot_be_read_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     assert load_manifest(tmp_path) is None
-    (tmp_path / FILE).write_text(text)
+    (tmp_path / MANIFEST_FILE).write_text(text)
     with pytest.raises(BadManifest, match=said) as caught:
         load_manifest(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / FILE}: no manifest of a benchmark: ")
+    assert str(caught.value).startswith(f"{tmp_path / MANIFEST_FILE}: no manifest of a benchmark: ")

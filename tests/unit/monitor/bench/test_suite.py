@@ -12,10 +12,10 @@ import pytest
 from brokers.config.pipeline_file import Pipeline
 from brokers.errors import BadFile
 from monitor.bench.errors import UnknownSuite
-from monitor.bench.suite import FOLDER, PLACES, TASKS, find_suites, packaged
+from monitor.bench.suite import DEPLOYMENTS, SUITES_FOLDER, TASKS, find_suites, packaged_suites
 from tests.support.environment.checkout import ROOT
 
-FILES = sorted(FOLDER.glob("*.toml"))
+FILES = sorted(SUITES_FOLDER.glob("*.toml"))
 # From the device on, each way: what the paper's Table I has of delay, and the rates that docs/benchmarks.md explains.
 NEAR = {"to": "cloudlet", "delay_ms": 1.0, "rate_mbit": 200.0}
 FAR = {"to": "cloud", "delay_ms": 8.0, "rate_mbit": 50.0}
@@ -55,9 +55,9 @@ def network(pipeline: Pipeline) -> dict[str, Any]:
 @pytest.mark.parametrize("task", TASKS)
 def test_the_suites_of_a_task_differ_in_where_the_parts_are_and_in_nothing_else(task: str) -> None:
     suites = find_suites([task])
-    assert [suite.name for suite in suites] == [f"{task}-{place}" for place in PLACES]
+    assert [suite.name for suite in suites] == [f"{task}-{place}" for place in DEPLOYMENTS]
     assert all(network(suite.pipeline) == network(suites[0].pipeline) for suite in suites)
-    for suite, place in zip(suites, PLACES, strict=True):
+    for suite, place in zip(suites, DEPLOYMENTS, strict=True):
         pipeline = suite.pipeline
         assert pipeline.name == place
         assert pipeline.source.site == "device"
@@ -69,7 +69,7 @@ def test_the_suites_of_a_task_differ_in_where_the_parts_are_and_in_nothing_else(
 
 
 def test_all_files_are_suites_and_each_says_how_it_is_run() -> None:
-    assert {path.stem for path in FILES} == {name for names in packaged().values() for name in names}
+    assert {path.stem for path in FILES} == {name for names in packaged_suites().values() for name in names}
     for path in FILES:
         commands = re.findall(r"^#     (.+)$", path.read_text(), flags=re.MULTILINE)
         assert commands == [f"sparse run {path.relative_to(ROOT)}"]
@@ -77,20 +77,22 @@ def test_all_files_are_suites_and_each_says_how_it_is_run() -> None:
 
 def test_each_suite_says_in_a_sentence_what_it_is() -> None:
     (server, device) = find_suites(["detect-server", "train-device"])
-    assert server.about.startswith("A baseline that the paper lacks: the device sends its JPEG to one server in the ")
-    assert server.about.endswith("cloud, which has the uncut network.")
-    assert device.about == "A baseline that the paper lacks: the device trains the uncut network by itself."
+    assert server.description.startswith(
+        "A baseline that the paper lacks: the device sends its JPEG to one server in the "
+    )
+    assert server.description.endswith("cloud, which has the uncut network.")
+    assert device.description == "A baseline that the paper lacks: the device trains the uncut network by itself."
 
 
 def test_a_suite_is_asked_for_once_however_often_it_is_named() -> None:
-    found = find_suites(["detect-cloud", "detect", str(FOLDER / "detect-device.toml")])
-    assert [suite.name for suite in found] == ["detect-cloud", *(f"detect-{place}" for place in PLACES[1:])]
+    found = find_suites(["detect-cloud", "detect", str(SUITES_FOLDER / "detect-device.toml")])
+    assert [suite.name for suite in found] == ["detect-cloud", *(f"detect-{place}" for place in DEPLOYMENTS[1:])]
 
 
 def test_two_files_of_one_name_have_runs_of_two_names(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        shutil.copy(FOLDER / "train-device.toml", tmp_path / folder / "my suite.toml")
+        shutil.copy(SUITES_FOLDER / "train-device.toml", tmp_path / folder / "my suite.toml")
     found = find_suites([str(tmp_path / folder / "my suite.toml") for folder in ("a", "b")])
     assert [suite.name for suite in found] == ["my-suite", "my-suite-2"]
 

@@ -10,24 +10,24 @@ import pytest
 from brokers.errors import SparseError
 from brokers.server.local_broker import start_broker
 from monitor.launch.broker import RunBroker
-from monitor.launch.child_process import Child, end_all
-from tests.support.environment.external_programs import need
+from monitor.launch.child_process import ChildProcess, terminate_all
+from tests.support.environment.external_programs import require_dependency
 
 
 def test_starts_are_counted_while_they_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    child = Child("nobody", ("--version",), tmp_path / "log")
+    child = ChildProcess("nobody", ("--version",), tmp_path / "log")
     for expected in (1, 2, 3):
         child.start()
-        end_all([child])
-        assert child.starts == expected
-    monkeypatch.setattr("monitor.launch.child_process.STEADY_S", 0.0)  # as if it had lived for long
+        terminate_all([child])
+        assert child.consecutive_starts == expected
+    monkeypatch.setattr("monitor.launch.child_process.STABLE_AFTER_S", 0.0)  # as if it had lived for long
     child.start()
-    end_all([child])
-    assert child.starts == 1
+    terminate_all([child])
+    assert child.consecutive_starts == 1
 
 
 def test_a_broker_that_lived_for_long_is_started_again_however_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    need("mosquitto")
+    require_dependency("mosquitto")
     monkeypatch.setattr("monitor.launch.broker._RESTART_LIMIT", 1)
     own = start_broker(kind="mosquitto")
     broker = RunBroker(own.address, own)
@@ -35,8 +35,8 @@ def test_a_broker_that_lived_for_long_is_started_again_however_often_it_was(monk
         stack.callback(broker.stop)
 
         def die() -> None:
-            assert broker.own is not None
-            broker.own.stop()
+            assert broker.local_broker is not None
+            broker.local_broker.stop()
 
         die()
         broker.restart()

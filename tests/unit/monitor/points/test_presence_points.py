@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from monitor.points.presence_points import presence_points
+from monitor.points.presence_points import presence_to_points
 from monitor.points.schema import MEASUREMENTS
-from monitor.presence.census import Census
+from monitor.presence.census import ExpiringPresenceTable
 from tests.support.brokers.presence_records import source_record, worker_record
 
 
-def heard(census: Census, now_s: float, *, retained: bool = False, **load: Any) -> None:
+def heard(census: ExpiringPresenceTable, now_s: float, *, retained: bool = False, **load: Any) -> None:
     for topic, record in (worker_record("w1", node="rack", **load), source_record("cam", window=4)):
-        census.heard_birth(topic, record.to_bytes(), now_s, retained=retained)
+        census.on_presence(topic, record.to_bytes(), now_s, retained=retained)
 
 
 def test_a_record_is_a_point_with_all_fields_of_the_schema() -> None:
-    census = Census()
+    census = ExpiringPresenceTable()
     load: dict[str, Any] = {"queue": 4, "queue_ms": 250.0, "done": 9, "busy": 0.75, "task_ms": 12.5}
     heard(census, 10.0, **load)
     topic, record = source_record("yard", node="tower", dropped={"newer_came": 2, "x": 1}, retries={"WorkerLost": 5})
-    census.heard_birth(topic, record.to_bytes(), 10.0)
-    worker, cam, yard = presence_points(census, 9.0, 77, "r1")
+    census.on_presence(topic, record.to_bytes(), 10.0)
+    worker, cam, yard = presence_to_points(census, 9.0, 77, "r1")
     assert worker.tags == {
         "node": "rack", "run": "r1", "site": "local", "pipeline": "street", "stage": "body", "worker": "w1",
     }  # fmt: skip
@@ -37,17 +37,17 @@ def test_a_record_is_a_point_with_all_fields_of_the_schema() -> None:
 
 
 def test_only_what_was_heard_since_is_told_again() -> None:
-    census = Census()
+    census = ExpiringPresenceTable()
     heard(census, 10.0)
-    assert len(presence_points(census, 10.0, 1, "")) == 2
-    assert presence_points(census, 10.1, 1, "") == []
+    assert len(presence_to_points(census, 10.0, 1, "")) == 2
+    assert presence_to_points(census, 10.1, 1, "") == []
     heard(census, 11.0)
-    assert len(presence_points(census, 10.1, 1, "")) == 2
+    assert len(presence_to_points(census, 10.1, 1, "")) == 2
 
 
 def test_what_a_broker_has_kept_of_somebody_who_may_be_long_gone_is_not_told() -> None:
-    census = Census()
+    census = ExpiringPresenceTable()
     heard(census, 10.0, retained=True)
-    assert presence_points(census, 9.0, 1, "") == []
+    assert presence_to_points(census, 9.0, 1, "") == []
     heard(census, 11.0)
-    assert len(presence_points(census, 9.0, 1, "")) == 2
+    assert len(presence_to_points(census, 9.0, 1, "")) == 2

@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from brokers.dispatch.presence import RECORD_LIMIT_BYTES, Birth, Load, SourceBirth, SourceLoad
-from monitor.presence.inference_stats import Scoreboard, by_count, found_text
+from brokers.dispatch.presence import RECORD_LIMIT_BYTES, SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
+from monitor.presence.inference_stats import InferenceStats, format_counts, summarize_result
 from monitor.presence.presence_table import RECORDS_LIMIT
 
 CAMERA = "sparse/local/street/source/up/cam"
 
 
 def birth(worker: str, stage: str, state: Any = "up", **load: Any) -> bytes:
-    return Birth(
+    return WorkerRecord(
         worker=worker, stage=stage, pipeline="street", site="local", node="here", pid=1, device="cpu", fingerprint="",
-        capacity=3, state=state, load=Load(**load),
+        capacity=3, state=state, load=WorkerLoad(**load),
     ).to_bytes()  # fmt: skip
 
 
 def source(name: str = "cam", **load: Any) -> bytes:
-    return SourceBirth(
+    return SourceRecord(
         source=name, pipeline="street", site="local", node="here", pid=1, load=SourceLoad(**load)
     ).to_bytes()
 
@@ -36,127 +36,127 @@ def objects(*found: tuple[str, float]) -> list[dict[str, Any]]:
 
 
 def test_workers_come_report_and_go() -> None:
-    board = Scoreboard()
-    board.heard_birth("a", birth("a", "head"), 0.0)
-    board.heard_birth("b", birth("b", "tail", state="draining"), 0.0)
+    board = InferenceStats()
+    board.on_presence("a", birth("a", "head"), 0.0)
+    board.on_presence("b", birth("b", "tail", state="draining"), 0.0)
     assert board.stages_up() == {"head"}
-    board.heard_birth("a", birth("a", "head", done=4), 0.0)
+    board.on_presence("a", birth("a", "head", done=4), 0.0)
     assert board.workers["a"].load.done == 4
-    board.heard_birth("a", b"", 0.0)
-    board.heard_birth("unknown", b"", 0.0)
+    board.on_presence("a", b"", 0.0)
+    board.on_presence("unknown", b"", 0.0)
     assert set(board.workers) == {"b"}
 
 
 def test_workers_of_one_name_in_two_pipelines_are_two() -> None:
-    board = Scoreboard()
-    board.heard_birth("sparse/local/street/head/up/head-1", birth("head-1", "head"), 0.0)
-    board.heard_birth("sparse/local/yard/head/up/head-1", birth("head-1", "head"), 0.0)
-    board.heard_birth("sparse/local/yard/head/up/head-1", b"", 1.0)
+    board = InferenceStats()
+    board.on_presence("sparse/local/street/head/up/head-1", birth("head-1", "head"), 0.0)
+    board.on_presence("sparse/local/yard/head/up/head-1", birth("head-1", "head"), 0.0)
+    board.on_presence("sparse/local/yard/head/up/head-1", b"", 1.0)
     assert list(board.workers) == ["sparse/local/street/head/up/head-1"]
 
 
 def test_a_worker_that_has_not_reported_for_long_is_lost() -> None:
-    board = Scoreboard()
-    board.heard_birth("a", birth("a", "head"), 0.0)
+    board = InferenceStats()
+    board.on_presence("a", birth("a", "head"), 0.0)
     assert not board.is_lost("a", 10.0)
     assert board.is_lost("a", 10.1)
-    board.heard_birth("a", birth("a", "head"), 11.0)
+    board.on_presence("a", birth("a", "head"), 11.0)
     assert not board.is_lost("a", 12.0)
 
 
 def test_a_record_that_the_broker_had_kept_is_no_sign_of_life() -> None:
-    board = Scoreboard()
-    board.heard_birth("a", birth("a", "head"), 0.0, retained=True)
-    board.heard_birth("b", birth("b", "head"), 0.0, retained=True)
-    assert board.silent == {"a", "b"}
-    board.heard_birth("a", birth("a", "head"), 1.0)
-    assert board.silent == {"b"}
-    board.heard_birth("b", b"", 1.0)
-    assert board.silent == set()
+    board = InferenceStats()
+    board.on_presence("a", birth("a", "head"), 0.0, retained=True)
+    board.on_presence("b", birth("b", "head"), 0.0, retained=True)
+    assert board.unconfirmed_topics == {"a", "b"}
+    board.on_presence("a", birth("a", "head"), 1.0)
+    assert board.unconfirmed_topics == {"b"}
+    board.on_presence("b", b"", 1.0)
+    assert board.unconfirmed_topics == set()
 
 
 def test_a_source_is_no_worker_and_its_stage_is_none() -> None:
-    board = Scoreboard()
-    board.heard_birth(CAMERA, source(results=3), 0.0, retained=True)
-    assert (board.workers, board.stages_up(), board.garbage) == ({}, set(), 0)
+    board = InferenceStats()
+    board.on_presence(CAMERA, source(results=3), 0.0, retained=True)
+    assert (board.workers, board.stages_up(), board.rejected) == ({}, set(), 0)
     assert board.sources[CAMERA].load.results == 3
-    assert board.silent == {CAMERA}
-    board.heard_birth(CAMERA, source(results=4), 1.0)
-    assert board.silent == set()
+    assert board.unconfirmed_topics == {CAMERA}
+    board.on_presence(CAMERA, source(results=4), 1.0)
+    assert board.unconfirmed_topics == set()
     assert [board.is_lost(CAMERA, now_s) for now_s in (11.0, 11.1)] == [False, True]
-    board.heard_birth(CAMERA, b"", 12.0)
+    board.on_presence(CAMERA, b"", 12.0)
     assert board.sources == {}
 
 
 def test_neither_kind_of_record_passes_for_the_other() -> None:
-    board = Scoreboard()
-    board.heard_birth(CAMERA, birth("cam", "source"), 0.0)
-    board.heard_birth("sparse/local/street/head/up/cam", source(), 0.0)
-    assert (board.workers, board.sources, board.garbage) == ({}, {}, 2)
+    board = InferenceStats()
+    board.on_presence(CAMERA, birth("cam", "source"), 0.0)
+    board.on_presence("sparse/local/street/head/up/cam", source(), 0.0)
+    assert (board.workers, board.sources, board.rejected) == ({}, {}, 2)
 
 
 def test_what_was_retried_and_dropped_is_the_sum_of_all_sources_and_outlives_them() -> None:
-    board = Scoreboard()
-    board.heard_birth(CAMERA, source(retries={"WorkerLost": 1}), 0.0)
-    board.heard_birth(CAMERA, source(retries={"WorkerLost": 2}, dropped={"newer_came": 5}), 0.0)
+    board = InferenceStats()
+    board.on_presence(CAMERA, source(retries={"WorkerLost": 1}), 0.0)
+    board.on_presence(CAMERA, source(retries={"WorkerLost": 2}, dropped={"newer_came": 5}), 0.0)
     other = "sparse/local/street/source/up/door"
-    board.heard_birth(other, source("door", retries={"WorkerLost": 1, "Busy": 1}, failed={"Poison": 1}), 0.0)
+    board.on_presence(other, source("door", retries={"WorkerLost": 1, "Busy": 1}, failed={"Poison": 1}), 0.0)
     wanted = {"retried": {"WorkerLost": 3, "Busy": 1}, "dropped": {"newer_came": 5}, "failed": {"Poison": 1}}
-    assert board.troubles() == wanted
-    board.heard_birth(CAMERA, b"", 1.0)
-    board.heard_birth(CAMERA, b"", 1.0)
-    assert board.troubles() == wanted
-    assert by_count(wanted["retried"]) == "WorkerLost 3, Busy 1"
-    assert by_count({f"E{number}": 1 for number in range(10, 100)}).endswith(", E20 1, E21 1, others 78")
+    assert board.problem_counts() == wanted
+    board.on_presence(CAMERA, b"", 1.0)
+    board.on_presence(CAMERA, b"", 1.0)
+    assert board.problem_counts() == wanted
+    assert format_counts(wanted["retried"]) == "WorkerLost 3, Busy 1"
+    assert format_counts({f"E{number}": 1 for number in range(10, 100)}).endswith(", E20 1, E21 1, others 78")
 
 
 def test_records_of_many_topics_or_of_many_bytes_are_not_kept() -> None:
-    board = Scoreboard()
+    board = InferenceStats()
     for number in range(RECORDS_LIMIT + 10):
-        board.heard_birth(f"sparse/local/street/head/up/{number}", birth(str(number), "head"), 0.0)
-    assert (len(board.workers), board.garbage) == (RECORDS_LIMIT, 10)
+        board.on_presence(f"sparse/local/street/head/up/{number}", birth(str(number), "head"), 0.0)
+    assert (len(board.workers), board.rejected) == (RECORDS_LIMIT, 10)
     large = birth("0", "head").replace(b"here", b"h" * RECORD_LIMIT_BYTES)
-    board.heard_birth("sparse/local/street/head/up/0", large, 0.0)
-    assert (board.workers["sparse/local/street/head/up/0"].node, board.garbage) == ("here", 11)
+    board.on_presence("sparse/local/street/head/up/0", large, 0.0)
+    assert (board.workers["sparse/local/street/head/up/0"].node, board.rejected) == ("here", 11)
 
 
 def test_a_find_does_not_command_the_terminal() -> None:
-    board = Scoreboard()
-    board.heard_result(result(error="Bad\x1b[2J", reason="\r\n" + "x" * 10_000), 0.0)
-    assert board.finds[0].text.startswith("Bad?[2J: ??xxx")
-    assert len(board.finds[0].text) < 1000
+    board = InferenceStats()
+    board.on_result(result(error="Bad\x1b[2J", reason="\r\n" + "x" * 10_000), 0.0)
+    assert board.recent_results[0].text.startswith("Bad?[2J: ??xxx")
+    assert len(board.recent_results[0].text) < 1000
 
 
 def test_only_results_of_the_pipeline_count_and_what_is_of_none() -> None:
-    board = Scoreboard("street")
-    board.heard_result(result(pipeline="street"), 0.0)
-    board.heard_result(result(pipeline="yard", error="BadPayload", dropped=9), 0.0)
-    board.heard_result(result(error="BadPayload"), 0.0)  # a gateway's refusal
-    assert (board.results, board.failures.total(), board.dropped, board.garbage) == (1, 1, 0, 0)
+    board = InferenceStats("street")
+    board.on_result(result(pipeline="street"), 0.0)
+    board.on_result(result(pipeline="yard", error="BadPayload", dropped=9), 0.0)
+    board.on_result(result(error="BadPayload"), 0.0)  # a gateway's refusal
+    assert (board.results, board.failures.total(), board.dropped, board.rejected) == (1, 1, 0, 0)
 
 
 def test_results_and_failures_are_counted_apart() -> None:
-    board = Scoreboard()
-    board.heard_result(result(objects=objects(("dog", 0.9)), dropped=3), 1.0)
-    board.heard_result(result(error="BadPayload", reason="no picture", dropped=2), 2.0)
-    assert (board.results, dict(board.failures), board.heard, board.dropped) == (1, {"BadPayload": 1}, 2, 3)
-    assert [find.text for find in board.finds] == ["dog 0.90", "BadPayload: no picture"]
+    board = InferenceStats()
+    board.on_result(result(objects=objects(("dog", 0.9)), dropped=3), 1.0)
+    board.on_result(result(error="BadPayload", reason="no picture", dropped=2), 2.0)
+    assert (board.results, dict(board.failures), board.results_received, board.dropped) == (1, {"BadPayload": 1}, 2, 3)
+    assert [find.text for find in board.recent_results] == ["dog 0.90", "BadPayload: no picture"]
 
 
 def test_the_rate_is_of_the_last_seconds() -> None:
-    board = Scoreboard()
+    board = InferenceStats()
     assert board.rate(0.0) == 0.0
     for index in range(100):
-        board.heard_result(result(), index / 10)  # ten a second
+        board.on_result(result(), index / 10)  # ten a second
     assert board.rate(10.0) == pytest.approx(10.0, rel=0.05)
     assert board.rate(100.0) == 0.0
 
 
 def test_percentiles_are_of_recent_results() -> None:
-    board = Scoreboard()
+    board = InferenceStats()
     assert board.latency_ms(50) == 0.0
     for latency_ms in [1000.0] * 10 + [float(number) for number in range(256)]:
-        board.heard_result(result(latency_ms=latency_ms), 0.0)
+        board.on_result(result(latency_ms=latency_ms), 0.0)
     assert board.latency_ms(0) == 0.0
     assert board.latency_ms(100) == 255.0
 
@@ -178,14 +178,14 @@ def test_percentiles_are_of_recent_results() -> None:
     ],
 )
 def test_what_anybody_else_publishes_is_counted_and_does_no_harm(garbage: bytes) -> None:
-    board = Scoreboard()
-    board.heard_result(garbage, 1.0)
-    assert (board.garbage, board.results, board.finds) == (1, 0, board.finds)
+    board = InferenceStats()
+    board.on_result(garbage, 1.0)
+    assert (board.rejected, board.results, board.recent_results) == (1, 0, board.recent_results)
     if garbage:
-        board.heard_birth("a", garbage, 0.0)
-        assert board.garbage == 2
+        board.on_presence("a", garbage, 0.0)
+        assert board.rejected == 2
     assert board.workers == {}
-    board.heard_result(result(), 2.0)
+    board.on_result(result(), 2.0)
     assert board.results == 1
 
 
@@ -201,4 +201,4 @@ def test_what_anybody_else_publishes_is_counted_and_does_no_harm(garbage: bytes)
     ],
 )
 def test_a_find_is_one_short_line(fields: dict[str, Any], text: str) -> None:
-    assert found_text(fields) == text
+    assert summarize_result(fields) == text

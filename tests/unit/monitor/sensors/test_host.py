@@ -10,29 +10,29 @@ from pathlib import Path
 import psutil
 import pytest
 
-from monitor.sensors.host import Host
-from tests.support.monitor.cgroup_folders import GIB, group_v1, group_v2, own_groups
-from tests.support.monitor.points import as_in_the_schema, only, reasons
+from monitor.sensors.host import HostSensor
+from tests.support.monitor.cgroup_folders import GIB, write_cgroup_v1, write_cgroup_v2, write_proc_self_cgroup
+from tests.support.monitor.points import assert_matches_schema, missing_reasons, single_point_fields
 
 Times = namedtuple("Times", "user nice system idle iowait irq softirq steal guest guest_nice")
 
 
-def host(root: Path, *times: Times) -> Host:
+def host(root: Path, *times: Times) -> HostSensor:
     following: Iterator[Times] = iter(times) if times else itertools.repeat(Times(*[0.0] * 10))
-    return Host(root, cpu_times=lambda: next(following))
+    return HostSensor(root, cpu_times=lambda: next(following))
 
 
 def shares(root: Path, *times: Times) -> list[float | None]:
     sensor = host(root, *times)
-    return [only(sensor.sample(number, float(number)), "node")["cpu"] for number in range(len(times))]
+    return [single_point_fields(sensor.sample(number, float(number)), "node")["cpu"] for number in range(len(times))]
 
 
 def test_this_machine_says_what_it_has() -> None:
-    sensor = Host()
+    sensor = HostSensor()
     sensor.sample(1, 0.0)
     points = sensor.sample(2, 0.5)
-    as_in_the_schema(points)
-    fields = only(points, "node")
+    assert_matches_schema(points)
+    fields = single_point_fields(points, "node")
     assert fields["load"] >= 0
     assert 0 < fields["memory_used_bytes"] <= fields["memory_total_bytes"] <= psutil.virtual_memory().total
 
@@ -63,17 +63,17 @@ def test_two_samples_of_one_moment_have_no_share(tmp_path: Path) -> None:
 
 
 def test_in_a_container_memory_is_the_containers(tmp_path: Path) -> None:
-    own_groups(tmp_path, "0::/")
-    group_v2(tmp_path, "", limit=str(GIB // 2), usage=GIB // 4, inactive_file=GIB // 16)
-    fields = only(host(tmp_path).sample(1, 0.0), "node")
+    write_proc_self_cgroup(tmp_path, "0::/")
+    write_cgroup_v2(tmp_path, "", limit=str(GIB // 2), usage=GIB // 4, inactive_file=GIB // 16)
+    fields = single_point_fields(host(tmp_path).sample(1, 0.0), "node")
     assert fields["memory_total_bytes"] == GIB // 2
     assert fields["memory_used_bytes"] == GIB // 4 - GIB // 16
 
 
 def test_a_container_without_a_limit_has_the_machines(tmp_path: Path) -> None:
-    own_groups(tmp_path, "9:memory:/docker/abc")
-    group_v1(tmp_path, "docker/abc", limit=9223372036854771712, usage=GIB, inactive_file=0)
-    fields = only(host(tmp_path).sample(1, 0.0), "node")
+    write_proc_self_cgroup(tmp_path, "9:memory:/docker/abc")
+    write_cgroup_v1(tmp_path, "docker/abc", limit=9223372036854771712, usage=GIB, inactive_file=0)
+    fields = single_point_fields(host(tmp_path).sample(1, 0.0), "node")
     assert fields["memory_total_bytes"] == psutil.virtual_memory().total
 
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_read_is_told_once_and_the_rest_is_there(
     monkeypatch.setattr(psutil, "getloadavg", hidden)
     sensor = host(tmp_path)
     first, second = sensor.sample(1, 0.0), sensor.sample(2, 0.5)
-    assert [reasons(points) for points in (first, second)] == [{"node.load": "Permission denied"}, {}]
-    as_in_the_schema(first)
-    assert only(first, "node")["load"] is None
-    assert only(first, "node")["memory_total_bytes"] > 0
+    assert [missing_reasons(points) for points in (first, second)] == [{"node.load": "Permission denied"}, {}]
+    assert_matches_schema(first)
+    assert single_point_fields(first, "node")["load"] is None
+    assert single_point_fields(first, "node")["memory_total_bytes"] > 0

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monitor.points.points import Point
-from monitor.sensors.network import Interfaces, counters, since
-from tests.support.monitor.points import as_in_the_schema, reasons
+from monitor.points.points import TelemetryPoint
+from monitor.sensors.network import NetworkSensor, counter_delta, read_interface_counters
+from tests.support.monitor.points import assert_matches_schema, missing_reasons
 from tests.support.pipelines.processes import eventually
 
 RANGE_32 = 1 << 32
@@ -32,11 +32,11 @@ class Counted:
 def play(*moments: dict[str, Counted]) -> list[dict[str, dict[str, Any]]]:
     """What is said of each interface at each of these moments, two a second."""
     following = iter(moments)
-    sensor = Interfaces(lambda: next(following))
+    sensor = NetworkSensor(lambda: next(following))
     return [by_interface(sensor.sample(number, number / 2)) for number in range(len(moments))]
 
 
-def by_interface(points: list[Point]) -> dict[str, dict[str, Any]]:
+def by_interface(points: list[TelemetryPoint]) -> dict[str, dict[str, Any]]:
     return {point.tags["interface"]: dict(point.fields) for point in points if point.measurement == "interface"}
 
 
@@ -65,12 +65,12 @@ def test_a_counter_of_32_bits_that_wraps_is_counted_on() -> None:
 
 @given(st.integers(0, RANGE_32 - 1), st.integers(0, RANGE_32 // 2))
 def test_a_counter_of_32_bits_is_right_up_to_half_its_range(last: int, step: int) -> None:
-    assert since(last, (last + step) % RANGE_32) == step
+    assert counter_delta(last, (last + step) % RANGE_32) == step
 
 
 @given(st.integers(0, 1 << 63), st.integers(0, 1 << 63))
 def test_nothing_was_ever_carried_back(last: int, value: int) -> None:
-    assert 0 <= since(last, value) <= max(value, RANGE_32 // 2)
+    assert 0 <= counter_delta(last, value) <= max(value, RANGE_32 // 2)
 
 
 def test_a_counter_that_starts_again_has_what_it_counted_since() -> None:
@@ -80,7 +80,7 @@ def test_a_counter_that_starts_again_has_what_it_counted_since() -> None:
 
 
 def test_a_counter_beyond_32_bits_has_not_wrapped_there() -> None:
-    assert since(RANGE_32 + 5, 10) == 10
+    assert counter_delta(RANGE_32 + 5, 10) == 10
 
 
 def test_errors_that_were_counted_back_are_not_known() -> None:
@@ -132,9 +132,9 @@ def test_counters_that_cannot_be_read_are_told_once_and_make_no_difference_up() 
             raise PermissionError(13, "Permission denied", "/proc/net/dev")
         return found
 
-    sensor = Interfaces(read)
+    sensor = NetworkSensor(read)
     found = [sensor.sample(number, float(number)) for number in range(5)]
-    assert [reasons(points) for points in found] == [{}, {"interface": "Permission denied"}, {}, {}, {}]
+    assert [missing_reasons(points) for points in found] == [{}, {"interface": "Permission denied"}, {}, {}, {}]
     assert by_interface(found[3]) == {}
     assert by_interface(found[4])["lo"]["received_bytes"] == 1
 
@@ -148,12 +148,12 @@ def test_counters_are_the_systems_own_and_not_what_psutil_makes_of_a_wrap(monkey
         return {}
 
     monkeypatch.setattr(psutil, "net_io_counters", of_psutil)
-    counters()
+    read_interface_counters()
     assert asked == {"pernic": True, "nowrap": False}
 
 
 def test_what_goes_through_the_loopback_of_this_machine_is_seen() -> None:
-    sensor = Interfaces()
+    sensor = NetworkSensor()
     sensor.sample(1, 0.0)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as mine:
         mine.bind(("127.0.0.1", 0))
@@ -166,7 +166,7 @@ def test_what_goes_through_the_loopback_of_this_machine_is_seen() -> None:
     def seen() -> bool:
         nonlocal received
         points = sensor.sample(2, 1.0)
-        as_in_the_schema(points)
+        assert_matches_schema(points)
         received += int(by_interface(points).get("lo", {}).get("received_bytes", 0))
         return received >= 20 * 10_000
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from monitor.points.points import Point
-from monitor.sensors.nvml import Gpus, load_nvml
-from tests.support.monitor.points import only, reasons
+from monitor.points.points import TelemetryPoint
+from monitor.sensors.nvml import GpuSensor, load_nvml
+from tests.support.monitor.points import missing_reasons, single_point_fields
 from tests.support.monitor.recorded_nvml import RecordedNvml
 
 DRIVER_NOT_LOADED = 9
@@ -19,17 +19,17 @@ GPU_IS_LOST = 15
 STEP_S = 0.5
 
 
-def play(nvml: RecordedNvml, samples: int = 5) -> list[list[Point]]:
+def play(nvml: RecordedNvml, samples: int = 5) -> list[list[TelemetryPoint]]:
     """What a sensor makes of so many samples."""
-    gpus = Gpus(lambda: nvml)
+    gpus = GpuSensor(lambda: nvml)
     found = []
-    for nvml.moment in range(samples):
-        found.append(gpus.sample(1000 + nvml.moment, nvml.moment * STEP_S))
+    for nvml.sample_index in range(samples):
+        found.append(gpus.sample(1000 + nvml.sample_index, nvml.sample_index * STEP_S))
     return found
 
 
-def of(points: list[Point], gpu: str) -> dict[str, Any]:
-    return only([point for point in points if point.tags.get("gpu") == gpu], "gpu")
+def of(points: list[TelemetryPoint], gpu: str) -> dict[str, Any]:
+    return single_point_fields([point for point in points if point.tags.get("gpu") == gpu], "gpu")
 
 
 def test_a_gpu_says_what_it_does() -> None:
@@ -65,7 +65,7 @@ def test_a_gpu_that_does_not_count_energy_has_that_of_its_power_and_nothing_is_m
     found = play(nvml)
     energies = [of(points, "0")["energy_j"] for points in found]
     assert energies == [None, 17.5, 31.0, 32.5, 21.5]
-    assert not any("gpu.0" in sensor for points in found for sensor in reasons(points))
+    assert not any("gpu.0" in sensor for points in found for sensor in missing_reasons(points))
 
 
 def test_what_a_gpu_does_not_say_is_none_never_0_and_told_once_with_nvmls_reason() -> None:
@@ -74,9 +74,9 @@ def test_what_a_gpu_does_not_say_is_none_never_0_and_told_once_with_nvmls_reason
         assert of(points, "1")["power_w"] is None
         assert of(points, "1")["energy_j"] is None
         assert of(points, "1")["use"] > 0
-    assert reasons(found[0]) == {"gpu.1.power_w": "Not Supported", "gpu.1.energy_j": "Not Supported"}
+    assert missing_reasons(found[0]) == {"gpu.1.power_w": "Not Supported", "gpu.1.energy_j": "Not Supported"}
     assert of(found[1], "1")["temperature_c"] is None
-    assert reasons(found[1]) == {"gpu.1.temperature_c": "Unknown Error"}
+    assert missing_reasons(found[1]) == {"gpu.1.temperature_c": "Unknown Error"}
 
 
 def test_what_is_not_supported_is_not_asked_again() -> None:
@@ -91,10 +91,10 @@ def test_what_is_not_supported_is_not_asked_again() -> None:
 def test_a_gpu_that_falls_off_the_bus_is_told_once_and_left_alone_while_the_other_goes_on() -> None:
     nvml = RecordedNvml()
     found = play(nvml)
-    assert reasons(found[2]) == {"gpu.1": "GPU is lost"}
+    assert missing_reasons(found[2]) == {"gpu.1": "GPU is lost"}
     for points in found[2:]:
         assert [point.tags["gpu"] for point in points if point.measurement == "gpu"] == ["0"]
-    assert [reasons(points) for points in found[3:]] == [{}, {}]
+    assert [missing_reasons(points) for points in found[3:]] == [{}, {}]
     assert nvml.calls["nvmlDeviceGetUtilizationRates"] == 5 + 3
 
 
@@ -108,7 +108,7 @@ def test_a_gpu_that_is_lost_from_the_start_does_not_hide_the_other(monkeypatch: 
 
     monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByIndex", handle_of)
     found = play(nvml, 2)
-    assert reasons(found[0]) == {"gpu.1": "GPU is lost"}
+    assert missing_reasons(found[0]) == {"gpu.1": "GPU is lost"}
     assert of(found[1], "0")["use"] == 0.87
 
 
@@ -118,50 +118,50 @@ def test_a_gpu_that_says_nothing_at_all_has_no_points() -> None:
         sample |= {name: {"error": 3} for name in sample}
     found = play(nvml, 2)
     assert [[point.tags["gpu"] for point in points if point.measurement == "gpu"] for points in found] == [["0"], ["0"]]
-    assert len(reasons(found[0])) == 5
+    assert len(missing_reasons(found[0])) == 5
 
 
 @pytest.mark.parametrize(
     ("nvml", "reason"),
     [
-        (RecordedNvml(refuses_to_begin=DRIVER_NOT_LOADED), "Driver Not Loaded"),
-        (RecordedNvml(refuses_to_begin=12), "NVML Shared Library Not Found"),
+        (RecordedNvml(init_error=DRIVER_NOT_LOADED), "Driver Not Loaded"),
+        (RecordedNvml(init_error=12), "NVML Shared Library Not Found"),
     ],
 )
 def test_without_a_driver_one_thing_is_missing_and_nothing_is_tried_again(nvml: RecordedNvml, reason: str) -> None:
     found = play(nvml)
-    assert [reasons(points) for points in found] == [{"gpu": reason}, {}, {}, {}, {}]
+    assert [missing_reasons(points) for points in found] == [{"gpu": reason}, {}, {}, {}, {}]
     assert nvml.calls == {"nvmlInit": 1}
 
 
 def test_without_the_library_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    gpus = Gpus()
-    assert "pynvml" in reasons(gpus.sample(1, 0.0))["gpu"]
+    gpus = GpuSensor()
+    assert "pynvml" in missing_reasons(gpus.sample(1, 0.0))["gpu"]
     assert gpus.sample(2, 0.5) == []
 
 
 def test_a_driver_without_a_gpu_is_missing_its_gpu() -> None:
     nvml = RecordedNvml()
     nvml.gpus = []
-    assert reasons(Gpus(lambda: nvml).sample(1, 0.0)) == {"gpu": "NVML knows of no GPU"}
+    assert missing_reasons(GpuSensor(lambda: nvml).sample(1, 0.0)) == {"gpu": "NVML knows of no GPU"}
 
 
 def test_nvml_is_begun_at_the_first_sample_and_let_go_of_once() -> None:
     nvml = RecordedNvml()
-    gpus = Gpus(lambda: nvml)
-    assert nvml.begun == 0
+    gpus = GpuSensor(lambda: nvml)
+    assert nvml.init_count == 0
     gpus.sample(1, 0.0)
-    assert nvml.begun == 1
+    assert nvml.init_count == 1
     gpus.close()
     gpus.close()
-    assert nvml.begun == 0
+    assert nvml.init_count == 0
     assert gpus.sample(2, 0.5) == []
 
 
 def test_the_recording_says_only_what_the_real_module_could() -> None:
     nvml, pynvml = RecordedNvml(), load_nvml()
-    names = [*nvml._lasting(), *nvml.questions]
+    names = [*nvml._lasting(), *nvml.recorded_functions]
     assert [name for name in names if not inspect.isfunction(getattr(pynvml, name, None))] == []
     for gpu in nvml.gpus:
         assert all(before.keys() == after.keys() for before, after in pairwise(gpu["samples"]))

@@ -13,30 +13,30 @@ from typing import Any
 import psutil
 import pytest
 
-from monitor.points.points import Point
-from monitor.sensors.processes import PROCESSES_LIMIT, OwnProcesses
-from tests.support.monitor.points import as_in_the_schema
-from tests.support.pipelines.processes import Machine, eventually, machine
+from monitor.points.points import TelemetryPoint
+from monitor.sensors.processes import PROCESSES_LIMIT, ProcessSensor
+from tests.support.monitor.points import assert_matches_schema
+from tests.support.pipelines.processes import ProcessSandbox, eventually, process_sandbox
 
 SLEEP = "import time; time.sleep(600)"
 WORK = "while True: pass"
 
 
 @pytest.fixture
-def box(tmp_path: Path) -> Iterator[Machine]:
-    with machine(tmp_path) as found:
+def box(tmp_path: Path) -> Iterator[ProcessSandbox]:
+    with process_sandbox(tmp_path) as found:
         yield found
 
 
-def by_name(points: list[Point]) -> dict[str, dict[str, Any]]:
+def by_name(points: list[TelemetryPoint]) -> dict[str, dict[str, Any]]:
     return {point.tags["name"]: dict(point.fields) for point in points}
 
 
 def test_the_monitor_itself_is_always_among_them() -> None:
-    own = OwnProcesses()
+    own = ProcessSensor()
     own.sample(1, 0.0)
     (point,) = own.sample(2, 1.0)
-    as_in_the_schema([point])
+    assert_matches_schema([point])
     assert point.tags == {"role": "monitor", "name": "monitor"}
     assert point.fields["pid"] == os.getpid()
     assert isinstance(memory := point.fields["memory_bytes"], int)
@@ -44,29 +44,29 @@ def test_the_monitor_itself_is_always_among_them() -> None:
 
 
 def test_the_monitor_stays_the_monitor_whoever_else_it_says_it_is() -> None:
-    own = OwnProcesses()
-    own.began("run", "street", os.getpid(), "r1")
+    own = ProcessSensor()
+    own.on_start("run", "street", os.getpid(), "r1")
     assert [point.tags["role"] for point in own.sample(1, 0.0)] == ["monitor"]
-    own.ended(os.getpid())
+    own.on_stop(os.getpid())
     assert [point.tags["role"] for point in own.sample(2, 0.5)] == ["monitor"]
 
 
-def test_a_process_that_began_is_sampled_with_its_role_name_and_run_until_it_ends(box: Machine) -> None:
+def test_a_process_that_began_is_sampled_with_its_role_name_and_run_until_it_ends(box: ProcessSandbox) -> None:
     pid = box.start(sys.executable, "-c", SLEEP).pid
-    own = OwnProcesses()
-    own.began("stage", "head", pid, "r1")
+    own = ProcessSensor()
+    own.on_start("stage", "head", pid, "r1")
     _, point = own.sample(1, 0.0)
     assert point.tags == {"role": "stage", "name": "head", "run": "r1"}
     assert point.fields["pid"] == pid
-    own.ended(pid)
+    own.on_stop(pid)
     assert set(by_name(own.sample(2, 0.5))) == {"monitor"}
 
 
-def test_a_busy_process_keeps_a_core_busy_and_an_idle_one_does_not(box: Machine) -> None:
+def test_a_busy_process_keeps_a_core_busy_and_an_idle_one_does_not(box: ProcessSandbox) -> None:
     busy, idle = (box.start(sys.executable, "-c", text).pid for text in (WORK, SLEEP))
-    own = OwnProcesses()
-    own.began("stage", "busy", busy, "")
-    own.began("stage", "idle", idle, "")
+    own = ProcessSensor()
+    own.on_start("stage", "busy", busy, "")
+    own.on_start("stage", "idle", idle, "")
     first = by_name(own.sample(1, 0.0))
     assert first["busy"]["cpu"] is None
     begun_s = first["busy"]["cpu_s"]
@@ -77,23 +77,25 @@ def test_a_busy_process_keeps_a_core_busy_and_an_idle_one_does_not(box: Machine)
     assert second["idle"]["cpu"] < second["busy"]["cpu"]
 
 
-def test_a_process_that_is_killed_is_sampled_no_more_even_before_its_parent_knows(box: Machine) -> None:
+def test_a_process_that_is_killed_is_sampled_no_more_even_before_its_parent_knows(box: ProcessSandbox) -> None:
     running = box.start(sys.executable, "-c", SLEEP)
-    own = OwnProcesses()
-    own.began("stage", "head", running.pid, "")
+    own = ProcessSensor()
+    own.on_start("stage", "head", running.pid, "")
     os.kill(running.pid, signal.SIGKILL)
     process = psutil.Process(running.pid)
     eventually("its end", lambda: process.status() == psutil.STATUS_ZOMBIE)
     assert set(by_name(own.sample(1, 0.0))) == {"monitor"}
-    running.end()
+    running.wait()
     assert set(by_name(own.sample(2, 0.5))) == {"monitor"}
     assert own._known == {}
 
 
-def test_a_pid_that_was_given_to_another_process_is_noticed(box: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pid_that_was_given_to_another_process_is_noticed(
+    box: ProcessSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pid = box.start(sys.executable, "-c", SLEEP).pid
-    own = OwnProcesses()
-    own.began("stage", "head", pid, "")
+    own = ProcessSensor()
+    own.on_start("stage", "head", pid, "")
     # As if the one that said it began had ended, and this one, which was made at another time, had its pid.
     stranger = own._known[pid].process
     monkeypatch.setattr(stranger, "_ident", (pid, stranger.create_time() - 1000))
@@ -103,46 +105,46 @@ def test_a_pid_that_was_given_to_another_process_is_noticed(box: Machine, monkey
 
 @pytest.mark.parametrize("pid", [0, -1, 2**22 + 1, 2**31, 2**53 - 1])
 def test_a_pid_that_means_nothing_here_is_skipped(pid: int) -> None:
-    own = OwnProcesses()
-    own.began("stage", "head", pid, "")
-    own.ended(pid)
+    own = ProcessSensor()
+    own.on_start("stage", "head", pid, "")
+    own.on_stop(pid)
     assert set(by_name(own.sample(1, 0.0))) == {"monitor"}
 
 
-def test_a_process_that_cannot_be_looked_into_is_skipped(box: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_be_looked_into_is_skipped(box: ProcessSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     def hidden(process: psutil.Process) -> None:
         raise psutil.AccessDenied(process.pid)
 
     pid = box.start(sys.executable, "-c", SLEEP).pid
-    own = OwnProcesses()
-    own.began("stage", "head", pid, "")
+    own = ProcessSensor()
+    own.on_start("stage", "head", pid, "")
     monkeypatch.setattr(own._known[pid].process, "num_threads", lambda: hidden(psutil.Process(pid)))
     assert set(by_name(own.sample(1, 0.0))) == {"monitor"}
 
 
-def test_a_process_that_begins_once_more_is_what_it_said_last(box: Machine) -> None:
+def test_a_process_that_begins_once_more_is_what_it_said_last(box: ProcessSandbox) -> None:
     pid = box.start(sys.executable, "-c", SLEEP).pid
-    own = OwnProcesses()
-    own.began("other", "", pid, "")
-    own.began("stage", "head", pid, "r2")
+    own = ProcessSensor()
+    own.on_start("other", "", pid, "")
+    own.on_start("stage", "head", pid, "r2")
     assert set(by_name(own.sample(1, 0.0))) == {"monitor", "head"}
 
 
-def test_a_process_ends_with_the_last_of_those_in_it_that_began(box: Machine) -> None:
+def test_a_process_ends_with_the_last_of_those_in_it_that_began(box: ProcessSandbox) -> None:
     pid = box.start(sys.executable, "-c", SLEEP).pid
-    own = OwnProcesses()
+    own = ProcessSensor()
     for name in ("left", "right"):
-        own.began("source", name, pid, "")
-    own.ended(pid)
+        own.on_start("source", name, pid, "")
+    own.on_stop(pid)
     assert set(by_name(own.sample(1, 0.0))) == {"monitor", "right"}
-    own.ended(pid)
+    own.on_stop(pid)
     assert set(by_name(own.sample(2, 0.5))) == {"monitor"}
 
 
-def test_two_processes_of_one_name_are_two_points_to_a_database_that_goes_by_tags_and_time(box: Machine) -> None:
-    own = OwnProcesses()
+def test_two_processes_of_one_name_are_two_points_to_a_database_that_goes_by_tags_and_time(box: ProcessSandbox) -> None:
+    own = ProcessSensor()
     for _ in range(2):
-        own.began("source", "camera", box.start(sys.executable, "-c", SLEEP).pid, "r1")
+        own.on_start("source", "camera", box.start(sys.executable, "-c", SLEEP).pid, "r1")
     points = own.sample(1000, 0.0)
     assert len(points) == 3
     assert len({(point.time_ns, *sorted(point.tags.items())) for point in points}) == 3
@@ -150,25 +152,25 @@ def test_two_processes_of_one_name_are_two_points_to_a_database_that_goes_by_tag
 
 def test_more_processes_than_anybody_runs_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "Process", lambda pid=None: object())
-    own = OwnProcesses()
+    own = ProcessSensor()
     for pid in range(10**6, 10**6 + 2 * PROCESSES_LIMIT):
-        own.began("other", "", pid, "")
+        own.on_start("other", "", pid, "")
     assert len(own._known) == PROCESSES_LIMIT
-    own.ended(10**6)
-    own.began("stage", "head", 5, "")
+    own.on_stop(10**6)
+    own.on_start("stage", "head", 5, "")
     assert 5 in own._known
 
 
-def test_processes_may_begin_and_end_while_others_are_sampled(box: Machine) -> None:
+def test_processes_may_begin_and_end_while_others_are_sampled(box: ProcessSandbox) -> None:
     pids = [box.start(sys.executable, "-c", SLEEP).pid for _ in range(3)]
-    own, done = OwnProcesses(), threading.Event()
+    own, done = ProcessSensor(), threading.Event()
 
     def come_and_go() -> None:
         while not done.is_set():
             for pid in pids:
-                own.began("stage", str(pid), pid, "")
+                own.on_start("stage", str(pid), pid, "")
             for pid in pids:
-                own.ended(pid)
+                own.on_stop(pid)
 
     coming = threading.Thread(target=come_and_go, name="come and go")
     coming.start()

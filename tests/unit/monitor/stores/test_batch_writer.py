@@ -9,7 +9,7 @@ import pytest
 
 from monitor.errors import BadStore
 from monitor.stores import batch_writer as writers
-from monitor.stores.batch_writer import Writer
+from monitor.stores.batch_writer import BatchWriter
 from tests.support.pipelines.processes import eventually
 
 
@@ -42,7 +42,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_is_written_in_order_before_the_end() -> None:
     store = Store()
-    writer = Writer(store, "the store")
+    writer = BatchWriter(store, "the store")
     writer.start()
     for begin in range(0, 100_000, 1000):
         writer.add(range(begin, begin + 1000))
@@ -56,7 +56,7 @@ def test_a_store_that_fails_for_a_while_loses_only_what_there_is_no_room_for(
 ) -> None:
     store = Store()
     store.fails = True
-    writer = Writer(store, "the store", room=100)
+    writer = BatchWriter(store, "the store", queue_limit=100)
     writer.start()
     writer.add(range(150))
     eventually("a complaint", lambda: caplog.messages)
@@ -74,7 +74,7 @@ def test_a_store_that_never_comes_back_ends_nothing_else(trouble: str, caplog: p
     if trouble == "hangs":
         store.goes_on.clear()
     store.fails = True
-    writer = Writer(store, "the store")
+    writer = BatchWriter(store, "the store")
     writer.start()
     writer.add([1, 2, 3])
     writer.stop(0.2)
@@ -84,7 +84,7 @@ def test_a_store_that_never_comes_back_ends_nothing_else(trouble: str, caplog: p
 
 def test_one_that_was_never_started_closes_its_store() -> None:
     store = Store()
-    Writer(store, "the store").stop(1)
+    BatchWriter(store, "the store").stop(1)
     assert store.closed == 1
 
 
@@ -96,7 +96,7 @@ def test_what_a_store_can_make_nothing_of_is_dropped_and_holds_up_nothing(caplog
             super().write(points)
 
     store = Picky()
-    writer = Writer(store, "the store")
+    writer = BatchWriter(store, "the store")
     writer.start()
     writer.add([-1])
     eventually("the end of it", lambda: writer.dropped == 1)
@@ -109,11 +109,11 @@ def test_what_a_store_can_make_nothing_of_is_dropped_and_holds_up_nothing(caplog
 def test_two_stores_that_are_told_to_leave_at_once_have_the_same_time() -> None:
     slow, quick = Store(), Store()
     slow.goes_on.clear()
-    writers_of_both = [Writer(slow, "slow"), Writer(quick, "quick")]
+    writers_of_both = [BatchWriter(slow, "slow"), BatchWriter(quick, "quick")]
     for writer in writers_of_both:
         writer.start()
         writer.add([1])
-        writer.leave(5)
+        writer.drain(5)
     eventually("the quick one", lambda: quick.closed)
     assert (quick.kept, slow.kept) == ([1], [])
     slow.goes_on.set()

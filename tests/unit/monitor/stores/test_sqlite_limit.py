@@ -5,24 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from monitor.points.points import Point
+from monitor.points.points import TelemetryPoint
 from monitor.stores.sqlite import SqliteReader, SqliteStore
 
 LIMIT_BYTES = 1_000_000
 BATCH = 500
 
 
-def batch(number: int) -> list[Point]:
+def batch(number: int) -> list[TelemetryPoint]:
     """Points as a worker's, of which those of one batch have one time; and a rare one."""
     tags = {"node": "here", "run": "r", "stage": "body", "worker": "w1"}
-    tasks = [Point("task", number + 1, tags, {"compute_ms": 1.0, "request": "ab" * 16}) for _ in range(BATCH)]
-    return [*tasks, Point("node", number + 1, {"node": "here"}, {"cpu": 0.5})]
+    tasks = [TelemetryPoint("task", number + 1, tags, {"compute_ms": 1.0, "request": "ab" * 16}) for _ in range(BATCH)]
+    return [*tasks, TelemetryPoint("node", number + 1, {"node": "here"}, {"cpu": 0.5})]
 
 
 def test_a_file_stays_below_its_limit_and_keeps_the_newest(tmp_path: Path) -> None:
     path = tmp_path / "telemetry.sqlite"
     store = SqliteStore(path, LIMIT_BYTES)
-    store.write([Point("missing", 1, {"node": "here", "sensor": "gpu"}, {"reason": "there is none"})])
+    store.write([TelemetryPoint("missing", 1, {"node": "here", "sensor": "gpu"}, {"reason": "there is none"})])
     for number in range(100):
         store.write(batch(number))
     store.close()

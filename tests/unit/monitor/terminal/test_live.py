@@ -9,34 +9,36 @@ import pytest
 from rich.console import Console
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.dispatch.presence import Birth, Load, SourceBirth, SourceLoad
-from monitor.presence.inference_stats import Scoreboard
-from monitor.presence.presence_table import LOST_S
-from monitor.terminal.inference_view import ResultsView
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
+from brokers.dispatch.presence import SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
+from monitor.presence.inference_stats import InferenceStats
+from monitor.presence.presence_table import LOST_AFTER_S
+from monitor.terminal.inference_view import InferenceView
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
 NOW_S = 100.0
 
 
-def board() -> Scoreboard:
+def board() -> InferenceStats:
     """Two workers, one of them silent for too long, and a source with troubles."""
-    found = Scoreboard("test")
-    for worker, heard_s in (("head-1", NOW_S), ("head-2", NOW_S - LOST_S - 1)):
-        birth = Birth(
+    found = InferenceStats("test")
+    for worker, heard_s in (("head-1", NOW_S), ("head-2", NOW_S - LOST_AFTER_S - 1)):
+        birth = WorkerRecord(
             worker=worker, stage="head", pipeline="test", site="local", node="camera-7", pid=1, device="cuda:1",
             fingerprint="0123456789abcdef", capacity=3, up_s=125.0,
-            load=Load(queue=17, done=4711, busy=0.83, rate=12.5, task_ms=66.6),
+            load=WorkerLoad(queue=17, done=4711, busy=0.83, rate=12.5, task_ms=66.6),
         )  # fmt: skip
-        found.heard_birth(f"sparse/local/test/head/up/{worker}", birth.to_bytes(), heard_s)
+        found.on_presence(f"sparse/local/test/head/up/{worker}", birth.to_bytes(), heard_s)
     load = SourceLoad(dropped={"newer_came": 5}, retries={"WorkerLost": 2})
-    source = SourceBirth(source="door", pipeline="test", site="local", node="n", pid=2, load=load)
-    found.heard_birth("sparse/local/test/source/up/door", source.to_bytes(), NOW_S)
+    source = SourceRecord(source="door", pipeline="test", site="local", node="n", pid=2, load=load)
+    found.on_presence("sparse/local/test/source/up/door", source.to_bytes(), NOW_S)
     return found
 
 
-def shown(folder: Path, width: int, found: Scoreboard | None = None) -> str:
-    pipeline = load_pipeline(pipeline_file(folder, [stage("head", "double"), stage("tail", "double")]))
-    view = ResultsView(pipeline, "mosquitto", found or board())
+def shown(folder: Path, width: int, found: InferenceStats | None = None) -> str:
+    pipeline = load_pipeline(
+        write_pipeline_file(folder, [stage_table("head", "double"), stage_table("tail", "double")])
+    )
+    view = InferenceView(pipeline, "mosquitto", found or board())
     view._console = Console(width=width, record=True, file=io.StringIO())
     view._console.print(view._render(NOW_S))
     return view._console.export_text()
@@ -67,14 +69,14 @@ def test_a_narrow_one_shows_what_changes(tmp_path: Path) -> None:
 def test_thousands_of_workers_fill_no_screen_and_no_log_and_crowd_nobody_out(tmp_path: Path) -> None:
     found = board()
     for number in range(3000):  # of anybody's invention
-        ghost = Birth(
+        ghost = WorkerRecord(
             worker=f"ghost-{number}", stage="head", pipeline="test", site="local", node="n", pid=1, device="cpu",
             fingerprint="f", capacity=1, state="draining",
         )  # fmt: skip
-        found.heard_birth(f"sparse/local/test/head/up/ghost-{number}", ghost.to_bytes(), NOW_S)
+        found.on_presence(f"sparse/local/test/head/up/ghost-{number}", ghost.to_bytes(), NOW_S)
     screen = shown(tmp_path, 100, found)
     assert screen.count("\n") < 50
     assert "head-1 " in screen
     assert "and 2970 more" in screen
-    pipeline = load_pipeline(pipeline_file(tmp_path, [stage("head", "double")]))
-    assert len(ResultsView(pipeline, "mosquitto", found)._line(NOW_S)) < 1500
+    pipeline = load_pipeline(write_pipeline_file(tmp_path, [stage_table("head", "double")]))
+    assert len(InferenceView(pipeline, "mosquitto", found)._line(NOW_S)) < 1500

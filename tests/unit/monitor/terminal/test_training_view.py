@@ -12,16 +12,23 @@ import pytest
 from rich.console import Console
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline
-from brokers.dispatch.presence import Birth, Load
-from monitor.launch.watch import watch
-from monitor.presence.inference_stats import Scoreboard
-from monitor.presence.training_stats import TrainingBoard
-from monitor.terminal.inference_view import ResultsView
+from brokers.dispatch.presence import WorkerLoad, WorkerRecord
+from monitor.launch.watch import create_live_view
+from monitor.presence.inference_stats import InferenceStats
+from monitor.presence.training_stats import TrainingStats
+from monitor.terminal.inference_view import InferenceView
 from monitor.terminal.summary import print_summary
-from monitor.terminal.training_view import TrainingView, left_text, sparkline
-from sources.training.run_stats import TrainingTally
-from tests.support.training.training_events import Event, evaluation, failed, rolled_back, step, whole_run
-from tests.unit.monitor.presence.test_training_stats import board_of
+from monitor.terminal.training_view import TrainingView, format_remaining, sparkline
+from sources.training.run_stats import TrainingRunStats
+from tests.support.training.training_events import (
+    EventDict,
+    evaluation_event,
+    failure_event,
+    rollback_event,
+    run_events,
+    step_event,
+)
+from tests.unit.monitor.presence.test_training_stats import training_stats_of
 
 FILE = """
 [pipeline]
@@ -50,24 +57,26 @@ def console(width: int = 80, *, terminal: bool = True, encoding: str = "utf-8") 
     return Console(file=file, width=width, height=50, force_terminal=terminal, record=True, legacy_windows=False)
 
 
-def join(board: TrainingBoard, worker: str, state: Any = "up") -> None:
+def join(board: TrainingStats, worker: str, state: Any = "up") -> None:
     stage = worker.partition("-")[0]
-    birth = Birth(
+    birth = WorkerRecord(
         worker=worker, stage=stage, pipeline="digits", site="local", node="here", pid=1, device="cpu", fingerprint="",
-        capacity=3, state=state, up_s=34, load=Load(busy=0.83, done=412, rate=19.2, task_ms=41.3),
+        capacity=3, state=state, up_s=34, load=WorkerLoad(busy=0.83, done=412, rate=19.2, task_ms=41.3),
     )  # fmt: skip
-    board.heard_birth(f"sparse/local/digits/{stage}/up/{worker}", birth.to_bytes(), time.monotonic())
+    board.on_presence(f"sparse/local/digits/{stage}/up/{worker}", birth.to_bytes(), time.monotonic())
 
 
-def view_of(pipeline: Pipeline, board: TrainingBoard, **wanted: Any) -> tuple[TrainingView, Console]:
+def view_of(pipeline: Pipeline, board: TrainingStats, **wanted: Any) -> tuple[TrainingView, Console]:
     screen = console(**wanted)
     view = TrainingView(pipeline, "embedded mqtt://127.0.0.1:1883", board, screen)
     view.status = "running"
     return view, screen
 
 
-def shown(pipeline: Pipeline, events: Iterable[Event], workers: dict[str, str] | None = None, width: int = 80) -> str:
-    board = board_of(events)
+def shown(
+    pipeline: Pipeline, events: Iterable[EventDict], workers: dict[str, str] | None = None, width: int = 80
+) -> str:
+    board = training_stats_of(events)
     for worker, state in (workers or {}).items():
         join(board, worker, state)
     view, screen = view_of(pipeline, board, width=width)
@@ -77,7 +86,7 @@ def shown(pipeline: Pipeline, events: Iterable[Event], workers: dict[str, str] |
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_view_shows_progress_loss_evaluations_and_workers(pipeline: Pipeline, width: int) -> None:
-    text = shown(pipeline, list(whole_run())[:25], {"head-1": "up", "tail-1": "up", "tail-2": "standby"}, width)
+    text = shown(pipeline, list(run_events())[:25], {"head-1": "up", "tail-1": "up", "tail-2": "standby"}, width)
     for word in (
         *("digits", "57%", "step 23/40", "epoch 3/4", "loss 0.4", "accuracy 7", "320 rows/s", "200 ms/step"),
         *("epoch 1", "epoch 2", "2.0000", "1.0000", "50.0%", "60.0%", "head-1", "tail-2", "standby", "83%", "41.3"),
@@ -89,7 +98,7 @@ def test_the_view_shows_progress_loss_evaluations_and_workers(pipeline: Pipeline
 
 
 def test_a_standby_is_dim_and_a_stage_without_worker_is_starting(pipeline: Pipeline) -> None:
-    board = TrainingBoard("digits")
+    board = TrainingStats("digits")
     join(board, "tail-2", "standby")
     view, screen = view_of(pipeline, board)
     screen.print(view._render(time.monotonic()))
@@ -100,29 +109,29 @@ def test_a_standby_is_dim_and_a_stage_without_worker_is_starting(pipeline: Pipel
 
 def test_before_the_first_step_the_view_says_so(pipeline: Pipeline) -> None:
     assert "no step yet" in shown(pipeline, [])
-    assert "NotFinite: the loss is not a number, stage tail, worker tail-1" in shown(pipeline, [failed()])
+    assert "NotFinite: the loss is not a number, stage tail, worker tail-1" in shown(pipeline, [failure_event()])
 
 
 def test_a_loss_without_accuracy_has_no_row_for_it(pipeline: Pipeline) -> None:
-    text = shown(pipeline, [step(1, accuracy=None), evaluation(1, None), step(2, accuracy=None)])
+    text = shown(pipeline, [step_event(1, accuracy=None), evaluation_event(1, None), step_event(2, accuracy=None)])
     assert "0.5000" in text
     assert "accuracy" not in text
 
 
 def test_what_keeps_training_from_going_on_is_a_line(pipeline: Pipeline) -> None:
-    board = board_of([step(1), step(2), rolled_back(1, 2)])
+    board = training_stats_of([step_event(1), step_event(2), rollback_event(1, 2)])
     view, screen = view_of(pipeline, board)
     screen.print(view._render(12.5))
     assert "no step for 12 s   recoveries 1, steps again 1" in screen.export_text()
 
 
 def test_two_sources_have_a_bar_each(pipeline: Pipeline) -> None:
-    text = shown(pipeline, [step(10), {**step(20), "source": "other"}])
+    text = shown(pipeline, [step_event(10), {**step_event(20), "source": "other"}])
     assert all(word in text for word in ("25%", "50%", "step 10/40", "step 20/40", "other"))
 
 
 def test_a_recovery_is_said_above_the_view_when_it_happens(pipeline: Pipeline) -> None:
-    view, screen = view_of(pipeline, board_of([step(7), rolled_back(0, 7)]))
+    view, screen = view_of(pipeline, training_stats_of([step_event(7), rollback_event(0, 7)]))
     with view:
         view.update()
     assert screen.export_text().count("worker tail-1 is gone: back to step 0 (7 steps again)") == 1
@@ -131,7 +140,7 @@ def test_a_recovery_is_said_above_the_view_when_it_happens(pipeline: Pipeline) -
 def test_without_a_terminal_there_is_a_line_every_two_seconds(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    board = board_of(list(whole_run())[:25])
+    board = training_stats_of(list(run_events())[:25])
     join(board, "tail-1")
     now_s = [100.0]
     monkeypatch.setattr("monitor.terminal.live.time.monotonic", lambda: now_s[0])
@@ -146,35 +155,33 @@ def test_without_a_terminal_there_is_a_line_every_two_seconds(
 
 
 def test_without_a_terminal_nothing_is_said_before_there_is_something_to_say(pipeline: Pipeline) -> None:
-    view, screen = view_of(pipeline, TrainingBoard("digits"), terminal=False)
+    view, screen = view_of(pipeline, TrainingStats("digits"), terminal=False)
     view.update()
     assert screen.export_text() == ""
-    view, screen = view_of(pipeline, board_of([step(1), failed()]), terminal=False)
+    view, screen = view_of(pipeline, training_stats_of([step_event(1), failure_event()]), terminal=False)
     view.update()
     assert "NotFinite: the loss is not a number" in screen.export_text()
 
 
 def test_a_terminal_without_unicode_gets_what_it_can_show(pipeline: Pipeline) -> None:
-    view, screen = view_of(pipeline, board_of(whole_run()), encoding="ascii")
+    view, screen = view_of(pipeline, training_stats_of(run_events()), encoding="ascii")
     screen.print(view._render(time.monotonic()))
     assert screen.export_text().isascii()
 
 
 def test_the_view_is_chosen_by_the_kind_of_the_pipeline(pipeline: Pipeline, tmp_path: Path) -> None:
-    board, view = watch(pipeline, "embedded")
-    assert (type(board), type(view), board.pipeline) == (TrainingBoard, TrainingView, "digits")
+    board, view = create_live_view(pipeline, "embedded")
+    assert (type(board), type(view), board.pipeline) == (TrainingStats, TrainingView, "digits")
     path = tmp_path / "inference.toml"
     path.write_text(FILE.replace("training", "inference"))
-    board, view = watch(load_pipeline(path), "embedded")
-    assert (type(board), type(view), board.pipeline) == (Scoreboard, ResultsView, "digits")
+    board, view = create_live_view(load_pipeline(path), "embedded")
+    assert (type(board), type(view), board.pipeline) == (InferenceStats, InferenceView, "digits")
 
 
 def test_results_have_a_view_of_the_same_frame(pipeline: Pipeline) -> None:
-    board, screen = Scoreboard("digits"), console()
-    board.heard_result(
-        b'{"source": "door", "index": 7, "latency_ms": 50, "classes": [{"label": "cat", "score": 1}]}', 0
-    )
-    view = ResultsView(pipeline, "embedded", board, screen)
+    board, screen = InferenceStats("digits"), console()
+    board.on_result(b'{"source": "door", "index": 7, "latency_ms": 50, "classes": [{"label": "cat", "score": 1}]}', 0)
+    view = InferenceView(pipeline, "embedded", board, screen)
     screen.print(view._render(time.monotonic()))
     assert all(word in screen.export_text(clear=False) for word in ("latency 50 ms", "1 results", "door 7", "cat 1.00"))
     assert "1 results  0.0/s  50 ms" in view._line(1000.0)
@@ -188,7 +195,7 @@ def test_results_have_a_view_of_the_same_frame(pipeline: Pipeline) -> None:
     ],
 )
 def test_the_time_left_is_as_exact_as_it_is_of_use(seconds: float | None, text: str) -> None:
-    assert left_text(seconds) == text
+    assert format_remaining(seconds) == text
 
 
 def test_a_sparkline_goes_from_the_lowest_to_the_highest() -> None:
@@ -197,8 +204,8 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest() -> None:
     assert sparkline([]) == ""
 
 
-def ended(events: Iterable[Event]) -> str:
-    tally = TrainingTally("digits")
+def ended(events: Iterable[EventDict]) -> str:
+    tally = TrainingRunStats("digits")
     for event in events:
         tally.add(event)
     files = {"model": "model.safetensors", "parts": ["head.safetensors", "tail.safetensors"], "curves": "training.png"}
@@ -208,7 +215,7 @@ def ended(events: Iterable[Event]) -> str:
 
 
 def test_the_end_of_a_run_says_what_was_learned_and_where_the_time_went() -> None:
-    text = ended(whole_run(kills={17: 10, 30: 30}))
+    text = ended(run_events(rollbacks={17: 10, 30: 30}))
     for line in (
         "40 steps, 4 epochs, in 61.2 s: 320 rows/s, a step p50 200, p95 200, p99 200 ms",
         *("training loss 0.1712, accuracy 97.0%", "test     loss 0.5, accuracy 80.0%"),
@@ -223,7 +230,7 @@ def test_the_end_of_a_run_says_what_was_learned_and_where_the_time_went() -> Non
 
 
 def test_the_end_of_a_run_that_failed_says_with_what() -> None:
-    text = ended([step(1, accuracy=None), failed()])
+    text = ended([step_event(1, accuracy=None), failure_event()])
     assert "1 x NotFinite" in text
     assert "went back" not in text
     assert "accuracy" not in text

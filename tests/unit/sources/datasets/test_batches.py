@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sources.datasets.batches import Batches, micro
+from sources.datasets.batches import Batches, split_micro_batches
 from sources.datasets.dataset import Examples
 from sources.errors import CannotAugment
 
@@ -38,7 +38,7 @@ def test_a_step_is_the_same_whenever_and_in_whatever_order_it_is_asked_for(
     count: int, batch: int, seed: int, shuffle: bool, augment: bool, mirrors: bool, steps: list[int]
 ) -> None:
     def fresh() -> Batches:
-        return Batches(examples(count), batch, seed, shuffle=shuffle, augment=augment, mirrors=mirrors)
+        return Batches(examples(count), batch, seed, shuffle=shuffle, augment=augment, horizontal_flip=mirrors)
 
     one = fresh()
     first = {step: one.batch(step) for step in steps}
@@ -73,22 +73,22 @@ def test_without_shuffle_and_augment_rows_come_as_they_are() -> None:
         [8, 9],
         [0, 1, 2, 3],
     ]
-    assert numpy.array_equal(batches.batch(2)[0], data.pictures[8:])
+    assert numpy.array_equal(batches.batch(2)[0], data.inputs[8:])
 
 
 def test_inputs_leave_the_data_set_as_it_is() -> None:
     data = examples(4)
-    before = data.pictures.copy()
-    for batches in (Batches(data, 4, shuffle=False), Batches(data, 4, augment=True, mirrors=True)):
+    before = data.inputs.copy()
+    for batches in (Batches(data, 4, shuffle=False), Batches(data, 4, augment=True, horizontal_flip=True)):
         batches.batch(0)[0][:] = 0
-    assert numpy.array_equal(data.pictures, before)
+    assert numpy.array_equal(data.inputs, before)
 
 
 @pytest.mark.parametrize("mirrors", [False, True])
 def test_augmented_pictures_are_shifted_by_an_eighth_at_most_and_mirrored_only_where_they_may_be(mirrors: bool) -> None:
     data = examples(60)
-    inputs, labels = Batches(data, 60, 3, augment=True, mirrors=mirrors).batch(0)
-    found = [shift(picture, data.pictures[label]) for picture, label in zip(inputs, labels, strict=True)]
+    inputs, labels = Batches(data, 60, 3, augment=True, horizontal_flip=mirrors).batch(0)
+    found = [shift(picture, data.inputs[label]) for picture, label in zip(inputs, labels, strict=True)]
     reach = set(range(-(SIDE // 8), SIDE // 8 + 1))
     assert {down for _, down, _ in found} == reach
     assert {right for _, _, right in found} == reach
@@ -119,7 +119,7 @@ def test_only_pictures_can_be_augmented() -> None:
 @given(rows=st.integers(1, 30), count=st.integers(1, 40))
 def test_micro_batches_are_a_batch_in_order_in_nearly_equal_pieces(rows: int, count: int) -> None:
     inputs, labels = numpy.arange(rows * 2, dtype=numpy.float32).reshape(rows, 2), numpy.arange(rows)
-    pieces = micro(inputs, labels, count)
+    pieces = split_micro_batches(inputs, labels, count)
     sizes = [len(piece[1]) for piece in pieces]
     assert len(pieces) == min(rows, count)
     assert max(sizes) - min(sizes) <= 1

@@ -100,14 +100,14 @@ def test_examples_that_do_not_fit_together_are_one_clear_line(
 
 def test_digits_are_pictures_of_real_handwriting_split_once_and_for_all() -> None:
     train, test = Digits().train(), Digits().test()
-    assert (train.pictures.shape, str(train.pictures.dtype)) == ((1438, 3, 32, 32), "uint8")
-    assert (test.pictures.shape, str(test.labels.dtype)) == ((359, 3, 32, 32), "int64")
-    assert (train.pictures.min(), train.pictures.max()) == (0, 255)
-    assert numpy.array_equal(Digits().train().pictures, train.pictures)
+    assert (train.inputs.shape, str(train.inputs.dtype)) == ((1438, 3, 32, 32), "uint8")
+    assert (test.inputs.shape, str(test.labels.dtype)) == ((359, 3, 32, 32), "int64")
+    assert (train.inputs.min(), train.inputs.max()) == (0, 255)
+    assert numpy.array_equal(Digits().train().inputs, train.inputs)
     for examples in (train, test):
         assert numpy.bincount(examples.labels).min() > 0.07 * len(examples)
-    seen = {picture.tobytes() for picture in train.pictures}
-    assert not seen & {picture.tobytes() for picture in test.pictures}
+    seen = {picture.tobytes() for picture in train.inputs}
+    assert not seen & {picture.tobytes() for picture in test.inputs}
 
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,11 +137,16 @@ def test_cifar10_has_its_channels_first_and_its_classes_by_name(
     monkeypatch.setenv("SPARSE_CACHE", str(tmp_path / "cache"))
     dataset = made({"kind": "cifar10", "path": "photographs"}, tmp_path)
     train = dataset.train()
-    assert (train.pictures.shape, train.labels.tolist()) == ((2, 3, 32, 32), [3, 9])
-    assert train.pictures[0, :, 5, 7].tolist() == [1, 2, 3]
+    assert (train.inputs.shape, train.labels.tolist()) == ((2, 3, 32, 32), [3, 9])
+    assert train.inputs[0, :, 5, 7].tolist() == [1, 2, 3]
     assert made({"kind": "cifar10"}).test().labels.tolist() == [0, 1]
     assert StandInForCIFAR10.roots == [tmp_path / "photographs", tmp_path / "cache" / "cifar10"]
-    assert (dataset.name, dataset.mirrors, dataset.classes[3], len(dataset.classes)) == ("cifar10", True, "cat", 10)
+    assert (dataset.name, dataset.horizontal_flip, dataset.classes[3], len(dataset.classes)) == (
+        "cifar10",
+        True,
+        "cat",
+        10,
+    )
 
 
 def test_cifar10_that_cannot_be_downloaded_says_what_was_tried_and_what_needs_no_download(
@@ -167,7 +172,7 @@ def test_cifar10_says_so_when_its_folder_cannot_be_made(tmp_path: Path) -> None:
 def test_a_data_set_of_ones_own_gets_its_settings_and_as_many_rows_as_the_limit() -> None:
     dataset = made({"kind": f"{HERE}:Waves", "settings": {"count": 6}, "limit": 5})
     assert len(dataset.train()) == 5
-    assert (dataset.name, dataset.classes, dataset.mirrors) == ("waves", ("sine", "square"), False)
+    assert (dataset.name, dataset.classes, dataset.horizontal_flip) == ("waves", ("sine", "square"), False)
 
 
 @pytest.mark.parametrize(
@@ -207,15 +212,15 @@ def test_what_a_data_set_of_ones_own_raises_is_told_with_its_line() -> None:
 def test_a_data_set_as_a_source_gives_its_test_pictures_as_png() -> None:
     source = make_source(SourceTable.model_validate({"kind": "digits", "name": "x", "limit": 3}), Path())
     samples = list(source.samples())
-    expected = Digits().test().pictures[:3].transpose(0, 2, 3, 1)
+    expected = Digits().test().inputs[:3].transpose(0, 2, 3, 1)
     assert [(sample.source, sample.index, sample.content_type) for sample in samples] == [
         ("x", index, "image/png") for index in range(3)
     ]
     for sample, picture in zip(samples, expected, strict=True):
         assert isinstance(sample.payload, bytes)
         assert numpy.array_equal(numpy.asarray(Image.open(io.BytesIO(sample.payload))), picture)
-        assert sample.picture is not None
-        assert numpy.array_equal(sample.picture(), picture)
+        assert sample.load_image is not None
+        assert numpy.array_equal(sample.load_image(), picture)
 
 
 def test_a_data_set_as_a_source_ends_after_its_last_picture_or_when_closed() -> None:

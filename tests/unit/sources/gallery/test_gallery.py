@@ -13,19 +13,19 @@ import pytest
 from PIL import Image
 
 from sources.gallery import gallery as album_module
-from sources.gallery.annotate import PALETTE, annotate, colour_of
-from sources.gallery.best_frames import Highlights
+from sources.gallery.annotate import PALETTE, annotate, label_colour
+from sources.gallery.best_frames import BestFrames
 from sources.gallery.clip import NoEncoder, write_clip
-from sources.gallery.contact_sheet import Cell, contact_sheet, counted
-from sources.gallery.gallery import Album
-from sources.inference.inference_run import Report
-from sources.inference.run_folder import RunFolder
-from sources.inputs.sample import Picture, Sample, decode_picture
-from tests.soak.harness.hostile_messages import bomb
-from tests.support.environment.clips import picture_bytes
+from sources.gallery.contact_sheet import SheetCell, draw_contact_sheet, format_counts
+from sources.gallery.gallery import Gallery
+from sources.inference.inference_run import SampleResult
+from sources.inference.run_folder import InferenceRunFolder
+from sources.inputs.sample import RgbImage, Sample, decode_image
+from tests.soak.harness.hostile_messages import png_bomb
+from tests.support.environment.clips import image_bytes
 
 
-def grey(width: int = 640, height: int = 272) -> Picture:
+def grey(width: int = 640, height: int = 272) -> RgbImage:
     return numpy.full((height, width, 3), 90, numpy.uint8)
 
 
@@ -34,7 +34,7 @@ def result(index: int, *scores: float, label: str = "car") -> dict[str, Any]:
     return {"index": index, "objects": objects, "age_ms": 180.0}
 
 
-def add_all(album: Album, results: list[dict[str, Any]], picture: Picture) -> None:
+def add_all(album: Gallery, results: list[dict[str, Any]], picture: RgbImage) -> None:
     for item in results:
         while not album.add(picture, item):
             time.sleep(0.005)
@@ -44,7 +44,7 @@ def add_all(album: Album, results: list[dict[str, Any]], picture: Picture) -> No
 
 
 def test_an_album_has_the_best_frames_a_sheet_and_a_clip_of_all(tmp_path: Path) -> None:
-    album = Album(tmp_path / "run", fps=25, keep=3)
+    album = Gallery(tmp_path / "run", fps=25, max_frames=3)
     add_all(album, [result(index, *([0.9] if index in (5, 20, 35) else [0.4])) for index in range(40)], grey())
     files = album.finish()
     assert files["frames"] == ["frames/000005.jpg", "frames/000020.jpg", "frames/000035.jpg"]
@@ -63,30 +63,30 @@ def test_an_album_has_the_best_frames_a_sheet_and_a_clip_of_all(tmp_path: Path) 
 
 
 def test_an_album_without_a_frame_writes_nothing_and_ends_its_thread(tmp_path: Path) -> None:
-    album = Album(tmp_path / "run", fps=25)
+    album = Gallery(tmp_path / "run", fps=25)
     assert album.finish() == {"frames": []}
     assert not (tmp_path / "run").exists()
     assert not [thread for thread in threading.enumerate() if thread.name == "album"]
 
 
 def test_nothing_is_on_disk_before_the_end(tmp_path: Path) -> None:
-    album = Album(tmp_path, fps=25)
+    album = Gallery(tmp_path, fps=25)
     add_all(album, [result(index, 0.5) for index in range(5)], grey())
     assert list(tmp_path.iterdir()) == []
     album.finish()
 
 
 def test_pictures_may_be_decoded_by_the_album_and_a_broken_one_is_counted(tmp_path: Path) -> None:
-    album = Album(tmp_path, fps=5)
-    assert album.add(lambda: decode_picture(picture_bytes()), result(0, 0.5))
-    assert album.add(lambda: decode_picture(b"no picture"), result(1, 0.5))
+    album = Gallery(tmp_path, fps=5)
+    assert album.add(lambda: decode_image(image_bytes()), result(0, 0.5))
+    assert album.add(lambda: decode_image(b"no picture"), result(1, 0.5))
     assert album.add(grey(), {"index": 2, "objects": [{"label": "car", "score": 0.5, "box": "here"}]})
     assert album.finish()["frames"] == ["frames/000000.jpg"]
-    assert album.left_out == 2
+    assert album.skipped == 2
 
 
 def test_pictures_of_several_sources_with_one_number_are_several_files(tmp_path: Path) -> None:
-    album = Album(tmp_path, fps=5)
+    album = Gallery(tmp_path, fps=5)
     for source in ("door", "gate"):
         assert album.add(grey(), {**result(0, 0.5), "source": source})
     assert album.finish()["frames"] == ["frames/door-000000.jpg", "frames/gate-000000.jpg"]
@@ -94,7 +94,7 @@ def test_pictures_of_several_sources_with_one_number_are_several_files(tmp_path:
 
 
 def test_whatever_a_source_is_called_its_pictures_have_names_that_a_file_can_have(tmp_path: Path) -> None:
-    album = Album(tmp_path, fps=5)
+    album = Gallery(tmp_path, fps=5)
     sources = ["x" * 300, "x" * 299, "a b\0\u00e9", "..", ".hidden", "../up"]
     add_all(
         album, [{**result(0, 0.9 - number / 10), "source": source} for number, source in enumerate(sources)], grey()
@@ -117,9 +117,9 @@ def test_whatever_a_source_is_called_its_pictures_have_names_that_a_file_can_hav
 def test_a_run_whose_pictures_cannot_be_written_keeps_its_summary(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = RunFolder(tmp_path, title="street", frames_per_s=5, pictures=True)
+    folder = InferenceRunFolder(tmp_path, title="street", frames_per_s=5, pictures=True)
     (tmp_path / "frames").write_text("in the way")
-    folder.add(Report(Sample("door", 0, b"", "image/jpeg", grey), result(0, 0.5)))
+    folder.add(SampleResult(Sample("door", 0, b"", "image/jpeg", grey), result(0, 0.5)))
     summary = folder.finish({"results": 1})
     assert summary == json.loads((tmp_path / "summary.json").read_text())
     assert summary["files"] == {"results": "results.jsonl"}
@@ -133,20 +133,20 @@ def test_a_stream_that_is_too_fast_is_never_held_up(tmp_path: Path, monkeypatch:
     def slow(*_: object) -> None:
         go_on.wait(10)
 
-    monkeypatch.setattr(Album, "_take", slow)
-    album = Album(tmp_path, fps=25)
+    monkeypatch.setattr(Gallery, "_take", slow)
+    album = Gallery(tmp_path, fps=25)
     started_s = time.monotonic()
     taken = [album.add(grey(64, 48), result(index)) for index in range(100)]
     assert time.monotonic() - started_s < 2
-    assert album_module.PENDING <= sum(taken) <= album_module.PENDING + 1
-    assert album.left_out == 100 - sum(taken)
+    assert album_module.QUEUE_SIZE <= sum(taken) <= album_module.QUEUE_SIZE + 1
+    assert album.skipped == 100 - sum(taken)
     go_on.set()
     album.finish()
 
 
 def test_a_long_stream_is_thinned_evenly_and_stays_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(album_module, "CLIP_FRAMES", 16)
-    album = Album(tmp_path, fps=25, keep=2)
+    album = Gallery(tmp_path, fps=25, max_frames=2)
     add_all(album, [result(index, 0.5) for index in range(100)], grey(64, 48))
     with av.open(str(tmp_path / album.finish()["clip"])) as clip:
         frames = len(list(clip.decode(video=0)))
@@ -155,7 +155,7 @@ def test_a_long_stream_is_thinned_evenly_and_stays_in_bounds(tmp_path: Path, mon
 
 def test_a_run_without_an_encoder_still_has_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sources.gallery.clip.ENCODERS", (("no-such-encoder", {}),))
-    album = Album(tmp_path, fps=25)
+    album = Gallery(tmp_path, fps=25)
     add_all(album, [result(0, 0.5)], grey())
     files = album.finish()
     assert "clip" not in files
@@ -164,7 +164,7 @@ def test_a_run_without_an_encoder_still_has_its_pictures(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("width", "height"), [(10, 4000), (4000, 10), (1, 1), (3000, 4500)])
 def test_pictures_of_any_shape_come_into_the_album_at_a_sensible_size(tmp_path: Path, width: int, height: int) -> None:
-    album = Album(tmp_path, fps=5)
+    album = Gallery(tmp_path, fps=5)
     add_all(album, [result(0, 0.5)], grey(width, height))
     files = album.finish()
     assert files["clip"]
@@ -181,7 +181,7 @@ def test_a_box_is_drawn_where_the_object_is_at_any_scale() -> None:
     for width in (640, 960):
         scale = width / 640
         drawn = numpy.asarray(annotate(grey(), result(0, 0.5), width)).astype(int)
-        close = (abs(drawn - numpy.array(colour_of("car"))).max(axis=2) < 40).nonzero()
+        close = (abs(drawn - numpy.array(label_colour("car"))).max(axis=2) < 40).nonzero()
         below_label = close[0] > 85 * scale
         assert abs(close[1].min() - 100 * scale) <= 3
         assert abs(close[1][below_label].max() - 300 * scale) <= 3
@@ -212,29 +212,29 @@ def test_classes_are_drawn_as_bars_as_long_as_their_scores() -> None:
     drawn = numpy.asarray(annotate(grey(), {"index": 0, "classes": classes}, 640)).astype(int)
     lengths = []
     for item in classes:
-        is_bar = (abs(drawn - numpy.array(colour_of(str(item["label"])))).max(axis=2) < 10).any(axis=0)
+        is_bar = (abs(drawn - numpy.array(label_colour(str(item["label"])))).max(axis=2) < 10).any(axis=0)
         lengths.append(int(is_bar.sum()))
     assert lengths[0] == pytest.approx(4 * lengths[1], abs=6)
 
 
 def test_colours_are_the_same_in_every_process_and_differ_for_what_moves_in_a_street() -> None:
-    assert colour_of("person") == PALETTE[0]
+    assert label_colour("person") == PALETTE[0]
     labels = ("person", "bicycle", "car", "motorbike", "bus", "truck", "dog", "traffic light")
-    assert len({colour_of(label) for label in labels}) == len(labels)
+    assert len({label_colour(label) for label in labels}) == len(labels)
 
 
 # What is shown ----------------------------------------------------------------------------------------------------
 
 
 def test_highlights_are_the_best_and_spread_over_a_stream_of_unknown_length() -> None:
-    highlights: Highlights[int] = Highlights(4)
+    highlights: BestFrames[int] = BestFrames(4)
     for position in range(1000):
         highlights.offer(0.9 if position % 250 == 100 else 0.5 if 400 <= position < 420 else 0.1, lambda: position)  # noqa: B023, called at once
     assert [kept.item for kept in highlights.best()] == [100, 350, 600, 850]
 
 
 def test_highlights_without_a_find_are_shown_only_when_there_is_nothing_else() -> None:
-    empty: Highlights[int] = Highlights(2)
+    empty: BestFrames[int] = BestFrames(2)
     for _ in range(10):
         empty.offer(0.0, lambda: 0)
     assert len(empty.best()) == 2
@@ -243,16 +243,16 @@ def test_highlights_without_a_find_are_shown_only_when_there_is_nothing_else() -
 
 
 def test_highlights_hold_a_bounded_number_of_items() -> None:
-    highlights: Highlights[int] = Highlights(3)
+    highlights: BestFrames[int] = BestFrames(3)
     for position in range(500):
         highlights.offer(position % 7 + 1, lambda: 0)
         assert len(highlights._best) <= 4 * 3
 
 
 def test_a_sheet_counts_what_was_found_and_fits_pictures_of_any_shape() -> None:
-    assert counted(["car", "person", "car"]) == "2 car, 1 person"
-    cells = [Cell(Image.new("RGB", size), "#1", "many " * 40) for size in ((480, 200), (100, 400), (2000, 20))]
-    assert contact_sheet(cells, "street", "3 pictures", {"car": 2}).width == 3 * 480 + 4 * 16
+    assert format_counts(["car", "person", "car"]) == "2 car, 1 person"
+    cells = [SheetCell(Image.new("RGB", size), "#1", "many " * 40) for size in ((480, 200), (100, 400), (2000, 20))]
+    assert draw_contact_sheet(cells, "street", "3 pictures", {"car": 2}).width == 3 * 480 + 4 * 16
 
 
 def test_a_clip_of_pictures_of_several_odd_sizes_has_one_even_size(tmp_path: Path) -> None:
@@ -269,8 +269,8 @@ def test_a_missing_encoder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_picture_that_is_a_bomb_or_broken_in_any_way_is_left_out_and_the_next_one_is_not(tmp_path: Path) -> None:
-    album = Album(tmp_path, fps=25)
-    assert album.add(lambda: decode_picture(bomb()), result(0, 0.5))
-    assert album.add(lambda: decode_picture(picture_bytes()), result(1, 0.5))
+    album = Gallery(tmp_path, fps=25)
+    assert album.add(lambda: decode_image(png_bomb()), result(0, 0.5))
+    assert album.add(lambda: decode_image(image_bytes()), result(1, 0.5))
     assert album.finish()["frames"] == ["frames/000001.jpg"]
-    assert album.left_out == 1
+    assert album.skipped == 1

@@ -15,18 +15,18 @@ import pytest
 
 from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import DeadlinePassed, RequestFailed
-from brokers.protocol.messages import JPEG, JSON, SAFETENSORS, Blob, Body, Content
+from brokers.protocol.messages import JPEG, JSON, SAFETENSORS, BinaryContent, Content, TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.stage_timing import Hop
 from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Properties
-from sources.client.inflight_limit import Window
-from sources.client.offloader import Answer
-from sources.inference.inference_run import Feed, Report, content_of, draw
+from sources.client.inflight_limit import InflightLimit
+from sources.client.offloader import OffloadResult
+from sources.inference.inference_run import InferenceRun, SampleResult, run_source, sample_content
 from sources.inputs.sample import Sample
-from sources.inputs.sample_buffer import Intake
+from sources.inputs.sample_buffer import SampleBuffer
 from sources.inputs.source import Source
-from tests.support.pipelines.pipeline_files import pipeline_file, stage
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
 Ask = Callable[[int], Any]
 
@@ -47,38 +47,38 @@ class Offload:
     """Answers as `ask` says: a content, or an error to raise; `None` waits until the test lets go."""
 
     def __init__(self, folder: Path, ask: Ask, window: int = 3) -> None:
-        self.pipeline = load_pipeline(pipeline_file(folder, [stage("one", "double")], {"window": window}))
+        self.pipeline = load_pipeline(write_pipeline_file(folder, [stage_table("one", "double")], {"window": window}))
         self.line = Line()
         self.flying = self.most = 0
         self.go = asyncio.Event()
-        self.window = Window(lambda: window)
+        self.window = InflightLimit(lambda: window)
         self._ask = ask
 
-    async def ask(self, content: Content, *, source: str, entered: bool, parent: TraceContext | None) -> Answer:
+    async def ask(self, content: Content, *, source: str, entered: bool, parent: TraceContext | None) -> OffloadResult:
         assert entered
         try:
             return await self._answer(content)
         finally:
-            self.window.leave()
+            self.window.release()
 
-    async def _answer(self, content: Content) -> Answer:
-        assert isinstance(content, Blob)
+    async def _answer(self, content: Content) -> OffloadResult:
+        assert isinstance(content, BinaryContent)
         self.flying += 1
         self.most = max(self.most, self.flying)
         found = self._ask(int(bytes(content.data)))
         if found is None:
             await self.go.wait()
-            found = Body({"x": from_array(1.0)})
+            found = TensorContent({"x": from_array(1.0)})
         else:
             await asyncio.sleep(0.001 * (10 - int(bytes(content.data)) % 10))  # later ones are answered sooner
         self.flying -= 1
         if isinstance(found, Exception):
             raise found
-        return Answer(b"r" * 16, found, (Hop("one", "w", compute_ms=5.0),), 20.0, 1)
+        return OffloadResult(b"r" * 16, found, (Hop("one", "w", compute_ms=5.0),), 20.0, 1)
 
 
 def one(index: int) -> Any:
-    return Body({"x": from_array(float(index))})
+    return TensorContent({"x": from_array(float(index))})
 
 
 def samples(count: int) -> list[Sample]:
@@ -86,16 +86,16 @@ def samples(count: int) -> list[Sample]:
 
 
 def feed_all(
-    folder: Path, ask: Ask, count: int, record: Callable[[Report], None] | None = None
-) -> tuple[Offload, Feed, list[Report]]:
-    reports: list[Report] = []
+    folder: Path, ask: Ask, count: int, record: Callable[[SampleResult], None] | None = None
+) -> tuple[Offload, InferenceRun, list[SampleResult]]:
+    reports: list[SampleResult] = []
 
-    async def main() -> tuple[Offload, Feed]:
-        offload, intake = Offload(folder, ask), Intake("all")
-        feed = Feed(offload, intake, record or reports.append)  # type: ignore[arg-type]
+    async def main() -> tuple[Offload, InferenceRun]:
+        offload, intake = Offload(folder, ask), SampleBuffer("all")
+        feed = InferenceRun(offload, intake, record or reports.append)  # type: ignore[arg-type]
         for sample in samples(count):
-            intake.offer(sample)
-        intake.end()
+            intake.put_nowait(sample)
+        intake.close()
         await asyncio.wait_for(feed.run(), 20)
         return offload, feed
 
@@ -109,7 +109,7 @@ def test_reports_are_in_order_though_answers_are_not(tmp_path: Path) -> None:
     published = [result["index"] for _, result in offload.line.published]
     assert sorted(published) == list(range(30))
     assert published != list(range(30))
-    assert (feed.tally.requests, feed.tally.results) == (30, 30)
+    assert (feed.stats.requests, feed.stats.results) == (30, 30)
 
 
 def test_no_more_are_on_their_way_than_the_window_has(tmp_path: Path) -> None:
@@ -119,11 +119,11 @@ def test_no_more_are_on_their_way_than_the_window_has(tmp_path: Path) -> None:
 
 def test_as_many_are_on_their_way_as_the_window_has_however_many_workers_made_it_so(tmp_path: Path) -> None:
     async def main() -> int:
-        offload, intake = Offload(tmp_path, lambda _: None, window=100), Intake("all")
+        offload, intake = Offload(tmp_path, lambda _: None, window=100), SampleBuffer("all")
         for sample in samples(150):
-            intake.offer(sample)
-        intake.end()
-        feeding = asyncio.create_task(Feed(offload, intake).run())  # type: ignore[arg-type]
+            intake.put_nowait(sample)
+        intake.close()
+        feeding = asyncio.create_task(InferenceRun(offload, intake).run())  # type: ignore[arg-type]
         for _ in range(200):
             if offload.flying == 100:
                 break
@@ -161,8 +161,8 @@ def test_each_failure_is_a_result_of_its_own_kind(tmp_path: Path) -> None:
     errors: list[Any] = [
         RequestFailed("ab", "tail", "w1", "BadPayload", "no picture"),
         DeadlinePassed("cd", 50.0, "the source"),
-        Body({"x": from_array(1.0)}, {"format": "detections"}),  # a result whose metadata lies
-        Body({"x": from_array(1.0)}),
+        TensorContent({"x": from_array(1.0)}, {"format": "detections"}),  # a result whose metadata lies
+        TensorContent({"x": from_array(1.0)}),
     ]
     _, feed, reports = feed_all(tmp_path, errors.__getitem__, 4)
     assert [report.result.get("error") for report in reports] == ["BadPayload", "DeadlinePassed", "BadPayload", None]
@@ -170,7 +170,7 @@ def test_each_failure_is_a_result_of_its_own_kind(tmp_path: Path) -> None:
     assert (first["request"], first["stage"], first["worker"], first["reason"]) == ("ab", "tail", "w1", "no picture")
     assert second["request"] == "cd"
     assert "its metadata does not fit its tensors" in third["reason"]
-    summary = feed.tally.summary()
+    summary = feed.stats.summary()
     assert summary["failures"] == {"BadPayload": 2, "DeadlinePassed": 1}
     assert (summary["requests"], summary["results"], summary["lost"]) == (4, 1, 0)
 
@@ -180,7 +180,7 @@ def test_trouble_with_recording_one_is_not_trouble_with_the_next(
 ) -> None:
     recorded: list[int] = []
 
-    def record(report: Report) -> None:
+    def record(report: SampleResult) -> None:
         if report.sample.index == 1:
             raise OSError("the disk is full")
         recorded.append(report.sample.index)
@@ -199,7 +199,7 @@ def test_a_slow_recorder_holds_the_pipeline_back(tmp_path: Path, monkeypatch: py
         asked.append(index)
         return one(index)
 
-    def record(report: Report) -> None:
+    def record(report: SampleResult) -> None:
         go.wait(10)
 
     def look() -> None:
@@ -230,9 +230,9 @@ class Fake(Source):
 
 def drawn(source: Fake, keep: Any = "all") -> list[int]:
     async def main() -> list[int]:
-        intake, taken = Intake(keep), []
-        drawing = asyncio.create_task(draw(source, intake))
-        while (sample := await asyncio.wait_for(intake.take(), 10)) is not None:
+        intake, taken = SampleBuffer(keep), []
+        drawing = asyncio.create_task(run_source(source, intake))
+        while (sample := await asyncio.wait_for(intake.get(), 10)) is not None:
             taken.append(sample.index)
         await drawing
         return taken
@@ -274,7 +274,7 @@ def test_a_source_runs_in_a_thread_of_its_own_and_may_block() -> None:
 
 
 def test_a_payload_travels_as_it_is_and_arrays_as_safetensors() -> None:
-    assert content_of(Sample("s", 0, b"\xff\xd8\xff", JPEG)) == Blob(JPEG, b"\xff\xd8\xff")
-    content = content_of(Sample("s", 0, {"x": np.arange(3)}, SAFETENSORS))
-    assert isinstance(content, Body)
+    assert sample_content(Sample("s", 0, b"\xff\xd8\xff", JPEG)) == BinaryContent(JPEG, b"\xff\xd8\xff")
+    content = sample_content(Sample("s", 0, {"x": np.arange(3)}, SAFETENSORS))
+    assert isinstance(content, TensorContent)
     assert set(content.tensors) == {"x"}

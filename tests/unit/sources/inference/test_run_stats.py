@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from brokers.protocol.stage_timing import Hop
-from sources.inference.run_stats import Tally
+from sources.inference.run_stats import InferenceRunStats
 
 
 def hop(stage: str, worker: str, compute_ms: float) -> Hop:
@@ -13,12 +13,12 @@ def hop(stage: str, worker: str, compute_ms: float) -> Hop:
 
 
 def test_a_run_adds_up() -> None:
-    tally = Tally()
+    tally = InferenceRunStats()
     for index in range(4):
-        tally.asked(10.0 + index)
-    tally.answered(100.0, [hop("head", "a", 30.0), hop("tail", "c", 5.0)], 12.0)
-    tally.answered(300.0, [hop("head", "b", 50.0), hop("tail", "c", 7.0)], 14.0)
-    tally.failed("BadPayload", 15.0)
+        tally.record_request(10.0 + index)
+    tally.record_result(100.0, [hop("head", "a", 30.0), hop("tail", "c", 5.0)], 12.0)
+    tally.record_result(300.0, [hop("head", "b", 50.0), hop("tail", "c", 7.0)], 14.0)
+    tally.record_failure("BadPayload", 15.0)
     summary = tally.summary()
     assert {key: summary[key] for key in ("requests", "results", "failed", "lost")} == {
         "requests": 4, "results": 2, "failed": 1, "lost": 1,
@@ -34,23 +34,23 @@ def test_a_run_adds_up() -> None:
 
 
 def test_nothing_has_no_figures_and_divides_by_none() -> None:
-    assert Tally().summary() == {
+    assert InferenceRunStats().summary() == {
         "requests": 0, "results": 0, "failed": 0, "failures": {}, "lost": 0,
         "elapsed_s": 0.0, "throughput_per_s": 0.0, "latency_ms": {}, "stages": {},
     }  # fmt: skip
 
 
 def test_percentiles_are_results_that_were_there() -> None:
-    tally = Tally()
+    tally = InferenceRunStats()
     for latency_ms in range(1, 102):
-        tally.answered(float(latency_ms), [], 1.0)
+        tally.record_result(float(latency_ms), [], 1.0)
     assert tally.summary()["latency_ms"] == {"p50": 51.0, "p95": 96.0, "p99": 100.0}
 
 
 def test_memory_stays_flat_and_the_latest_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    tally = Tally()
+    tally = InferenceRunStats()
     for index in range(20_000):
-        tally.answered(1.0 if index < 10_000 else 9.0, [hop("head", "a", 1.0)], float(index))
+        tally.record_result(1.0 if index < 10_000 else 9.0, [hop("head", "a", 1.0)], float(index))
     assert len(tally._latencies_ms) == 10_000
     assert tally.summary()["latency_ms"]["p50"] == 9.0
     assert tally.results == 20_000

@@ -10,7 +10,7 @@ import pytest
 
 from sources.errors import BadSetting, CameraUnavailable
 from sources.inputs.camera import Camera
-from tests.support.environment.clips import number_of, picture_bytes, video_bytes
+from tests.support.environment.clips import frame_number, image_bytes, video_bytes
 
 Serve = Callable[[socket.socket, int], None]
 
@@ -63,7 +63,7 @@ def _mjpeg(connection: socket.socket, frames: Iterator[int], pause_s: float) -> 
     connection.recv(65536)
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: multipart/x-mixed-replace;boundary=frame\r\n\r\n")
     for index in frames:
-        jpeg = picture_bytes("JPEG", index % 30)
+        jpeg = image_bytes("JPEG", index % 30)
         connection.sendall(
             b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\r\n"
         )
@@ -98,8 +98,8 @@ def test_a_stream_that_ends_is_opened_again(serving: Callable[[Serve], StreamSer
     camera = Camera(f"tcp://{server.address}", encoding="raw")
     taken = []
     for sample in camera.samples():
-        assert sample.picture is not None
-        taken.append(number_of(sample.picture()))
+        assert sample.load_image is not None
+        taken.append(frame_number(sample.load_image()))
         if server.connections >= 2:
             camera.close()
     assert server.connections >= 2

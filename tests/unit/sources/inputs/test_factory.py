@@ -12,13 +12,13 @@ from brokers.errors import UsageError
 from sources.errors import BadSetting, BadSourceClass, UnknownSource
 from sources.inputs import demo_videos as assets
 from sources.inputs.camera import Camera
-from sources.inputs.demo_videos import Asset, find_video
+from sources.inputs.demo_videos import DemoVideo, find_video
 from sources.inputs.factory import make_source
-from sources.inputs.images import PictureFolder
+from sources.inputs.images import ImageFolder
 from sources.inputs.sample import Sample
 from sources.inputs.source import Source
 from sources.inputs.video import VideoFile
-from tests.support.environment.clips import picture_bytes, video_file
+from tests.support.environment.clips import image_bytes, write_video
 
 HERE = "tests.unit.sources.inputs.test_factory"
 
@@ -53,11 +53,11 @@ def made(settings: dict[str, Any], base: Path) -> Source:
 
 
 def test_each_kind_makes_its_source_below_the_folder_of_the_pipeline_file(tmp_path: Path) -> None:
-    video_file(tmp_path / "a.mp4", 3)
+    write_video(tmp_path / "a.mp4", 3)
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.jpg").write_bytes(picture_bytes())
+    (tmp_path / "pictures" / "a.jpg").write_bytes(image_bytes())
     assert isinstance(made({"kind": "video", "path": "a.mp4"}, tmp_path), VideoFile)
-    assert isinstance(made({"kind": "images", "path": "pictures"}, tmp_path), PictureFolder)
+    assert isinstance(made({"kind": "images", "path": "pictures"}, tmp_path), ImageFolder)
     assert isinstance(made({"kind": "camera", "device": "0"}, tmp_path), Camera)
 
 
@@ -88,9 +88,9 @@ def test_a_wrong_setting_is_one_clear_line(settings: dict[str, Any], error: type
 
 
 def test_the_street_is_found_by_name_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    video = video_file(tmp_path / "street.mp4", 3)
-    from brokers.process.download_cache import checksum
+    video = write_video(tmp_path / "street.mp4", 3)
+    from brokers.process.download_cache import sha256_of
 
-    monkeypatch.setattr(assets, "VIDEOS", {"street": Asset("street.mp4", checksum(video), ())})
+    monkeypatch.setattr(assets, "VIDEOS", {"street": DemoVideo("street.mp4", sha256_of(video), ())})
     assert find_video("street", Path("elsewhere"), cache=tmp_path) == video
     assert find_video("a.mp4", tmp_path) == tmp_path / "a.mp4"

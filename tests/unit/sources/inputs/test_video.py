@@ -6,31 +6,31 @@ from pathlib import Path
 import pytest
 
 from sources.errors import NoSuchFile, NotAVideo, NoVideoStream
-from sources.inputs.sample import decode_picture
+from sources.inputs.sample import decode_image
 from sources.inputs.video import VideoFile
-from tests.support.environment.clips import number_of, sound_bytes, video_bytes, video_file
+from tests.support.environment.clips import frame_number, video_bytes, wav_bytes, write_video
 
 
 def test_every_frame_comes_once_and_in_order(tmp_path: Path) -> None:
-    source = VideoFile(video_file(tmp_path / "a.mp4", 30), name="door")
+    source = VideoFile(write_video(tmp_path / "a.mp4", 30), name="door")
     samples = list(source.samples())
     assert [sample.index for sample in samples] == list(range(30))
-    assert [number_of(sample.picture()) for sample in samples if sample.picture] == list(range(30))
+    assert [frame_number(sample.load_image()) for sample in samples if sample.load_image] == list(range(30))
     assert {sample.source for sample in samples} == {"door"}
     assert not source.live
     assert source.count == 30
 
 
 def test_the_jpeg_payload_is_the_picture_that_the_album_gets(tmp_path: Path) -> None:
-    sample = next(iter(VideoFile(video_file(tmp_path / "a.mp4", 3), quality=95).samples()))
+    sample = next(iter(VideoFile(write_video(tmp_path / "a.mp4", 3), quality=95).samples()))
     assert sample.content_type == "image/jpeg"
     assert isinstance(sample.payload, bytes)
-    assert sample.picture is not None
-    assert abs(decode_picture(sample.payload).astype(int) - sample.picture()).max() <= 3
+    assert sample.load_image is not None
+    assert abs(decode_image(sample.payload).astype(int) - sample.load_image()).max() <= 3
 
 
 def test_raw_encoding_sends_the_pixels_themselves(tmp_path: Path) -> None:
-    sample = next(iter(VideoFile(video_file(tmp_path / "a.mp4", 3), encoding="raw").samples()))
+    sample = next(iter(VideoFile(write_video(tmp_path / "a.mp4", 3), encoding="raw").samples()))
     assert not isinstance(sample.payload, bytes)
     assert sample.content_type == "application/x-safetensors"
     assert sample.payload["picture"].shape == (48, 64, 3)
@@ -38,22 +38,33 @@ def test_raw_encoding_sends_the_pixels_themselves(tmp_path: Path) -> None:
 
 
 def test_a_looping_video_goes_on_to_its_limit_with_rising_indices(tmp_path: Path) -> None:
-    source = VideoFile(video_file(tmp_path / "a.mp4", 4), loop=True, limit=10)
+    source = VideoFile(write_video(tmp_path / "a.mp4", 4), loop=True, limit=10)
     samples = list(source.samples())
     assert [sample.index for sample in samples] == list(range(10))
-    assert [number_of(sample.picture()) for sample in samples if sample.picture] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert [frame_number(sample.load_image()) for sample in samples if sample.load_image] == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+    ]
     assert source.count == 10
 
 
 def test_native_pace_takes_as_long_as_the_film(tmp_path: Path) -> None:
-    source = VideoFile(video_file(tmp_path / "a.mp4", 10), pace="native")
+    source = VideoFile(write_video(tmp_path / "a.mp4", 10), pace="native")
     started_s = time.monotonic()
     assert len(list(source.samples())) == 10
     assert time.monotonic() - started_s >= 9 / 25
 
 
 def test_a_closed_video_ends_even_while_it_waits_for_its_time(tmp_path: Path) -> None:
-    source = VideoFile(video_file(tmp_path / "a.mp4", 30), loop=True, pace="native")
+    source = VideoFile(write_video(tmp_path / "a.mp4", 30), loop=True, pace="native")
     taken = 0
     for _ in source.samples():
         taken += 1
@@ -84,6 +95,6 @@ def test_a_file_that_is_no_video_is_named_with_the_reason(tmp_path: Path, conten
 
 
 def test_a_file_with_sound_only_says_what_it_has(tmp_path: Path) -> None:
-    (tmp_path / "a.wav").write_bytes(sound_bytes())
+    (tmp_path / "a.wav").write_bytes(wav_bytes())
     with pytest.raises(NoVideoStream, match="only: audio"):
         VideoFile(tmp_path / "a.wav")

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torchvision import models
 
-from brokers.config.pipeline_file import Pipeline, blaming, load_pipeline
+from brokers.config.pipeline_file import Pipeline, add_error_context, load_pipeline
 from brokers.errors import UsageError
 from sources.datasets.batches import Batches
 from sources.datasets.digits import Digits
 from stages.errors import BadModel
 from stages.models.errors import BadModelSettings, LabelsDoNotFit
-from stages.models.image_preprocess import stretched
-from stages.models.registry import SMALL_VGGS, ModelSpec, model_spec
-from stages.models.vgg import LAYERS
-from stages.partition.partition import layers, partition
+from stages.models.image_preprocess import resize_and_normalise
+from stages.models.registry import SMALL_VGG_MODELS, ModelSpec, get_model_spec
+from stages.models.vgg import CONFIG_KEYS
+from stages.partition.partition import layer_names, partition
 
 
 def meta(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -31,19 +31,19 @@ def meta(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def test_the_names_that_are_offered_are_those_that_are_there() -> None:
-    assert tuple(LAYERS) == SMALL_VGGS
+    assert tuple(CONFIG_KEYS) == SMALL_VGG_MODELS
 
 
-@pytest.mark.parametrize("name", SMALL_VGGS)
+@pytest.mark.parametrize("name", SMALL_VGG_MODELS)
 def test_a_small_vgg_has_the_features_of_torchvisions_and_one_layer_more(name: str) -> None:
-    small, large = meta(model_spec(name)), meta(model_spec(f"torchvision:{name.removesuffix('-small')}"))
+    small, large = meta(get_model_spec(name)), meta(get_model_spec(f"torchvision:{name.removesuffix('-small')}"))
     features = {key: shape for key, shape in large.items() if key.startswith("features.")}
     assert small == {**features, "classifier.weight": (10, 512), "classifier.bias": (10,)}
 
 
 def test_a_small_vgg_begins_with_the_weights_that_torchvisions_begins_with() -> None:
     torch.manual_seed(0)
-    small = model_spec("vgg11-small").build().state_dict()
+    small = get_model_spec("vgg11-small").build().state_dict()
     for name, tensor in small.items():
         if name.endswith("bias"):
             assert not tensor.any()
@@ -55,7 +55,7 @@ def test_a_small_vgg_begins_with_the_weights_that_torchvisions_begins_with() -> 
 
 
 def test_the_weights_follow_from_the_seed() -> None:
-    spec, built = model_spec("vgg11-small"), []
+    spec, built = get_model_spec("vgg11-small"), []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         built.append(spec.build().state_dict()["features.3.weight"])
@@ -64,10 +64,10 @@ def test_the_weights_follow_from_the_seed() -> None:
 
 
 def test_vgg11_small_is_cut_after_any_of_its_23_layers() -> None:
-    spec = model_spec("vgg11-small")
+    spec = get_model_spec("vgg11-small")
     assert spec.input_size == (32, 32)
     built = spec.build().eval()
-    assert len(layers(built)) == 23
+    assert len(layer_names(built)) == 23
     x = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
         expected = built(x)
@@ -77,19 +77,19 @@ def test_vgg11_small_is_cut_after_any_of_its_23_layers() -> None:
 
 
 def test_a_picture_is_to_training_what_it_is_to_inference() -> None:
-    spec, examples = model_spec("vgg11-small"), Digits().test()
+    spec, examples = get_model_spec("vgg11-small"), Digits().test()
     assert spec.normalise is not None
-    assert spec.prepare is not None
+    assert spec.preprocess is not None
     inputs, _ = Batches(examples, 16, shuffle=False).batch(0)
     trained = spec.normalise(torch.from_numpy(inputs))
     assert (trained.dtype, float(trained.min()), float(trained.max())) == (torch.float32, -1.0, 1.0)
     for picture, row in zip(inputs.transpose(0, 2, 3, 1), trained, strict=True):
-        assert torch.equal(spec.prepare(np.asarray(picture, np.uint8))[0], row)
+        assert torch.equal(spec.preprocess(np.asarray(picture, np.uint8))[0], row)
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:vit_b_16"])
 def test_torchvisions_networks_are_trained_on_what_their_weights_were(name: str) -> None:
-    spec = model_spec(name)
+    spec = get_model_spec(name)
     preset = models.get_model_weights(name.partition(":")[2]).DEFAULT.transforms()
     x = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
     mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (preset.mean, preset.std))
@@ -98,37 +98,37 @@ def test_torchvisions_networks_are_trained_on_what_their_weights_were(name: str)
 
 
 def test_a_picture_of_another_size_is_stretched_to_32_by_32() -> None:
-    spec = model_spec("vgg11-small")
-    assert spec.prepare is not None
+    spec = get_model_spec("vgg11-small")
+    assert spec.preprocess is not None
     half = np.zeros((64, 128, 3), np.uint8)
     half[:, 64:] = 255
-    seen = spec.prepare(half)
+    seen = spec.preprocess(half)
     assert seen.shape == (1, 3, 32, 32)
     assert (seen[..., :15] == -1).all()
     assert (seen[..., 17:] == 1).all()
-    assert stretched(half, 8, 4, lambda pictures: pictures).shape == (1, 3, 4, 8)
+    assert resize_and_normalise(half, 8, 4, lambda pictures: pictures).shape == (1, 3, 4, 8)
 
 
 def told_labels(spec: ModelSpec, outputs: int) -> list[str]:
-    assert spec.finish is not None
-    found = spec.finish({"output": torch.arange(outputs, dtype=torch.float32)[None]}, (1, 1))
+    assert spec.postprocess is not None
+    found = spec.postprocess({"output": torch.arange(outputs, dtype=torch.float32)[None]}, (1, 1))
     labels: list[str] = json.loads(found.metadata["labels"])
     return labels
 
 
 def test_classes_have_the_names_that_are_given_or_numbers_or_those_of_the_weights() -> None:
     three = {"num_classes": 3}
-    assert told_labels(model_spec("vgg11-small"), 10) == ["9", "8", "7", "6", "5"]
-    assert told_labels(model_spec("vgg13-small", settings=three, labels=("a", "b", "c")), 3) == ["c", "b", "a"]
-    assert told_labels(model_spec("torchvision:resnet18", settings=three), 3) == ["2", "1", "0"]
-    assert told_labels(model_spec("torchvision:resnet18", settings=three, labels=["a", "b", "c"]), 3)[0] == "c"
-    assert told_labels(model_spec("torchvision:resnet18"), 1000)[0] == "toilet tissue"
+    assert told_labels(get_model_spec("vgg11-small"), 10) == ["9", "8", "7", "6", "5"]
+    assert told_labels(get_model_spec("vgg13-small", settings=three, labels=("a", "b", "c")), 3) == ["c", "b", "a"]
+    assert told_labels(get_model_spec("torchvision:resnet18", settings=three), 3) == ["2", "1", "0"]
+    assert told_labels(get_model_spec("torchvision:resnet18", settings=three, labels=["a", "b", "c"]), 3)[0] == "c"
+    assert told_labels(get_model_spec("torchvision:resnet18"), 1000)[0] == "toilet tissue"
 
 
 def test_settings_reach_what_builds_the_network() -> None:
-    assert meta(model_spec("vgg11-small", settings={"num_classes": 7}))["classifier.weight"] == (7, 512)
-    assert meta(model_spec("torchvision:resnet18", settings={"num_classes": 7}))["fc.weight"] == (7, 512)
-    spec = model_spec("torchvision:googlenet", settings={"num_classes": 7, "aux_logits": False})
+    assert meta(get_model_spec("vgg11-small", settings={"num_classes": 7}))["classifier.weight"] == (7, 512)
+    assert meta(get_model_spec("torchvision:resnet18", settings={"num_classes": 7}))["fc.weight"] == (7, 512)
+    spec = get_model_spec("torchvision:googlenet", settings={"num_classes": 7, "aux_logits": False})
     assert meta(spec)["fc.weight"] == (7, 1024)
 
 
@@ -149,7 +149,7 @@ def own_heads(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_settings_are_the_arguments_of_a_factory_of_ones_own(own_heads: Path) -> None:
-    spec = model_spec("own_heads:head", settings={"width": 3, "depth": 2}, folder=str(own_heads))
+    spec = get_model_spec("own_heads:head", settings={"width": 3, "depth": 2}, folder=str(own_heads))
     assert meta(spec) == {"0.weight": (3, 3), "0.bias": (3,), "1.weight": (3, 3), "1.bias": (3,)}
 
 
@@ -173,7 +173,7 @@ def test_settings_that_do_not_fit_are_one_clear_line(
     own_heads: Path, name: str, settings: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(BadModelSettings) as caught:
-        model_spec(name, settings=settings, folder=str(own_heads)).build()
+        get_model_spec(name, settings=settings, folder=str(own_heads)).build()
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -181,9 +181,9 @@ def test_settings_that_do_not_fit_are_one_clear_line(
 def test_a_bug_in_a_factory_without_settings_is_not_blamed_on_them(own_heads: Path) -> None:
     (own_heads / "own_heads.py").write_text("def head():\n    return 1 + ''\n")
     with pytest.raises(TypeError, match="unsupported operand"):
-        model_spec("own_heads:head", folder=str(own_heads)).build()
+        get_model_spec("own_heads:head", folder=str(own_heads)).build()
     with pytest.raises(BadModel, match="has no heads"):
-        model_spec("own_heads:heads", settings={"width": 1}, folder=str(own_heads))
+        get_model_spec("own_heads:heads", settings={"width": 1}, folder=str(own_heads))
 
 
 @pytest.mark.parametrize(
@@ -198,13 +198,13 @@ def test_a_bug_in_a_factory_without_settings_is_not_blamed_on_them(own_heads: Pa
 )
 def test_labels_that_do_not_fit_are_one_clear_line(name: str, settings: dict[str, Any], text: str) -> None:
     with pytest.raises(LabelsDoNotFit) as caught:  # before the factory is looked for
-        model_spec(name, settings=settings, labels=("a", "b"))
+        get_model_spec(name, settings=settings, labels=("a", "b"))
     assert text in str(caught.value)
 
 
 def test_outputs_that_are_not_as_many_as_the_labels_are_no_class_at_all() -> None:
     with pytest.raises(LabelsDoNotFit, match="10 labels for model 'vgg11-small', expected 3"):
-        told_labels(model_spec("vgg11-small"), 3)
+        told_labels(get_model_spec("vgg11-small"), 3)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_worker_names_the_file_and_the_key(tmp_path: Path, line: str, text: st
     from stages.worker.model_executor import ModelExecutor
 
     pipeline = written(tmp_path, line)
-    with pytest.raises(UsageError) as caught, blaming(pipeline):
+    with pytest.raises(UsageError) as caught, add_error_context(pipeline):
         ModelExecutor(pipeline, pipeline.stage[0], device="cpu", threads=1)
     assert str(caught.value).startswith(f"{pipeline.path}: {text}")
 

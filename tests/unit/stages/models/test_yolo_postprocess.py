@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from stages.errors import BadDetectorOutput
-from stages.models.coco import COCO
+from stages.models.coco import COCO_LABELS
 from stages.models.darknet_layers import Anchors, Darknet
-from stages.models.darknet_weights import read_darknet, write_darknet
-from stages.models.image_preprocess import decode_picture, letterbox
-from stages.models.yolo_postprocess import Detections, detect
+from stages.models.darknet_weights import load_darknet_weights, save_darknet_weights
+from stages.models.image_preprocess import decode_image, letterbox
+from stages.models.yolo_postprocess import Detections, postprocess_detections
 from stages.models.yolov3 import YOLOV3_TINY_ANCHORS, yolov3, yolov3_tiny
 from tests.support.environment.darknet_reference import (
-    Original,
-    cfg_of_size,
+    DarknetLibrary,
     darknet_file,
-    fill_sanely,
-    trained_weights,
+    init_stable_weights,
+    pretrained_weights,
+    write_resized_cfg,
 )
-from tests.support.environment.external_programs import need
+from tests.support.environment.external_programs import require_dependency
 
 Picture = npt.NDArray[np.uint8]
 Found = tuple[float, int, tuple[float, float, float, float]]
@@ -47,7 +47,7 @@ def say(output: Tensor, row: int, column: int, anchor: int, objectness: float, *
 
 
 def small(output: Tensor, **changes: float) -> Detections:
-    return detect([output], (32, 32), (32, 32), labels=LABELS, anchors=ANCHORS, **changes)
+    return postprocess_detections([output], (32, 32), (32, 32), labels=LABELS, anchors=ANCHORS, **changes)
 
 
 # What yolov3-tiny.cfg says, which the original reads; ours are those that the weights were trained with.
@@ -64,7 +64,9 @@ def run(
 ) -> Detections:
     with torch.inference_mode():
         outputs = model(letterbox(picture, size, size))
-    return detect(outputs, (size, size), (picture.shape[1], picture.shape[0]), threshold, anchors=anchors)
+    return postprocess_detections(
+        outputs, (size, size), (picture.shape[1], picture.shape[0]), threshold, anchors=anchors
+    )
 
 
 def assert_same(ours: Sequence[Found], theirs: Sequence[Found]) -> None:
@@ -83,7 +85,7 @@ def assert_same(ours: Sequence[Found], theirs: Sequence[Found]) -> None:
 @pytest.fixture(scope="module")
 def tiny() -> Darknet:
     model = yolov3_tiny().eval()
-    read_darknet(model, trained_weights("yolov3-tiny"))
+    load_darknet_weights(model, pretrained_weights("yolov3-tiny"))
     return model
 
 
@@ -156,9 +158,9 @@ def test_boxes_are_freed_of_the_letterbox() -> None:
     output = silent()
     say(output, 1, 1, 0, 1.0, 1.0, 0.0)
     output[0, 0, :2, 1, 1] = 1.0  # the middle of the network's input
-    found = detect([output], (32, 32), (640, 320), labels=LABELS, anchors=ANCHORS)
+    found = postprocess_detections([output], (32, 32), (640, 320), labels=LABELS, anchors=ANCHORS)
     np.testing.assert_allclose(found.boxes, [[320 - 80, 160 - 80, 160, 160]], rtol=1e-6)
-    found = detect([output], (32, 32), (320, 640), labels=LABELS, anchors=ANCHORS)
+    found = postprocess_detections([output], (32, 32), (320, 640), labels=LABELS, anchors=ANCHORS)
     np.testing.assert_allclose(found.boxes, [[160 - 80, 320 - 80, 160, 160]], rtol=1e-6)
 
 
@@ -177,10 +179,10 @@ def test_what_an_untrained_network_says_never_becomes_an_infinite_box() -> None:
 def test_a_threshold_of_nothing_still_ends_and_is_sorted() -> None:
     generator = torch.Generator().manual_seed(1)
     outputs = [torch.rand(1, 3, 85, side, side, generator=generator) for side in (4, 8)]
-    found = detect(outputs, (128, 128), (640, 480), threshold=0.0)
+    found = postprocess_detections(outputs, (128, 128), (640, 480), threshold=0.0)
     assert len(found) > 1000
     assert (np.diff(found.scores) <= 0).all()
-    assert found.labels == tuple(COCO[label] for label in found.classes)
+    assert found.labels == tuple(COCO_LABELS[label] for label in found.classes)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 7, 4, 4), (1, 3, 7, 4, 4), (1, 2, 85, 4, 4), (1, 14, 4, 4)])
@@ -193,28 +195,28 @@ def test_outputs_of_another_detector_are_refused(shape: tuple[int, ...]) -> None
 
 def test_a_missing_output_is_refused() -> None:
     with pytest.raises(BadDetectorOutput, match="2 outputs of the shapes"):
-        detect([torch.zeros(1, 3, 85, 13, 13)], (416, 416), (640, 480), anchors=YOLOV3_TINY_ANCHORS)
+        postprocess_detections([torch.zeros(1, 3, 85, 13, 13)], (416, 416), (640, 480), anchors=YOLOV3_TINY_ANCHORS)
 
 
 def test_classes_are_in_darknets_order() -> None:
-    assert list(COCO) == darknet_file("data/coco.names").read_text().splitlines()
+    assert list(COCO_LABELS) == darknet_file("data/coco.names").read_text().splitlines()
 
 
 # Against the original ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def original_tiny() -> tuple[Original, int]:
-    original = Original()
-    return original, original.load(darknet_file("cfg/yolov3-tiny.cfg"), trained_weights("yolov3-tiny"))
+def original_tiny() -> tuple[DarknetLibrary, int]:
+    original = DarknetLibrary()
+    return original, original.load_network(darknet_file("cfg/yolov3-tiny.cfg"), pretrained_weights("yolov3-tiny"))
 
 
 @pytest.mark.parametrize("photograph", ["dog", "person", "kite", "horses"])
 def test_photographs_give_what_the_original_finds(
-    tiny: Darknet, original_tiny: tuple[Original, int], photograph: str
+    tiny: Darknet, original_tiny: tuple[DarknetLibrary, int], photograph: str
 ) -> None:
     original, network = original_tiny
-    picture = decode_picture(darknet_file(f"data/{photograph}.jpg").read_bytes())
+    picture = decode_image(darknet_file(f"data/{photograph}.jpg").read_bytes())
     ours = as_found(run(tiny, picture, 416, 0.3, CFG_TINY_ANCHORS))
     assert len(ours) >= 3
     assert_same(ours, original.detect(network, picture, 0.3, 0.45))
@@ -228,13 +230,13 @@ def test_stretched_photographs_give_the_scores_that_opencv_is_known_for(
     tiny: Darknet, photograph: str, expected: dict[str, float]
 ) -> None:
     # OpenCV's own example stretches the picture and does without a letterbox; the rest of the way is the same.
-    need("cv2")
+    require_dependency("cv2")
     import cv2
 
-    picture = decode_picture(darknet_file(f"data/{photograph}.jpg").read_bytes())
+    picture = decode_image(darknet_file(f"data/{photograph}.jpg").read_bytes())
     stretched = cv2.dnn.blobFromImage(picture, 1 / 255, (416, 416))
     with torch.inference_mode():
-        found = detect(tiny(torch.from_numpy(stretched)), (416, 416), (416, 416), 0.4)
+        found = postprocess_detections(tiny(torch.from_numpy(stretched)), (416, 416), (416, 416), 0.4)
     best = {label: score for score, label in zip(found.scores[::-1].tolist(), found.labels[::-1], strict=True)}
     assert {label: best.get(label) for label in expected} == pytest.approx(expected, abs=0.01)
 
@@ -242,9 +244,9 @@ def test_stretched_photographs_give_the_scores_that_opencv_is_known_for(
 @pytest.fixture
 def random_yolov3(tmp_path: Path) -> Iterator[tuple[Darknet, Path]]:
     model = yolov3()
-    fill_sanely(model, seed=8)
+    init_stable_weights(model, seed=8)
     path = tmp_path / "random.weights"
-    write_darknet(model, path)
+    save_darknet_weights(model, path)
     yield model, path
     path.unlink()  # 248 MB, which pytest would keep
 
@@ -253,9 +255,11 @@ def test_full_yolov3_gives_what_the_original_finds_with_the_weights_we_wrote(
     random_yolov3: tuple[Darknet, Path], tmp_path: Path
 ) -> None:
     model, weights = random_yolov3
-    picture = decode_picture(darknet_file("data/dog.jpg").read_bytes())
-    original = Original()
-    theirs = original.detect(original.load(cfg_of_size("yolov3", 96, tmp_path), weights), picture, 0.6, 0.45)
+    picture = decode_image(darknet_file("data/dog.jpg").read_bytes())
+    original = DarknetLibrary()
+    theirs = original.detect(
+        original.load_network(write_resized_cfg("yolov3", 96, tmp_path), weights), picture, 0.6, 0.45
+    )
     assert len(theirs) > 50  # of three sizes and many classes
     assert_same(as_found(run(model, picture, 96, 0.6)), theirs)
 
@@ -266,12 +270,12 @@ def test_the_two_layers_of_tiny_agree_on_the_size_of_what_both_see(tiny: Darknet
     def agreement(anchors: Sequence[Anchors]) -> float:
         overlaps = []
         for photograph in ("dog", "person", "horses", "kite"):
-            picture = decode_picture(darknet_file(f"data/{photograph}.jpg").read_bytes())
+            picture = decode_image(darknet_file(f"data/{photograph}.jpg").read_bytes())
             with torch.inference_mode():
                 first, second = tiny(letterbox(picture, 416, 416))
             size = (picture.shape[1], picture.shape[0])
-            large = detect((first, torch.zeros_like(second)), (416, 416), size, 0.4, anchors=anchors)
-            small = detect((torch.zeros_like(first), second), (416, 416), size, 0.2, anchors=anchors)
+            large = postprocess_detections((first, torch.zeros_like(second)), (416, 416), size, 0.4, anchors=anchors)
+            small = postprocess_detections((torch.zeros_like(first), second), (416, 416), size, 0.2, anchors=anchors)
             for box, label in zip(small.boxes, small.classes, strict=True):
                 same = [
                     overlap(box, other) for other, kind in zip(large.boxes, large.classes, strict=True) if kind == label

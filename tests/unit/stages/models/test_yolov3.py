@@ -11,23 +11,32 @@ import pytest
 import torch
 from torch import nn
 
-from stages.models.darknet_layers import Convolutional, Darknet, MaxPool, Route, Row, Shortcut, Upsample, Yolo
-from stages.models.darknet_weights import read_darknet, write_darknet
-from stages.models.image_preprocess import decode_picture, letterbox
+from stages.models.darknet_layers import (
+    Convolutional,
+    Darknet,
+    LayerSpec,
+    MaxPool,
+    RouteLayer,
+    Shortcut,
+    Upsample,
+    Yolo,
+)
+from stages.models.darknet_weights import load_darknet_weights, save_darknet_weights
+from stages.models.image_preprocess import decode_image, letterbox
 from stages.models.yolov3 import yolov3, yolov3_tiny
 from tests.support.environment.darknet_reference import (
-    Floats,
-    cfg_of_size,
+    FloatArray,
     darknet_file,
-    fill_sanely,
-    opencv_raw,
-    trained_weights,
+    init_stable_weights,
+    opencv_forward,
+    pretrained_weights,
+    write_resized_cfg,
 )
 
 KINDS = {
     "convolutional": Convolutional,
     "maxpool": MaxPool,
-    "route": Route,
+    "route": RouteLayer,
     "shortcut": Shortcut,
     "upsample": Upsample,
     "yolo": Yolo,
@@ -123,7 +132,7 @@ def test_any_batch_and_any_multiple_of_32_gives_one_output_for_each_detection_la
 
 def test_pictures_in_one_batch_do_not_touch_each_other() -> None:
     model = yolov3_tiny()
-    fill_sanely(model, seed=1)
+    init_stable_weights(model, seed=1)
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         together = model(images)
@@ -134,7 +143,7 @@ def test_pictures_in_one_batch_do_not_touch_each_other() -> None:
 
 def test_every_parameter_learns() -> None:
     model = yolov3_tiny()
-    fill_sanely(model, seed=1)
+    init_stable_weights(model, seed=1)
     model.train()
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     sum(output.square().sum() for output in model(images)).backward()
@@ -163,9 +172,16 @@ def test_the_last_windows_of_a_pool_over_an_odd_side_are_cut_off_by_the_edge() -
 
 
 def test_a_layer_that_several_layers_read_is_held_until_the_last_of_them() -> None:
-    rows = [Row(Convolutional, filters=4), Row(Convolutional, filters=4), Row(Shortcut, (-1, 0)), Row(Route, (0, 2))]
-    model = Darknet([*rows, Row(Convolutional, filters=6, linear=True), Row(Yolo, anchors=((1, 1),))], classes=1)
-    fill_sanely(model, seed=4)
+    rows = [
+        LayerSpec(Convolutional, filters=4),
+        LayerSpec(Convolutional, filters=4),
+        LayerSpec(Shortcut, (-1, 0)),
+        LayerSpec(RouteLayer, (0, 2)),
+    ]
+    model = Darknet(
+        [*rows, LayerSpec(Convolutional, filters=6, linear=True), LayerSpec(Yolo, anchors=((1, 1),))], classes=1
+    )
+    init_stable_weights(model, seed=4)
     images = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         first = model.layers[0](images)
@@ -174,7 +190,7 @@ def test_a_layer_that_several_layers_read_is_held_until_the_last_of_them() -> No
         assert torch.equal(model(images)[0], expected)
 
 
-def assert_same_outputs(model: Darknet, blob: Floats, raw: list[Floats]) -> None:
+def assert_same_outputs(model: Darknet, blob: FloatArray, raw: list[FloatArray]) -> None:
     """`raw` is what the reference says in front of each detection layer; the logistic of it is compared as well."""
     inputs: list[torch.Tensor] = []
     yolos = [layer for layer in model.layers if isinstance(layer, Yolo)]
@@ -185,33 +201,33 @@ def assert_same_outputs(model: Darknet, blob: Floats, raw: list[Floats]) -> None
         hook.remove()
     for yolo, ours, output, theirs in zip(yolos, inputs, outputs, raw, strict=True):
         assert_close(ours.numpy(), theirs)
-        activated: Floats = theirs.reshape(theirs.shape[0], len(yolo.anchors), -1, *theirs.shape[2:])
+        activated: FloatArray = theirs.reshape(theirs.shape[0], len(yolo.anchors), -1, *theirs.shape[2:])
         sizes = activated[:, :, 2:4].copy()
         activated = (1 / (1 + np.exp(-activated))).astype(np.float32)
         activated[:, :, 2:4] = sizes
         assert_close(output.numpy(), activated)
 
 
-def assert_close(ours: Floats, theirs: Floats) -> None:
+def assert_close(ours: FloatArray, theirs: FloatArray) -> None:
     """To 1e-3 of the typical number of the layer: single ones pass through zero."""
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).mean())
 
 
 def test_tiny_with_its_trained_weights_agrees_with_opencv() -> None:
-    weights = trained_weights("yolov3-tiny")
-    blob = letterbox(decode_picture(darknet_file("data/dog.jpg").read_bytes()), 416, 416).numpy()
+    weights = pretrained_weights("yolov3-tiny")
+    blob = letterbox(decode_image(darknet_file("data/dog.jpg").read_bytes()), 416, 416).numpy()
     model = yolov3_tiny().eval()
-    read_darknet(model, weights)
-    raw = opencv_raw(darknet_file("cfg/yolov3-tiny.cfg"), weights, blob, ["conv_15", "conv_22"])
+    load_darknet_weights(model, weights)
+    raw = opencv_forward(darknet_file("cfg/yolov3-tiny.cfg"), weights, blob, ["conv_15", "conv_22"])
     assert_same_outputs(model, blob, raw)
 
 
 @pytest.fixture
 def random_yolov3(tmp_path: Path) -> Iterator[tuple[Darknet, Path]]:
     model = yolov3()
-    fill_sanely(model, seed=6)
+    init_stable_weights(model, seed=6)
     path = tmp_path / "random.weights"
-    write_darknet(model, path)
+    save_darknet_weights(model, path)
     yield model, path
     path.unlink()  # 248 MB, which pytest would keep
 
@@ -220,8 +236,8 @@ def test_full_yolov3_agrees_with_opencv_that_reads_the_weights_we_wrote(
     random_yolov3: tuple[Darknet, Path], tmp_path: Path
 ) -> None:
     model, weights = random_yolov3
-    blob = letterbox(decode_picture(darknet_file("data/dog.jpg").read_bytes()), 96, 96).numpy()
-    raw = opencv_raw(cfg_of_size("yolov3", 96, tmp_path), weights, blob, ["conv_81", "conv_93", "conv_105"])
+    blob = letterbox(decode_image(darknet_file("data/dog.jpg").read_bytes()), 96, 96).numpy()
+    raw = opencv_forward(write_resized_cfg("yolov3", 96, tmp_path), weights, blob, ["conv_81", "conv_93", "conv_105"])
     for layer in raw:  # neither dead nor exploded, or agreement would mean nothing
         assert 0.1 < layer.std() < 10
         assert layer.std(axis=(2, 3)).min() > 1e-3, "a channel is the same for every place in the picture"

@@ -15,11 +15,11 @@ from torchvision import models
 from brokers.errors import BadFile
 from stages.errors import DarknetTruncated, PickledWeights, WeightsDoNotFit
 from stages.models.darknet_layers import Darknet
-from stages.models.darknet_weights import write_darknet
-from stages.models.registry import ModelSpec, model_spec
+from stages.models.darknet_weights import save_darknet_weights
+from stages.models.registry import ModelSpec, get_model_spec
 from stages.partition.part_loader import load_part
 from stages.partition.partition import Part
-from tests.support.training.networks import fill
+from tests.support.training.networks import randomize_parameters
 
 RESNET_CUTS = [12, 40]
 
@@ -46,7 +46,7 @@ def small() -> nn.Module:
 
 @pytest.fixture
 def resnet_file(tmp_path: Path) -> tuple[nn.Module, Path]:
-    model = fill(models.resnet18()).eval()
+    model = randomize_parameters(models.resnet18()).eval()
     path = tmp_path / "resnet18.safetensors"
     save_file(model.state_dict(), path)
     return model, path
@@ -57,7 +57,7 @@ def test_parts_from_a_file_together_are_the_network_of_that_file(resnet_file: tu
     x = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         expected = model(x)
-    parts = all_parts(model_spec("torchvision:resnet18"), RESNET_CUTS, path)
+    parts = all_parts(get_model_spec("torchvision:resnet18"), RESNET_CUTS, path)
     assert torch.equal(run(parts, x)["output"], expected)
     assert all(part.batchable and not part.training for part in parts)
 
@@ -68,19 +68,19 @@ def test_a_part_reads_only_its_own_tensors(
     import stages.partition.part_loader
 
     read: list[str] = []
-    really = stages.partition.part_loader._safetensors
+    really = stages.partition.part_loader._open_safetensors
 
-    def noting(path: Path) -> stages.partition.part_loader._Contents:
+    def noting(path: Path) -> stages.partition.part_loader._WeightsFile:
         contents = really(path)
 
         def reading(names: Sequence[str]) -> dict[str, Tensor]:
             read.extend(names)
             return contents.read(names)
 
-        return stages.partition.part_loader._Contents(contents.shapes, reading)
+        return stages.partition.part_loader._WeightsFile(contents.shapes, reading)
 
     monkeypatch.setattr(stages.partition.part_loader, "_safetensors", noting)
-    part = load_part(model_spec("torchvision:resnet18"), RESNET_CUTS, 0, resnet_file[1], 0, "cpu")
+    part = load_part(get_model_spec("torchvision:resnet18"), RESNET_CUTS, 0, resnet_file[1], 0, "cpu")
     assert set(read) == set(part.state_dict())
     assert len(read) < 40
 
@@ -89,11 +89,11 @@ def test_parts_from_a_seed_together_are_the_network_of_that_seed() -> None:
     torch.manual_seed(7)
     expected = models.resnet18().eval()
     x = torch.rand(1, 3, 64, 64)
-    parts = all_parts(model_spec("torchvision:resnet18"), RESNET_CUTS, None, seed=7)
+    parts = all_parts(get_model_spec("torchvision:resnet18"), RESNET_CUTS, None, seed=7)
     with torch.inference_mode():
         assert torch.equal(run(parts, x)["output"], expected(x))
     assert not torch.equal(
-        run(all_parts(model_spec("torchvision:resnet18"), [12], None, seed=8), x)["output"], expected(x)
+        run(all_parts(get_model_spec("torchvision:resnet18"), [12], None, seed=8), x)["output"], expected(x)
     )
 
 
@@ -113,8 +113,8 @@ def test_a_part_for_training_is_in_that_mode() -> None:
 
 @pytest.mark.parametrize("name", ["torchvision:regnet_x_400mf", "torchvision:swin_t", "torchvision:googlenet"])
 def test_networks_that_look_at_numbers_while_they_are_built_can_be_loaded(name: str, tmp_path: Path) -> None:
-    spec = model_spec(name)
-    model = fill(spec.build()).eval()
+    spec = get_model_spec(name)
+    model = randomize_parameters(spec.build()).eval()
     save_file(model.state_dict(), tmp_path / "net.safetensors")
     x = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
@@ -202,11 +202,11 @@ def test_files_that_hold_no_weights_are_refused(name: str, content: bytes | None
 
 
 def test_parts_from_darknets_own_file_are_the_network_of_that_file(tmp_path: Path) -> None:
-    spec = model_spec("yolov3-tiny")
-    model = fill(spec.build()).eval()
+    spec = get_model_spec("yolov3-tiny")
+    model = randomize_parameters(spec.build()).eval()
     assert isinstance(model, Darknet)
     path = tmp_path / "tiny.weights"
-    write_darknet(model, path)
+    save_darknet_weights(model, path)
     x = torch.rand(1, 3, 64, 64)
     with torch.inference_mode():
         expected = model(x)
@@ -218,7 +218,7 @@ def test_parts_from_darknets_own_file_are_the_network_of_that_file(tmp_path: Pat
 
 
 def test_parts_with_the_same_weights_have_the_same_state_wherever_they_come_from(tmp_path: Path) -> None:
-    spec = spec_of(partial(fill, small()), (1, 4))
+    spec = spec_of(partial(randomize_parameters, small()), (1, 4))
     save_file(spec.build().state_dict(), tmp_path / "net.safetensors")
     one = load_part(spec, [2], 0, tmp_path / "net.safetensors", 0, "cpu")
     other = load_part(spec, [2], 0, None, 3, "cpu")

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models
 
-from stages.errors import CannotCross, CannotTrace, CutsNotIncreasing, NoSuchCut, TensorMissing
+from stages.errors import CannotTrace, CutsNotIncreasing, NonTensorValue, NoSuchCut, TensorMissing
 from stages.models.yolov3 import yolov3, yolov3_tiny
-from stages.partition.fx_graph import Traced, trace
-from stages.partition.partition import Part, fingerprint, layers, partition
-from tests.support.training.networks import fill
+from stages.partition.fx_graph import TracedModel, trace
+from stages.partition.partition import Part, fingerprint, layer_names, partition
+from tests.support.training.networks import randomize_parameters
 
 BATCH = 2
 Function = Callable[["Small", Tensor], Any]
@@ -59,7 +59,7 @@ def _one_thread() -> None:
 
 
 @cache
-def network(name: str) -> tuple[Traced, Tensor, dict[str, Tensor]]:
+def network(name: str) -> tuple[TracedModel, Tensor, dict[str, Tensor]]:
     """A network with numbers of its own, two pictures (B, 3, H, W), and what it says of them uncut."""
     if name in ("yolov3", "yolov3-tiny", "vgg11"):
         with torch.device("meta"):  # their own initialisation takes seconds
@@ -68,7 +68,7 @@ def network(name: str) -> tuple[Traced, Tensor, dict[str, Tensor]]:
     else:
         quick = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         made = models.get_model(name, weights=None, **quick)
-    model = fill(made).eval()
+    model = randomize_parameters(made).eval()
     side = 32 if name == "yolov3" else FAMILIES.get(name, 64)  # of 106 cuts each takes its time
     pictures = torch.rand(BATCH, 3, side, side, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -99,8 +99,8 @@ def same(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance
     )
 
 
-def evenly(traced: Traced, count: int) -> list[int]:
-    last = len(traced.layers) - 1
+def evenly(traced: TracedModel, count: int) -> list[int]:
+    last = len(traced.layer_names) - 1
     return sorted({max(1, round(last * (step + 1) / (count + 1))) for step in range(count)})
 
 
@@ -134,9 +134,9 @@ def check_all_cuts(model: nn.Module | list[nn.Module], x: Tensor) -> None:
     with torch.no_grad():
         whole = traced.model(x.clone())
         expected = {"output": whole} if isinstance(whole, Tensor) else {str(i): v for i, v in enumerate(whole)}
-        count = len(traced.layers)
+        count = len(traced.layer_names)
         for cuts in [*([cut] for cut in range(1, count)), list(range(1, count))]:
-            assert same(run(partition(traced, cuts), {"input": x}), expected), f"cuts {cuts} of {traced.layers}"
+            assert same(run(partition(traced, cuts), {"input": x}), expected), f"cuts {cuts} of {traced.layer_names}"
 
 
 # Cut equals uncut -------------------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ def test_every_single_cut_gives_the_outputs_of_the_uncut_network(name: str) -> N
     traced, pictures, expected = network(name)
     with torch.inference_mode():
         wrong = [
-            traced.layers[cut - 1]
-            for cut in range(1, len(traced.layers))
+            traced.layer_names[cut - 1]
+            for cut in range(1, len(traced.layer_names))
             if not same(run(partition(traced, [cut]), {"input": pictures}), expected)
         ]
     assert wrong == []
@@ -160,7 +160,7 @@ def test_two_cuts_give_the_outputs_of_the_uncut_network(name: str) -> None:
     chance = random.Random(name)
     with torch.inference_mode():
         for _ in range(6):
-            cuts = sorted(chance.sample(range(1, len(traced.layers)), 2))
+            cuts = sorted(chance.sample(range(1, len(traced.layer_names)), 2))
             assert same(run(partition(traced, cuts), {"input": pictures}), expected), cuts
 
 
@@ -168,8 +168,8 @@ def test_two_cuts_give_the_outputs_of_the_uncut_network(name: str) -> None:
 def test_a_part_for_each_layer_gives_the_outputs_of_the_uncut_network(name: str) -> None:
     traced, pictures, expected = network(name)
     with torch.inference_mode():
-        parts = partition(traced, range(1, len(traced.layers)))
-        assert len(parts) == len(traced.layers)
+        parts = partition(traced, range(1, len(traced.layer_names)))
+        assert len(parts) == len(traced.layer_names)
         assert same(run(parts, {"input": pictures}), expected)
 
 
@@ -179,7 +179,7 @@ def test_classifiers_of_every_family_can_be_cut(name: str) -> None:
     with torch.inference_mode():
         for cuts in [*([cut] for cut in evenly(traced, 3)), evenly(traced, 7)]:
             actual = run(partition(traced, cuts), {"input": pictures})
-            assert same(actual, expected, REORDERED.get(name, 0.0)), [traced.layers[cut - 1] for cut in cuts]
+            assert same(actual, expected, REORDERED.get(name, 0.0)), [traced.layer_names[cut - 1] for cut in cuts]
 
 
 def test_no_family_of_torchvision_is_left_out() -> None:
@@ -193,21 +193,21 @@ def test_no_family_of_torchvision_is_left_out() -> None:
 
 def test_a_cut_inside_a_residual_block_carries_the_shortcut_along() -> None:
     traced, _, _ = network("resnet18")
-    cut = traced.layers.index("layer1.0.conv2")
+    cut = traced.layer_names.index("layer1.0.conv2")
     _, tail = partition(traced, [cut])
-    assert len(tail.takes) == 2
+    assert len(tail.input_names) == 2
 
 
 def test_a_value_needed_later_passes_through_the_parts_between() -> None:
     traced, pictures, _ = network("yolov3-tiny")
     parts = partition(traced, [10, 12, 14])  # layer 8 is read again by the route at 20
-    assert all("layers.8" in part.gives for part in parts[:3])
-    assert all("layers.8" in part.takes for part in parts[1:])
+    assert all("layers.8" in part.output_names for part in parts[:3])
+    assert all("layers.8" in part.input_names for part in parts[1:])
     given = {"input": pictures}
     with torch.inference_mode():
         for part in parts[:3]:
             given = part(given)
-            assert tuple(given) == part.gives
+            assert tuple(given) == part.output_names
 
 
 def test_gradients_flow_through_the_parts_as_through_the_whole() -> None:
@@ -231,24 +231,24 @@ def test_gradients_flow_through_the_parts_as_through_the_whole() -> None:
 
 
 def test_layers_are_named_as_in_the_network() -> None:
-    assert layers(network("vgg11")[0])[:3] == ("features.0", "features.1", "features.2")
-    assert layers(network("vgg11")[0])[20:24] == ("features.20", "avgpool", "flatten", "classifier.0")
-    assert layers(network("yolov3-tiny")[0]) == tuple(f"layers.{index}" for index in range(24))
-    assert len(layers(network("yolov3")[0])) == 107
+    assert layer_names(network("vgg11")[0])[:3] == ("features.0", "features.1", "features.2")
+    assert layer_names(network("vgg11")[0])[20:24] == ("features.20", "avgpool", "flatten", "classifier.0")
+    assert layer_names(network("yolov3-tiny")[0]) == tuple(f"layers.{index}" for index in range(24))
+    assert len(layer_names(network("yolov3")[0])) == 107
 
 
 def test_what_crosses_a_cut_is_named_after_its_layer() -> None:
     traced, _, _ = network("vgg11")
     head, tail = partition(traced, [11])
-    assert (head.takes, head.gives) == (("input",), ("features.10",))
-    assert (tail.takes, tail.gives) == (("features.10",), ("output",))
+    assert (head.input_names, head.output_names) == (("input",), ("features.10",))
+    assert (tail.input_names, tail.output_names) == (("features.10",), ("output",))
     with torch.inference_mode():
         crossing = head({"input": torch.zeros(1, 3, 224, 224)})
     assert crossing["features.10"].shape == (1, 256, 28, 28)
 
 
 def test_a_layer_that_is_used_twice_has_two_names() -> None:
-    names = layers(network("resnet18")[0])
+    names = layer_names(network("resnet18")[0])
     assert {"layer1.0.relu", "layer1.0.relu_1"} <= set(names)
     assert len(set(names)) == len(names)
 
@@ -257,8 +257,8 @@ def test_outputs_are_named_by_the_structure_of_the_result() -> None:
     def outputs(function: Function) -> tuple[str, ...]:
         *_, last = partition(Small(function), [1])
         given = run(partition(Small(function), [1]), {"input": torch.ones(2, 4)})
-        assert tuple(given) == last.gives
-        return last.gives
+        assert tuple(given) == last.output_names
+        return last.output_names
 
     assert outputs(lambda m, x: x + 1 + 1) == ("output",)
     assert outputs(lambda m, x: (x + 1, x * 2)) == ("0", "1")
@@ -272,8 +272,8 @@ def test_several_inputs_have_the_names_of_the_arguments() -> None:
             return (image + 1) * depth * scale
 
     head, tail = partition(Two(), [1])
-    assert head.takes == ("image", "depth")
-    assert tail.takes == ("depth", "add")
+    assert head.input_names == ("image", "depth")
+    assert tail.input_names == ("depth", "add")
     image, depth = torch.rand(1, 3), torch.rand(1, 3)
     assert same(run((head, tail), {"image": image, "depth": depth}), {"output": Two()(image, depth)})
 
@@ -285,7 +285,7 @@ def test_an_argument_with_a_default_keeps_it() -> None:
             return y if targets is None else F.mse_loss(y, targets)
 
     parts = partition(WithTargets(), [1])
-    assert parts[0].takes == ("input",)
+    assert parts[0].input_names == ("input",)
     assert same(run(parts, {"input": torch.ones(1, 2)}), {"output": torch.full((1, 2), 3.0)})
 
 
@@ -368,8 +368,8 @@ def test_shapes_do_not_cross_and_need_no_bytes() -> None:
         return (torch.cat((x, x), dim=1) + 1).relu().reshape(rows, 1, columns)
 
     traced = trace(Small(flat))
-    head, tail = partition(traced, [traced.layers.index("relu") + 1])
-    assert tail.takes == ("input:shape", "relu")
+    head, tail = partition(traced, [traced.layer_names.index("relu") + 1])
+    assert tail.input_names == ("input:shape", "relu")
     crossing = head({"input": torch.rand(2, 4)})
     assert crossing["input:shape"].numel() == 0
     check_all_cuts(Small(flat), torch.rand(2, 4))
@@ -382,15 +382,15 @@ def test_a_shape_can_be_asked_for_at_the_far_end_of_many_parts() -> None:
 
     model = Small(like_the_input, a=nn.Conv2d(3, 4, 3, stride=2), b=nn.Conv2d(4, 4, 3, stride=2))
     head, middle, _ = partition(model, [1, 2])
-    assert head.gives == ("input:shape", "a")
-    assert middle.gives == ("input:shape", "b")
+    assert head.output_names == ("input:shape", "a")
+    assert middle.output_names == ("input:shape", "b")
     check_all_cuts(model, torch.rand(2, 3, 17, 19))
 
 
 def test_a_value_that_is_no_tensor_says_where_to_cut_instead() -> None:
     model = Small(lambda m, x: m.pick(x)["kept"] + 1, pick=Opaque(lambda x: {"kept": x}))
     head, _ = partition(model, [1])
-    with pytest.raises(CannotCross, match=r"'pick' is of type dict.* cut elsewhere"):
+    with pytest.raises(NonTensorValue, match=r"'pick' is of type dict.* cut elsewhere"):
         head({"input": torch.rand(1)})
 
 
@@ -530,7 +530,7 @@ def test_such_a_network_is_cut_between_the_children_of_a_sequential_or_of_a_list
     children: Sequence[nn.Module] = [Branching(2.0), nn.Conv2d(3, 4, 1), Branching(-3.0)]
     model = container(children)
     assert isinstance(model, nn.Sequential | list)
-    assert layers(model) == ("0", "1", "2")
+    assert layer_names(model) == ("0", "1", "2")
     check_all_cuts(model, torch.rand(2, 3, 4, 4))
     assert set(partition(model, [1])[1].state_dict()) == {"1.weight", "1.bias", "2.weight"}
 
@@ -579,7 +579,7 @@ def test_no_cuts_make_one_part() -> None:
 
 def test_equal_parts_have_equal_fingerprints() -> None:
     def prints() -> list[str]:
-        model = fill(models.get_model("shufflenet_v2_x0_5", weights=None)).eval()
+        model = randomize_parameters(models.get_model("shufflenet_v2_x0_5", weights=None)).eval()
         return [fingerprint(part) for part in partition(model, [40, 48])]
 
     first = prints()

@@ -9,15 +9,15 @@ import torch
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.errors import BadPayload
-from brokers.protocol.messages import Body
+from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_torch
 from stages.executor import TaskContext
-from stages.models.registry import model_spec
-from stages.partition.partition import layers
+from stages.models.registry import get_model_spec
+from stages.partition.partition import layer_names
 from stages.worker.model_executor import ModelExecutor
 
 MODEL = "torchvision:shufflenet_v2_x0_5"
-NAMES = layers(model_spec(MODEL).build().eval())
+NAMES = layer_names(get_model_spec(MODEL).build().eval())
 # After these layers two halves of the channels cross, as one tuple.
 CUTS = [number for number, name in enumerate(NAMES, start=1) if name.startswith("chunk")][::4]
 
@@ -32,7 +32,7 @@ def executor(index: int, *cuts: int) -> ModelExecutor:
 
 
 def prepared(made: ModelExecutor, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    body = Body({name: from_torch(tensor) for name, tensor in tensors.items()})
+    body = TensorContent({name: from_torch(tensor) for name, tensor in tensors.items()})
     return made.prepare(body, TaskContext(b"", "", 1))
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from brokers.process.download_cache import Unfetched
+from brokers.process.download_cache import DownloadFailed
 from stages.partition import weight_files as weights
-from stages.partition.weight_files import Registered, UnknownWeights, find_weights
+from stages.partition.weight_files import PublishedWeights, UnknownWeights, find_weights
 
 
 def test_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -23,21 +23,21 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_a_registered_name_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy = Registered("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
+    toy = PublishedWeights("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
     monkeypatch.setattr(weights, "REGISTERED", {"toy": toy})
     (tmp_path / "toy.weights").write_bytes(b"right")
     assert find_weights("toy", cache=tmp_path) == tmp_path / "toy.weights"
 
 
 def test_a_cached_file_with_a_broken_checksum_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy = Registered("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
+    toy = PublishedWeights("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
     monkeypatch.setattr(weights, "REGISTERED", {"toy": toy})
     (tmp_path / "toy.weights").write_bytes(b"wrong")
-    with pytest.raises(Unfetched, match=r"toy\.weights: is another file, by its checksum"):
+    with pytest.raises(DownloadFailed, match=r"toy\.weights: is another file, by its checksum"):
         find_weights("toy", cache=tmp_path)
 
 
 def test_every_registered_entry_is_pinned_by_a_sum() -> None:
-    for name, entry in weights.REGISTERED.items():
+    for name, entry in weights.PUBLISHED_WEIGHTS.items():
         assert len(bytes.fromhex(entry.sha256)) == 32, name
         assert entry.origins, name

@@ -13,26 +13,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from brokers.errors import UsageError
-from brokers.protocol.training import Progress
-from stages.training.checkpoints import KEPT, Checkpoints, Version
-from stages.training.errors import CannotCheckpoint, ForeignCheckpoint, Overtaken
+from brokers.protocol.training import SourceProgress
+from stages.training.checkpoints import CHECKPOINTS_TO_KEEP, Checkpoint, CheckpointStore
+from stages.training.errors import CannotCheckpoint, ForeignCheckpoint, StaleWriter
 from tests.support.environment.checkout import ROOT
 from tests.support.environment.full_disk import full_disk
 
-PROGRESS = {"digits": Progress(steps=7, settings={"lr": 0.05, "limit": None, "shuffle": True, "kind": "digits"})}
+PROGRESS = {"digits": SourceProgress(steps=7, settings={"lr": 0.05, "limit": None, "shuffle": True, "kind": "digits"})}
 
 
-def version(number: int, size: int = 1000, term: int = 0) -> Version:
+def version(number: int, size: int = 1000, term: int = 0) -> Checkpoint:
     tensors = {
         "model/weight": torch.arange(size, dtype=torch.float32) + number,
         "optimizer/weight/step": torch.tensor(float(number)),
         "model/count": torch.tensor(number),
     }
-    return Version(number, tensors, PROGRESS, term)
+    return Checkpoint(number, tensors, PROGRESS, term)
 
 
-def checkpoints(folder: Path, fingerprint: str = "vgg11/0") -> Checkpoints:
-    return Checkpoints(folder, fingerprint)
+def checkpoints(folder: Path, fingerprint: str = "vgg11/0") -> CheckpointStore:
+    return CheckpointStore(folder, fingerprint)
 
 
 def named(folder: Path) -> list[str]:
@@ -43,9 +43,9 @@ def name_of(number: int) -> str:
     return f"version-{number:012d}.safetensors"
 
 
-def assert_is(found: Version, number: int) -> None:
+def assert_is(found: Checkpoint, number: int) -> None:
     wanted = version(number)
-    assert found.number == number
+    assert found.version == number
     assert found.progress == PROGRESS
     assert found.tensors.keys() == wanted.tensors.keys()
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in wanted.tensors.items())
@@ -62,7 +62,7 @@ def test_the_last_two_are_kept(tmp_path: Path) -> None:
     assert not made.versions
     for number in (50, 100, 150, 1_000_000):
         made.save(version(number))
-    assert KEPT == 2
+    assert CHECKPOINTS_TO_KEEP == 2
     assert made.versions == (150, 1_000_000)
     assert named(tmp_path) == [name_of(150), name_of(1_000_000)]
 
@@ -71,26 +71,26 @@ def test_what_was_given_up_is_let_go_of(tmp_path: Path) -> None:
     made = checkpoints(tmp_path)
     made.save(version(50))
     made.save(version(100))
-    made.drop_after(50, 0)
+    made.delete_after(50, 0)
     assert made.versions == (50,)
-    made.drop_after(0, 0)
+    made.delete_after(0, 0)
     assert not made.versions
 
 
 def test_who_wakes_when_another_has_written_in_a_later_term_neither_writes_nor_removes_anything(tmp_path: Path) -> None:
     frozen, its_heir = checkpoints(tmp_path), checkpoints(tmp_path)
     frozen.save(version(50, term=7))
-    its_heir.drop_after(50, 9)
+    its_heir.delete_after(50, 9)
     its_heir.save(version(100, term=9))
     assert frozen.term == 9
     for number in (100, 150):
-        with pytest.raises(Overtaken, match="in term 9, this one is of term 7"):
+        with pytest.raises(StaleWriter, match="in term 9, this one is of term 7"):
             frozen.save(version(number, size=5, term=7))
-    with pytest.raises(Overtaken):
-        frozen.drop_after(50, 7)
+    with pytest.raises(StaleWriter):
+        frozen.delete_after(50, 7)
     assert named(tmp_path) == [name_of(50), name_of(100)]
     assert_is(its_heir.load(100), 100)
-    its_heir.drop_after(50, 9)
+    its_heir.delete_after(50, 9)
     assert its_heir.versions == (50,)
 
 
@@ -100,7 +100,7 @@ def test_a_version_of_which_no_term_is_known_is_older_than_all(tmp_path: Path) -
     made = checkpoints(tmp_path)
     assert made.term == 0
     made.save(version(100, term=1))
-    made.drop_after(0, 1)
+    made.delete_after(0, 1)
     assert not made.versions
 
 
@@ -110,14 +110,14 @@ def test_a_version_that_goes_while_a_worker_starts_is_no_mistake(
     made = checkpoints(tmp_path)
     made.save(version(50))
     made.save(version(100))
-    monkeypatch.setattr(Checkpoints, "versions", (1, 50, 100))  # as it was an instant ago
+    monkeypatch.setattr(CheckpointStore, "versions", (1, 50, 100))  # as it was an instant ago
     made.check()
     assert made.term == 0
 
 
 def test_a_version_that_is_written_again_replaces_the_former_one(tmp_path: Path) -> None:
     made = checkpoints(tmp_path)
-    made.save(Version(50, {"model/weight": torch.zeros(3)}, {}))
+    made.save(Checkpoint(50, {"model/weight": torch.zeros(3)}, {}))
     made.save(version(50))
     assert_is(made.load(50), 50)
 
@@ -291,10 +291,10 @@ def test_who_wakes_does_not_take_what_its_successor_writes(tmp_path: Path, monke
 
     def flush(_: Path) -> None:
         monkeypatch.undo()
-        with pytest.raises(Overtaken):
+        with pytest.raises(StaleWriter):
             sleeper.save(version(50, size=9, term=1))
 
-    monkeypatch.setattr("stages.training.checkpoints._flush", flush)
+    monkeypatch.setattr("stages.training.checkpoints._fsync", flush)
     successor.save(version(50, term=2))
     assert_is(checkpoints(tmp_path).load(50), 50)
     assert named(tmp_path) == [name_of(40), name_of(50)]

@@ -6,21 +6,21 @@ from typing import Any
 
 import pytest
 
-from brokers.dispatch.presence import Birth
-from brokers.dispatch.worker_pool import SILENT_S
-from brokers.protocol.training import Standing
-from stages.training.coordinator import AGAIN_S, Conductor, Order
+from brokers.dispatch.presence import WorkerRecord
+from brokers.dispatch.worker_pool import PRESENCE_TIMEOUT_S
+from brokers.protocol.training import TrainingStatus
+from stages.training.coordinator import RETRY_DELAY_S, Coordinator, CoordinatorCommand
 
 STAGES = ("head", "body", "tail")
 UNIX_MS = 1_700_000_000_000
 
 
-def birth(worker: str, state: str = "up", *, instance: str = "1", pid: int = 1, **standing: Any) -> Birth:
-    return Birth.model_validate(
+def birth(worker: str, state: str = "up", *, instance: str = "1", pid: int = 1, **standing: Any) -> WorkerRecord:
+    return WorkerRecord.model_validate(
         {
             "worker": worker, "stage": worker.partition("-")[0], "pipeline": "p", "site": "local", "node": "n",
             "pid": pid, "instance": instance, "device": "cpu", "fingerprint": "f", "capacity": 1, "state": state,
-            "training": Standing(**standing),
+            "training": TrainingStatus(**standing),
         }
     )  # fmt: skip
 
@@ -30,29 +30,29 @@ class World:
 
     def __init__(self, *workers: str, own: str = "head-1") -> None:
         self.now_s = 100.0
-        self.conductor = Conductor(own, STAGES)
+        self.conductor = Coordinator(own, STAGES)
         for worker in workers or ("head-1", "body-1", "tail-1"):
             self.hear(worker)
 
     def hear(self, worker: str, *arguments: Any, retained: bool = False, **fields: Any) -> None:
         record = birth(worker, *arguments, **fields)
-        self.conductor.heard(record.stage, worker, record, self.now_s, retained=retained)
+        self.conductor.on_presence(record.stage, worker, record, self.now_s, retained=retained)
 
     def die(self, worker: str) -> None:
-        self.conductor.heard(worker.partition("-")[0], worker, None, self.now_s)
+        self.conductor.on_presence(worker.partition("-")[0], worker, None, self.now_s)
 
-    def look(self) -> Order | None:
-        return self.conductor.look(self.now_s, UNIX_MS)
+    def look(self) -> CoordinatorCommand | None:
+        return self.conductor.next_command(self.now_s, UNIX_MS)
 
-    def halted(self, order: Order, **standings: Standing) -> None:
-        for stage, worker in order.crew.items():
-            self.conductor.halted(stage, worker, order.term, standings.get(stage, Standing(version=0)))
+    def halted(self, order: CoordinatorCommand, **standings: TrainingStatus) -> None:
+        for stage, worker in order.members.items():
+            self.conductor.on_quiesced(stage, worker, order.term, standings.get(stage, TrainingStatus(version=0)))
 
-    def restored(self, order: Order, **problems: str) -> None:
-        for stage, worker in order.crew.items():
-            self.conductor.restored(stage, worker, order.term, self.now_s, problems.get(stage, ""))
+    def restored(self, order: CoordinatorCommand, **problems: str) -> None:
+        for stage, worker in order.members.items():
+            self.conductor.on_restored(stage, worker, order.term, self.now_s, problems.get(stage, ""))
 
-    def halt(self) -> Order:
+    def halt(self) -> CoordinatorCommand:
         """The next order, which begins a term."""
         order = self.look()
         assert order is not None
@@ -60,7 +60,7 @@ class World:
         assert self.look() is None  # it is told once
         return order
 
-    def open(self, **standings: Standing) -> Order:
+    def open(self, **standings: TrainingStatus) -> CoordinatorCommand:
         """From waiting to open; the order to restore."""
         self.halted(self.halt(), **standings)
         order = self.look()
@@ -72,8 +72,8 @@ class World:
         return order
 
 
-def kept(*versions: int, memory: int | None = None) -> Standing:
-    return Standing(kept=versions, version=memory)
+def kept(*versions: int, memory: int | None = None) -> TrainingStatus:
+    return TrainingStatus(checkpoints=versions, version=memory)
 
 
 # Who is in the crew ---------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_a_term_begins_when_every_stage_has_a_worker() -> None:
     assert world.look() is None
     world.hear("tail-1")
     order = world.halt()
-    assert order == Order("halt", UNIX_MS, {"head": "head-1", "body": "body-1", "tail": "tail-1"})
+    assert order == CoordinatorCommand("halt", UNIX_MS, {"head": "head-1", "body": "body-1", "tail": "tail-1"})
 
 
 def test_a_retained_record_may_have_outlived_its_worker_and_is_in_no_crew() -> None:
@@ -92,21 +92,21 @@ def test_a_retained_record_may_have_outlived_its_worker_and_is_in_no_crew() -> N
     world.hear("tail-1", retained=True)
     assert world.look() is None
     world.hear("tail-1")
-    assert world.halt().crew["tail"] == "tail-1"
+    assert world.halt().members["tail"] == "tail-1"
 
 
 def test_who_was_heard_live_stays_so_when_the_broker_gives_its_record_once_more() -> None:
     world = World("head-1", "body-1")
     world.hear("tail-1")
     world.hear("tail-1", retained=True)
-    assert world.halt().crew["tail"] == "tail-1"
+    assert world.halt().members["tail"] == "tail-1"
 
 
 @pytest.mark.parametrize("state", ["draining", "stopped"])
 def test_who_is_leaving_is_in_no_new_crew(state: str) -> None:
     world = World("head-1", "body-1", "tail-1", "tail-2")
     world.hear("tail-1", state)
-    assert world.halt().crew["tail"] == "tail-2"
+    assert world.halt().members["tail"] == "tail-2"
 
 
 def test_who_drains_finishes_its_step_and_breaks_no_term() -> None:
@@ -120,29 +120,29 @@ def test_who_drains_finishes_its_step_and_breaks_no_term() -> None:
 def test_a_worker_that_does_not_train_is_in_no_crew() -> None:
     world = World("head-1", "body-1")
     record = birth("tail-1").model_copy(update={"training": None})
-    world.conductor.heard("tail", "tail-1", record, world.now_s)
+    world.conductor.on_presence("tail", "tail-1", record, world.now_s)
     assert world.look() is None
 
 
 def test_the_conductor_takes_itself_for_its_own_stage_and_nobody_else() -> None:
     world = World("head-0", "head-1", "body-1", "tail-1")
-    assert world.halt().crew["head"] == "head-1"
+    assert world.halt().members["head"] == "head-1"
 
 
 def test_who_was_in_the_crew_stays_in_it() -> None:
     world = World("head-1", "body-1", "tail-2")
     world.open()
     world.hear("tail-1", "standby", kept=(500,))
-    world.conductor.give_up("because")
-    assert world.halt().crew["tail"] == "tail-2"
+    world.conductor.end_term("because")
+    assert world.halt().members["tail"] == "tail-2"
 
 
 def test_of_several_newcomers_the_one_with_the_newest_version_is_taken_and_else_the_first_by_name() -> None:
     world = World("head-1", "body-1", "tail-3", "tail-2")
-    assert world.halt().crew["tail"] == "tail-2"
+    assert world.halt().members["tail"] == "tail-2"
     world = World("head-1", "body-1", "tail-3", "tail-2")
     world.hear("tail-3", kept=(50, 100))
-    assert world.halt().crew["tail"] == "tail-3"
+    assert world.halt().members["tail"] == "tail-3"
 
 
 # When a term ends -----------------------------------------------------------------------------------------------------
@@ -155,9 +155,9 @@ def test_a_worker_that_dies_ends_the_term_and_its_standby_is_in_the_next() -> No
     assert world.look() is None
     world.die("tail-1")
     order = world.halt()
-    assert order.crew == {"head": "head-1", "body": "body-1", "tail": "tail-2"}
+    assert order.members == {"head": "head-1", "body": "body-1", "tail": "tail-2"}
     assert order.term > first.term
-    assert world.conductor.why == "worker tail-1 of stage tail is gone"
+    assert world.conductor.term_reason == "worker tail-1 of stage tail is gone"
 
 
 def test_without_a_standby_nothing_is_told_until_there_is_one() -> None:
@@ -167,7 +167,7 @@ def test_without_a_standby_nothing_is_told_until_there_is_one() -> None:
     assert world.look() is None
     assert world.conductor.phase == "waiting"
     world.hear("tail-9")
-    assert world.halt().crew["tail"] == "tail-9"
+    assert world.halt().members["tail"] == "tail-9"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_worker_that_may_have_missed_messages_ends_the_term(fields: dict[str, 
     first = world.open()
     world.hear("tail-1", **fields)
     assert world.halt().term > first.term
-    assert world.conductor.why == why
+    assert world.conductor.term_reason == why
 
 
 def test_a_death_is_seen_in_every_phase() -> None:
@@ -191,7 +191,7 @@ def test_a_death_is_seen_in_every_phase() -> None:
     halting = world.halt()
     world.die("tail-1")
     again = world.halt()
-    assert (again.crew["tail"], again.term) == ("tail-2", halting.term + 1)
+    assert (again.members["tail"], again.term) == ("tail-2", halting.term + 1)
     world.halted(again)
     restoring = world.look()
     assert restoring is not None
@@ -203,28 +203,28 @@ def test_a_death_is_seen_in_every_phase() -> None:
 def test_a_worker_that_falls_silent_is_gone() -> None:
     world = World()
     world.open()
-    world.now_s += SILENT_S + 1
+    world.now_s += PRESENCE_TIMEOUT_S + 1
     world.hear("head-1")
     world.hear("body-1")
     assert world.look() is None
-    assert world.conductor.why == "worker tail-1 of stage tail is gone"
+    assert world.conductor.term_reason == "worker tail-1 of stage tail is gone"
 
 
 def test_a_step_that_is_given_up_begins_a_term_with_the_same_crew() -> None:
     world = World()
     first = world.open()
-    world.conductor.give_up("a source gave up its step")
+    world.conductor.end_term("a source gave up its step")
     order = world.halt()
-    assert (order.crew, order.term) == (first.crew, first.term + 1)
-    assert world.conductor.why == "a source gave up its step"
+    assert (order.members, order.term) == (first.members, first.term + 1)
+    assert world.conductor.term_reason == "a source gave up its step"
 
 
 def test_the_first_reason_counts_while_nothing_has_been_settled() -> None:
     world = World()
     world.open()
-    world.conductor.give_up("one")
-    world.conductor.give_up("other")
-    assert world.conductor.why == "one"
+    world.conductor.end_term("one")
+    world.conductor.end_term("other")
+    assert world.conductor.term_reason == "one"
 
 
 # Terms only grow ------------------------------------------------------------------------------------------------------
@@ -240,10 +240,10 @@ def test_terms_grow_when_the_clock_stands_still_or_goes_back() -> None:
     world = World()
     terms = []
     for clock in (UNIX_MS, UNIX_MS, UNIX_MS - 10_000, 0):
-        order = world.conductor.look(world.now_s, clock)
+        order = world.conductor.next_command(world.now_s, clock)
         assert order is not None
         terms.append(order.term)
-        world.conductor.give_up("again")
+        world.conductor.end_term("again")
     assert terms == [UNIX_MS, UNIX_MS + 1, UNIX_MS + 2, UNIX_MS + 3]
 
 
@@ -253,12 +253,12 @@ def test_what_is_said_of_another_term_or_by_a_stranger_changes_nothing(other: st
     order = world.halt()
     stranger = "tail-2" if other == "worker" else "tail-1"
     term = order.term - 1 if other == "term" else order.term
-    world.conductor.halted("head", "head-1", order.term, kept(memory=0))
-    world.conductor.halted("body", "body-1", order.term, kept(memory=0))
+    world.conductor.on_quiesced("head", "head-1", order.term, kept(memory=0))
+    world.conductor.on_quiesced("body", "body-1", order.term, kept(memory=0))
     if other == "phase":
-        world.conductor.restored("tail", "tail-1", order.term, world.now_s)
+        world.conductor.on_restored("tail", "tail-1", order.term, world.now_s)
     else:
-        world.conductor.halted("nose" if other == "stage" else "tail", stranger, term, kept(memory=0))
+        world.conductor.on_quiesced("nose" if other == "stage" else "tail", stranger, term, kept(memory=0))
     assert world.look() is None
     assert world.conductor.phase == "halting"
 
@@ -281,7 +281,7 @@ def test_what_is_said_of_another_term_or_by_a_stranger_changes_nothing(other: st
     ],
 )
 def test_all_go_to_the_newest_version_that_all_have(
-    head: Standing, body: Standing, tail: Standing, version: int
+    head: TrainingStatus, body: TrainingStatus, tail: TrainingStatus, version: int
 ) -> None:
     assert World().open(head=head, body=body, tail=tail).version == version
 
@@ -290,9 +290,9 @@ def test_memory_that_was_not_in_the_last_term_is_no_version_of_it() -> None:
     # tail-1 was frozen at version 101; the others went back to 100, and on, with a standby that has died meanwhile.
     world = World()
     order = world.open(
-        head=Standing(kept=(50, 100), version=101, since=UNIX_MS - 1),
-        body=Standing(kept=(50, 100), version=101, since=UNIX_MS - 1),
-        tail=Standing(kept=(50, 100), version=101, since=UNIX_MS - 5000),
+        head=TrainingStatus(checkpoints=(50, 100), version=101, restored_term=UNIX_MS - 1),
+        body=TrainingStatus(checkpoints=(50, 100), version=101, restored_term=UNIX_MS - 1),
+        tail=TrainingStatus(checkpoints=(50, 100), version=101, restored_term=UNIX_MS - 5000),
     )
     assert order.version == 100
 
@@ -314,7 +314,7 @@ def test_a_folder_that_is_found_again_mends_it() -> None:
     world.halted(world.halt(), head=kept(50, 100), body=kept(50, 100), tail=kept(memory=0))
     assert world.look() is None
     assert world.look() is None  # not at once
-    world.now_s += AGAIN_S
+    world.now_s += RETRY_DELAY_S
     order = world.open(head=kept(50, 100), body=kept(50, 100), tail=kept(50, 100))
     assert order.version == 100
     assert world.conductor.problem == ""
@@ -328,7 +328,7 @@ def test_a_version_that_cannot_be_restored_is_told_and_tried_again_later() -> No
     world.restored(order, tail="no checkpoint at x: the disk is full")
     assert world.look() is None
     assert world.conductor.problem == "stage 'tail', worker 'tail-1': no checkpoint at x: the disk is full"
-    world.now_s += AGAIN_S
+    world.now_s += RETRY_DELAY_S
     assert world.open().term > order.term
     assert world.conductor.problem == ""
 
@@ -337,7 +337,7 @@ def test_a_version_that_cannot_be_restored_is_told_and_tried_again_later() -> No
 
 
 def leads(world: World, *, leading: bool) -> bool:
-    return world.conductor.leads(world.now_s, leading=leading)
+    return world.conductor.is_leader(world.now_s, was_leader=leading)
 
 
 def test_the_only_worker_of_the_first_stage_leads() -> None:
@@ -388,12 +388,12 @@ def test_a_leader_that_has_fallen_silent_leads_no_more(retained: bool) -> None:
     world.hear("head-0", "up", term=UNIX_MS, retained=retained)
     world.hear("head-1", "standby")
     assert not leads(world, leading=False)
-    world.now_s += SILENT_S + 1
+    world.now_s += PRESENCE_TIMEOUT_S + 1
     assert leads(world, leading=False)
 
 
 def test_a_worker_of_another_stage_is_no_rival() -> None:
     world = World("body-1", "tail-1", own="head-1")
     record = birth("body-1").model_copy(update={"worker": "a"})
-    world.conductor.heard("body", "a", record, world.now_s)
+    world.conductor.on_presence("body", "a", record, world.now_s)
     assert leads(world, leading=False)

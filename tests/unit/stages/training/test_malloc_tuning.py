@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.pipelines.processes import PATIENCE_S
+from tests.support.pipelines.processes import PROCESS_TIMEOUT_S
 
 # Pages faulted in while 16 MiB are allocated, filled and freed, again and again.
 _PROGRAM = """
@@ -30,7 +30,7 @@ print(faults() - before)
 
 def _faults(how: str) -> int:
     command = [sys.executable, "-c", _PROGRAM, how]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PROCESS_TIMEOUT_S)
     return int(run.stdout)
 
 

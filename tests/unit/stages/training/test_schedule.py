@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.training.schedule import Name, Op, operations
+from stages.training.schedule import ScheduledOp, ScheduleName, operations
 
-NAMES: tuple[Name, ...] = ("1f1b", "gpipe")
+NAMES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
 names = st.sampled_from(NAMES)
 counts = st.integers(1, 40)
 places = st.integers(1, 12).flatmap(lambda stages: st.tuples(st.integers(0, stages - 1), st.just(stages)))
 
 
-def most_kept(ops: tuple[Op, ...]) -> int:
+def most_kept(ops: tuple[ScheduledOp, ...]) -> int:
     """How many forwards wait for their backward at most."""
     kept = most = 0
     for kind, _ in ops:
@@ -25,7 +25,7 @@ def most_kept(ops: tuple[Op, ...]) -> int:
 
 @given(names, places, counts)
 def test_every_micro_batch_has_one_forward_and_then_one_backward(
-    name: Name, place: tuple[int, int], count: int
+    name: ScheduleName, place: tuple[int, int], count: int
 ) -> None:
     ops = operations(name, *place, count)
     assert sorted(ops) == sorted((kind, index) for kind in ("forward", "backward") for index in range(count))
@@ -34,7 +34,7 @@ def test_every_micro_batch_has_one_forward_and_then_one_backward(
 
 @given(names, places, counts)
 def test_forwards_and_backwards_are_each_in_the_order_of_the_micro_batches(
-    name: Name, place: tuple[int, int], count: int
+    name: ScheduleName, place: tuple[int, int], count: int
 ) -> None:
     ops = operations(name, *place, count)
     for which in ("forward", "backward"):
@@ -56,17 +56,17 @@ def test_gpipe_does_all_forwards_first(place: tuple[int, int], count: int) -> No
 
 
 @given(names, places, counts)
-def test_an_evaluation_has_forwards_only(name: Name, place: tuple[int, int], count: int) -> None:
+def test_an_evaluation_has_forwards_only(name: ScheduleName, place: tuple[int, int], count: int) -> None:
     assert operations(name, *place, count, "evaluate") == tuple(("forward", index) for index in range(count))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(stages=st.integers(1, 8), count=st.integers(1, 24))
-def test_no_stage_waits_for_another_that_waits_for_it(name: Name, stages: int, count: int) -> None:
+def test_no_stage_waits_for_another_that_waits_for_it(name: ScheduleName, stages: int, count: int) -> None:
     left = [list(operations(name, stage, stages, count)) for stage in range(stages)]
-    done: set[tuple[int, Op]] = set()
+    done: set[tuple[int, ScheduledOp]] = set()
 
-    def can_be_done(stage: int, op: Op) -> bool:
+    def can_be_done(stage: int, op: ScheduledOp) -> bool:
         kind, index = op
         if kind == "forward":
             return stage == 0 or (stage - 1, op) in done

@@ -19,19 +19,25 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from brokers.protocol.messages import Body
+from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_array
-from brokers.protocol.training import LABELS, MicroBatch
-from sources.training.export_weights import MODEL, write_weights
+from brokers.protocol.training import LABELS_TENSOR, MicroBatch
+from sources.training.export_weights import MODEL_FILE, write_weights
 from stages.models.vgg import small_vgg
 from stages.partition.fx_graph import trace
-from stages.training.checkpoints import Checkpoints, Version
+from stages.training.checkpoints import Checkpoint, CheckpointStore
 from stages.training.errors import BadGradient, BadLabels, NotFinite, UnknownForward
-from stages.training.part_trainer import Judged, Learner
-from stages.training.schedule import Name
-from tests.support.training.in_process_parts import Batch, Parts, Plain, assert_same_bits, lesson_pipeline
-from tests.support.training.residual_networks import Dropouts, Skips
-from tests.support.training.training_network import Small
+from stages.training.part_trainer import MicroBatchMetrics, PartTrainer
+from stages.training.schedule import ScheduleName
+from tests.support.training.in_process_parts import (
+    InProcessParts,
+    StepBatch,
+    UnsplitTrainer,
+    assert_bitwise_equal,
+    make_training_pipeline,
+)
+from tests.support.training.residual_networks import DropoutNetwork, SkipNetwork
+from tests.support.training.training_network import SmallNetwork
 
 SEED, STEPS = 3, 10
 
@@ -48,7 +54,7 @@ class Net:
 
     @cached_property
     def layers(self) -> int:
-        return len(trace(self.build().train()).layers)
+        return len(trace(self.build().train()).layer_names)
 
 
 NETS = {
@@ -67,9 +73,9 @@ NETS = {
         6,
         {"num_classes": 6},
     ),
-    "small": Net("tests.support.training.training_network:small", Small, (3, 8, 8), 4),
-    "skips": Net("tests.support.training.residual_networks:skips", Skips, (12,), 5),
-    "dropouts": Net("tests.support.training.residual_networks:dropouts", Dropouts, (12,), 5),
+    "small": Net("tests.support.training.training_network:small", SmallNetwork, (3, 8, 8), 4),
+    "skips": Net("tests.support.training.residual_networks:skips", SkipNetwork, (12,), 5),
+    "dropouts": Net("tests.support.training.residual_networks:dropouts", DropoutNetwork, (12,), 5),
 }
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, tuple[dict[str, Any], Optimizer]] = {
@@ -92,18 +98,18 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Optimizer]] = {
 }
 
 
-def plain(net: Net, optimizer: str) -> Plain:
+def plain(net: Net, optimizer: str) -> UnsplitTrainer:
     torch.manual_seed(SEED)
     model = net.build()
-    return Plain(model, OPTIMIZERS[optimizer][1](model.parameters()))
+    return UnsplitTrainer(model, OPTIMIZERS[optimizer][1](model.parameters()))
 
 
-def split(net: Net, cuts: Sequence[int], optimizer: str) -> Parts:
+def split(net: Net, cuts: Sequence[int], optimizer: str) -> InProcessParts:
     settings = OPTIMIZERS[optimizer][0]
-    return Parts(lesson_pipeline(net.name, cuts, seed=SEED, model_settings=net.settings, **settings))
+    return InProcessParts(make_training_pipeline(net.name, cuts, seed=SEED, model_settings=net.settings, **settings))
 
 
-def batch(net: Net, number: int, rows: Sequence[int] = (3, 3, 2)) -> Batch:
+def batch(net: Net, number: int, rows: Sequence[int] = (3, 3, 2)) -> StepBatch:
     """The micro-batches of a step, of so many rows each."""
     generator = torch.Generator().manual_seed(number)
     inputs = torch.randn(sum(rows), *net.shape, generator=generator)
@@ -115,7 +121,7 @@ def random_cuts(net: Net, parts: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(1, net.layers), parts - 1))
 
 
-def uneven(net: Net, number: int) -> Batch:
+def uneven(net: Net, number: int) -> StepBatch:
     """The batch of a step, in micro-batches of as many sizes as there may be."""
     return batch(net, number, [(3, 3, 2), (2, 4), (8,), (2, 2, 2, 2)][number % 4])
 
@@ -124,13 +130,13 @@ def uneven(net: Net, number: int) -> Batch:
 def whole_run(name: str, optimizer: str) -> tuple[list[list[float]], dict[str, Tensor]]:
     """What the uncut network comes to: the losses of ten steps, and every parameter and buffer after them."""
     net, whole = NETS[name], plain(NETS[name], optimizer)
-    losses = [whole.step(number, uneven(net, number)) for number in range(STEPS)]
+    losses = [whole.train_step(number, uneven(net, number)) for number in range(STEPS)]
     return losses, whole.model.state_dict()
 
 
 # The same ---------------------------------------------------------------------------------------------------------
 
-CASES: list[tuple[str, list[int], str, Name]] = [
+CASES: list[tuple[str, list[int], str, ScheduleName]] = [
     *[("vgg11", random_cuts(NETS["vgg11"], parts, parts), "sgd", "1f1b") for parts in (1, 2, 3, 5)],
     ("vgg11", [1, 2, 3], "sgd", "gpipe"),  # parts of one layer, one of them without anything to train
     *[("resnet18", random_cuts(NETS["resnet18"], parts, parts), "sgd", "1f1b") for parts in (2, 3)],
@@ -147,24 +153,24 @@ CASES: list[tuple[str, list[int], str, Name]] = [
 
 @pytest.mark.parametrize(("name", "cuts", "optimizer", "schedule"), CASES)
 def test_after_ten_steps_every_parameter_and_buffer_is_that_of_the_whole_and_so_was_every_loss(
-    name: str, cuts: list[int], optimizer: str, schedule: Name
+    name: str, cuts: list[int], optimizer: str, schedule: ScheduleName
 ) -> None:
     net, parts = NETS[name], split(NETS[name], cuts, optimizer)
-    assert len(parts.learners) == len(cuts) + 1
-    losses = [parts.step(number, uneven(net, number), schedule) for number in range(STEPS)]
+    assert len(parts.part_trainers) == len(cuts) + 1
+    losses = [parts.train_step(number, uneven(net, number), schedule) for number in range(STEPS)]
     expected_losses, expected = whole_run(name, optimizer)
     assert losses == expected_losses
-    assert_same_bits(parts.state(), expected)
+    assert_bitwise_equal(parts.state_dict(), expected)
 
 
 @pytest.mark.parametrize("net", NETS.values(), ids=NETS.keys())
 def test_the_test_would_see_a_difference(net: Net) -> None:
     """Another seed of a micro-batch, or another row more, is not the same: equality above is no accident."""
     whole, parts = plain(net, "sgd"), split(net, [net.layers // 2], "sgd")
-    whole.step(0, batch(net, 0))
-    parts.step(0, batch(net, 0, (3, 3, 3)))
+    whole.train_step(0, batch(net, 0))
+    parts.train_step(0, batch(net, 0, (3, 3, 3)))
     with pytest.raises(AssertionError, match="differ"):
-        assert_same_bits(parts.state(), whole.model.state_dict())
+        assert_bitwise_equal(parts.state_dict(), whole.model.state_dict())
 
 
 @pytest.mark.parametrize("name", ["small", "dropouts"])
@@ -174,7 +180,7 @@ def test_what_is_drawn_depends_on_the_seed_of_the_micro_batch(name: str) -> None
     for seed in (0, 0, 1):
         parts = split(net, [net.layers // 2], "sgd")
         parts.seed = seed
-        found.append(parts.step(0, batch(net, 0)))
+        found.append(parts.train_step(0, batch(net, 0)))
     assert found[0] == found[1] != found[2]
 
 
@@ -187,29 +193,29 @@ def test_a_step_that_is_given_up_half_way_and_done_again_gives_the_same_bits(nam
     whole, parts = plain(net, "sgd"), split(net, random_cuts(net, 3, 7), "sgd")
     everything = 2 * 3 * 3
     for number in range(3):
-        before = parts.state()
+        before = parts.state_dict()
         for done in random.Random(number).sample(range(1, everything + 1), 3):
-            assert parts.do(number, batch(net, number), limit=done) == done
-            parts.abandon()
-            assert all(len(learner.saved) == 0 for learner in parts.learners)
-            assert all(parameter.grad is None for each in parts.learners for parameter in each._part.parameters())
-            now = {name: tensor for each in parts.learners for name, tensor in each._part.state_dict().items()}
-            assert_same_bits(now, before)
-        assert parts.step(number, batch(net, number)) == whole.step(number, batch(net, number))
-    assert_same_bits(parts.state(), whole.model.state_dict())
+            assert parts.run_operations(number, batch(net, number), limit=done) == done
+            parts.abort()
+            assert all(len(learner.activations) == 0 for learner in parts.part_trainers)
+            assert all(parameter.grad is None for each in parts.part_trainers for parameter in each._part.parameters())
+            now = {name: tensor for each in parts.part_trainers for name, tensor in each._part.state_dict().items()}
+            assert_bitwise_equal(now, before)
+        assert parts.train_step(number, batch(net, number)) == whole.train_step(number, batch(net, number))
+    assert_bitwise_equal(parts.state_dict(), whole.model.state_dict())
 
 
 def test_the_statistics_of_a_batch_norm_move_in_a_step_and_are_put_back_when_it_is_given_up() -> None:
     parts = split(NETS["small"], [4, 9], "sgd")
-    before = parts.state()
-    part = parts.learners[0]._part
-    parts.do(0, batch(NETS["small"], 0))
+    before = parts.state_dict()
+    part = parts.part_trainers[0]._part
+    parts.run_operations(0, batch(NETS["small"], 0))
     moved = part.state_dict()
     assert not torch.equal(moved["norm.running_mean"], before["norm.running_mean"])
     assert int(moved["norm.num_batches_tracked"]) == 3
-    assert_same_bits(parts.state(), before)  # whoever asks meanwhile gets the version
-    parts.abandon()
-    assert_same_bits(parts.state(), before)
+    assert_bitwise_equal(parts.state_dict(), before)  # whoever asks meanwhile gets the version
+    parts.abort()
+    assert_bitwise_equal(parts.state_dict(), before)
     assert not part.state_dict()["norm.running_mean"].any()
 
 
@@ -217,25 +223,25 @@ def test_an_evaluation_moves_nothing_and_judges_as_the_whole_network_does() -> N
     net = NETS["small"]
     whole, parts = plain(net, "sgd"), split(net, [3, 6], "sgd")
     for number in range(2):
-        whole.step(number, batch(net, number))
-        parts.step(number, batch(net, number))
-    before = parts.state()
+        whole.train_step(number, batch(net, number))
+        parts.train_step(number, batch(net, number))
+    before = parts.state_dict()
     (inputs, labels), *_ = batch(net, 9, (8,))
-    tensors: dict[str, Tensor] | Judged = {"input": inputs, LABELS: labels}
+    tensors: dict[str, Tensor] | MicroBatchMetrics = {"input": inputs, LABELS_TENSOR: labels}
     micro = MicroBatch(step="0" * 32, term=1, index=0, count=1, rows=8, number=2, seed=0, mode="evaluate")
-    for learner in parts.learners:
+    for learner in parts.part_trainers:
         assert isinstance(tensors, dict)
         tensors = learner.forward(micro, b"." * 16, tensors)
-        assert len(learner.saved) == 0
+        assert len(learner.activations) == 0
     whole.model.eval()
     with torch.no_grad():
         outputs = whole.model(inputs)
     expected = nn.functional.cross_entropy(outputs, labels).item()
-    assert tensors == Judged(expected, int((outputs.argmax(1) == labels).sum()), 8)
-    assert_same_bits(parts.state(), before)
+    assert tensors == MicroBatchMetrics(expected, int((outputs.argmax(1) == labels).sum()), 8)
+    assert_bitwise_equal(parts.state_dict(), before)
     whole.model.train()
-    assert parts.step(2, batch(net, 2)) == whole.step(2, batch(net, 2))
-    assert_same_bits(parts.state(), whole.model.state_dict())
+    assert parts.train_step(2, batch(net, 2)) == whole.train_step(2, batch(net, 2))
+    assert_bitwise_equal(parts.state_dict(), whole.model.state_dict())
 
 
 # Versions -----------------------------------------------------------------------------------------------------------
@@ -249,36 +255,36 @@ def test_a_run_that_goes_on_from_a_checkpoint_gives_the_same_bits(tmp_path: Path
     whole, parts = plain(net, optimizer), split(net, cuts, optimizer)
     for number in range(8):
         if number in (2, 5):
-            folders = [Checkpoints(tmp_path / f"{number}-{index}", "f") for index in range(3)]
-            for folder, learner in zip(folders, parts.learners, strict=True):
-                folder.save(Version(number, learner.tensors(number), {}))
-            parts.do(number, batch(net, number), limit=7)  # which the one that dies takes with it
+            folders = [CheckpointStore(tmp_path / f"{number}-{index}", "f") for index in range(3)]
+            for folder, learner in zip(folders, parts.part_trainers, strict=True):
+                folder.save(Checkpoint(number, learner.checkpoint_tensors(number), {}))
+            parts.run_operations(number, batch(net, number), limit=7)  # which the one that dies takes with it
             # New processes at one of the two, and the old ones, which go back, at the other.
             parts = split(net, cuts, optimizer) if number == 2 else parts
-            for folder, learner in zip(folders, parts.learners, strict=True):
+            for folder, learner in zip(folders, parts.part_trainers, strict=True):
                 learner.restore(number, folder.load(number).tensors)
                 assert learner.version == number
-                assert len(learner.saved) == 0
-        assert parts.step(number, batch(net, number)) == whole.step(number, batch(net, number))
-    assert_same_bits(parts.state(), whole.model.state_dict())
-    assert [learner.version for learner in parts.learners] == [8, 8, 8]
+                assert len(learner.activations) == 0
+        assert parts.train_step(number, batch(net, number)) == whole.train_step(number, batch(net, number))
+    assert_bitwise_equal(parts.state_dict(), whole.model.state_dict())
+    assert [learner.version for learner in parts.part_trainers] == [8, 8, 8]
 
 
 def test_a_run_that_goes_back_to_its_beginning_gives_the_same_bits() -> None:
     net = NETS["small"]
     whole, parts = plain(net, "adam"), split(net, [4, 9], "adam")
     for number in range(3):
-        parts.step(number, batch(net, 100 + number))
-    for learner in parts.learners:
+        parts.train_step(number, batch(net, 100 + number))
+    for learner in parts.part_trainers:
         learner.restore(0, None)
     for number in range(3):
-        assert parts.step(number, batch(net, number)) == whole.step(number, batch(net, number))
-    assert_same_bits(parts.state(), whole.model.state_dict())
+        assert parts.train_step(number, batch(net, number)) == whole.train_step(number, batch(net, number))
+    assert_bitwise_equal(parts.state_dict(), whole.model.state_dict())
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_no_version_in_memory() -> None:
-    learner = split(NETS["small"], [4], "sgd").learners[0]
-    tensors = learner.tensors(1)
+    learner = split(NETS["small"], [4], "sgd").part_trainers[0]
+    tensors = learner.checkpoint_tensors(1)
     del tensors["model/norm.weight"]
     with pytest.raises(RuntimeError, match=r"norm\.weight"):
         learner.restore(1, tensors)
@@ -291,29 +297,29 @@ def test_a_checkpoint_that_does_not_fit_leaves_no_version_in_memory() -> None:
 def test_the_joined_weights_load_into_the_model_that_was_never_cut(tmp_path: Path, name: str, cuts: list[int]) -> None:
     net = NETS[name]
     parts = split(net, cuts, "sgd")
-    parts.step(0, batch(net, 0))
+    parts.train_step(0, batch(net, 0))
     bodies = {
-        f"s{index}": Body({key: from_array(tensor) for key, tensor in learner.weights().items()})
-        for index, learner in enumerate(parts.learners)
+        f"s{index}": TensorContent({key: from_array(tensor) for key, tensor in learner.weights().items()})
+        for index, learner in enumerate(parts.part_trainers)
     }
     write_weights(tmp_path, bodies)
     model = net.build()
-    model.load_state_dict(load_file(tmp_path / MODEL), strict=True)
-    assert_same_bits(model.state_dict(), parts.state())
+    model.load_state_dict(load_file(tmp_path / MODEL_FILE), strict=True)
+    assert_bitwise_equal(model.state_dict(), parts.state_dict())
 
 
 # What does not fit --------------------------------------------------------------------------------------------------
 
 
-def learner_with_forward() -> tuple[Learner, bytes, dict[str, Tensor]]:
+def learner_with_forward() -> tuple[PartTrainer, bytes, dict[str, Tensor]]:
     """The first of two parts, a forward that it keeps, and what that gave."""
     net, request = NETS["skips"], b"." * 16
-    learner = split(net, [4], "sgd").learners[0]
+    learner = split(net, [4], "sgd").part_trainers[0]
     ((inputs, labels),) = batch(net, 0, (4,))
     micro = MicroBatch(step="0" * 32, term=1, index=0, count=1, rows=4, number=0, seed=0)
-    given = learner.forward(micro, request, {"input": inputs, LABELS: labels})
+    given = learner.forward(micro, request, {"input": inputs, LABELS_TENSOR: labels})
     assert isinstance(given, dict)
-    given.pop(LABELS)
+    given.pop(LABELS_TENSOR)
     return learner, request, given
 
 
@@ -323,8 +329,8 @@ def test_a_gradient_of_another_shape_is_refused_and_moves_no_weight() -> None:
     gradients = {name: tensor[:-1] for name, tensor in given.items()}
     with pytest.raises(BadGradient, match=r"must have the shape \[4, 16\], has \[3, 16\]"):
         learner.backward(request, gradients)
-    learner.abandon()
-    assert_same_bits(learner.weights(), before)
+    learner.abort()
+    assert_bitwise_equal(learner.weights(), before)
 
 
 def test_a_gradient_of_what_wants_none_is_read_over() -> None:
@@ -334,7 +340,7 @@ def test_a_gradient_of_what_wants_none_is_read_over() -> None:
         learner.backward(request, {**given, **more})
         learner.commit(0.1)
         found.append(learner.weights())
-    assert_same_bits(*found)
+    assert_bitwise_equal(*found)
 
 
 def test_a_gradient_of_a_forward_that_was_taken_out_is_unknown() -> None:
@@ -348,10 +354,10 @@ def test_a_gradient_of_a_forward_that_was_taken_out_is_unknown() -> None:
 
 def judge(labels: Tensor, inputs: Tensor | None = None) -> object:
     net = NETS["skips"]
-    (learner,) = split(net, [], "sgd").learners
+    (learner,) = split(net, [], "sgd").part_trainers
     micro = MicroBatch(step="0" * 32, term=1, index=0, count=1, rows=4, number=7, seed=0)
     return learner.forward(
-        micro, b"." * 16, {"input": torch.zeros(4, 12) if inputs is None else inputs, LABELS: labels}
+        micro, b"." * 16, {"input": torch.zeros(4, 12) if inputs is None else inputs, LABELS_TENSOR: labels}
     )
 
 
@@ -376,8 +382,8 @@ def test_a_loss_that_is_no_number_says_in_which_step_and_what_to_try(value: floa
 
 
 def test_a_version_that_is_no_number_any_more_is_in_no_checkpoint() -> None:
-    learner = split(NETS["skips"], [], "sgd").learners[0]
+    learner = split(NETS["skips"], [], "sgd").part_trainers[0]
     with torch.no_grad():
         next(iter(learner._part.parameters()))[0] = float("nan")
     with pytest.raises(NotFinite, match=r"parameter 'first\.weight' is not finite in step 3"):
-        learner.tensors(3)
+        learner.checkpoint_tensors(3)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from brokers.errors import DeadlinePassed
-from brokers.protocol.messages import JSON, Blob, Body, Content, ReplyTo, Task
+from brokers.protocol.messages import JSON, BinaryContent, Content, ReplyTo, Task, TensorContent
 from brokers.protocol.safetensors_codec import from_array, to_numpy
 from stages.executor import TaskContext, TaskExecutor, Tensors
-from stages.worker.batch_runner import Compute, Done, Failed, Job, NothingGiven, Outcome
+from stages.worker.batch_runner import BatchRunner, Completed, Failed, NoOutput, QueuedTask, TaskOutcome
 
 REQUESTS = [bytes([index]) * 16 for index in range(8)]
 
@@ -36,26 +36,28 @@ class Single(Doubler):
     batchable = False
 
 
-def job(index: int, *values: float, deadline_ms: float | None = None, waited_s: float = 0.0) -> Job:
-    content = Body({"x": from_array(np.array(values))}, {"number": str(index)})
+def job(index: int, *values: float, deadline_ms: float | None = None, waited_s: float = 0.0) -> QueuedTask:
+    content = TensorContent({"x": from_array(np.array(values))}, {"number": str(index)})
     return job_of(index, content, deadline_ms, waited_s)
 
 
-def job_of(index: int, content: Body | Blob, deadline_ms: float | None = None, waited_s: float = 0.0) -> Job:
+def job_of(
+    index: int, content: TensorContent | BinaryContent, deadline_ms: float | None = None, waited_s: float = 0.0
+) -> QueuedTask:
     request = REQUESTS[index]
-    task = Task(request=request, content=content, reply=ReplyTo("answers"), source="s", deadline_ms=deadline_ms)
-    return Job(task, time.monotonic() - waited_s, TaskContext(request, "s", 1))
+    task = Task(request_id=request, content=content, reply_to=ReplyTo("answers"), source="s", deadline_ms=deadline_ms)
+    return QueuedTask(task, time.monotonic() - waited_s, TaskContext(request, "s", 1))
 
 
-def work(executor: TaskExecutor, *jobs: Job) -> dict[int, Outcome]:
+def work(executor: TaskExecutor, *jobs: QueuedTask) -> dict[int, TaskOutcome]:
     """The outcome of each job, by its number."""
-    outcomes = Compute(executor, "stage", "worker").work(jobs)
+    outcomes = BatchRunner(executor, "stage", "worker").run(jobs)
     assert len(outcomes) == len(jobs)
-    return {REQUESTS.index(outcome.job.task.request): outcome for outcome in outcomes}
+    return {REQUESTS.index(outcome.queued.task.request_id): outcome for outcome in outcomes}
 
 
-def values(outcome: Outcome) -> Any:
-    assert isinstance(outcome, Done)
+def values(outcome: TaskOutcome) -> Any:
+    assert isinstance(outcome, Completed)
     assert outcome.body is not None
     return to_numpy(outcome.body.tensors["x"]).tolist()
 
@@ -66,7 +68,7 @@ def test_a_batch_is_one_call_and_each_job_gets_its_own_rows() -> None:
     assert executor.calls == [4]
     assert [values(outcomes[index]) for index in range(3)] == [[2.0], [4.0, 6.0], [8.0]]
     for index, outcome in outcomes.items():
-        assert isinstance(outcome, Done)
+        assert isinstance(outcome, Completed)
         assert outcome.hop.batch == 3
         assert outcome.body is not None
         assert outcome.body.metadata == {"number": str(index)}
@@ -80,7 +82,9 @@ def test_without_the_promise_each_job_is_a_call() -> None:
 
 
 def test_an_exception_fails_the_jobs_of_its_call_and_no_others() -> None:
-    outcomes = work(Doubler(), job(0, -1.0), job(1, 2.0), job_of(2, Body({"x": from_array(np.array([5], np.float32))})))
+    outcomes = work(
+        Doubler(), job(0, -1.0), job(1, 2.0), job_of(2, TensorContent({"x": from_array(np.array([5], np.float32))}))
+    )
     for index in (0, 1):
         failed = outcomes[index]
         assert isinstance(failed, Failed)
@@ -89,7 +93,7 @@ def test_an_exception_fails_the_jobs_of_its_call_and_no_others() -> None:
 
 
 def test_what_cannot_be_prepared_fails_alone() -> None:
-    outcomes = work(Doubler(), job_of(0, Blob(JSON, b"no numbers")), job(1, 2.0))
+    outcomes = work(Doubler(), job_of(0, BinaryContent(JSON, b"no numbers")), job(1, 2.0))
     assert isinstance(outcomes[0], Failed)
     assert values(outcomes[1]) == [4.0]
 
@@ -120,7 +124,7 @@ def test_the_hop_says_where_the_time_went() -> None:
             return tensors
 
     outcome = work(Sleeper(), job(0, 1.0, waited_s=0.5))[0]
-    assert isinstance(outcome, Done)
+    assert isinstance(outcome, Completed)
     hop = outcome.hop
     assert (hop.stage, hop.worker, hop.bytes_in, hop.bytes_out, hop.batch) == ("stage", "worker", 8, 8, 1)
     assert 500 <= hop.queue_ms < 600
@@ -146,11 +150,11 @@ def test_none_is_a_request_that_was_passed_on_and_never_a_batch_of_them() -> Non
             return None
 
     alone = work(Gone(), job(0, 1.0))[0]
-    assert isinstance(alone, Done)
+    assert isinstance(alone, Completed)
     assert alone.body is None
     for outcome in work(Gone(), job(0, 1.0), job(1, 2.0)).values():
         assert isinstance(outcome, Failed)
-        assert isinstance(outcome.error, NothingGiven)
+        assert isinstance(outcome.error, NoOutput)
         assert "must not be batchable" in str(outcome.error)
 
 
@@ -169,7 +173,7 @@ def test_what_an_executor_prepares_for_itself_may_be_anything() -> None:
         batchable = True
 
         def prepare(self, content: Any, task: TaskContext) -> Tensors:
-            return {"x": task.request.hex()}
+            return {"x": task.request_id.hex()}
 
         def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
             return {"x": float(len(tensors["x"]))}

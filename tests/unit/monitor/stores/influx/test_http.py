@@ -9,11 +9,11 @@ import pytest
 
 from monitor.errors import BadStore
 from monitor.stores.influx.config import InfluxTarget
-from monitor.stores.influx.http import InfluxHttp, Meaning, Trouble
+from monitor.stores.influx.http import InfluxClient, InfluxError, InfluxErrorKind
 from monitor.stores.influx.reader import InfluxReader
-from tests.support.monitor.fake_http_server import Answers, answering
+from tests.support.monitor.fake_http_server import FakeHttpServer, start_fake_http_server
 
-AWAY, WRONG, REFUSED = Meaning.AWAY, Meaning.WRONG, Meaning.REFUSED
+AWAY, WRONG, REFUSED = InfluxErrorKind.RETRYABLE, InfluxErrorKind.MISCONFIGURED, InfluxErrorKind.REJECTED
 PAGE = "<html><body>The plain HTTP request was sent to HTTPS port</body></html>"
 
 
@@ -23,20 +23,20 @@ def two(code: str, message: str) -> str:
 
 
 @pytest.fixture
-def server() -> Iterator[Answers]:
-    with answering() as found:
+def server() -> Iterator[FakeHttpServer]:
+    with start_fake_http_server() as found:
         yield found
 
 
 @pytest.fixture
-def target(server: Answers) -> InfluxTarget:
+def target(server: FakeHttpServer) -> InfluxTarget:
     return InfluxTarget(server.url, token="secret-token")
 
 
-def trouble(target: InfluxTarget) -> Trouble:
-    http = InfluxHttp(target)
+def trouble(target: InfluxTarget) -> InfluxError:
+    http = InfluxClient(target)
     try:
-        with pytest.raises(Trouble) as caught:
+        with pytest.raises(InfluxError) as caught:
             http.write(b"lines")
     finally:
         http.close()
@@ -65,36 +65,36 @@ def trouble(target: InfluxTarget) -> Trouble:
     ],
 )  # fmt: skip
 def test_an_answer_says_who_has_to_act(
-    server: Answers, target: InfluxTarget, status: int, body: str, meaning: Meaning, problem: str
+    server: FakeHttpServer, target: InfluxTarget, status: int, body: str, meaning: InfluxErrorKind, problem: str
 ) -> None:
-    server.say(status, body)
+    server.respond_with(status, body)
     found = trouble(target)
-    assert (found.meaning, found.problem) == (meaning, problem)
+    assert (found.kind, found.problem) == (meaning, problem)
 
 
-def test_a_server_that_keeps_some_points_says_how_many_it_did_not(server: Answers, target: InfluxTarget) -> None:
-    server.say(400, '{"error":"partial write: field type conflict: ... dropped=3"}')
-    assert trouble(target).dropped == 3
-    server.say(400, '{"error":"partial write: unable to parse ... dropped=0"}')
-    assert trouble(target).dropped is None
+def test_a_server_that_keeps_some_points_says_how_many_it_did_not(server: FakeHttpServer, target: InfluxTarget) -> None:
+    server.respond_with(400, '{"error":"partial write: field type conflict: ... dropped=3"}')
+    assert trouble(target).dropped_points == 3
+    server.respond_with(400, '{"error":"partial write: unable to parse ... dropped=0"}')
+    assert trouble(target).dropped_points is None
 
 
-def test_no_token_stands_in_what_is_said(server: Answers, target: InfluxTarget) -> None:
-    server.say(403, two("forbidden", "token secret-token may not"))
+def test_no_token_stands_in_what_is_said(server: FakeHttpServer, target: InfluxTarget) -> None:
+    server.respond_with(403, two("forbidden", "token secret-token may not"))
     assert "secret" not in str(trouble(target))
     assert "secret" not in repr(target)
-    assert server.headers[-1]["Authorization"] == "Token secret-token"
+    assert server.request_headers[-1]["Authorization"] == "Token secret-token"
 
 
-def test_who_gives_no_token_is_told_that_one_is_wanted(server: Answers) -> None:
-    server.say(401, "")
+def test_who_gives_no_token_is_told_that_one_is_wanted(server: FakeHttpServer) -> None:
+    server.respond_with(401, "")
     assert trouble(InfluxTarget(server.url)).problem == "it wants a token, and none is given (401)"
-    assert "Authorization" not in server.headers[-1]
+    assert "Authorization" not in server.request_headers[-1]
 
 
 def test_a_server_that_is_not_there_is_away() -> None:
     found = trouble(InfluxTarget("http://127.0.0.1:1"))
-    assert (found.meaning, found.problem) == (AWAY, "it cannot be reached: connection refused")
+    assert (found.kind, found.problem) == (AWAY, "it cannot be reached: connection refused")
 
 
 @pytest.mark.parametrize(
@@ -108,19 +108,19 @@ def test_a_server_that_is_not_there_is_away() -> None:
     ],
 )  # fmt: skip
 def test_an_answer_to_a_query_that_is_none_is_one_line(
-    server: Answers, target: InfluxTarget, body: str, problem: str
+    server: FakeHttpServer, target: InfluxTarget, body: str, problem: str
 ) -> None:
-    server.say(200, body)
+    server.respond_with(200, body)
     with pytest.raises(BadStore) as caught:
         InfluxReader(target).points("node")
     assert str(caught.value) == f"telemetry in {target}: {problem}"
 
 
-def test_an_answer_in_pieces_is_read_to_its_end(server: Answers, target: InfluxTarget) -> None:
+def test_an_answer_in_pieces_is_read_to_its_end(server: FakeHttpServer, target: InfluxTarget) -> None:
     def piece(number: int, *, more: bool) -> str:
         row = [number, *[None] * 10]
         series = {"name": "batch", "columns": [], "values": [row], "partial": more}
         return json.dumps({"results": [{"statement_id": 0, "series": [series], "partial": more}]})
 
-    server.say(200, f"{piece(1, more=True)}\n{piece(2, more=False)}\n")
+    server.respond_with(200, f"{piece(1, more=True)}\n{piece(2, more=False)}\n")
     assert [point.time_ns for point in InfluxReader(target).points("batch")] == [1, 2]

@@ -21,7 +21,7 @@ def drain(spool: Spool) -> list[bytes]:
     found = []
     while held := spool.take():
         found.append(held[1])
-        spool.done()
+        spool.ack()
     return found
 
 
@@ -29,9 +29,9 @@ def test_what_is_put_in_comes_out_in_order_and_is_gone(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "new" / "spool")
     for number in range(12):
         spool.put(b"%d" % number, 10)
-    assert spool.points == 120
+    assert spool.point_count == 120
     assert drain(spool) == [b"%d" % number for number in range(12)]
-    assert (spool.points, spool.dropped, files(spool.folder)) == (0, 0, [])
+    assert (spool.point_count, spool.dropped, files(spool.folder)) == (0, 0, [])
 
 
 def test_what_is_given_back_comes_again(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_what_is_given_back_comes_again(tmp_path: Path) -> None:
     spool.put(b"a", 1)
     spool.put(b"b", 1)
     assert spool.take() is not None
-    spool.give_back()
+    spool.release()
     assert drain(spool) == [b"a", b"b"]
 
 
@@ -51,11 +51,11 @@ def test_the_next_process_finds_what_was_left_in_order_and_goes_on_after_it(tmp_
     (tmp_path / "000000000009-5.lp.gz.half").write_bytes(b"killed in the middle")
     (tmp_path / "somebody's").write_bytes(b"not ours")
     second = Spool(tmp_path)
-    assert second.points == 3
+    assert second.point_count == 3
     second.put(b"3", 1)
     held = second.take()
     assert held is not None
-    assert held[0].found
+    assert held[0].recovered
     assert drain(second) == [b"0", b"1", b"2", b"3"]
     assert files(tmp_path) == ["somebody's"]
 
@@ -65,7 +65,7 @@ def test_the_oldest_give_way_when_it_is_full_and_are_counted(tmp_path: Path) -> 
     for number in range(5):
         spool.put(bytes([number]) * 4000, 10 + number)
     assert spool.dropped == 10 + 11
-    assert spool.points == 12 + 13 + 14
+    assert spool.point_count == 12 + 13 + 14
     assert len(files(tmp_path)) == 3
     assert [data[0] for data in drain(spool)] == [2, 3, 4]
 
@@ -74,7 +74,7 @@ def test_a_small_file_counts_as_what_it_takes_of_a_disk(tmp_path: Path) -> None:
     spool = Spool(tmp_path, limit_bytes=3 * 4096)
     for _ in range(5):
         spool.put(b"small", 1)
-    assert (spool.points, spool.dropped) == (3, 2)
+    assert (spool.point_count, spool.dropped) == (3, 2)
 
 
 def test_what_is_in_hand_does_not_give_way(tmp_path: Path) -> None:
@@ -83,9 +83,9 @@ def test_what_is_in_hand_does_not_give_way(tmp_path: Path) -> None:
     assert spool.take() is not None
     for number in range(4):
         spool.put(b"%d" % number, 10)
-    assert (spool.points, spool.dropped) == (1 + 10, 30)
-    spool.done()
-    assert (spool.points, spool.dropped) == (10, 30)
+    assert (spool.point_count, spool.dropped) == (1 + 10, 30)
+    spool.ack()
+    assert (spool.point_count, spool.dropped) == (10, 30)
     assert drain(spool) == [b"3"]
 
 
@@ -93,7 +93,7 @@ def test_a_batch_larger_than_all_is_dropped_and_nothing_gives_way(tmp_path: Path
     spool = Spool(tmp_path, limit_bytes=2 * 4096)
     spool.put(b"small", 1)
     spool.put(b"x" * 9000, 5)
-    assert (spool.points, spool.dropped) == (1, 5)
+    assert (spool.point_count, spool.dropped) == (1, 5)
 
 
 def test_a_smaller_limit_holds_for_what_was_left(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_smaller_limit_holds_for_what_was_left(tmp_path: Path) -> None:
         spool.put(b"x", 2)
     spool.close()
     again = Spool(tmp_path, limit_bytes=2 * 4096)
-    assert (again.points, again.dropped) == (4, 6)
+    assert (again.point_count, again.dropped) == (4, 6)
 
 
 def test_a_file_that_somebody_took_away_is_counted_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -112,7 +112,7 @@ def test_a_file_that_somebody_took_away_is_counted_and_said(tmp_path: Path, capl
     (tmp_path / files(tmp_path)[0]).unlink()
     with caplog.at_level(logging.WARNING):
         assert drain(spool) == [b"b"]
-    assert (spool.points, spool.dropped) == (0, 3)
+    assert (spool.point_count, spool.dropped) == (0, 3)
     assert "lost 3 points" in caplog.text
 
 
@@ -120,7 +120,7 @@ def test_a_full_disk_takes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     with full_disk(1000), pytest.raises(OSError, match="too large"):
         spool.put(b"x" * 2000, 1)
-    assert (spool.points, files(tmp_path)) == (0, [])
+    assert (spool.point_count, files(tmp_path)) == (0, [])
     spool.put(b"small", 1)
     assert drain(spool) == [b"small"]
 
