@@ -13,9 +13,9 @@ _ANNOUNCED: dict[str, tuple[str, Callable[[int], Any]]] = {
     "MaximumPacketSize": ("max_packet_bytes", int),
     "ReceiveMaximum": ("receive_maximum", int),
     "MaximumQoS": ("max_qos", int),
-    "RetainAvailable": ("retain", bool),
-    "WildcardSubscriptionAvailable": ("wildcards", bool),
-    "SharedSubscriptionAvailable": ("shared", bool),
+    "RetainAvailable": ("retain_available", bool),
+    "WildcardSubscriptionAvailable": ("wildcards_available", bool),
+    "SharedSubscriptionAvailable": ("shared_available", bool),
     "SessionExpiryInterval": ("session_expiry_s", int),
     "ServerKeepAlive": ("keepalive_s", int),
 }

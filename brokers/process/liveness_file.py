@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class LivenessFile:
-    """Touches the file that SPARSE_PULSE names, at each beat; without one it does nothing."""
+    """Touches the file that SPARSE_LIVENESS_FILE names, at each beat; without one it does nothing."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        named = environment.get("SPARSE_PULSE")
+        named = environment.get("SPARSE_LIVENESS_FILE")
         self._file = Path(named) if named else None
 
     def touch(self) -> None:
@@ -28,5 +28,5 @@ class LivenessFile:
         try:
             self._file.touch()
         except OSError as error:  # no reason to stop working, and no reason to say so each second
-            log.warning("the pulse cannot be kept in SPARSE_PULSE: %s", error)
+            log.warning("the pulse cannot be kept in SPARSE_LIVENESS_FILE: %s", error)
             self._file = None

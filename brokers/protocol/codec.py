@@ -66,7 +66,7 @@ class EncodedMessage:
 
 def encode(message: Message) -> EncodedMessage:
     """The packet of a message. Tensors' bytes are shared with it, not copied."""
-    kind = type(message).__name__.lower()
+    kind = _KINDS[type(message)]
     user = [("sparse", PROTOCOL_VERSION), ("kind", kind)]
     if message.attempt != 1:
         user.append(("attempt", str(message.attempt)))
@@ -291,6 +291,16 @@ def _decode_step(properties: Properties, user: Mapping[str, str], payload: memor
     )
 
 
+# The user property `kind` of each class of message.
+_KINDS: dict[type, str] = {
+    Task: "task",
+    Activation: "activation",
+    Result: "result",
+    Failure: "failure",
+    TaskDone: "control",
+    Gradient: "gradient",
+    StepMessage: "step",
+}
 _DECODERS: dict[str, Callable[[Properties, Mapping[str, str], memoryview], Message]] = {
     "task": _decode_task,
     "activation": _decode_task,

@@ -231,7 +231,9 @@ class Gradient:
         check_reply_topic(self.sender_inbox)
 
 
-StepVerb = Literal["prepared", "commit", "committed", "abandon", "halt", "halted", "restore", "restored", "collect"]
+StepVerb = Literal[
+    "prepared", "commit", "committed", "abort", "quiesce", "quiesced", "restore", "restored", "fetch_weights"
+]
 STEP_VERBS: tuple[StepVerb, ...] = get_args(StepVerb)
 # No clock and no count reaches further than JSON's whole numbers do.
 JSON_INTEGER_LIMIT = 1 << 53

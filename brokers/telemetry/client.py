@@ -26,7 +26,7 @@ from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, ProcessRole
 log = logging.getLogger(__name__)
 
 # `start` is of another process, which cannot say it itself: a broker.
-EventName = Literal["start", "task_processed", "batch_processed", "request_done", "step_done", "link_carried"]
+EventName = Literal["start", "task_processed", "batch_processed", "request_done", "step_done", "link_traffic"]
 
 # About 6 MB: a worker that does 100 tasks a second tells so much in 40 s.
 QUEUE_LIMIT = 8192

@@ -13,7 +13,7 @@ from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, HOPS_LIMIT, TEXT_LIMI
 # The name of an event, when it was (Unix time in ns), and its figures.
 QueuedEvent = tuple[str, int, Mapping[str, Any]]
 # These are of a process, or of a site; all others are of somebody's work.
-_NOT_OF_WORK = frozenset({"start", "stop", "link_carried", "events_dropped"})
+_NOT_OF_WORK = frozenset({"start", "stop", "link_traffic", "events_dropped"})
 _HOP_FIELDS = tuple(Hop.__dataclass_fields__)
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 

@@ -138,7 +138,7 @@ class StepDone(_EventBase):
 class LinkTraffic(_EventBase):
     """What a link between two sites has carried since it began."""
 
-    event: Literal["link_carried"] = "link_carried"
+    event: Literal["link_traffic"] = "link_traffic"
     from_site: _Text
     to_site: _Text
     bytes_out: _Count = Field(default=0, description="from `from_site` to `to_site`")

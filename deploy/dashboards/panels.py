@@ -115,7 +115,7 @@ _ENERGY = Query(
     (),
 )
 _PERCENTILES = {f"p{share}": f'percentile("latency_ms", {share})' for share in (50, 95, 99)}
-_TROUBLES = ("failed", "turned_away", "expired", "refused")
+_TROUBLES = ("failed", "rejected", "expired", "malformed")
 
 WORKLOAD_PANELS = (
     Panel("Requests done", "1/s", (_rate("request", ("source",), requests='count("latency_ms")'),)),

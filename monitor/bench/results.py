@@ -1,6 +1,6 @@
 """The results of a benchmark: figures of each run, their median and spread for each case, as JSON and as CSV. Pure.
 
-Names are flat and say their units: `latency_ms.p50`, `stages.head.compute_ms`, `links.device - cloud.there_bytes`. They
+Names are flat and say their units: `latency_ms.p50`, `stages.head.compute_ms`, `links.device - cloud.bytes_out`. They
 are the keys of results.json and the columns of results.csv.
 """
 
@@ -57,7 +57,7 @@ def flatten_metrics(figures: RunMetrics) -> dict[str, float]:
     for stage, time in figures.stages.items():
         found |= {f"stages.{stage}.{name}": getattr(time, name) for name in STAGE_TIMES}
     for link, crossed in figures.links.items():
-        found |= {f"links.{link}.there_bytes": crossed.bytes_out, f"links.{link}.back_bytes": crossed.bytes_in}
+        found |= {f"links.{link}.bytes_out": crossed.bytes_out, f"links.{link}.bytes_in": crossed.bytes_in}
     found |= {f"cpu_s.{role}": value for role, value in figures.cpu_s.items()}
     found |= {f"energy_j.{sensor}": value for sensor, value in (figures.energy_j or {}).items()}
     return {name: round(value, _DIGITS) for name, value in found.items()}

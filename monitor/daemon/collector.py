@@ -84,7 +84,7 @@ class TelemetryCollector:
         end_s = time.monotonic() + timeout_s
         writers = (*self._writers, *((self._spans,) if self._spans else ()))
         for writer in writers:  # all at once: one that hangs takes none of the others' time
-            writer.leave(timeout_s)
+            writer.drain(timeout_s)
         for writer in writers:
             writer.stop(max(0.0, end_s - time.monotonic()))
 

@@ -111,7 +111,7 @@ class RunMonitor:
         for link in self._sites.links:
             crossed = link.emulator.byte_counts
             self._events.emit(
-                "link_carried",
+                "link_traffic",
                 from_site=link.site,
                 to_site=link.config.to,
                 bytes_out=crossed.outbound,

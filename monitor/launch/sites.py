@@ -43,8 +43,8 @@ class EmulatedLink:
             "to": table.to,
             "delay_ms": table.delay_ms,
             "rate_mbit": table.rate_mbit,
-            "bytes_there": crossed.outbound,
-            "bytes_back": crossed.inbound,
+            "bytes_out": crossed.outbound,
+            "bytes_in": crossed.inbound,
         }
 
 

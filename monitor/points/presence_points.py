@@ -6,8 +6,8 @@ from brokers.dispatch.presence import SourceRecord, WorkerRecord
 from monitor.points.points import TelemetryPoint
 from monitor.presence.census import ExpiringPresenceTable
 
-_LOAD = ("queue", "queue_ms", "done", "failed", "refused", "turned_away", "expired", "busy", "rate", "task_ms")
-_SOURCE_LOAD = ("requests", "results", "in_flight", "waiting", "window", "rate", "twins")
+_LOAD = ("queue", "queue_ms", "done", "failed", "malformed", "rejected", "expired", "busy", "rate", "task_ms")
+_SOURCE_LOAD = ("requests", "results", "in_flight", "waiting", "window", "rate", "duplicates")
 
 
 def presence_to_points(census: ExpiringPresenceTable, since_s: float, time_ns: int, run: str) -> list[TelemetryPoint]:

@@ -84,10 +84,10 @@ def sources_table(
     table = _table(("site", "pipeline"), words, numbers, headings=headings, gap=column_gap)
     troubles = [(birth.source, source_problems(birth)) for birth, _ in sources]
     if not headings:
-        for column in ("dropped", "retried", "failed", "twins"):
+        for column in ("dropped", "retried", "failed", "duplicates"):
             table.add_column(column)
         for (_, _, cells), (_, found) in zip(rows, troubles, strict=True):
-            cells += [_said(found.get(what) or "-") for what in ("dropped", "retried", "failed", "twins")]
+            cells += [_said(found.get(what) or "-") for what in ("dropped", "retried", "failed", "duplicates")]
     _fill(table, rows, headings=headings)
     if not headings:
         return table
@@ -106,9 +106,9 @@ def source_problems(birth: SourceRecord) -> dict[str, str]:
     load = birth.load
     found = {
         "dropped": format_counts(load.dropped),
-        "retried": format_counts(load.retries),
+        "retries_by_reason": format_counts(load.retries),
         "failed": format_counts(load.failed),
-        "twins": str(load.duplicates or ""),
+        "duplicates": str(load.duplicates or ""),
     }
     return {what: said for what, said in found.items() if said}
 
@@ -117,7 +117,7 @@ def _troubles_of_worker(birth: WorkerRecord) -> str:
     load = birth.load
     troubles = {
         "failed": load.failed,
-        "refused": load.malformed,
+        "malformed": load.malformed,
         "turned away": load.rejected,
         "expired": load.expired,
     }

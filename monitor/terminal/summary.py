@@ -39,7 +39,7 @@ def _print_results(console: Console, summary: Mapping[str, Any]) -> None:
         f"[bold]{summary['results']}[/] results of {summary['requests']} requests in {summary['elapsed_s']:.1f} s: "
         f"[bold green]{summary['throughput_per_s']:.1f}/s[/], latency {latencies} ms"
     )
-    reasons = {"dropped": summary["drops"], "retries": summary["retried"]}
+    reasons = {"dropped": summary["dropped_by_reason"], "retries": summary["retries_by_reason"]}
     counts = (f"{name} {summary[name]}{_why(reasons.get(name))}" for name in ("lost", "dropped", "failed", "retries"))
     console.print(", ".join(counts))
     if count := summary["unreadable"]:
@@ -55,7 +55,7 @@ def _print_training(console: Console, summary: Mapping[str, Any]) -> None:
     for what, loss, accuracy in (("training", "loss", "accuracy"), ("test", "test_loss", "test_accuracy")):
         if summary[loss] is not None:
             console.print(f"{what:<8} loss [bold]{summary[loss]:.4g}[/]{_accuracy(summary, accuracy)}")
-    if count := summary["rolled_back"]:
+    if count := summary["rollbacks"]:
         times = "once" if count == 1 else f"{count} times"
         again = _counted(summary["repeated_steps"], "step")
         console.print(f"[yellow]went back to a checkpoint {times}, did {again} again[/]")
@@ -73,7 +73,7 @@ def _accuracy(summary: Mapping[str, Any], key: str) -> str:
 def _link(link: Mapping[str, Any]) -> str:
     """One link between two sites: how slow it was, and what crossed it."""
     rate = f", {link['rate_mbit']:g} Mbit/s" if link["rate_mbit"] else ""
-    there, back = (f"{link[key] / 1e6:.1f} MB" for key in ("bytes_there", "bytes_back"))
+    there, back = (f"{link[key] / 1e6:.1f} MB" for key in ("bytes_out", "bytes_in"))
     return f"  link {link['site']} - {link['to']} ({link['delay_ms']:g} ms{rate}): {there} there, {back} back"
 
 

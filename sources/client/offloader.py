@@ -138,7 +138,7 @@ class Offloader:
             dropped=dict(self.get_drop_counts()),
             retries=dict(self.retries_by_reason),
             failed=dict(self.failures_by_error),
-            duplicates=self.counters["twins"],
+            duplicates=self.counters["duplicates"],
         )
 
     def _open_window(self, live: bool) -> int:

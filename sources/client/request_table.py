@@ -56,7 +56,7 @@ class RequestTable:
         flight = self._by_request.get(message.request_id)
         if flight is None:
             # The result of an attempt that was thought lost, after another attempt's.
-            self.counters["twins"] += 1
+            self.counters["duplicates"] += 1
         elif isinstance(message, Result) or (isinstance(message, Failure) and message.attempt == flight.attempt):
             flight.responses.put_nowait(message)
         else:

@@ -133,7 +133,7 @@ async def _feed(
     intake = SampleBuffer(keep)
     async with Offloader(pipeline, broker=address, live=keep == "latest") as offloader:
         feed = InferenceRun(offloader, intake, folder.add)
-        drops = offloader.get_drop_counts = lambda: intake.dropped + Counter(newer_came=source.dropped if source else 0)
+        drops = offloader.get_drop_counts = lambda: intake.dropped + Counter(superseded=source.dropped if source else 0)
         if source is not None:
             trouble = await _work(_draw(source, intake, leaving), feed, intake, offloader, leaving)
         else:
@@ -149,10 +149,10 @@ async def _feed(
         **feed.stats.summary([stage.name for stage in pipeline.stage]),
         "unreadable": source.unreadable if source else 0,
         "dropped": drops().total(),
-        "drops": dict(drops()),
+        "dropped_by_reason": dict(drops()),
         "retries": counters["retries"],
-        "retried": dict(offloader.retries_by_reason),
-        "twins": counters["twins"],
+        "retries_by_reason": dict(offloader.retries_by_reason),
+        "duplicates": counters["duplicates"],
     }
     summary = await asyncio.to_thread(folder.finish, summary)
     if trouble is not None:

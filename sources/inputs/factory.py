@@ -68,7 +68,7 @@ def make_dataset(table: SourceTable, base: Path) -> Dataset:
         root = None if table.path is None else base / Path(table.path).expanduser()
         return CheckedDataset(Cifar10(root), kind, base, table.limit)
     if ":" in kind:
-        dataset = _own(kind, base, (), table.settings, ("name", "classes", "mirrors", "train", "test"), Dataset)
+        dataset = _own(kind, base, (), table.settings, ("name", "classes", "horizontal_flip", "train", "test"), Dataset)
         return CheckedDataset(dataset, kind, base, table.limit)
     raise UnknownSource(kind, DATASET_KINDS)
 

@@ -57,7 +57,7 @@ class SampleBuffer:
         key = sample.source if self.keeps_latest else (sample.source, sample.index)
         if (older := self._waiting.get(key)) is not None:
             # The newer sample takes the place of the older one in the queue, so no source starves another.
-            self.dropped["newer_came"] += 1
+            self.dropped["superseded"] += 1
             self._count(older, -1)
         self._waiting[key] = sample
         self._count(sample, 1)

@@ -102,7 +102,7 @@ class TrainingRunStats:
             "test_loss": self._tested.get("loss"),
             "test_accuracy": self._tested.get("accuracy"),
             "best_test_accuracy": self._best_accuracy,
-            "rolled_back": self._rolled_back,
+            "rollbacks": self._rolled_back,
             "repeated_steps": self._steps_again,
             "step_ms": percentiles([step.step_ms for step in self._steps]),
             "idle_ms": round(self._idle_ms / self._done, 3) if self._done else 0.0,

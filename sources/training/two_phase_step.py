@@ -222,7 +222,7 @@ class StepRunner:
 
     async def _abandon(self, crew: TermMembers, hand: _StepInFlight, why: str) -> None:
         word = StepMessage(
-            request_id=hand.step, verb="abandon", term=crew.term, sender_inbox=self._inbox, details={"why": why}
+            request_id=hand.step, verb="abort", term=crew.term, sender_inbox=self._inbox, details={"reason": why}
         )
         await self._line.send(self._watch.coordinator_inbox(crew), word)
         raise TermOver(why)
@@ -235,7 +235,11 @@ class StepRunner:
         self._collected[request] = None
         self._broken = False
         word = StepMessage(
-            request_id=request, verb="collect", term=crew.term, sender_inbox=self._inbox, details={"version": version}
+            request_id=request,
+            verb="fetch_weights",
+            term=crew.term,
+            sender_inbox=self._inbox,
+            details={"version": version},
         )
         try:
             await self._line.send(self._watch.worker_inbox(crew, stage), word)

@@ -27,9 +27,9 @@ CoordinatorPhase = Literal["waiting", "halting", "restoring", "open"]
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorCommand:
-    """What the crew is to do now: `halt`, or `restore` to a version."""
+    """What the crew is to do now: `quiesce`, or `restore` to a version."""
 
-    verb: Literal["halt", "restore"]
+    verb: Literal["quiesce", "restore"]
     term: int
     members: dict[str, str]
     version: int = 0
@@ -170,7 +170,7 @@ class Coordinator:
         self._lives = {stage: self._candidates[stage, worker].life for stage, worker in crew.items()}
         self._halted.clear()
         self._restored.clear()
-        return CoordinatorCommand("halt", self.term, dict(crew))
+        return CoordinatorCommand("quiesce", self.term, dict(crew))
 
     def _fitness(self, stage: str, member: _Candidate) -> tuple[object, ...]:
         """Who was in the crew stays there; else who has the newest version; else the first by name."""

@@ -84,17 +84,17 @@ class CoordinatorRole(TrainingRole):
 
     def on_step_message(self, word: StepMessage) -> None:
         stage, worker = str(word.details.get("stage")), str(word.details.get("worker"))
-        if word.verb == "halted":
+        if word.verb == "quiesced":
             try:
-                standing = TrainingStatus.model_validate(word.details.get("standing"))
+                standing = TrainingStatus.model_validate(word.details.get("status"))
             except ValidationError:
                 return
             self._conductor.on_quiesced(stage, worker, word.term, standing)
         elif word.verb == "restored":
             problem = str(word.details.get("problem", ""))[:300]
             self._conductor.on_restored(stage, worker, word.term, time.monotonic(), problem)
-        elif word.verb == "abandon" and word.term == self._conductor.term:
-            self._conductor.end_term(str(word.details.get("why", "a source gave up its step"))[:200])
+        elif word.verb == "abort" and word.term == self._conductor.term:
+            self._conductor.end_term(str(word.details.get("reason", "a source gave up its step"))[:200])
         self.tick()
 
     async def _reconnected(self) -> None:
@@ -140,9 +140,9 @@ class CoordinatorRole(TrainingRole):
             self._conductor.end_term(f"nothing was heard of the step of {steps.current_source} for {lease_s:g} s")
 
     def _tell(self, order: CoordinatorCommand) -> None:
-        details: Mapping[str, Any] = {"version": order.version, "since": order.restored_term}
-        if order.verb == "halt":
-            details = {"crew": order.members}
+        details: Mapping[str, Any] = {"version": order.version, "restored_term": order.restored_term}
+        if order.verb == "quiesce":
+            details = {"members": order.members}
         word = StepMessage(
             request_id=secrets.token_bytes(REQUEST_ID_BYTES),
             verb=order.verb,
@@ -162,9 +162,9 @@ class CoordinatorRole(TrainingRole):
         crew = conductor.members if conductor.phase == "open" else {}
         change = {
             "term": conductor.term,
-            "crew": crew,
+            "members": crew,
             "problem": conductor.problem,
-            "why": conductor.term_reason[:400],
+            "term_reason": conductor.term_reason[:400],
         }
         return standing.model_copy(update=change)
 

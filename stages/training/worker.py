@@ -154,14 +154,14 @@ class TrainingWorker:
                     self.step_queue.add_gradient(message)
                 case StepMessage(verb="commit"):
                     self.step_queue.add_commit(message)
-                case StepMessage(verb="halt" | "restore" | "collect"):
+                case StepMessage(verb="quiesce" | "restore" | "fetch_weights"):
                     self._orders.append(message)
                 case StepMessage():
                     self.role.on_step_message(message)
                 case _:
                     self.counters["unexpected"] += 1
         except WireError as error:
-            self.counters["refused"] += 1
+            self.counters["malformed"] += 1
             log.info("refused a %s: %s", type(message).__name__.lower(), error)
             self._refuse(message, error)
         self._changed.set()
@@ -174,11 +174,11 @@ class TrainingWorker:
 
     def _refuse(self, message: Message, error: WireError) -> None:
         """Tell whoever sent what cannot be used, if it says where."""
-        if topic := message.reply_to.topic if isinstance(message, Task) else getattr(message, "sender", ""):
+        if topic := message.reply_to.topic if isinstance(message, Task) else getattr(message, "sender_inbox", ""):
             self._fail(topic, message.request_id, type(error).__name__, str(error), retry=error.retry)
 
     def _garbage(self, error: WireError, properties: Properties) -> None:
-        self.counters["refused"] += 1
+        self.counters["malformed"] += 1
         if found := make_failure_reply(error, properties, self.stage, self.worker):
             reply, failure = found
             self.send_queue.send(reply.topic, failure)
@@ -218,12 +218,12 @@ class TrainingWorker:
         try:
             await self._obey(word)
         except (KeyError, ValueError, TypeError, AttributeError) as problem:
-            self.counters["refused"] += 1
+            self.counters["malformed"] += 1
             log.warning("refused to %s: its details are not those of docs/protocol.md: %s", word.verb, problem)
 
     async def _obey(self, word: StepMessage) -> None:
         """What the conductor, or a source that wants the weights, asks for."""
-        if word.verb == "collect":
+        if word.verb == "fetch_weights":
             if word.term == self.step_queue.term:
                 await self._executor.send_weights(word)
             return
@@ -231,23 +231,25 @@ class TrainingWorker:
             self._refuse(word, objection)
             return
         told: dict[str, Any] = {"stage": self.stage, "worker": self.worker}
-        if word.verb == "abandon":  # to ourselves
+        if word.verb == "abort":  # to ourselves
             self.step_queue.stand_by(word.term)
             self._vitals.state = "draining" if self._draining else "standby"
             await self._executor.abort()
             self._executor.discard_version()
             await self.report()
             return
-        if word.verb == "halt":
-            self._executor.members = {str(stage): str(worker) for stage, worker in word.details.get("crew", {}).items()}
+        if word.verb == "quiesce":
+            self._executor.members = {
+                str(stage): str(worker) for stage, worker in word.details.get("members", {}).items()
+            }
             self.step_queue.begin_term(word.term)
             await self._executor.abort()
-            told["standing"] = self._executor.training_status(self.step_queue.term, self._breaks).model_dump()
+            told["status"] = self._executor.training_status(self.step_queue.term, self._breaks).model_dump()
         else:
             told["problem"] = await self._restore(word)
             if not self._draining:
                 self._vitals.state = "up"
-        verb: StepVerb = "halted" if word.verb == "halt" else "restored"
+        verb: StepVerb = "quiesced" if word.verb == "quiesce" else "restored"
         self.send_queue.send(
             word.sender_inbox, StepMessage(request_id=word.request_id, verb=verb, term=word.term, details=told)
         )
@@ -255,7 +257,7 @@ class TrainingWorker:
 
     async def _restore(self, word: StepMessage) -> str:
         """Be at the version that is asked for; if that cannot be, why."""
-        version, since = int(word.details["version"]), int(word.details["since"])
+        version, since = int(word.details["version"]), int(word.details["restored_term"])
         try:
             await self._executor.restore(version, word.term, since)
         except (SparseError, OSError, RuntimeError, ValueError) as error:
@@ -268,7 +270,7 @@ class TrainingWorker:
         if term >= self.step_queue.term and not self.step_queue.is_standby:
             self._vitals.state = "draining" if self._draining else "standby"
             later = [order for order in self._orders if order.term > term]
-            self._orders = [StepMessage(request_id=bytes(REQUEST_ID_BYTES), verb="abandon", term=term), *later]
+            self._orders = [StepMessage(request_id=bytes(REQUEST_ID_BYTES), verb="abort", term=term), *later]
             self._changed.set()
 
     # Presence -------------------------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ class TrainingWorker:
         self._vitals.training = self.role.extend_status(
             self._executor.training_status(self.step_queue.term, self._breaks)
         )
-        self._vitals.malformed = self.counters["refused"]
+        self._vitals.malformed = self.counters["malformed"]
         await self._vitals.report(len(self.step_queue))
 
     def report_soon(self) -> None:

@@ -183,7 +183,7 @@ class InferenceWorker:
             self._arrived.set()
 
     def _garbage(self, error: WireError, properties: Properties) -> None:
-        self.counters["refused"] += 1
+        self.counters["malformed"] += 1
         self._outlet.send_in_background(self._outlet.reject_malformed(error, properties))
 
     # Work ---------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class InferenceWorker:
         self._detours[task.request_id] = Route(stage, body)
 
     async def _report(self) -> None:
-        self._vitals.malformed = self.counters["refused"]
+        self._vitals.malformed = self.counters["malformed"]
         self._vitals.failed = self._outlet.failed
         self._vitals.rejected = self._outlet.rejected
         await self._vitals.report(len(self._queue), self._queue.oldest_arrival_s)

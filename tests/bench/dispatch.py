@@ -181,7 +181,7 @@ def write_sleep_pipeline_file(folder: Path, seconds: float) -> Path:
     """A pipeline of one stage that sleeps; all are one pipeline, so their workers serve one stage."""
     place = folder / f"{1000 * seconds:g}ms"
     place.mkdir(exist_ok=True)
-    return write_pipeline_file(place, [stage_table("nap", "Slow", settings={"seconds": seconds})])
+    return write_pipeline_file(place, [stage_table("nap", "SleepExecutor", settings={"seconds": seconds})])
 
 
 @contextmanager

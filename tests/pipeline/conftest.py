@@ -14,7 +14,7 @@ from tests.support.pipelines.processes import ProcessSandbox, process_sandbox
 BROKER_KINDS: tuple[BrokerKind, ...] = ("embedded", "mosquitto")
 
 
-@pytest.fixture(name="box")
+@pytest.fixture(name="sandbox")
 def _sandbox(tmp_path: Path) -> Iterator[ProcessSandbox]:
     with process_sandbox(tmp_path) as found:
         yield found
@@ -28,7 +28,7 @@ def _broker(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
         yield found
 
 
-@pytest.fixture(scope="module", name="embedded")
+@pytest.fixture(scope="module", name="embedded_broker")
 def _embedded_broker() -> Iterator[LocalBroker]:
     """The broker that is there without being installed."""
     require_dependency("iotcore")

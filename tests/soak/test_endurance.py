@@ -52,7 +52,7 @@ FEW_LARGE = Load(30, 1 << 19, 128 * MIB, PROCESS_TIMEOUT_S, 0.02)
 class Served:
     """Two stages, a process each, at a broker."""
 
-    box: ProcessSandbox
+    sandbox: ProcessSandbox
     path: Path
     broker: LocalBroker
     processes: dict[str, int]
@@ -62,37 +62,37 @@ class Served:
 @pytest.fixture(scope="module", name="served")
 def _served(mosquitto: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with (
-        process_sandbox(tmp_path_factory.mktemp("served")) as box,
+        process_sandbox(tmp_path_factory.mktemp("served")) as sandbox,
         monitor_socket_path() as socket,
         FakeMonitor(socket),
         start_broker(kind="mosquitto") as broker,
     ):
-        path, told = write_pipeline_file(box.folder, TWO), {"SPARSE_MONITOR": str(socket)}
+        path, told = write_pipeline_file(sandbox.folder, TWO), {"SPARSE_MONITOR": str(socket)}
         workers = {
-            each["name"]: box.start_sparse(
+            each["name"]: sandbox.start_sparse(
                 "stage", path, each["name"], "--broker", broker.address, environment=told
             ).pid
             for each in TWO
         }
         wait_for_workers(broker.address, lambda found: len(found) == len(TWO))
-        yield Served(box, path, broker, {"broker": broker.pid, **workers}, told)
+        yield Served(sandbox, path, broker, {"broker": broker.pid, **workers}, told)
 
 
 @pytest.mark.timeout(2 * SMALL.limit_s)
-def test_many_small_requests_leave_nothing_behind(served: Served, long: bool, tell: PrintLine) -> None:
-    endure(served, SMALL if long else FEW_SMALL, tell if long else None)
+def test_many_small_requests_leave_nothing_behind(served: Served, is_long_run: bool, print_line: PrintLine) -> None:
+    endure(served, SMALL if is_long_run else FEW_SMALL, print_line if is_long_run else None)
 
 
 @pytest.mark.timeout(2 * LARGE.limit_s)
-def test_many_large_requests_leave_nothing_behind(served: Served, long: bool, tell: PrintLine) -> None:
-    endure(served, LARGE if long else FEW_LARGE, tell if long else None)
+def test_many_large_requests_leave_nothing_behind(served: Served, is_long_run: bool, print_line: PrintLine) -> None:
+    endure(served, LARGE if is_long_run else FEW_LARGE, print_line if is_long_run else None)
 
 
-def endure(served: Served, load: Load, tell: PrintLine | None) -> None:
+def endure(served: Served, load: Load, print_line: PrintLine | None) -> None:
     """Ask, and assert that nothing has grown in any process meanwhile, nor is left afterwards."""
     before = looks(served)
     words = ("tests.soak.harness.request_load", served.path, served.broker.address, str(load.count), str(load.values))
-    asker = served.box.start(sys.executable, "-m", *words, environment=served.told)
+    asker = served.sandbox.start(sys.executable, "-m", *words, environment=served.told)
     eventually("the first answers", lambda: "begun" in asker.read_stdout() or asker.process.poll() is not None)
     with ResourceWatcher({**served.processes, "source": asker.pid}, load.every_s) as watch:
         eventually(
@@ -101,11 +101,11 @@ def endure(served: Served, load: Load, tell: PrintLine | None) -> None:
     said = asker.wait()
     assert said.returncode == 0, said.stderr
     trends = watch.trends(WARM_UP_FRACTION)
-    if tell:
+    if print_line:
         rate = load.count / said.json_output["elapsed_s"]
-        tell(f"{load.count} requests of {8 * load.values} bytes through two stages: {rate:.0f} a second")
+        print_line(f"{load.count} requests of {8 * load.values} bytes through two stages: {rate:.0f} a second")
         for trend in trends:
-            tell(str(trend))
+            print_line(str(trend))
     check(said.json_output, load)
     check_trends(trends, load.limit_bytes)
     eventually("the source to be gone from the others' descriptors and threads", lambda: looks(served) == before)

@@ -59,7 +59,10 @@ RESULTS = "sparse/local/results/honest"
 
 @pytest.fixture(scope="module", name="place")
 def _place(mosquitto: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttackedPipeline]:
-    with process_sandbox(tmp_path_factory.mktemp("town")) as box, start_attacked_pipeline(box, "mosquitto") as found:
+    with (
+        process_sandbox(tmp_path_factory.mktemp("town")) as sandbox,
+        start_attacked_pipeline(sandbox, "mosquitto") as found,
+    ):
         yield found
 
 
@@ -163,7 +166,7 @@ def memory(place: AttackedPipeline) -> dict[str, int]:
     return {**found, "offloader": psutil.Process().memory_info().rss}
 
 
-async def attack(place: AttackedPipeline, count: int, tell: PrintLine) -> list[dict[str, int]]:
+async def attack(place: AttackedPipeline, count: int, print_line: PrintLine) -> list[dict[str, int]]:
     """Write that many messages while valid traffic goes on; return what memory was over time."""
     loaded = load_pipeline(place.path)
     samples = [memory(place)]
@@ -194,10 +197,10 @@ async def attack(place: AttackedPipeline, count: int, tell: PrintLine) -> list[d
         # The others are tasks that can be done, and messages that are passed over in silence: nobody can be told.
         await until(lambda: attacker.rejected_count - before > 0.3 * to_workers)  # they report every second
         taken = attacker.rejected_count - before
-    tell(f"{place.broker.kind}: {sent.total()} hostile messages in {elapsed_s:.0f} s: {dict(sent)}")
+    print_line(f"{place.broker.kind}: {sent.total()} hostile messages in {elapsed_s:.0f} s: {dict(sent)}")
     frames = f"{good.frames} frames ({good.frames_again} published again)"
-    tell(f"answered meanwhile: {good.answered} requests, {frames}; of the victim: {dict(outcomes)}")
-    tell(f"workers say that they refused or failed {taken} of the {to_workers} sent to them")
+    print_line(f"answered meanwhile: {good.answered} requests, {frames}; of the victim: {dict(outcomes)}")
+    print_line(f"workers say that they refused or failed {taken} of the {to_workers} sent to them")
     return samples
 
 
@@ -207,28 +210,28 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.05)
 
 
-def check_logs(place: AttackedPipeline, hostile: int, tell: PrintLine) -> None:
+def check_logs(place: AttackedPipeline, hostile: int, print_line: PrintLine) -> None:
     said = place.read_logs()
     assert len(said) >= 5
     for name, text in said.items():
         assert "Traceback" not in text, f"{name}: {text[text.index('Traceback') - 500 :][:3000]}"
     lines = {name: text.count("\n") for name, text in said.items()}
-    tell(f"lines of log for {hostile} messages: {lines}, {sum(map(len, said.values()))} letters")
+    print_line(f"lines of log for {hostile} messages: {lines}, {sum(map(len, said.values()))} letters")
     assert sum(lines.values()) < 500 + 0.2 * hostile
     assert all(len(line) < 4000 for text in said.values() for line in text.splitlines())
 
 
 def test_whatever_hostile_clients_write_nobody_dies_and_valid_traffic_goes_on(
-    place: AttackedPipeline, long: bool, tell: PrintLine, caplog: pytest.LogCaptureFixture
+    place: AttackedPipeline, is_long_run: bool, print_line: PrintLine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    count = LONG if long else SHORT
+    count = LONG if is_long_run else SHORT
     before = {name: process.pid for name, process in place.processes().items()}
     with caplog.at_level(logging.ERROR, "brokers"):  # pytest would keep every line in memory
-        samples = asyncio.run(attack(place, count, tell))
+        samples = asyncio.run(attack(place, count, print_line))
     assert {name: process.pid for name, process in place.processes().items()} == before
     for name in samples[0]:
-        tell(f"{name:<10} MiB: {' '.join(f'{sample[name] / 2**20:.0f}' for sample in samples)}")
-    check_logs(place, count, tell)
+        print_line(f"{name:<10} MiB: {' '.join(f'{sample[name] / 2**20:.0f}' for sample in samples)}")
+    check_logs(place, count, print_line)
     middle, last = samples[len(samples) // 2], samples[-1]
     growth = {name: last[name] - middle[name] for name in (*before, "offloader")}
     assert max(growth.values()) < GROWTH_BYTES, growth

@@ -28,7 +28,7 @@ from tests.soak.harness.resource_usage import count_reachable_objects
 from tests.support.monitor.fake_monitor import FakeMonitor, monitor_socket_path
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
-STAGES = [stage_table("picky", "picky"), stage_table("add", "add_one")]
+STAGES = [stage_table("reject_negative", "reject_negative"), stage_table("add", "add_one")]
 # A round in which each request leaves one object behind, or each that fails, or is late, or is answered, shows.
 ROUND = 300
 AT_ONCE = 8

@@ -64,16 +64,16 @@ def _mortal(request: pytest.FixtureRequest) -> Iterator[Mortal]:
 
 
 def test_a_broker_that_is_killed_and_one_that_is_away_cost_no_request(
-    box: ProcessSandbox, mortal: Mortal, long: bool, tell: PrintLine
+    sandbox: ProcessSandbox, mortal: Mortal, is_long_run: bool, print_line: PrintLine
 ) -> None:
-    path = write_chain_pipeline_file(box.folder, stage_seconds=0.02, every_s=0.02, window=12)
-    fleet = WorkerFleet(box, path, mortal.address)
+    path = write_chain_pipeline_file(sandbox.folder, stage_seconds=0.02, every_s=0.02, window=12)
+    fleet = WorkerFleet(sandbox, path, mortal.address)
     members = [fleet.start(name) for name in STAGE_COEFFICIENTS for _ in range(WORKERS)]
     fleet.wait_until_up(members)
-    load = ChainLoad(box, path, mortal.address)
+    load = ChainLoad(sandbox, path, mortal.address)
     load.wait_for_more_results(20)
     waits_s = []
-    for away_s in (0.0, LONG_AWAY_S if long else SHORT_AWAY_S):
+    for away_s in (0.0, LONG_AWAY_S if is_long_run else SHORT_AWAY_S):
         mortal.kill()
         time.sleep(away_s)  # the fault itself: nobody waits for anything
         mortal.start()
@@ -85,34 +85,36 @@ def test_a_broker_that_is_killed_and_one_that_is_away_cost_no_request(
     summary = load.finish()
     fleet.assert_clean_logs()
     waits = ", ".join(f"{wait_s:.1f}" for wait_s in waits_s)
-    tell(
+    print_line(
         f"outages of 0 and {away_s:.0f} s, {mortal.kind}: {format_summary(summary)}; 20 results {waits} s after its return"
     )
 
 
 def test_the_requests_of_a_source_that_is_killed_are_gone_from_its_worker_when_their_deadline_is(
-    box: ProcessSandbox, broker: LocalBroker
+    sandbox: ProcessSandbox, broker: LocalBroker
 ) -> None:
     """The worker is kept busy by one task all the while: those that wait behind it go by themselves, not computed."""
-    gate, diary = box.folder / "gate", box.folder / "diary"
+    gate, diary = sandbox.folder / "gate", sandbox.folder / "diary"
     settings = {"gate": str(gate), "diary": str(diary)}
-    gated = stage_table("gated", executor="tests.soak.harness.numeric_chain:Gated", settings=settings, max_batch=8)
-    dying = write_pipeline_file(
-        box.folder, [gated], counting_source_table(10_000, window=6, deadline_ms=DEADLINE_MS), name="gated"
+    gated = stage_table(
+        "gated", executor="tests.soak.harness.numeric_chain:GatedExecutor", settings=settings, max_batch=8
     )
-    worker = box.start_sparse("stage", dying, "gated", "--broker", broker.address, "--worker", "gated-1")
+    dying = write_pipeline_file(
+        sandbox.folder, [gated], counting_source_table(10_000, window=6, deadline_ms=DEADLINE_MS), name="gated"
+    )
+    worker = sandbox.start_sparse("stage", dying, "gated", "--broker", broker.address, "--worker", "gated-1")
     wait_for_workers(broker.address, lambda workers: len(_ours(workers)) == 1)
-    source = box.start_sparse("source", dying, "--broker", broker.address, "--out", box.folder / "first")
+    source = sandbox.start_sparse("source", dying, "--broker", broker.address, "--out", sandbox.folder / "first")
     wait_for_workers(broker.address, lambda workers: any(birth.load.queue >= 3 for birth in _ours(workers)))
     source.process.kill()
     source.process.wait()
     wait_for_workers(broker.address, lambda workers: all(birth.load.queue == 0 for birth in _ours(workers)))
     assert written(diary) == 1, "the one that it has in hand"
     gate.touch()
-    living = box.folder / "living"
+    living = sandbox.folder / "living"
     living.mkdir()
     again = write_pipeline_file(living, [gated], counting_source_table(3), name="gated")
-    said = box.start_sparse("source", again, "--broker", broker.address, "--out", living / "out", "--json").wait()
+    said = sandbox.start_sparse("source", again, "--broker", broker.address, "--out", living / "out", "--json").wait()
     assert said.returncode == 0, said.stderr
     assert said.json_output["results"] == 3
     assert written(diary) == 4

@@ -60,27 +60,33 @@ SHORT = Form(0.15, 5.0, 50, SHORT_LIMIT_BYTES)
 
 @pytest.mark.timeout(900)
 def test_a_live_source_ten_times_too_fast_shows_fresh_results_and_counts_what_it_drops(
-    box: ProcessSandbox, mosquitto: None, long: bool, tell: PrintLine
+    sandbox: ProcessSandbox, mosquitto: None, is_long_run: bool, print_line: PrintLine
 ) -> None:
-    source_starves(box, "mosquitto", 1, LONG if long else SHORT, tell if long else None)
+    source_starves(sandbox, "mosquitto", 1, LONG if is_long_run else SHORT, print_line if is_long_run else None)
 
 
 @pytest.mark.timeout(900)
-def test_a_chain_of_stages_shows_results_as_fresh(box: ProcessSandbox, long: bool, tell: PrintLine) -> None:
-    form = LONG if long else Form(0.1, 4.0, 50, SHORT_LIMIT_BYTES)
-    source_starves(box, "embedded", 3, form, tell if long else None)
+def test_a_chain_of_stages_shows_results_as_fresh(
+    sandbox: ProcessSandbox, is_long_run: bool, print_line: PrintLine
+) -> None:
+    form = LONG if is_long_run else Form(0.1, 4.0, 50, SHORT_LIMIT_BYTES)
+    source_starves(sandbox, "embedded", 3, form, print_line if is_long_run else None)
 
 
 @pytest.mark.timeout(900)
 def test_a_camera_at_the_ingress_ten_times_too_fast_sees_fresh_results_of_its_frames(
-    box: ProcessSandbox, mosquitto: None, long: bool, tell: PrintLine
+    sandbox: ProcessSandbox, mosquitto: None, is_long_run: bool, print_line: PrintLine
 ) -> None:
-    form = LONG if long else SHORT
-    table = {"name": "glance", "executor": "tests.soak.harness.camera:Glance", "settings": {"seconds": form.stage_s}}
-    path = write_pipeline_file(box.folder, [table])
-    with pipeline(box, path, ["glance"], "mosquitto") as (broker, workers):
-        source = box.start_sparse(
-            "source", path, "--broker", broker.address, "--json", "--out", box.folder, "--no-pictures"
+    form = LONG if is_long_run else SHORT
+    table = {
+        "name": "glance",
+        "executor": "tests.soak.harness.camera:FrameSizeExecutor",
+        "settings": {"seconds": form.stage_s},
+    }
+    path = write_pipeline_file(sandbox.folder, [table])
+    with pipeline(sandbox, path, ["glance"], "mosquitto") as (broker, workers):
+        source = sandbox.start_sparse(
+            "source", path, "--broker", broker.address, "--json", "--out", sandbox.folder, "--no-pictures"
         )
         with IngressCamera(broker.port, "probe") as probe:
             eventually("the gateway", lambda: probe.publish(jpeg_frame()).results)
@@ -95,17 +101,23 @@ def test_a_camera_at_the_ingress_ten_times_too_fast_sees_fresh_results_of_its_fr
     # All of the camera's frames; of the probe's those that came once the gateway was there.
     assert 0 < taken - len(camera.publish_times_s) <= len(probe.publish_times_s)
     check_rows(rows)
-    check_ages(camera.latencies_ms(), rows, form, tell if long else None)
-    check_memory(watch.trends(WARM_UP), form.limit_bytes, tell if long else None)
+    check_ages(camera.latencies_ms(), rows, form, print_line if is_long_run else None)
+    check_memory(watch.trends(WARM_UP), form.limit_bytes, print_line if is_long_run else None)
 
 
-def source_starves(box: ProcessSandbox, kind: BrokerKind, stages: int, form: Form, tell: PrintLine | None) -> None:
+def source_starves(
+    sandbox: ProcessSandbox, kind: BrokerKind, stages: int, form: Form, print_line: PrintLine | None
+) -> None:
     """A live source in front of a chain of equal stages."""
-    tables = [stage_table(f"stage-{number}", "Slow", settings={"seconds": form.stage_s}) for number in range(stages)]
-    path = write_pipeline_file(box.folder, tables, counting_source_table(form.count, every_s=form.every_s, live=True))
-    with pipeline(box, path, [table["name"] for table in tables], kind) as (broker, workers):
-        source = box.start_sparse("source", path, "--broker", broker.address, "--json", "--out", box.folder)
-        results = box.folder / "results.jsonl"
+    tables = [
+        stage_table(f"stage-{number}", "SleepExecutor", settings={"seconds": form.stage_s}) for number in range(stages)
+    ]
+    path = write_pipeline_file(
+        sandbox.folder, tables, counting_source_table(form.count, every_s=form.every_s, live=True)
+    )
+    with pipeline(sandbox, path, [table["name"] for table in tables], kind) as (broker, workers):
+        source = sandbox.start_sparse("source", path, "--broker", broker.address, "--json", "--out", sandbox.folder)
+        results = sandbox.folder / "results.jsonl"
         eventually("the first result", lambda: results.exists() and results.stat().st_size)
         processes = {"source": source.pid, **workers}
         if kind == "mosquitto":  # the embedded one keeps a log in memory, which a minute does not fill
@@ -117,21 +129,21 @@ def source_starves(box: ProcessSandbox, kind: BrokerKind, stages: int, form: For
     assert told["results"] == told["requests"] == len(rows)
     assert told["results"] + told["dropped"] == form.count
     check_rows(rows)
-    check_ages([row["age_ms"] for row in rows], rows, form, tell)
-    check_memory(watch.trends(WARM_UP), form.limit_bytes, tell)
-    if tell:
-        tell(f"{told['throughput_per_s']} results a second of {1 / form.stage_s:g}, {told['dropped']} dropped")
+    check_ages([row["age_ms"] for row in rows], rows, form, print_line)
+    check_memory(watch.trends(WARM_UP), form.limit_bytes, print_line)
+    if print_line:
+        print_line(f"{told['throughput_per_s']} results a second of {1 / form.stage_s:g}, {told['dropped']} dropped")
 
 
 @contextmanager
 def pipeline(
-    box: ProcessSandbox, path: Path, names: Sequence[str], kind: BrokerKind
+    sandbox: ProcessSandbox, path: Path, names: Sequence[str], kind: BrokerKind
 ) -> Iterator[tuple[LocalBroker, dict[str, int]]]:
     """A broker, and a worker of each stage: its process id by the name of its stage."""
     require_dependency({"embedded": "iotcore"}.get(kind, kind))
     with start_broker(kind=kind) as broker:
         workers: dict[str, RunningCommand] = {
-            name: box.start_sparse("stage", path, name, "--broker", broker.address) for name in names
+            name: sandbox.start_sparse("stage", path, name, "--broker", broker.address) for name in names
         }
         wait_for_workers(broker.address, lambda found: len(found) == len(names))
         yield broker, {name: worker.pid for name, worker in workers.items()}
@@ -147,7 +159,9 @@ def check_rows(rows: Sequence[dict[str, Any]]) -> None:
     assert rows[-1]["dropped"] >= len(rows), "the source was not much faster than the pipeline"
 
 
-def check_ages(ages_ms: Sequence[float], rows: Sequence[dict[str, Any]], form: Form, tell: PrintLine | None) -> None:
+def check_ages(
+    ages_ms: Sequence[float], rows: Sequence[dict[str, Any]], form: Form, print_line: PrintLine | None
+) -> None:
     """The ages without those of the first results, which find an empty pipeline, in service times as measured."""
     service_ms = statistics.median(
         sum(each["decode_ms"] + each["compute_ms"] + each["encode_ms"] for each in row["time"]["stages"])
@@ -155,16 +169,16 @@ def check_ages(ages_ms: Sequence[float], rows: Sequence[dict[str, Any]], form: F
     )
     ordered = sorted(ages_ms)
     found = {percent: ordered[round((len(ordered) - 1) * percent / 100)] for percent in (50, 99, 100)}
-    if tell:
+    if print_line:
         ages = ", ".join(f"p{percent} {age_ms:.0f} ms" for percent, age_ms in found.items())
-        tell(f"{len(ordered)} results, service time {service_ms:.0f} ms, age {ages}")
+        print_line(f"{len(ordered)} results, service time {service_ms:.0f} ms, age {ages}")
     assert found[form.percentile] < SERVICE_TIMES * service_ms, (service_ms, found)
 
 
-def check_memory(trends: Sequence[ResourceTrend], limit_bytes: int, tell: PrintLine | None) -> None:
+def check_memory(trends: Sequence[ResourceTrend], limit_bytes: int, print_line: PrintLine | None) -> None:
     for trend in trends:
-        if tell:
-            tell(str(trend))
+        if print_line:
+            print_line(str(trend))
         assert trend.growth_bytes <= limit_bytes, str(trend)
         assert trend.file_descriptors[-1] <= trend.file_descriptors[0], str(trend)
         assert trend.threads[-1] <= trend.threads[0], str(trend)

@@ -26,18 +26,18 @@ SHORT_ROUNDS = 3
 
 
 def test_workers_that_are_killed_all_the_time_cost_no_request_and_double_none(
-    box: ProcessSandbox, broker: LocalBroker, long: bool, tell: PrintLine
+    sandbox: ProcessSandbox, broker: LocalBroker, is_long_run: bool, print_line: PrintLine
 ) -> None:
-    path = write_chain_pipeline_file(box.folder, stage_seconds=0.05, every_s=0.005, window=WINDOW)
-    fleet = WorkerFleet(box, path, broker.address)
+    path = write_chain_pipeline_file(sandbox.folder, stage_seconds=0.05, every_s=0.005, window=WINDOW)
+    fleet = WorkerFleet(sandbox, path, broker.address)
     standing = {name: [fleet.start(name) for _ in range(WORKERS)] for name in STAGE_COEFFICIENTS}
     fleet.wait_until_up(member for members in standing.values() for member in members)
     with ForeignClient(broker.address, [("sparse/local/results/numbers", 1)]) as subscriber:
-        load = ChainLoad(box, path, broker.address)
+        load = ChainLoad(sandbox, path, broker.address)
         load.wait_for_more_results(10)
         begin_s = time.monotonic()
-        for number in range(LONG_ROUNDS if long else SHORT_ROUNDS):
-            if long:
+        for number in range(LONG_ROUNDS if is_long_run else SHORT_ROUNDS):
+            if is_long_run:
                 time.sleep(max(0.0, begin_s + number * KILL_EVERY_S - time.monotonic()))
             fleet.wait_until_up(replace_one_of_each(fleet, standing, same_ids=number % 2 == 0))
             # All that was in flight is answered: no request is so unlucky three times that it is taken for poison.
@@ -50,7 +50,7 @@ def test_workers_that_are_killed_all_the_time_cost_no_request_and_double_none(
         assert subscriber.is_silent()
     fleet.assert_clean_logs()
     assert summary["retries"] > 0, "nobody had anything in hand: this was no test"
-    tell(f"storm of {storm_s:.0f} s, {broker.kind}: {format_summary(summary, kills=fleet.kill_count)}")
+    print_line(f"storm of {storm_s:.0f} s, {broker.kind}: {format_summary(summary, kills=fleet.kill_count)}")
 
 
 def replace_one_of_each(

@@ -32,10 +32,12 @@ STEPS, SHORT_STEPS = 501, 150
 GROWTH_BYTES = 8 * MIB
 
 
-def test_five_hundred_steps_leave_nothing_behind(box: ProcessSandbox, long: bool, tell: PrintLine) -> None:
-    steps = STEPS if long else SHORT_STEPS
-    path = write_training_pipeline_file(box.folder, epochs=steps // 3, checkpoint_every=50, evaluate_every=20)
-    lesson = TrainingRunCommand(box, path)
+def test_five_hundred_steps_leave_nothing_behind(
+    sandbox: ProcessSandbox, is_long_run: bool, print_line: PrintLine
+) -> None:
+    steps = STEPS if is_long_run else SHORT_STEPS
+    path = write_training_pipeline_file(sandbox.folder, epochs=steps // 3, checkpoint_every=50, evaluate_every=20)
+    lesson = TrainingRunCommand(sandbox, path)
     lesson.wait_for_step(20)
     processes = {name: lesson.find_process("stage", "--worker", f"{name}-1").pid for name in STAGES}
     with ResourceWatcher({**processes, "source": lesson.find_process("source").pid}, 0.05) as watch:
@@ -44,16 +46,16 @@ def test_five_hundred_steps_leave_nothing_behind(box: ProcessSandbox, long: bool
     assert_weights_equal(lesson.load_weights(), expected_weights(steps))
     assert len(list((lesson.folder / "checkpoints" / "head").iterdir())) == 2
     for trend in watch.trends(0.2):
-        tell(str(trend))
+        print_line(str(trend))
         assert trend.growth_bytes < GROWTH_BYTES, trend
         assert trend.file_descriptors[-1] <= trend.file_descriptors[0] + 1, trend
         assert trend.threads[-1] <= trend.threads[0] + 1, trend
 
 
-def digits_file(folder: Path, long: bool) -> Path:
+def digits_file(folder: Path, is_long_run: bool) -> Path:
     """The example of the README; in the short form with a small network, which learns digits in seconds."""
     text = (ROOT / "examples" / "digits.toml").read_text()
-    if not long:
+    if not is_long_run:
         text = text.replace('"vgg11-small"', f'"{MODEL.replace("small", "reader")}"').replace("[6, 11]", "[3, 7]")
         text = text.replace("lr = 0.02", "lr = 0.1")
     path = folder / "digits.toml"
@@ -63,16 +65,18 @@ def digits_file(folder: Path, long: bool) -> Path:
 
 @pytest.mark.timeout(1200)
 def test_digits_are_read_as_well_as_the_uncut_network_reads_them(
-    box: ProcessSandbox, long: bool, tell: PrintLine
+    sandbox: ProcessSandbox, is_long_run: bool, print_line: PrintLine
 ) -> None:
-    path = digits_file(box.folder, long)
-    lesson = TrainingRunCommand(box, path)
+    path = digits_file(sandbox.folder, is_long_run)
+    lesson = TrainingRunCommand(sandbox, path)
     summary = lesson.wait(timeout_s=1100)
     tested = [event for event in lesson.events() if event["event"] == "evaluation"]
     wanted = read_plainly(path)
     assert tested[-1]["accuracy"] == wanted
     assert wanted >= 0.97
-    tell(f"{summary['steps']} steps, {summary['throughput_per_s']:.0f} rows/s, test accuracy {wanted:.4f}, as uncut")
+    print_line(
+        f"{summary['steps']} steps, {summary['throughput_per_s']:.0f} rows/s, test accuracy {wanted:.4f}, as uncut"
+    )
 
 
 def read_plainly(path: Path) -> float:

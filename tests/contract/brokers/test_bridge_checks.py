@@ -91,7 +91,7 @@ def test_a_bridge_without_presence_is_told_for_the_way_that_lacks_it(tmp_path: P
 
 
 def test_no_bridge_is_told_and_no_more_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(across, "REACH_S", 1.0)
+    monkeypatch.setattr(across, "BRIDGE_TIMEOUT_S", 1.0)
     with start_mosquitto(tmp_path) as near, start_mosquitto(tmp_path) as far:
         found = crossed(near, far)
         assert set(found) == {("bridge", way) for way in BOTH_WAYS}

@@ -231,8 +231,8 @@ def test_nothing_that_listens_is_told() -> None:
 
 
 def test_something_that_never_answers_takes_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visitor, "CONNECT_S", 0.3)
-    monkeypatch.setattr(older, "WAIT_S", 0.3)
+    monkeypatch.setattr(visitor, "CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(older, "CONNACK_TIMEOUT_S", 0.3)
     began_s = time.monotonic()
     found = greeted_by(lambda _: None)
     assert "no answer within 0.3 s" in found.message

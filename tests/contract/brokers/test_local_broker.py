@@ -102,7 +102,7 @@ def test_where_mosquitto_is_not_installed_the_embedded_broker_serves(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("iotcore")
-    monkeypatch.setattr(mosquitto, "find", lambda: None)
+    monkeypatch.setattr(mosquitto, "find_mosquitto", lambda: None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with start_broker() as broker:
         assert broker.kind == "embedded"

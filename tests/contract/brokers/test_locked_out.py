@@ -55,7 +55,7 @@ def _password_door(folder: Path, path: Path) -> Iterator[SecureBroker]:
         yield found
 
 
-@pytest.fixture(name="box")
+@pytest.fixture(name="sandbox")
 def _box(tmp_path: Path) -> Iterator[ProcessSandbox]:
     with process_sandbox(tmp_path) as found:
         yield found
@@ -151,40 +151,40 @@ def test_passwords_that_are_missing_or_wrong(password_door: SecureBroker) -> Non
 # What our commands print -------------------------------------------------------------------------------------------
 
 
-def status(box: ProcessSandbox, address: str, folder: Path, *, password: Path | None = None) -> str:
+def status(sandbox: ProcessSandbox, address: str, folder: Path, *, password: Path | None = None) -> str:
     """The one line that `sparse status` ends in."""
     environment = {"SPARSE_TLS": str(folder), **({"SPARSE_PASSWORD_FILE": str(password)} if password else {})}
-    said = box.start_sparse("status", "--broker", address, environment=environment).wait()
+    said = sandbox.start_sparse("status", "--broker", address, environment=environment).wait()
     assert (said.returncode, said.stdout) == (2, "")
     (line,) = said.stderr.splitlines()
     return line
 
 
-def test_commands_say_so_before_they_connect(box: ProcessSandbox, door: SecureBroker) -> None:
+def test_commands_say_so_before_they_connect(sandbox: ProcessSandbox, door: SecureBroker) -> None:
     late = forge_credentials(door.certs, "viewer", valid_from_days=-9, valid_days=3)
-    line = status(box, door.address, late)
+    line = status(sandbox, door.address, late)
     assert line.startswith(f"sparse: {late / 'tls.crt'}: expired at ")
     assert "and here it is" in line
 
 
-def test_commands_say_who_was_turned_away(box: ProcessSandbox, door: SecureBroker) -> None:
+def test_commands_say_who_was_turned_away(sandbox: ProcessSandbox, door: SecureBroker) -> None:
     stranger = forge_credentials(door.certs, "viewer", ca=create_ca(utc_now()))
-    line = status(box, door.address, stranger)
+    line = status(sandbox, door.address, stranger)
     assert line.startswith(f"sparse: no way into the broker at {door.address}: it does not know the authority")
 
 
-def test_a_stage_with_anothers_certificate_is_told_so(box: ProcessSandbox, door: SecureBroker, path: Path) -> None:
+def test_a_stage_with_anothers_certificate_is_told_so(sandbox: ProcessSandbox, door: SecureBroker, path: Path) -> None:
     environment = {"SPARSE_TLS": str(door.certs / "viewer")}
-    said = box.start_sparse("stage", path, "double", "--broker", door.address, environment=environment).wait()
+    said = sandbox.start_sparse("stage", path, "double", "--broker", door.address, environment=environment).wait()
     assert said.returncode == 1
     last = said.stderr.splitlines()[-1]
     assert last.startswith("sparse: the broker refused the publication to 'sparse/local/test/double/up/")
     assert "is SPARSE_TLS, or the user, the right one?" in last
 
 
-def test_a_source_with_anothers_certificate_ends_too(box: ProcessSandbox, door: SecureBroker, path: Path) -> None:
+def test_a_source_with_anothers_certificate_ends_too(sandbox: ProcessSandbox, door: SecureBroker, path: Path) -> None:
     environment = {"SPARSE_TLS": str(door.certs / "test.double")}
-    said = box.start_sparse("source", path, "--broker", door.address, environment=environment).wait()
+    said = sandbox.start_sparse("source", path, "--broker", door.address, environment=environment).wait()
     assert said.returncode == 1
     assert said.stderr.splitlines()[-1].startswith(
         "sparse: the broker refused the publication to 'sparse/local/test/source/up/"
@@ -192,10 +192,10 @@ def test_a_source_with_anothers_certificate_ends_too(box: ProcessSandbox, door: 
 
 
 def test_who_may_read_no_presence_is_told_that_nothing_was_heard(
-    box: ProcessSandbox, door: SecureBroker, path: Path
+    sandbox: ProcessSandbox, door: SecureBroker, path: Path
 ) -> None:
     environment = {"SPARSE_TLS": str(door.certs / "viewer")}
-    said = box.start_sparse("status", path, "--broker", door.address, environment=environment).wait()
+    said = sandbox.start_sparse("status", path, "--broker", door.address, environment=environment).wait()
     assert said.stderr == "nothing was heard: is this identity one that may read presence, as `monitor` may?\n"
 
 

@@ -217,7 +217,7 @@ def test_whatever_goes_wrong_while_reconnecting_it_is_tried_again(
         return await connect_socket(address, tls)
 
     async def test() -> None:
-        monkeypatch.setattr(mqtt, "dial", unlucky)
+        monkeypatch.setattr(mqtt, "connect_socket", unlucky)
         async with fake_broker(serve) as address:
             line = MqttTransport(address)
             await line.connect()

@@ -48,7 +48,7 @@ def second(run: str, number: int, scale: int) -> Iterator[TelemetryPoint]:
             yield point("task", moment_s, tags, **spent)
     for stage in STAGES:
         for worker in (1, 2):
-            load = {"queue": 3, "busy": 0.5, "failed": number, "turned_away": 2 * number, "expired": 0, "refused": 7}
+            load = {"queue": 3, "busy": 0.5, "failed": number, "rejected": 2 * number, "expired": 0, "refused": 7}
             yield point("stage", at_s, {"run": run, "stage": stage, "worker": f"{stage}-{worker}"}, **load)
     yield point("source", at_s, own, retries=5 + 3 * number, dropped=number * scale, failed=0)
     yield point("step", at_s, own, rows=64, loss=2.5 * scale, accuracy=0.75, step_ms=250.0)
@@ -131,7 +131,7 @@ def test_each_panel_has_lines_and_both_dashboards_have_the_same(database: Influx
         ("Wait in the queue", "wait", {"stage": "tail"}, 2.0),
         ("Retries and drops", "retries", {}, 3 * EVERY_S),
         ("Retries and drops", "failed", {}, 0),
-        ("Troubles of workers", "turned_away", {"stage": "head"}, 2 * 2 * EVERY_S),
+        ("Troubles of workers", "rejected", {"stage": "head"}, 2 * 2 * EVERY_S),
         ("Between sites", "out", {"from": "device", "to": "cloud"}, 5000.0),
         ("Telemetry itself", "lost", {}, EVERY_S),
         ("Telemetry itself", "unheard", {}, 8 * EVERY_S),

@@ -192,10 +192,10 @@ def test_what_a_killed_monitor_left_is_sent_by_the_next_one(server: InfluxServer
     script = f"""
 import sys, time
 from pathlib import Path
-from monitor.stores.influx.store import InfluxStore, Waits
+from monitor.stores.influx.store import InfluxStore, InfluxTimings
 from monitor.stores.influx.config import InfluxTarget
-from monitor.points.points import Point
-store = InfluxStore(InfluxTarget("http://127.0.0.1:{free_port()}"), Path(sys.argv[1]), waits=Waits(flush_s=0.05))
+from monitor.points.points import TelemetryPoint
+store = InfluxStore(InfluxTarget("http://127.0.0.1:{free_port()}"), Path(sys.argv[1]), timings=InfluxTimings(flush_interval_s=0.05))
 store.write([Point("batch", {NOW_NS} + number, {{}}, {{"tasks": number}}) for number in range(7000)])
 while len(list(Path(sys.argv[1]).glob("*.gz"))) < 2: time.sleep(0.01)
 print("kept", flush=True)

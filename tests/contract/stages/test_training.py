@@ -281,21 +281,25 @@ def test_what_is_stale_or_foreign_changes_no_weight_and_is_told_by_its_own_error
                 inbox, Gradient(request_id=new_request_id(), content=nothing, sender_inbox="stranger/inbox")
             )
             await line.send(inbox, foreign(term - 1))
-            for verb in ("commit", "halt", "restore", "prepared", "abandon", "halted", "restored"):
+            for verb in ("commit", "quiesce", "restore", "prepared", "abort", "quiesced", "restored"):
                 word = StepMessage(request_id=new_request_id(), verb=verb, term=term - 1, sender_inbox="stranger/inbox")
                 await line.send(inbox, word)
             await line.send(
                 inbox, StepMessage(request_id=new_request_id(), verb="commit", term=term, sender_inbox="stranger/inbox")
             )
             for crew in (7, ["s0"], None):
-                word = StepMessage(request_id=new_request_id(), verb="halt", term=term + 1, details={"crew": crew})
+                word = StepMessage(
+                    request_id=new_request_id(), verb="quiesce", term=term + 1, details={"members": crew}
+                )
                 await line.send(inbox, word)
             version: Any
             for version in ("x", None, [], -1, 7):
-                details = {"version": version, "since": 0}
+                details = {"version": version, "restored_term": 0}
                 word = StepMessage(request_id=new_request_id(), verb="restore", term=term, details=details)
                 await line.send(inbox, word)
-                word = StepMessage(request_id=new_request_id(), verb="collect", term=term, details={"version": version})
+                word = StepMessage(
+                    request_id=new_request_id(), verb="fetch_weights", term=term, details={"version": version}
+                )
                 await line.send(inbox, word)
             await line.send(inbox, StepMessage(request_id=new_request_id(), verb="restore", term=term))
             await line.send(inbox, Failure(request_id=new_request_id(), stage="s", worker="w", error="E", reason="r"))
@@ -497,7 +501,7 @@ def test_saved_forwards_are_none_after_every_abort(tmp_path: Path) -> None:
         saved: list[int] = []
 
         def restored(topic: str, message: Message) -> None:
-            if isinstance(message, StepMessage) and message.verb == "halted":
+            if isinstance(message, StepMessage) and message.verb == "quiesced":
                 saved.append(message.details["standing"]["saved"])
 
         room.on_message = restored
@@ -519,7 +523,7 @@ async def give_up(room: InProcessPipeline, pupil: InProcessSource) -> None:
     """Have the source give up its step, as it does when it hears nothing."""
     crew = pupil.training.membership.members
     assert crew is not None
-    word = StepMessage(request_id=new_request_id(), verb="abandon", term=crew.term, details={"why": "a test"})
+    word = StepMessage(request_id=new_request_id(), verb="abort", term=crew.term, details={"why": "a test"})
     await pupil.channel.send(pupil.training.membership.coordinator_inbox(crew), word)
 
 
@@ -574,7 +578,7 @@ def test_weights_that_are_no_numbers_any_more_are_in_no_checkpoint_and_all_go_ba
 
 
 def test_nobody_trains_is_told_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module, "CREW_WAIT_S", 0.5)
+    monkeypatch.setattr(training_module, "MEMBERS_WAIT_S", 0.5)
 
     async def test(room: InProcessPipeline) -> None:
         with pytest.raises(NobodyTrains, match=r"not all up within 0\.5 s: `sparse status` says who is"):
@@ -613,14 +617,16 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_given_up_again_and_again_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module, "TERMS_LIMIT", 3)
+    monkeypatch.setattr(training_module, "MAX_CONSECUTIVE_TERMS", 3)
 
     async def test(room: InProcessPipeline) -> None:
         room.workers[1].trainer.step_queue.add_task = lambda task, micro: "no room"  # type: ignore[method-assign]
         with pytest.raises(CannotTrain, match=r"step 0 was given up 3 times: Busy at stage s1"):
             await room.train()
         assert len({event["version"] for event in room.sources[0].events}) <= 1
-        halts = [message for _, message in room.messages if isinstance(message, StepMessage) and message.verb == "halt"]
+        halts = [
+            message for _, message in room.messages if isinstance(message, StepMessage) and message.verb == "quiesce"
+        ]
         terms = [word.term for word in halts]
         assert terms == sorted(terms)
         assert len(set(terms)) == 4  # the beginning, and one for each time that it was given up

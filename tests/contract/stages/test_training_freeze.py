@@ -54,9 +54,9 @@ class Freezer:
     def _hear(self, topic: str, message: Message) -> None:
         if not isinstance(message, StepMessage) or self._awake.is_set():
             return
-        if message.verb == "halt" and topic == self._worker.trainer.inbox:
+        if message.verb == "quiesce" and topic == self._worker.trainer.inbox:
             self._transport.receive = self._take_own  # type: ignore[assignment, method-assign]
-        if message.verb == "halted" and message.details["stage"] == self._worker.stage.name:
+        if message.verb == "quiesced" and message.details["stage"] == self._worker.stage.name:
             self._freeze()
 
     def _freeze(self) -> None:
@@ -90,7 +90,7 @@ def test_one_that_conducts_and_wakes_while_it_settles_a_term_finds_that_another_
         freezer = Freezer(room, former)
         now = pupil.training.membership.members
         assert now is not None
-        give_up = StepMessage(request_id=bytes(16), verb="abandon", term=now.term, details={"why": "a test wants it"})
+        give_up = StepMessage(request_id=bytes(16), verb="abort", term=now.term, details={"why": "a test wants it"})
         await pupil.channel.send(former.trainer.inbox, give_up)
         await room.wait_for("the freeze", lambda: freezer.is_frozen)
         room.on_event = lambda event: freezer.wake() if event.get("step") == 11 and freezer.is_frozen else None

@@ -17,51 +17,53 @@ from tests.support.pipelines.processes import ProcessSandbox, process_sandbox
 
 NUMBERS = [stage_table("double", "double")]
 PARTS = [{"name": "head"}, {"name": "tail"}]
-TINY = "tests.support.training.factories:tiny"
+TINY = "tests.support.training.factories:tiny_network"
 # What a run says every other second while its stages have not answered: on a busy machine one may take that long.
 WAITS = re.compile(r"^ *\d+\.\d s  starting  .*\n", re.MULTILINE)
 
 
-def one_line(box: ProcessSandbox, *words: str | Path) -> str:
+def one_line(sandbox: ProcessSandbox, *words: str | Path) -> str:
     """What `sparse` says of a mistake; nothing else is said, and nothing is left."""
-    said = box.start_sparse(*words).wait()
+    said = sandbox.start_sparse(*words).wait()
     assert said.returncode == 2, said.stderr
     assert said.stdout == ""
     told = WAITS.sub("", said.stderr)
     assert told.startswith("sparse: ")
     assert told.count("\n") == 1, said.stderr
     assert "Traceback" not in said.stderr
-    box.assert_nothing_left(within_s=5)
+    sandbox.assert_nothing_left(within_s=5)
     return told.removeprefix("sparse: ").rstrip("\n")
 
 
-def run(box: ProcessSandbox, path: Path, *words: str) -> str:
+def run(sandbox: ProcessSandbox, path: Path, *words: str) -> str:
     """What `sparse run` says of this file, started with the broker that needs no installation."""
     require_dependency("iotcore")
-    return one_line(box, "run", path, "--broker", "embedded", "--json", "--out", box.folder / "out", *words)
+    return one_line(sandbox, "run", path, "--broker", "embedded", "--json", "--out", sandbox.folder / "out", *words)
 
 
 # The pipeline file ------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_is_not_there(box: ProcessSandbox) -> None:
-    assert run(box, box.folder / "no.toml") == f"{box.folder}/no.toml: no such file"
+def test_a_file_that_is_not_there(sandbox: ProcessSandbox) -> None:
+    assert run(sandbox, sandbox.folder / "no.toml") == f"{sandbox.folder}/no.toml: no such file"
 
 
-def test_a_folder_for_a_file(box: ProcessSandbox) -> None:
-    assert run(box, box.folder) == f"{box.folder}: Is a directory"
+def test_a_folder_for_a_file(sandbox: ProcessSandbox) -> None:
+    assert run(sandbox, sandbox.folder) == f"{sandbox.folder}: Is a directory"
 
 
-def test_a_file_that_is_no_toml(box: ProcessSandbox) -> None:
-    path = box.folder / "bad.toml"
+def test_a_file_that_is_no_toml(sandbox: ProcessSandbox) -> None:
+    path = sandbox.folder / "bad.toml"
     path.write_text("[pipeline\nname = 1")
-    assert run(box, path).startswith(f"{path}: is not TOML: Expected ']' at the end of a table declaration (at line 1")
+    assert run(sandbox, path).startswith(
+        f"{path}: is not TOML: Expected ']' at the end of a table declaration (at line 1"
+    )
 
 
-def test_a_file_that_is_no_text(box: ProcessSandbox) -> None:
-    path = box.folder / "bad.toml"
+def test_a_file_that_is_no_text(sandbox: ProcessSandbox) -> None:
+    path = sandbox.folder / "bad.toml"
     path.write_bytes(b"\xff\xfe\x00")
-    assert run(box, path) == f"{path}: is not text: expected TOML in UTF-8"
+    assert run(sandbox, path) == f"{path}: is not text: expected TOML in UTF-8"
 
 
 # tests/unit/brokers/config/test_pipeline_file.py has them all; of each sort one, to see that it comes through.
@@ -82,10 +84,10 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_the_file_says(box: ProcessSandbox, case: str) -> None:
+def test_what_the_file_says(sandbox: ProcessSandbox, case: str) -> None:
     make, expected = CASES[case]
-    path = make(box.folder)
-    said = run(box, path)
+    path = make(sandbox.folder)
+    said = run(sandbox, path)
     assert said.startswith(str(path))
     assert expected in said
 
@@ -93,108 +95,108 @@ def test_what_the_file_says(box: ProcessSandbox, case: str) -> None:
 # What it names ----------------------------------------------------------------------------------------------------
 
 
-def test_an_executor_that_is_not_there(box: ProcessSandbox) -> None:
+def test_an_executor_that_is_not_there(sandbox: ProcessSandbox) -> None:
     path = write_pipeline_file(
-        box.folder, [*NUMBERS, {"name": "mine", "executor": "my_stages:smooth"}], counting_source_table(1)
+        sandbox.folder, [*NUMBERS, {"name": "mine", "executor": "my_stages:smooth"}], counting_source_table(1)
     )
-    searched = f"searched in {box.folder} and the installed packages"
+    searched = f"searched in {sandbox.folder} and the installed packages"
     expected = f"executor 'my_stages:smooth': No module named 'my_stages' ({searched})"
-    assert run(box, path) == f"{path}: stage.executor: {expected}"
+    assert run(sandbox, path) == f"{path}: stage.executor: {expected}"
 
 
-def test_an_executor_of_another_name(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("double", "dubble")], counting_source_table(1))
+def test_an_executor_of_another_name(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, [stage_table("double", "dubble")], counting_source_table(1))
     expected = "executor 'tests.support.pipelines.example_code:dubble': module tests.support.pipelines.example_code has no dubble"
-    assert run(box, path) == f"{path}: stage.executor: {expected}"
+    assert run(sandbox, path) == f"{path}: stage.executor: {expected}"
 
 
-def test_settings_that_an_executor_does_not_take(box: ProcessSandbox) -> None:
+def test_settings_that_an_executor_does_not_take(sandbox: ProcessSandbox) -> None:
     path = write_pipeline_file(
-        box.folder, [stage_table("slow", "Slow", settings={"second": 1})], counting_source_table(1)
+        sandbox.folder, [stage_table("slow", "SleepExecutor", settings={"second": 1})], counting_source_table(1)
     )
-    said = run(box, path)
+    said = run(sandbox, path)
     assert said.startswith(
-        f"{path}: stage.executor: executor 'tests.support.pipelines.example_code:Slow': its settings do not fit: "
+        f"{path}: stage.executor: executor 'tests.support.pipelines.example_code:SleepExecutor': its settings do not fit: "
     )
     assert "'second'" in said
 
 
-def test_a_source_that_is_not_there(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, NUMBERS, {"kind": "video", "path": "no.mp4"})
-    expected = f"{box.folder}/no.mp4: no such file or folder; expected a video file"
-    assert run(box, path) == f"{path}: source.path: {expected}"
+def test_a_source_that_is_not_there(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, NUMBERS, {"kind": "video", "path": "no.mp4"})
+    expected = f"{sandbox.folder}/no.mp4: no such file or folder; expected a video file"
+    assert run(sandbox, path) == f"{path}: source.path: {expected}"
 
 
-def test_a_kind_of_source_that_there_is_not(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, NUMBERS, {"kind": "vidio"})
+def test_a_kind_of_source_that_there_is_not(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, NUMBERS, {"kind": "vidio"})
     known = "video, images, camera, digits, cifar10, ingress, or a class as"
-    assert run(box, path).startswith(f"{path}: source.kind: source kind 'vidio': expected one of {known}")
+    assert run(sandbox, path).startswith(f"{path}: source.kind: source kind 'vidio': expected one of {known}")
 
 
-def test_a_camera_that_is_not_there(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, NUMBERS, {"kind": "camera", "device": "/dev/no-camera"})
-    assert run(box, path) == f"{path}: source.device: camera /dev/no-camera: No such file or directory"
+def test_a_camera_that_is_not_there(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, NUMBERS, {"kind": "camera", "device": "/dev/no-camera"})
+    assert run(sandbox, path) == f"{path}: source.device: camera /dev/no-camera: No such file or directory"
 
 
-def test_a_folder_that_cannot_be_made(box: ProcessSandbox) -> None:
+def test_a_folder_that_cannot_be_made(sandbox: ProcessSandbox) -> None:
     require_dependency("iotcore")
-    path = write_pipeline_file(box.folder, NUMBERS, counting_source_table(1))
-    said = one_line(box, "run", path, "--broker", "embedded", "--out", "/dev/null/out")
+    path = write_pipeline_file(sandbox.folder, NUMBERS, counting_source_table(1))
+    said = one_line(sandbox, "run", path, "--broker", "embedded", "--out", "/dev/null/out")
     assert said == "/dev/null/out: the results cannot be written: Not a directory"
 
 
 # Networks ---------------------------------------------------------------------------------------------------------
 
 
-def stage_says(box: ProcessSandbox, broker: LocalBroker, path: Path, name: str = "head") -> str:
-    return one_line(box, "stage", path, name, "--broker", broker.address)
+def stage_says(sandbox: ProcessSandbox, broker: LocalBroker, path: Path, name: str = "head") -> str:
+    return one_line(sandbox, "stage", path, name, "--broker", broker.address)
 
 
-def test_a_cut_that_does_not_exist_is_said_by_the_run(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, PARTS, counting_source_table(1), model=TINY, cuts=[9])
-    said = run(box, path)
+def test_a_cut_that_does_not_exist_is_said_by_the_run(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, PARTS, counting_source_table(1), model=TINY, cuts=[9])
+    said = run(sandbox, path)
     expected = "cut 9 does not exist: the network has 5 layers and cuts 1 to 4; the nearest, 4, is"
     assert said.startswith(f"{path}: pipeline.cuts: {expected}")
 
 
-def test_a_model_that_is_not_known(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    path = write_pipeline_file(box.folder, PARTS, model="yolov4-tiny", cuts=[3])
-    said = stage_says(box, embedded, path)
+def test_a_model_that_is_not_known(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
+    path = write_pipeline_file(sandbox.folder, PARTS, model="yolov4-tiny", cuts=[3])
+    said = stage_says(sandbox, embedded_broker, path)
     assert said.startswith(f"{path}: pipeline.model: model 'yolov4-tiny' is not known: did you mean ")
     assert "yolov3-tiny" in said
     assert "torchvision:NAME" in said
 
 
-def test_weights_that_do_not_fit(box: ProcessSandbox, embedded: LocalBroker) -> None:
+def test_weights_that_do_not_fit(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
     import torch
     from safetensors.torch import save_file
 
     from tests.support.training.factories import TinyNetwork
 
     state = TinyNetwork().state_dict()
-    save_file({**state, "second.weight": torch.zeros(8, 9)}, box.folder / "tiny.safetensors")
-    path = write_pipeline_file(box.folder, PARTS, model=TINY, cuts=[2], weights="tiny.safetensors")
+    save_file({**state, "second.weight": torch.zeros(8, 9)}, sandbox.folder / "tiny.safetensors")
+    path = write_pipeline_file(sandbox.folder, PARTS, model=TINY, cuts=[2], weights="tiny.safetensors")
     problem = "does not fit: expected 'second.weight' of shape [8, 8], the file has [8, 9]"
-    expected = f"{path}: pipeline.weights: {box.folder}/tiny.safetensors {problem}"
-    assert stage_says(box, embedded, path) == expected
+    expected = f"{path}: pipeline.weights: {sandbox.folder}/tiny.safetensors {problem}"
+    assert stage_says(sandbox, embedded_broker, path) == expected
 
 
-def test_weights_that_are_none(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    (box.folder / "tiny.safetensors").write_bytes(b"\xff" * 100)
-    path = write_pipeline_file(box.folder, PARTS, model=TINY, cuts=[2], weights="tiny.safetensors")
-    expected = f"{path}: pipeline.weights: {box.folder}/tiny.safetensors: is no safetensors file: "
-    assert stage_says(box, embedded, path).startswith(expected)
+def test_weights_that_are_none(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
+    (sandbox.folder / "tiny.safetensors").write_bytes(b"\xff" * 100)
+    path = write_pipeline_file(sandbox.folder, PARTS, model=TINY, cuts=[2], weights="tiny.safetensors")
+    expected = f"{path}: pipeline.weights: {sandbox.folder}/tiny.safetensors: is no safetensors file: "
+    assert stage_says(sandbox, embedded_broker, path).startswith(expected)
 
 
-def test_weights_whose_checksum_fails(tmp_path: Path, embedded: LocalBroker) -> None:
+def test_weights_whose_checksum_fails(tmp_path: Path, embedded_broker: LocalBroker) -> None:
     """The file in the cache is broken, and there is no way to fetch another: its address is out of reach."""
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "yolov3.weights").write_bytes(b"broken")
     environment = {"SPARSE_CACHE": str(cache), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    with process_sandbox(tmp_path, environment) as box:
+    with process_sandbox(tmp_path, environment) as sandbox:
         path = write_pipeline_file(tmp_path, PARTS, model="yolov3", cuts=[9], weights="yolov3")
-        said = box.start_sparse("stage", path, "head", "--broker", embedded.address).wait()
+        said = sandbox.start_sparse("stage", path, "head", "--broker", embedded_broker.address).wait()
     assert said.returncode == 2
     told = said.stderr.splitlines()[-1]
     assert "yolov3.weights" in told
@@ -202,9 +204,11 @@ def test_weights_whose_checksum_fails(tmp_path: Path, embedded: LocalBroker) -> 
     assert "Traceback" not in said.stderr
 
 
-def test_a_network_that_cannot_be_cut(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    path = write_pipeline_file(box.folder, PARTS, model="tests.support.training.factories:doors", cuts=[1])
-    said = stage_says(box, embedded, path)
+def test_a_network_that_cannot_be_cut(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
+    path = write_pipeline_file(
+        sandbox.folder, PARTS, model="tests.support.training.factories:data_dependent_network", cuts=[1]
+    )
+    said = stage_says(sandbox, embedded_broker, path)
     assert "cannot be cut as it is, torch.fx says" in said
     assert "nn.Sequential" in said
 
@@ -212,46 +216,46 @@ def test_a_network_that_cannot_be_cut(box: ProcessSandbox, embedded: LocalBroker
 # Brokers ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_port_that_is_taken(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, NUMBERS, counting_source_table(1))
+def test_a_port_that_is_taken(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, NUMBERS, counting_source_table(1))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         expected = f"port {port} on 127.0.0.1 is taken: stop what listens there, or choose another with --port"
-        assert run(box, path, "--port", str(port)) == expected
-        assert one_line(box, "broker", "--port", str(port)) == expected
+        assert run(sandbox, path, "--port", str(port)) == expected
+        assert one_line(sandbox, "broker", "--port", str(port)) == expected
 
 
 @pytest.mark.parametrize("command", ["run", "stage", "source", "status"])
-def test_a_broker_that_is_out_of_reach(box: ProcessSandbox, command: str) -> None:
-    path = write_pipeline_file(box.folder, NUMBERS, counting_source_table(1))
+def test_a_broker_that_is_out_of_reach(sandbox: ProcessSandbox, command: str) -> None:
+    path = write_pipeline_file(sandbox.folder, NUMBERS, counting_source_table(1))
     words: dict[str, tuple[Any, ...]] = {
-        "run": ("run", path, "--out", box.folder / "out"),
+        "run": ("run", path, "--out", sandbox.folder / "out"),
         "stage": ("stage", path, "double"),
-        "source": ("source", path, "--out", box.folder / "out"),
+        "source": ("source", path, "--out", sandbox.folder / "out"),
         "status": ("status",),
     }
-    said = one_line(box, *words[command], "--broker", "mqtt://127.0.0.1:9")
+    said = one_line(sandbox, *words[command], "--broker", "mqtt://127.0.0.1:9")
     assert said.startswith("no MQTT 5 broker at mqtt://127.0.0.1:9: connection refused")
     assert "sparse broker" in said
 
 
 @pytest.mark.parametrize("command", ["stage", "source", "status", "monitor"])
-def test_a_broker_that_nobody_has_named(box: ProcessSandbox, command: str) -> None:
-    path = write_pipeline_file(box.folder, NUMBERS, counting_source_table(1))
-    said = one_line(box, command, path, *(["double"] if command == "stage" else []))
+def test_a_broker_that_nobody_has_named(sandbox: ProcessSandbox, command: str) -> None:
+    path = write_pipeline_file(sandbox.folder, NUMBERS, counting_source_table(1))
+    said = one_line(sandbox, command, path, *(["double"] if command == "stage" else []))
     assert said.startswith(f"{path}: no broker is known for site 'local': give --broker mqtt://HOST:PORT")
 
 
 def test_status_without_a_file_asks_the_broker_of_the_environment(tmp_path: Path) -> None:
-    with process_sandbox(tmp_path, {"SPARSE_BROKER": "mqtt://me:secret@127.0.0.1:9"}) as box:
-        assert one_line(box, "status").startswith("no MQTT 5 broker at mqtt://me@127.0.0.1:9: connection refused")
+    with process_sandbox(tmp_path, {"SPARSE_BROKER": "mqtt://me:secret@127.0.0.1:9"}) as sandbox:
+        assert one_line(sandbox, "status").startswith("no MQTT 5 broker at mqtt://me@127.0.0.1:9: connection refused")
 
 
-def test_a_stage_that_the_file_does_not_have(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, NUMBERS)
-    said = one_line(box, "stage", path, "duble", "--broker", "mqtt://127.0.0.1:9")
+def test_a_stage_that_the_file_does_not_have(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, NUMBERS)
+    said = one_line(sandbox, "stage", path, "duble", "--broker", "mqtt://127.0.0.1:9")
     assert said == f"{path}: no stage 'duble' (did you mean 'double'?): it has double"
 
 
@@ -266,22 +270,22 @@ def test_a_stage_that_the_file_does_not_have(box: ProcessSandbox) -> None:
         (("no.toml",), "no.toml: no such file"),
     ],
 )
-def test_a_monitor_that_cannot_be_as_it_is_told(box: ProcessSandbox, words: tuple[str, ...], expected: str) -> None:
-    assert expected in one_line(box, "monitor", "--broker", "mqtt://127.0.0.1:9", *words)
+def test_a_monitor_that_cannot_be_as_it_is_told(sandbox: ProcessSandbox, words: tuple[str, ...], expected: str) -> None:
+    assert expected in one_line(sandbox, "monitor", "--broker", "mqtt://127.0.0.1:9", *words)
 
 
-def test_a_number_of_threads_that_cannot_be(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, NUMBERS)
-    assert "Input should be greater than or equal to 1" in one_line(box, "stage", path, "double", "--threads=-3")
+def test_a_number_of_threads_that_cannot_be(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, NUMBERS)
+    assert "Input should be greater than or equal to 1" in one_line(sandbox, "stage", path, "double", "--threads=-3")
 
 
-def test_a_stage_that_dies_as_it_starts_is_no_mistake_of_the_file(box: ProcessSandbox) -> None:
+def test_a_stage_that_dies_as_it_starts_is_no_mistake_of_the_file(sandbox: ProcessSandbox) -> None:
     """The run fails (status 1), and the line says where to read on."""
     require_dependency("iotcore")
-    path = write_pipeline_file(box.folder, [stage_table("bad", "BadStart")], counting_source_table(1))
-    out = box.folder / "out"
-    said = box.start_sparse("run", path, "--broker", "embedded", "--out", out).wait()
+    path = write_pipeline_file(sandbox.folder, [stage_table("bad", "FailingStartExecutor")], counting_source_table(1))
+    out = sandbox.folder / "out"
+    said = sandbox.start_sparse("run", path, "--broker", "embedded", "--out", out).wait()
     assert said.returncode == 1
     expected = f"sparse: stage bad ended with status 1: the file is not there (its log: {out}/logs/bad-1.log)\n"
     assert said.stderr == expected
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()

@@ -32,12 +32,12 @@ def _embedded_broker_is_there() -> None:
     require_dependency("iotcore")
 
 
-def endless(box: ProcessSandbox, *words: str, seconds: float = 0.02) -> tuple[RunningCommand, Path]:
+def endless(sandbox: ProcessSandbox, *words: str, seconds: float = 0.02) -> tuple[RunningCommand, Path]:
     """A run that does not end by itself, and its folder."""
-    stages = [stage_table("first", "double"), stage_table("slow", "Slow", settings={"seconds": seconds})]
-    path = write_pipeline_file(box.folder, stages, counting_source_table(1_000_000))
-    out = box.folder / "out"
-    return box.start_sparse("run", path, "--broker", "embedded", "--json", "--out", out, *words), out
+    stages = [stage_table("first", "double"), stage_table("slow", "SleepExecutor", settings={"seconds": seconds})]
+    path = write_pipeline_file(sandbox.folder, stages, counting_source_table(1_000_000))
+    out = sandbox.folder / "out"
+    return sandbox.start_sparse("run", path, "--broker", "embedded", "--json", "--out", out, *words), out
 
 
 def some_results(out: Path, count: int = 5) -> None:
@@ -54,8 +54,8 @@ def no_file_is_half_written(out: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_is_stopped_ends_in_good_order(box: ProcessSandbox, way: str) -> None:
-    run, out = endless(box)
+def test_a_run_that_is_stopped_ends_in_good_order(sandbox: ProcessSandbox, way: str) -> None:
+    run, out = endless(sandbox)
     some_results(out)
     WAYS[way](run)
     said = run.wait()
@@ -69,13 +69,13 @@ def test_a_run_that_is_stopped_ends_in_good_order(box: ProcessSandbox, way: str)
     assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))
     assert said.json_output["lost"] == 0
     assert "Traceback" not in said.stderr
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
     no_file_is_half_written(out)
 
 
-def test_a_second_ctrl_c_waits_for_nothing(box: ProcessSandbox) -> None:
-    run, out = endless(box, seconds=60)
-    eventually("the source", lambda: box.find_process("source"))
+def test_a_second_ctrl_c_waits_for_nothing(sandbox: ProcessSandbox) -> None:
+    run, out = endless(sandbox, seconds=60)
+    eventually("the source", lambda: sandbox.find_process("source"))
     eventually("its file", (out / "results.jsonl").exists)
     os.killpg(run.pid, signal.SIGINT)
     with pytest.raises(TimeoutError):  # it waits for the stage, which sleeps
@@ -85,93 +85,97 @@ def test_a_second_ctrl_c_waits_for_nothing(box: ProcessSandbox) -> None:
     assert said.returncode == 130, said.stderr
     assert said.stdout == ""
     assert "Traceback" not in said.stderr
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 @pytest.mark.parametrize("moment", ["the broker", "the first stage", "the second stage", "the source"])
-def test_a_ctrl_c_while_it_starts_leaves_nothing(box: ProcessSandbox, moment: str) -> None:
-    run, _ = endless(box)
+def test_a_ctrl_c_while_it_starts_leaves_nothing(sandbox: ProcessSandbox, moment: str) -> None:
+    run, _ = endless(sandbox)
     words = {"the broker": ("broker-guard",), "the first stage": ("first",), "the second stage": ("slow",)}
-    eventually(moment, lambda: box.find_process(*words.get(moment, ("source",))))
+    eventually(moment, lambda: sandbox.find_process(*words.get(moment, ("source",))))
     os.killpg(run.pid, signal.SIGINT)
     said = run.wait()
     assert said.returncode == 130, said.stderr
     assert "Traceback" not in said.stderr
-    box.assert_nothing_left(within_s=5)  # a broker that was just starting is ended by its guard
+    sandbox.assert_nothing_left(within_s=5)  # a broker that was just starting is ended by its guard
 
 
-def test_a_run_that_is_killed_takes_its_processes_with_it(box: ProcessSandbox) -> None:
-    run, out = endless(box)
+def test_a_run_that_is_killed_takes_its_processes_with_it(sandbox: ProcessSandbox) -> None:
+    run, out = endless(sandbox)
     some_results(out)
-    assert len(box.live_processes()) >= 5  # itself, the broker and its guard, two stages, the source
+    assert len(sandbox.live_processes()) >= 5  # itself, the broker and its guard, two stages, the source
     run.process.kill()
     run.process.wait()
-    box.assert_nothing_left(within_s=20)
+    sandbox.assert_nothing_left(within_s=20)
 
 
-def test_a_source_that_does_not_mind_being_closed_is_left_behind(box: ProcessSandbox) -> None:
-    source = {"kind": "tests.support.pipelines.example_code:Deaf", "name": "deaf"}
-    path = write_pipeline_file(box.folder, [stage_table("first", "double")], source)
-    out = box.folder / "out"
-    run = box.start_sparse("run", path, "--broker", "embedded", "--json", "--out", out)
+def test_a_source_that_does_not_mind_being_closed_is_left_behind(sandbox: ProcessSandbox) -> None:
+    source = {"kind": "tests.support.pipelines.example_code:BlockingSource", "name": "deaf"}
+    path = write_pipeline_file(sandbox.folder, [stage_table("first", "double")], source)
+    out = sandbox.folder / "out"
+    run = sandbox.start_sparse("run", path, "--broker", "embedded", "--json", "--out", out)
     some_results(out, 1)
     said = run.wait(signal.SIGINT)
     assert said.returncode == 130, said.stderr
     assert said.json_output["results"] == 1
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 @pytest.mark.parametrize("command", ["stage", "source"])
-def test_a_process_in_the_foreground_ends_at_a_ctrl_c(box: ProcessSandbox, command: str) -> None:
-    broker = box.start_sparse("broker", "--kind", "embedded", "--port", str(free_port()))
+def test_a_process_in_the_foreground_ends_at_a_ctrl_c(sandbox: ProcessSandbox, command: str) -> None:
+    broker = sandbox.start_sparse("broker", "--kind", "embedded", "--port", str(free_port()))
     eventually("the broker", lambda: "listens on" in broker.read_stderr())
     address = broker.read_stderr().split("listens on ")[1].split(";")[0]
-    path = write_pipeline_file(box.folder, [stage_table("first", "double")], counting_source_table(3))
-    words = ("stage", path, "first") if command == "stage" else ("source", path, "--out", box.folder / "out")
-    one = box.start_sparse(*words, "--broker", address)
+    path = write_pipeline_file(sandbox.folder, [stage_table("first", "double")], counting_source_table(3))
+    words = ("stage", path, "first") if command == "stage" else ("source", path, "--out", sandbox.folder / "out")
+    one = sandbox.start_sparse(*words, "--broker", address)
     eventually("its connection", lambda: psutil.Process(one.pid).net_connections(kind="tcp"))
     said = one.wait(signal.SIGINT) if command == "stage" else _twice(one)
     assert said.returncode == 130, said.stderr
     assert "Traceback" not in said.stderr
     assert broker.wait(signal.SIGINT).returncode == 130
-    box.assert_nothing_left(within_s=5)
+    sandbox.assert_nothing_left(within_s=5)
 
 
-def test_a_service_that_is_told_to_end_has_done_what_it_should(box: ProcessSandbox, embedded: LocalBroker) -> None:
+def test_a_service_that_is_told_to_end_has_done_what_it_should(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
+) -> None:
     """SIGTERM is how containers and service managers end what runs for ever: no failure."""
-    broker = box.start_sparse("broker", "--kind", "embedded", "--port", str(free_port()))
-    path = write_pipeline_file(box.folder, [stage_table("first", "double")], counting_source_table(3))
-    worker = box.start_sparse("-v", "stage", path, "first", "--broker", embedded.address)
+    broker = sandbox.start_sparse("broker", "--kind", "embedded", "--port", str(free_port()))
+    path = write_pipeline_file(sandbox.folder, [stage_table("first", "double")], counting_source_table(3))
+    worker = sandbox.start_sparse("-v", "stage", path, "first", "--broker", embedded_broker.address)
     eventually("the broker", lambda: "listens on" in broker.read_stderr())
     eventually("the stage", lambda: "serves stage" in worker.read_stderr())
     assert broker.wait(signal.SIGTERM).returncode == 0
-    path = write_pipeline_file(box.folder, [stage_table("first", "double")], name="door")
-    gateway = box.start_sparse("-v", "source", path, "--broker", embedded.address, "--out", box.folder / "out")
+    path = write_pipeline_file(sandbox.folder, [stage_table("first", "double")], name="door")
+    gateway = sandbox.start_sparse(
+        "-v", "source", path, "--broker", embedded_broker.address, "--out", sandbox.folder / "out"
+    )
     eventually("the gateway", lambda: "publish pictures or readings" in gateway.read_stderr())
     assert worker.wait(signal.SIGTERM).returncode == 0
     assert gateway.wait(signal.SIGTERM).returncode == 0
-    box.assert_nothing_left(within_s=5)
+    sandbox.assert_nothing_left(within_s=5)
 
 
-def test_a_broker_that_dies_says_so(box: ProcessSandbox) -> None:
+def test_a_broker_that_dies_says_so(sandbox: ProcessSandbox) -> None:
     port = free_port()
-    broker = box.start_sparse("broker", "--kind", "embedded", "--port", str(port))
+    broker = sandbox.start_sparse("broker", "--kind", "embedded", "--port", str(port))
     eventually("the broker", lambda: "listens on" in broker.read_stderr())
-    for process in eventually("its process", lambda: _listening(box, port)):
+    for process in eventually("its process", lambda: _listening(sandbox, port)):
         process.kill()
     said = broker.wait()
     assert said.returncode == 1
     assert said.stderr.splitlines()[-1].startswith(
         f"sparse: the embedded broker at mqtt://127.0.0.1:{port} ended by itself: "
     )
-    box.assert_nothing_left(within_s=5)
+    sandbox.assert_nothing_left(within_s=5)
 
 
-def _listening(box: ProcessSandbox, port: int) -> list[psutil.Process]:
+def _listening(sandbox: ProcessSandbox, port: int) -> list[psutil.Process]:
     """The broker itself, and not its guard: who listens at this port."""
     return [
         process
-        for process in box.live_processes()
+        for process in sandbox.live_processes()
         if any(line.status == psutil.CONN_LISTEN and line.laddr.port == port for line in process.net_connections("tcp"))
     ]
 
@@ -191,17 +195,17 @@ def _wait(run: RunningCommand, timeout_s: float) -> None:
         raise TimeoutError from None
 
 
-def test_the_pictures_of_a_run_that_is_stopped_are_whole(box: ProcessSandbox) -> None:
-    video = write_video(box.folder / "long.mp4", 200)
+def test_the_pictures_of_a_run_that_is_stopped_are_whole(sandbox: ProcessSandbox) -> None:
+    video = write_video(sandbox.folder / "long.mp4", 200)
     path = write_pipeline_file(
-        box.folder, [stage_table("bytes", "Bytes")], {"kind": "video", "path": str(video), "loop": True}
+        sandbox.folder, [stage_table("bytes", "ByteCountExecutor")], {"kind": "video", "path": str(video), "loop": True}
     )
-    out = box.folder / "out"
-    run = box.start_sparse("run", path, "--broker", "embedded", "--json", "--out", out)
+    out = sandbox.folder / "out"
+    run = sandbox.start_sparse("run", path, "--broker", "embedded", "--json", "--out", out)
     some_results(out, 30)
     said = run.wait(signal.SIGINT)
     assert said.returncode == 130, said.stderr
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
     no_file_is_half_written(out)
     files = said.json_output["files"]
     with av.open(str(out / files["clip"])) as clip:

@@ -25,10 +25,10 @@ def test_every_pipeline_file_is_one_and_names_itself(name: str) -> None:
     assert [line for line in commands if line.startswith("sparse")] in ([], [f"sparse run examples/{name}"])
 
 
-def test_the_sensor_filter_and_the_python_way_in(box: ProcessSandbox) -> None:
+def test_the_sensor_filter_and_the_python_way_in(sandbox: ProcessSandbox) -> None:
     path = EXAMPLES / "sensor.toml"
     (publish,) = re.findall(r"^#     (mosquitto_pub .+)$", path.read_text(), flags=re.MULTILINE)
-    gateway = IngressPipeline(box, path, "--json", "--out", str(box.folder / "out"))
+    gateway = IngressPipeline(sandbox, path, "--json", "--out", str(sandbox.folder / "out"))
 
     first = gateway.publish_and_wait(publish)
     assert (first["source"], first["values"]) == ("kitchen", {"celsius": 21.5, "outliers": 0, "alarm": False})
@@ -49,7 +49,7 @@ def test_the_sensor_filter_and_the_python_way_in(box: ProcessSandbox) -> None:
         assert gateway.request("nothing", nothing)["error"] == "BadPayload"
 
     lacks = "expected ['celsius', 'outliers'], ['celsius'] missing from ['fahrenheit', 'outliers']"
-    said = box.start(sys.executable, EXAMPLES / "offload.py", gateway.address).wait()
+    said = sandbox.start(sys.executable, EXAMPLES / "offload.py", gateway.address).wait()
     assert said.returncode == 0, said.stderr
     one, many, *rest = said.stdout.splitlines()
     assert one == "one: 21.5 degrees, alarm: False"
@@ -67,7 +67,7 @@ def test_the_sensor_filter_and_the_python_way_in(box: ProcessSandbox) -> None:
     assert '"values": {"celsius": 21.0, "outliers": 0, "alarm": false}' in answer.stdout
     summary = gateway.interrupt().json_output
     assert summary["lost"] == 0
-    results = [json.loads(line) for line in (box.folder / "out" / "results.jsonl").read_text().splitlines()]
+    results = [json.loads(line) for line in (sandbox.folder / "out" / "results.jsonl").read_text().splitlines()]
     failed = [result["source"] for result in results if "error" in result]
     assert summary["failures"] == {"BadPayload": len(failed)}
     assert len([source for source in failed if source != "greeting"]) == 4  # the greeting is the test's, and no reading

@@ -22,44 +22,50 @@ from tests.support.pipelines.processes import ProcessSandbox, eventually
 _IMPATIENT = "import sys, monitor.launch.run; monitor.launch.run.SOURCE_DRAIN_TIMEOUT_S = 1.0; from brokers.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def test_a_password_is_shown_to_nobody(box: ProcessSandbox, embedded: LocalBroker) -> None:
+def test_a_password_is_shown_to_nobody(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
     """Not in the summary, not in the live view, not in the arguments of processes, which all users can list."""
-    path = write_pipeline_file(box.folder, [stage_table("first", "double")], counting_source_table(40, every_s=0.05))
-    out = box.folder / "out"
-    address = embedded.address.replace("://", "://me:secret@")
-    run = box.start_sparse("run", path, "--broker", address, "--json", "--out", out)
-    eventually("the source", lambda: box.find_process("source"))
-    words = [" ".join(process.cmdline()) for process in box.live_processes() if process.pid != run.pid]
+    path = write_pipeline_file(
+        sandbox.folder, [stage_table("first", "double")], counting_source_table(40, every_s=0.05)
+    )
+    out = sandbox.folder / "out"
+    address = embedded_broker.address.replace("://", "://me:secret@")
+    run = sandbox.start_sparse("run", path, "--broker", address, "--json", "--out", out)
+    eventually("the source", lambda: sandbox.find_process("source"))
+    words = [" ".join(process.cmdline()) for process in sandbox.live_processes() if process.pid != run.pid]
     assert len(words) == 3  # the stage, the source, the monitor
     assert "secret" not in " ".join(words)
     said = run.wait()
     assert said.returncode == 0, said.stderr
-    assert said.json_output["broker"] == embedded.address.replace("://", "://me@")
+    assert said.json_output["broker"] == embedded_broker.address.replace("://", "://me@")
     written = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
     assert "secret" not in said.stdout + said.stderr
     assert b"secret" not in b"".join(written)
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_folder_that_holds_a_run_is_not_taken_for_another_one(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("first", "double")], counting_source_table(3))
-    asked = ("run", path, "--broker", embedded.address, "--json", "--out", box.folder / "out")
+def test_a_folder_that_holds_a_run_is_not_taken_for_another_one(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
+) -> None:
+    path = write_pipeline_file(sandbox.folder, [stage_table("first", "double")], counting_source_table(3))
+    asked = ("run", path, "--broker", embedded_broker.address, "--json", "--out", sandbox.folder / "out")
     own = {"SPARSE_MONITOR": ""}
-    assert box.start_sparse(*asked, environment=own).wait().returncode == 0
-    said = box.start_sparse(*asked, environment=own).wait()
+    assert sandbox.start_sparse(*asked, environment=own).wait().returncode == 0
+    said = sandbox.start_sparse(*asked, environment=own).wait()
     assert said.returncode == 2
     assert "it holds a run already (telemetry.sqlite): name another folder" in said.stderr
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 @pytest.mark.parametrize("says", ["here I am", '{"a": 1}'])
-def test_what_a_source_of_ones_own_prints_is_no_summary(box: ProcessSandbox, embedded: LocalBroker, says: str) -> None:
-    source = {"kind": "tests.support.pipelines.example_code:Talker", "name": "talker"}
+def test_what_a_source_of_ones_own_prints_is_no_summary(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker, says: str
+) -> None:
+    source = {"kind": "tests.support.pipelines.example_code:PrintingSource", "name": "talker"}
     for fails in (True, False):
         settings = {"count": 2, "says": says, "fails": fails}
-        path = write_pipeline_file(box.folder, [stage_table("first", "double")], {**source, "settings": settings})
-        out = box.folder / f"out-{fails}"
-        said = box.start_sparse("run", path, "--broker", embedded.address, "--json", "--out", out).wait()
+        path = write_pipeline_file(sandbox.folder, [stage_table("first", "double")], {**source, "settings": settings})
+        out = sandbox.folder / f"out-{fails}"
+        said = sandbox.start_sparse("run", path, "--broker", embedded_broker.address, "--json", "--out", out).wait()
         assert "Traceback" not in said.stderr
         if fails:
             assert (said.returncode, said.stdout) == (1, "")
@@ -71,43 +77,49 @@ def test_what_a_source_of_ones_own_prints_is_no_summary(box: ProcessSandbox, emb
 
 
 def test_the_broker_that_was_asked_for_goes_before_the_one_in_the_file(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("first", "double")], counting_source_table(3))
+    path = write_pipeline_file(sandbox.folder, [stage_table("first", "double")], counting_source_table(3))
     path.write_text(path.read_text() + '[[site]]\nname = "local"\nbroker = "mqtt://127.0.0.1:9"\n')
-    said = box.start_sparse("run", path, "--broker", embedded.address, "--json", "--out", box.folder / "out").wait()
+    said = sandbox.start_sparse(
+        "run", path, "--broker", embedded_broker.address, "--json", "--out", sandbox.folder / "out"
+    ).wait()
     assert said.returncode == 0, said.stderr
     assert said.json_output["results"] == 3
 
 
 @pytest.mark.parametrize("kind", ["embedded", "mosquitto"])
 def test_a_broker_of_the_runs_own_that_dies_is_started_again_and_nothing_is_lost(
-    box: ProcessSandbox, kind: str
+    sandbox: ProcessSandbox, kind: str
 ) -> None:
     require_dependency({"embedded": "iotcore"}.get(kind, kind))
-    path = write_pipeline_file(box.folder, [stage_table("first", "double")], counting_source_table(300, every_s=0.01))
-    out = box.folder / "out"
-    run = box.start_sparse("run", path, "--broker", kind, "--json", "--out", out)
+    path = write_pipeline_file(
+        sandbox.folder, [stage_table("first", "double")], counting_source_table(300, every_s=0.01)
+    )
+    out = sandbox.folder / "out"
+    run = sandbox.start_sparse("run", path, "--broker", kind, "--json", "--out", out)
     results = out / "results.jsonl"
     eventually("some results", lambda: results.exists() and results.read_text().count("\n") >= 5)
     (broker,) = [
-        each for each in box.live_processes() if any(line.status == "LISTEN" for line in each.net_connections("tcp"))
+        each
+        for each in sandbox.live_processes()
+        if any(line.status == "LISTEN" for line in each.net_connections("tcp"))
     ]
     broker.kill()
     said = run.wait()
     assert said.returncode == 0, said.stderr
     assert f"the {kind} broker ended by itself, and was started again" in said.stderr
     assert (said.json_output["results"], said.json_output["lost"], said.json_output["broker"]) == (300, 0, kind)
-    box.assert_nothing_left(within_s=5)
+    sandbox.assert_nothing_left(within_s=5)
 
 
 def test_a_broker_that_cannot_be_had_back_is_one_clear_line(
-    box: ProcessSandbox, monkeypatch: pytest.MonkeyPatch
+    sandbox: ProcessSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_dependency("iotcore")
     monkeypatch.setattr(run_broker, "_PORT_WAIT_S", 0.2)
     pipeline = load_pipeline(
-        write_pipeline_file(box.folder, [stage_table("first", "double")], counting_source_table(1))
+        write_pipeline_file(sandbox.folder, [stage_table("first", "double")], counting_source_table(1))
     )
     with set_up_brokers(pipeline, "embedded", None) as sites:
         site = sites.source_broker
@@ -123,13 +135,15 @@ def test_a_broker_that_cannot_be_had_back_is_one_clear_line(
     assert f"cannot be started again: port {site.local_broker.port} on 127.0.0.1 is taken" in str(caught.value)
 
 
-def test_a_source_that_does_not_end_after_a_ctrl_c_is_killed(box: ProcessSandbox, embedded: LocalBroker) -> None:
+def test_a_source_that_does_not_end_after_a_ctrl_c_is_killed(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
+) -> None:
     path = write_pipeline_file(
-        box.folder, [stage_table("slow", "Slow", settings={"seconds": 60})], counting_source_table(3)
+        sandbox.folder, [stage_table("slow", "SleepExecutor", settings={"seconds": 60})], counting_source_table(3)
     )
-    out = box.folder / "out"
-    words = ("run", path, "--broker", embedded.address, "--json", "--out", out)
-    run = box.start(sys.executable, "-c", _IMPATIENT, *words)
+    out = sandbox.folder / "out"
+    words = ("run", path, "--broker", embedded_broker.address, "--json", "--out", out)
+    run = sandbox.start(sys.executable, "-c", _IMPATIENT, *words)
     eventually("the source", (out / "results.jsonl").exists)
     os.killpg(run.pid, signal.SIGINT)
     told = f"the source did not end within 1 s and was killed: there is no summary, what came of it so far is in {out}"
@@ -137,4 +151,4 @@ def test_a_source_that_does_not_end_after_a_ctrl_c_is_killed(box: ProcessSandbox
     said = run.wait(signal.SIGINT, timeout_s=20)  # nor wait for the stage
     assert (said.returncode, said.stdout) == (130, "")
     assert "Traceback" not in said.stderr
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()

@@ -23,11 +23,11 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.split
 
 
 @pytest.fixture(name="page")
-def _page(box: ProcessSandbox) -> Path:
+def _page(sandbox: ProcessSandbox) -> Path:
     """The files of the page, in a folder."""
     for name, text in FILES.items():
-        (box.folder / name).write_text(text)
-    return box.folder
+        (sandbox.folder / name).write_text(text)
+    return sandbox.folder
 
 
 def python(page: Path, *words: str) -> str:
@@ -43,9 +43,9 @@ def test_the_page_has_what_these_tests_run() -> None:
     assert programs == {"sparse", "mosquitto_sub", "mosquitto_pub", "python"}
 
 
-def test_a_function_is_a_stage(box: ProcessSandbox, page: Path) -> None:
+def test_a_function_is_a_stage(sandbox: ProcessSandbox, page: Path) -> None:
     assert COMMANDS[0] == "sparse run weather.toml"
-    gateway = IngressPipeline(box, page / "weather.toml")
+    gateway = IngressPipeline(sandbox, page / "weather.toml")
     reader = gateway.start_client(f"{COMMANDS[1]} -C 1")
     result = gateway.publish_and_wait(COMMANDS[2])
     assert result["values"] == {"feels": 31.0, "shade": True}
@@ -53,16 +53,16 @@ def test_a_function_is_a_stage(box: ProcessSandbox, page: Path) -> None:
     gateway.interrupt()
 
 
-def test_a_class_remembers(box: ProcessSandbox, page: Path) -> None:
-    gateway = IngressPipeline(box, page / "recent.toml")
+def test_a_class_remembers(sandbox: ProcessSandbox, page: Path) -> None:
+    gateway = IngressPipeline(sandbox, page / "recent.toml")
     means = [gateway.request("cellar", {"celsius": celsius})["values"]["celsius"] for celsius in (10, 20, 40)]
     assert means == [10.0, 15.0, 30.0]
     assert gateway.request("attic", {"celsius": 50})["values"] == {"celsius": 50.0}
     gateway.interrupt()
 
 
-def test_an_executor_takes_another_way(box: ProcessSandbox, page: Path) -> None:
-    gateway = IngressPipeline(box, page / "triage.toml")
+def test_an_executor_takes_another_way(sandbox: ProcessSandbox, page: Path) -> None:
+    gateway = IngressPipeline(sandbox, page / "triage.toml")
     warm, cold = (gateway.request("roof", {"celsius": celsius}) for celsius in (10, -10))
     assert warm["values"] == {"celsius": 9.0, "frozen": False}
     assert [spent["stage"] for spent in warm["time"]["stages"]] == ["triage", "thaw", "record"]
@@ -76,15 +76,17 @@ def test_a_stage_is_tested_without_a_broker(page: Path) -> None:
     assert "2 passed" in python(page, *command.split()[1:], "-p", "no:cacheprovider")
 
 
-def test_a_network_and_a_source_of_ones_own(box: ProcessSandbox, page: Path) -> None:
+def test_a_network_and_a_source_of_ones_own(sandbox: ProcessSandbox, page: Path) -> None:
     require_dependency("iotcore")
     assert COMMANDS[-1] == "sparse run digits.toml --json"
-    said = box.start_sparse("run", page / "digits.toml", "--json", "--broker", "embedded", "--out", page / "out").wait()
+    said = sandbox.start_sparse(
+        "run", page / "digits.toml", "--json", "--broker", "embedded", "--out", page / "out"
+    ).wait()
     assert said.returncode == 0, said.stderr
     assert said.json_output["results"] == 20
     result = json.loads((page / "out" / "results.jsonl").read_text().splitlines()[0])
     assert len(result["values"]["output"][0]) == 10
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 def test_layers_are_counted_and_a_network_is_cut_by_hand(page: Path) -> None:

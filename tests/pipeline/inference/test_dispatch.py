@@ -25,15 +25,15 @@ def body(value: float) -> TensorContent:
 
 
 def test_a_request_that_kills_three_workers_is_given_back_and_no_other_is_blamed(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
     stages = [
         stage_table("first", "add_one"),
-        stage_table("deadly", "Deadly", settings={"value": POISON + 1.0}, workers=2),
+        stage_table("deadly", "CrashingExecutor", settings={"value": POISON + 1.0}, workers=2),
     ]
-    path = write_pipeline_file(box.folder, stages, counting_source_table(20), name="poisoned")
-    out = box.folder / "out"
-    said = box.start_sparse("run", path, "--broker", embedded.address, "--json", "--out", out).wait()
+    path = write_pipeline_file(sandbox.folder, stages, counting_source_table(20), name="poisoned")
+    out = sandbox.folder / "out"
+    said = sandbox.start_sparse("run", path, "--broker", embedded_broker.address, "--json", "--out", out).wait()
     summary = said.json_output
     assert (summary["requests"], summary["results"], summary["lost"]) == (20, 19, 0), said.stderr
     assert summary["failures"] == {"PoisonRequest": 1}
@@ -46,11 +46,13 @@ def test_a_request_that_kills_three_workers_is_given_back_and_no_other_is_blamed
 
 
 def test_what_somebody_waits_for_overtakes_what_waits_in_the_background(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("slow", "Slow", settings={"seconds": 0.05})], name="ranked")
-    box.start_sparse("stage", path, "slow", "--broker", embedded.address)
-    wait_for_workers(embedded.address, lambda workers: any("/ranked/" in topic for topic in workers))
+    path = write_pipeline_file(
+        sandbox.folder, [stage_table("slow", "SleepExecutor", settings={"seconds": 0.05})], name="ranked"
+    )
+    sandbox.start_sparse("stage", path, "slow", "--broker", embedded_broker.address)
+    wait_for_workers(embedded_broker.address, lambda workers: any("/ranked/" in topic for topic in workers))
 
     async def go() -> list[int]:
         done = 0
@@ -62,8 +64,8 @@ def test_what_somebody_waits_for_overtakes_what_waits_in_the_background(
 
         pipeline = load_pipeline(path)
         async with (
-            Offloader(pipeline, broker=embedded.address) as crowd,
-            Offloader(pipeline, broker=embedded.address) as person,
+            Offloader(pipeline, broker=embedded_broker.address) as crowd,
+            Offloader(pipeline, broker=embedded_broker.address) as person,
         ):
             asking = [asyncio.create_task(background(crowd)) for _ in range(30)]
             await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
@@ -82,9 +84,9 @@ def test_what_somebody_waits_for_overtakes_what_waits_in_the_background(
     assert max(asyncio.run(go())) <= 2
 
 
-def test_the_window_follows_the_workers_that_are_up(box: ProcessSandbox, broker: LocalBroker) -> None:
+def test_the_window_follows_the_workers_that_are_up(sandbox: ProcessSandbox, broker: LocalBroker) -> None:
     stages = [stage_table("one", "add_one"), stage_table("two", "add_one")]
-    path = write_pipeline_file(box.folder, stages, name="grows")
+    path = write_pipeline_file(sandbox.folder, stages, name="grows")
 
     async def reaches(offload: Offloader, places: int, widest: int) -> None:
         async with asyncio.timeout(PROCESS_TIMEOUT_S):
@@ -95,29 +97,33 @@ def test_the_window_follows_the_workers_that_are_up(box: ProcessSandbox, broker:
         async with Offloader(load_pipeline(path), broker=broker.address) as offload:
             assert offload.inflight_limit.limit == 2 + PREFETCH_PER_WORKER  # what the file says, while nobody is up
             workers = [
-                box.start_sparse("stage", path, name, "--broker", broker.address) for name in ("one", "two", "two")
+                sandbox.start_sparse("stage", path, name, "--broker", broker.address) for name in ("one", "two", "two")
             ]
             await reaches(offload, 3, 2)
             workers[-1].process.send_signal(signal.SIGTERM)
             await reaches(offload, 2, 1)
             workers[0].process.kill()
-            workers.append(box.start_sparse("stage", path, "two", "--broker", broker.address))
+            workers.append(sandbox.start_sparse("stage", path, "two", "--broker", broker.address))
             await reaches(offload, 2, 2)
 
     asyncio.run(go())
 
 
-def test_a_source_of_priority_background_asks_in_the_background(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("one", "add_one")], {"priority": "background"}, name="humble")
+def test_a_source_of_priority_background_asks_in_the_background(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
+) -> None:
+    path = write_pipeline_file(
+        sandbox.folder, [stage_table("one", "add_one")], {"priority": "background"}, name="humble"
+    )
 
     async def go() -> None:
-        async with Offloader(load_pipeline(path), broker=embedded.address) as offload:
+        async with Offloader(load_pipeline(path), broker=embedded_broker.address) as offload:
             heard: asyncio.Queue[dict[str, str]] = asyncio.Queue()
             topics = offload.pipeline.topics(offload.pipeline.stage[0])
             await offload.channel.transport.subscribe(
                 topics.inbox("+"), lambda delivery: heard.put_nowait(dict(delivery.properties.user_properties)), qos=0
             )
-            box.start_sparse("stage", path, "one", "--broker", embedded.address)
+            sandbox.start_sparse("stage", path, "one", "--broker", embedded_broker.address)
             await offload.request(body(1.0))
             await offload.request(body(1.0), priority="interactive")
             asked = [(await heard.get()).get("priority") for _ in range(2)]

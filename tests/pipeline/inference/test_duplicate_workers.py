@@ -17,7 +17,7 @@ from tests.support.brokers.presence import wait_for_workers, watch_workers
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
 
-SLOW = stage_table("slow", "Slow", settings={"seconds": 0.1})
+SLOW = stage_table("slow", "SleepExecutor", settings={"seconds": 0.1})
 TOPIC = StageTopics("local", "test", "slow").presence("w")
 STALE = WorkerRecord(
     worker="w",
@@ -34,16 +34,16 @@ STALE = WorkerRecord(
 
 
 def test_a_twin_of_a_worker_that_is_up_is_refused_and_the_first_goes_on(
-    box: ProcessSandbox, broker: LocalBroker
+    sandbox: ProcessSandbox, broker: LocalBroker
 ) -> None:
-    path = write_pipeline_file(box.folder, [SLOW])
-    first = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+    path = write_pipeline_file(sandbox.folder, [SLOW])
+    first = sandbox.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
     before = wait_for_workers(broker.address, lambda workers: TOPIC in workers)[TOPIC]
 
     async def meanwhile() -> tuple[int, str, list[dict[str, WorkerRecord]]]:
         ended = asyncio.Event()
         watching = asyncio.create_task(watch_workers(broker.address, lambda workers: ended.is_set()))
-        twin = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+        twin = sandbox.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
         said = await asyncio.get_running_loop().run_in_executor(None, twin.wait)
         ended.set()
         return said.returncode, said.stderr, (await watching)[1:]
@@ -56,15 +56,15 @@ def test_a_twin_of_a_worker_that_is_up_is_refused_and_the_first_goes_on(
     assert {state[TOPIC].state for state in states} == {"up"}
     assert "lost" not in first.read_stderr()
     assert first.wait(signal.SIGTERM).returncode == 0
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_worker_that_was_killed_comes_back_under_its_id(box: ProcessSandbox, broker: LocalBroker) -> None:
-    path = write_pipeline_file(box.folder, [SLOW])
-    first = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+def test_a_worker_that_was_killed_comes_back_under_its_id(sandbox: ProcessSandbox, broker: LocalBroker) -> None:
+    path = write_pipeline_file(sandbox.folder, [SLOW])
+    first = sandbox.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
     before = wait_for_workers(broker.address, lambda workers: TOPIC in workers)[TOPIC]
     first.wait(signal.SIGKILL)
-    second = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+    second = sandbox.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
     after = wait_for_workers(broker.address, lambda workers: TOPIC in workers and workers[TOPIC].pid == second.pid)[
         TOPIC
     ]
@@ -73,7 +73,7 @@ def test_a_worker_that_was_killed_comes_back_under_its_id(box: ProcessSandbox, b
     assert second.wait(signal.SIGTERM).returncode == 0
 
 
-def test_a_record_that_outlived_its_worker_keeps_nobody_out(box: ProcessSandbox, broker: LocalBroker) -> None:
+def test_a_record_that_outlived_its_worker_keeps_nobody_out(sandbox: ProcessSandbox, broker: LocalBroker) -> None:
     """As when the broker was away while the worker died: no last will has cleared it."""
 
     async def leave_behind(record: bytes) -> None:
@@ -82,10 +82,10 @@ def test_a_record_that_outlived_its_worker_keeps_nobody_out(box: ProcessSandbox,
         await transport.publish(TOPIC, record, qos=1, retain=True)
         await transport.close()
 
-    path = write_pipeline_file(box.folder, [SLOW])
+    path = write_pipeline_file(sandbox.folder, [SLOW])
     asyncio.run(leave_behind(STALE.to_bytes()))
     try:
-        heir = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
+        heir = sandbox.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "w")
         workers = wait_for_workers(broker.address, lambda workers: TOPIC in workers and workers[TOPIC].pid == heir.pid)
         assert workers[TOPIC].instance != STALE.instance
         assert heir.wait(signal.SIGTERM).returncode == 0
@@ -93,16 +93,16 @@ def test_a_record_that_outlived_its_worker_keeps_nobody_out(box: ProcessSandbox,
         asyncio.run(leave_behind(b""))
 
 
-def started_together(box: ProcessSandbox, address: str, *marks: tuple[str, str]) -> list[RunningCommand]:
+def started_together(sandbox: ProcessSandbox, address: str, *marks: tuple[str, str]) -> list[RunningCommand]:
     """Workers of one stage, of each its id and the fingerprint of its model, that join at the same instant."""
-    ready = box.folder / "ready"
-    started, there = [], [box.folder / f"there-{place}" for place in range(len(marks))]
+    ready = sandbox.folder / "ready"
+    started, there = [], [sandbox.folder / f"there-{place}" for place in range(len(marks))]
     for (worker, fingerprint), sign in zip(marks, there, strict=True):
-        folder = box.folder / f"of-{sign.name}"
+        folder = sandbox.folder / f"of-{sign.name}"
         folder.mkdir()
         settings = {"fingerprint": fingerprint, "there": str(sign), "ready": str(ready)}
-        path = write_pipeline_file(folder, [stage_table("slow", "Marked", settings=settings)])
-        started.append(box.start_sparse("stage", path, "slow", "--broker", address, "--worker", worker))
+        path = write_pipeline_file(folder, [stage_table("slow", "FingerprintExecutor", settings=settings)])
+        started.append(sandbox.start_sparse("stage", path, "slow", "--broker", address, "--worker", worker))
     eventually("all to be loaded", lambda: all(sign.exists() for sign in there))
     ready.touch()
     return started
@@ -117,9 +117,9 @@ def started_together(box: ProcessSandbox, address: str, *marks: tuple[str, str])
     ids=["of two models", "of one id"],
 )
 def test_of_two_that_join_at_the_same_instant_exactly_one_stays(
-    box: ProcessSandbox, broker: LocalBroker, marks: tuple[tuple[str, str], ...], reason: str
+    sandbox: ProcessSandbox, broker: LocalBroker, marks: tuple[tuple[str, str], ...], reason: str
 ) -> None:
-    workers = started_together(box, broker.address, *marks)
+    workers = started_together(sandbox, broker.address, *marks)
     eventually("one to leave", lambda: any(worker.process.poll() is not None for worker in workers))
     (gone,) = [worker for worker in workers if worker.process.poll() is not None]
     (stays,) = [worker for worker in workers if worker is not gone]
@@ -133,4 +133,4 @@ def test_of_two_that_join_at_the_same_instant_exactly_one_stays(
     (birth,) = wait_for_workers(broker.address, settled).values()
     assert birth.state == "up"
     assert stays.wait(signal.SIGTERM).returncode == 0
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()

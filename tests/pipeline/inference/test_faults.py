@@ -29,7 +29,7 @@ from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox,
 
 # What it may take from a fault until its last request is answered: noticing, reconnecting, a report, the work.
 MENDED_S = 15.0
-STEP = stage_table("step", "Slow", settings={"seconds": 0.02})
+STEP = stage_table("step", "SleepExecutor", settings={"seconds": 0.02})
 LAST = stage_table("last", "add_one")
 
 
@@ -54,14 +54,16 @@ async def load(offload: Offloader, count: int, disturb: Callable[[int], None]) -
 
 
 @pytest.mark.parametrize("kind", BROKER_KINDS)
-def test_a_broker_that_restarts_three_times_costs_seconds_and_no_request(box: ProcessSandbox, kind: BrokerKind) -> None:
+def test_a_broker_that_restarts_three_times_costs_seconds_and_no_request(
+    sandbox: ProcessSandbox, kind: BrokerKind
+) -> None:
     require_dependency({"embedded": "iotcore"}.get(kind, kind))
-    path = write_pipeline_file(box.folder, [STEP, LAST])
+    path = write_pipeline_file(sandbox.folder, [STEP, LAST])
     brokers = [start_broker(kind=kind)]
     address = brokers[0].address
     try:
         for name in ("step", "last"):
-            box.start_sparse("stage", path, name, "--broker", address, "--worker", name)
+            sandbox.start_sparse("stage", path, name, "--broker", address, "--worker", name)
         wait_for_workers(address, lambda workers: len(workers) == 2)
 
         def disturb(done: int) -> None:
@@ -82,15 +84,15 @@ def test_a_broker_that_restarts_three_times_costs_seconds_and_no_request(box: Pr
         brokers[-1].stop()
 
 
-def test_a_worker_that_dies_while_the_broker_is_away_is_not_waited_for(box: ProcessSandbox) -> None:
+def test_a_worker_that_dies_while_the_broker_is_away_is_not_waited_for(sandbox: ProcessSandbox) -> None:
     """No will tells of it, since nobody was there to publish it."""
     require_dependency("mosquitto")
-    path = write_pipeline_file(box.folder, [STEP, LAST])
+    path = write_pipeline_file(sandbox.folder, [STEP, LAST])
     broker = start_broker(kind="mosquitto")
     try:
-        ghost = box.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "ghost")
-        box.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "living")
-        box.start_sparse("stage", path, "last", "--broker", broker.address)
+        ghost = sandbox.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "ghost")
+        sandbox.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "living")
+        sandbox.start_sparse("stage", path, "last", "--broker", broker.address)
         wait_for_workers(broker.address, lambda workers: len(workers) == 3)
 
         def disturb(done: int) -> None:
@@ -112,14 +114,14 @@ def test_a_worker_that_dies_while_the_broker_is_away_is_not_waited_for(box: Proc
 
 
 def test_the_work_of_a_frozen_worker_is_done_by_another_and_its_late_answers_change_nothing(
-    box: ProcessSandbox, broker: LocalBroker
+    sandbox: ProcessSandbox, broker: LocalBroker
 ) -> None:
-    diary = box.folder / "diary"
-    settings = {"gate": str(box.folder / "gate"), "diary": str(diary)}
-    step = stage_table("step", executor="tests.soak.harness.numeric_chain:Gated", settings=settings)
-    path = write_pipeline_file(box.folder, [step, LAST], name="frozen")
-    frozen = box.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "frozen")
-    box.start_sparse("stage", path, "last", "--broker", broker.address)
+    diary = sandbox.folder / "diary"
+    settings = {"gate": str(sandbox.folder / "gate"), "diary": str(diary)}
+    step = stage_table("step", executor="tests.soak.harness.numeric_chain:GatedExecutor", settings=settings)
+    path = write_pipeline_file(sandbox.folder, [step, LAST], name="frozen")
+    frozen = sandbox.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "frozen")
+    sandbox.start_sparse("stage", path, "last", "--broker", broker.address)
     wait_for_workers(broker.address, lambda workers: sum("/frozen/" in topic for topic in workers) == 2)
 
     async def go() -> tuple[list[OffloadResult], Offloader]:
@@ -129,13 +131,13 @@ def test_the_work_of_a_frozen_worker_is_done_by_another_and_its_late_answers_cha
             await asyncio.to_thread(eventually, "work in hand", diary.exists)
             await asyncio.to_thread(wait_for_workers, broker.address, lambda workers: waiting(workers) == 2)
             frozen.process.send_signal(signal.SIGSTOP)
-            (box.folder / "gate").touch()
-            box.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "other")
+            (sandbox.folder / "gate").touch()
+            sandbox.start_sparse("stage", path, "step", "--broker", broker.address, "--worker", "other")
             answers = await asyncio.gather(*asking)
             await asyncio.to_thread(eventually, "status to miss the frozen one", lambda: lost() == {"frozen"})
             frozen.process.send_signal(signal.SIGCONT)
             async with asyncio.timeout(PROCESS_TIMEOUT_S):
-                while offload.counters["twins"] < 3:  # noqa: ASYNC110 - nobody tells of a counter
+                while offload.counters["duplicates"] < 3:  # noqa: ASYNC110 - nobody tells of a counter
                     await asyncio.sleep(0.05)
                 again: list[OffloadResult] = []
                 while not any(answer.hops[0].worker == "frozen" for answer in again):
@@ -146,7 +148,7 @@ def test_the_work_of_a_frozen_worker_is_done_by_another_and_its_late_answers_cha
 
     def lost() -> set[str]:
         """Who is lost, says `sparse status`; all others are up."""
-        found = box.start_sparse("status", path, "--broker", broker.address, "--json").wait().json_output["workers"]
+        found = sandbox.start_sparse("status", path, "--broker", broker.address, "--json").wait().json_output["workers"]
         assert {worker["state"] for worker in found} == {"up"}
         return {worker["worker"] for worker in found if worker["lost"]}
 
@@ -162,22 +164,26 @@ def waiting(workers: dict[str, WorkerRecord]) -> int:
 
 
 def test_a_worker_whose_queue_expires_while_nothing_can_be_sent_on_lives(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
     """Two answers wait for a worker of the next stage, so nothing is computed; meanwhile all else is late, and goes."""
-    path = write_pipeline_file(box.folder, [stage_table("step", "double", max_batch=8), LAST], name="late")
-    lonely = box.start_sparse("stage", path, "step", "--broker", embedded.address, "--worker", "lonely")
-    wait_for_workers(embedded.address, lambda workers: any("/late/" in topic for topic in workers))
+    path = write_pipeline_file(sandbox.folder, [stage_table("step", "double", max_batch=8), LAST], name="late")
+    lonely = sandbox.start_sparse("stage", path, "step", "--broker", embedded_broker.address, "--worker", "lonely")
+    wait_for_workers(embedded_broker.address, lambda workers: any("/late/" in topic for topic in workers))
 
     async def go() -> float:
-        async with Offloader(load_pipeline(path), broker=embedded.address, window=8) as offload:
+        async with Offloader(load_pipeline(path), broker=embedded_broker.address, window=8) as offload:
             asking = [asyncio.create_task(offload.request(body(0), deadline_ms=5000)) for _ in range(2)]
-            await asyncio.to_thread(wait_for_workers, embedded.address, lambda workers: told(workers, "done") == 2)
+            await asyncio.to_thread(
+                wait_for_workers, embedded_broker.address, lambda workers: told(workers, "done") == 2
+            )
             asking += [asyncio.create_task(offload.request(body(0), deadline_ms=1000)) for _ in range(3)]
             errors = await asyncio.gather(*asking, return_exceptions=True)
             assert all(isinstance(error, DeadlinePassed) for error in errors), errors
-            await asyncio.to_thread(wait_for_workers, embedded.address, lambda workers: told(workers, "failed") >= 5)
-            box.start_sparse("stage", path, "last", "--broker", embedded.address)
+            await asyncio.to_thread(
+                wait_for_workers, embedded_broker.address, lambda workers: told(workers, "failed") >= 5
+            )
+            sandbox.start_sparse("stage", path, "last", "--broker", embedded_broker.address)
             answer = await offload.request(body(1))
             assert isinstance(answer.content, TensorContent)
             return float(to_numpy(answer.content.tensors["values"]))
@@ -190,10 +196,10 @@ def test_a_worker_whose_queue_expires_while_nothing_can_be_sent_on_lives(
     assert lonely.process.poll() is None, lonely.read_stderr()
 
 
-def test_a_deadline_holds_while_the_broker_is_away(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, [STEP])
+def test_a_deadline_holds_while_the_broker_is_away(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, [STEP])
     broker = start_broker()
-    box.start_sparse("stage", path, "step", "--broker", broker.address)
+    sandbox.start_sparse("stage", path, "step", "--broker", broker.address)
     wait_for_workers(broker.address, lambda workers: len(workers) == 1)
 
     async def go() -> float:
@@ -213,15 +219,17 @@ def test_a_deadline_holds_while_the_broker_is_away(box: ProcessSandbox) -> None:
         broker.stop()
 
 
-def test_a_large_message_may_pass_one_worker_twice(box: ProcessSandbox, embedded: LocalBroker) -> None:
+def test_a_large_message_may_pass_one_worker_twice(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
     """A detour that comes back: the second pass is no twin of the first, though all but its chunks' name are alike."""
-    path = write_pipeline_file(box.folder, [stage_table("there", "Boomerang"), stage_table("back", "Boomerang")])
+    path = write_pipeline_file(
+        sandbox.folder, [stage_table("there", "LoopbackExecutor"), stage_table("back", "LoopbackExecutor")]
+    )
     for name in ("there", "back"):
-        box.start_sparse("stage", path, name, "--broker", embedded.address)
-    wait_for_workers(embedded.address, lambda workers: len(workers) >= 2)
+        sandbox.start_sparse("stage", path, name, "--broker", embedded_broker.address)
+    wait_for_workers(embedded_broker.address, lambda workers: len(workers) >= 2)
 
     async def go() -> OffloadResult:
-        async with Offloader(load_pipeline(path), broker=embedded.address) as offload:
+        async with Offloader(load_pipeline(path), broker=embedded_broker.address) as offload:
             content = TensorContent({"values": from_numpy(np.zeros(1 << 18))})  # 2 MiB: four chunks
             return await offload.request(content, deadline_ms=20_000)
 
@@ -230,15 +238,17 @@ def test_a_large_message_may_pass_one_worker_twice(box: ProcessSandbox, embedded
 
 
 def test_a_worker_that_hangs_holds_up_no_other_frame_of_a_live_source(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
     source = counting_source_table(1_000_000, every_s=0.01, live=True)
-    path = write_pipeline_file(box.folder, [STEP], source, name="lively")
-    hangs = box.start_sparse("stage", path, "step", "--broker", embedded.address, "--worker", "hangs")
-    box.start_sparse("stage", path, "step", "--broker", embedded.address, "--worker", "works")
-    wait_for_workers(embedded.address, lambda workers: sum("/lively/" in topic for topic in workers) == 2)
-    feed = box.start_sparse("source", path, "--broker", embedded.address, "--json", "--out", box.folder / "out")
-    results = box.folder / "out" / "results.jsonl"
+    path = write_pipeline_file(sandbox.folder, [STEP], source, name="lively")
+    hangs = sandbox.start_sparse("stage", path, "step", "--broker", embedded_broker.address, "--worker", "hangs")
+    sandbox.start_sparse("stage", path, "step", "--broker", embedded_broker.address, "--worker", "works")
+    wait_for_workers(embedded_broker.address, lambda workers: sum("/lively/" in topic for topic in workers) == 2)
+    feed = sandbox.start_sparse(
+        "source", path, "--broker", embedded_broker.address, "--json", "--out", sandbox.folder / "out"
+    )
+    results = sandbox.folder / "out" / "results.jsonl"
 
     def rows() -> list[dict[str, Any]]:
         said = results.read_text() if results.exists() else ""

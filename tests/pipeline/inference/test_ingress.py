@@ -47,7 +47,7 @@ VERSIONS: dict[BrokerKind, str] = {"embedded": "5", "mosquitto": "311"}
 class Door:
     """A detector in one stage that runs behind the gateway, and somebody who reads all its results."""
 
-    box: ProcessSandbox
+    sandbox: ProcessSandbox
     port: int
     version: str
     run: RunningCommand
@@ -89,17 +89,17 @@ def _door(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         skip_or_fail(str(problem))
     folder = tmp_path_factory.mktemp("door")
     port = free_port()
-    with process_sandbox(folder) as box:
+    with process_sandbox(folder) as sandbox:
         stages = [{"name": "all", "max_batch": 2}]
         source = {"kind": "ingress"}
         path = write_pipeline_file(folder, stages, source, name="door", model="yolov3-tiny", weights="yolov3-tiny")
         out = folder / "out"
-        run = box.start_sparse("run", path, "--broker", kind, "--port", str(port), "--json", "--out", out)
+        run = sandbox.start_sparse("run", path, "--broker", kind, "--port", str(port), "--json", "--out", out)
         eventually("the gateway", lambda: f"sparse/local/ingress/NAME at mqtt://127.0.0.1:{port}" in run.read_stderr())
         eventually("its file", (out / "results.jsonl").exists)
         client = ["-p", str(port), "-V", VERSIONS[kind]]
-        reader = box.start(require_dependency("mosquitto_sub"), *client, "-t", "sparse/local/results/#")
-        door = Door(box, port, VERSIONS[kind], run, reader)
+        reader = sandbox.start(require_dependency("mosquitto_sub"), *client, "-t", "sparse/local/results/#")
+        door = Door(sandbox, port, VERSIONS[kind], run, reader)
         _greet(door)
         yield door
 
@@ -140,8 +140,8 @@ def overlap(one: Any, other: Any) -> float:
     """Intersection over union of two boxes, by their corners."""
     inner = np.array([*np.maximum(one[:2], other[:2]), *np.minimum(one[2:], other[2:])])
 
-    def area(box: Any) -> float:
-        return float(max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1]))
+    def area(sandbox: Any) -> float:
+        return float(max(0.0, sandbox[2] - sandbox[0]) * max(0.0, sandbox[3] - sandbox[1]))
 
     return area(inner) / (area(one) + area(other) - area(inner))
 
@@ -240,7 +240,7 @@ def _load(door: Door) -> dict[str, Any]:
 
 
 def _worker(door: Door) -> dict[str, Any]:
-    said = door.box.start_sparse("status", "--broker", f"mqtt://127.0.0.1:{door.port}", "--json").wait()
+    said = door.sandbox.start_sparse("status", "--broker", f"mqtt://127.0.0.1:{door.port}", "--json").wait()
     (worker,) = said.json_output["workers"]
     found: dict[str, Any] = worker
     return found
@@ -311,7 +311,7 @@ def test_a_stopped_gateway_says_what_it_has_done(door: Door) -> None:
     assert summary["requests"] == summary["results"] + summary["failed"]
     assert summary["lost"] == 0
     assert summary["failures"]["BadPayload"] >= 3
-    results = (door.box.folder / "out" / "results.jsonl").read_text().splitlines()
+    results = (door.sandbox.folder / "out" / "results.jsonl").read_text().splitlines()
     assert len(results) == summary["requests"]
     door.reader.wait(signal.SIGTERM)
-    door.box.assert_nothing_left(within_s=5)
+    door.sandbox.assert_nothing_left(within_s=5)

@@ -22,7 +22,7 @@ from tests.support.environment.external_programs import require_dependency
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox, RunningCommand
 
-STEP = stage_table("step", "Slow", settings={"seconds": 0.03})
+STEP = stage_table("step", "SleepExecutor", settings={"seconds": 0.03})
 COMPLETE = {"kind": "ingress", "keep": "all", "window": 4}
 
 
@@ -86,24 +86,24 @@ class Camera:
             self._heard.set()
 
 
-def pipeline(box: ProcessSandbox, address: str, step: dict[str, Any] = STEP) -> Path:
-    path = write_pipeline_file(box.folder, [step], COMPLETE)
-    box.start_sparse("stage", path, "step", "--broker", address, "--worker", "one")
+def pipeline(sandbox: ProcessSandbox, address: str, step: dict[str, Any] = STEP) -> Path:
+    path = write_pipeline_file(sandbox.folder, [step], COMPLETE)
+    sandbox.start_sparse("stage", path, "step", "--broker", address, "--worker", "one")
     wait_for_workers(address, lambda workers: len(workers) == 1)
     return path
 
 
-def gateway(box: ProcessSandbox, path: Path, address: str) -> RunningCommand:
-    return box.start_sparse("source", path, "--broker", address, "--json", "--out", box.folder / "out")
+def gateway(sandbox: ProcessSandbox, path: Path, address: str) -> RunningCommand:
+    return sandbox.start_sparse("source", path, "--broker", address, "--json", "--out", sandbox.folder / "out")
 
 
-def test_a_killed_gateway_owes_no_frame_its_answer(box: ProcessSandbox, mosquitto: LocalBroker) -> None:
+def test_a_killed_gateway_owes_no_frame_its_answer(sandbox: ProcessSandbox, mosquitto: LocalBroker) -> None:
     address = mosquitto.address
-    path = pipeline(box, address)
+    path = pipeline(sandbox, address)
 
     async def go() -> Counter[int]:
         async with Camera(address) as camera:
-            first = gateway(box, path, address)
+            first = gateway(sandbox, path, address)
             await camera.greet()
             await camera.publish(150)
             await camera.until(lambda: len(camera.answered) >= 20)
@@ -111,7 +111,7 @@ def test_a_killed_gateway_owes_no_frame_its_answer(box: ProcessSandbox, mosquitt
             seen = len(camera.answered)
             assert seen < 150, "it was killed too late for this test to say anything"
             await camera.publish(50)
-            second = gateway(box, path, address)
+            second = gateway(sandbox, path, address)
             await camera.until(lambda: len(camera.answered) == 200)
             said = await asyncio.to_thread(second.wait, signal.SIGTERM)
             assert said.returncode == 0, said.stderr
@@ -131,21 +131,21 @@ def test_a_killed_gateway_owes_no_frame_its_answer(box: ProcessSandbox, mosquitt
 
 
 def test_a_gateway_that_leaves_answers_what_it_has_begun_and_leaves_the_rest_at_the_broker(
-    box: ProcessSandbox, mosquitto: LocalBroker
+    sandbox: ProcessSandbox, mosquitto: LocalBroker
 ) -> None:
     address = mosquitto.address
-    path = pipeline(box, address, stage_table("step", "Slow", settings={"seconds": 0.04}))
+    path = pipeline(sandbox, address, stage_table("step", "SleepExecutor", settings={"seconds": 0.04}))
 
     async def go() -> Counter[int]:
         async with Camera(address) as camera:
-            first = gateway(box, path, address)
+            first = gateway(sandbox, path, address)
             await camera.greet()
             await camera.publish(140)
             await camera.until(lambda: len(camera.answered) >= 5)
             said = await asyncio.to_thread(first.wait, signal.SIGTERM)
             assert said.returncode == 0, said.stderr
             assert said.json_output["requests"] == said.json_output["results"] < 140
-            second = gateway(box, path, address)
+            second = gateway(sandbox, path, address)
             await camera.until(lambda: len(camera.answered) == 140)
             await asyncio.to_thread(second.wait, signal.SIGTERM)
             return camera.answered
@@ -153,20 +153,20 @@ def test_a_gateway_that_leaves_answers_what_it_has_begun_and_leaves_the_rest_at_
     assert asyncio.run(go()) == Counter(range(140))
 
 
-def test_what_is_no_frame_is_refused_once_and_not_asked_again(box: ProcessSandbox, mosquitto: LocalBroker) -> None:
+def test_what_is_no_frame_is_refused_once_and_not_asked_again(sandbox: ProcessSandbox, mosquitto: LocalBroker) -> None:
     address = mosquitto.address
-    path = pipeline(box, address)
+    path = pipeline(sandbox, address)
 
     async def go() -> None:
         async with Camera(address) as camera:
-            running = gateway(box, path, address)
+            running = gateway(sandbox, path, address)
             await camera.greet()
             await camera.publish(5, lambda number: b"\x00\x01")
             await camera.until(lambda: len(camera.results) == 5)
             assert {result["error"] for result in camera.results} == {"BadPayload"}
             await asyncio.to_thread(running.wait, signal.SIGTERM)
             camera.results.clear()
-            again = gateway(box, path, address)
+            again = gateway(sandbox, path, address)
             await camera.publish(1)
             await camera.until(lambda: camera.results)
             await asyncio.to_thread(again.wait, signal.SIGTERM)
@@ -209,8 +209,10 @@ class Way:
         writer.close()
 
 
-def test_a_connection_that_breaks_again_and_again_costs_no_frame(box: ProcessSandbox, mosquitto: LocalBroker) -> None:
-    path = pipeline(box, mosquitto.address)
+def test_a_connection_that_breaks_again_and_again_costs_no_frame(
+    sandbox: ProcessSandbox, mosquitto: LocalBroker
+) -> None:
+    path = pipeline(sandbox, mosquitto.address)
 
     async def go() -> tuple[Counter[int], int]:
         way = Way(mosquitto.port)
@@ -219,7 +221,7 @@ def test_a_connection_that_breaks_again_and_again_costs_no_frame(box: ProcessSan
         cuts = 3
         try:
             async with Camera(mosquitto.address) as camera:
-                running = gateway(box, path, f"mqtt://127.0.0.1:{port}")
+                running = gateway(sandbox, path, f"mqtt://127.0.0.1:{port}")
                 await camera.greet()
                 await camera.publish(120)
                 for cut in range(1, cuts + 1):

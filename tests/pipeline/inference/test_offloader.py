@@ -24,31 +24,31 @@ from tests.support.pipelines.processes import ProcessSandbox, process_sandbox
 # The pipelines of this file, each a stage or two, all served at once.
 PIPELINES = {
     "chain": [stage_table("double", "double"), stage_table("add", "add_one")],
-    "picky": [stage_table("picky", "picky")],
-    "moody": [stage_table("moody", "moody")],
-    "forgets": [stage_table("forgets", "forgets")],
-    "slow": [stage_table("slow", "Slow", settings={"seconds": 0.4})],
-    "rows": [stage_table("rows", "Rows", max_batch=4, max_wait_ms=50)],
-    "sorted": [stage_table("sort", "Sorter"), stage_table("small", "double"), stage_table("large", "add_one")],
-    "bytes": [stage_table("raw", "Bytes")],
+    "reject_negative": [stage_table("reject_negative", "reject_negative")],
+    "raise_by_value": [stage_table("raise_by_value", "raise_by_value")],
+    "return_non_dict": [stage_table("return_non_dict", "return_non_dict")],
+    "slow": [stage_table("slow", "SleepExecutor", settings={"seconds": 0.4})],
+    "rows": [stage_table("rows", "BatchableExecutor", max_batch=4, max_wait_ms=50)],
+    "sorted": [stage_table("sort", "RoutingExecutor"), stage_table("small", "double"), stage_table("large", "add_one")],
+    "bytes": [stage_table("raw", "ByteCountExecutor")],
 }
 # Two workers on one stage, started by hand below.
-TEAM = [stage_table("slow", "Slow", settings={"seconds": 0.05})]
+TEAM = [stage_table("slow", "SleepExecutor", settings={"seconds": 0.05})]
 
 
 @pytest.fixture(scope="module", name="served")
 def _served(broker: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pipeline]]:
     """All pipelines with their workers, through a broker of each kind."""
     folder = tmp_path_factory.mktemp("served")
-    with process_sandbox(folder) as box:
+    with process_sandbox(folder) as sandbox:
         found = {
             name: load_pipeline(write_pipeline_file(folder, stages, name=name)) for name, stages in PIPELINES.items()
         }
         found["team"] = load_pipeline(write_pipeline_file(folder, TEAM, name="team"))
         for pipeline in found.values():
             for each in pipeline.stage:
-                box.start_sparse("stage", pipeline.path, each.name, "--broker", broker.address)
-        box.start_sparse("stage", found["team"].path, "slow", "--broker", broker.address)
+                sandbox.start_sparse("stage", pipeline.path, each.name, "--broker", broker.address)
+        sandbox.start_sparse("stage", found["team"].path, "slow", "--broker", broker.address)
         wait_for_workers(
             broker.address, lambda workers: len(workers) == sum(len(each.stage) for each in found.values()) + 1
         )
@@ -89,17 +89,17 @@ def test_readings_as_json_reach_a_stage_of_numbers(served: dict[str, Pipeline], 
 def test_a_request_that_fails_says_which_stage_and_worker_and_why(
     served: dict[str, Pipeline], broker: LocalBroker
 ) -> None:
-    good, bad = ask(served["picky"], broker, np.array(1.0), np.array(-3.0))
+    good, bad = ask(served["reject_negative"], broker, np.array(1.0), np.array(-3.0))
     assert float(good) == 1.0  # type: ignore[arg-type]
     assert isinstance(bad, RequestFailed)
-    assert (bad.stage, bad.error, bad.reason) == ("picky", "ArithmeticError", "-3.0 is below zero")
+    assert (bad.stage, bad.error, bad.reason) == ("reject_negative", "ArithmeticError", "-3.0 is below zero")
     assert bad.worker
 
 
 def test_whatever_a_stage_raises_is_told_in_one_line_at_once_and_the_worker_lives(
     served: dict[str, Pipeline], broker: LocalBroker
 ) -> None:
-    found = ask(served["moody"], broker, *(np.array(float(number)) for number in (1, 2, 3, 4, 5)))
+    found = ask(served["raise_by_value"], broker, *(np.array(float(number)) for number in (1, 2, 3, 4, 5)))
     told = [(each.error, each.reason) for each in found[:4] if isinstance(each, RequestFailed)]
     assert len(told) == 4, found
     assert told[0] == ("Speechless", "its own text could not be made: AttributeError")
@@ -114,7 +114,7 @@ def test_a_stage_that_returns_no_dict_fails_its_request_and_lives(
     served: dict[str, Pipeline], broker: LocalBroker
 ) -> None:
     for _ in range(2):
-        (found,) = ask(served["forgets"], broker, np.array(1.0))
+        (found,) = ask(served["return_non_dict"], broker, np.array(1.0))
         assert isinstance(found, RequestFailed)
         assert found.error == "TypeError"
         assert "forgets must return a dict" in found.reason
@@ -270,10 +270,10 @@ def test_the_record_of_a_worker_says_what_it_takes_where_it_knows(
 
 
 def test_a_stage_whose_executor_cannot_start_says_why_and_stops_nothing(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("bad", "BadStart")])
-    said = box.start_sparse("stage", path, "bad", "--broker", embedded.address).wait()
+    path = write_pipeline_file(sandbox.folder, [stage_table("bad", "FailingStartExecutor")])
+    said = sandbox.start_sparse("stage", path, "bad", "--broker", embedded_broker.address).wait()
     assert said.returncode == 1
     assert said.stderr == "sparse: the file is not there\n"
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()

@@ -25,23 +25,23 @@ SEED = 11
 
 
 @pytest.fixture(scope="module", name="halves")
-def _halves(embedded: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pipeline]]:
+def _halves(embedded_broker: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pipeline]]:
     """Three pipelines of one network: both parts plain, in batches, and with float16 on the wire; one worker each."""
     folder = tmp_path_factory.mktemp("halves")
-    network: dict[str, Any] = {"model": "tests.support.training.factories:tiny", "cuts": [2], "seed": SEED}
+    network: dict[str, Any] = {"model": "tests.support.training.factories:tiny_network", "cuts": [2], "seed": SEED}
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
         "batched": {"max_batch": 4, "max_wait_ms": 100},
         "half": {"wire": "float16"},
     }
-    with process_sandbox(folder) as box:
+    with process_sandbox(folder) as sandbox:
         found = {}
         for name, settings in variants.items():
             stages = [{"name": "head", **settings}, {"name": "tail", **settings}]
             found[name] = load_pipeline(write_pipeline_file(folder, stages, name=name, **network))
             for stage in stages:
-                box.start_sparse("stage", found[name].path, stage["name"], "--broker", embedded.address)
-        wait_for_workers(embedded.address, lambda workers: len(workers) == 2 * len(variants))
+                sandbox.start_sparse("stage", found[name].path, stage["name"], "--broker", embedded_broker.address)
+        wait_for_workers(embedded_broker.address, lambda workers: len(workers) == 2 * len(variants))
         yield found
 
 
@@ -58,10 +58,10 @@ def inputs(count: int) -> list[torch.Tensor]:
 
 
 def test_tensors_in_and_out_are_those_of_the_unsplit_network(
-    halves: dict[str, Pipeline], embedded: LocalBroker, whole: TinyNetwork
+    halves: dict[str, Pipeline], embedded_broker: LocalBroker, whole: TinyNetwork
 ) -> None:
     async def ask() -> tuple[list[torch.Tensor], dict[str, torch.Tensor], Any]:
-        async with Offloader(halves["plain"], broker=embedded.address, window=8) as offload:
+        async with Offloader(halves["plain"], broker=embedded_broker.address, window=8) as offload:
             single = await asyncio.gather(*(offload(x) for x in inputs(20)))
             table = await offload({"input": inputs(1)[0]})
             array = await offload(inputs(1)[0].numpy())
@@ -79,10 +79,10 @@ def test_tensors_in_and_out_are_those_of_the_unsplit_network(
 
 
 def test_batches_give_what_the_unsplit_network_gives(
-    halves: dict[str, Pipeline], embedded: LocalBroker, whole: TinyNetwork
+    halves: dict[str, Pipeline], embedded_broker: LocalBroker, whole: TinyNetwork
 ) -> None:
     async def ask() -> list[tuple[torch.Tensor, list[int]]]:
-        async with Offloader(halves["batched"], broker=embedded.address, window=12) as offload:
+        async with Offloader(halves["batched"], broker=embedded_broker.address, window=12) as offload:
             contents = [TensorContent({"input": from_torch(x)}) for x in inputs(24)]
             answers = await asyncio.gather(*(offload.request(content) for content in contents))
         found = []
@@ -100,10 +100,10 @@ def test_batches_give_what_the_unsplit_network_gives(
 
 
 def test_float16_on_the_wire_halves_what_crosses_and_rounds_it(
-    halves: dict[str, Pipeline], embedded: LocalBroker, whole: TinyNetwork
+    halves: dict[str, Pipeline], embedded_broker: LocalBroker, whole: TinyNetwork
 ) -> None:
     async def ask(name: str) -> tuple[torch.Tensor, int]:
-        async with Offloader(halves[name], broker=embedded.address) as offload:
+        async with Offloader(halves[name], broker=embedded_broker.address) as offload:
             answer = await offload.request(TensorContent({"input": from_torch(inputs(1)[0])}))
         assert isinstance(answer.content, TensorContent)
         return to_torch(answer.content.tensors["output"]), answer.hops[0].bytes_out
@@ -117,10 +117,10 @@ def test_float16_on_the_wire_halves_what_crosses_and_rounds_it(
 
 
 def test_a_tensor_of_the_wrong_shape_fails_its_request_alone(
-    halves: dict[str, Pipeline], embedded: LocalBroker, whole: TinyNetwork
+    halves: dict[str, Pipeline], embedded_broker: LocalBroker, whole: TinyNetwork
 ) -> None:
     async def ask() -> list[Any]:
-        async with Offloader(halves["batched"], broker=embedded.address) as offload:
+        async with Offloader(halves["batched"], broker=embedded_broker.address) as offload:
             values = [inputs(1)[0], torch.zeros(1, 7), {"x": inputs(1)[0], "y": torch.zeros(1)}, b"\xff\xd8\xff none"]
             return await asyncio.gather(*(offload(value) for value in values), return_exceptions=True)
 

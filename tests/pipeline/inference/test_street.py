@@ -57,10 +57,10 @@ def _demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     assert 'path = "street"' in text
     path = folder / "street.toml"
     path.write_text(text.replace('path = "street"', 'path = "short.mp4"'))
-    with process_sandbox(folder) as box:
-        said = box.start_sparse("run", path, "--json", "--out", folder / "out").wait()
+    with process_sandbox(folder) as sandbox:
+        said = sandbox.start_sparse("run", path, "--json", "--out", folder / "out").wait()
         assert said.returncode == 0, said.stderr
-        box.assert_nothing_left()
+        sandbox.assert_nothing_left()
     return Demo(said, folder / "out")
 
 
@@ -91,7 +91,7 @@ def test_its_numbers_agree_with_one_another(demo: Demo) -> None:
     assert summary["pipeline"] == "street"
     assert summary["broker"] in ("mosquitto", "embedded")
     assert summary["requests"] == summary["results"] == len(demo.results) == len(SHOWN)
-    assert [summary[key] for key in ("lost", "dropped", "failed", "retries", "twins")] == [0] * 5
+    assert [summary[key] for key in ("lost", "dropped", "failed", "retries", "duplicates")] == [0] * 5
     assert summary["throughput_per_s"] == pytest.approx(summary["results"] / summary["elapsed_s"], rel=0.02)
     latency = summary["latency_ms"]
     assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"] <= 1000 * summary["elapsed_s"]
@@ -133,7 +133,7 @@ def test_people_and_cars_are_found_where_they_are(demo: Demo) -> None:
             left, top, width, height = item["box"]
             assert width > 0
             assert height > 0
-            # A box says how large the thing is, which may be cut off by the edge of the picture.
+            # A sandbox says how large the thing is, which may be cut off by the edge of the picture.
             assert -64 <= left <= left + width <= 640 + 64
             assert -27 <= top <= top + height <= 272 + 27
             assert 0.5 <= item["score"] <= 1

@@ -26,7 +26,7 @@ from tests.support.environment.external_programs import require_dependency
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
 from tests.support.pipelines.processes import ProcessSandbox, eventually
 
-SLOW = stage_table("slow", "Slow", settings={"seconds": 0.1})
+SLOW = stage_table("slow", "SleepExecutor", settings={"seconds": 0.1})
 
 
 class Strict(MemoryTransport):
@@ -58,18 +58,18 @@ def _worker(folder: Path, transport: MemoryTransport) -> InferenceWorker:
 
 
 @pytest.mark.parametrize("kind", BROKER_KINDS)
-def test_a_worker_is_told_to_leave_while_its_broker_is_gone(box: ProcessSandbox, kind: BrokerKind) -> None:
+def test_a_worker_is_told_to_leave_while_its_broker_is_gone(sandbox: ProcessSandbox, kind: BrokerKind) -> None:
     require_dependency({"embedded": "iotcore"}.get(kind, kind))
-    path = write_pipeline_file(box.folder, [SLOW])
+    path = write_pipeline_file(sandbox.folder, [SLOW])
     with start_broker(kind=kind) as broker:
-        stranded = box.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "stranded")
+        stranded = sandbox.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "stranded")
         wait_for_workers(broker.address, lambda workers: len(workers) == 1)
     begin_s = time.monotonic()
     said = stranded.wait(signal.SIGTERM, timeout_s=20)
     assert said.returncode == 0, said.stderr
     assert "Traceback" not in said.stderr
     assert time.monotonic() - begin_s < 8
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 def test_a_worker_whose_reports_are_refused_says_so_once_and_works_on(
@@ -116,15 +116,15 @@ def test_a_worker_that_may_not_say_goodbye_leaves(tmp_path: Path) -> None:
     run_async(test())
 
 
-def test_a_source_is_told_to_leave_while_its_broker_is_frozen(box: ProcessSandbox) -> None:
+def test_a_source_is_told_to_leave_while_its_broker_is_frozen(sandbox: ProcessSandbox) -> None:
     """It neither reads nor hangs up: what cannot be published is given up, in seconds."""
     path = write_pipeline_file(
-        box.folder, [stage_table("one", "add_one")], counting_source_table(1_000_000, every_s=0.05), name="frozen"
+        sandbox.folder, [stage_table("one", "add_one")], counting_source_table(1_000_000, every_s=0.05), name="frozen"
     )
     with start_broker() as broker:
-        box.start_sparse("stage", path, "one", "--broker", broker.address)
-        out = box.folder / "out"
-        source = box.start_sparse("source", path, "--broker", broker.address, "--json", "--out", out)
+        sandbox.start_sparse("stage", path, "one", "--broker", broker.address)
+        out = sandbox.folder / "out"
+        source = sandbox.start_sparse("source", path, "--broker", broker.address, "--json", "--out", out)
         eventually("a result", lambda: (out / "results.jsonl").exists() and (out / "results.jsonl").read_text())
         os.kill(broker.pid, signal.SIGSTOP)
         time.sleep(1.0)  # by now a frame is on its way that nobody will answer

@@ -32,11 +32,11 @@ def results(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "places", [("cloud", "cloudlet"), ("hybrid-on-device", "device"), ("hybrid-off-device", "server")], ids="-and-".join
 )
-def test_suites_are_measured_against_one_another(box: ProcessSandbox, places: tuple[str, str]) -> None:
+def test_suites_are_measured_against_one_another(sandbox: ProcessSandbox, places: tuple[str, str]) -> None:
     require_dependency("mosquitto")
-    out = box.folder / "bench"
+    out = sandbox.folder / "bench"
     names = [f"detect-{place}" for place in places]
-    said = box.start_sparse("bench", *names, *SHORT, "--out", out).wait(timeout_s=280)
+    said = sandbox.start_sparse("bench", *names, *SHORT, "--out", out).wait(timeout_s=280)
     assert said.returncode == 0, said.stderr
     runs = results(out)["runs"]
     assert list(runs) == [f"{name}-1" for name in names]
@@ -56,9 +56,9 @@ def test_suites_are_measured_against_one_another(box: ProcessSandbox, places: tu
         assert name in said.stdout
     if "server" in places:
         # A cut costs bytes: `sparse cuts` says what crosses the second; of the uncut network JPEGs do.
-        cut = runs["detect-hybrid-off-device-1"]["links.cloudlet - cloud.there_bytes"]
+        cut = runs["detect-hybrid-off-device-1"]["links.cloudlet - cloud.bytes_out"]
         assert cut == pytest.approx(1_384_448, rel=0.05)
-        assert runs["detect-server-1"]["links.device - cloud.there_bytes"] < cut / 10
+        assert runs["detect-server-1"]["links.device - cloud.bytes_out"] < cut / 10
     found = load_manifest(out)
     assert found is not None
     assert (found.warm_up, found.requests, found.repeats, found.mode) == (5, 30, 1, "run")
@@ -66,14 +66,14 @@ def test_suites_are_measured_against_one_another(box: ProcessSandbox, places: tu
     assert [suite.runs for suite in found.suites] == [(f"{name}-1",) for name in names]
     with (out / "results.csv").open() as file:
         assert [line["run"] for line in csv.DictReader(file)] == list(runs)
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_two_deployments_train_the_same_and_say_how_fast(box: ProcessSandbox) -> None:
+def test_two_deployments_train_the_same_and_say_how_fast(sandbox: ProcessSandbox) -> None:
     require_dependency("mosquitto")
-    out = box.folder / "bench"
+    out = sandbox.folder / "bench"
     options = ("--requests", "12", "--warm-up", "2", "--repeats", "1", "--json", "--out", out)
-    said = box.start_sparse("bench", "train-hybrid-on-device", "train-device", *options).wait(timeout_s=280)
+    said = sandbox.start_sparse("bench", "train-hybrid-on-device", "train-device", *options).wait(timeout_s=280)
     assert said.returncode == 0, said.stderr
     assert said.json_output["suites"].keys() == {"train-hybrid-on-device", "train-device"}
     for name in ("train-hybrid-on-device-1", "train-device-1"):
@@ -88,15 +88,15 @@ def test_two_deployments_train_the_same_and_say_how_fast(box: ProcessSandbox) ->
         for name in ("train-hybrid-on-device", "train-device")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_repeats_go_round_by_round_and_a_run_that_fails_leaves_the_others_alone(box: ProcessSandbox) -> None:
-    good = write_pipeline_file(box.folder, [stage_table("a", "double")], counting_source_table(40), name="good")
-    bad = write_pipeline_file(box.folder, [stage_table("a", "Gone")], counting_source_table(40), name="bad")
-    out = box.folder / "bench"
+def test_repeats_go_round_by_round_and_a_run_that_fails_leaves_the_others_alone(sandbox: ProcessSandbox) -> None:
+    good = write_pipeline_file(sandbox.folder, [stage_table("a", "double")], counting_source_table(40), name="good")
+    bad = write_pipeline_file(sandbox.folder, [stage_table("a", "Gone")], counting_source_table(40), name="bad")
+    out = sandbox.folder / "bench"
     options = ("--repeats", "2", "--warm-up", "10", "--out", out)
-    said = box.start_sparse("bench", good, bad, *options).wait()
+    said = sandbox.start_sparse("bench", good, bad, *options).wait()
     assert said.returncode == 1, said.stderr
     runs = results(out)["runs"]
     assert list(runs) == ["good-1", "bad-1", "good-2", "bad-2"]
@@ -110,13 +110,13 @@ def test_repeats_go_round_by_round_and_a_run_that_fails_leaves_the_others_alone(
     assert found.suites[0].overrides == {}
 
 
-def test_ctrl_c_keeps_what_was_finished(box: ProcessSandbox) -> None:
+def test_ctrl_c_keeps_what_was_finished(sandbox: ProcessSandbox) -> None:
     slow = write_pipeline_file(
-        box.folder, [stage_table("a", "double")], counting_source_table(100_000, every_s=0.01), name="slow"
+        sandbox.folder, [stage_table("a", "double")], counting_source_table(100_000, every_s=0.01), name="slow"
     )
-    fast = write_pipeline_file(box.folder, [stage_table("a", "double")], counting_source_table(30), name="fast")
-    out = box.folder / "bench"
-    running = box.start_sparse("bench", fast, slow, "--repeats", "2", "--warm-up", "5", "--out", out)
+    fast = write_pipeline_file(sandbox.folder, [stage_table("a", "double")], counting_source_table(30), name="fast")
+    out = sandbox.folder / "bench"
+    running = sandbox.start_sparse("bench", fast, slow, "--repeats", "2", "--warm-up", "5", "--out", out)
     eventually("the second run's requests", (out / "slow-1" / "results.jsonl").is_file)
     said = running.wait(signal.SIGINT)
     assert said.returncode == 130, said.stderr
@@ -126,30 +126,30 @@ def test_ctrl_c_keeps_what_was_finished(box: ProcessSandbox) -> None:
     assert found is not None
     assert [suite.runs for suite in found.suites] == [("fast-1",), ()]
     assert found.ended_at is not None
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_benchmark_that_is_killed_leaves_no_run_behind(box: ProcessSandbox) -> None:
+def test_a_benchmark_that_is_killed_leaves_no_run_behind(sandbox: ProcessSandbox) -> None:
     slow = write_pipeline_file(
-        box.folder, [stage_table("a", "double")], counting_source_table(100_000, every_s=0.01), name="slow"
+        sandbox.folder, [stage_table("a", "double")], counting_source_table(100_000, every_s=0.01), name="slow"
     )
-    out = box.folder / "bench"
-    running = box.start_sparse("bench", slow, "--out", out)
+    out = sandbox.folder / "bench"
+    running = sandbox.start_sparse("bench", slow, "--out", out)
     eventually("the run's requests", (out / "slow-1" / "results.jsonl").is_file)
     running.wait(signal.SIGKILL)
-    eventually("the run's end", lambda: not box.live_processes())
+    eventually("the run's end", lambda: not sandbox.live_processes())
 
 
-def test_stages_that_are_up_elsewhere_are_measured_from_the_source_alone(box: ProcessSandbox) -> None:
+def test_stages_that_are_up_elsewhere_are_measured_from_the_source_alone(sandbox: ProcessSandbox) -> None:
     require_dependency("mosquitto")
     path = write_pipeline_file(
-        box.folder, [stage_table("a", "double", site="here")], counting_source_table(40, site="here"), name="far"
+        sandbox.folder, [stage_table("a", "double", site="here")], counting_source_table(40, site="here"), name="far"
     )
     with start_broker(kind="mosquitto") as broker:
         path.write_text(path.read_text() + f'[[site]]\nname = "here"\nbroker = "{broker.address}"\n')
-        box.start_sparse("stage", path, "a")
-        out = box.folder / "bench"
-        said = box.start_sparse(
+        sandbox.start_sparse("stage", path, "a")
+        out = sandbox.folder / "bench"
+        said = sandbox.start_sparse(
             "bench", path, "--source-only", "--repeats", "1", "--warm-up", "10", "--out", out
         ).wait()
     assert said.returncode == 0, said.stderr
@@ -163,11 +163,13 @@ def test_stages_that_are_up_elsewhere_are_measured_from_the_source_alone(box: Pr
     assert found.mode == "source"
 
 
-def test_a_sweep_of_batch_sizes_names_the_best(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("a")], {"kind": "digits"}, name="swept", model="vgg11-small")
-    out = box.folder / "sweep"
+def test_a_sweep_of_batch_sizes_names_the_best(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(
+        sandbox.folder, [stage_table("a")], {"kind": "digits"}, name="swept", model="vgg11-small"
+    )
+    out = sandbox.folder / "sweep"
     options = ("--batch", "1,4", "--requests", "40", "--warm-up", "10", "--repeats", "2", "--json", "--out", out)
-    said = box.start_sparse("bench", "sweep", path, *options).wait()
+    said = sandbox.start_sparse("bench", "sweep", path, *options).wait()
     assert said.returncode == 0, said.stderr
     assert list(said.json_output["runs"]) == ["batch-1-1", "batch-4-1", "batch-1-2", "batch-4-2"]
     best = said.json_output["best"]
@@ -179,10 +181,10 @@ def test_a_sweep_of_batch_sizes_names_the_best(box: ProcessSandbox) -> None:
         assert [line["batch"] for line in csv.DictReader(file)] == ["1", "4", "1", "4"]
 
 
-def test_a_sweep_of_cuts_tries_not_to_cut_as_well(box: ProcessSandbox) -> None:
+def test_a_sweep_of_cuts_tries_not_to_cut_as_well(sandbox: ProcessSandbox) -> None:
     require_dependency("mosquitto")
-    out = box.folder / "sweep"
-    said = box.start_sparse("bench", "sweep", SPLIT, "--cuts", "8", *SHORT, "--out", out).wait(timeout_s=280)
+    out = sandbox.folder / "sweep"
+    said = sandbox.start_sparse("bench", "sweep", SPLIT, "--cuts", "8", *SHORT, "--out", out).wait(timeout_s=280)
     assert said.returncode == 0, said.stderr
     runs = results(out)["runs"]
     assert list(runs) == ["cut-8-1", "uncut-at-device-1", "uncut-at-cloud-1"]
@@ -216,10 +218,10 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_a_mistake_is_one_line(box: ProcessSandbox, mistake: str) -> None:
+def test_a_mistake_is_one_line(sandbox: ProcessSandbox, mistake: str) -> None:
     words, expected = BAD[mistake]
-    out = box.folder / "bench"
-    said = box.start_sparse("bench", *words, "--out", out).wait()
+    out = sandbox.folder / "bench"
+    said = sandbox.start_sparse("bench", *words, "--out", out).wait()
     assert said.returncode == 2, said.stderr
     (line,) = said.stderr.strip().splitlines()
     assert line.startswith("sparse: ")
@@ -227,30 +229,30 @@ def test_a_mistake_is_one_line(box: ProcessSandbox, mistake: str) -> None:
     assert not out.exists()
 
 
-def test_a_folder_that_is_not_empty_is_left_alone(box: ProcessSandbox) -> None:
-    (box.folder / "mine").write_text("kept")
-    said = box.start_sparse("bench", "detect-device", "--out", box.folder).wait()
+def test_a_folder_that_is_not_empty_is_left_alone(sandbox: ProcessSandbox) -> None:
+    (sandbox.folder / "mine").write_text("kept")
+    said = sandbox.start_sparse("bench", "detect-device", "--out", sandbox.folder).wait()
     assert (said.returncode, said.stderr.count("\n")) == (2, 1)
     assert "it is not empty" in said.stderr
-    assert not (box.folder / "manifest.json").exists()
+    assert not (sandbox.folder / "manifest.json").exists()
 
 
-def test_a_folder_below_a_file_is_one_line(box: ProcessSandbox) -> None:
-    (box.folder / "file").touch()
-    said = box.start_sparse("bench", "detect-device", "--out", box.folder / "file" / "bench").wait()
+def test_a_folder_below_a_file_is_one_line(sandbox: ProcessSandbox) -> None:
+    (sandbox.folder / "file").touch()
+    said = sandbox.start_sparse("bench", "detect-device", "--out", sandbox.folder / "file" / "bench").wait()
     assert (said.returncode, said.stderr.count("\n")) == (2, 1)
     assert "results cannot be put into" in said.stderr
 
 
-def test_a_run_that_has_no_samples_after_its_warm_up_says_so(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("a", "double")], counting_source_table(5), name="short")
-    said = box.start_sparse("bench", path, "--repeats", "1", "--out", box.folder / "bench").wait()
+def test_a_run_that_has_no_samples_after_its_warm_up_says_so(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, [stage_table("a", "double")], counting_source_table(5), name="short")
+    said = sandbox.start_sparse("bench", path, "--repeats", "1", "--out", sandbox.folder / "bench").wait()
     assert said.returncode == 1
     assert "short-1: failed: the run has no samples: its warm-up of 20 takes all 5 requests" in said.stderr
 
 
-def test_the_suites_are_listed(box: ProcessSandbox) -> None:
-    said = box.start_sparse("bench", "--list").wait()
+def test_the_suites_are_listed(sandbox: ProcessSandbox) -> None:
+    said = sandbox.start_sparse("bench", "--list").wait()
     assert said.returncode == 0
     for path in SUITES_FOLDER.glob("*.toml"):
         assert f"  {path.stem} " in said.stdout

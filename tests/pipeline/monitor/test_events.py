@@ -48,11 +48,11 @@ def told_to(path: Path) -> dict[str, str]:
 
 
 def serve(
-    box: ProcessSandbox, broker: LocalBroker, pipeline: Pipeline, path: Path, *words: str
+    sandbox: ProcessSandbox, broker: LocalBroker, pipeline: Pipeline, path: Path, *words: str
 ) -> list[RunningCommand]:
     """A worker for each stage, called as the stage is with a 1; they are up."""
     workers = [
-        box.start_sparse(
+        sandbox.start_sparse(
             "stage",
             pipeline.path,
             each.name,
@@ -81,20 +81,23 @@ def requests_of(monitor: FakeMonitor) -> list[RequestDone]:
     return [event for event in monitor.events if isinstance(event, RequestDone)]
 
 
-def test_the_events_of_a_run_add_up(box: ProcessSandbox, embedded: LocalBroker, monitor: FakeMonitor) -> None:
+def test_the_events_of_a_run_add_up(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker, monitor: FakeMonitor
+) -> None:
     batched = {"max_batch": 4, "max_wait_ms": 20}
     pipeline = load_pipeline(
         write_pipeline_file(
-            box.folder, [stage_table("head", "Rows", **batched), stage_table("tail", "Rows", **batched)]
+            sandbox.folder,
+            [stage_table("head", "BatchableExecutor", **batched), stage_table("tail", "BatchableExecutor", **batched)],
         )
     )
     count = 30
 
     async def ask() -> None:
-        async with Offloader(pipeline, broker=embedded.address, name="me", window=8) as offload:
+        async with Offloader(pipeline, broker=embedded_broker.address, name="me", window=8) as offload:
             await asyncio.gather(*(offload({"rows": np.full((1, 3), float(index))}) for index in range(count)))
 
-    workers = serve(box, embedded, pipeline, monitor.path)
+    workers = serve(sandbox, embedded_broker, pipeline, monitor.path)
     asyncio.run(ask())
     for worker in workers:
         assert worker.wait(signal.SIGTERM).returncode == 0
@@ -141,40 +144,48 @@ def assert_requests(monitor: FakeMonitor) -> None:
 
 
 def test_what_fails_is_told_with_its_error_by_worker_and_source(
-    box: ProcessSandbox, embedded: LocalBroker, monitor: FakeMonitor
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker, monitor: FakeMonitor
 ) -> None:
-    pipeline = load_pipeline(write_pipeline_file(box.folder, [stage_table("picky", "picky")]))
+    pipeline = load_pipeline(write_pipeline_file(sandbox.folder, [stage_table("reject_negative", "reject_negative")]))
 
     async def ask() -> None:
-        async with Offloader(pipeline, broker=embedded.address) as offload:
+        async with Offloader(pipeline, broker=embedded_broker.address) as offload:
             asked = [offload(np.array(value)) for value in (1.0, -1.0, -2.0)]
             answers = await asyncio.gather(*asked, return_exceptions=True)
             assert [isinstance(answer, Exception) for answer in answers] == [False, True, True]
 
-    serve(box, embedded, pipeline, monitor.path)
+    serve(sandbox, embedded_broker, pipeline, monitor.path)
     asyncio.run(ask())
-    eventually("all tasks", lambda: len(tasks_of(monitor, "picky")) == 3)
-    for found in (tasks_of(monitor, "picky"), requests_of(monitor)):
+    eventually("all tasks", lambda: len(tasks_of(monitor, "reject_negative")) == 3)
+    for found in (tasks_of(monitor, "reject_negative"), requests_of(monitor)):
         assert Counter(event.error for event in found) == {"": 1, "ArithmeticError": 2}
     failed = [done for done in requests_of(monitor) if done.error]
     assert all(done.latency_ms > 0 and not done.hops for done in failed)
 
 
 def test_a_run_with_no_monitor_or_one_that_comes_and_goes_is_as_any_other(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
     """The last thing that is told is heard by a monitor that was started again, whatever went before."""
     pipeline = load_pipeline(
-        write_pipeline_file(box.folder, [stage_table("double", "double")], counting_source_table(400, every_s=0.01))
+        write_pipeline_file(sandbox.folder, [stage_table("double", "double")], counting_source_table(400, every_s=0.01))
     )
     with monitor_socket_path() as path:
-        serve(box, embedded, pipeline, path)
-        words = ("source", pipeline.path, "--broker", embedded.address, "--json", "--out", box.folder / "out")
-        source = box.start_sparse(*words, environment=told_to(path))
+        serve(sandbox, embedded_broker, pipeline, path)
+        words = (
+            "source",
+            pipeline.path,
+            "--broker",
+            embedded_broker.address,
+            "--json",
+            "--out",
+            sandbox.folder / "out",
+        )
+        source = sandbox.start_sparse(*words, environment=told_to(path))
         with FakeMonitor(path) as first:
             eventually("some results", lambda: len(requests_of(first)) > 20)
             first.kill()
-            eventually("more results", lambda: _results(box.folder / "out") > 150)
+            eventually("more results", lambda: _results(sandbox.folder / "out") > 150)
         with FakeMonitor(path) as second:
             said = source.wait()
             assert (said.returncode, said.json_output["results"], said.json_output["retries"]) == (0, 400, 0), (
@@ -193,13 +204,15 @@ def _results(folder: Path) -> int:
 
 
 def test_a_training_run_tells_each_step_and_each_operation(
-    box: ProcessSandbox, embedded: LocalBroker, monitor: FakeMonitor
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker, monitor: FakeMonitor
 ) -> None:
     """Two epochs of 3 steps of 32 rows in 2 micro-batches; after each epoch 32 rows are evaluated at once."""
-    pipeline = load_pipeline(write_training_pipeline_file(box.folder, evaluate_every=1))
-    workers = serve(box, embedded, pipeline, monitor.path, "--checkpoints", str(box.folder / "checkpoints"))
-    words = ("source", pipeline.path, "--broker", embedded.address, "--json", "--no-pictures")
-    said = box.start_sparse(*words, "--out", box.folder / "out", environment=told_to(monitor.path)).wait()
+    pipeline = load_pipeline(write_training_pipeline_file(sandbox.folder, evaluate_every=1))
+    workers = serve(
+        sandbox, embedded_broker, pipeline, monitor.path, "--checkpoints", str(sandbox.folder / "checkpoints")
+    )
+    words = ("source", pipeline.path, "--broker", embedded_broker.address, "--json", "--no-pictures")
+    said = sandbox.start_sparse(*words, "--out", sandbox.folder / "out", environment=told_to(monitor.path)).wait()
     assert said.returncode == 0, said.stderr
     for worker in workers:
         assert worker.wait(signal.SIGTERM).returncode == 0
@@ -207,7 +220,7 @@ def test_a_training_run_tells_each_step_and_each_operation(
     steps = [event for event in monitor.events if isinstance(event, StepDone)]
     assert [(step.step, step.epoch, step.rows) for step in steps] == [(n, (n - 1) // 3, 32) for n in range(1, 7)]
     assert all(step.source == "stripes" and step.step_ms > 0 for step in steps)
-    written = [json.loads(line) for line in (box.folder / "out" / "training.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (sandbox.folder / "out" / "training.jsonl").read_text().splitlines()]
     assert [step.loss for step in steps] == [event["loss"] for event in written if event["event"] == "step"]
     for name in ("head", "tail"):
         batches = batches_of(monitor, name)

@@ -19,27 +19,27 @@ from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, ev
 REPORTS_S = 10.0  # reports come every second; this is ample on a busy machine
 
 
-def monitor(box: ProcessSandbox, broker: LocalBroker, *words: str | Path) -> tuple[RunningCommand, int]:
+def monitor(sandbox: ProcessSandbox, broker: LocalBroker, *words: str | Path) -> tuple[RunningCommand, int]:
     """A monitor of this broker that is connected, and its port."""
     port = free_port()
-    running = box.start_sparse("monitor", *words, "--broker", broker.address, "--port", str(port))
+    running = sandbox.start_sparse("monitor", *words, "--broker", broker.address, "--port", str(port))
     eventually("the monitor to be connected", lambda: http_get(port, "/health")[0] == 200)
     return running, port
 
 
 def test_the_wait_rises_before_the_first_task_is_done_and_falls_when_none_waits(
-    box: ProcessSandbox, broker: LocalBroker
+    sandbox: ProcessSandbox, broker: LocalBroker
 ) -> None:
     path = write_pipeline_file(
-        box.folder, [stage_table("slow", "Slow", settings={"seconds": 2.5})], counting_source_table(3)
+        sandbox.folder, [stage_table("slow", "SleepExecutor", settings={"seconds": 2.5})], counting_source_table(3)
     )
-    _, port = monitor(box, broker)
-    box.start_sparse("stage", path, "slow", "--worker", "w1", "--broker", broker.address)
+    _, port = monitor(sandbox, broker)
+    sandbox.start_sparse("stage", path, "slow", "--worker", "w1", "--broker", broker.address)
     eventually("the worker", lambda: fetch_stages(port).get("test"))
     assert fetch_stages(port)["test"]["slow"] == {
         "workers": 1, "queue": 0, "queue_ms": 0.0, "busy": 0.0, "rate": 0.0, "site": "local",
     }  # fmt: skip
-    source = box.start_sparse("source", path, "--broker", broker.address, "--out", box.folder / "out")
+    source = sandbox.start_sparse("source", path, "--broker", broker.address, "--out", sandbox.folder / "out")
 
     def waits_unbegun() -> bool:
         series = fetch_metrics(port)
@@ -67,13 +67,14 @@ def _waits(port: int, least_ms: float) -> float:
     return found if found >= least_ms else 0.0
 
 
-def test_a_killed_worker_vanishes_and_its_stage_stays(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("head", "double"), stage_table("tail", "double")])
+def test_a_killed_worker_vanishes_and_its_stage_stays(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
+    path = write_pipeline_file(sandbox.folder, [stage_table("head", "double"), stage_table("tail", "double")])
     workers = {
-        name: box.start_sparse("stage", path, "head", "--worker", name, "--broker", embedded.address) for name in "ab"
+        name: sandbox.start_sparse("stage", path, "head", "--worker", name, "--broker", embedded_broker.address)
+        for name in "ab"
     }
-    wait_for_workers(embedded.address, lambda seen: len(seen) == 2)
-    _, port = monitor(box, embedded, path)
+    wait_for_workers(embedded_broker.address, lambda seen: len(seen) == 2)
+    _, port = monitor(sandbox, embedded_broker, path)
     eventually("both workers", lambda: fetch_stages(port)["test"]["head"]["workers"] == 2)
     assert fetch_stages(port)["test"]["tail"]["workers"] == 0  # the file has it
     workers["a"].wait(signal.SIGKILL)
@@ -86,26 +87,26 @@ def test_a_killed_worker_vanishes_and_its_stage_stays(box: ProcessSandbox, embed
     assert not select_series(fetch_metrics(port), "sparse_worker_queue")
 
 
-def test_only_the_pipeline_of_the_file_is_watched(box: ProcessSandbox, embedded: LocalBroker) -> None:
+def test_only_the_pipeline_of_the_file_is_watched(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
     for name in ("street", "yard"):
-        path = write_pipeline_file(box.folder, [stage_table("head", "double")], name=name)
-        box.start_sparse("stage", path, "head", "--worker", "w", "--broker", embedded.address)
-    wait_for_workers(embedded.address, lambda seen: len(seen) == 2)
-    _, every = monitor(box, embedded)
-    _, one = monitor(box, embedded, box.folder / "yard.toml")
+        path = write_pipeline_file(sandbox.folder, [stage_table("head", "double")], name=name)
+        sandbox.start_sparse("stage", path, "head", "--worker", "w", "--broker", embedded_broker.address)
+    wait_for_workers(embedded_broker.address, lambda seen: len(seen) == 2)
+    _, every = monitor(sandbox, embedded_broker)
+    _, one = monitor(sandbox, embedded_broker, sandbox.folder / "yard.toml")
     eventually("all workers", lambda: sorted(fetch_stages(every)) == ["street", "yard"])
     eventually("the one worker", lambda: fetch_stages(one)["yard"]["head"]["workers"] == 1)
     assert list(fetch_stages(one)) == ["yard"]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_broker_that_goes_and_comes_back_is_survived(box: ProcessSandbox, number: int, status: int) -> None:
+def test_a_broker_that_goes_and_comes_back_is_survived(sandbox: ProcessSandbox, number: int, status: int) -> None:
     require_dependency("iotcore")
-    path = write_pipeline_file(box.folder, [stage_table("head", "double")])
+    path = write_pipeline_file(sandbox.folder, [stage_table("head", "double")])
     with start_broker(kind="embedded") as first:
-        worker = box.start_sparse("stage", path, "head", "--worker", "w1", "--broker", first.address)
+        worker = sandbox.start_sparse("stage", path, "head", "--worker", "w1", "--broker", first.address)
         wait_for_workers(first.address, lambda seen: len(seen) == 1)
-        watcher, port = monitor(box, first)
+        watcher, port = monitor(sandbox, first)
         eventually("the worker", lambda: fetch_stages(port).get("test"))
     eventually("the monitor to notice", lambda: http_get(port, "/health")[0] == 503, REPORTS_S)
     assert http_get(port, "/stages")[0] == 503
@@ -118,11 +119,13 @@ def test_a_broker_that_goes_and_comes_back_is_survived(box: ProcessSandbox, numb
         assert said.returncode == status, said.stderr
         assert "Traceback" not in said.stderr
         worker.wait(signal.SIGTERM)
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_broker_that_is_not_there_is_one_line_and_no_mistake_of_a_person(box: ProcessSandbox) -> None:
-    said = box.start_sparse("monitor", "--broker", "mqtt://me:secret@127.0.0.1:9", "--port", str(free_port())).wait()
+def test_a_broker_that_is_not_there_is_one_line_and_no_mistake_of_a_person(sandbox: ProcessSandbox) -> None:
+    said = sandbox.start_sparse(
+        "monitor", "--broker", "mqtt://me:secret@127.0.0.1:9", "--port", str(free_port())
+    ).wait()
     assert (said.returncode, said.stdout) == (1, "")
     assert (
         said.stderr
@@ -130,9 +133,9 @@ def test_a_broker_that_is_not_there_is_one_line_and_no_mistake_of_a_person(box: 
     )
 
 
-def test_a_port_that_is_taken_is_one_line(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    _, port = monitor(box, embedded)
-    said = box.start_sparse("monitor", "--broker", embedded.address, "--port", str(port)).wait()
+def test_a_port_that_is_taken_is_one_line(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
+    _, port = monitor(sandbox, embedded_broker)
+    said = sandbox.start_sparse("monitor", "--broker", embedded_broker.address, "--port", str(port)).wait()
     assert (said.returncode, said.stdout) == (2, "")
     expected = f"port {port} on 127.0.0.1 is taken: stop what listens there, or choose another with --port"
     assert said.stderr == f"sparse: {expected}\n"

@@ -25,14 +25,14 @@ STAGES = ("first", "second")
 
 
 def start(
-    box: ProcessSandbox, broker: LocalBroker, *words: str, count: int = COUNT, **environment: str
+    sandbox: ProcessSandbox, broker: LocalBroker, *words: str, count: int = COUNT, **environment: str
 ) -> RunningCommand:
-    """A run of two stages, with results in box.folder/out."""
+    """A run of two stages, with results in sandbox.folder/out."""
     path = write_pipeline_file(
-        box.folder, [stage_table(name, "double") for name in STAGES], counting_source_table(count, every_s=0.01)
+        sandbox.folder, [stage_table(name, "double") for name in STAGES], counting_source_table(count, every_s=0.01)
     )
-    out = box.folder / "out"
-    return box.start_sparse(
+    out = sandbox.folder / "out"
+    return sandbox.start_sparse(
         "run", path, "--broker", broker.address, "--json", "--out", out, *words, environment=environment
     )
 
@@ -55,15 +55,17 @@ def finished(run: RunningCommand, count: int = COUNT) -> dict[str, Any]:
     return said.json_output
 
 
-def monitor_of(box: ProcessSandbox) -> psutil.Process:
-    found = eventually("the monitor", lambda: box.find_process("monitor"))
+def monitor_of(sandbox: ProcessSandbox) -> psutil.Process:
+    found = eventually("the monitor", lambda: sandbox.find_process("monitor"))
     assert found is not None
     return found
 
 
-def test_what_a_run_does_is_in_its_folder_and_the_counts_are_right(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    summary = finished(start(box, embedded))
-    out = box.folder / "out"
+def test_what_a_run_does_is_in_its_folder_and_the_counts_are_right(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
+) -> None:
+    summary = finished(start(sandbox, embedded_broker))
+    out = sandbox.folder / "out"
     file = out / summary["files"]["telemetry"]
     assert Counter(finished_request_ids(file)) == Counter(results(out))
     for measurement in ("hop", "task"):
@@ -83,20 +85,24 @@ def test_what_a_run_does_is_in_its_folder_and_the_counts_are_right(box: ProcessS
     assert {point.tags["role"] for point in read_points(file, "process")} == {"monitor", "run", "stage", "source"}
     last = read_points(file, "monitor")[-1].fields
     assert (last["bad_events"], last["dropped_events"], last["dropped_points"]) == (0, 0, 0)
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_without_a_monitor_nothing_is_missing_but_its_records(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    summary = finished(start(box, embedded, SPARSE_MONITOR=str(box.folder / "nobody")))
+def test_without_a_monitor_nothing_is_missing_but_its_records(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
+) -> None:
+    summary = finished(start(sandbox, embedded_broker, SPARSE_MONITOR=str(sandbox.folder / "nobody")))
     assert summary["files"]["telemetry"] is None
-    assert not (box.folder / "out" / "telemetry.sqlite").exists()
-    box.assert_nothing_left()
+    assert not (sandbox.folder / "out" / "telemetry.sqlite").exists()
+    sandbox.assert_nothing_left()
 
 
-def test_a_monitor_that_is_frozen_for_a_while_gets_all_of_it_later(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    run, out = start(box, embedded, count=600), box.folder / "out"
+def test_a_monitor_that_is_frozen_for_a_while_gets_all_of_it_later(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
+) -> None:
+    run, out = start(sandbox, embedded_broker, count=600), sandbox.folder / "out"
     eventually("some results", lambda: len(results(out)) >= 20)
-    monitor = monitor_of(box)
+    monitor = monitor_of(sandbox)
     monitor.suspend()
     frozen = len(results(out))
     eventually("many more results meanwhile", lambda: len(results(out)) >= frozen + 150)
@@ -105,24 +111,24 @@ def test_a_monitor_that_is_frozen_for_a_while_gets_all_of_it_later(box: ProcessS
     assert Counter(finished_request_ids(out / "telemetry.sqlite")) == Counter(results(out))
 
 
-def test_a_monitor_that_stays_frozen_holds_up_nothing(box: ProcessSandbox, embedded: LocalBroker) -> None:
-    run, out = start(box, embedded), box.folder / "out"
+def test_a_monitor_that_stays_frozen_holds_up_nothing(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
+    run, out = start(sandbox, embedded_broker), sandbox.folder / "out"
     eventually("some results", lambda: len(results(out)) >= 20)
-    monitor_of(box).suspend()
+    monitor_of(sandbox).suspend()
     finished(run)
-    box.assert_nothing_left(within_s=5)
+    sandbox.assert_nothing_left(within_s=5)
 
 
 def test_a_monitor_that_is_killed_is_started_again_and_what_it_had_kept_is_there(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
-    run, out = start(box, embedded, count=1000), box.folder / "out"
+    run, out = start(sandbox, embedded_broker, count=1000), sandbox.folder / "out"
     file = out / "telemetry.sqlite"
     eventually("some records", lambda: len(finished_request_ids(file)) >= 20)
-    first = monitor_of(box)
+    first = monitor_of(sandbox)
     first.kill()
     kept = set(finished_request_ids(file))
-    eventually("another monitor", lambda: (found := box.find_process("monitor")) and found.pid != first.pid)
+    eventually("another monitor", lambda: (found := sandbox.find_process("monitor")) and found.pid != first.pid)
     again = len(results(out))
     eventually("its records", lambda: set(finished_request_ids(file)) - kept)
     assert "the monitor ended by itself, and was started again" in run.read_stderr()
@@ -132,34 +138,37 @@ def test_a_monitor_that_is_killed_is_started_again_and_what_it_had_kept_is_there
     assert kept <= set(stored) <= set(answered)
     assert set(answered[-100:]) <= set(stored)
     assert len(answered[again:]) > 100
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 def test_a_monitor_that_cannot_live_is_said_once_and_the_run_goes_on(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
-    run = start(box, embedded, SPARSE_INFLUX_URL="nonsense")
+    run = start(sandbox, embedded_broker, SPARSE_INFLUX_URL="nonsense")
     finished(run)
     (line,) = [line for line in run.read_stderr().splitlines() if "telemetry" in line]
     assert line.startswith("no more telemetry: the monitor ended: SPARSE_INFLUX_URL: it is no address of a server")
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 def test_a_node_that_has_a_monitor_needs_no_other_and_it_may_die_and_come_back(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
     with short_temp_folder() as folder:
-        file, socket = box.folder / "node.sqlite", folder / "events"
+        file, socket = sandbox.folder / "node.sqlite", folder / "events"
         words = ("monitor", "--store", file, "--port", str(free_port()), "--socket", socket)
-        first = box.start_sparse(*words)
+        first = sandbox.start_sparse(*words)
         eventually("its socket", socket.exists)
-        run, out = start(box, embedded, count=1000, SPARSE_MONITOR=str(socket), SPARSE_RUN="monday"), box.folder / "out"
+        run, out = (
+            start(sandbox, embedded_broker, count=1000, SPARSE_MONITOR=str(socket), SPARSE_RUN="monday"),
+            sandbox.folder / "out",
+        )
         eventually("some records", lambda: len(finished_request_ids(file)) >= 20)
         first.process.kill()
         first.wait()
         kept, answered = set(finished_request_ids(file)), len(results(out))
         eventually("results without it", lambda: len(results(out)) >= answered + 100)
-        second = box.start_sparse(*words)
+        second = sandbox.start_sparse(*words)
         eventually("its records", lambda: set(finished_request_ids(file)) - kept)
         assert finished(run, 1000)["files"]["telemetry"] is None
         assert second.wait(signal.SIGTERM).returncode == 0
@@ -168,26 +177,26 @@ def test_a_node_that_has_a_monitor_needs_no_other_and_it_may_die_and_come_back(
         # The senders had kept what happened while it was away.
         assert set(results(out)[answered + 50 :]) <= stored
         assert {point.tags["run"] for point in read_points(file, "request")} == {"monday"}
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_without_telemetry_nobody_is_told(box: ProcessSandbox, embedded: LocalBroker) -> None:
+def test_without_telemetry_nobody_is_told(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
     with short_temp_folder() as folder:
-        file, socket, port = box.folder / "node.sqlite", folder / "events", free_port()
-        monitor = box.start_sparse("monitor", "--store", file, "--port", str(port), "--socket", socket)
+        file, socket, port = sandbox.folder / "node.sqlite", folder / "events", free_port()
+        monitor = sandbox.start_sparse("monitor", "--store", file, "--port", str(port), "--socket", socket)
         eventually("the monitor", lambda: http_get(port, "/health")[0] == 200)
-        summary = finished(start(box, embedded, "--no-telemetry", SPARSE_MONITOR=str(socket)))
+        summary = finished(start(sandbox, embedded_broker, "--no-telemetry", SPARSE_MONITOR=str(socket)))
         assert summary["files"]["telemetry"] is None
         assert monitor.wait(signal.SIGTERM).returncode == 0
     assert read_points(file, "life") == []
     assert read_points(file, "node")
 
 
-def test_a_monitor_without_a_broker_serves_its_node(box: ProcessSandbox) -> None:
+def test_a_monitor_without_a_broker_serves_its_node(sandbox: ProcessSandbox) -> None:
     with short_temp_folder() as folder:
-        file, socket, port = box.folder / "node.sqlite", folder / "events", free_port()
+        file, socket, port = sandbox.folder / "node.sqlite", folder / "events", free_port()
         words = ("--socket", socket, "--every", "0.05", "--run", "monday")
-        monitor = box.start_sparse("monitor", "--store", file, "--port", str(port), *words)
+        monitor = sandbox.start_sparse("monitor", "--store", file, "--port", str(port), *words)
         eventually("the monitor", lambda: http_get(port, "/health")[0] == 200)
         assert monitor.read_stderr() == (
             f"watching this node, no broker is named; events at {socket}; kept in {file}; "
@@ -206,16 +215,16 @@ def test_a_monitor_without_a_broker_serves_its_node(box: ProcessSandbox) -> None
     assert "nonsense" not in said.stderr
     assert [point.tags["run"] for point in read_points(file, "task")] == ["monday", "tuesday"]
     assert read_points(file, "monitor")[-1].fields["bad_events"] == 2
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_socket_of_a_living_monitor_is_one_line_and_it_lives_on(box: ProcessSandbox) -> None:
+def test_a_socket_of_a_living_monitor_is_one_line_and_it_lives_on(sandbox: ProcessSandbox) -> None:
     with short_temp_folder() as folder:
         socket, port = folder / "events", free_port()
-        monitor = box.start_sparse("monitor", "--port", str(port), "--socket", socket)
+        monitor = sandbox.start_sparse("monitor", "--port", str(port), "--socket", socket)
         eventually("the monitor", lambda: http_get(port, "/health")[0] == 200)
         for words, environment in [(("--socket", socket), {}), ((), {"SPARSE_MONITOR": str(socket)})]:
-            said = box.start_sparse("monitor", "--port", str(free_port()), *words, environment=environment).wait()
+            said = sandbox.start_sparse("monitor", "--port", str(free_port()), *words, environment=environment).wait()
             assert (said.returncode, said.stdout) == (2, "")
             assert said.stderr == (
                 f"sparse: {socket}: a monitor that runs listens on this socket: stop it, or choose another with "
@@ -224,7 +233,7 @@ def test_a_socket_of_a_living_monitor_is_one_line_and_it_lives_on(box: ProcessSa
         send_datagrams(socket, encode_task_event(1))
         eventually("the event", lambda: series_value(fetch_metrics(port), "sparse_monitor_events_total") == 1)
         assert monitor.wait(signal.SIGTERM).returncode == 0
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 @pytest.mark.parametrize(
@@ -237,9 +246,9 @@ def test_a_socket_of_a_living_monitor_is_one_line_and_it_lives_on(box: ProcessSa
         (("--traces", "nowhere"), "sparse: --traces 'nowhere': expected the address of a collector"),
     ],
 )
-def test_what_a_monitor_cannot_do_is_one_clear_line(box: ProcessSandbox, words: tuple[str, ...], said: str) -> None:
-    ended = box.start_sparse("monitor", "--port", str(free_port()), *words).wait()
+def test_what_a_monitor_cannot_do_is_one_clear_line(sandbox: ProcessSandbox, words: tuple[str, ...], said: str) -> None:
+    ended = sandbox.start_sparse("monitor", "--port", str(free_port()), *words).wait()
     assert ended.returncode in (1, 2)
     assert (ended.stderr.count("\n"), ended.stdout) == (1, "")
     assert ended.stderr.startswith(said)
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()

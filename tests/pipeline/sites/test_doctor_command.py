@@ -16,30 +16,30 @@ from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_f
 from tests.support.pipelines.processes import ProcessSandbox
 
 
-def doctor(box: ProcessSandbox, port: int, *more: str | Path) -> tuple[int, str, str]:
-    said = box.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}", *more).wait()
+def doctor(sandbox: ProcessSandbox, port: int, *more: str | Path) -> tuple[int, str, str]:
+    said = sandbox.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}", *more).wait()
     return said.returncode, said.stdout, said.stderr
 
 
 def test_a_good_broker_is_status_0_with_a_line_for_each_finding_and_a_table(
-    box: ProcessSandbox, tmp_path: Path
+    sandbox: ProcessSandbox, tmp_path: Path
 ) -> None:
     with start_mosquitto(tmp_path) as port:
-        status, out, err = doctor(box, port)
+        status, out, err = doctor(sandbox, port)
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].startswith(f"ok    MQTT 5       mqtt://127.0.0.1:{port} ")
     assert [line.split("  ")[0] for line in lines if "iB  " in line] == ["1 KiB", "64 KiB", "1 MiB", "4 MiB", "16 MiB"]
     assert lines[-1].startswith("Sparse will work with it: ")
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_broker_that_lacks_something_is_status_1_and_json_comes_last(box: ProcessSandbox, tmp_path: Path) -> None:
+def test_a_broker_that_lacks_something_is_status_1_and_json_comes_last(sandbox: ProcessSandbox, tmp_path: Path) -> None:
     stages = [stage_table("head", wire="float16"), stage_table("tail")]
     path = write_pipeline_file(tmp_path, stages, model="vgg11-small", cuts=[6])
     with start_mosquitto(tmp_path, "retain_available false") as port:
-        said = box.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}", "--pipeline", path, "--json").wait()
+        said = sandbox.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}", "--pipeline", path, "--json").wait()
     assert said.returncode == 1
     assert said.stdout.count("\n") == 1
     assert "FAIL  retained" in said.stderr
@@ -51,20 +51,20 @@ def test_a_broker_that_lacks_something_is_status_1_and_json_comes_last(box: Proc
     assert (row["what"], row["size_bytes"]) == ("head to tail", 2 * 128 * 8 * 8)
 
 
-def test_nobody_there_is_status_1(box: ProcessSandbox) -> None:
-    status, out, _ = doctor(box, free_port())
+def test_nobody_there_is_status_1(sandbox: ProcessSandbox) -> None:
+    status, out, _ = doctor(sandbox, free_port())
     assert status == 1
     assert out.startswith("FAIL  reachable")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_that_is_told_to_leave_leaves_nothing_behind(
-    box: ProcessSandbox, tmp_path: Path, number: signal.Signals
+    sandbox: ProcessSandbox, tmp_path: Path, number: signal.Signals
 ) -> None:
     async def test(port: int) -> None:
         async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as witness:
             await witness.subscribe("sparse/doctor/+/retained")
-            running = box.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}")
+            running = sandbox.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}")
             heard = await witness.receive(60)
             assert heard is not None
             said = await asyncio.to_thread(running.wait, number)
@@ -76,7 +76,7 @@ def test_one_that_is_told_to_leave_leaves_nothing_behind(
 
     with start_mosquitto(tmp_path) as port:
         asyncio.run(test(port))
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 @pytest.mark.parametrize(
@@ -91,33 +91,35 @@ def test_one_that_is_told_to_leave_leaves_nothing_behind(
         (("mqtt://127.0.0.1", "--pipeline", "missing.toml"), "missing.toml: no such file"),
     ],
 )
-def test_bad_usage_is_one_line_and_status_2(box: ProcessSandbox, arguments: tuple[str, ...], told: str) -> None:
-    said = box.start_sparse("broker", "doctor", *arguments).wait()
+def test_bad_usage_is_one_line_and_status_2(sandbox: ProcessSandbox, arguments: tuple[str, ...], told: str) -> None:
+    said = sandbox.start_sparse("broker", "doctor", *arguments).wait()
     assert (said.returncode, said.stdout, said.stderr.count("\n")) == (2, "", 1)
     assert told in said.stderr
 
 
-def test_cuts_that_do_not_fit_the_network_are_one_line_that_names_the_file(box: ProcessSandbox, tmp_path: Path) -> None:
+def test_cuts_that_do_not_fit_the_network_are_one_line_that_names_the_file(
+    sandbox: ProcessSandbox, tmp_path: Path
+) -> None:
     path = write_pipeline_file(tmp_path, [stage_table("head"), stage_table("tail")], model="vgg11-small", cuts=[999])
-    said = box.start_sparse("broker", "doctor", "mqtt://127.0.0.1:1", "--pipeline", path).wait()
+    said = sandbox.start_sparse("broker", "doctor", "mqtt://127.0.0.1:1", "--pipeline", path).wait()
     assert (said.returncode, said.stderr.count("\n")) == (2, 1)
     assert said.stderr.startswith(f"sparse: {path}: pipeline.cuts: ")
 
 
 def test_the_address_of_the_environment_is_used_and_its_password_is_not_shown(
-    tmp_path: Path, box: ProcessSandbox
+    tmp_path: Path, sandbox: ProcessSandbox
 ) -> None:
     with start_mosquitto(tmp_path, allow_anonymous=False) as port:
-        box._environment["SPARSE_BROKER"] = f"mqtt://ann:secret@127.0.0.1:{port}"
-        said = box.start_sparse("broker", "doctor", "--json").wait()
+        sandbox._environment["SPARSE_BROKER"] = f"mqtt://ann:secret@127.0.0.1:{port}"
+        said = sandbox.start_sparse("broker", "doctor", "--json").wait()
     assert said.returncode == 1
     assert "'ann'" in said.stderr
     assert "secret" not in said.stdout + said.stderr
 
 
-def test_cuts_are_listed_with_what_crosses_them(box: ProcessSandbox) -> None:
-    said = box.start_sparse("cuts", ROOT / "examples" / "street.toml").wait()
+def test_cuts_are_listed_with_what_crosses_them(sandbox: ProcessSandbox) -> None:
+    said = sandbox.start_sparse("cuts", ROOT / "examples" / "street.toml").wait()
     assert (said.returncode, said.stderr) == (0, "")
     assert said.stdout.splitlines()[0] == "after 8: head to body, 346,112 bytes as float32: layers.7 1x128x26x26"
-    nothing = box.start_sparse("cuts", ROOT / "examples" / "sensor.toml").wait()
+    nothing = sandbox.start_sparse("cuts", ROOT / "examples" / "sensor.toml").wait()
     assert (nothing.returncode, "no network" in nothing.stdout) == (0, True)

@@ -58,8 +58,8 @@ def covers(topic_filter: str, topic: str) -> bool:
 class Operators:
     """Start each process of a pipeline with its own identity, at the broker of its site."""
 
-    def __init__(self, box: ProcessSandbox, pipeline: Pipeline, doors: dict[str, SecureBroker]) -> None:
-        self.box, self.pipeline, self.doors = box, pipeline, doors
+    def __init__(self, sandbox: ProcessSandbox, pipeline: Pipeline, doors: dict[str, SecureBroker]) -> None:
+        self.box, self.pipeline, self.doors = sandbox, pipeline, doors
 
     def start(self, site: str, who: str, *words: str | Path) -> RunningCommand:
         door = self.doors[site]
@@ -101,15 +101,17 @@ def end_well(stages: list[RunningCommand]) -> None:
 
 
 @pytest.mark.parametrize("sites", [("local", "local"), ("device", "cloud")], ids="-".join)
-def test_an_inference_run_has_the_rights_that_it_uses_and_no_more(box: ProcessSandbox, sites: tuple[str, str]) -> None:
+def test_an_inference_run_has_the_rights_that_it_uses_and_no_more(
+    sandbox: ProcessSandbox, sites: tuple[str, str]
+) -> None:
     names = (("double", "double"), ("add", "add_one"))
     stages = [stage_table(name, made, site=site) for (name, made), site in zip(names, sites, strict=True)]
-    path = write_pipeline_file(box.folder, stages, counting_source_table(20, site=sites[0]))
+    path = write_pipeline_file(sandbox.folder, stages, counting_source_table(20, site=sites[0]))
     if "cloud" in sites:
         path.write_text(path.read_text() + TWO_SITES)
     pipeline = load_pipeline(path)
-    with brokers_of(box.folder, pipeline) as doors:
-        people = Operators(box, pipeline, doors)
+    with brokers_of(sandbox.folder, pipeline) as doors:
+        people = Operators(sandbox, pipeline, doors)
         running = people.stages()
         source = people.source().wait()
         assert source.returncode == 0, source.stderr
@@ -128,84 +130,84 @@ def test_an_inference_run_has_the_rights_that_it_uses_and_no_more(box: ProcessSa
             ("test.double", "write", f"{double}/in/+"),
         }
         assert people.unused() == front_doors | detours
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_training_run_has_the_rights_that_it_uses_and_no_more(box: ProcessSandbox) -> None:
+def test_a_training_run_has_the_rights_that_it_uses_and_no_more(sandbox: ProcessSandbox) -> None:
     sites = ("device", "cloud", "device")
-    pipeline = load_pipeline(write_training_pipeline_file(box.folder, epochs=2, sites=sites))
-    with brokers_of(box.folder, pipeline) as doors:
-        people = Operators(box, pipeline, doors)
-        running = people.stages("--checkpoints", box.folder / "versions")
+    pipeline = load_pipeline(write_training_pipeline_file(sandbox.folder, epochs=2, sites=sites))
+    with brokers_of(sandbox.folder, pipeline) as doors:
+        people = Operators(sandbox, pipeline, doors)
+        running = people.stages("--checkpoints", sandbox.folder / "versions")
         source = people.source().wait()
         assert source.returncode == 0, source.stderr
         assert (source.json_output["steps"], source.json_output["rolled_back"]) == (6, 0)
-        assert_weights_equal(load_file(box.folder / "out" / "model.safetensors"), expected_weights(6))
+        assert_weights_equal(load_file(sandbox.folder / "out" / "model.safetensors"), expected_weights(6))
         end_well(running)
         people.nothing_was_refused()
         # Only a second source of this name would be heard there.
         assert people.unused() == {("lesson.source", "read", "sparse/device/lesson/source/up/+")}
 
 
-def test_a_run_by_passwords_shows_them_to_nobody(box: ProcessSandbox) -> None:
+def test_a_run_by_passwords_shows_them_to_nobody(sandbox: ProcessSandbox) -> None:
     """Not in the list of processes, not in what is logged however much is, not in what is left behind."""
-    path = write_pipeline_file(box.folder, [stage_table("double", "double")], counting_source_table(20))
+    path = write_pipeline_file(sandbox.folder, [stage_table("double", "double")], counting_source_table(20))
     passwords = {"test.double": "correct horse battery", "test.source": "staple correct horse"}
     with start_secure_broker(
-        box.folder, path, password_file=write_password_file(box.folder / "passwords", passwords)
+        sandbox.folder, path, password_file=write_password_file(sandbox.folder / "passwords", passwords)
     ) as door:
-        trusting = box.folder / "trusting"
+        trusting = sandbox.folder / "trusting"
         trusting.mkdir()
         (trusting / "ca.crt").write_bytes((door.certs / "viewer" / "ca.crt").read_bytes())
         place = door.address.removeprefix("mqtts://")
 
         def start(user: str, *words: str | Path) -> RunningCommand:
-            secret = box.folder / f"{user}.password"
+            secret = sandbox.folder / f"{user}.password"
             secret.touch(mode=0o600)
             secret.write_text(f"{passwords[user]}\n")
             environment = {"SPARSE_TLS": str(trusting), "SPARSE_PASSWORD_FILE": str(secret)}
-            return box.start_sparse("-vv", *words, "--broker", f"mqtts://{user}@{place}", environment=environment)
+            return sandbox.start_sparse("-vv", *words, "--broker", f"mqtts://{user}@{place}", environment=environment)
 
         worker = start("test.double", "stage", path, "double")
-        source = start("test.source", "source", path, "--json", "--out", box.folder / "out")
-        seen = " ".join(f"{each.cmdline()} {each.environ()}" for each in box.live_processes())
+        source = start("test.source", "source", path, "--json", "--out", sandbox.folder / "out")
+        seen = " ".join(f"{each.cmdline()} {each.environ()}" for each in sandbox.live_processes())
         assert "mqtts://test.double@" in seen
         ended = source.wait()
         assert ended.json_output["results"] == 20, ended.stderr
         said = worker.wait(signal.SIGTERM)
         assert said.returncode == 0, said.stderr
         assert door.denied_lines() == []
-        left = [each.read_text(errors="replace") for each in (box.folder / "out").rglob("*") if each.is_file()]
+        left = [each.read_text(errors="replace") for each in (sandbox.folder / "out").rglob("*") if each.is_file()]
         for text in (seen, ended.stdout, ended.stderr, said.stdout, said.stderr, door.read_log(), *left):
             assert not any(password in text for password in passwords.values())
 
 
-def test_sparse_run_is_an_operator(box: ProcessSandbox) -> None:
+def test_sparse_run_is_an_operator(sandbox: ProcessSandbox) -> None:
     """All that it starts has its identity."""
     path = write_pipeline_file(
-        box.folder, [stage_table("double", "double"), stage_table("add", "add_one")], counting_source_table(20)
+        sandbox.folder, [stage_table("double", "double"), stage_table("add", "add_one")], counting_source_table(20)
     )
-    with start_secure_broker(box.folder, path) as door:
+    with start_secure_broker(sandbox.folder, path) as door:
         environment = {"SPARSE_TLS": str(door.certs / "operator")}
-        words = ("run", path, "--json", "--broker", door.address, "--out", box.folder / "out")
-        said = box.start_sparse(*words, environment=environment).wait()
+        words = ("run", path, "--json", "--broker", door.address, "--out", sandbox.folder / "out")
+        said = sandbox.start_sparse(*words, environment=environment).wait()
         assert said.returncode == 0, said.stderr
         assert (said.json_output["results"], said.json_output["broker"]) == (20, door.address)
         assert door.denied_lines() == []
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_camera_and_a_viewer_are_any_mqtt_clients_with_a_certificate(box: ProcessSandbox) -> None:
-    path = write_pipeline_file(box.folder, [stage_table("double", "double")], {"kind": "ingress", "keep": "all"})
+def test_a_camera_and_a_viewer_are_any_mqtt_clients_with_a_certificate(sandbox: ProcessSandbox) -> None:
+    path = write_pipeline_file(sandbox.folder, [stage_table("double", "double")], {"kind": "ingress", "keep": "all"})
     path.write_text(path.read_text() + '[[site]]\nname = "local"\ncameras = ["door"]\n')
     pipeline = load_pipeline(path)
-    with start_secure_broker(box.folder, pipeline) as door:
-        people = Operators(box, pipeline, {"local": door})
+    with start_secure_broker(sandbox.folder, pipeline) as door:
+        people = Operators(sandbox, pipeline, {"local": door})
 
         def client(program: str, who: str, *words: str) -> RunningCommand:
             mine = door.certs / who
             keys = ("--cafile", mine / "ca.crt", "--cert", mine / "tls.crt", "--key", mine / "tls.key")
-            return box.start(
+            return sandbox.start(
                 require_dependency(program), "-V", "5", "-p", str(door.port), "-h", "localhost", *keys, *words
             )
 

@@ -35,9 +35,9 @@ CUT_S = 10.0
 def detector(folder: Path, source: dict[str, object], **middle: object) -> Path:
     """A part at each site, the source at the device; 800 kB cross each cut."""
     stages = [
-        stage_table("head", "swell", site="device"),
+        stage_table("head", "add_padding", site="device"),
         stage_table("body", "add_one", site="cloudlet", **middle),
-        stage_table("tail", "shed", site="cloud"),
+        stage_table("tail", "strip_padding", site="cloud"),
     ]
     path = write_pipeline_file(folder, stages, {**source, "site": "device"}, name="far")
     path.write_text(path.read_text() + THREE_SITES)
@@ -67,12 +67,14 @@ def assert_only_what_had_to_cross(heard: dict[str, PacketCapture], near: set[str
         assert twice == []
 
 
-def test_a_pipeline_over_three_sites_sends_over_each_link_what_has_to_cross_it_and_once(box: ProcessSandbox) -> None:
-    path = detector(box.folder, counting_source_table(REQUESTS))
+def test_a_pipeline_over_three_sites_sends_over_each_link_what_has_to_cross_it_and_once(
+    sandbox: ProcessSandbox,
+) -> None:
+    path = detector(sandbox.folder, counting_source_table(REQUESTS))
     with start_sites(path) as sites:
         near, far = get_link(sites, "device", "cloudlet"), get_link(sites, "cloudlet", "cloud")
         heard_near, heard_far = capture_link(near), capture_link(far)
-        said = box.start_sparse("run", path, "--json", "--out", box.folder / "out").wait()
+        said = sandbox.start_sparse("run", path, "--json", "--out", sandbox.folder / "out").wait()
         assert said.returncode == 0, said.stderr
         summary = said.json_output
         time.sleep(0.5)  # what is still under way
@@ -92,12 +94,12 @@ def test_a_pipeline_over_three_sites_sends_over_each_link_what_has_to_cross_it_a
     results = [each for each in heard_far["back"].publishes if each.properties.get("kind") == b"result"]
     assert len(results) == REQUESTS
     assert {each.topic.split("/")[1] for each in results} == {"device"}
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_link_costs_its_delay_each_way(box: ProcessSandbox) -> None:
-    path = detector(box.folder, counting_source_table(20, window=1))
-    said = box.start_sparse("run", path, "--json", "--out", box.folder / "out").wait()
+def test_a_link_costs_its_delay_each_way(sandbox: ProcessSandbox) -> None:
+    path = detector(sandbox.folder, counting_source_table(20, window=1))
+    said = sandbox.start_sparse("run", path, "--json", "--out", sandbox.folder / "out").wait()
     assert said.returncode == 0, said.stderr
     summary = said.json_output
     # There by both links, and straight back: 1 + 9 ms each way; what is more is work, and this machine.
@@ -106,22 +108,22 @@ def test_a_link_costs_its_delay_each_way(box: ProcessSandbox) -> None:
         ("cloudlet", "cloud", 9.0),
         ("device", "cloudlet", 1.0),
     ]
-    assert all(each["bytes_there"] > 20 * 800_000 for each in summary["links"])
-    told = read_points(box.folder / "out" / summary["files"]["telemetry"], "link")
+    assert all(each["bytes_out"] > 20 * 800_000 for each in summary["links"])
+    told = read_points(sandbox.folder / "out" / summary["files"]["telemetry"], "link")
     assert len(told) > 2  # twice a second, and at the end
     last = {(point.tags["from"], point.tags["to"]): point.fields for point in told}
     for each in summary["links"]:
         carried = last[each["site"], each["to"]]
-        for field, crossed in (("bytes_out", each["bytes_there"]), ("bytes_in", each["bytes_back"])):
+        for field, crossed in (("bytes_out", each["bytes_out"]), ("bytes_in", each["bytes_in"])):
             assert crossed - 10_000 <= int(carried[field] or 0) <= crossed  # a goodbye may cross after it was told
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_bridge_that_is_down_for_a_while_costs_no_request(box: ProcessSandbox) -> None:
-    path = detector(box.folder, counting_source_table(150, every_s=0.1))
-    out = box.folder / "out"
+def test_a_bridge_that_is_down_for_a_while_costs_no_request(sandbox: ProcessSandbox) -> None:
+    path = detector(sandbox.folder, counting_source_table(150, every_s=0.1))
+    out = sandbox.folder / "out"
     with start_sites(path) as sites:
-        running = box.start_sparse("run", path, "--json", "--out", out)
+        running = sandbox.start_sparse("run", path, "--json", "--out", out)
         results = out / "results.jsonl"
 
         def count() -> int:
@@ -138,21 +140,23 @@ def test_a_bridge_that_is_down_for_a_while_costs_no_request(box: ProcessSandbox)
     assert (summary["requests"], summary["results"], summary["lost"], summary["failed"]) == (150, 150, 0, 0)
     found = [json.loads(line) for line in results.read_text().splitlines()]
     assert sorted(each["values"]["values"] for each in found) == [float(index + 1) for index in range(150)]
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_what_a_short_cut_lost_is_sent_again_though_every_worker_is_still_there(box: ProcessSandbox) -> None:
+def test_what_a_short_cut_lost_is_sent_again_though_every_worker_is_still_there(sandbox: ProcessSandbox) -> None:
     # The far worker always has a task in hand, and what it says of it while the bridge is down is lost. No lease tells.
     stages = [
         stage_table("head", "add_one", site="device"),
-        stage_table("tail", "Slow", settings={"seconds": 0.4}, site="cloud"),
+        stage_table("tail", "SleepExecutor", settings={"seconds": 0.4}, site="cloud"),
     ]
-    path = write_pipeline_file(box.folder, stages, counting_source_table(30, site="device"), name="near", lease_s=600.0)
+    path = write_pipeline_file(
+        sandbox.folder, stages, counting_source_table(30, site="device"), name="near", lease_s=600.0
+    )
     tables = '[[site]]\nname = "device"\nlinks = [{ to = "cloud", delay_ms = 1 }]\n[[site]]\nname = "cloud"\n'
     path.write_text(path.read_text() + tables)
-    out = box.folder / "out"
+    out = sandbox.folder / "out"
     with start_sites(path) as sites:
-        running = box.start_sparse("run", path, "--json", "--out", out)
+        running = sandbox.start_sparse("run", path, "--json", "--out", out)
         results = out / "results.jsonl"
         eventually("some results", lambda: results.exists() and len(results.read_text().splitlines()) >= 5)
         relay = get_link(sites, "device", "cloud")
@@ -162,16 +166,18 @@ def test_what_a_short_cut_lost_is_sent_again_though_every_worker_is_still_there(
         summary = running.wait().json_output
     assert (summary["results"], summary["lost"], summary["failed"]) == (30, 0, 0)
     assert summary["retried"].get("Suspect", 0) >= 1
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_a_broker_in_the_middle_that_is_killed_costs_no_request_however_soon_it_is_back(box: ProcessSandbox) -> None:
+def test_a_broker_in_the_middle_that_is_killed_costs_no_request_however_soon_it_is_back(
+    sandbox: ProcessSandbox,
+) -> None:
     # Records come once a second, so none need be missing: only its own clients see that it was away. No lease tells.
-    path = detector(box.folder, counting_source_table(100, every_s=0.05))
+    path = detector(sandbox.folder, counting_source_table(100, every_s=0.05))
     path.write_text(path.read_text().replace("[pipeline]", "[pipeline]\nlease_s = 600.0", 1))
-    out = box.folder / "out"
+    out = sandbox.folder / "out"
     with start_sites(path) as sites:
-        running = box.start_sparse("run", path, "--json", "--out", out)
+        running = sandbox.start_sparse("run", path, "--json", "--out", out)
         results = out / "results.jsonl"
         eventually("some results", lambda: results.exists() and len(results.read_text().splitlines()) >= 20)
         middle = sites.brokers["cloudlet"]
@@ -181,14 +187,16 @@ def test_a_broker_in_the_middle_that_is_killed_costs_no_request_however_soon_it_
         middle.restart()
         summary = running.wait().json_output
     assert (summary["results"], summary["lost"], summary["failed"]) == (100, 0, 0)
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
-def test_training_over_three_sites_is_exact_though_a_bridge_is_down_for_a_while(box: ProcessSandbox) -> None:
-    path = write_training_pipeline_file(box.folder, epochs=20, sites=("device", "cloudlet", "cloud"), delays_ms=(1, 9))
+def test_training_over_three_sites_is_exact_though_a_bridge_is_down_for_a_while(sandbox: ProcessSandbox) -> None:
+    path = write_training_pipeline_file(
+        sandbox.folder, epochs=20, sites=("device", "cloudlet", "cloud"), delays_ms=(1, 9)
+    )
     with start_sites(path) as sites:
         heard = capture_link(get_link(sites, "cloudlet", "cloud"))
-        lesson = TrainingRunCommand(box, path)
+        lesson = TrainingRunCommand(sandbox, path)
         lesson.wait_for_step(10)
         assert_only_what_had_to_cross(heard, {"device", "cloudlet"}, {"cloud"})
         relay = get_link(sites, "cloudlet", "cloud")
@@ -202,4 +210,4 @@ def test_training_over_three_sites_is_exact_though_a_bridge_is_down_for_a_while(
     assert summary["steps"] == 60
     assert_weights_equal(lesson.load_weights(), expected_weights(60))
     assert list(summary["stages"]) == list(STAGES)
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()

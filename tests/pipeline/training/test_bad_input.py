@@ -20,7 +20,7 @@ from tests.support.pipelines.processes import CommandResult, ProcessSandbox, Run
 
 STAGES = ("head", "tail")
 PARTS = tuple(stage_table(name) for name in STAGES)
-SOURCE = {"kind": "tests.support.training.striped_images:Stripes", "name": "stripes"}
+SOURCE = {"kind": "tests.support.training.striped_images:StripedImages", "name": "stripes"}
 
 
 def write_training_pipeline_file(
@@ -35,7 +35,7 @@ def write_training_pipeline_file(
     """A pipeline file of two stages, 3 steps an epoch."""
     fields = {
         "kind": "training",
-        "model": "tests.support.training.training_network:small",
+        "model": "tests.support.training.training_network:small_network",
         "cuts": [4],
         "seed": 5,
         **(pipeline or {}),
@@ -52,35 +52,35 @@ def write_training_pipeline_file(
     return path
 
 
-def start(box: ProcessSandbox, path: Path, *words: str | Path, out: str = "out") -> RunningCommand:
+def start(sandbox: ProcessSandbox, path: Path, *words: str | Path, out: str = "out") -> RunningCommand:
     require_dependency("iotcore")
-    return box.start_sparse(
-        "run", path, "--broker", "embedded", "--json", "--no-pictures", "--out", box.folder / out, *words
+    return sandbox.start_sparse(
+        "run", path, "--broker", "embedded", "--json", "--no-pictures", "--out", sandbox.folder / out, *words
     )
 
 
-def resume(box: ProcessSandbox, path: Path, out: str = "out") -> RunningCommand:
-    return box.start_sparse(
-        "run", path, "--broker", "embedded", "--json", "--no-pictures", "--resume", box.folder / out
+def resume(sandbox: ProcessSandbox, path: Path, out: str = "out") -> RunningCommand:
+    return sandbox.start_sparse(
+        "run", path, "--broker", "embedded", "--json", "--no-pictures", "--resume", sandbox.folder / out
     )
 
 
-def told(box: ProcessSandbox, said: CommandResult, status: int) -> str:
+def told(sandbox: ProcessSandbox, said: CommandResult, status: int) -> str:
     """The one line that says what is wrong, after whatever the run has told of its stages."""
     assert said.returncode == status, said.stderr
     assert "Traceback" not in said.stderr
     lines = [line for line in said.stderr.splitlines() if line.startswith("sparse: ")]
     assert len(lines) == 1, said.stderr
     assert said.stderr.splitlines()[-1] == lines[0]
-    box.assert_nothing_left(within_s=10)
+    sandbox.assert_nothing_left(within_s=10)
     return lines[0].removeprefix("sparse: ")
 
 
-def refused(box: ProcessSandbox, path: Path, *words: str) -> str:
+def refused(sandbox: ProcessSandbox, path: Path, *words: str) -> str:
     """What `sparse run` says of a file that cannot be; status 2, and nothing else is said."""
-    said = start(box, path, *words).wait()
+    said = start(sandbox, path, *words).wait()
     assert said.stdout == ""
-    return told(box, said, 2)
+    return told(sandbox, said, 2)
 
 
 def versions(folder: Path, name: str) -> list[int]:
@@ -138,12 +138,12 @@ name = "device"
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_what_the_file_says(box: ProcessSandbox, case: str) -> None:
+def test_what_the_file_says(sandbox: ProcessSandbox, case: str) -> None:
     given, expected = FILES[case]
-    path = write_training_pipeline_file(box.folder, **given)
+    path = write_training_pipeline_file(sandbox.folder, **given)
     if "site" in str(given):
         path.write_text(path.read_text() + _SITES)
-    assert refused(box, path) == f"{path}: {expected}"
+    assert refused(sandbox, path) == f"{path}: {expected}"
 
 
 # What it names --------------------------------------------------------------------------------------------------------
@@ -170,83 +170,85 @@ NAMES: dict[str, tuple[dict[str, Any], str]] = {
         "training.loss: loss 'tests.support.training.striped_images:CLASSES': expected something to call, found int",
     ),
     "an optimizer that is none": (
-        {"optimizer": "tests.support.training.training_network:small"},
-        "training.settings: settings 'tests.support.training.training_network:small': ",
+        {"optimizer": "tests.support.training.training_network:small_network"},
+        "training.settings: settings 'tests.support.training.training_network:small_network': ",
     ),
     "a cut that there is not": ({"pipeline": {"cuts": [99]}}, "pipeline.cuts: cut 99 does not exist"),
 }
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_what_the_file_names(box: ProcessSandbox, embedded: LocalBroker, case: str) -> None:
+def test_what_the_file_names(sandbox: ProcessSandbox, embedded_broker: LocalBroker, case: str) -> None:
     """Every stage says so."""
     given, expected = NAMES[case]
-    path = write_training_pipeline_file(box.folder, **given)
-    said = box.start_sparse(
-        "stage", path, "head", "--broker", embedded.address, "--checkpoints", box.folder / "kept"
+    path = write_training_pipeline_file(sandbox.folder, **given)
+    said = sandbox.start_sparse(
+        "stage", path, "head", "--broker", embedded_broker.address, "--checkpoints", sandbox.folder / "kept"
     ).wait()
     assert said.stdout == ""
-    assert told(box, said, 2).startswith(f"{path}: {expected}")
+    assert told(sandbox, said, 2).startswith(f"{path}: {expected}")
 
 
-def test_what_its_stages_say_of_the_file_is_said_once_by_the_run(box: ProcessSandbox) -> None:
+def test_what_its_stages_say_of_the_file_is_said_once_by_the_run(sandbox: ProcessSandbox) -> None:
     given, expected = NAMES["a setting that the optimizer does not take"]
-    path = write_training_pipeline_file(box.folder, **given)
-    assert refused(box, path).startswith(f"{path}: {expected}")
+    path = write_training_pipeline_file(sandbox.folder, **given)
+    assert refused(sandbox, path).startswith(f"{path}: {expected}")
 
 
-def test_a_data_set_that_there_is_not(box: ProcessSandbox) -> None:
-    path = write_training_pipeline_file(box.folder, source={"kind": "digitz", "name": "digits"})
-    assert "source.kind" in refused(box, path)
+def test_a_data_set_that_there_is_not(sandbox: ProcessSandbox) -> None:
+    path = write_training_pipeline_file(sandbox.folder, source={"kind": "digitz", "name": "digits"})
+    assert "source.kind" in refused(sandbox, path)
 
 
 # While it trains ------------------------------------------------------------------------------------------------------
 
 
-def test_labels_that_the_network_has_no_class_for(box: ProcessSandbox) -> None:
+def test_labels_that_the_network_has_no_class_for(sandbox: ProcessSandbox) -> None:
     path = write_training_pipeline_file(
-        box.folder, source={"kind": "tests.support.training.striped_images:TooManyClasses", "name": "stripes"}
+        sandbox.folder, source={"kind": "tests.support.training.striped_images:ExtraClassImages", "name": "stripes"}
     )
-    line = told(box, start(box, path).wait(), 1)
+    line = told(sandbox, start(sandbox, path).wait(), 1)
     assert "step 0 failed at stage 'tail', worker 'tail-1': BadLabels: label " in line
     assert "is out of range: the network has 4 classes" in line
-    no_traceback(box.folder / "out")
+    no_traceback(sandbox.folder / "out")
 
 
-def test_a_loss_that_is_no_number_says_where_and_what_to_try_and_the_last_checkpoint_stays(box: ProcessSandbox) -> None:
-    path = write_training_pipeline_file(box.folder, lr=3e37, checkpoint_every=1)
-    line = told(box, start(box, path).wait(), 1)
+def test_a_loss_that_is_no_number_says_where_and_what_to_try_and_the_last_checkpoint_stays(
+    sandbox: ProcessSandbox,
+) -> None:
+    path = write_training_pipeline_file(sandbox.folder, lr=3e37, checkpoint_every=1)
+    line = told(sandbox, start(sandbox, path).wait(), 1)
     assert "failed at stage 'tail', worker 'tail-1': NotFinite: the loss is nan in step " in line
     assert "try a lower learning rate" in line
     step = int(line.partition(" in step ")[2].split()[0])
     assert step >= 1
     for name in STAGES:
-        kept = versions(box.folder / "out", name)
+        kept = versions(sandbox.folder / "out", name)
         assert kept[-1] == step
-        newest = box.folder / "out" / "checkpoints" / name / f"version-{step:012d}.safetensors"
+        newest = sandbox.folder / "out" / "checkpoints" / name / f"version-{step:012d}.safetensors"
         assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(newest).values())
-    no_traceback(box.folder / "out")
+    no_traceback(sandbox.folder / "out")
 
 
 def test_a_full_disk_while_checkpointing_says_so_and_the_run_goes_on_from_before_when_there_is_room(
-    box: ProcessSandbox,
+    sandbox: ProcessSandbox,
 ) -> None:
-    wide = {"model": "tests.support.training.residual_networks:wide", "cuts": [3]}
-    out = box.folder / "out"
-    assert start(box, write_training_pipeline_file(box.folder, epochs=1, pipeline=wide)).wait().returncode == 0
+    wide = {"model": "tests.support.training.residual_networks:wide_network", "cuts": [3]}
+    out = sandbox.folder / "out"
+    assert start(sandbox, write_training_pipeline_file(sandbox.folder, epochs=1, pipeline=wide)).wait().returncode == 0
     before = {name: versions(out, name) for name in STAGES}
     assert before == {"head": [3], "tail": [3]}
-    path = write_training_pipeline_file(box.folder, epochs=2, checkpoint_every=2, pipeline=wide)
+    path = write_training_pipeline_file(sandbox.folder, epochs=2, checkpoint_every=2, pipeline=wide)
     words = ("run", path, "--broker", "embedded", "--json", "--resume", out)
     # In blocks of 1024 bytes: too few for a checkpoint of the head, enough for all else that a run writes.
     limited = 'ulimit -f 300 && exec "$@"'
-    said = box.start("bash", "-c", limited, "bash", sys.executable, "-m", "brokers.cli", *words).wait()
-    line = told(box, said, 1)
+    said = sandbox.start("bash", "-c", limited, "bash", sys.executable, "-m", "brokers.cli", *words).wait()
+    line = told(sandbox, said, 1)
     assert "step 3 failed at stage 'head', worker 'head-1': CannotCheckpoint: no checkpoint at " in line
     assert "those before it are whole" in line
     assert [path.name for path in (out / "checkpoints" / "head").iterdir()] == ["version-000000000003.safetensors"]
     no_traceback(out)
-    again = resume(box, path).wait()
+    again = resume(sandbox, path).wait()
     assert again.returncode == 0, again.stderr
     assert again.json_output["steps"] == 6
     assert [versions(out, name)[-1] for name in STAGES] == [6, 6]
@@ -259,22 +261,22 @@ def test_a_full_disk_while_checkpointing_says_so_and_the_run_goes_on_from_before
 def _trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that is done."""
     folder = tmp_path_factory.mktemp("trained")
-    with process_sandbox(folder) as box:
-        said = start(box, write_training_pipeline_file(folder)).wait()
+    with process_sandbox(folder) as sandbox:
+        said = start(sandbox, write_training_pipeline_file(folder)).wait()
         assert said.returncode == 0, said.stderr
         assert said.json_output["steps"] == 6
     return folder / "out"
 
 
 @pytest.fixture(name="copy")
-def _copy(trained: Path, box: ProcessSandbox) -> Path:
-    shutil.copytree(trained, box.folder / "out")
-    return box.folder / "out"
+def _copy(trained: Path, sandbox: ProcessSandbox) -> Path:
+    shutil.copytree(trained, sandbox.folder / "out")
+    return sandbox.folder / "out"
 
 
-def test_a_run_with_other_settings_is_not_gone_on_with(box: ProcessSandbox, copy: Path) -> None:
-    path = write_training_pipeline_file(box.folder, lr=0.01, batch=16)
-    line = told(box, resume(box, path).wait(), 2)
+def test_a_run_with_other_settings_is_not_gone_on_with(sandbox: ProcessSandbox, copy: Path) -> None:
+    path = write_training_pipeline_file(sandbox.folder, lr=0.01, batch=16)
+    line = told(sandbox, resume(sandbox, path).wait(), 2)
     assert line.endswith("cannot resume, the run began with other settings: batch was 32, is 16; lr was 0.05, is 0.01")
     assert [versions(copy, name) for name in STAGES] == [[6], [6]]
 
@@ -283,39 +285,39 @@ def test_a_run_with_other_settings_is_not_gone_on_with(box: ProcessSandbox, copy
     "change",
     [
         {"pipeline": {"cuts": [5]}},
-        {"pipeline": {"model": "tests.support.training.residual_networks:dropouts"}},
+        {"pipeline": {"model": "tests.support.training.residual_networks:dropout_network"}},
         {"optimizer": "adam"},
     ],
     ids=["cut", "model", "optimizer"],
 )
 def test_checkpoints_of_another_cut_model_or_optimizer_are_refused_and_stay(
-    box: ProcessSandbox, copy: Path, change: dict[str, Any]
+    sandbox: ProcessSandbox, copy: Path, change: dict[str, Any]
 ) -> None:
     before = {path: path.read_bytes() for path in (copy / "checkpoints").rglob("*.safetensors")}
-    path = write_training_pipeline_file(box.folder, **change)
-    line = told(box, resume(box, path).wait(), 2)
+    path = write_training_pipeline_file(sandbox.folder, **change)
+    line = told(sandbox, resume(sandbox, path).wait(), 2)
     assert line.startswith(f"{path}: training.checkpoints: {copy}/checkpoints/")
     assert "is no checkpoint of this stage: expected the part " in line
     assert line.endswith("another model, cut or recipe; name another folder, or move it away")
     assert {path: path.read_bytes() for path in (copy / "checkpoints").rglob("*.safetensors")} == before
 
 
-def test_a_checkpoint_that_was_cut_off_is_refused_by_its_name(box: ProcessSandbox, copy: Path) -> None:
+def test_a_checkpoint_that_was_cut_off_is_refused_by_its_name(sandbox: ProcessSandbox, copy: Path) -> None:
     (newest,) = (copy / "checkpoints" / "tail").glob("*.safetensors")
     newest.write_bytes(newest.read_bytes()[:1000])
-    line = told(box, resume(box, write_training_pipeline_file(box.folder)).wait(), 2)
+    line = told(sandbox, resume(sandbox, write_training_pipeline_file(sandbox.folder)).wait(), 2)
     assert f"{newest} is no checkpoint of this stage: it cannot be read" in line
 
 
-def test_a_second_run_on_the_checkpoints_of_the_first_asks_for_resume(box: ProcessSandbox, copy: Path) -> None:
-    path = write_training_pipeline_file(box.folder, checkpoints=str(copy / "checkpoints"))
-    line = told(box, start(box, path, out="again").wait(), 2)
+def test_a_second_run_on_the_checkpoints_of_the_first_asks_for_resume(sandbox: ProcessSandbox, copy: Path) -> None:
+    path = write_training_pipeline_file(sandbox.folder, checkpoints=str(copy / "checkpoints"))
+    line = told(sandbox, start(sandbox, path, out="again").wait(), 2)
     assert "source 'stripes' has trained 6 steps of this pipeline already: go on from there with --resume" in line
 
 
-def test_a_folder_that_is_no_run_cannot_be_gone_on_with(box: ProcessSandbox) -> None:
-    (box.folder / "out").mkdir()
-    line = told(box, resume(box, write_training_pipeline_file(box.folder)).wait(), 2)
+def test_a_folder_that_is_no_run_cannot_be_gone_on_with(sandbox: ProcessSandbox) -> None:
+    (sandbox.folder / "out").mkdir()
+    line = told(sandbox, resume(sandbox, write_training_pipeline_file(sandbox.folder)).wait(), 2)
     assert "there is no checkpoints/ in it: expected the folder of a training run" in line
 
 
@@ -323,16 +325,16 @@ def test_a_folder_that_is_no_run_cannot_be_gone_on_with(box: ProcessSandbox) -> 
 
 
 def test_a_second_source_of_the_same_name_is_refused_while_the_first_trains(
-    box: ProcessSandbox, embedded: LocalBroker
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker
 ) -> None:
-    path = write_training_pipeline_file(box.folder, epochs=10_000, name="twins")
-    broker = ("--broker", embedded.address)
+    path = write_training_pipeline_file(sandbox.folder, epochs=10_000, name="duplicates")
+    broker = ("--broker", embedded_broker.address)
     for name in STAGES:
-        box.start_sparse("stage", path, name, *broker, "--checkpoints", box.folder / "versions")
-    first = box.start_sparse("source", path, *broker, "--out", box.folder / "first")
-    record = box.folder / "first" / "training.jsonl"
+        sandbox.start_sparse("stage", path, name, *broker, "--checkpoints", sandbox.folder / "versions")
+    first = sandbox.start_sparse("source", path, *broker, "--out", sandbox.folder / "first")
+    record = sandbox.folder / "first" / "training.jsonl"
     eventually("a step", lambda: record.exists() and '"step"' in record.read_text())
-    said = box.start_sparse("source", path, *broker, "--out", box.folder / "second").wait()
+    said = sandbox.start_sparse("source", path, *broker, "--out", sandbox.folder / "second").wait()
     assert said.returncode == 2
     (line,) = [line for line in said.stderr.splitlines() if line.startswith("sparse: ")]
     assert "a source named 'stripes' trains this pipeline: stop it, or choose another name with --name" in line

@@ -23,17 +23,17 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.split
 
 
 def test_a_data_set_and_a_network_of_ones_own_are_trained_and_the_weights_fit_the_uncut_network(
-    box: ProcessSandbox,
+    sandbox: ProcessSandbox,
 ) -> None:
     for name, text in {"digits.py": STAGES_FILES["digits.py"], **FILES}.items():
-        (box.folder / name).write_text(text)
+        (sandbox.folder / name).write_text(text)
     assert COMMANDS == ["sparse run waves.toml --json"]
-    out = box.folder / "run"
-    said = box.start_sparse("run", box.folder / "waves.toml", "--json", "--out", out).wait()
+    out = sandbox.folder / "run"
+    said = sandbox.start_sparse("run", sandbox.folder / "waves.toml", "--json", "--out", out).wait()
     assert said.returncode == 0, said.stderr
     assert said.json_output["test_accuracy"] > 0.95
     assert said.json_output["steps"] == 12
-    network = import_string("digits:digits", box.folder)()
+    network = import_string("digits:digits", sandbox.folder)()
     network.load_state_dict(load_file(out / "model.safetensors"), strict=True)
     parts: dict[str, torch.Tensor] = {}
     for stage in ("head", "body", "tail"):
@@ -42,7 +42,7 @@ def test_a_data_set_and_a_network_of_ones_own_are_trained_and_the_weights_fit_th
     assert (out / "training.png").stat().st_size > 10_000
     events = [json.loads(line)["event"] for line in (out / "training.jsonl").read_text().splitlines()]
     assert (events.count("step"), events.count("evaluation")) == (12, 3)
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()
 
 
 def test_the_keys_of_the_page_are_those_of_the_code() -> None:

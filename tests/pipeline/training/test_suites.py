@@ -21,9 +21,9 @@ SUITES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_the_suites_learn_what_the_uncut_network_learns(box: ProcessSandbox, suite: str) -> None:
-    lesson = TrainingRunCommand(box, write_training_pipeline_file(box.folder, epochs=4, **SUITES[suite]))
+def test_the_suites_learn_what_the_uncut_network_learns(sandbox: ProcessSandbox, suite: str) -> None:
+    lesson = TrainingRunCommand(sandbox, write_training_pipeline_file(sandbox.folder, epochs=4, **SUITES[suite]))
     summary = lesson.wait()
     assert (summary["steps"], summary["rolled_back"]) == (12, 0)
     assert_weights_equal(lesson.load_weights(), expected_weights(12))
-    box.assert_nothing_left()
+    sandbox.assert_nothing_left()

@@ -93,7 +93,9 @@ def start_attacked_pipeline(sandbox: ProcessSandbox, kind: BrokerKind) -> Iterat
     require_dependency({"embedded": "iotcore"}.get(kind, kind))
     path = write_pipeline_file(sandbox.folder, [stage_table("double", "double"), stage_table("last", "add_one")])
     look = write_pipeline_file(
-        sandbox.folder, [{"name": "look", "executor": "tests.soak.harness.hostile_clients:Looker"}], name="look"
+        sandbox.folder,
+        [{"name": "look", "executor": "tests.soak.harness.hostile_clients:PixelCountExecutor"}],
+        name="look",
     )
     with start_broker(kind=kind) as broker:
         words = ("--broker", broker.address)
@@ -107,7 +109,7 @@ def start_attacked_pipeline(sandbox: ProcessSandbox, kind: BrokerKind) -> Iterat
 
 @dataclass
 class Attacker:
-    """Publishes at quality of service 0, as fast as what it attacks can take it: probes tell."""
+    """Publishes at quality of service 0, as fast as what it attacks can take it: probes print_line."""
 
     target: AttackedPipeline
     seed: int

@@ -119,8 +119,8 @@ def _valid(chance: random.Random) -> Iterator[Message]:
     micro = MicroBatch(step=request.hex(), term=1, index=0, count=2, rows=8, number=0, seed=1)
     lesson = TensorContent({"input": from_numpy(np.ones((4, 3, 8, 8), np.float32))}, {MICRO_BATCH_KEY: micro.to_json()})
     yield Task(request_id=request, content=lesson, reply_to=reply, sender_inbox="attacker/sender", source="stripes")
-    # Not `halt` and `restore`: whoever may write those conducts, which access lists are for.
-    verbs: tuple[StepVerb, ...] = ("prepared", "commit", "committed", "abandon", "halted", "restored", "collect")
+    # Not `quiesce` and `restore`: whoever may write those conducts, which access lists are for.
+    verbs: tuple[StepVerb, ...] = ("prepared", "commit", "committed", "abort", "quiesced", "restored", "fetch_weights")
     for verb in verbs:
         details = {"stage": "head", "worker": "head-1", "source": "stripes", "lr": 1.0, "version": 3}
         yield StepMessage(

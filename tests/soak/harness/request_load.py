@@ -1,4 +1,4 @@
-"""A program that asks a pipeline of two stages, `double` and `add_one`, for long, and says what it holds afterwards.
+"""A program that asks a pipeline of two stages, `double` and `add_one`, for is_long_run, and says what it holds afterwards.
 
     python -m tests.soak.harness.request_load FILE BROKER COUNT VALUES
 

@@ -37,7 +37,7 @@ def write_training_pipeline_file(
     path = write_pipeline_file(
         folder,
         [stage_table(name, workers=workers, site=site) for name, site in zip(STAGES, sites, strict=True)],
-        {"kind": "tests.support.training.striped_images:Stripes", "name": "stripes", "site": sites[0]},
+        {"kind": "tests.support.training.striped_images:StripedImages", "name": "stripes", "site": sites[0]},
         name="lesson",
         kind="training",
         model=MODEL,

@@ -38,10 +38,15 @@ def write_chain_pipeline_file(folder: Path, *, stage_seconds: float, every_s: fl
     stages = []
     for name, (factor, offset) in STAGE_COEFFICIENTS.items():
         settings = {"factor": factor, "offset": offset, "seconds": stage_seconds}
-        made_by = "Ends" if name == list(STAGE_COEFFICIENTS)[-1] else "Affine"
+        made_by = "MinMaxExecutor" if name == list(STAGE_COEFFICIENTS)[-1] else "AffineExecutor"
         stages.append(stage_table(name, executor=f"tests.soak.harness.numeric_chain:{made_by}", settings=settings))
     pace = {"until": str(folder / "enough"), "every_s": every_s}
-    source = {"kind": "tests.soak.harness.numeric_chain:Numbers", "name": "numbers", "window": window, "settings": pace}
+    source = {
+        "kind": "tests.soak.harness.numeric_chain:NumberSource",
+        "name": "numbers",
+        "window": window,
+        "settings": pace,
+    }
     return write_pipeline_file(folder, stages, source, name="chain")
 
 

@@ -32,7 +32,7 @@ def counting_source_table(count: int, **settings: Any) -> dict[str, Any]:
     """A `[source]` that counts."""
     given = {key: settings.pop(key) for key in ("every_s", "live") if key in settings}
     return {
-        "kind": f"{EXAMPLE_CODE_MODULE}:Counter",
+        "kind": f"{EXAMPLE_CODE_MODULE}:CountingSource",
         "name": "counter",
         "settings": {"count": count, **given},
         **settings,

@@ -40,7 +40,7 @@ def make_training_pipeline(
                 "model_settings": dict(model_settings or {}),
             },
             "stage": [{"name": f"s{index}"} for index in range(len(cuts) + 1)],
-            "source": {"kind": "tests.support.training.striped_images:Stripes", "name": "stripes"},
+            "source": {"kind": "tests.support.training.striped_images:StripedImages", "name": "stripes"},
             "training": training,
         }
     )

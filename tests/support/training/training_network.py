@@ -9,7 +9,7 @@ from brokers.protocol.training import micro_batch_seed
 from sources.datasets.batches import Batches, split_micro_batches
 from tests.support.training.striped_images import CLASSES
 
-MODEL = "tests.support.training.training_network:small"
+MODEL = "tests.support.training.training_network:small_network"
 # After these layers it may be cut: between them lie a batch norm, dropouts of both kinds and a skip connection.
 CUTS = (4, 9)
 

@@ -26,14 +26,14 @@ WORKER = WorkerRecord(
 
 
 def test_a_record_of_a_source_reads_as_it_was_written() -> None:
-    load = SourceLoad(requests=9, results=7, dropped={"newer_came": 2}, retries={"WorkerLost": 1}, duplicates=1)
+    load = SourceLoad(requests=9, results=7, dropped={"superseded": 2}, retries={"WorkerLost": 1}, duplicates=1)
     record = SOURCE.model_copy(update={"load": load, "up_s": 1.5})
     assert SourceRecord.from_bytes(record.to_bytes()) == record
 
 
 def test_a_worker_of_before_says_neither_its_age_nor_what_it_turned_away() -> None:
     fields = json.loads(WORKER.to_bytes())
-    del fields["up_s"], fields["load"]["turned_away"], fields["load"]["expired"]
+    del fields["up_s"], fields["load"]["rejected"], fields["load"]["expired"]
     found = WorkerRecord.from_bytes(json.dumps(fields).encode())
     assert (found.up_s, found.load.rejected, found.load.expired) == (None, 0, 0)
 

@@ -88,7 +88,7 @@ def test_a_certificate_that_does_not_fit_its_key(certs: Path, mine: Path) -> Non
 
 def test_a_clock_that_was_never_set(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = certs / "viewer"
-    monkeypatch.setattr(credentials, "now", lambda: utc_now().replace(year=1970))
+    monkeypatch.setattr(credentials, "utc_now", lambda: utc_now().replace(year=1970))
     with pytest.raises(NotYetValid) as caught:
         load_tls_config(str(mine))
     line = str(caught.value)
@@ -103,7 +103,7 @@ def test_a_certificate_whose_time_is_over(certs: Path) -> None:
 
 
 def test_an_authority_whose_time_is_over(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(credentials, "now", lambda: utc_now().replace(year=utc_now().year + 20))
+    monkeypatch.setattr(credentials, "utc_now", lambda: utc_now().replace(year=utc_now().year + 20))
     with pytest.raises(Expired, match=r"ca.crt: expired at"):
         load_tls_config(str(mine))
 

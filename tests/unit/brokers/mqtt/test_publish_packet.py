@@ -26,10 +26,10 @@ TOPIC = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="+#\
 PROPERTIES = st.builds(
     Properties,
     content_type=TEXT,
-    correlation=st.binary(max_size=40),
+    correlation_data=st.binary(max_size=40),
     response_topic=TEXT,
     expiry_s=st.none() | st.integers(0, 2**32 - 1),
-    user=st.lists(st.tuples(TEXT, TEXT), max_size=5).map(tuple),
+    user_properties=st.lists(st.tuples(TEXT, TEXT), max_size=5).map(tuple),
 )
 FULL = Properties("c/t", b"\x00\x01", "back", 7, (("k", "v"), ("k", "")))
 

@@ -125,7 +125,7 @@ def test_a_cache_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
 def test_many_processes_that_ask_at_once_fetch_once(site: Site, tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from brokers.process.download_cache import *;"
-        "print(cached('a.bin', sys.argv[1], [Url(sys.argv[2])], pathlib.Path(sys.argv[3])))"
+        "print(fetch_file('a.bin', sys.argv[1], [UrlOrigin(sys.argv[2])], pathlib.Path(sys.argv[3])))"
     )
     command = [sys.executable, "-c", code, SHA256, f"{site.url}/right", str(tmp_path / "cache")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]

@@ -62,9 +62,9 @@ HOP_LISTS = st.lists(
 ).map(tuple)
 REPLIES = st.builds(ReplyTo, TOPICS, st.sampled_from(["safetensors", "json"]), st.binary(max_size=ECHO_LIMIT_BYTES))
 TASK_FIELDS: dict[str, Any] = {
-    "request": REQUESTS,
-    "reply": REPLIES,
-    "sender": TOPICS,
+    "request_id": REQUESTS,
+    "reply_to": REPLIES,
+    "sender_inbox": TOPICS,
     "source": WORDS,
     "attempt": ATTEMPTS,
     "deadline_ms": st.none() | MILLISECONDS.filter(bool),
@@ -80,10 +80,10 @@ MESSAGES: st.SearchStrategy[Message] = st.one_of(
     st.builds(Task, content=BLOBS, **TASK_FIELDS),
     st.builds(Task, content=BODIES, hops=HOP_LISTS, **TASK_FIELDS),
     st.builds(Activation, content=BODIES, hops=HOP_LISTS, **TASK_FIELDS),
-    st.builds(Result, request=REQUESTS, content=BODIES, attempt=ATTEMPTS, hops=HOP_LISTS),
-    st.builds(Result, request=REQUESTS, content=BLOBS, attempt=ATTEMPTS),
-    st.builds(Failure, request=REQUESTS, stage=WORDS, worker=WORDS, error=WORDS, reason=WORDS, attempt=ATTEMPTS),
-    st.builds(TaskDone, request=REQUESTS, worker=WORDS, attempt=ATTEMPTS),
+    st.builds(Result, request_id=REQUESTS, content=BODIES, attempt=ATTEMPTS, hops=HOP_LISTS),
+    st.builds(Result, request_id=REQUESTS, content=BLOBS, attempt=ATTEMPTS),
+    st.builds(Failure, request_id=REQUESTS, stage=WORDS, worker=WORDS, error=WORDS, reason=WORDS, attempt=ATTEMPTS),
+    st.builds(TaskDone, request_id=REQUESTS, worker=WORDS, attempt=ATTEMPTS),
 )
 
 
@@ -151,14 +151,14 @@ def test_unknown_user_properties_and_hop_fields_are_read_over() -> None:
 # Legal on construction ----------------------------------------------------------------------------------------------
 
 ILLEGAL: dict[str, tuple[dict[str, Any], str]] = {
-    "a request id of 15 bytes": ({"request": b"." * 15}, "16 bytes, is 15"),
-    "a request id of 17 bytes": ({"request": b"." * 17}, "16 bytes, is 17"),
+    "a request id of 15 bytes": ({"request_id": b"." * 15}, "16 bytes, is 15"),
+    "a request id of 17 bytes": ({"request_id": b"." * 17}, "16 bytes, is 17"),
     "attempt 0": ({"attempt": 0}, "1 or more, is 0"),
     "a negative deadline": ({"deadline_ms": -1.0}, "is -1"),
     "a deadline that is no number": ({"deadline_ms": float("nan")}, "is nan"),
     "a deadline past what an expiry can say": ({"deadline_ms": DEADLINE_LIMIT_MS + 1}, "0 to 4294967295000"),
     "an echo that is too long": (
-        {"reply": ReplyTo("t", "json", b"." * (ECHO_LIMIT_BYTES + 1))},
+        {"reply_to": ReplyTo("t", "json", b"." * (ECHO_LIMIT_BYTES + 1))},
         "at most 256 bytes, is 257",
     ),
     "hops beside a picture": ({"content": BinaryContent(JPEG, b""), "hops": (HOP,)}, "with tensors only"),

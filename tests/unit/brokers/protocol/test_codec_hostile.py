@@ -134,10 +134,10 @@ OUR_VALUES = st.sampled_from([PROTOCOL_VERSION, *wire._DECODERS, "done", "json",
 ANY_PROPERTIES = st.builds(
     Properties,
     content_type=st.sampled_from(["", SAFETENSORS, JSON, JPEG]) | st.text(max_size=10),
-    correlation=REQUESTS | st.binary(max_size=300),
+    correlation_data=REQUESTS | st.binary(max_size=300),
     response_topic=st.sampled_from(["", "a/b"]) | st.text(max_size=10),
     expiry_s=st.none() | st.integers(0, 0xFFFF_FFFF),
-    user=st.dictionaries(st.sampled_from(OUR_NAMES) | st.text(max_size=5), OUR_VALUES, max_size=8).map(
+    user_properties=st.dictionaries(st.sampled_from(OUR_NAMES) | st.text(max_size=5), OUR_VALUES, max_size=8).map(
         lambda user: tuple(user.items())
     ),
 )

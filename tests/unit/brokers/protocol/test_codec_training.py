@@ -51,13 +51,13 @@ JSONS = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-GRADIENTS = st.builds(Gradient, request=REQUESTS, content=BODIES, sender=TOPICS | st.just(""), attempt=ATTEMPTS)
+GRADIENTS = st.builds(Gradient, request_id=REQUESTS, content=BODIES, sender_inbox=TOPICS | st.just(""), attempt=ATTEMPTS)
 STEPS = st.builds(
     StepMessage,
-    request=REQUESTS,
+    request_id=REQUESTS,
     verb=st.sampled_from(STEP_VERBS),
     term=st.integers(0, JSON_INTEGER_LIMIT - 1),
-    sender=TOPICS | st.just(""),
+    sender_inbox=TOPICS | st.just(""),
     details=st.dictionaries(st.text(max_size=8), JSONS, max_size=4),
     attempt=ATTEMPTS,
 )
@@ -91,10 +91,10 @@ def test_a_word_about_a_step_says_its_verb_and_its_term_where_anybody_can_read_t
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"request": b"." * 15}, "16 bytes, is 15"),
+        ({"request_id": b"." * 15}, "16 bytes, is 15"),
         ({"attempt": 0}, "1 or more, is 0"),
-        ({"sender": "a/+"}, "topic to publish to"),
-        ({"sender": "sparse/local/t/tail/tasks"}, "front door"),
+        ({"sender_inbox": "a/+"}, "topic to publish to"),
+        ({"sender_inbox": "sparse/local/t/tail/tasks"}, "front door"),
     ],
 )
 @pytest.mark.parametrize("message", [GRADIENT, STEP], ids=["gradient", "step"])
@@ -212,5 +212,5 @@ def test_no_details_come_as_others_than_they_were_sent(details: Any) -> None:
 def test_every_verb_is_one_that_may_be_said() -> None:
     said: set[StepVerb] = {replace(STEP, verb=verb).verb for verb in STEP_VERBS}
     assert said == {
-        "prepared", "commit", "committed", "abandon", "halt", "halted", "restore", "restored", "collect"
+        "prepared", "commit", "committed", "abort", "quiesce", "quiesced", "restore", "restored", "fetch_weights"
     }  # fmt: skip

@@ -196,13 +196,13 @@ def test_a_broker_that_got_another_name_is_told(certs: Path, file: Path) -> None
 
 
 def test_an_authority_that_is_too_old_signs_no_more(certs: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("brokers.security.cert_store.now", lambda: utc_now().replace(year=utc_now().year + 11))
+    monkeypatch.setattr("brokers.security.cert_store.utc_now", lambda: utc_now().replace(year=utc_now().year + 11))
     with pytest.raises(BadFile, match=r"authority/ca.crt: expired at .* then `--renew` makes all anew"):
         command(file, certs, renew=True)
 
 
 def test_no_certificate_outlives_its_authority(certs: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("brokers.security.cert_store.now", lambda: utc_now().replace(year=utc_now().year + 9))
+    monkeypatch.setattr("brokers.security.cert_store.utc_now", lambda: utc_now().replace(year=utc_now().year + 9))
     command(file, certs, days=3650, renew=True)
     authority = read_certificate(certs / "authority" / "ca.crt")
     assert read_certificate(certs / "viewer" / "tls.crt").not_valid_after_utc == authority.not_valid_after_utc

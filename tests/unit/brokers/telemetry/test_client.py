@@ -29,7 +29,7 @@ LOOK_S = 0.05
 
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_client, "LOOK_EVERY_S", LOOK_S)
+    monkeypatch.setattr(event_client, "RECONNECT_INTERVAL_S", LOOK_S)
 
 
 @pytest.fixture(name="path")
@@ -133,7 +133,7 @@ def test_several_threads_may_tell_at_once(path: Path) -> None:
 def test_without_a_monitor_nothing_is_said_and_the_end_is_not_waited_for(
     path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_client, "CLOSE_S", 3600.0)  # what a monitor would be given
+    monkeypatch.setattr(event_client, "CLOSE_TIMEOUT_S", 3600.0)  # what a monitor would be given
     with caplog.at_level(logging.DEBUG), client(path) as told:
         tell(told, range(3 * QUEUE_LIMIT))
         assert len(told._waiting) <= QUEUE_LIMIT
@@ -247,7 +247,7 @@ def test_of_what_comes_back_when_too_much_waits_the_oldest_go_and_are_counted(pa
 
 
 def test_a_monitor_that_takes_nothing_is_given_up_at_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_client, "CLOSE_S", 0.01)
+    monkeypatch.setattr(event_client, "CLOSE_TIMEOUT_S", 0.01)
     with FakeMonitor(path, paused=True), client(path) as told:
         tell(told, range(QUEUE_LIMIT))
         eventually("a line", lambda: told._socket)

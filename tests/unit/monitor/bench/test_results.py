@@ -56,7 +56,7 @@ def test_numbers_have_flat_names_with_their_units() -> None:
     assert found["latency_ms.p50"] == 100.0
     assert found["network_ms"] == 12.3457
     assert found["stages.head.compute_ms"] == 3.0
-    assert (found["links.device - cloud.there_bytes"], found["links.device - cloud.back_bytes"]) == (1000.0, 24.0)
+    assert (found["links.device - cloud.bytes_out"], found["links.device - cloud.bytes_in"]) == (1000.0, 24.0)
     assert (found["cpu_s.stage"], found["energy_j.gpu 0"]) == (0.25, 1.5)
     assert "network_ms" not in flatten_metrics(figures(1.0, kind="training"))
 

@@ -26,7 +26,7 @@ def page(board: ExpiringPresenceTable, now_s: float = 0.0) -> SeriesValues:
 def test_the_figures_of_a_worker_are_those_of_its_record_durations_in_seconds() -> None:
     load: dict[str, Any] = {
         "queue": 4, "queue_ms": 250.0, "task_ms": 12.5, "busy": 0.75, "rate": 3.5,
-        "done": 9, "failed": 8, "refused": 7, "turned_away": 6, "expired": 5,
+        "done": 9, "failed": 8, "refused": 7, "rejected": 6, "expired": 5,
     }  # fmt: skip
     series = page(
         apply_records(ExpiringPresenceTable(), worker_record("w1", "body", site="cloud", node="rack", **load))
@@ -43,8 +43,8 @@ def test_the_figures_of_a_worker_are_those_of_its_record_durations_in_seconds() 
 
 def test_the_figures_of_a_source_are_those_of_its_record_by_reason() -> None:
     load: dict[str, Any] = {
-        "requests": 20, "results": 11, "in_flight": 3, "waiting": 2, "window": 4, "rate": 1.5, "twins": 1,
-        "latency_ms": {"p50": 200.0, "p99": 900.0}, "dropped": {"newer_came": 7},
+        "requests": 20, "results": 11, "in_flight": 3, "waiting": 2, "window": 4, "rate": 1.5, "duplicates": 1,
+        "latency_ms": {"p50": 200.0, "p99": 900.0}, "dropped": {"superseded": 7},
         "retries": {"WorkerLost": 5, "NoAnswer": 1}, "failed": {"PoisonRequest": 2},
     }  # fmt: skip
     series = page(apply_records(ExpiringPresenceTable(), source_record("cam", **load)))
@@ -54,7 +54,7 @@ def test_the_figures_of_a_source_are_those_of_its_record_by_reason() -> None:
         assert series_value(series, f"sparse_source_{name}", **names) == value
     assert series_value(series, "sparse_source_latency_seconds", **names, percentile="50") == 0.2
     assert series_value(series, "sparse_source_latency_seconds", **names, percentile="99") == 0.9
-    assert series_value(series, "sparse_source_dropped_total", **names, reason="newer_came") == 7
+    assert series_value(series, "sparse_source_dropped_total", **names, reason="superseded") == 7
     assert series_value(series, "sparse_source_retries_total", **names, reason="WorkerLost") == 5
     assert series_value(series, "sparse_source_retries_total", **names, reason="NoAnswer") == 1
     assert series_value(series, "sparse_source_failed_total", **names, reason="PoisonRequest") == 2

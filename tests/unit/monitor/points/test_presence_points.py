@@ -19,7 +19,7 @@ def test_a_record_is_a_point_with_all_fields_of_the_schema() -> None:
     census = ExpiringPresenceTable()
     load: dict[str, Any] = {"queue": 4, "queue_ms": 250.0, "done": 9, "busy": 0.75, "task_ms": 12.5}
     heard(census, 10.0, **load)
-    topic, record = source_record("yard", node="tower", dropped={"newer_came": 2, "x": 1}, retries={"WorkerLost": 5})
+    topic, record = source_record("yard", node="tower", dropped={"superseded": 2, "x": 1}, retries={"WorkerLost": 5})
     census.on_presence(topic, record.to_bytes(), 10.0)
     worker, cam, yard = presence_to_points(census, 9.0, 77, "r1")
     assert worker.tags == {

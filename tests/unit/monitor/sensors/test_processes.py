@@ -23,7 +23,7 @@ WORK = "while True: pass"
 
 
 @pytest.fixture
-def box(tmp_path: Path) -> Iterator[ProcessSandbox]:
+def sandbox(tmp_path: Path) -> Iterator[ProcessSandbox]:
     with process_sandbox(tmp_path) as found:
         yield found
 
@@ -51,8 +51,8 @@ def test_the_monitor_stays_the_monitor_whoever_else_it_says_it_is() -> None:
     assert [point.tags["role"] for point in own.sample(2, 0.5)] == ["monitor"]
 
 
-def test_a_process_that_began_is_sampled_with_its_role_name_and_run_until_it_ends(box: ProcessSandbox) -> None:
-    pid = box.start(sys.executable, "-c", SLEEP).pid
+def test_a_process_that_began_is_sampled_with_its_role_name_and_run_until_it_ends(sandbox: ProcessSandbox) -> None:
+    pid = sandbox.start(sys.executable, "-c", SLEEP).pid
     own = ProcessSensor()
     own.on_start("stage", "head", pid, "r1")
     _, point = own.sample(1, 0.0)
@@ -62,8 +62,8 @@ def test_a_process_that_began_is_sampled_with_its_role_name_and_run_until_it_end
     assert set(by_name(own.sample(2, 0.5))) == {"monitor"}
 
 
-def test_a_busy_process_keeps_a_core_busy_and_an_idle_one_does_not(box: ProcessSandbox) -> None:
-    busy, idle = (box.start(sys.executable, "-c", text).pid for text in (WORK, SLEEP))
+def test_a_busy_process_keeps_a_core_busy_and_an_idle_one_does_not(sandbox: ProcessSandbox) -> None:
+    busy, idle = (sandbox.start(sys.executable, "-c", text).pid for text in (WORK, SLEEP))
     own = ProcessSensor()
     own.on_start("stage", "busy", busy, "")
     own.on_start("stage", "idle", idle, "")
@@ -77,8 +77,8 @@ def test_a_busy_process_keeps_a_core_busy_and_an_idle_one_does_not(box: ProcessS
     assert second["idle"]["cpu"] < second["busy"]["cpu"]
 
 
-def test_a_process_that_is_killed_is_sampled_no_more_even_before_its_parent_knows(box: ProcessSandbox) -> None:
-    running = box.start(sys.executable, "-c", SLEEP)
+def test_a_process_that_is_killed_is_sampled_no_more_even_before_its_parent_knows(sandbox: ProcessSandbox) -> None:
+    running = sandbox.start(sys.executable, "-c", SLEEP)
     own = ProcessSensor()
     own.on_start("stage", "head", running.pid, "")
     os.kill(running.pid, signal.SIGKILL)
@@ -91,9 +91,9 @@ def test_a_process_that_is_killed_is_sampled_no_more_even_before_its_parent_know
 
 
 def test_a_pid_that_was_given_to_another_process_is_noticed(
-    box: ProcessSandbox, monkeypatch: pytest.MonkeyPatch
+    sandbox: ProcessSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pid = box.start(sys.executable, "-c", SLEEP).pid
+    pid = sandbox.start(sys.executable, "-c", SLEEP).pid
     own = ProcessSensor()
     own.on_start("stage", "head", pid, "")
     # As if the one that said it began had ended, and this one, which was made at another time, had its pid.
@@ -111,27 +111,29 @@ def test_a_pid_that_means_nothing_here_is_skipped(pid: int) -> None:
     assert set(by_name(own.sample(1, 0.0))) == {"monitor"}
 
 
-def test_a_process_that_cannot_be_looked_into_is_skipped(box: ProcessSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_be_looked_into_is_skipped(
+    sandbox: ProcessSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def hidden(process: psutil.Process) -> None:
         raise psutil.AccessDenied(process.pid)
 
-    pid = box.start(sys.executable, "-c", SLEEP).pid
+    pid = sandbox.start(sys.executable, "-c", SLEEP).pid
     own = ProcessSensor()
     own.on_start("stage", "head", pid, "")
     monkeypatch.setattr(own._known[pid].process, "num_threads", lambda: hidden(psutil.Process(pid)))
     assert set(by_name(own.sample(1, 0.0))) == {"monitor"}
 
 
-def test_a_process_that_begins_once_more_is_what_it_said_last(box: ProcessSandbox) -> None:
-    pid = box.start(sys.executable, "-c", SLEEP).pid
+def test_a_process_that_begins_once_more_is_what_it_said_last(sandbox: ProcessSandbox) -> None:
+    pid = sandbox.start(sys.executable, "-c", SLEEP).pid
     own = ProcessSensor()
     own.on_start("other", "", pid, "")
     own.on_start("stage", "head", pid, "r2")
     assert set(by_name(own.sample(1, 0.0))) == {"monitor", "head"}
 
 
-def test_a_process_ends_with_the_last_of_those_in_it_that_began(box: ProcessSandbox) -> None:
-    pid = box.start(sys.executable, "-c", SLEEP).pid
+def test_a_process_ends_with_the_last_of_those_in_it_that_began(sandbox: ProcessSandbox) -> None:
+    pid = sandbox.start(sys.executable, "-c", SLEEP).pid
     own = ProcessSensor()
     for name in ("left", "right"):
         own.on_start("source", name, pid, "")
@@ -141,10 +143,12 @@ def test_a_process_ends_with_the_last_of_those_in_it_that_began(box: ProcessSand
     assert set(by_name(own.sample(2, 0.5))) == {"monitor"}
 
 
-def test_two_processes_of_one_name_are_two_points_to_a_database_that_goes_by_tags_and_time(box: ProcessSandbox) -> None:
+def test_two_processes_of_one_name_are_two_points_to_a_database_that_goes_by_tags_and_time(
+    sandbox: ProcessSandbox,
+) -> None:
     own = ProcessSensor()
     for _ in range(2):
-        own.on_start("source", "camera", box.start(sys.executable, "-c", SLEEP).pid, "r1")
+        own.on_start("source", "camera", sandbox.start(sys.executable, "-c", SLEEP).pid, "r1")
     points = own.sample(1000, 0.0)
     assert len(points) == 3
     assert len({(point.time_ns, *sorted(point.tags.items())) for point in points}) == 3
@@ -161,8 +165,8 @@ def test_more_processes_than_anybody_runs_are_not_looked_at(monkeypatch: pytest.
     assert 5 in own._known
 
 
-def test_processes_may_begin_and_end_while_others_are_sampled(box: ProcessSandbox) -> None:
-    pids = [box.start(sys.executable, "-c", SLEEP).pid for _ in range(3)]
+def test_processes_may_begin_and_end_while_others_are_sampled(sandbox: ProcessSandbox) -> None:
+    pids = [sandbox.start(sys.executable, "-c", SLEEP).pid for _ in range(3)]
     own, done = ProcessSensor(), threading.Event()
 
     def come_and_go() -> None:

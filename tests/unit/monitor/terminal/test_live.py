@@ -28,7 +28,7 @@ def board() -> InferenceStats:
             load=WorkerLoad(queue=17, done=4711, busy=0.83, rate=12.5, task_ms=66.6),
         )  # fmt: skip
         found.on_presence(f"sparse/local/test/head/up/{worker}", birth.to_bytes(), heard_s)
-    load = SourceLoad(dropped={"newer_came": 5}, retries={"WorkerLost": 2})
+    load = SourceLoad(dropped={"superseded": 5}, retries={"WorkerLost": 2})
     source = SourceRecord(source="door", pipeline="test", site="local", node="n", pid=2, load=load)
     found.on_presence("sparse/local/test/source/up/door", source.to_bytes(), NOW_S)
     return found

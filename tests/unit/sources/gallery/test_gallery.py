@@ -145,7 +145,7 @@ def test_a_stream_that_is_too_fast_is_never_held_up(tmp_path: Path, monkeypatch:
 
 
 def test_a_long_stream_is_thinned_evenly_and_stays_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(album_module, "CLIP_FRAMES", 16)
+    monkeypatch.setattr(album_module, "MAX_CLIP_FRAMES", 16)
     album = Gallery(tmp_path, fps=25, max_frames=2)
     add_all(album, [result(index, 0.5) for index in range(100)], grey(64, 48))
     with av.open(str(tmp_path / album.finish()["clip"])) as clip:

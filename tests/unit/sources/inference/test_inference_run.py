@@ -54,8 +54,8 @@ class Offload:
         self.window = InflightLimit(lambda: window)
         self._ask = ask
 
-    async def ask(self, content: Content, *, source: str, entered: bool, parent: TraceContext | None) -> OffloadResult:
-        assert entered
+    async def ask(self, content: Content, *, source: str, slot_acquired: bool, parent: TraceContext | None) -> OffloadResult:
+        assert slot_acquired
         try:
             return await self._answer(content)
         finally:

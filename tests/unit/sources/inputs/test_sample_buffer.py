@@ -66,7 +66,7 @@ def test_the_newest_takes_the_place_of_the_older_and_is_counted() -> None:
         intake.close()
         assert await drain(intake) == [("a", 3)]
 
-    assert run("latest", play).dropped == {"newer_came": 3}
+    assert run("latest", play).dropped == {"superseded": 3}
 
 
 def test_no_source_starves_another() -> None:

@@ -24,14 +24,14 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 def test_a_registered_name_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = PublishedWeights("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
-    monkeypatch.setattr(weights, "REGISTERED", {"toy": toy})
+    monkeypatch.setattr(weights, "PUBLISHED_WEIGHTS", {"toy": toy})
     (tmp_path / "toy.weights").write_bytes(b"right")
     assert find_weights("toy", cache=tmp_path) == tmp_path / "toy.weights"
 
 
 def test_a_cached_file_with_a_broken_checksum_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = PublishedWeights("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
-    monkeypatch.setattr(weights, "REGISTERED", {"toy": toy})
+    monkeypatch.setattr(weights, "PUBLISHED_WEIGHTS", {"toy": toy})
     (tmp_path / "toy.weights").write_bytes(b"wrong")
     with pytest.raises(DownloadFailed, match=r"toy\.weights: is another file, by its checksum"):
         find_weights("toy", cache=tmp_path)

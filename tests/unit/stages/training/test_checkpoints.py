@@ -196,7 +196,7 @@ def test_a_version_that_is_not_there_is_told(tmp_path: Path) -> None:
 DIES = """\
 import os, pathlib, sys
 import torch
-from stages.training.checkpoints import Checkpoints, Version
+from stages.training.checkpoints import CheckpointStore, Checkpoint
 made = Checkpoints(pathlib.Path(sys.argv[1]), "vgg11/0")
 die = lambda *_: os.kill(os.getpid(), 9)
 if sys.argv[2] == "rename":

@@ -56,7 +56,7 @@ class World:
         """The next order, which begins a term."""
         order = self.look()
         assert order is not None
-        assert order.verb == "halt"
+        assert order.verb == "quiesce"
         assert self.look() is None  # it is told once
         return order
 
@@ -84,7 +84,7 @@ def test_a_term_begins_when_every_stage_has_a_worker() -> None:
     assert world.look() is None
     world.hear("tail-1")
     order = world.halt()
-    assert order == CoordinatorCommand("halt", UNIX_MS, {"head": "head-1", "body": "body-1", "tail": "tail-1"})
+    assert order == CoordinatorCommand("quiesce", UNIX_MS, {"head": "head-1", "body": "body-1", "tail": "tail-1"})
 
 
 def test_a_retained_record_may_have_outlived_its_worker_and_is_in_no_crew() -> None:

@@ -12,7 +12,7 @@ from tests.support.pipelines.processes import PROCESS_TIMEOUT_S
 # Pages faulted in while 16 MiB are allocated, filled and freed, again and again.
 _PROGRAM = """
 import resource, sys, torch
-from stages.training.malloc_tuning import keep_memory
+from stages.training.malloc_tuning import tune_malloc
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -73,9 +73,9 @@ NETS = {
         6,
         {"num_classes": 6},
     ),
-    "small": Net("tests.support.training.training_network:small", SmallNetwork, (3, 8, 8), 4),
-    "skips": Net("tests.support.training.residual_networks:skips", SkipNetwork, (12,), 5),
-    "dropouts": Net("tests.support.training.residual_networks:dropouts", DropoutNetwork, (12,), 5),
+    "small_network": Net("tests.support.training.training_network:small_network", SmallNetwork, (3, 8, 8), 4),
+    "skip_network": Net("tests.support.training.residual_networks:skip_network", SkipNetwork, (12,), 5),
+    "dropout_network": Net("tests.support.training.residual_networks:dropout_network", DropoutNetwork, (12,), 5),
 }
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, tuple[dict[str, Any], Optimizer]] = {
@@ -142,12 +142,22 @@ CASES: list[tuple[str, list[int], str, ScheduleName]] = [
     *[("resnet18", random_cuts(NETS["resnet18"], parts, parts), "sgd", "1f1b") for parts in (2, 3)],
     ("resnet18", [5, 8, 20, 41], "sgd", "gpipe"),  # within blocks, whose skip connections cross the cuts
     ("mobilenet", random_cuts(NETS["mobilenet"], 3, 1), "adam", "1f1b"),
-    *[("small", random_cuts(NETS["small"], parts, parts), "nesterov", "1f1b") for parts in (1, 2, 3, 5)],
-    *[("skips", random_cuts(NETS["skips"], parts, seed), "adam", "1f1b") for parts in (2, 3, 5) for seed in (0, 1)],
-    ("skips", list(range(1, NETS["skips"].layers)), "sgd", "gpipe"),  # a stage for each layer
-    *[("dropouts", random_cuts(NETS["dropouts"], parts, parts), "adam", "1f1b") for parts in (1, 2, 3, 5)],
-    ("dropouts", [3, 6, 9], "sgd", "gpipe"),
-    ("dropouts", list(range(1, NETS["dropouts"].layers)), "sgd", "1f1b"),
+    *[
+        ("small_network", random_cuts(NETS["small_network"], parts, parts), "nesterov", "1f1b")
+        for parts in (1, 2, 3, 5)
+    ],
+    *[
+        ("skip_network", random_cuts(NETS["skip_network"], parts, seed), "adam", "1f1b")
+        for parts in (2, 3, 5)
+        for seed in (0, 1)
+    ],
+    ("skip_network", list(range(1, NETS["skip_network"].layers)), "sgd", "gpipe"),  # a stage for each layer
+    *[
+        ("dropout_network", random_cuts(NETS["dropout_network"], parts, parts), "adam", "1f1b")
+        for parts in (1, 2, 3, 5)
+    ],
+    ("dropout_network", [3, 6, 9], "sgd", "gpipe"),
+    ("dropout_network", list(range(1, NETS["dropout_network"].layers)), "sgd", "1f1b"),
 ]
 
 
@@ -173,7 +183,7 @@ def test_the_test_would_see_a_difference(net: Net) -> None:
         assert_bitwise_equal(parts.state_dict(), whole.model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["small", "dropouts"])
+@pytest.mark.parametrize("name", ["small_network", "dropout_network"])
 def test_what_is_drawn_depends_on_the_seed_of_the_micro_batch(name: str) -> None:
     net = NETS[name]
     found = []
@@ -187,7 +197,7 @@ def test_what_is_drawn_depends_on_the_seed_of_the_micro_batch(name: str) -> None
 # Given up, and done again -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["vgg11", "resnet18", "small", "dropouts", "skips"])
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "small_network", "dropout_network", "skip_network"])
 def test_a_step_that_is_given_up_half_way_and_done_again_gives_the_same_bits(name: str) -> None:
     net = NETS[name]
     whole, parts = plain(net, "sgd"), split(net, random_cuts(net, 3, 7), "sgd")
@@ -206,10 +216,10 @@ def test_a_step_that_is_given_up_half_way_and_done_again_gives_the_same_bits(nam
 
 
 def test_the_statistics_of_a_batch_norm_move_in_a_step_and_are_put_back_when_it_is_given_up() -> None:
-    parts = split(NETS["small"], [4, 9], "sgd")
+    parts = split(NETS["small_network"], [4, 9], "sgd")
     before = parts.state_dict()
     part = parts.part_trainers[0]._part
-    parts.run_operations(0, batch(NETS["small"], 0))
+    parts.run_operations(0, batch(NETS["small_network"], 0))
     moved = part.state_dict()
     assert not torch.equal(moved["norm.running_mean"], before["norm.running_mean"])
     assert int(moved["norm.num_batches_tracked"]) == 3
@@ -220,7 +230,7 @@ def test_the_statistics_of_a_batch_norm_move_in_a_step_and_are_put_back_when_it_
 
 
 def test_an_evaluation_moves_nothing_and_judges_as_the_whole_network_does() -> None:
-    net = NETS["small"]
+    net = NETS["small_network"]
     whole, parts = plain(net, "sgd"), split(net, [3, 6], "sgd")
     for number in range(2):
         whole.train_step(number, batch(net, number))
@@ -248,7 +258,7 @@ def test_an_evaluation_moves_nothing_and_judges_as_the_whole_network_does() -> N
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-@pytest.mark.parametrize("name", ["small", "skips"])
+@pytest.mark.parametrize("name", ["small_network", "skip_network"])
 def test_a_run_that_goes_on_from_a_checkpoint_gives_the_same_bits(tmp_path: Path, name: str, optimizer: str) -> None:
     net = NETS[name]
     cuts = random_cuts(net, 3, 5)
@@ -271,7 +281,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_gives_the_same_bits(tmp_path: Path
 
 
 def test_a_run_that_goes_back_to_its_beginning_gives_the_same_bits() -> None:
-    net = NETS["small"]
+    net = NETS["small_network"]
     whole, parts = plain(net, "adam"), split(net, [4, 9], "adam")
     for number in range(3):
         parts.train_step(number, batch(net, 100 + number))
@@ -283,7 +293,7 @@ def test_a_run_that_goes_back_to_its_beginning_gives_the_same_bits() -> None:
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_no_version_in_memory() -> None:
-    learner = split(NETS["small"], [4], "sgd").part_trainers[0]
+    learner = split(NETS["small_network"], [4], "sgd").part_trainers[0]
     tensors = learner.checkpoint_tensors(1)
     del tensors["model/norm.weight"]
     with pytest.raises(RuntimeError, match=r"norm\.weight"):
@@ -313,7 +323,7 @@ def test_the_joined_weights_load_into_the_model_that_was_never_cut(tmp_path: Pat
 
 def learner_with_forward() -> tuple[PartTrainer, bytes, dict[str, Tensor]]:
     """The first of two parts, a forward that it keeps, and what that gave."""
-    net, request = NETS["skips"], b"." * 16
+    net, request = NETS["skip_network"], b"." * 16
     learner = split(net, [4], "sgd").part_trainers[0]
     ((inputs, labels),) = batch(net, 0, (4,))
     micro = MicroBatch(step="0" * 32, term=1, index=0, count=1, rows=4, number=0, seed=0)
@@ -353,7 +363,7 @@ def test_a_gradient_of_a_forward_that_was_taken_out_is_unknown() -> None:
 
 
 def judge(labels: Tensor, inputs: Tensor | None = None) -> object:
-    net = NETS["skips"]
+    net = NETS["skip_network"]
     (learner,) = split(net, [], "sgd").part_trainers
     micro = MicroBatch(step="0" * 32, term=1, index=0, count=1, rows=4, number=7, seed=0)
     return learner.forward(
@@ -382,7 +392,7 @@ def test_a_loss_that_is_no_number_says_in_which_step_and_what_to_try(value: floa
 
 
 def test_a_version_that_is_no_number_any_more_is_in_no_checkpoint() -> None:
-    learner = split(NETS["skips"], [], "sgd").part_trainers[0]
+    learner = split(NETS["skip_network"], [], "sgd").part_trainers[0]
     with torch.no_grad():
         next(iter(learner._part.parameters()))[0] = float("nan")
     with pytest.raises(NotFinite, match=r"parameter 'first\.weight' is not finite in step 3"):
