@@ -63,25 +63,3 @@ def _first_asked(ended: Iterable[TelemetryPoint], length: str) -> int:
 def number_or_zero(point: TelemetryPoint, name: str) -> float:
     """A field as a number; 0 where it was not measured."""
     return float(cast(float, point.fields.get(name) or 0.0))
-
-
-@dataclass(frozen=True, slots=True)
-class CounterSeries:
-    """A figure that only grows, as it was seen: (Unix time in ns, value), by time."""
-
-    readings: tuple[tuple[int, float], ...]
-
-    def value_at(self, time_ns: int) -> float:
-        """Its value then, on a straight line between what was seen; 0 before that begins, and what was seen last."""
-        before = [entry for entry in self.readings if entry[0] <= time_ns]
-        after = [entry for entry in self.readings if entry[0] > time_ns]
-        if not before:
-            return 0.0
-        (begin_ns, first), (end_ns, last) = before[-1], after[0] if after else before[-1]
-        if end_ns == begin_ns:
-            return first
-        return first + (last - first) * (time_ns - begin_ns) / (end_ns - begin_ns)
-
-    def value_after(self, time_ns: int) -> float:
-        """What was seen of it first at that time or later; else what was seen last."""
-        return next((value for when, value in self.readings if when >= time_ns), self.readings[-1][1])

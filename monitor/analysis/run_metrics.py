@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 
+from monitor.analysis.counter_series import CounterSeries
 from monitor.analysis.measurement_window import (
-    CounterSeries,
     MeasurementWindow,
     PointsByMeasurement,
     RunKind,
@@ -194,10 +194,12 @@ def _cpu(points: PointsByMeasurement, window: MeasurementWindow, samples: int) -
     by_role: dict[str, float] = defaultdict(float)
     for (role, _, name, pid), own in seen.items():
         first_ns, first_s = own[0]
-        if born_ns.get((role, name, pid), 0) <= window.begin_ns < first_ns:
-            own.insert(0, (window.begin_ns, first_s))
-        counter = CounterSeries(tuple(own))
-        by_role[role] += (counter.value_at(window.end_ns) - counter.value_at(window.begin_ns)) / samples
+        started_ns = born_ns.get((role, name, pid), 0)
+        if window.begin_ns < first_ns:
+            own.insert(
+                0, (min(started_ns, first_ns), 0.0) if started_ns > window.begin_ns else (window.begin_ns, first_s)
+            )
+        by_role[role] += CounterSeries(tuple(own)).increase(window.begin_ns, window.end_ns) / samples
     return dict(by_role)
 
 

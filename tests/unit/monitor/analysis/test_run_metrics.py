@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from monitor.analysis.measurement_window import CounterSeries, select_window
+from monitor.analysis.measurement_window import select_window
 from monitor.analysis.run_metrics import LinkBytes, StageTime, compute_run_metrics, percentiles
 from monitor.errors import NoSamples
 from monitor.points.points import FieldValue, TelemetryPoint
@@ -189,12 +189,6 @@ def test_percentiles_are_values_that_were_there() -> None:
     assert percentiles([float(value) for value in range(1, 101)]) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
     assert percentiles([7.0]) == {"p50": 7.0, "p95": 7.0, "p99": 7.0}
     assert percentiles([]) == {}
-
-
-def test_a_counter_is_read_between_what_was_seen() -> None:
-    counter = CounterSeries(((10, 100.0), (20, 200.0)))
-    assert [counter.value_at(time) for time in (9, 10, 15, 20, 99)] == [0.0, 100.0, 150.0, 200.0, 200.0]
-    assert [counter.value_after(time) for time in (0, 10, 11, 21)] == [100.0, 100.0, 200.0, 200.0]
 
 
 def test_the_window_holds_what_counts_in_the_order_of_its_end() -> None:
