@@ -51,7 +51,9 @@ JSONS = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-GRADIENTS = st.builds(Gradient, request_id=REQUESTS, content=BODIES, sender_inbox=TOPICS | st.just(""), attempt=ATTEMPTS)
+GRADIENTS = st.builds(
+    Gradient, request_id=REQUESTS, content=BODIES, sender_inbox=TOPICS | st.just(""), attempt=ATTEMPTS
+)
 STEPS = st.builds(
     StepMessage,
     request_id=REQUESTS,

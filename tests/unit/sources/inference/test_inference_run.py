@@ -54,7 +54,9 @@ class Offload:
         self.window = InflightLimit(lambda: window)
         self._ask = ask
 
-    async def ask(self, content: Content, *, source: str, slot_acquired: bool, parent: TraceContext | None) -> OffloadResult:
+    async def ask(
+        self, content: Content, *, source: str, slot_acquired: bool, parent: TraceContext | None
+    ) -> OffloadResult:
         assert slot_acquired
         try:
             return await self._answer(content)
