@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 # The broker is often gone with the parent, and nobody is left to say goodbye to: who waits for it would never end.
 PARENT_EXIT_GRACE_S = 5.0
@@ -23,17 +24,18 @@ class ShutdownEvent(asyncio.Event):
 
     interrupted = False
 
-    def install_signal_handlers(self) -> None:
-        """Have the first SIGTERM or SIGINT set it, on the running loop; at a second one nothing is waited for."""
+    def install_signal_handlers(self, force: Callable[[], object] = lambda: os._exit(EXIT_INTERRUPTED)) -> None:
+        """Have the first SIGTERM or SIGINT set the event, on the running loop, and each later one call `force`."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._heed, number)
+            loop.add_signal_handler(number, self._on_signal, number, force)
 
-    def _heed(self, number: int) -> None:
+    def _on_signal(self, number: int, force: Callable[[], object]) -> None:
         if self.is_set():
-            os._exit(EXIT_INTERRUPTED)
-        self.interrupted = number == signal.SIGINT
-        self.set()
+            force()
+        else:
+            self.interrupted = number == signal.SIGINT
+            self.set()
 
 
 def exit_with_parent(leaving: asyncio.Event) -> None:
