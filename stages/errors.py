@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from brokers.errors import BadFile, SparseError, UsageError, WireError
 
 
-@dataclass(eq=False)
 class BadWeights(BadFile):
     """A file that cannot be used as weights at all."""
 
-    key = "pipeline.weights"
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.key = "pipeline.weights"
 
 
 # Darknet's weight files -------------------------------------------------------------------------------------------

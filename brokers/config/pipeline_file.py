@@ -164,7 +164,7 @@ def add_error_context(pipeline: Pipeline) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        if not error.key:
+        if not error.key or error.fields.get("path") == pipeline.path:
             raise
         raise BadFile(pipeline.path, str(error), error.key) from error
 

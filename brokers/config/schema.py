@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from brokers.dispatch.worker_pool import LEASE_S
-from brokers.errors import BadName
-from brokers.protocol.broker_url import BadAddress, parse_address
+from brokers.errors import UsageError
+from brokers.protocol.broker_url import parse_address
 from brokers.protocol.messages import DEADLINE_LIMIT_MS, Priority
 from brokers.protocol.topics import validate_name
 
@@ -19,7 +19,7 @@ def _name_of(what: str) -> AfterValidator:
     def check(name: str) -> str:
         try:
             return validate_name(what, name)
-        except BadName as error:
+        except UsageError as error:
             raise ValueError(str(error)) from None
 
     return AfterValidator(check)
@@ -28,7 +28,7 @@ def _name_of(what: str) -> AfterValidator:
 def _readable_address(text: str) -> str:
     try:
         parse_address(text)
-    except BadAddress as error:
+    except UsageError as error:
         raise ValueError(str(error)) from None
     return text
 

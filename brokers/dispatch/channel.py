@@ -11,13 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-from brokers.errors import BadChunk, TooLarge, WireError
+from brokers.errors import TooLarge, WireError
 from brokers.protocol.chunking import (
     CHUNK_BYTES,
     MESSAGE_LIMIT_BYTES,
     Assembler,
     ChunkHeader,
     MessageKey,
+    chunk_error,
     split_into_chunks,
 )
 from brokers.protocol.codec import EncodedMessage, decode, encode
@@ -80,8 +81,8 @@ class MessageChannel:
         """
 
         def refuse(error: WireError, properties: Properties) -> None:
-            self.counters[type(error).__name__] += 1
-            log.warning("refused a message to %s: %s: %s", topic_filter, type(error).__name__, error)
+            self.counters[error.code] += 1
+            log.warning("refused a message to %s: %s: %s", topic_filter, error.code, error)
             if on_malformed:
                 on_malformed(error, properties)
 
@@ -166,7 +167,7 @@ def _chunk_of(topic_filter: str, properties: Properties) -> tuple[MessageKey, Ch
     head_bytes = len(properties.correlation_data) + len(properties.response_topic) + len(properties.content_type)
     head_bytes += sum(len(name) + len(value) for name, value in properties.user_properties)
     if head_bytes > CHUNK_HEADER_LIMIT_BYTES:
-        raise BadChunk(f"the properties of a chunk may have {CHUNK_HEADER_LIMIT_BYTES} bytes, its have {head_bytes}")
+        raise chunk_error(f"the properties of a chunk may have {CHUNK_HEADER_LIMIT_BYTES} bytes, its have {head_bytes}")
     names = (user.get(name) for name in ("message", "kind", "attempt"))
     key = (topic_filter, properties.correlation_data, properties.response_topic, *names)
     return key, ChunkHeader.parse(text)

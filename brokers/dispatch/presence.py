@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
-from brokers.errors import BadPayload, VersionMismatch
+from brokers.errors import BadPayload
 from brokers.protocol.chunking import MESSAGE_LIMIT_BYTES
-from brokers.protocol.codec import PROTOCOL_VERSION
+from brokers.protocol.codec import PROTOCOL_VERSION, check_version
 from brokers.protocol.messages import JSON
 from brokers.protocol.topics import NAME_PATTERN
 from brokers.protocol.training import TrainingStatus
@@ -69,7 +69,7 @@ class _PresenceRecord(BaseModel):
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Self:
-        """Read a record; raise `BadPayload`, or `VersionMismatch` for one of another version."""
+        """Read a record; raise `BadPayload`, or `WireError` ("VersionMismatch") for one of another version."""
         if len(payload) > RECORD_LIMIT_BYTES:
             raise BadPayload(JSON, f"not a presence record: {len(payload)} bytes, at most {RECORD_LIMIT_BYTES}")
         try:
@@ -78,8 +78,7 @@ class _PresenceRecord(BaseModel):
             mistake = error.errors(include_url=False)[0]
             place = "".join(f"{level}: " for level in mistake["loc"])
             raise BadPayload(JSON, f"not a presence record: {place}{mistake['msg']}") from None
-        if found.version != PROTOCOL_VERSION:
-            raise VersionMismatch(PROTOCOL_VERSION, found.version)
+        check_version(found.version)
         return found
 
 

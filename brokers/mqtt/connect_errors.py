@@ -30,21 +30,21 @@ _UNKNOWN_AUTHORITY = {18, 19, 20, 21}
 UNSUPPORTED_VERSION, BAD_PASSWORD, NOT_AUTHORIZED = 0x84, 0x86, 0x87
 
 
-@dataclass(eq=False)
 class ConnackRefused(BrokerUnreachable):
     """A broker heard our CONNECT and will not have us now; `reason_code` is from its CONNACK."""
 
-    reason_code: int
+    def __init__(self, address: str, reason: str, reason_code: int) -> None:
+        super().__init__(address, reason)
+        self.reason_code = reason_code
 
 
-@dataclass(eq=False)
 class AuthenticationFailed(BrokerUnreachable):
     """A broker is there, and does not let us in; or we do not believe that it is the one (then `reason_code` is 0)."""
 
-    reason_code: int = 0
-
-    def __str__(self) -> str:
-        return f"no way into the broker at {self.address}: {self.reason}"
+    def __init__(self, address: str, reason: str, reason_code: int = 0) -> None:
+        super().__init__(address, reason)
+        self.message = f"no way into the broker at {address}: {reason}"
+        self.reason_code = reason_code
 
 
 @dataclass(eq=False)

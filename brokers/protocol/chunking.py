@@ -1,16 +1,16 @@
-"""Large messages in pieces: cut for the broker's limits, put together again within ours. Pure: the time is an argument.
+"""Split large messages into chunks for the broker's packet limit, and reassemble them within our memory limits.
 
-A chunk says which message it belongs to, at which byte it begins, and how many bytes the whole message has. MQTT keeps
-the order of what one client publishes to one topic at one quality of service (MQTT 5.0 section 4.6), so chunks are
-taken in order only: a chunk that is ahead proves that one before it was lost, and a chunk that is behind is a twin.
+A chunk carries the id of its message, its offset and the size of the whole message. MQTT keeps the order of what one
+client publishes to one topic at one quality of service (MQTT 5.0 section 4.6), so chunks are accepted in order only: a
+chunk ahead of its turn proves that one before it was lost, a chunk behind it is a duplicate.
 
-The rules:
+The rules of `Assembler`:
 
-1. Memory is set aside for a message only within `message_limit_bytes`, `total_limit_bytes` and `count_limit`.
-2. Each chunk is written at its own place at once; a whole message is never copied.
-3. A message that got no chunk for `patience_s` is given up, and so is one that lost a chunk or has one that does not
-   fit; this is said once.
-4. What still comes of a message that was given up, or is whole already, is ignored.
+1. Memory is allocated for a message only within `message_limit_bytes`, `total_limit_bytes` and `message_count_limit`.
+2. Each chunk is written at its offset at once; a whole message is never copied.
+3. A message is dropped, with one error, when it got no chunk for `chunk_timeout_s`, lost a chunk, or got one that does
+   not fit.
+4. Further chunks of a dropped or completed message are ignored.
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ from typing import Any
 
 import numpy as np
 
-from brokers.errors import BadChunk, Incomplete, TooLarge
+from brokers.errors import TooLarge, WireError
 
-# Measured best on loopback (tests/bench/roundtrip.py --chunks): smaller costs calls, larger leaves the pipe empty.
+# Fastest on loopback (tests/bench/roundtrip.py --chunks): smaller ones cost calls, larger ones leave the pipe empty.
 CHUNK_BYTES = 512 * 1024
-# What one message may have: a thousand 640x480 float frames; a claim above it is a mistake or an attack.
+# A thousand 640x480 float32 frames; a larger claim is a mistake or an attack.
 MESSAGE_LIMIT_BYTES = 1 << 30
-# Pages are touched only as bytes arrive, so a false claim costs address space and no memory.
+# Pages are touched only as bytes arrive, so a false claim costs address space but no memory.
 TOTAL_LIMIT_BYTES = 2 << 30
 MESSAGE_COUNT_LIMIT = 1024
 CHUNK_TIMEOUT_S = 30.0
-# How many messages that are whole or were given up are remembered, to ignore what still comes of them.
-_REMEMBERED = 1024
-# An offset, a slash and a total, each of at most 19 digits.
-_TEXT = re.compile(r"[0-9]{1,19}/[0-9]{1,19}")
+# So many completed and dropped messages are remembered, to ignore their late chunks.
+_ENDED_LIMIT = 1024
+_HEADER = re.compile(r"[0-9]{1,19}/[0-9]{1,19}")
 
 MessageKey = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """Where a chunk belongs: its first byte in the message, and the bytes of the whole message."""
+    """The place of a chunk: its first byte in the message, and the size of the whole message."""
 
     offset: int
     total_bytes: int
 
     @classmethod
     def parse(cls, text: str) -> ChunkHeader:
-        """Read `offset/total`, the form in which it travels."""
-        if not _TEXT.fullmatch(text):
-            raise BadChunk(f"expected offset/total in bytes, got {text!r}")
+        """Read `offset/total`, the value of the user property. Raises `WireError` ("BadChunk")."""
+        if not _HEADER.fullmatch(text):
+            raise chunk_error(f"expected offset/total in bytes, got {text!r}")
         offset, _, total = text.partition("/")
         return cls(int(offset), int(total))
 
@@ -61,21 +60,32 @@ class ChunkHeader:
 
 
 def split_into_chunks(
-    pieces: tuple[memoryview, ...], chunk_bytes: int
+    buffers: tuple[memoryview, ...], chunk_bytes: int
 ) -> Iterator[tuple[ChunkHeader, list[memoryview]]]:
-    """The pieces of a message, dealt into chunks of `chunk_bytes` (the last may be shorter), without copying."""
-    total = sum(piece.nbytes for piece in pieces)
-    offset, room, batch = 0, chunk_bytes, []
-    for piece in pieces:
-        while piece.nbytes:
-            part, piece = piece[:room], piece[room:]
-            batch.append(part)
-            room -= part.nbytes
-            if not room:
-                yield ChunkHeader(offset, total), batch
-                offset, room, batch = offset + chunk_bytes, chunk_bytes, []
-    if batch:
-        yield ChunkHeader(offset, total), batch
+    """Yield the message in chunks of `chunk_bytes` (the last may be shorter), as slices of `buffers`, without copying."""
+    total_bytes = sum(buffer.nbytes for buffer in buffers)
+    offset = 0
+    free_bytes = chunk_bytes
+    slices: list[memoryview] = []
+    for buffer in buffers:
+        position = 0
+        while position < buffer.nbytes:
+            part = buffer[position : position + free_bytes]
+            position += part.nbytes
+            free_bytes -= part.nbytes
+            slices.append(part)
+            if not free_bytes:
+                yield ChunkHeader(offset, total_bytes), slices
+                offset += chunk_bytes
+                free_bytes = chunk_bytes
+                slices = []
+    if slices:
+        yield ChunkHeader(offset, total_bytes), slices
+
+
+def chunk_error(problem: str) -> WireError:
+    """Return the error for a chunk that does not fit its message: most often, one before it was lost."""
+    return WireError("BadChunk", f"bad chunk: {problem}", retry=True)
 
 
 @dataclass(slots=True)
@@ -88,7 +98,7 @@ class _Assembly:
 
 @dataclass(slots=True)
 class Assembler:
-    """The messages that are not whole yet."""
+    """Reassembles chunked messages; `len()` is the number of unfinished ones, `duplicates` counts repeated chunks."""
 
     message_limit_bytes: int = MESSAGE_LIMIT_BYTES
     total_limit_bytes: int = TOTAL_LIMIT_BYTES
@@ -105,9 +115,9 @@ class Assembler:
     def get_buffer(
         self, key: MessageKey, chunk: ChunkHeader, length: int, now_s: float, context: Any = None
     ) -> memoryview | None:
-        """Where the bytes of this chunk shall be written; None when it is to be thrown away (a twin, a lost cause).
+        """Return the place for the bytes of this chunk, None if it is to be ignored (a duplicate, a dropped message).
 
-        `context` of a message's first chunk comes back with `expire`. Raises `TooLarge` or `BadChunk`.
+        `expire` returns the `context` given with the first chunk. Raises `TooLarge` or `WireError` ("BadChunk").
         """
         if key in self._ended:
             return None
@@ -116,7 +126,7 @@ class Assembler:
             raise self._drop(key, f"{length} bytes at {chunk.offset} do not fit a message of {chunk.total_bytes}")
         assembly = self._assemblies.get(key) or self._begin(key, chunk, now_s, context)
         if chunk.total_bytes != assembly.buffer.nbytes:
-            raise self._drop(key, f"its message has {assembly.buffer.nbytes} bytes, it says {chunk.total_bytes}")
+            raise self._drop(key, f"its message has {assembly.buffer.nbytes} bytes, it claims {chunk.total_bytes}")
         if end <= assembly.filled_bytes:
             return None
         if chunk.offset != assembly.filled_bytes:
@@ -126,9 +136,9 @@ class Assembler:
     def add_chunk(
         self, key: MessageKey, chunk: ChunkHeader, payload: memoryview, now_s: float, context: Any = None
     ) -> memoryview | None:
-        """Take a chunk whose bytes have come, and return the whole message if it was the last one.
+        """Add a received chunk; return the whole message if it was the last one.
 
-        `payload` may lie at its place already (a transport that asked `place`), or anywhere.
+        `payload` is copied unless it was received into the buffer that `get_buffer` returned.
         """
         place = self.get_buffer(key, chunk, payload.nbytes, now_s, context)
         if place is None:
@@ -144,19 +154,23 @@ class Assembler:
         self._end(key)
         return assembly.buffer
 
-    def expire(self, now_s: float) -> list[tuple[Any, Incomplete]]:
-        """Give up the messages that wait too long: the context of each, and what came of it."""
-        late = {key: item for key, item in self._assemblies.items() if now_s - item.touched_s > self.chunk_timeout_s}
-        for key in late:
+    def expire(self, now_s: float) -> list[tuple[Any, WireError]]:
+        """Drop the messages that got no chunk for `chunk_timeout_s`; return the context and the error of each."""
+        expired = {key: item for key, item in self._assemblies.items() if now_s - item.touched_s > self.chunk_timeout_s}
+        for key in expired:
             self._end(key)
-        return [
-            (item.context, Incomplete(item.buffer.nbytes, item.filled_bytes, self.chunk_timeout_s))
-            for item in late.values()
-        ]
+        return [(item.context, self._incomplete(item)) for item in expired.values()]
+
+    def _incomplete(self, assembly: _Assembly) -> WireError:
+        expected_bytes = assembly.buffer.nbytes
+        actual_bytes = assembly.filled_bytes
+        message = f"got {actual_bytes} of {expected_bytes} bytes, then no chunk for {self.chunk_timeout_s:g} s"
+        fields = {"expected_bytes": expected_bytes, "actual_bytes": actual_bytes, "waited_s": self.chunk_timeout_s}
+        return WireError("Incomplete", message, retry=True, **fields)
 
     def _begin(self, key: MessageKey, chunk: ChunkHeader, now_s: float, context: Any) -> _Assembly:
         if chunk.offset:
-            raise self._drop(key, f"the first to come of its message is at byte {chunk.offset}: those before were lost")
+            raise self._drop(key, f"the first chunk received is at byte {chunk.offset}: the ones before it were lost")
         free_bytes = self.total_limit_bytes - self._claimed_bytes if len(self) < self.message_count_limit else 0
         try:
             if chunk.total_bytes > self.message_limit_bytes:
@@ -165,24 +179,25 @@ class Assembler:
                 raise TooLarge(f"a chunked message beside {len(self)} unfinished ones", free_bytes, chunk.total_bytes)
             # Uninitialised: zero-filling 64 MiB costs more than receiving it.
             buffer = np.empty(chunk.total_bytes, np.uint8).data
-        except (TooLarge, MemoryError) as error:
+        except TooLarge:
             self._end(key)
-            if isinstance(error, TooLarge):
-                raise
-            raise TooLarge("a chunked message, with the memory that is left,", 0, chunk.total_bytes) from None
+            raise
+        except MemoryError:
+            self._end(key)
+            raise TooLarge("a chunked message, with no memory left,", 0, chunk.total_bytes) from None
         self._assemblies[key] = _Assembly(buffer, context, touched_s=now_s)
         self._claimed_bytes += chunk.total_bytes
         return self._assemblies[key]
 
-    def _drop(self, key: MessageKey, problem: str) -> BadChunk:
+    def _drop(self, key: MessageKey, problem: str) -> WireError:
         self._end(key)
-        return BadChunk(problem)
+        return chunk_error(problem)
 
     def _end(self, key: MessageKey) -> None:
-        """Forget what came of a message, and remember that no more of it is wanted."""
+        """Free a message, and remember its key so that further chunks of it are ignored."""
         assembly = self._assemblies.pop(key, None)
         if assembly is not None:
             self._claimed_bytes -= assembly.buffer.nbytes
         self._ended[key] = None
-        while len(self._ended) > _REMEMBERED:
+        while len(self._ended) > _ENDED_LIMIT:
             self._ended.popitem(last=False)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
-from brokers.errors import BadPayload, BadProperty, VersionMismatch, WireError
+from brokers.errors import BadPayload, WireError, property_error
 from brokers.protocol import safetensors_codec as codec
 from brokers.protocol.media_type import decode_content
 from brokers.protocol.messages import (
@@ -130,13 +130,19 @@ def decode(properties: Properties, payload: memoryview) -> Message:
     version = user.get("sparse")
     if version is None:
         return _decode_foreign(properties, user, payload)
-    if version != PROTOCOL_VERSION:
-        raise VersionMismatch(PROTOCOL_VERSION, version)
+    check_version(version)
     kind = get_required(user, "kind")
     decoder = _DECODERS.get(kind)
     if decoder is None:
-        raise BadProperty("kind", f"must be one of {', '.join(_DECODERS)}, is {kind!r}")
+        raise property_error("kind", f"must be one of {', '.join(_DECODERS)}, is {kind!r}")
     return decoder(properties, user, payload)
+
+
+def check_version(version: str) -> None:
+    """Raise `WireError` ("VersionMismatch") for a message of another protocol version."""
+    if version != PROTOCOL_VERSION:
+        message = f"protocol version {PROTOCOL_VERSION} is spoken here, the message is of version {version!r}"
+        raise WireError("VersionMismatch", message, expected=PROTOCOL_VERSION, actual=version)
 
 
 def parse_reply_to(properties: Properties) -> tuple[bytes, ReplyTo] | None:
@@ -166,7 +172,7 @@ def make_failure_reply(
         request_id=request,
         stage=stage,
         worker=worker,
-        error=type(error).__name__,
+        error=error.code,
         reason=str(error),
         attempt=attempt,
         retry=error.retry,
@@ -215,14 +221,14 @@ def _decode_task(properties: Properties, user: Mapping[str, str], payload: memor
 def _decode_reply(properties: Properties, user: Mapping[str, str]) -> ReplyTo:
     accept = user.get("accept", "safetensors")
     if accept not in ("safetensors", "json"):
-        raise BadProperty("accept", f"must be safetensors or json, is {accept!r}")
+        raise property_error("accept", f"must be safetensors or json, is {accept!r}")
     try:
         echo = bytes.fromhex(user.get("echo", ""))
     except ValueError:
-        raise BadProperty("echo", "must be hexadecimal") from None
+        raise property_error("echo", "must be hexadecimal") from None
     topic = user.get("reply", properties.response_topic)
     if not topic:
-        raise BadProperty("Response Topic", "is missing: there is nowhere to answer")
+        raise property_error("Response Topic", "is missing: there is nowhere to answer")
     return ReplyTo(topic, cast(Literal["safetensors", "json"], accept), echo)
 
 
@@ -257,7 +263,7 @@ def _decode_failure(properties: Properties, user: Mapping[str, str], payload: me
 def _decode_control(properties: Properties, user: Mapping[str, str], payload: memoryview) -> TaskDone:
     verb = get_required(user, "verb")
     if verb != "done":
-        raise BadProperty("verb", f"must be done, is {verb!r}")
+        raise property_error("verb", f"must be done, is {verb!r}")
     worker = get_required(user, "worker")
     return TaskDone(
         request_id=properties.correlation_data, worker=worker, verb="done", attempt=get_int(user, "attempt")
@@ -267,7 +273,7 @@ def _decode_control(properties: Properties, user: Mapping[str, str], payload: me
 def _decode_gradient(properties: Properties, user: Mapping[str, str], payload: memoryview) -> Gradient:
     content = decode_content(properties.content_type or SAFETENSORS, payload)
     if not isinstance(content, TensorContent):
-        raise BadProperty("Content Type", f"of a gradient must be {SAFETENSORS}, is {content.content_type}")
+        raise property_error("Content Type", f"of a gradient must be {SAFETENSORS}, is {content.content_type}")
     attempt = get_int(user, "attempt")
     return Gradient(
         request_id=properties.correlation_data, content=content, sender_inbox=properties.response_topic, attempt=attempt

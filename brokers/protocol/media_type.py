@@ -15,8 +15,8 @@ _JSON_START = re.compile(rb"[ \t\r\n]*[\[{0-9-]")
 
 def detect_content_type(declared: str, payload: memoryview) -> str:
     """The declared content type without its parameters, or what the first bytes say."""
-    if declared:
-        plain = declared.partition(";")[0].strip().lower()
+    plain = declared.partition(";")[0].strip().lower()
+    if plain:
         return {"image/jpg": JPEG}.get(plain, plain)
     head = bytes(payload[:16])
     if head.startswith(_JPEG_MAGIC):

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from brokers.errors import BadProperty
+from brokers.errors import property_error
 from brokers.protocol.safetensors_codec import TensorView
 from brokers.protocol.stage_timing import HOPS_KEY, Hop
 from brokers.protocol.topics import is_valid_reply_topic
@@ -42,7 +42,7 @@ PRIORITIES: tuple[Priority, ...] = ("interactive", "background")
 def check_priority(priority: str) -> None:
     """Raise `BadProperty` for what is none."""
     if priority not in PRIORITIES:
-        raise BadProperty("priority", f"must be {' or '.join(PRIORITIES)}, is {priority!r}")
+        raise property_error("priority", f"must be {' or '.join(PRIORITIES)}, is {priority!r}")
 
 
 def new_request_id() -> bytes:
@@ -85,11 +85,11 @@ _TOPIC_BYTES = 1024
 def check_reply_topic(topic: str) -> None:
     """Raise `BadProperty` for a topic that is not one to answer on: its owner's mistake must not cost us our broker."""
     if "+" in topic or "#" in topic or "\0" in topic:
-        raise BadProperty("Response Topic", "must be a topic to publish to, without '+', '#' and null characters")
+        raise property_error("Response Topic", "must be a topic to publish to, without '+', '#' and null characters")
     if topic.count("/") >= _TOPIC_LEVELS or len(topic.encode()) > _TOPIC_BYTES:
-        raise BadProperty("Response Topic", f"must have at most {_TOPIC_LEVELS} levels and {_TOPIC_BYTES} bytes")
+        raise property_error("Response Topic", f"must have at most {_TOPIC_LEVELS} levels and {_TOPIC_BYTES} bytes")
     if not is_valid_reply_topic(topic):
-        raise BadProperty(
+        raise property_error(
             "Response Topic", "must not be a presence topic, a front door or an ingress: none takes answers"
         )
 
@@ -108,17 +108,17 @@ class ReplyTo:
 
 def _check_request(request: bytes, attempt: int) -> None:
     if len(request) != REQUEST_ID_BYTES:
-        raise BadProperty("Correlation Data", f"must be {REQUEST_ID_BYTES} bytes, is {len(request)}")
+        raise property_error("Correlation Data", f"must be {REQUEST_ID_BYTES} bytes, is {len(request)}")
     if attempt < 1:
-        raise BadProperty("attempt", f"must be 1 or more, is {attempt}")
+        raise property_error("attempt", f"must be 1 or more, is {attempt}")
 
 
 def _check_content(content: Content, hops: tuple[Hop, ...]) -> None:
     if isinstance(content, BinaryContent):
         if hops:
-            raise BadProperty(HOPS_KEY, f"travels with tensors only, not with {content.content_type}")
+            raise property_error(HOPS_KEY, f"travels with tensors only, not with {content.content_type}")
     elif HOPS_KEY in content.metadata:
-        raise BadProperty(HOPS_KEY, "is written by the stages themselves, not by those who use them")
+        raise property_error(HOPS_KEY, "is written by the stages themselves, not by those who use them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,9 +145,9 @@ class Task:
         check_reply_topic(self.sender_inbox)
         if len(self.reply_to.echo) > ECHO_LIMIT_BYTES:
             problem = f"of a foreign client must be at most {ECHO_LIMIT_BYTES} bytes, is {len(self.reply_to.echo)}"
-            raise BadProperty("Correlation Data", problem)
+            raise property_error("Correlation Data", problem)
         if self.deadline_ms is not None and not 0 <= self.deadline_ms <= DEADLINE_LIMIT_MS:
-            raise BadProperty("deadline-ms", f"must be 0 to {DEADLINE_LIMIT_MS:.0f}, is {self.deadline_ms}")
+            raise property_error("deadline-ms", f"must be 0 to {DEADLINE_LIMIT_MS:.0f}, is {self.deadline_ms}")
         check_priority(self.priority)
 
 
@@ -158,7 +158,9 @@ class Activation(Task):
     def __post_init__(self) -> None:
         Task.__post_init__(self)
         if not isinstance(self.content, TensorContent):
-            raise BadProperty("Content Type", f"of an activation must be {SAFETENSORS}, is {self.content.content_type}")
+            raise property_error(
+                "Content Type", f"of an activation must be {SAFETENSORS}, is {self.content.content_type}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,9 +256,9 @@ class StepMessage:
         _check_request(self.request_id, self.attempt)
         check_reply_topic(self.sender_inbox)
         if self.verb not in STEP_VERBS:
-            raise BadProperty("verb", f"must be one of {', '.join(STEP_VERBS)}, is {self.verb!r}")
+            raise property_error("verb", f"must be one of {', '.join(STEP_VERBS)}, is {self.verb!r}")
         if not 0 <= self.term < JSON_INTEGER_LIMIT:
-            raise BadProperty("term", f"must be 0 to {JSON_INTEGER_LIMIT - 1}, is {self.term}")
+            raise property_error("term", f"must be 0 to {JSON_INTEGER_LIMIT - 1}, is {self.term}")
 
 
 Message = Task | Activation | Result | Failure | TaskDone | Gradient | StepMessage

@@ -1,9 +1,10 @@
-"""Tensors as bytes: the safetensors format, read and written without a copy, for numpy and torch alike.
+"""Encode and decode named tensors in the safetensors format, without copying them.
 
-The format is that of https://github.com/huggingface/safetensors: eight bytes with the length N of the header (little
-endian), N bytes of JSON padded with spaces, then the tensors' bytes, one after the other with no holes, row-major,
-little endian. We write it ourselves, because the library's `save` copies every tensor twice and its `load` once; files
-on disk are the library's business. Everything a sender can get wrong is a `WireError`.
+The format is that of https://github.com/huggingface/safetensors: the length N of the header (eight bytes, little
+endian), N bytes of JSON padded with spaces, then the tensors' bytes, row-major and little endian, without gaps.
+
+We use our own code because the library's `save` copies each tensor twice and its `load` once; `tests.bench.roundtrip`
+measures the difference. Weight files on disk are read and written by the library.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from brokers.errors import BadHeader, BadPayload, ShapeMismatch, TooLarge, TrailingBytes, Truncated, UnknownDtype
+import numpy as np
+
+from brokers.errors import BadPayload, TooLarge, WireError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 # safetensors' name: (bits an element, numpy's name or "", torch's name). float4 holds two elements a byte, in both.
@@ -46,75 +48,78 @@ _DTYPES: dict[str, tuple[int, str, str]] = {
 _BY_NUMPY = {numpy_name: name for name, (_, numpy_name, _) in _DTYPES.items() if numpy_name}
 _BY_TORCH = {torch_name: name for name, (_, _, torch_name) in _DTYPES.items()}
 
-# A header describes some tens of tensors in some kilobytes; more than this is a mistake or an attack.
+# A header describes some tens of tensors in some kilobytes; a longer one is a mistake or an attack.
 HEADER_LIMIT_BYTES = 1 << 20
+_DIMENSION_LIMIT = 32
 _METADATA = "__metadata__"
 _ALIGNMENT_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class TensorView:
-    """A dtype (safetensors' name), a shape and the bytes: what the wire knows of a tensor."""
+    """A tensor as it travels: the dtype by safetensors' name, the shape, and the bytes, which are not copied.
+
+    Raises `WireError` ("ShapeMismatch", "UnknownDtype") where the bytes do not fit the dtype and the shape.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
 
     def __post_init__(self) -> None:
-        expected = tensor_nbytes(self.dtype, self.shape)
-        if self.data.nbytes != expected:
-            raise ShapeMismatch("", self.dtype, self.shape, expected, self.data.nbytes)
+        _check_size("", self.dtype, self.shape, self.data.nbytes)
 
 
 def tensor_nbytes(dtype: str, shape: Sequence[int], *, tensor: str = "") -> int:
-    """The bytes that a tensor of this dtype and shape has; `tensor` names it in the error."""
+    """Return the size in bytes of a tensor of this dtype and shape; errors name it `tensor`."""
     if dtype not in _DTYPES:
-        raise UnknownDtype(tensor, dtype)
+        raise _unknown_dtype(dtype, tensor)
     bits = _DTYPES[dtype][0] * math.prod(shape)
     if bits % 8:
-        raise ShapeMismatch(tensor, dtype, tuple(shape), -(-bits // 8), bits // 8)
+        raise _shape_mismatch(tensor, dtype, shape, -(-bits // 8), bits // 8)
     return bits // 8
+
+
+def _check_size(tensor: str, dtype: str, shape: Sequence[int], actual_bytes: int) -> None:
+    expected_bytes = tensor_nbytes(dtype, shape, tensor=tensor)
+    if actual_bytes != expected_bytes:
+        raise _shape_mismatch(tensor, dtype, shape, expected_bytes, actual_bytes)
 
 
 # numpy and torch ----------------------------------------------------------------------------------------------------
 
 
 def from_numpy(array: np.ndarray[Any, Any]) -> TensorView:
-    """The bytes of `array`, shared where it is contiguous and little-endian, copied where it is not."""
-    import numpy as np
-
+    """Return a view of `array`; it shares memory if the array is contiguous and little-endian, otherwise it is a copy."""
     array = np.asarray(array)
     name = _BY_NUMPY.get(array.dtype.name)
     if name is None:
-        raise UnknownDtype("", array.dtype.name)
-    shape = array.shape
+        raise _unknown_dtype(array.dtype.name)
     flat = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1)
-    return TensorView(name, shape, flat.view(np.uint8).data)
+    return TensorView(name, array.shape, flat.view(np.uint8).data)
 
 
 def to_numpy(tensor: TensorView, *, name: str = "") -> np.ndarray[Any, Any]:
-    """An array over the same bytes. BF16, which numpy has not, comes back as float32, exactly."""
-    import numpy as np
-
+    """Return an array over the same bytes. BF16, which numpy does not have, is converted to float32 without loss."""
     if tensor.dtype == "BF16":
         high_halves = np.frombuffer(tensor.data, dtype="<u2").astype(np.uint32) << 16
         return high_halves.view(np.float32).reshape(tensor.shape)
     numpy_name = _DTYPES[tensor.dtype][1]
     if not numpy_name:
-        raise UnknownDtype(name, tensor.dtype)
+        raise _unknown_dtype(tensor.dtype, name)
     dtype = np.dtype(numpy_name).newbyteorder("<")
     return np.frombuffer(tensor.data, dtype=dtype).reshape(tensor.shape)
 
 
-def from_torch(value: torch.Tensor) -> TensorView:
-    """The bytes of a torch tensor, shared where it is contiguous on the CPU, copied where it is not."""
+def from_torch(tensor: torch.Tensor) -> TensorView:
+    """Return a view of `tensor`; it shares memory if the tensor is contiguous on the CPU, otherwise it is a copy."""
     import torch
 
-    name = _BY_TORCH.get(str(value.dtype).removeprefix("torch."))
+    name = _BY_TORCH.get(str(tensor.dtype).removeprefix("torch."))
     if name is None:
-        raise UnknownDtype("", str(value.dtype))
-    dense = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    # float4_e2m1fn_x2 is one torch element of two values: on the wire its last dimension counts values.
+        raise _unknown_dtype(str(tensor.dtype))
+    dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    # An element of torch's float4_e2m1fn_x2 holds two values; on the wire the last dimension counts values.
     shape = tuple(dense.shape)
     if name == "F4" and shape:
         shape = (*shape[:-1], shape[-1] * 2)
@@ -123,7 +128,7 @@ def from_torch(value: torch.Tensor) -> TensorView:
 
 
 def to_torch(tensor: TensorView, *, name: str = "") -> torch.Tensor:
-    """A torch tensor over the same bytes; a copy if they are read-only, which no torch tensor is, or not aligned."""
+    """Return a torch tensor over the same bytes; a copy if they are read-only, which torch does not support, or unaligned."""
     import torch
 
     dtype: torch.dtype = getattr(torch, _DTYPES[tensor.dtype][2])
@@ -137,17 +142,15 @@ def to_torch(tensor: TensorView, *, name: str = "") -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
     data = bytearray(tensor.data) if tensor.data.readonly else tensor.data
     raw = torch.frombuffer(data, dtype=torch.uint8)
-    if raw.data_ptr() % dtype.itemsize:  # a foreign header need not be padded, and kernels may count on alignment
+    if raw.data_ptr() % dtype.itemsize:  # other clients need not pad the header, and kernels may require alignment
         raw = raw.clone()
     return raw.view(dtype).reshape(shape)
 
 
 def from_array(value: Any) -> TensorView:
-    """`from_torch` or `from_numpy`, by what `value` is; Python numbers and lists by numpy's rules."""
+    """Return a view of a torch tensor, a numpy array, or Python numbers (by numpy's conversion rules)."""
     if type(value).__module__.partition(".")[0] == "torch":
         return from_torch(value)
-    import numpy as np
-
     return from_numpy(np.asarray(value))
 
 
@@ -155,98 +158,131 @@ def from_array(value: Any) -> TensorView:
 
 
 def pack(tensors: Mapping[str, TensorView], metadata: Mapping[str, str]) -> list[memoryview]:
-    """A safetensors body as pieces to be sent one after the other; the tensors' bytes are not copied."""
+    """Return a safetensors body as consecutive buffers; the tensors' bytes are not copied.
+
+    Raises `TooLarge` for a header over `HEADER_LIMIT_BYTES`, `WireError` ("BadHeader") for names it cannot hold.
+    """
     # Widest elements first, as the library does: every tensor then starts at a multiple of its element size.
-    order = sorted(tensors.items(), key=lambda item: (-_DTYPES[item[1].dtype][0], item[0]))
-    header: dict[str, Any] = {_METADATA: _read_metadata(dict(metadata))} if metadata else {}
+    ordered = sorted(tensors.items(), key=lambda item: (-_DTYPES[item[1].dtype][0], item[0]))
+    header: dict[str, Any] = {_METADATA: _check_metadata(dict(metadata))} if metadata else {}
     end = 0
-    for name, tensor in order:
+    for name, tensor in ordered:
         if name == _METADATA:
-            raise BadHeader(f"a tensor cannot be named {_METADATA}")
-        begin, end = end, end + tensor.data.nbytes
+            raise _bad_header(f"a tensor cannot be named {_METADATA}")
+        begin = end
+        end += tensor.data.nbytes
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (begin, end)}
-    text = _utf8(json.dumps(header, separators=(",", ":"), ensure_ascii=False))
+    text = _encode_utf8(json.dumps(header, separators=(",", ":"), ensure_ascii=False))
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
     if len(text) > HEADER_LIMIT_BYTES:
         raise TooLarge("the safetensors header", HEADER_LIMIT_BYTES, len(text))
     head = memoryview(len(text).to_bytes(8, "little") + text)
-    return [head, *(tensor.data for _, tensor in order if tensor.data.nbytes)]
+    return [head, *(tensor.data for _, tensor in ordered if tensor.data.nbytes)]
 
 
 def unpack(body: memoryview) -> tuple[dict[str, TensorView], dict[str, str]]:
-    """The tensors and the metadata of a safetensors body; the tensors share its memory."""
+    """Return the tensors and the metadata of a safetensors body; the tensors share its memory.
+
+    Raises `WireError` ("Truncated", "TrailingBytes", "BadHeader", "UnknownDtype", "ShapeMismatch") or `TooLarge`.
+    """
     if body.nbytes < 8:
-        raise Truncated("a safetensors body", 8, body.nbytes)
+        raise _truncated("a safetensors body", 8, body.nbytes)
     header_bytes = int.from_bytes(body[:8], "little")
     if header_bytes > HEADER_LIMIT_BYTES:
         raise TooLarge("the safetensors header", HEADER_LIMIT_BYTES, header_bytes)
     if body.nbytes < 8 + header_bytes:
-        raise Truncated("the safetensors header", 8 + header_bytes, body.nbytes)
-    header = _read_header(bytes(body[8 : 8 + header_bytes]))
-    metadata = _read_metadata(header.pop(_METADATA, {}))
+        raise _truncated("the safetensors header", 8 + header_bytes, body.nbytes)
+    header = _parse_header(bytes(body[8 : 8 + header_bytes]))
+    metadata = _check_metadata(header.pop(_METADATA, {}))
     data = body[8 + header_bytes :]
     tensors: dict[str, TensorView] = {}
-    end = 0
-    entries = [(name, *_read_entry(name, entry)) for name, entry in header.items()]
-    for name, dtype, shape, begin, stop in sorted(entries, key=lambda entry: (entry[3], entry[4])):
-        if begin != end:
-            raise BadHeader(f"tensor {name!r} begins at byte {begin}, expected {end}: no holes, no overlaps")
-        expected = tensor_nbytes(dtype, shape, tensor=name)
-        if stop - begin != expected:
-            raise ShapeMismatch(name, dtype, shape, expected, stop - begin)
-        if stop > data.nbytes:
-            raise Truncated(f"tensor {name!r}", stop, data.nbytes)
-        tensors[name] = TensorView(dtype, shape, data[begin:stop])
-        end = stop
-    if end != data.nbytes:
-        raise TrailingBytes(end, data.nbytes)
+    previous_end = 0
+    entries = [(name, *_parse_entry(name, entry)) for name, entry in header.items()]
+    for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: (entry[3], entry[4])):
+        if begin != previous_end:
+            raise _bad_header(f"tensor {name!r} begins at byte {begin}, expected {previous_end}: no gaps, no overlaps")
+        _check_size(name, dtype, shape, end - begin)
+        if end > data.nbytes:
+            raise _truncated(f"tensor {name!r}", end, data.nbytes)
+        tensors[name] = TensorView(dtype, shape, data[begin:end])
+        previous_end = end
+    if previous_end != data.nbytes:
+        message = f"the header describes {previous_end} bytes of tensors, {data.nbytes} follow it"
+        raise WireError("TrailingBytes", message, expected_bytes=previous_end, actual_bytes=data.nbytes)
     return tensors, metadata
 
 
-def _read_header(text: bytes) -> dict[str, Any]:
-    has_escapes = b"\\u" in text  # half a surrogate pair can only come as an escape
+def _parse_header(text: bytes) -> dict[str, Any]:
+    has_escapes = b"\\u" in text  # a lone surrogate can only be written as an escape
 
-    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = dict(pairs)
-        if len(names) != len(pairs):
-            raise BadHeader("a name stands in it twice")
+    def check_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            raise _bad_header("a name occurs twice")
         if has_escapes:
-            _utf8("".join(item for pair in pairs for item in pair if isinstance(item, str)))
-        return names
+            _encode_utf8("".join(item for pair in pairs for item in pair if isinstance(item, str)))
+        return entries
 
     try:
-        header = json.loads(text.decode(), object_pairs_hook=checked)
+        header = json.loads(text.decode(), object_pairs_hook=check_object)
     except (ValueError, RecursionError) as error:
-        raise BadHeader(f"not JSON in UTF-8: {error}") from None
+        raise _bad_header(f"not JSON in UTF-8: {error}") from None
     if not isinstance(header, dict):
-        raise BadHeader(f"expected a JSON object, got {type(header).__name__}")
+        raise _bad_header(f"expected a JSON object, got {type(header).__name__}")
     return header
 
 
-def _utf8(text: str) -> bytes:
+def _encode_utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise BadHeader("half a surrogate pair stands in it, which is no Unicode text") from None
+        raise _bad_header("it contains half a surrogate pair, which is not Unicode text") from None
 
 
-def _read_metadata(metadata: Any) -> dict[str, str]:
+def _check_metadata(metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(item, str) for pair in metadata.items() for item in pair):
-        raise BadHeader(f"{_METADATA} must map strings to strings")
+        raise _bad_header(f"{_METADATA} must map strings to strings")
     return metadata
 
 
-def _read_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+def _parse_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Return dtype, shape, begin and end of a tensor."""
+
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 1 << 63
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise BadHeader(f"tensor {name!r} needs exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        raise _bad_header(f"tensor {name!r} needs exactly dtype, shape and data_offsets")
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
     if not isinstance(dtype, str):
-        raise UnknownDtype(name, str(dtype))
-    if not isinstance(shape, list) or len(shape) > 32 or not all(map(is_count, shape)):
-        raise BadHeader(f"tensor {name!r} has a shape that is not a list of at most 32 sizes")
+        raise _unknown_dtype(str(dtype), name)
+    if not isinstance(shape, list) or len(shape) > _DIMENSION_LIMIT or not all(map(is_count, shape)):
+        raise _bad_header(f"tensor {name!r} needs a shape of at most {_DIMENSION_LIMIT} sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)) or offsets[0] > offsets[1]:
-        raise BadHeader(f"tensor {name!r} has data_offsets that are not a begin and an end")
+        raise _bad_header(f"tensor {name!r} needs data_offsets of a begin and an end")
     return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+def _bad_header(problem: str) -> WireError:
+    return WireError("BadHeader", f"bad safetensors header: {problem}")
+
+
+def _truncated(what: str, expected_bytes: int, actual_bytes: int) -> WireError:
+    message = f"{what} needs {expected_bytes} bytes, got {actual_bytes}"
+    return WireError("Truncated", message, expected_bytes=expected_bytes, actual_bytes=actual_bytes)
+
+
+def _unknown_dtype(dtype: str, tensor: str = "") -> WireError:
+    return WireError("UnknownDtype", f"tensor {tensor!r} has dtype {dtype!r}, which this receiver does not know")
+
+
+def _shape_mismatch(tensor: str, dtype: str, shape: Sequence[int], expected_bytes: int, actual_bytes: int) -> WireError:
+    message = (
+        f"tensor {tensor!r} of dtype {dtype} and shape {list(shape)} needs {expected_bytes} bytes, got {actual_bytes}"
+    )
+    return WireError("ShapeMismatch", message, expected_bytes=expected_bytes, actual_bytes=actual_bytes)

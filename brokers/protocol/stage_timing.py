@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import cast
 
-from brokers.errors import BadProperty
+from brokers.errors import property_error
 
 # The key under which hops travel in the metadata of a body; all keys that begin like this are ours.
 HOPS_KEY = "sparse.hops"
@@ -44,7 +44,7 @@ def hops_from_json(text: str) -> tuple[Hop, ...]:
     except (ValueError, RecursionError):
         hops = None
     if not isinstance(hops, list) or not all(_is_hop(hop) for hop in hops):
-        raise BadProperty(HOPS_KEY, "must be a JSON list of hops as docs/protocol.md describes them")
+        raise property_error(HOPS_KEY, "must be a JSON list of hops as docs/protocol.md describes them")
     return tuple(Hop(**{key: hop[key] for key in Hop.__dataclass_fields__ if key in hop}) for hop in hops)
 
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from brokers.errors import BadName
+from brokers.errors import UsageError
 
 ROOT = "sparse"
 # The second level of a topic that is not a pipeline; a pipeline of such a name could not be told apart.
@@ -26,7 +26,9 @@ def validate_name(what: str, name: str) -> str:
     """`name`, if it can be one level of a topic; `what` says in the error what was being named."""
     taken = {"pipeline": RESERVED_PIPELINE_NAMES, "stage": {SOURCE_LEVEL}}.get(what, ())
     if not _NAME.fullmatch(name) or name in taken:
-        raise BadName(what, name)
+        reserved = f"; {', '.join(sorted(taken))} cannot be used" if taken else ""
+        message = f"{what} {name!r} is not a name: expected 1 to 64 letters, digits, '_', '-' or '.'{reserved}"
+        raise UsageError("BadName", message, name=name)
     return name
 
 

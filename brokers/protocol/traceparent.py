@@ -12,7 +12,7 @@ import re
 import secrets
 from dataclasses import dataclass
 
-from brokers.errors import BadProperty
+from brokers.errors import property_error
 
 TRACEPARENT = "traceparent"
 # Lower case, and not all zeros: sections 3.2.2.3 and 3.2.2.4.
@@ -35,7 +35,7 @@ class TraceContext:
     def __post_init__(self) -> None:
         if not _IDS.fullmatch(f"{self.trace_id}-{self.span_id}"):
             problem = f"must be 32 and 16 hexadecimal digits, not all zeros, is {self.trace_id!r} and {self.span_id!r}"
-            raise BadProperty(TRACEPARENT, problem)
+            raise property_error(TRACEPARENT, problem)
 
     def child(self) -> TraceContext:
         """A new span of the same trace, which this one asks for."""

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from brokers.errors import BadProperty
+from brokers.errors import property_error
 from brokers.protocol.messages import JSON_INTEGER_LIMIT, REQUEST_ID_BYTES
 from brokers.protocol.topics import NAME_PATTERN
 
@@ -63,16 +63,16 @@ class MicroBatch:
             self._check_number(name, least, limit)
         self._check_number("index", 0, self.count)
         if not isinstance(self.step, str) or not _STEP.fullmatch(self.step):
-            raise BadProperty(
+            raise property_error(
                 MICRO_BATCH_KEY, f"step must be {2 * REQUEST_ID_BYTES} hexadecimal digits, is {self.step!r}"
             )
         if self.mode not in ("train", "evaluate"):
-            raise BadProperty(MICRO_BATCH_KEY, f"mode must be train or evaluate, is {self.mode!r}")
+            raise property_error(MICRO_BATCH_KEY, f"mode must be train or evaluate, is {self.mode!r}")
 
     def _check_number(self, name: str, least: int, limit: int) -> None:
         value = getattr(self, name)
         if type(value) is not int or not least <= value < limit:
-            raise BadProperty(
+            raise property_error(
                 MICRO_BATCH_KEY, f"{name} must be a whole number from {least} to {limit - 1}, is {value!r}"
             )
 
@@ -89,7 +89,7 @@ class MicroBatch:
             found = None
         names = cls.__dataclass_fields__
         if not isinstance(found, dict) or names.keys() - {"mode"} - found.keys():
-            raise BadProperty(
+            raise property_error(
                 MICRO_BATCH_KEY, "must be a JSON object as docs/protocol.md describes it: this stage trains"
             )
         return cls(**cast(Any, {name: found[name] for name in names if name in found}))

@@ -14,7 +14,7 @@ import typer
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline, resolve_broker_address
 from brokers.config.schema import LOCAL_SITE
-from brokers.errors import BrokerUnreachable, NoBroker
+from brokers.errors import BrokerUnreachable, no_broker_error
 from brokers.mqtt.client_identity import create_transport
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.broker_url import parse_address
@@ -86,7 +86,7 @@ def command(
     site = pipeline.source.site if pipeline else LOCAL_SITE
     address = resolve_broker_address(pipeline, site, broker, from_parent=with_parent)
     if address is None and file is not None:
-        raise NoBroker(str(file), site)
+        raise no_broker_error(str(file), site)
     name = os.environ.get(RUN_VARIABLE, "") if run is None else run
     wanted = _MonitorOptions(
         address, pipeline, host, port, socket, store, int(limit * 1e9), name, every, traces, with_parent

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from brokers.config.pipeline_file import load_pipeline, resolve_broker_address
 from brokers.config.schema import LOCAL_SITE
-from brokers.errors import NoBroker
+from brokers.errors import no_broker_error
 from brokers.mqtt.client_identity import create_transport
 from brokers.protocol.broker_url import parse_address
 from brokers.protocol.topics import all_presence_filter
@@ -46,7 +46,7 @@ def command(
     pipeline = load_pipeline(file) if file else None
     address = resolve_broker_address(pipeline, pipeline.source.site if pipeline else LOCAL_SITE, broker)
     if address is None:
-        raise NoBroker(str(file or "sparse status"), LOCAL_SITE)
+        raise no_broker_error(str(file or "sparse status"), LOCAL_SITE)
     board = asyncio.run(_listen(address, pipeline.name if pipeline else "+"))
     silent = board.unconfirmed_topics
     workers = [(birth, topic in silent) for topic, birth in board.workers.items()]

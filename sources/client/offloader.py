@@ -22,7 +22,7 @@ from brokers.config.schema import LOCAL_SITE
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
 from brokers.dispatch.stage_client import StageClient
-from brokers.errors import DeadlinePassed, Disconnected, NoBroker, NoWorker, RequestError
+from brokers.errors import DeadlinePassed, Disconnected, NoWorker, RequestError, no_broker_error
 from brokers.mqtt.client_identity import create_transport
 from brokers.protocol.messages import (
     Content,
@@ -149,7 +149,7 @@ class Offloader:
     def _address(self, broker: str | None) -> str:
         address = resolve_broker_address(self.pipeline, self.pipeline.source.site, broker)
         if address is None:
-            raise NoBroker(self.pipeline.path, self.pipeline.source.site)
+            raise no_broker_error(self.pipeline.path, self.pipeline.source.site)
         return address
 
     async def __aenter__(self) -> Offloader:

@@ -19,14 +19,15 @@ _TURNED_AWAY_WAIT_S = (0.05, 1.0)  # the first, doubled each time, and the longe
 _NOT_ANSWERED = frozenset({"WorkerLost", "NoAnswer"})
 
 
-@dataclass(eq=False)
 class PoisonRequest(RequestFailed):
     """A request that several workers in turn died of, or never came back from: it is not given to yet another."""
 
-    workers: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"request {self.request} failed at stage {self.stage!r}: {self.error}: {self.reason}"
+    def __init__(
+        self, request: str, stage: str, worker: str, error: str, reason: str, workers: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(request, stage, worker, error, reason)
+        self.message = f"request {request} failed at stage {stage!r}: {error}: {reason}"
+        self.workers = workers
 
 
 @dataclass(slots=True, eq=False)

@@ -65,7 +65,7 @@ class RequestTable:
     def on_malformed(self, error: WireError, properties: Properties) -> None:
         """What came for a request cannot be read."""
         if flight := self._by_request.get(properties.correlation_data):
-            flight.fail_attempt("?", "?", type(error).__name__, f"its result: {error}")
+            flight.fail_attempt("?", "?", error.code, f"its result: {error}")
 
     def on_task_lost(self, lost: LostTask) -> None:
         """The worker that had a request in hand is gone."""

@@ -6,7 +6,7 @@ import os
 import time
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.errors import RequestFailed
+from brokers.errors import RequestFailed, error_code
 from brokers.protocol.messages import Content
 from brokers.protocol.stage_timing import Hop
 from brokers.telemetry.client import EventClient, event_client_from_environment
@@ -47,4 +47,4 @@ def emit_request_done(
 
 def error_name(error: BaseException) -> str:
     """What a request ended with: what a stage said, or the class of ours."""
-    return error.error if isinstance(error, RequestFailed) else type(error).__name__
+    return error.error if isinstance(error, RequestFailed) else error_code(error)

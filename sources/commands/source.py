@@ -20,7 +20,7 @@ from brokers.config.pipeline_file import (
     new_run_folder,
     resolve_broker_address,
 )
-from brokers.errors import NoBroker
+from brokers.errors import no_broker_error
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import validate_name
 from sources.client.offloader import Offloader
@@ -61,7 +61,7 @@ def command(
     pipeline = load_pipeline(file)
     address = resolve_broker_address(pipeline, pipeline.source.site, broker, from_parent=with_parent)
     if address is None:
-        raise NoBroker(str(file), pipeline.source.site)
+        raise no_broker_error(str(file), pipeline.source.site)
     if pipeline.is_training:
         return _train(pipeline, address, name, out, json, resume, pictures, with_parent)
     return _serve(pipeline, address, out, json, pictures, with_parent)

@@ -209,7 +209,7 @@ def _refusal(error: SparseError) -> dict[str, Any]:
         told = {"request": error.request, "error": error.error, "stage": error.stage, "worker": error.worker}
         return {**told, "reason": error.reason}
     told = {"request": error.request} if isinstance(error, DeadlinePassed) else {}
-    return {**told, "error": type(error).__name__, "reason": str(error)}
+    return {**told, "error": error.code, "reason": str(error)}
 
 
 async def run_source(source: Source, intake: SampleBuffer) -> None:

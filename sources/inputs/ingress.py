@@ -99,10 +99,10 @@ class IngressGateway:
             self._intake.put_nowait(sample_from_delivery(source, index, delivery))
         except WireError as error:
             self.counters["refused"] += 1
-            log.warning("refused a frame of %s: %s: %s", source, type(error).__name__, error)
+            log.warning("refused a frame of %s: %s: %s", source, error.code, error)
             if len(self._refusals) >= REFUSALS_LIMIT and delivery.ack is None:
                 return
-            refusal = {"source": source, "index": index, "error": type(error).__name__, "reason": str(error)}
+            refusal = {"source": source, "index": index, "error": error.code, "reason": str(error)}
             telling = self._tell(source, refusal, delivery.ack)
             task = asyncio.get_running_loop().create_task(telling, name=f"refuse-{source}")
             self._refusals.add(task)

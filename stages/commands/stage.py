@@ -15,7 +15,7 @@ import typer
 
 from brokers.config.pipeline_file import Pipeline, add_error_context, load_pipeline, resolve_broker_address
 from brokers.config.schema import LOCAL_SITE, StageTable
-from brokers.errors import NoBroker
+from brokers.errors import no_broker_error
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import validate_name
 from brokers.telemetry.client import EventClient, event_client_from_environment
@@ -54,7 +54,7 @@ def command(
     stage = pipeline.find_stage(name)
     address = resolve_broker_address(pipeline, stage.site, broker, from_parent=with_parent)
     if address is None:
-        raise NoBroker(str(file), stage.site)
+        raise no_broker_error(str(file), stage.site)
     worker_id = validate_name("worker", worker or f"{platform.node()[:40] or LOCAL_SITE}-{os.getpid()}")
     # The ending is another each time: a broker ends the connection of a client whose id comes again, and a worker that
     # is up would be thrown out by its twin before that can be refused.

@@ -238,7 +238,7 @@ class StepExecutor:
                 request_id=word.request_id,
                 stage=self._stage.name,
                 worker=self._worker,
-                error=type(gone).__name__,
+                error=gone.code,
                 reason=str(gone),
             )
             self._post.send(word.sender_inbox, failure)

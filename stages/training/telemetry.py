@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from brokers.errors import error_code
 from brokers.protocol.messages import Task
 from brokers.protocol.traceparent import TraceContext, start_span
 from brokers.protocol.training import LABELS_TENSOR
@@ -58,7 +59,7 @@ class TrainingTelemetry:
         try:
             yield
         except BaseException as problem:
-            error = type(problem).__name__
+            error = error_code(problem)
             raise
         finally:
             busy_ms = 1000 * (time.monotonic() - begin_s)

@@ -17,7 +17,7 @@ from typing import Any
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.dispatch.channel import MessageChannel
-from brokers.errors import SparseError, WireError
+from brokers.errors import SparseError, WireError, error_code
 from brokers.protocol.codec import make_failure_reply
 from brokers.protocol.messages import REQUEST_ID_BYTES, Failure, Gradient, Message, StepMessage, StepVerb, Task
 from brokers.protocol.training import MICRO_BATCH_KEY, MicroBatch
@@ -175,7 +175,7 @@ class TrainingWorker:
     def _refuse(self, message: Message, error: WireError) -> None:
         """Tell whoever sent what cannot be used, if it says where."""
         if topic := message.reply_to.topic if isinstance(message, Task) else getattr(message, "sender_inbox", ""):
-            self._fail(topic, message.request_id, type(error).__name__, str(error), retry=error.retry)
+            self._fail(topic, message.request_id, error.code, str(error), retry=error.retry)
 
     def _garbage(self, error: WireError, properties: Properties) -> None:
         self.counters["malformed"] += 1
@@ -204,7 +204,7 @@ class TrainingWorker:
             self._vitals.failed += 1
             self.step_queue.mark_failed(work)
             retry = isinstance(error, WireError) and error.retry
-            self._fail(reply, request, type(error).__name__, str(error) or type(error).__name__, retry=retry)
+            self._fail(reply, request, error_code(error), str(error) or error_code(error), retry=retry)
             return
         finally:
             self.last_progress_s = time.monotonic()

@@ -17,7 +17,7 @@ from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.stage_client import LostTask, StageClient
-from brokers.errors import NoWorker, WireError
+from brokers.errors import NoWorker, WireError, error_code
 from brokers.protocol.codec import EncodedMessage, make_failure_reply
 from brokers.protocol.messages import JSON, Activation, Failure, ReplyTo, Result, Task, TaskDone, TensorContent
 from brokers.protocol.result_json import content_to_dict, encode_json, timing_to_dict
@@ -125,13 +125,13 @@ class ResultSender:
         try:
             await self._pass_on(outcome, detour)
         except NoWorker as error:
-            await self.send_failure(task, type(error).__name__, str(error), retry=True)
-            return type(error).__name__
+            await self.send_failure(task, error_code(error), str(error), retry=True)
+            return error_code(error)
         except Exception as error:  # noqa: BLE001 - whatever it was, the one who waits is told
             # Too large, or an executor's own metadata that makes no JSON: another attempt would end as this one did.
             log.warning("could not pass on what stage %s gave: %s", self._stage.name, failure_reason(error))
-            await self.send_failure(task, type(error).__name__, failure_reason(error))
-            return type(error).__name__
+            await self.send_failure(task, error_code(error), failure_reason(error))
+            return error_code(error)
         return ""
 
     async def _pass_on(self, done: Completed, detour: Route | None) -> None:

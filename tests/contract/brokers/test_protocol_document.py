@@ -14,11 +14,12 @@ import brokers.errors
 import brokers.protocol.messages
 import brokers.protocol.stage_timing
 import stages.errors
-import stages.training.errors
+import stages.training.errors  # all subclasses of SparseError that a stage raises
 from brokers.dispatch import channel as line
 from brokers.dispatch import presence
 from brokers.dispatch import worker_pool as dispatch
 from brokers.dispatch.presence import LatencyPercentiles, SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
+from brokers.errors import WireError
 from brokers.mqtt.in_memory import MemoryBroker
 from brokers.mqtt.publish_packet import encode_publish_header, parse_publish_header
 from brokers.protocol import chunking as chunks
@@ -51,6 +52,7 @@ from stages.worker import task_queue as backlog
 from stages.worker.duplicate_check import CONFLICT_WATCH_S
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.channel_ends import INBOX_TOPIC, RecordingTransport, open_listening_channel
+from tests.support.environment.checkout import ROOT
 from tests.support.environment.protocol_document import (
     TEXT,
     code_spans,
@@ -59,6 +61,7 @@ from tests.support.environment.protocol_document import (
     section,
     tables,
 )
+from tests.support.errors import error_codes, raises_error
 
 STAGE = StageTopics("{site}", "{pipeline}", "{stage}")
 
@@ -192,7 +195,7 @@ def test_a_property_that_is_required_may_not_be_left_out(message: Task | TaskDon
     encoded = encode(message)
     for name in {name for name, _ in encoded.properties.user_properties} & set(required):
         left = tuple(pair for pair in encoded.properties.user_properties if pair[0] != name)
-        with pytest.raises(brokers.errors.BadProperty, match="is missing"):
+        with raises_error(WireError, "BadProperty", match="is missing"):
             decode(dataclasses.replace(encoded.properties, user_properties=left), memoryview(b"".join(encoded.buffers)))
 
 
@@ -279,22 +282,22 @@ def test_the_words_of_training_are_those_of_the_code() -> None:
     assert f"`{training.MICRO_BATCH_KEY}`" in section("A micro-batch")
     assert sorted(column_code_spans(tables("A step")[0])) == sorted(brokers.protocol.messages.STEP_VERBS)
     assert column_code_spans(tables("Terms")[0]) == list(training.TrainingStatus.model_fields)
-    for names_of, _, retry in tables("Failures of training")[0]:
-        for name in code_spans(names_of):
-            found = getattr(stages.training.errors, name)
-            assert retry == str(getattr(found, "retry", False)).lower(), name
 
 
-def test_the_classes_of_failures_are_there_and_say_retry_as_the_page_does() -> None:
-    said = {name: row[2] for row in tables("Failures, retries and deadlines")[1] for name in code_spans(row[0])}
-    told_by_hand = {"Busy", "Draining", "WorkerLost", "NoWorker", "DeadlinePassed"}
-    for name in said.keys() - told_by_hand:
-        found = getattr(brokers.errors, name, None) or getattr(stages.errors, name)
-        assert said[name] == str(found.retry).lower(), name
-    public = {
-        each.__name__ for each in brokers.errors.WireError.__subclasses__() if each.__module__ == "brokers.errors"
+def test_failure_codes_and_retry_match_the_code() -> None:
+    codes = error_codes(brokers, stages)
+    general = tables("Failures, retries and deadlines")[1]
+    documented = {code: row[2] for row in general for code in code_spans(row[0])}
+    training_codes = {
+        code: retry for names, _, retry in tables("Failures of training")[0] for code in code_spans(names)
     }
-    assert public <= said.keys()
+    sent_by_workers = {"Busy", "Draining", "WorkerLost", "NoWorker", "DeadlinePassed"}  # not raised as errors there
+    for code, retry in {**documented, **training_codes}.items():
+        assert code in codes or code in sent_by_workers, code
+        assert code in sent_by_workers or retry == str(codes[code]).lower(), code
+    sources = [ROOT / "brokers/errors.py", *(ROOT / "brokers/protocol").glob("*.py")]
+    raised = {code for path in sources for code in re.findall(r'WireError\(\s*"(\w+)"', path.read_text("utf-8"))}
+    assert raised | {"TooLarge", "BadPayload"} <= documented.keys()
 
 
 def test_what_was_found_is_told_in_the_fields_of_the_page() -> None:

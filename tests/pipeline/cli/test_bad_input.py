@@ -222,7 +222,9 @@ def test_a_port_that_is_taken(sandbox: ProcessSandbox) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        expected = f"port {port} on 127.0.0.1 is taken: stop what listens there, or choose another with --port"
+        expected = (
+            f"port {port} on 127.0.0.1 is taken: stop the process that listens there, or choose another with --port"
+        )
         assert run(sandbox, path, "--port", str(port)) == expected
         assert one_line(sandbox, "broker", "--port", str(port)) == expected
 
@@ -245,7 +247,7 @@ def test_a_broker_that_is_out_of_reach(sandbox: ProcessSandbox, command: str) ->
 def test_a_broker_that_nobody_has_named(sandbox: ProcessSandbox, command: str) -> None:
     path = write_pipeline_file(sandbox.folder, NUMBERS, counting_source_table(1))
     said = one_line(sandbox, command, path, *(["double"] if command == "stage" else []))
-    assert said.startswith(f"{path}: no broker is known for site 'local': give --broker mqtt://HOST:PORT")
+    assert said.startswith(f"{path}: no broker address for site 'local': pass --broker mqtt://HOST:PORT")
 
 
 def test_status_without_a_file_asks_the_broker_of_the_environment(tmp_path: Path) -> None:

@@ -137,6 +137,6 @@ def test_a_port_that_is_taken_is_one_line(sandbox: ProcessSandbox, embedded_brok
     _, port = monitor(sandbox, embedded_broker)
     said = sandbox.start_sparse("monitor", "--broker", embedded_broker.address, "--port", str(port)).wait()
     assert (said.returncode, said.stdout) == (2, "")
-    expected = f"port {port} on 127.0.0.1 is taken: stop what listens there, or choose another with --port"
+    expected = f"port {port} on 127.0.0.1 is taken: stop the process that listens there, or choose another with --port"
     assert said.stderr == f"sparse: {expected}\n"
     assert http_get(port, "/health")[0] == 200

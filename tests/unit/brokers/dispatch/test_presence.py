@@ -16,7 +16,8 @@ from brokers.dispatch.presence import (
     WorkerRecord,
     normalize_reason_counts,
 )
-from brokers.errors import BadPayload, VersionMismatch
+from brokers.errors import BadPayload, WireError
+from tests.support.errors import raises_error
 
 SOURCE = SourceRecord(source="cam", pipeline="street", site="local", node="here", pid=1)
 WORKER = WorkerRecord(
@@ -60,7 +61,7 @@ def test_a_record_of_a_source_that_breaks_a_rule_is_refused(change: dict[str, An
 
 
 def test_a_source_of_another_version_is_told_apart() -> None:
-    with pytest.raises(VersionMismatch):
+    with raises_error(WireError, "VersionMismatch"):
         SourceRecord.from_bytes(SOURCE.model_copy(update={"version": "2"}).to_bytes())
 
 

@@ -18,7 +18,8 @@ from brokers.dispatch.worker_pool import (
     WORKERS_LIMIT,
     Dispatcher,
 )
-from brokers.errors import BadPayload, VersionMismatch, WireError
+from brokers.errors import BadPayload, WireError
+from tests.support.errors import raises_error
 
 A, B, C = (bytes([number]) * 16 for number in range(3))
 
@@ -234,7 +235,7 @@ def test_a_record_with_a_field_missing_is_refused(field: str) -> None:
 
 
 def test_a_worker_of_another_version_is_told_from_garbage() -> None:
-    with pytest.raises(VersionMismatch, match="'2'"):
+    with raises_error(WireError, "VersionMismatch", match="'2'"):
         WorkerRecord.from_bytes(make_worker_record(version="2").to_bytes())
 
 

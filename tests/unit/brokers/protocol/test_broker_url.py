@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from brokers.errors import UsageError
 from brokers.mqtt.client import MqttTransport
-from brokers.protocol.broker_url import BadAddress, BrokerAddress, parse_address
+from brokers.protocol.broker_url import BrokerAddress, parse_address
+from tests.support.errors import raises_error
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_an_address_is_read_and_shown_without_its_password(text: str, expected: 
     ],
 )
 def test_a_wrong_address_is_one_line_that_says_what_was_expected(text: str) -> None:
-    with pytest.raises(BadAddress) as caught:
+    with raises_error(UsageError, "BadAddress") as caught:
         parse_address(text)
     line = str(caught.value)
     assert "\n" not in line

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.errors import BadChunk, Incomplete, TooLarge
+from brokers.errors import TooLarge, WireError
 from brokers.protocol.chunking import Assembler, ChunkHeader, split_into_chunks
+from tests.support.errors import raises_error
 
 KEY = ("inbox", b"request")
 OTHER = ("inbox", b"other")
@@ -111,7 +112,7 @@ def test_the_place_in_a_message_travels_as_text(offset: int, total: int) -> None
     ],
 )
 def test_a_place_that_is_none_says_what_was_expected(text: str) -> None:
-    with pytest.raises(BadChunk, match="expected offset/total"):
+    with raises_error(WireError, "BadChunk", match="expected offset/total"):
         ChunkHeader.parse(text)
 
 
@@ -142,8 +143,8 @@ def test_what_still_comes_of_a_whole_message_is_ignored(offset: int, length: int
 MISFITS: dict[str, tuple[int, bytes, int, str]] = {
     "a gap": (5, b"56789", 10, "expected the chunk at byte 4, got the one at 5"),
     "an overlap": (3, b"3456789", 10, "expected the chunk at byte 4, got the one at 3"),
-    "another total": (4, b"456789", 11, "its message has 10 bytes, it says 11"),
-    "another total on a twin": (0, b"0123", 9, "its message has 10 bytes, it says 9"),
+    "another total": (4, b"456789", 11, "its message has 10 bytes, it claims 11"),
+    "another total on a twin": (0, b"0123", 9, "its message has 10 bytes, it claims 9"),
     "no bytes": (4, b"", 10, "0 bytes at 4 do not fit"),
     "more bytes than there are": (4, b"4567890", 10, "7 bytes at 4 do not fit a message of 10"),
     "an offset past the end": (2**62, b".", 10, "do not fit a message of 10"),
@@ -158,7 +159,7 @@ def test_a_misfit_ends_its_message_and_is_told_once(case: str, in_place: bool) -
     feed(assembler, KEY, 0, MESSAGE[:4])
     feed(assembler, OTHER, 0, MESSAGE[:4])
     ask = feed_in_place if in_place else Assembler.add_chunk
-    with pytest.raises(BadChunk, match=re.escape(text)):
+    with raises_error(WireError, "BadChunk", match=re.escape(text)):
         ask(assembler, KEY, ChunkHeader(offset, total), memoryview(payload), 0.0)
     assert feed(assembler, KEY, offset, payload or b".", total) is None  # the transport hands in what it placed nowhere
     assert feed(assembler, KEY, 4, MESSAGE[4:]) is None
@@ -171,7 +172,7 @@ def test_a_misfit_ends_its_message_and_is_told_once(case: str, in_place: bool) -
 @pytest.mark.parametrize(
     ("offset", "payload", "total", "text"),
     [
-        (4, b"456789", 10, "those before were lost"),
+        (4, b"456789", 10, "the ones before it were lost"),
         (0, b"", 0, "0 bytes at 0 do not fit"),
         (0, b"", 10, "0 bytes at 0 do not fit"),
         (0, b".", 0, "1 bytes at 0 do not fit a message of 0"),
@@ -180,7 +181,7 @@ def test_a_misfit_ends_its_message_and_is_told_once(case: str, in_place: bool) -
 )
 def test_a_first_chunk_that_is_none_begins_nothing(offset: int, payload: bytes, total: int, text: str) -> None:
     assembler = Assembler()
-    with pytest.raises(BadChunk, match=text):
+    with raises_error(WireError, "BadChunk", match=text):
         feed(assembler, KEY, offset, payload, total)
     assert len(assembler) == 0
     assert feed(assembler, KEY, 0, MESSAGE) is None
@@ -193,7 +194,10 @@ def test_a_message_over_the_limit_is_refused_once_and_sets_no_memory_aside() -> 
     assembler = Assembler()
     with pytest.raises(TooLarge) as caught:
         feed(assembler, KEY, 0, b".", 100_000_000_000)
-    assert (caught.value.limit_bytes, caught.value.actual_bytes) == (assembler.message_limit_bytes, 100_000_000_000)
+    assert (caught.value.fields["limit_bytes"], caught.value.fields["actual_bytes"]) == (
+        assembler.message_limit_bytes,
+        100_000_000_000,
+    )
     assert feed(assembler, KEY, 1, b".", 100_000_000_000) is None
     assert len(assembler) == 0
 
@@ -215,11 +219,11 @@ def test_unfinished_messages_are_bounded_in_bytes_and_their_room_comes_back() ->
     assembler = Assembler(total_limit_bytes=25)
     feed(assembler, ("a",), 0, MESSAGE[:4])
     feed(assembler, ("b",), 0, MESSAGE[:4])
-    with pytest.raises(TooLarge, match="beside 2 unfinished ones has 10 bytes, at most 5 can go"):
+    with pytest.raises(TooLarge, match="beside 2 unfinished ones has 10 bytes, the limit is 5"):
         feed(assembler, ("c",), 0, MESSAGE[:4])
     assert feed(assembler, ("a",), 4, MESSAGE[4:]) == MESSAGE
     feed(assembler, ("d",), 0, MESSAGE[:4])
-    with pytest.raises(BadChunk):
+    with raises_error(WireError, "BadChunk"):
         feed(assembler, ("b",), 9, b".")
     assert len(assembler.expire(1e9)) == 1
     assert feed(assembler, ("e",), 0, b"." * 25, 25) == b"." * 25
@@ -229,7 +233,7 @@ def test_unfinished_messages_are_bounded_in_number() -> None:
     assembler = Assembler(message_count_limit=2)
     feed(assembler, ("a",), 0, b".")
     feed(assembler, ("b",), 0, b".")
-    with pytest.raises(TooLarge, match="beside 2 unfinished ones has 10 bytes, at most 0 can go"):
+    with pytest.raises(TooLarge, match="beside 2 unfinished ones has 10 bytes, the limit is 0"):
         feed(assembler, ("c",), 0, b".")
 
 
@@ -238,14 +242,14 @@ def test_memory_that_is_not_there_is_a_wire_error(monkeypatch: pytest.MonkeyPatc
         raise MemoryError
 
     monkeypatch.setattr("brokers.protocol.chunking.np.empty", full)
-    with pytest.raises(TooLarge, match="memory that is left"):
+    with pytest.raises(TooLarge, match="no memory left"):
         feed(Assembler(), KEY, 0, MESSAGE[:4])
 
 
 def test_what_was_given_up_is_remembered_in_bounded_number() -> None:
     assembler = Assembler()
     for number in range(3000):
-        with pytest.raises(BadChunk):
+        with raises_error(WireError, "BadChunk"):
             feed(assembler, (number,), 5, b".")
     assert len(assembler._ended) <= 1024
     assert feed(assembler, (2999,), 0, MESSAGE) is None
@@ -261,8 +265,8 @@ def test_a_message_without_news_is_given_up_once_with_its_context() -> None:
     assert assembler.expire(150.0) == []
     [(context, error)] = assembler.expire(150.1)
     assert context == "who sent it"
-    assert isinstance(error, Incomplete)
-    assert str(error) == "6 of 10 bytes came, and no more for 30 s"
+    assert error.code == "Incomplete"
+    assert str(error) == "got 6 of 10 bytes, then no chunk for 30 s"
     assert error.retry
     assert assembler.expire(1e9) == []
     assert assembler.add_chunk(KEY, ChunkHeader(6, 10), memoryview(MESSAGE[6:]), 151.0) is None

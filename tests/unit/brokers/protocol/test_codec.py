@@ -10,13 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from brokers.errors import (
-    BadChunk,
-    BadPayload,
-    BadProperty,
-    TrailingBytes,
-)
+from brokers.errors import BadPayload, WireError
 from brokers.protocol import messages
+from brokers.protocol.chunking import chunk_error
 from brokers.protocol.codec import EncodedMessage, decode, encode, make_failure_reply, parse_reply_to
 from brokers.protocol.media_type import detect_content_type
 from brokers.protocol.messages import (
@@ -40,6 +36,7 @@ from brokers.protocol.safetensors_codec import from_numpy
 from brokers.protocol.stage_timing import HOPS_KEY, Hop
 from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Properties
+from tests.support.errors import raises_error
 from tests.unit.brokers.protocol.test_safetensors_codec import METADATA, NAMES, tensor_views
 
 REQUEST = bytes(range(16))
@@ -169,26 +166,26 @@ ILLEGAL: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", ILLEGAL)
 def test_an_illegal_message_cannot_be_made(case: str) -> None:
     fields, text = ILLEGAL[case]
-    with pytest.raises(BadProperty, match=text):
+    with raises_error(WireError, "BadProperty", match=text):
         replace(TASK, **fields)
 
 
 @pytest.mark.parametrize("topic", ["a/+/b", "#", "a\0b"])
 def test_an_answer_cannot_go_to_a_filter(topic: str) -> None:
-    with pytest.raises(BadProperty, match="topic to publish to"):
+    with raises_error(WireError, "BadProperty", match="topic to publish to"):
         ReplyTo(topic)
 
 
 @pytest.mark.parametrize("topic", ["a/" * 64, "t" * 1025, "ü" * 513], ids=["levels", "bytes", "bytes of UTF-8"])
 def test_an_answer_cannot_go_where_it_would_cost_us_our_connection(topic: str) -> None:
-    with pytest.raises(BadProperty, match="at most 64 levels and 1024 bytes"):
+    with raises_error(WireError, "BadProperty", match="at most 64 levels and 1024 bytes"):
         ReplyTo(topic)
     assert ReplyTo("a/" * 63 + "a").topic
     assert ReplyTo("t" * 1024).topic
 
 
 def test_an_activation_is_tensors() -> None:
-    with pytest.raises(BadProperty, match=f"must be {SAFETENSORS}, is image/jpeg"):
+    with raises_error(WireError, "BadProperty", match=f"must be {SAFETENSORS}, is image/jpeg"):
         Activation(request_id=REQUEST, content=BinaryContent(JPEG, b""), reply_to=ReplyTo("t"))
 
 
@@ -216,7 +213,7 @@ def test_the_longest_expiry_of_a_foreign_client_can_be_passed_on() -> None:
 
 def test_a_foreign_correlation_that_could_not_travel_on_is_refused_and_answered() -> None:
     properties = Properties(response_topic="t", correlation_data=b"." * (ECHO_LIMIT_BYTES + 1))
-    with pytest.raises(BadProperty, match="at most 256 bytes, is 257") as caught:
+    with raises_error(WireError, "BadProperty", match="at most 256 bytes, is 257") as caught:
         decode(properties, memoryview(b"1"))
     told = make_failure_reply(caught.value, properties, "s", "w")
     assert told is not None
@@ -254,7 +251,7 @@ def test_content_that_cannot_be_told_says_what_was_expected(payload: bytes) -> N
 
 def test_a_refusal_goes_where_the_answer_would_have_gone() -> None:
     task = replace(TASK, sender_inbox="b/inbox", reply_to=ReplyTo("a", "json", b"7"), attempt=4)
-    told = make_failure_reply(BadChunk("lost"), encode(task).properties, "body", "body-1")
+    told = make_failure_reply(chunk_error("lost"), encode(task).properties, "body", "body-1")
     assert told is not None
     reply, failure = told
     assert reply == task.reply_to
@@ -264,7 +261,9 @@ def test_a_refusal_goes_where_the_answer_would_have_gone() -> None:
 
 @pytest.mark.parametrize("user", [{"accept": "xml"}, {"echo": "?"}, {"attempt": "x"}, {"sparse": "2"}])
 def test_even_broken_properties_are_answered_if_they_say_where(user: dict[str, str | None]) -> None:
-    told = make_failure_reply(TrailingBytes(1, 2), with_user_properties(encode(TASK), **user), "s", "w")
+    told = make_failure_reply(
+        WireError("TrailingBytes", "2 bytes too many"), with_user_properties(encode(TASK), **user), "s", "w"
+    )
     assert told is not None
     assert told[0] == ReplyTo("a/inbox")
     assert (told[1].request_id, told[1].attempt, told[1].retry) == (REQUEST, 1, False)
@@ -281,7 +280,7 @@ def test_even_broken_properties_are_answered_if_they_say_where(user: dict[str, s
 )
 def test_nobody_is_told_where_nobody_can_be(properties: Properties) -> None:
     assert parse_reply_to(properties) is None
-    assert make_failure_reply(BadChunk(""), properties, "s", "w") is None
+    assert make_failure_reply(chunk_error(""), properties, "s", "w") is None
 
 
 def test_request_ids_are_random_and_of_sixteen_bytes() -> None:

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.errors import BadProperty
+from brokers.errors import WireError
 from brokers.protocol.messages import JSON_INTEGER_LIMIT
 from brokers.protocol.training import MICRO_BATCH_LIMIT, ROWS_LIMIT, SEED_LIMIT, MicroBatch, StepMode, micro_batch_seed
+from tests.support.errors import raises_error
 
 MICRO = MicroBatch(step="0123456789abcdef" * 2, term=1, index=2, count=4, rows=64, number=7, seed=3)
 
@@ -64,7 +65,7 @@ HOSTILE_TEXTS: dict[str, str | None] = {
 
 @pytest.mark.parametrize("case", HOSTILE_TEXTS)
 def test_what_is_no_micro_batch_is_refused_with_what_was_expected(case: str) -> None:
-    with pytest.raises(BadProperty, match=r"sparse\.micro.*must be a JSON object") as caught:
+    with raises_error(WireError, "BadProperty", match=r"sparse\.micro.*must be a JSON object") as caught:
         MicroBatch.from_json(HOSTILE_TEXTS[case])
     assert len(str(caught.value)) < 500
 
@@ -75,7 +76,7 @@ NO_NUMBERS: tuple[Any, ...] = (None, "1", 1.0, True, -1, 1 << 64, [], {}, float(
 @pytest.mark.parametrize("name", ["term", "index", "count", "rows", "number", "seed"])
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
 def test_a_field_that_is_no_number_of_its_kind_is_refused_by_its_name(name: str, value: Any) -> None:
-    with pytest.raises(BadProperty, match=f"{name} must be a whole number"):
+    with raises_error(WireError, "BadProperty", match=f"{name} must be a whole number"):
         MicroBatch.from_json(json.dumps({**asdict(MICRO), name: value}))
 
 
@@ -83,7 +84,7 @@ def test_a_field_that_is_no_number_of_its_kind_is_refused_by_its_name(name: str,
 def test_a_field_that_is_missing_is_refused(name: str) -> None:
     fields = asdict(MICRO)
     del fields[name]
-    with pytest.raises(BadProperty, match="JSON object"):
+    with raises_error(WireError, "BadProperty", match="JSON object"):
         MicroBatch.from_json(json.dumps(fields))
 
 
@@ -93,24 +94,24 @@ def test_a_field_that_is_missing_is_refused(name: str) -> None:
     ids=repr,
 )
 def test_a_step_that_is_no_id_in_lower_case_hexadecimal_is_refused(step: Any) -> None:
-    with pytest.raises(BadProperty, match=r"step must be 32 .*hexadecimal digits"):
+    with raises_error(WireError, "BadProperty", match=r"step must be 32 .*hexadecimal digits"):
         MicroBatch.from_json(json.dumps({**asdict(MICRO), "step": step}))
 
 
 @pytest.mark.parametrize("mode", [None, "", "TRAIN", "test", 1, ["train"], {}], ids=repr)
 def test_a_mode_that_there_is_not_is_refused(mode: Any) -> None:
-    with pytest.raises(BadProperty, match="mode must be train or evaluate"):
+    with raises_error(WireError, "BadProperty", match="mode must be train or evaluate"):
         MicroBatch.from_json(json.dumps({**asdict(MICRO), "mode": mode}))
 
 
 def test_a_micro_batch_is_one_of_those_of_its_step() -> None:
-    with pytest.raises(BadProperty, match="index must be a whole number from 0 to 3, is 4"):
+    with raises_error(WireError, "BadProperty", match="index must be a whole number from 0 to 3, is 4"):
         replace(MICRO, index=4)
-    with pytest.raises(BadProperty, match="count"):
+    with raises_error(WireError, "BadProperty", match="count"):
         replace(MICRO, index=0, count=0)
-    with pytest.raises(BadProperty, match="count"):
+    with raises_error(WireError, "BadProperty", match="count"):
         replace(MICRO, count=MICRO_BATCH_LIMIT + 1)
-    with pytest.raises(BadProperty, match="rows"):
+    with raises_error(WireError, "BadProperty", match="rows"):
         replace(MICRO, rows=0)
 
 
@@ -118,7 +119,7 @@ def test_a_micro_batch_is_one_of_those_of_its_step() -> None:
 def test_any_text_is_a_micro_batch_or_a_refusal(text: str) -> None:
     try:
         found = MicroBatch.from_json(text)
-    except BadProperty:
+    except WireError:
         return
     assert MicroBatch.from_json(found.to_json()) == found
 

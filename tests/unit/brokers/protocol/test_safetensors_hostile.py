@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.errors import BadHeader, ShapeMismatch, TooLarge, TrailingBytes, Truncated, UnknownDtype, WireError
+from brokers.errors import WireError
 from brokers.protocol.safetensors_codec import from_numpy, pack, unpack
+from tests.support.errors import raises_error
 
 
 def body(header: Any, data: bytes = b"", *, length: int | None = None) -> memoryview:
@@ -37,16 +38,16 @@ def test_a_body_truncated_at_any_byte_is_refused(length: int) -> None:
 
 
 def test_truncation_and_trailing_bytes_are_told_with_both_numbers() -> None:
-    with pytest.raises(Truncated) as short:
+    with raises_error(WireError, "Truncated") as short:
         unpack(memoryview(GOOD)[:-1])
-    assert short.value.expected_bytes == short.value.actual_bytes + 1
-    with pytest.raises(Truncated, match="needs 8 bytes, 7 are there"):
+    assert short.value.fields["expected_bytes"] == short.value.fields["actual_bytes"] + 1
+    with raises_error(WireError, "Truncated", match="needs 8 bytes, got 7"):
         unpack(memoryview(GOOD)[:7])
-    with pytest.raises(ShapeMismatch, match=r"'a' of dtype U8 and shape \[3\] needs 3 bytes, its offsets give 2"):
+    with raises_error(WireError, "ShapeMismatch", match=r"'a' of dtype U8 and shape \[3\] needs 3 bytes, got 2"):
         unpack(body({"a": entry(shape=[3])}, b".."))
-    with pytest.raises(TrailingBytes) as long:
+    with raises_error(WireError, "TrailingBytes") as long:
         unpack(memoryview(GOOD + b"."))
-    assert long.value.actual_bytes == long.value.expected_bytes + 1
+    assert long.value.fields["actual_bytes"] == long.value.fields["expected_bytes"] + 1
 
 
 @given(st.integers(0, len(GOOD) - 1), st.integers(0, 255))
@@ -92,57 +93,56 @@ def test_no_header_raises_anything_but_a_wire_error(header: dict[str, Any], data
         unpack(body(header, data))
 
 
-HOSTILE: dict[str, tuple[memoryview, type[WireError]]] = {
-    "header longer than the body": (body({}, length=1000), Truncated),
-    "header of a hundred gigabytes": (body({}, length=100_000_000_000), TooLarge),
-    "header of 2^64-1 bytes": (body({}, length=2**64 - 1), TooLarge),
-    "no header": (body(b""), BadHeader),
-    "not JSON": (body(b"hello"), BadHeader),
-    "UTF-16": (body("{}".encode("utf-16")), BadHeader),
-    "not UTF-8": (body(b'{"\xff": 1}'), BadHeader),
-    "half a surrogate pair": (body(b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), BadHeader),
-    "half a surrogate pair in metadata": (body(b'{"__metadata__":{"k":"\\udc00"}}'), BadHeader),
-    "a list": (body([]), BadHeader),
-    "deep": (body(b"[" * 100_000), BadHeader),
-    "deep objects": (body(b'{"a":' * 100_000), BadHeader),
-    "an endless number": (body(b'{"a":' + b"9" * 5000 + b"}"), BadHeader),
-    "a name twice": (body(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), b".."), BadHeader),
-    "a key twice": (body(b'{"a":{"dtype":"U8","dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), BadHeader),
-    "unknown dtype": (body({"a": entry("F128")}, b".."), UnknownDtype),
-    "dtype that is a number": (body({"a": {**entry(), "dtype": 8}}, b".."), UnknownDtype),
-    "missing shape": (body({"a": {"dtype": "U8", "data_offsets": [0, 2]}}, b".."), BadHeader),
-    "an extra key": (body({"a": {**entry(), "stride": 1}}, b".."), BadHeader),
-    "negative size": (body({"a": entry(shape=[-2])}, b".."), BadHeader),
-    "two negative sizes": (body({"a": entry(shape=[-1, -2])}, b".."), BadHeader),
-    "fractional size": (body({"a": entry(shape=[2.0])}, b".."), BadHeader),
-    "size true": (body({"a": entry(shape=[2, True])}, b".."), BadHeader),
-    "33 dimensions": (body({"a": entry(shape=[1] * 32 + [2])}, b".."), BadHeader),
-    "shape and length differ": (body({"a": entry(shape=[3])}, b".."), ShapeMismatch),
-    "a shape whose product is 2^64": (body({"a": entry(shape=[1 << 32, 1 << 32], offsets=[0, 0])}), ShapeMismatch),
-    "a shape whose bytes are 2^64": (body({"a": entry("F64", [1 << 61], [0, 0])}), ShapeMismatch),
-    "half a byte": (body({"a": entry("F4", [3], [0, 1])}, b"."), ShapeMismatch),
-    "offsets backwards": (body({"a": entry(offsets=[2, 0])}, b".."), BadHeader),
-    "three offsets": (body({"a": entry(offsets=[0, 2, 2])}, b".."), BadHeader),
-    "offsets past 2^63": (body({"a": entry(offsets=[1 << 63, (1 << 63) + 2])}, b".."), BadHeader),
-    "past the end": (body({"a": entry(shape=[9], offsets=[0, 9])}, b".."), Truncated),
-    "a hole at the start": (body({"a": entry(offsets=[1, 3])}, b"..."), BadHeader),
-    "a hole between": (body({"a": entry(), "b": entry(offsets=[3, 5])}, b"....."), BadHeader),
-    "an overlap": (body({"a": entry(), "b": entry(offsets=[1, 3])}, b"..."), BadHeader),
-    "the same bytes twice": (body({"a": entry(), "b": entry()}, b".."), BadHeader),
-    "trailing bytes": (body({"a": entry()}, b"..."), TrailingBytes),
-    "bytes and no tensors": (body({}, b"."), TrailingBytes),
-    "metadata that is a number": (body({"__metadata__": {"k": 1}}), BadHeader),
-    "metadata that is a list": (body({"__metadata__": ["k"]}), BadHeader),
-    "metadata that is null": (body({"__metadata__": None}), BadHeader),
+HOSTILE: dict[str, tuple[memoryview, str]] = {
+    "header longer than the body": (body({}, length=1000), "Truncated"),
+    "header of a hundred gigabytes": (body({}, length=100_000_000_000), "TooLarge"),
+    "header of 2^64-1 bytes": (body({}, length=2**64 - 1), "TooLarge"),
+    "no header": (body(b""), "BadHeader"),
+    "not JSON": (body(b"hello"), "BadHeader"),
+    "UTF-16": (body("{}".encode("utf-16")), "BadHeader"),
+    "not UTF-8": (body(b'{"\xff": 1}'), "BadHeader"),
+    "half a surrogate pair": (body(b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "BadHeader"),
+    "half a surrogate pair in metadata": (body(b'{"__metadata__":{"k":"\\udc00"}}'), "BadHeader"),
+    "a list": (body([]), "BadHeader"),
+    "deep": (body(b"[" * 100_000), "BadHeader"),
+    "deep objects": (body(b'{"a":' * 100_000), "BadHeader"),
+    "an endless number": (body(b'{"a":' + b"9" * 5000 + b"}"), "BadHeader"),
+    "a name twice": (body(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), b".."), "BadHeader"),
+    "a key twice": (body(b'{"a":{"dtype":"U8","dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "BadHeader"),
+    "unknown dtype": (body({"a": entry("F128")}, b".."), "UnknownDtype"),
+    "dtype that is a number": (body({"a": {**entry(), "dtype": 8}}, b".."), "UnknownDtype"),
+    "missing shape": (body({"a": {"dtype": "U8", "data_offsets": [0, 2]}}, b".."), "BadHeader"),
+    "an extra key": (body({"a": {**entry(), "stride": 1}}, b".."), "BadHeader"),
+    "negative size": (body({"a": entry(shape=[-2])}, b".."), "BadHeader"),
+    "two negative sizes": (body({"a": entry(shape=[-1, -2])}, b".."), "BadHeader"),
+    "fractional size": (body({"a": entry(shape=[2.0])}, b".."), "BadHeader"),
+    "size true": (body({"a": entry(shape=[2, True])}, b".."), "BadHeader"),
+    "33 dimensions": (body({"a": entry(shape=[1] * 32 + [2])}, b".."), "BadHeader"),
+    "shape and length differ": (body({"a": entry(shape=[3])}, b".."), "ShapeMismatch"),
+    "a shape whose product is 2^64": (body({"a": entry(shape=[1 << 32, 1 << 32], offsets=[0, 0])}), "ShapeMismatch"),
+    "a shape whose bytes are 2^64": (body({"a": entry("F64", [1 << 61], [0, 0])}), "ShapeMismatch"),
+    "half a byte": (body({"a": entry("F4", [3], [0, 1])}, b"."), "ShapeMismatch"),
+    "offsets backwards": (body({"a": entry(offsets=[2, 0])}, b".."), "BadHeader"),
+    "three offsets": (body({"a": entry(offsets=[0, 2, 2])}, b".."), "BadHeader"),
+    "offsets past 2^63": (body({"a": entry(offsets=[1 << 63, (1 << 63) + 2])}, b".."), "BadHeader"),
+    "past the end": (body({"a": entry(shape=[9], offsets=[0, 9])}, b".."), "Truncated"),
+    "a hole at the start": (body({"a": entry(offsets=[1, 3])}, b"..."), "BadHeader"),
+    "a hole between": (body({"a": entry(), "b": entry(offsets=[3, 5])}, b"....."), "BadHeader"),
+    "an overlap": (body({"a": entry(), "b": entry(offsets=[1, 3])}, b"..."), "BadHeader"),
+    "the same bytes twice": (body({"a": entry(), "b": entry()}, b".."), "BadHeader"),
+    "trailing bytes": (body({"a": entry()}, b"..."), "TrailingBytes"),
+    "bytes and no tensors": (body({}, b"."), "TrailingBytes"),
+    "metadata that is a number": (body({"__metadata__": {"k": 1}}), "BadHeader"),
+    "metadata that is a list": (body({"__metadata__": ["k"]}), "BadHeader"),
+    "metadata that is null": (body({"__metadata__": None}), "BadHeader"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_body_is_refused_with_its_own_error(case: str) -> None:
     data, expected = HOSTILE[case]
-    with pytest.raises(expected) as caught:
+    with raises_error(WireError, expected) as caught:
         unpack(data)
-    assert type(caught.value) is expected
     assert len(str(caught.value)) < 500
     assert "\n" not in str(caught.value)
 
@@ -164,7 +164,7 @@ def test_a_claim_of_a_hundred_gigabytes_sets_no_memory_aside() -> None:
 
 
 def test_long_foreign_names_are_shortened_in_the_error() -> None:
-    with pytest.raises(UnknownDtype, match=r"\(50000 characters\)") as caught:
+    with raises_error(WireError, "UnknownDtype", match=r"\(100\d\d\d characters\)") as caught:
         unpack(body({"n" * 50_000: entry("D" * 50_000)}, b".."))
     assert len(str(caught.value)) < 500
 

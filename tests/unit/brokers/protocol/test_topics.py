@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.errors import BadName
+from brokers.errors import UsageError
 from brokers.mqtt.topic_filters import filter_matches
 from brokers.protocol import topics
 from brokers.protocol.topics import RESERVED_PIPELINE_NAMES, StageTopics, last_level, validate_name
+from tests.support.errors import raises_error
 
 NAMES = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True)
 STAGE = StageTopics("cloud", "street", "head")
@@ -88,12 +89,12 @@ def test_a_name_is_one_level(name: str) -> None:
 @pytest.mark.parametrize("what", ["site", "pipeline", "stage", "source", "worker"])
 @pytest.mark.parametrize("name", ["", "a/b", "+", "#", "a b", "a\n", "\n", "ü", "a\0", "$share", "n" * 65])
 def test_what_is_no_name_is_told_with_what_it_should_name(what: str, name: str) -> None:
-    with pytest.raises(BadName, match=f"^{what} .* is not a name: 1 to 64 letters"):
+    with raises_error(UsageError, "BadName", match=f"^{what} .* is not a name: expected 1 to 64 letters"):
         validate_name(what, name)
 
 
 def test_a_stage_is_not_named_source_where_the_presence_of_sources_is() -> None:
-    with pytest.raises(BadName, match=r"^stage 'source' .*; source is taken$"):
+    with raises_error(UsageError, "BadName", match=r"^stage 'source' .*; source cannot be used$"):
         validate_name("stage", "source")
 
 
@@ -101,5 +102,5 @@ def test_words_of_the_grammar_are_no_pipelines_but_may_be_anything_else() -> Non
     for name, what in itertools.product(sorted(RESERVED_PIPELINE_NAMES), ["site", "source", "worker"]):
         assert validate_name(what, name) == name
     for name in RESERVED_PIPELINE_NAMES:
-        with pytest.raises(BadName, match="ingress, results and source are taken"):
+        with raises_error(UsageError, "BadName", match="ingress, results, source cannot be used"):
             validate_name("pipeline", name)

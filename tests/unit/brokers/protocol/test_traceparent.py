@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brokers.errors import BadProperty
+from brokers.errors import WireError
 from brokers.protocol.codec import decode, encode
 from brokers.protocol.traceparent import TRACEPARENT, TraceContext, parse_traceparent, start_span, start_trace
+from tests.support.errors import raises_error
 from tests.unit.brokers.protocol.test_codec import TASK, packet_payload
 
 DIGITS = "0123456789abcdef"
@@ -107,7 +108,7 @@ def test_a_request_whose_id_is_zeros_has_a_trace_that_may_be() -> None:
 
 @pytest.mark.parametrize(("trace", "span"), [("0" * 32, SPAN), (TRACE, "0" * 16), (TRACE.upper(), SPAN), ("", SPAN)])
 def test_an_illegal_context_cannot_be_made(trace: str, span: str) -> None:
-    with pytest.raises(BadProperty, match="traceparent"):
+    with raises_error(WireError, "BadProperty", match="traceparent"):
         TraceContext(trace, span)
 
 
