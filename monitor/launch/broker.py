@@ -1,102 +1,96 @@
-"""A broker of a run: one that runs somewhere, or one of our own, which is started again should it die."""
+"""The MQTT broker of a site: one that runs already, or one that the run starts, and restarts after a crash."""
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import dataclass, field
 
 from brokers.config.bridge_rules import Bridge
-from brokers.config.pipeline_file import Pipeline
-from brokers.errors import PortTaken, UsageError
-from brokers.protocol.broker_url import MQTT_PORT, parse_address
-from brokers.server.local_broker import BrokerKind, LocalBroker, is_port_free, start_broker
-from monitor.errors import BrokerGone
-from monitor.launch.child_process import STABLE_AFTER_S
+from brokers.errors import PortTaken, SparseError, UsageError
+from brokers.protocol.broker_url import parse_address
+from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
+from monitor.launch.child_process import RestartLimit
 
-log = logging.getLogger(__name__)
-
-# A broker that dies whenever it is started would go on for ever.
-_RESTART_LIMIT = 20
-# What a broker that died leaves behind may hold its port a little longer.
+# How long the port of a broker that crashed may stay taken.
 _PORT_WAIT_S = 5.0
 _POLL_S = 0.1
 
 
 @dataclass(eq=False)
 class RunBroker:
-    """Where the broker is; and, if it is ours, the broker itself."""
+    """A broker that a run uses; `local_broker` is the process where the run started it."""
 
     address: str = field(repr=False)  # may hold a password
     local_broker: LocalBroker | None = None
-    bridges: tuple[Bridge, ...] = ()  # that a broker of ours keeps to others
-    accepts_bridges: bool = False  # whether others keep one to it
+    bridges: tuple[Bridge, ...] = ()  # from `local_broker` to other sites' brokers
+    accepts_bridges: bool = False  # from other sites' brokers
     restarts: int = 0
-    _in_a_row: int = field(default=0, repr=False)
-    _begun_s: float = field(default_factory=time.monotonic, repr=False)
+    _limit: RestartLimit = field(default_factory=RestartLimit, repr=False)
+
+    @classmethod
+    def start(
+        cls, kind: BrokerKind | None, port: int, bridges: tuple[Bridge, ...] = (), accepts_bridges: bool = False
+    ) -> RunBroker:
+        """Start a broker on this machine; port 0 is any free port. Raises as `start_broker`."""
+        process = start_broker(kind=kind, port=port, bridges=bridges, accepts_bridges=accepts_bridges)
+        broker = cls(process.address, process, bridges, accepts_bridges)
+        broker._limit.record_start()
+        return broker
 
     @property
     def redacted_address(self) -> str:
-        """The address as people may see it."""
+        """The address without its password."""
         return str(parse_address(self.address))
 
     @property
     def label(self) -> str:
-        """What the summary calls it."""
+        """The kind of a broker that the run started; else its address."""
         return self.local_broker.kind if self.local_broker else self.redacted_address
 
     @property
     def has_exited(self) -> bool:
-        """Whether it was ours, and is no more."""
+        """Whether the run started it and its process has ended."""
         return self.local_broker is not None and not self.local_broker.is_running
 
     def restart(self) -> None:
-        """Start a broker of ours that has ended again, at the same port; blocks. Raises `BrokerGone`."""
+        """Start a broker that has exited again, at the same port; blocks.
+
+        Raises `SparseError` ("BrokerGone") after too many restarts in a row, and where it does not start.
+        """
         assert self.local_broker is not None
-        kind, said = self.local_broker.kind, self.local_broker.last_output()
-        if time.monotonic() - self._begun_s >= STABLE_AFTER_S:
-            self._in_a_row = 0
-        if self._in_a_row >= _RESTART_LIMIT:
-            raise BrokerGone(kind, self.redacted_address, said, f"it was started again {self._in_a_row} times already")
+        last_output = self.local_broker.last_output()
+        if self._limit.is_reached:
+            raise self._gone(last_output, f"it was restarted {self._limit.limit} times in a row")
         try:
-            self.local_broker = self._started_at(kind, self.local_broker.port)
-        except UsageError as error:  # at the start of a run a person's mistake, and by now none any more
-            raise BrokerGone(kind, self.redacted_address, said, str(error)) from error
+            self.local_broker = self._start_when_port_is_free(self.local_broker)
+        except UsageError as error:  # at the first start a mistake of the user's, which it cannot be any more
+            raise self._gone(last_output, str(error)) from error
+        self._limit.record_start()
         self.restarts += 1
-        self._in_a_row += 1
-        self._begun_s = time.monotonic()
 
     def stop(self) -> None:
-        """End a broker of ours. May be called twice."""
+        """Stop the broker if the run started it. May be called twice."""
         if self.local_broker is not None:
             self.local_broker.stop()
 
-    def _started_at(self, kind: BrokerKind, port: int) -> LocalBroker:
-        end_s = time.monotonic() + _PORT_WAIT_S
+    def _start_when_port_is_free(self, exited: LocalBroker) -> LocalBroker:
+        deadline_s = time.monotonic() + _PORT_WAIT_S
         while True:
             try:
-                return start_broker(kind=kind, port=port, bridges=self.bridges, accepts_bridges=self.accepts_bridges)
+                return start_broker(
+                    kind=exited.kind, port=exited.port, bridges=self.bridges, accepts_bridges=self.accepts_bridges
+                )
             except PortTaken:
-                if time.monotonic() > end_s:
+                if time.monotonic() > deadline_s:
                     raise
             time.sleep(_POLL_S)
 
-
-def start_run_broker(pipeline: Pipeline, kind: BrokerKind | None, port: int | None) -> RunBroker:
-    """A broker of our own for all of the pipeline's sites.
-
-    Any free port will do for a run of its own; foreign clients expect to find the gateway at the usual one.
-    """
-    port = default_broker_port(pipeline) if port is None else port
-    own = start_broker(kind=kind, port=port)
-    return RunBroker(own.address, own)
-
-
-def default_broker_port(pipeline: Pipeline) -> int:
-    """Where the broker at the source's site listens unless told: 0 is any free port."""
-    if pipeline.source.kind != "ingress":
-        return 0
-    if is_port_free(MQTT_PORT):
-        return MQTT_PORT
-    log.warning("port %d is taken: the broker of this run listens on another", MQTT_PORT)
-    return 0
+    def _gone(self, last_output: str, reason: str) -> SparseError:
+        output = f" ({last_output})" if last_output else ""
+        return SparseError(
+            "BrokerGone",
+            f"the {self.label} broker at {self.redacted_address} exited{output} and cannot be restarted: {reason}",
+            kind=self.label,
+            address=self.redacted_address,
+            reason=reason,
+        )

@@ -1,4 +1,4 @@
-"""The processes of a run: started, watched, ended in good order, and never left behind."""
+"""Child processes of a run: started, restarted after a crash, terminated in order, never left behind."""
 
 from __future__ import annotations
 
@@ -13,31 +13,52 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-# A stage finishes what it holds when told to end; one that does not in this time is killed.
+# How long a process may finish the work it holds after SIGTERM, before it is killed.
 DRAIN_TIMEOUT_S = 15.0
-# One that lived so long did not die of its start: what is counted of its starts begins anew.
+# A process that was up for this long did not die of its start.
 STABLE_AFTER_S = 60.0
 _TAIL_BYTES = 4096
 
 
+@dataclass(slots=True)
+class RestartLimit:
+    """Bounds restarts in a row: a process that crashes at every start would be restarted for ever."""
+
+    limit: int = 20
+    starts: int = 0  # in a row; one that follows `STABLE_AFTER_S` of uptime is the first of a new row
+    _started_s: float = 0.0
+
+    def record_start(self) -> None:
+        self.starts = 1 if self._was_stable else self.starts + 1
+        self._started_s = time.monotonic()
+
+    @property
+    def is_reached(self) -> bool:
+        return self.starts > self.limit and not self._was_stable
+
+    @property
+    def _was_stable(self) -> bool:
+        return time.monotonic() - self._started_s >= STABLE_AFTER_S
+
+
 @dataclass(eq=False)
 class ChildProcess:
-    """One `sparse` subcommand in a process of its own, its words to standard error in a log file.
+    """One `sparse` subcommand in a process of its own, with its log in a file.
 
-    It has a session of its own, so a Ctrl-C in the terminal reaches only us, who end things in order; and it holds the
-    other end of a pipe, so it ends by itself should we be killed.
+    It runs in its own session, so that a Ctrl-C in the terminal reaches only this process, which stops the children in
+    order. It exits by itself when the pipe to its standard input closes: also when this process is killed.
     """
 
     name: str
     arguments: tuple[str, ...]
     log_file: Path
     capture_stdout: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # beside our own; may hold a password
-    consecutive_starts: int = 0  # one soon after the other
-    _begun_s: float = field(default=0.0, repr=False)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)  # added to ours; may hold a password
+    restart_limit: RestartLimit = field(default_factory=RestartLimit)
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def start(self) -> None:
+        """Start the process; may be called again after it has exited."""
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "brokers.cli", *self.arguments, "--with-parent"],
@@ -47,9 +68,11 @@ class ChildProcess:
                 env={**os.environ, **self.environment},
                 start_new_session=True,
             )
-        now_s = time.monotonic()
-        self.consecutive_starts = 1 if now_s - self._begun_s >= STABLE_AFTER_S else self.consecutive_starts + 1
-        self._begun_s = now_s
+        self.restart_limit.record_start()
+
+    @property
+    def was_started(self) -> bool:
+        return self._process is not None
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -58,40 +81,40 @@ class ChildProcess:
 
     @property
     def exit_status(self) -> int | None:
-        """The exit status; None while it runs."""
+        """The exit status, negative for a signal; None while the process runs."""
         return self.process.poll()
 
     @property
     def stdout(self) -> IO[bytes]:
-        """What an answering child writes to standard output."""
+        """The standard output of a process whose output is captured."""
         assert self.process.stdout is not None
         return self.process.stdout
 
     def terminate(self) -> None:
-        """Ask it to end; it finishes what it holds."""
+        """Ask the process to finish its work and exit."""
         if self.exit_status is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGTERM)
 
     def last_log_line(self) -> str:
-        """The last thing it said, for a person."""
+        """The last line of its log, for an error message; empty where there is none."""
         try:
-            said = self.log_file.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip()
+            text = self.log_file.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip()
         except OSError:
             return ""
-        return said.splitlines()[-1].removeprefix("sparse: ") if said else ""
+        return text.splitlines()[-1].removeprefix("sparse: ") if text else ""
 
 
 def kill_all(children: Sequence[ChildProcess]) -> None:
-    """End all at once; `terminate_all` still has to be called, or is waiting already."""
+    """Kill all at once; `terminate_all` still has to be called to reap them."""
     for child in children:
-        if child.consecutive_starts and child.exit_status is None:
+        if child.was_started and child.exit_status is None:
             child.process.kill()
 
 
 def terminate_all(children: Sequence[ChildProcess], timeout_s: float = DRAIN_TIMEOUT_S) -> None:
-    """Ask all to end, wait, and kill what does not; afterwards none is left."""
-    started = [child for child in children if child.consecutive_starts]
+    """Terminate all, wait for their exit, and kill those that take longer than `timeout_s` together."""
+    started = [child for child in children if child.was_started]
     for child in started:
         child.terminate()
     deadline_s = time.monotonic() + timeout_s

@@ -1,6 +1,7 @@
-"""The monitor of a run: a process of its own that keeps what the others tell it. No run fails for it, or waits for it.
+"""The telemetry monitor of a run: a child process that stores the events of the run's other processes.
 
-Where SPARSE_MONITOR names the monitor of the node, the run's processes tell that one, and none is started.
+A run neither fails because of its monitor nor waits for it. Where SPARSE_MONITOR names the socket of the node's
+monitor, the processes of the run send their events there, and no monitor is started.
 """
 
 from __future__ import annotations
@@ -13,115 +14,117 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from brokers.cli import EXIT_USAGE
 from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline
 from brokers.telemetry.client import event_client_from_environment
 from brokers.telemetry.event_socket import RUN_VARIABLE, SOCKET_VARIABLE
 from monitor.daemon.unix_listener import PATH_LIMIT_BYTES
-from monitor.errors import ProcessRefused
-from monitor.launch.child_process import ChildProcess, kill_all, terminate_all
+from monitor.launch.child_process import ChildProcess, RestartLimit, kill_all, terminate_all
 from monitor.launch.sites import SiteBrokers
 from monitor.stores.sqlite import TELEMETRY_FILE
 
-# It starts again so often; a monitor that dies at each start would take the stages' processor time.
-_STARTS_LIMIT = 5
-_LINKS_EVERY_S = 0.5
-# For what it has heard to reach the disk.
-_END_S = 12.0
+_RESTART_LIMIT = 4  # each start costs the workers a second of processor time
+_LINK_TRAFFIC_INTERVAL_S = 0.5
+# How long the monitor may take to write what it has received.
+_DRAIN_TIMEOUT_S = 12.0
 
 
 class RunMonitor:
-    """Life: `start`, `keep` now and then, `stop` when the others have ended; `kill` where nobody waits any more."""
+    """Lifecycle: `start`, `supervise` often, `stop` after all other processes; `kill` where the user will not wait."""
 
-    def __init__(self, pipeline: Pipeline, sites: SiteBrokers, folder: Path, wanted: bool) -> None:
-        self._sites, self._folder = sites, folder
+    def __init__(self, pipeline: Pipeline, sites: SiteBrokers, folder: Path, enabled: bool = True) -> None:
+        self._sites = sites
+        self._folder = folder
+        self._enabled = enabled
+        node_socket = os.environ.get(SOCKET_VARIABLE) if enabled else None
+        # Without telemetry, the path of a socket that does not exist: no path would mean the node's default one.
+        self._socket = Path(node_socket) if node_socket else _private_socket()
         self._run = os.environ.get(RUN_VARIABLE) or folder.resolve().name
-        named = os.environ.get(SOCKET_VARIABLE)
         self._child: ChildProcess | None = None
-        self._links_s = 0.0
-        self._brokers: set[int] = set()  # process ids of those that the monitor has been told of
-        self._over = False
-        self._socket = Path(named) if named and wanted else _private_socket()
-        if wanted and not named:
-            self._child = self._made(pipeline)
-        self._wanted = wanted
+        if enabled and not node_socket:
+            store = str(folder / TELEMETRY_FILE)
+            self._child = ChildProcess(
+                "monitor",
+                ("monitor", pipeline.path, "--socket", str(self._socket), "--store", store, "--run", self._run),
+                folder / "logs" / "monitor.log",
+                environment={BROKER_VARIABLE: sites.source_broker.address},
+                restart_limit=RestartLimit(_RESTART_LIMIT),
+            )
+        self._gave_up = False
+        self._links_sent_s = 0.0
+        self._announced_pids: set[int] = set()
         self._events = event_client_from_environment(self.environment, "run", pipeline.name, pipeline=pipeline.name)
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the other processes of the run are told."""
-        # Where none is wanted, that of a monitor that is not there: left out, it would be the usual one's.
+        """The variables by which the other processes of the run find the monitor."""
         return {RUN_VARIABLE: self._run, SOCKET_VARIABLE: str(self._socket)}
 
     @property
     def telemetry_file(self) -> str | None:
-        """Where its points are, below the run's folder."""
+        """The name of the telemetry file in the run's folder; None where there is none."""
         return TELEMETRY_FILE if (self._folder / TELEMETRY_FILE).exists() else None
 
     def start(self) -> None:
         if self._child:
             self._child.start()
-        if self._wanted:  # without, nothing is told
+        if self._enabled:
             self._events.open()
 
-    def supervise(self, say: Callable[[str], None]) -> None:
-        """Start it again should it have died, and tell what the links carried."""
+    def supervise(self, print_line: Callable[[str], None]) -> None:
+        """Restart the monitor if it has exited; report the run's brokers and the traffic of its links."""
         now_s = time.monotonic()
-        if now_s - self._links_s >= _LINKS_EVERY_S:
-            self._links_s = now_s
-            self._tell_brokers()
-            self._tell_links()
+        if now_s - self._links_sent_s >= _LINK_TRAFFIC_INTERVAL_S:
+            self._links_sent_s = now_s
+            self._send_broker_starts()
+            self._send_link_traffic()
         child = self._child
-        if child is None or self._over or child.exit_status is None:
+        if child is None or self._gave_up or child.exit_status is None:
             return
-        said = child.last_log_line()
-        if child.consecutive_starts >= _STARTS_LIMIT or child.exit_status == ProcessRefused.STATUS:
-            self._over = True
-            say(f"no more telemetry: the monitor ended: {said or 'it said nothing'} (its log: {child.log_file})")
+        if child.restart_limit.is_reached or child.exit_status == EXIT_USAGE:
+            self._gave_up = True
+            reason = child.last_log_line() or "no output"
+            print_line(f"no telemetry from now on: the monitor exited: {reason} (its log: {child.log_file})")
         else:
-            say("the monitor ended by itself, and was started again")
+            print_line("the monitor exited and was restarted")
             child.start()
 
     def stop(self) -> None:
-        """When all others have ended: say so, and end it; what it has heard is in its file then."""
-        self._tell_links()
+        """Stop the monitor; afterwards all events it has received are in the telemetry file."""
+        self._send_link_traffic()
         self._events.close()
         if self._child:
-            terminate_all([self._child], _END_S)
-            shutil.rmtree(self._socket.parent, ignore_errors=True)  # one that was killed has left it
+            terminate_all([self._child], _DRAIN_TIMEOUT_S)
+            shutil.rmtree(self._socket.parent, ignore_errors=True)  # a monitor that was killed leaves it
 
     def kill(self) -> None:
-        """At once; `stop` still has to be called, or is waiting already."""
+        """Kill the monitor at once; `stop` still has to be called."""
         if self._child:
             kill_all([self._child])
 
-    def _made(self, pipeline: Pipeline) -> ChildProcess:
-        store = str(self._folder / TELEMETRY_FILE)
-        words = ("monitor", pipeline.path, "--socket", str(self._socket), "--store", store, "--run", self._run)
-        handed = {BROKER_VARIABLE: self._sites.source_broker.address}
-        return ChildProcess("monitor", words, self._folder / "logs" / "monitor.log", environment=handed)
-
-    def _tell_brokers(self) -> None:
-        """Brokers of ours are part of what a run costs, and cannot say so themselves."""
+    def _send_broker_starts(self) -> None:
+        """Brokers that the run started count towards its cost, and cannot announce themselves."""
         for site, broker in self._sites.brokers.items():
-            if broker.local_broker and broker.local_broker.pid not in self._brokers:
-                self._brokers.add(broker.local_broker.pid)
-                self._events.emit("start", role="broker", name=site, pid=broker.local_broker.pid)
+            process = broker.local_broker
+            if process and process.pid not in self._announced_pids:
+                self._announced_pids.add(process.pid)
+                self._events.emit("start", role="broker", name=site, pid=process.pid)
 
-    def _tell_links(self) -> None:
+    def _send_link_traffic(self) -> None:
         for link in self._sites.links:
-            crossed = link.emulator.byte_counts
+            counts = link.emulator.byte_counts
             self._events.emit(
                 "link_traffic",
                 from_site=link.site,
                 to_site=link.config.to,
-                bytes_out=crossed.outbound,
-                bytes_in=crossed.inbound,
+                bytes_out=counts.outbound,
+                bytes_in=counts.inbound,
             )
 
 
 def _private_socket() -> Path:
-    """Where nobody else is, nor can guess; the monitor makes the folder."""
+    """A socket path that no other user can guess; the monitor creates its folder."""
     name = Path(f"sparse-{secrets.token_hex(8)}") / "events"
-    usual = Path(tempfile.gettempdir()) / name
-    # The folder for temporary files may lie deep, and a socket's path must be short.
-    return usual if len(os.fsencode(usual)) <= PATH_LIMIT_BYTES else Path("/tmp") / name
+    path = Path(tempfile.gettempdir()) / name
+    # The folder for temporary files may be too deep for a socket's path.
+    return path if len(os.fsencode(path)) <= PATH_LIMIT_BYTES else Path("/tmp") / name

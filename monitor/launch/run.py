@@ -1,210 +1,249 @@
-"""A run of a whole pipeline on this machine: its brokers, stages and source as child processes."""
+"""A run of a whole pipeline on this machine, with its stages, source and monitor as child processes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json as jsonlib
+import json
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+from brokers.cli import EXIT_USAGE
 from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline
 from brokers.config.schema import StageTable
-from brokers.errors import BadFile, SparseError
+from brokers.errors import SparseError, UsageError
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.client_identity import create_transport
-from brokers.process.shutdown import EXIT_INTERRUPTED, exit_with_parent
+from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import all_presence_filter, ingress_topic, results_topic
 from brokers.protocol.transport import Delivery
-from monitor.errors import ProcessEnded, ProcessRefused
 from monitor.launch.child_process import ChildProcess, kill_all, terminate_all
 from monitor.launch.monitor_process import RunMonitor
 from monitor.launch.sites import SiteBrokers
-from monitor.launch.watch import create_live_view
+from monitor.presence.inference_stats import InferenceStats
+from monitor.presence.presence_table import PresenceTable
+from monitor.presence.training_stats import TrainingStats
+from monitor.terminal.inference_view import InferenceView
+from monitor.terminal.live import LiveView
+from monitor.terminal.training_view import TrainingView
 
 _POLL_S = 0.05
-# From the first Ctrl-C to the source's end: it waits for what is in flight, which may never come back.
+# How long the source may wait for its requests in flight after the first Ctrl-C.
 SOURCE_DRAIN_TIMEOUT_S = 20.0
-# A worker that was up and died is started again so often in a row; a crash at each start would go on for ever.
-_RESTART_LIMIT = 20
-# Of a run that trains, below its folder.
+# The checkpoints of a training run, in its folder.
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
 class PipelineRun:
-    """The stages and the source of one pipeline as processes, and what is seen of them."""
+    """One run of a pipeline; results, logs and telemetry go to `folder`.
+
+    `run` is the whole lifecycle: start the workers, wait until every stage has one, run the source while restarting
+    what crashes, drain on SIGINT or SIGTERM, and stop everything.
+    """
 
     def __init__(
-        self, pipeline: Pipeline, sites: SiteBrokers, folder: Path, pictures: bool, resume: bool, telemetry: bool = True
+        self,
+        pipeline: Pipeline,
+        sites: SiteBrokers,
+        folder: Path,
+        *,
+        pictures: bool = True,
+        resume: bool = False,
+        telemetry: bool = True,
     ) -> None:
-        self._pipeline, self._sites, self._folder = pipeline, sites, folder
-        self._board, self._view = create_live_view(pipeline, sites.description)
         logs = folder / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BadFile(str(folder), f"the results cannot be written: {error.strerror}") from None
+            raise UsageError(
+                "BadFolder", f"{folder}: results cannot be written there: {error.strerror}", path=str(folder)
+            ) from None
         self.monitor = RunMonitor(pipeline, sites, folder, telemetry)
-        self._stages = [
+        self._pipeline = pipeline
+        self._sites = sites
+        self._folder = folder
+        self._presence, self._view = create_live_view(pipeline, sites.description)
+        self._workers = [
             self._worker(stage, number) for stage in pipeline.stage for number in range(1, stage.workers + 1)
         ]
-        options = (*(() if pictures else ("--no-pictures",)), *(("--resume",) if resume else ()))
-        arguments = ("source", pipeline.path, "--out", str(folder), "--json", *options)
-        handed = {BROKER_VARIABLE: sites.address(pipeline.source.site), **self.monitor.environment}
-        self._source = ChildProcess("source", arguments, logs / "source.log", capture_stdout=True, environment=handed)
-        self._leaving = asyncio.Event()
-        self._left_with = EXIT_INTERRUPTED  # the exit status once told to leave
-        self._end_s = float("inf")  # when the source, told to end, is waited for no longer
+        options = [option for option, on in (("--no-pictures", not pictures), ("--resume", resume)) if on]
+        self._source = ChildProcess(
+            "source",
+            ("source", pipeline.path, "--out", str(folder), "--json", *options),
+            logs / "source.log",
+            capture_stdout=True,
+            environment={BROKER_VARIABLE: sites.source_broker.address, **self.monitor.environment},
+        )
+        self._shutdown = ShutdownEvent()
+        self._drain_deadline_s: float | None = None
 
     def _worker(self, stage: StageTable, number: int) -> ChildProcess:
-        """One worker of a stage; the workers share the machine's threads, unless the file says otherwise."""
-        workers = sum(each.workers for each in self._pipeline.stage)
-        threads = stage.threads or max(1, (os.cpu_count() or 1) // workers)
+        """One worker of a stage; the workers share the machine's cores, unless the file sets their threads."""
+        worker_count = sum(each.workers for each in self._pipeline.stage)
+        threads = stage.threads or max(1, (os.cpu_count() or 1) // worker_count)
         name = f"{stage.name}-{number}"
-        own = self._pipeline.is_training and self._pipeline.training.checkpoints is None
-        kept = ("--checkpoints", str(self._folder / CHECKPOINTS_FOLDER)) if own else ()
+        own_checkpoints = self._pipeline.is_training and self._pipeline.training.checkpoints is None
+        options = ("--checkpoints", str(self._folder / CHECKPOINTS_FOLDER)) if own_checkpoints else ()
         return ChildProcess(
             f"stage {stage.name}",
-            ("stage", self._pipeline.path, stage.name, "--worker", name, "--threads", str(threads), *kept),
+            ("stage", self._pipeline.path, stage.name, "--worker", name, "--threads", str(threads), *options),
             self._folder / "logs" / f"{name}.log",
             environment={BROKER_VARIABLE: self._sites.address(stage.site), **self.monitor.environment},
         )
 
-    async def run(self, with_parent: bool = False) -> tuple[int, dict[str, Any] | None]:
-        """Run it all; the exit status, and the source's summary if it came to one."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._leave, number)
+    async def run(self, *, with_parent: bool = False) -> tuple[int, dict[str, Any] | None]:
+        """Run the pipeline to its end; returns the exit status and the source's summary, None where it has none.
+
+        The first SIGINT or SIGTERM drains the run, a second one kills its processes. Raises `SparseError` where a
+        process or broker fails in a way that a restart does not cure.
+        """
+        self._shutdown.install_signal_handlers(force=self._kill)
         if with_parent:
-            exit_with_parent(self._leaving)
+            exit_with_parent(self._shutdown)
         transport = create_transport(self._sites.source_broker.address)
+        status: int = EXIT_INTERRUPTED
+        summary = None
         try:
             self.monitor.start()
-            for child in self._stages:
-                child.start()
+            for worker in self._workers:
+                worker.start()
             with self._view:
-                await self._listen(transport)
-                if await self._await_stages():
-                    return self._left_with, None
-                status, summary = await self._await_source()
+                await self._subscribe(transport)
+                await self._wait_for_workers()
+                if not self._shutdown.is_set():
+                    status, summary = await self._run_source()
         finally:
             await transport.close()
-            await asyncio.to_thread(terminate_all, [self._source])
-            await asyncio.to_thread(terminate_all, self._stages)
-            await asyncio.to_thread(self.monitor.stop)
-        return self._left_with if self._leaving.is_set() else status, summary
+            await asyncio.to_thread(self._stop)
+        if self._shutdown.is_set():  # a service that is told to stop has not failed
+            status = EXIT_INTERRUPTED if self._shutdown.interrupted else 0
+        return status, summary
 
-    def _leave(self, number: int) -> None:
-        """The first Ctrl-C, or SIGTERM, ends the run in good order; at a second one nothing is waited for."""
-        if self._leaving.is_set():
-            kill_all([self._source, *self._stages])
-            self.monitor.kill()
-        else:  # a service that is told to end has not failed
-            self._left_with = EXIT_INTERRUPTED if number == signal.SIGINT else 0
-        self._leaving.set()
+    def _stop(self) -> None:
+        """Stop the processes in the direction of the data, and last the monitor, which stores what they report."""
+        terminate_all([self._source])
+        terminate_all(self._workers)
+        self.monitor.stop()
 
-    async def _listen(self, transport: MqttTransport) -> None:
+    def _kill(self) -> None:
+        kill_all([self._source, *self._workers])
+        self.monitor.kill()
+
+    async def _subscribe(self, transport: MqttTransport) -> None:
         await transport.connect()
 
-        def birth(delivery: Delivery) -> None:
-            now_s = time.monotonic()
-            self._board.on_presence(delivery.topic, bytes(delivery.payload), now_s, retained=delivery.retain)
+        def on_presence(delivery: Delivery) -> None:
+            payload = bytes(delivery.payload)
+            self._presence.on_presence(delivery.topic, payload, time.monotonic(), retained=delivery.retain)
 
-        def result(delivery: Delivery) -> None:
-            self._board.on_result(bytes(delivery.payload), time.monotonic())
+        def on_result(delivery: Delivery) -> None:
+            self._presence.on_result(bytes(delivery.payload), time.monotonic())
 
-        await transport.subscribe(all_presence_filter(pipeline=self._pipeline.name), birth, qos=1)
-        await transport.subscribe(results_topic(self._pipeline.source.site), result, qos=1)
+        await transport.subscribe(all_presence_filter(pipeline=self._pipeline.name), on_presence, qos=1)
+        await transport.subscribe(results_topic(self._pipeline.source.site), on_result, qos=1)
 
-    async def _await_stages(self) -> bool:
-        """Wait until every stage has a worker; True when told to leave meanwhile."""
-        wanted = {stage.name for stage in self._pipeline.stage}
-        while not wanted <= self._board.stages_up():
-            # A Ctrl-C that reaches the children as well must not be taken for their failure.
-            if self._leaving.is_set() or any(child.exit_status == -signal.SIGINT for child in self._stages):
-                return True
-            for child in self._stages:
-                if child.exit_status is not None:
-                    raise _ended(child, child.exit_status)
-            await self._keep_broker()
-            self.monitor.supervise(self._view.print_line)
-            self._view.update()
+    async def _wait_for_workers(self) -> None:
+        """Return when every stage has a worker, or at a shutdown. Raises `SparseError` when a worker exits."""
+        stages = {stage.name for stage in self._pipeline.stage}
+        while not stages <= self._presence.stages_up() and not self._shutdown.is_set():
+            exited = [worker for worker in self._workers if worker.exit_status is not None]
+            if any(worker.exit_status == -signal.SIGINT for worker in exited):
+                self._shutdown.interrupted = True  # the Ctrl-C reached a worker as well, and sooner than us
+                self._shutdown.set()
+                return
+            if exited:
+                raise _exit_error(exited[0])
+            await self._supervise()
             await asyncio.sleep(_POLL_S)
-        return False
 
-    async def _await_source(self) -> tuple[int, dict[str, Any] | None]:
-        """Start the source, keep the stages up, and wait for the source's end."""
+    async def _run_source(self) -> tuple[int, dict[str, Any] | None]:
+        """Run the source to its end; returns its exit status and its summary."""
         self._view.status = "running"
         if self._pipeline.source.kind == "ingress":
             topic = ingress_topic(self._pipeline.source.site, "NAME")
-            self._view.print_line(
-                f"publish pictures or readings to {topic} at {self._sites.source_broker.redacted_address}; Ctrl-C ends it"
-            )
+            broker = self._sites.source_broker.redacted_address
+            self._view.print_line(f"publish images or readings to {topic} at {broker}; stop with Ctrl-C")
         self._source.start()
-        answer = asyncio.create_task(asyncio.to_thread(self._source.stdout.read), name="source-output")
-        while not answer.done() or self._source.exit_status is None:
-            if self._leaving.is_set():
-                self._end_source()
+        output = asyncio.create_task(asyncio.to_thread(self._source.stdout.read), name="source-output")
+        while (status := self._source.exit_status) is None or not output.done():
+            if self._shutdown.is_set():
+                self._drain_source()
             else:
-                self._keep_stages()
-            await self._keep_broker()
-            self.monitor.supervise(self._view.print_line)
-            self._view.update()
-            await asyncio.wait({answer}, timeout=_POLL_S)
+                self._restart_workers()
+            await self._supervise()
+            await asyncio.wait({output}, timeout=_POLL_S)
         self._view.status = "done"
-        summary = _summary_in(await answer)
-        status = self._source.exit_status
-        if summary is not None:
-            return status, summary
-        if self._leaving.is_set():  # it had not begun to listen to signals, or was asked twice
-            return EXIT_INTERRUPTED, None
-        raise _ended(self._source, status)
+        summary = _parse_summary(await output)
+        if summary is None and not self._shutdown.is_set():
+            raise _exit_error(self._source)
+        return status, summary
 
-    def _end_source(self) -> None:
-        """Ask the source to end what it holds, and to be done within some time."""
-        if self._end_s == float("inf"):
-            self._view.status, self._end_s = "ending", time.monotonic() + SOURCE_DRAIN_TIMEOUT_S
+    def _drain_source(self) -> None:
+        """Ask the source to finish its requests in flight; kill it after a while."""
+        now_s = time.monotonic()
+        if self._drain_deadline_s is None:
+            self._drain_deadline_s = now_s + SOURCE_DRAIN_TIMEOUT_S
+            self._view.status = "ending"
             self._source.terminate()
-        elif time.monotonic() > self._end_s and self._source.exit_status is None:
+        elif now_s > self._drain_deadline_s and self._source.exit_status is None:
             self._view.print_line(
-                f"the source did not end within {SOURCE_DRAIN_TIMEOUT_S:g} s and was killed: there is no summary, "
-                f"what came of it so far is in {self._folder}"
+                f"the source did not exit within {SOURCE_DRAIN_TIMEOUT_S:g} s and was killed: there is no summary; "
+                f"the results so far are in {self._folder}"
             )
             kill_all([self._source])
             self._source.process.wait()
 
-    def _keep_stages(self) -> None:
-        for child in self._stages:
-            if child.exit_status is not None:
-                if child.consecutive_starts > _RESTART_LIMIT or child.exit_status == ProcessRefused.STATUS:
-                    raise _ended(child, child.exit_status)
-                child.start()
+    def _restart_workers(self) -> None:
+        for worker in self._workers:
+            if worker.exit_status is not None:
+                if worker.restart_limit.is_reached or worker.exit_status == EXIT_USAGE:
+                    raise _exit_error(worker)
+                worker.start()
 
-    async def _keep_broker(self) -> None:
-        """Start a broker of ours that died again; the others find it by themselves, it is where it was."""
+    async def _supervise(self) -> None:
+        """Restart brokers and the monitor where they have exited, and redraw the view."""
         for site, broker in self._sites.exited:
-            await asyncio.to_thread(broker.restart)
-            where = f" of site {site}" if len(self._sites.brokers) > 1 else ""
-            self._view.print_line(f"the {broker.label} broker{where} ended by itself, and was started again")
+            await asyncio.to_thread(broker.restart)  # at the same port, where its clients reconnect by themselves
+            of_site = f" of site {site}" if len(self._sites.brokers) > 1 else ""
+            self._view.print_line(f"the {broker.label} broker{of_site} exited and was restarted")
             self._view.broker_restarts = self._sites.restarts
+        self.monitor.supervise(self._view.print_line)
+        self._view.update()
 
 
-def _summary_in(said: bytes) -> dict[str, Any] | None:
-    """The source's summary, if it came to one; a source of the user's own may print whatever it likes before it."""
-    for line in reversed(said.decode(errors="replace").splitlines()):
+def create_live_view(pipeline: Pipeline, broker: str) -> tuple[PresenceTable, LiveView]:
+    """The statistics of a pipeline, by its kind, and the live view of them; `broker` is the view's name for the broker."""
+    if pipeline.is_training:
+        training = TrainingStats(pipeline.name)
+        return training, TrainingView(pipeline, broker, training)
+    inference = InferenceStats(pipeline.name)
+    return inference, InferenceView(pipeline, broker, inference)
+
+
+def _parse_summary(output: bytes) -> dict[str, Any] | None:
+    """The summary in a source's output, where it has one; a user's own source may print other lines before it."""
+    for line in reversed(output.decode(errors="replace").splitlines()):
         with contextlib.suppress(ValueError, RecursionError):
-            found = jsonlib.loads(line)
-            if isinstance(found, dict) and "outputs" in found:
-                return found
+            value = json.loads(line)
+            if isinstance(value, dict) and "outputs" in value:
+                return value
     return None
 
 
-def _ended(child: ChildProcess, status: int) -> SparseError:
-    """Why a process of the run ended, in its own words if the reason is a mistake of the user's."""
-    said = child.last_log_line()
-    if status == ProcessRefused.STATUS and said:
-        return ProcessRefused(said)
-    return ProcessEnded(child.name, status, said, str(child.log_file))
+def _exit_error(child: ChildProcess) -> SparseError:
+    """The error for a process that exited too early: its own message where the mistake is the user's."""
+    status = child.exit_status or 0
+    last_line = child.last_log_line()
+    if status == EXIT_USAGE and last_line:
+        return UsageError("ProcessRefused", last_line, process=child.name)
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return SparseError(
+        "ProcessEnded",
+        f"{child.name} ended with {how}: {last_line or 'no output'} (its log: {child.log_file})",
+        process=child.name,
+        status=status,
+        log=str(child.log_file),
+    )

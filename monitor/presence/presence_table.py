@@ -74,7 +74,7 @@ class PresenceTable:
 
     def problem_counts(self) -> dict[str, Counter[str]]:
         """What the sources, those that have left too, say was `retried`, `dropped` and `failed`, by reason, in sum."""
-        found: dict[str, Counter[str]] = {"retries_by_reason": Counter(), "dropped": Counter(), "failed": Counter()}
+        found: dict[str, Counter[str]] = {"retried": Counter(), "dropped": Counter(), "failed": Counter()}
         for birth in (*self._left, *self.sources.values()):
             found["retried"].update(birth.load.retries)
             found["dropped"].update(birth.load.dropped)

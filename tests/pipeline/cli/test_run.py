@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from brokers.config.pipeline_file import load_pipeline
+from brokers.errors import SparseError
 from brokers.server.local_broker import LocalBroker
-from monitor.errors import BrokerGone
 from monitor.launch import broker as run_broker
 from monitor.launch.sites import set_up_brokers
 from tests.support.environment.external_programs import require_dependency
@@ -62,7 +62,7 @@ def test_what_a_source_of_ones_own_prints_is_no_summary(
 ) -> None:
     source = {"kind": "tests.support.pipelines.example_code:PrintingSource", "name": "talker"}
     for fails in (True, False):
-        settings = {"count": 2, "says": says, "fails": fails}
+        settings = {"count": 2, "text": says, "raise_at_end": fails}
         path = write_pipeline_file(sandbox.folder, [stage_table("first", "double")], {**source, "settings": settings})
         out = sandbox.folder / f"out-{fails}"
         said = sandbox.start_sparse("run", path, "--broker", embedded_broker.address, "--json", "--out", out).wait()
@@ -108,7 +108,7 @@ def test_a_broker_of_the_runs_own_that_dies_is_started_again_and_nothing_is_lost
     broker.kill()
     said = run.wait()
     assert said.returncode == 0, said.stderr
-    assert f"the {kind} broker ended by itself, and was started again" in said.stderr
+    assert f"the {kind} broker exited and was restarted" in said.stderr
     assert (said.json_output["results"], said.json_output["lost"], said.json_output["broker"]) == (300, 0, kind)
     sandbox.assert_nothing_left(within_s=5)
 
@@ -130,9 +130,10 @@ def test_a_broker_that_cannot_be_had_back_is_one_clear_line(
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             other.bind(("127.0.0.1", site.local_broker.port))
             other.listen()
-            with pytest.raises(BrokerGone) as caught:
+            with pytest.raises(SparseError) as caught:
                 site.restart()
-    assert f"cannot be started again: port {site.local_broker.port} on 127.0.0.1 is taken" in str(caught.value)
+    assert caught.value.code == "BrokerGone"
+    assert f"port {site.local_broker.port} on 127.0.0.1 is taken" in caught.value.fields["reason"]
 
 
 def test_a_source_that_does_not_end_after_a_ctrl_c_is_killed(
@@ -146,7 +147,7 @@ def test_a_source_that_does_not_end_after_a_ctrl_c_is_killed(
     run = sandbox.start(sys.executable, "-c", _IMPATIENT, *words)
     eventually("the source", (out / "results.jsonl").exists)
     os.killpg(run.pid, signal.SIGINT)
-    told = f"the source did not end within 1 s and was killed: there is no summary, what came of it so far is in {out}"
+    told = f"the source did not exit within 1 s and was killed: there is no summary; the results so far are in {out}"
     eventually("the line", lambda: told in run.read_stderr(), timeout_s=20)
     said = run.wait(signal.SIGINT, timeout_s=20)  # nor wait for the stage
     assert (said.returncode, said.stdout) == (130, "")

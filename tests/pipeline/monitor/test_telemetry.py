@@ -131,7 +131,7 @@ def test_a_monitor_that_is_killed_is_started_again_and_what_it_had_kept_is_there
     eventually("another monitor", lambda: (found := sandbox.find_process("monitor")) and found.pid != first.pid)
     again = len(results(out))
     eventually("its records", lambda: set(finished_request_ids(file)) - kept)
-    assert "the monitor ended by itself, and was started again" in run.read_stderr()
+    assert "the monitor exited and was restarted" in run.read_stderr()
     finished(run, 1000)
     stored, answered = finished_request_ids(file), results(out)
     assert len(stored) == len(set(stored))

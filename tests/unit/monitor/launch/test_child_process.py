@@ -1,48 +1,82 @@
-"""How often what died is started again: a few times what dies of its start, always what is killed now and then."""
+"""Restarts are bounded; a child process is terminated, or killed where it does not exit, and reaped."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from brokers.errors import SparseError
-from brokers.server.local_broker import start_broker
-from monitor.launch.broker import RunBroker
-from monitor.launch.child_process import ChildProcess, terminate_all
-from tests.support.environment.external_programs import require_dependency
+from monitor.launch.child_process import STABLE_AFTER_S, ChildProcess, RestartLimit, kill_all, terminate_all
+
+# Announces that its handlers are set; its argument is what it does at a SIGTERM.
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN if sys.argv[1] == "ignore" else lambda *_: sys.exit(3))
+print("ready", flush=True)
+signal.pause()
+"""
 
 
-def test_starts_are_counted_while_they_follow_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    child = ChildProcess("nobody", ("--version",), tmp_path / "log")
-    for expected in (1, 2, 3):
-        child.start()
-        terminate_all([child])
-        assert child.consecutive_starts == expected
-    monkeypatch.setattr("monitor.launch.child_process.STABLE_AFTER_S", 0.0)  # as if it had lived for long
-    child.start()
+@pytest.fixture(name="clock")
+def _clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now_s = [1000.0]
+    monkeypatch.setattr("monitor.launch.child_process.time.monotonic", lambda: now_s[0])
+    return now_s
+
+
+def test_restart_limit_is_reached_after_as_many_restarts(clock: list[float]) -> None:
+    limit = RestartLimit(2)
+    for expected in (False, False, True):
+        limit.record_start()
+        clock[0] += 1
+        assert limit.is_reached is expected
+
+
+def test_stable_process_is_restarted_however_often(clock: list[float]) -> None:
+    limit = RestartLimit(1)
+    for _ in range(5):
+        limit.record_start()
+        clock[0] += STABLE_AFTER_S
+        assert not limit.is_reached
+    assert limit.starts == 1
+
+
+def start_child(folder: Path, on_sigterm: str) -> ChildProcess:
+    """A child whose process is `PROGRAM` in place of a subcommand, so that no imports take time."""
+    child = ChildProcess("child", (), folder / "child.log", capture_stdout=True)
+    child._process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, on_sigterm], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout.readline() == b"ready\n"
+    return child
+
+
+def test_terminate_waits_for_an_orderly_exit(tmp_path: Path) -> None:
+    child = start_child(tmp_path, "exit")
+    terminate_all([child, ChildProcess("never started", (), tmp_path / "log")])
+    assert child.exit_status == 3
+    assert child.stdout.closed
+
+
+def test_terminate_kills_after_its_timeout(tmp_path: Path) -> None:
+    child = start_child(tmp_path, "ignore")
+    terminate_all([child], timeout_s=0.0)
+    assert child.exit_status == -signal.SIGKILL
+
+
+def test_kill_does_not_wait_for_an_orderly_exit(tmp_path: Path) -> None:
+    child = start_child(tmp_path, "ignore")
+    kill_all([child])
     terminate_all([child])
-    assert child.consecutive_starts == 1
+    assert child.exit_status == -signal.SIGKILL
 
 
-def test_a_broker_that_lived_for_long_is_started_again_however_often_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_dependency("mosquitto")
-    monkeypatch.setattr("monitor.launch.broker._RESTART_LIMIT", 1)
-    own = start_broker(kind="mosquitto")
-    broker = RunBroker(own.address, own)
-    with ExitStack() as stack:
-        stack.callback(broker.stop)
-
-        def die() -> None:
-            assert broker.local_broker is not None
-            broker.local_broker.stop()
-
-        die()
-        broker.restart()
-        die()
-        with pytest.raises(SparseError, match="it was started again 1 times already"):
-            broker.restart()
-        monkeypatch.setattr("monitor.launch.broker.STEADY_S", 0.0)
-        broker.restart()
-        assert broker.restarts == 2
+@pytest.mark.parametrize(("log", "line"), [("one\nsparse: two\n", "two"), ("", ""), (None, "")])
+def test_last_log_line_has_no_program_name(tmp_path: Path, log: str | None, line: str) -> None:
+    child = ChildProcess("child", (), tmp_path / "child.log")
+    if log is not None:
+        child.log_file.write_text(log)
+    assert child.last_log_line() == line

@@ -101,7 +101,7 @@ def test_what_was_retried_and_dropped_is_the_sum_of_all_sources_and_outlives_the
     board.on_presence(CAMERA, source(retries={"WorkerLost": 2}, dropped={"superseded": 5}), 0.0)
     other = "sparse/local/street/source/up/door"
     board.on_presence(other, source("door", retries={"WorkerLost": 1, "Busy": 1}, failed={"Poison": 1}), 0.0)
-    wanted = {"retries_by_reason": {"WorkerLost": 3, "Busy": 1}, "dropped": {"superseded": 5}, "failed": {"Poison": 1}}
+    wanted = {"retried": {"WorkerLost": 3, "Busy": 1}, "dropped": {"superseded": 5}, "failed": {"Poison": 1}}
     assert board.problem_counts() == wanted
     board.on_presence(CAMERA, b"", 1.0)
     board.on_presence(CAMERA, b"", 1.0)

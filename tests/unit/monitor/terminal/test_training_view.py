@@ -13,7 +13,6 @@ from rich.console import Console
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.dispatch.presence import WorkerLoad, WorkerRecord
-from monitor.launch.watch import create_live_view
 from monitor.presence.inference_stats import InferenceStats
 from monitor.presence.training_stats import TrainingStats
 from monitor.terminal.inference_view import InferenceView
@@ -167,15 +166,6 @@ def test_a_terminal_without_unicode_gets_what_it_can_show(pipeline: Pipeline) ->
     view, screen = view_of(pipeline, training_stats_of(run_events()), encoding="ascii")
     screen.print(view._render(time.monotonic()))
     assert screen.export_text().isascii()
-
-
-def test_the_view_is_chosen_by_the_kind_of_the_pipeline(pipeline: Pipeline, tmp_path: Path) -> None:
-    board, view = create_live_view(pipeline, "embedded")
-    assert (type(board), type(view), board.pipeline) == (TrainingStats, TrainingView, "digits")
-    path = tmp_path / "inference.toml"
-    path.write_text(FILE.replace("training", "inference"))
-    board, view = create_live_view(load_pipeline(path), "embedded")
-    assert (type(board), type(view), board.pipeline) == (InferenceStats, InferenceView, "digits")
 
 
 def test_results_have_a_view_of_the_same_frame(pipeline: Pipeline) -> None:
