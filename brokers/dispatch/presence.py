@@ -1,4 +1,7 @@
-"""Who is up: the retained records that workers and sources keep on their presence topics."""
+"""Presence records: the retained JSON messages in which workers and sources publish that they are up, and their load.
+
+They are read in one place only: brokers/dispatch/worker_registry.py.
+"""
 
 from __future__ import annotations
 
@@ -12,53 +15,55 @@ from brokers.errors import BadPayload
 from brokers.protocol.chunking import MESSAGE_LIMIT_BYTES
 from brokers.protocol.codec import PROTOCOL_VERSION, check_version
 from brokers.protocol.messages import JSON
-from brokers.protocol.topics import NAME_PATTERN
+from brokers.protocol.topics import NAME_PATTERN, StageTopics, source_presence_topic
 from brokers.protocol.training import TrainingStatus
 
-# A record has some hundred bytes. Whoever watches presence keeps the newest of each topic, of anybody who may publish.
+# A record has some hundred bytes. Readers keep the newest record of each topic, whoever published it.
 RECORD_LIMIT_BYTES = 65536
-# Records are renewed each second. One that its worker's will could not clear at every site, since a bridge was down
-# when it died, ends by itself: the Message Expiry Interval of the publication.
+# Message Expiry Interval of a record, which is renewed each second. A record that its last will could not clear at
+# every site, because a bridge was down, expires by itself.
 RECORD_EXPIRY_S = 60
-# Counts by reason in one record: ours know about ten, and whoever makes up more shall not fill a screen with them.
+# Reasons in one object of counts: about ten are in use; a hostile client may not fill a screen with invented ones.
 REASON_LIMIT = 32
 OTHER_REASON = "other"
 FORMAT_LIMIT = 32
+# A worker's capacity is the batch that it computes, and so many tasks that are on their way to it or from it.
+PREFETCH_TASKS = 2
 
-# One level of a topic: a record that came from the network must not lead a sender to a topic of its own making.
+# One level of a topic: a record from the network must not direct a sender to a topic of the attacker's choice.
 _Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 _Format = Annotated[str, Field(max_length=128)]
-_Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON has no larger whole numbers that all readers agree on
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON readers agree on whole numbers up to this
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _State = Literal["up", "standby", "draining", "stopped"]
 
 
 def normalize_reason_counts(counts: Mapping[str, int]) -> dict[str, int]:
-    """`counts` as a record may hold them: reasons made names, the rarest summed up as `other` where they are many.
+    """Counts by reason as a record may hold them: reasons become names, the rarest are summed up as "other".
 
-    Reasons come from other processes (a failure's error), so they may be any text, and any number of them.
+    Reasons come from other processes (a failure's error code), so they may be any text, and any number of them.
     """
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for reason, count in sorted(counts.items(), key=lambda item: -item[1]):
         if not count:
             continue
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", reason)[:64] or OTHER_REASON
-        if name not in found and len(found) >= REASON_LIMIT - 1:
+        if name not in result and len(result) >= REASON_LIMIT - 1:
             name = OTHER_REASON
-        found[name] = found.get(name, 0) + count
-    return found
+        result[name] = result.get(name, 0) + count
+    return result
 
 
-def _fitting(counts: Any, info: ValidationInfo) -> Any:
-    """What this process counts is made to fit a record; what comes from the network fits, or is refused."""
+def _normalize_own_counts(counts: Any, info: ValidationInfo) -> Any:
+    """Normalize the counts of this process; those from the network must be valid as they are."""
     return normalize_reason_counts(counts) if info.mode == "python" else counts
 
 
-_Counts = Annotated[dict[_Name, _Count], Field(max_length=REASON_LIMIT), BeforeValidator(_fitting)]
+_Counts = Annotated[dict[_Name, _Count], Field(max_length=REASON_LIMIT), BeforeValidator(_normalize_own_counts)]
 
 
 class _PresenceRecord(BaseModel):
-    """What all records share: JSON of a version, bounded."""
+    """JSON object with a protocol version, of bounded size."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -69,42 +74,42 @@ class _PresenceRecord(BaseModel):
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Self:
-        """Read a record; raise `BadPayload`, or `WireError` ("VersionMismatch") for one of another version."""
+        """Parse a record; raise `BadPayload`, or `WireError` ("VersionMismatch") for another protocol version."""
         if len(payload) > RECORD_LIMIT_BYTES:
             raise BadPayload(JSON, f"not a presence record: {len(payload)} bytes, at most {RECORD_LIMIT_BYTES}")
         try:
-            found = cls.model_validate_json(payload)
+            record = cls.model_validate_json(payload)
         except ValidationError as error:
             mistake = error.errors(include_url=False)[0]
             place = "".join(f"{level}: " for level in mistake["loc"])
             raise BadPayload(JSON, f"not a presence record: {place}{mistake['msg']}") from None
-        check_version(found.version)
-        return found
+        check_version(record.version)
+        return record
 
 
 class WorkerLoad(BaseModel):
-    """What a worker has to do, as of its last report."""
+    """The load of a worker as of its last report. Counts are since the worker started."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    queue: _Count = Field(default=0, description="tasks that wait")
+    queue: _Count = Field(default=0, description="tasks in the queue")
     queue_ms: float = Field(
         default=0.0,
         ge=0,
-        description="mean wait of the tasks begun in the last interval, or how long the oldest waits, if that is more",
+        description="mean queueing time of the tasks begun in the last interval; the oldest task's if that is more",
     )
-    done: _Count = Field(default=0, description="tasks finished since the worker began")
-    failed: _Count = Field(default=0, description="tasks answered with a failure since the worker began")
-    malformed: _Count = Field(default=0, description="messages that broke the protocol, since the worker began")
-    rejected: _Count = Field(default=0, description="tasks given back, because it was full or leaving")
-    expired: _Count = Field(default=0, description="tasks that were past their deadline, and were dropped")
-    busy: float = Field(default=0.0, ge=0, le=1, description="share of the last interval spent computing, 0 to 1")
-    rate: float = Field(default=0.0, ge=0, description="tasks a second in the last interval")
-    task_ms: float = Field(default=0.0, ge=0, description="mean time that a task keeps the worker busy, lately")
+    done: _Count = Field(default=0, description="tasks finished")
+    failed: _Count = Field(default=0, description="tasks answered with a failure")
+    malformed: _Count = Field(default=0, description="messages that broke the protocol")
+    rejected: _Count = Field(default=0, description="tasks rejected because the worker was full or draining")
+    expired: _Count = Field(default=0, description="tasks dropped because their deadline had passed")
+    busy: float = Field(default=0.0, ge=0, le=1, description="share of the last interval spent computing")
+    rate: float = Field(default=0.0, ge=0, description="tasks per second in the last interval")
+    task_ms: float = Field(default=0.0, ge=0, description="moving average of the computing time of a task")
 
 
 class WorkerRecord(_PresenceRecord):
-    """A worker says that it is here, what it serves, and how much it takes."""
+    """The presence record of a worker: the stage it serves, its capacity and its load."""
 
     worker: _Name
     stage: _Name
@@ -112,26 +117,34 @@ class WorkerRecord(_PresenceRecord):
     site: _Name
     node: str
     pid: int
-    # A process id alone does not tell two lives apart: in containers each one is 1.
-    instance: str = Field(
-        default="", max_length=64, description="random, another in each process; foreign workers may leave it out"
-    )
+    # In containers every process has the same process id: `instance` tells a restarted worker from the one before.
+    instance: str = Field(default="", max_length=64, description="random text, new in each process; optional")
     device: str
-    fingerprint: str = Field(description="of the model's part: two workers of one stage must agree")
-    capacity: int = Field(ge=1, description="tasks that one sender may have with this worker at a time")
+    fingerprint: str = Field(description="of the model's part: all workers of a stage must agree")
+    capacity: int = Field(ge=1, description="tasks that one sender may have at this worker at a time")
     max_message_bytes: int = MESSAGE_LIMIT_BYTES
     formats: tuple[_Format, ...] = Field(
-        default=(), max_length=FORMAT_LIMIT, description="Content Types that it takes; empty: it does not say"
+        default=(), max_length=FORMAT_LIMIT, description="Content Types that it accepts; empty: not stated"
     )
-    up_s: _Seconds | None = Field(default=None, description="since it joined, by its own clock; None: it does not say")
-    reconnects: _Count = Field(default=0, description="how often its connection to its broker broke, and came back")
+    up_s: _Seconds | None = Field(default=None, description="seconds since it joined; None: not stated")
+    reconnects: _Count = Field(default=0, description="how often it lost and regained the connection to its broker")
     state: _State = "up"
     load: WorkerLoad = WorkerLoad()
-    training: TrainingStatus | None = Field(default=None, description="of a worker that trains: how far it has come")
+    training: TrainingStatus | None = Field(default=None, description="progress of a worker that trains")
+
+    @property
+    def topic(self) -> str:
+        """The presence topic that this record belongs on."""
+        return StageTopics(self.site, self.pipeline, self.stage).presence(self.worker)
+
+    @property
+    def batch_size(self) -> int:
+        """How many tasks the worker computes at once."""
+        return max(1, self.capacity - PREFETCH_TASKS)
 
 
 class LatencyPercentiles(BaseModel):
-    """Round trips of the newest results, in milliseconds; 0 before there are any."""
+    """Round trips of the newest results, in milliseconds; 0 before the first."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -140,32 +153,37 @@ class LatencyPercentiles(BaseModel):
 
 
 class SourceLoad(BaseModel):
-    """What has become of the requests of a source, as of its last report. Counts are since the source began."""
+    """The requests of a source, as of its last report. Counts are since the source started."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
-    requests: _Count = Field(default=0, description="asked for")
-    results: _Count = Field(default=0, description="answered")
-    in_flight: _Count = Field(default=0, description="sent or about to be, and not answered yet")
-    waiting: _Count = Field(default=0, description="that wait for room in the window")
-    window: _Count = Field(default=0, description="how many may be in flight")
-    rate: float = Field(default=0.0, ge=0, description="results a second, lately")
+    requests: _Count = Field(default=0, description="requests made")
+    results: _Count = Field(default=0, description="results received")
+    in_flight: _Count = Field(default=0, description="requests sent, or about to be, without a result")
+    waiting: _Count = Field(default=0, description="requests that wait for a slot in the in-flight window")
+    window: _Count = Field(default=0, description="slots of the in-flight window")
+    rate: float = Field(default=0.0, ge=0, description="recent results per second")
     latency_ms: LatencyPercentiles = LatencyPercentiles()
-    dropped: _Counts = Field(default={}, description="what never became a request, by reason")
-    retries: _Counts = Field(default={}, description="attempts after the first, by what befell the one before")
+    dropped: _Counts = Field(default={}, description="samples that never became a request, by reason")
+    retries: _Counts = Field(default={}, description="attempts after the first, by the previous attempt's error")
     failed: _Counts = Field(default={}, description="requests that ended without a result, by error")
-    duplicates: _Count = Field(default=0, description="second answers to one request, dropped")
+    duplicates: _Count = Field(default=0, description="second results of one request, dropped")
 
 
 class SourceRecord(_PresenceRecord):
-    """A source says that it is here, and how its requests fare: only their owner knows."""
+    """The presence record of a source: how its requests fare, which only their owner knows."""
 
     source: _Name
     pipeline: _Name
     site: _Name
     node: str
     pid: int
-    instance: str = Field(default="", max_length=64, description="random, another in each process")
-    up_s: _Seconds | None = Field(default=None, description="since it began, by its own clock; None: it does not say")
+    instance: str = Field(default="", max_length=64, description="random text, new in each process; optional")
+    up_s: _Seconds | None = Field(default=None, description="seconds since it started; None: not stated")
     state: _State = "up"
     load: SourceLoad = SourceLoad()
+
+    @property
+    def topic(self) -> str:
+        """The presence topic that this record belongs on."""
+        return source_presence_topic(self.site, self.pipeline, self.source)

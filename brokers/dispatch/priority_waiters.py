@@ -1,4 +1,4 @@
-"""Waiting in line on one loop: who is called first came first, among those of the same rank."""
+"""Fair waiting on one event loop: the oldest waiter of the most urgent priority is notified first."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from brokers.protocol.messages import PRIORITIES
 
 
 class PriorityWaiters:
-    """Those who wait, by rank: 0 goes before 1."""
+    """FIFO queues of waiting tasks, one for each rank; rank 0 is served first."""
 
     def __init__(self) -> None:
-        self._lines: tuple[deque[asyncio.Future[None]], ...] = tuple(deque() for _ in PRIORITIES)
-        self.notified = 0  # who has been called and has not gone on yet
+        self._queues: tuple[deque[asyncio.Future[None]], ...] = tuple(deque() for _ in PRIORITIES)
+        self.notified = 0  # waiters that have been notified and have not resumed yet
 
     def __len__(self) -> int:
-        return sum(len(line) for line in self._lines)
+        return sum(len(queue) for queue in self._queues)
 
     async def wait(self, timeout_s: float | None, rank: int = 0) -> None:
-        """Wait to be called, or for so long."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        line = self._lines[rank]
-        line.append(turn)
+        """Wait to be notified, at most for `timeout_s`; return in either case."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue = self._queues[rank]
+        queue.append(waiter)
         try:
             async with asyncio.timeout(timeout_s):
-                await turn
+                await waiter
         except TimeoutError:
             return
         except BaseException:
-            if turn.done() and not turn.cancelled():
-                self.notify()  # called and cancelled at once: the turn is the next one's
+            if waiter.done() and not waiter.cancelled():
+                self.notify()  # notified and cancelled at once: the notification belongs to the next waiter
             raise
         finally:
-            if turn in line:
-                line.remove(turn)
-            if turn.done() and not turn.cancelled():
+            if waiter in queue:
+                queue.remove(waiter)
+            if waiter.done() and not waiter.cancelled():
                 self.notified -= 1
 
     def notify(self) -> None:
-        """Have the first of those who wait go on."""
-        for line in self._lines:
-            while line:
-                turn = line.popleft()
-                if not turn.done():
-                    turn.set_result(None)
+        """Resume the first waiter."""
+        for queue in self._queues:
+            while queue:
+                waiter = queue.popleft()
+                if not waiter.done():
+                    waiter.set_result(None)
                     self.notified += 1
                     return
 
     def notify_all(self) -> None:
-        """Have all who wait now look for themselves."""
+        """Resume all tasks that wait now."""
         for _ in range(len(self)):
             self.notify()

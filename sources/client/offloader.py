@@ -116,7 +116,6 @@ class Offloader:
         fixed = window or self.pipeline.source.window
         self.inflight_limit = InflightLimit(lambda: fixed or self._open_window(live))
         self._places = PipelineWorkers(
-            self.channel,
             self.pipeline,
             self._outbox,
             on_change=self.inflight_limit.wake_next,

@@ -1,83 +1,61 @@
-"""The workers of all stages, as a source hears of them: how many requests they work on at once, and who has died."""
+"""The workers of all stages of a pipeline, as a source needs them: how many tasks they compute, and which are lost."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.dispatch.channel import MessageChannel
-from brokers.dispatch.presence import WorkerRecord
 from brokers.dispatch.stage_client import StageClient
-from brokers.dispatch.worker_pool import Dispatcher
-from brokers.errors import WireError
-from brokers.protocol.topics import last_level
-from brokers.protocol.transport import Delivery
+from brokers.dispatch.worker_registry import PresenceEvent
 
 
 class PipelineWorkers:
-    """Counts the workers. Those of the first stage are known to `first`; of the others we hear for ourselves.
+    """Counts the workers of all stages, with the presence listener of the first stage's client.
 
-    `died` is called when a worker of a later stage has died or fallen silent: it may have had requests of ours that
-    nobody tells us of, since whoever passed them on to it may have died with it. So it is when records of one were lost
-    on their way, or its broker was: a bridge to its site was down, and what else went there is lost as well.
+    `on_worker_lost` is called when a worker of a later stage is lost, or messages to or from one may have been: it may
+    have had requests of ours, and the worker that passed them on may be lost too.
     """
 
     def __init__(
         self,
-        line: MessageChannel,
         pipeline: Pipeline,
         first: StageClient,
         *,
         on_change: Callable[[], None],
         on_worker_lost: Callable[[], None],
     ) -> None:
-        self._line, self._pipeline, self._first = line, pipeline, first
-        self._changed, self._died = on_change, on_worker_lost
-        self._later = {stage.name: Dispatcher() for stage in pipeline.stage[1:]}
+        self._pipeline = pipeline
+        self._on_change = on_change
+        self._on_worker_lost = on_worker_lost
+        self._presence = first.presence
+        self._presence.add_callback(self._on_presence)
 
     async def subscribe(self) -> None:
-        for stage in self._pipeline.stage[1:]:
-            topics = self._pipeline.topics(stage)
-            await self._line.transport.subscribe(topics.presence_filter, partial(self._heard, stage.name), qos=1)
+        later = self._pipeline.stage[1:]
+        await self._presence.subscribe(*(self._pipeline.topics(stage).presence_filter for stage in later))
 
     @property
     def concurrency(self) -> int:
-        """Tasks that are computed at once, over all stages; by the file where nobody is up yet."""
-        found = self._first.total_batch_size + sum(stage.total_batch_size for stage in self._later.values())
-        return found or sum(stage.workers * stage.max_batch for stage in self._pipeline.stage)
+        """Tasks that are computed at once, over all stages; by the pipeline file while no worker is up."""
+        records = self._presence.registry.workers_up(time.monotonic())
+        default = sum(stage.workers * stage.max_batch for stage in self._pipeline.stage)
+        return sum(record.batch_size for record in records) or default
 
     @property
     def widest_stage_workers(self) -> int:
-        """How many workers are up in the stage that has most; by the file where nobody is up yet."""
-        found = max(len(self._first), *(len(stage) for stage in self._later.values()), 0)
-        return found or max(stage.workers for stage in self._pipeline.stage)
+        """How many workers are up in the stage that has most; by the pipeline file while no worker is up."""
+        most = max(self.worker_count(stage.name) for stage in self._pipeline.stage)
+        return most or max(stage.workers for stage in self._pipeline.stage)
 
     def worker_count(self, stage: str) -> int:
         """How many workers of a stage are up."""
-        return len(self._later.get(stage, self._first))
+        return len(self._presence.registry.workers_up(time.monotonic(), stage))
 
-    def _heard(self, stage: str, delivery: Delivery) -> None:
-        known, worker, now_s = self._later[stage], last_level(delivery.topic), time.monotonic()
-        for each in self._later.values():
-            for silent in each.timed_out(now_s):
-                self._forget(each, silent)
-        if not delivery.payload:
-            self._forget(known, worker)
+    def _on_presence(self, event: PresenceEvent) -> None:
+        if event.worker is None:
             return
-        try:
-            birth = WorkerRecord.from_bytes(bytes(delivery.payload))
-        except WireError:
-            return  # whoever sends to that stage says so
-        if birth.worker == worker:
-            if known.has_gap(birth, now_s):
-                self._died()
-            known.update(birth, now_s)
-            self._changed()
-
-    def _forget(self, known: Dispatcher, worker: str) -> None:
-        died = known.is_active(worker)
-        known.remove(worker)
-        if died:
-            self._died()
+        is_lost = event.kind == "lost" and event.worker.state != "stopped"
+        if event.worker.stage != self._pipeline.stage[0].name and (is_lost or event.kind == "gap"):
+            self._on_worker_lost()
+        self._on_change()

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 
 from brokers.dispatch.presence import OTHER_REASON, REASON_LIMIT
-from brokers.dispatch.stage_client import LostTask
+from brokers.dispatch.worker_pool import LostTask
 from brokers.errors import Disconnected, WireError
 from brokers.protocol.messages import Failure, Message, Result
 from brokers.protocol.transport import Properties

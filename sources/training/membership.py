@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import WorkerRecord
-from brokers.dispatch.worker_pool import PRESENCE_TIMEOUT_S
+from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.errors import WireError
 from brokers.protocol.topics import last_level
 from brokers.protocol.training import SourceProgress

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from brokers.dispatch.presence import WorkerRecord
-from brokers.dispatch.worker_pool import LEASE_S, PRESENCE_TIMEOUT_S
+from brokers.dispatch.worker_pool import LEASE_S
+from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.protocol.training import TrainingStatus
 
 # What could not be settled is tried again so much later.

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.dispatch.presence import WorkerRecord
-from brokers.dispatch.worker_pool import PRESENCE_TIMEOUT_S
+from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.errors import SparseError, WireError
 from brokers.protocol.messages import REQUEST_ID_BYTES, StepMessage
 from brokers.protocol.topics import last_level, source_presence_topic

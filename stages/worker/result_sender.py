@@ -16,7 +16,8 @@ from typing import Any
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.dispatch.channel import MessageChannel
-from brokers.dispatch.stage_client import LostTask, StageClient
+from brokers.dispatch.stage_client import StageClient
+from brokers.dispatch.worker_pool import LostTask
 from brokers.errors import NoWorker, WireError, error_code
 from brokers.protocol.codec import EncodedMessage, make_failure_reply
 from brokers.protocol.messages import JSON, Activation, Failure, ReplyTo, Result, Task, TaskDone, TensorContent

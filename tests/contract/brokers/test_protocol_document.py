@@ -16,7 +16,7 @@ import brokers.protocol.stage_timing
 import stages.errors
 import stages.training.errors  # all subclasses of SparseError that a stage raises
 from brokers.dispatch import channel as line
-from brokers.dispatch import presence
+from brokers.dispatch import presence, worker_registry
 from brokers.dispatch import worker_pool as dispatch
 from brokers.dispatch.presence import LatencyPercentiles, SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
 from brokers.errors import WireError
@@ -337,7 +337,7 @@ LIMITS = {
     "unfinished messages of a receiver": chunks.MESSAGE_COUNT_LIMIT,
     "patience with a message whose chunks do not come": chunks.CHUNK_TIMEOUT_S,
     "a word from a worker about a request": dispatch.LEASE_S,
-    "a record of a worker": dispatch.PRESENCE_TIMEOUT_S,
+    "a record of a worker": worker_registry.PRESENCE_TIMEOUT_S,
     "a record, of a worker or a source": presence.RECORD_LIMIT_BYTES,
     "reasons in an object of counts": presence.REASON_LIMIT,
     "Response Topic": brokers.protocol.messages._TOPIC_BYTES,

@@ -1,50 +1,80 @@
-"""The way to the workers of a stage, over a line: room, turns, deaths, and words that come late."""
+"""The client of a stage on a transport: waiting for credit, lost workers, and cancelled senders."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 
 import pytest
 
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import WorkerRecord
-from brokers.dispatch.stage_client import LostTask, StageClient
-from brokers.errors import NoWorker
+from brokers.dispatch.stage_client import StageClient
+from brokers.dispatch.worker_pool import LostTask
+from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
+from brokers.errors import Disconnected, NoWorker, TooLarge
 from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.messages import BinaryContent, ReplyTo, Task, new_request_id
 from brokers.protocol.topics import StageTopics
-from tests.support.brokers.broker_kinds import run_async
-from tests.unit.brokers.dispatch.test_worker_pool import make_worker_record
+from tests.support.brokers.broker_kinds import WAIT_S, run_async
+from tests.support.brokers.presence_records import make_worker_record
 
 TOPICS = StageTopics("local", "street", "head")
+ONE_CREDIT = make_worker_record(capacity=1)
 
 
-class Yard:
-    """An outbox on a hub, and the means to play its workers."""
+@pytest.fixture(autouse=True)
+def only_notifications_resume_senders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("brokers.dispatch.stage_client._LEASE_CHECK_S", 3600.0)
+
+
+class Fixture:
+    """A stage client on an in-memory broker, where the test publishes the records of its workers."""
 
     def __init__(self) -> None:
         self.lost: list[LostTask] = []
-        self.hub = MemoryBroker()
-        self.line = MessageChannel(MemoryTransport(self.hub))
-        self.outbox = StageClient(self.line, TOPICS, self.lost.append)
+        self.gaps = 0
+        self.broker = MemoryBroker()
+        self.channel = MessageChannel(MemoryTransport(self.broker))
+        self.client = StageClient(self.channel, TOPICS, self.lost.append, on_gap=self._count_gap)
 
-    async def __aenter__(self) -> Yard:
-        await self.line.open()
-        await self.outbox.open()
+    async def __aenter__(self) -> Fixture:
+        await self.channel.open()
+        await self.client.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.outbox.close()
-        await self.line.close()
+        await self.client.close()
+        await self.channel.close()
 
-    async def say(self, record: WorkerRecord | bytes, topic_worker: str = "w") -> None:
-        payload = record if isinstance(record, bytes) else record.to_bytes()
-        await self.line.transport.publish(TOPICS.presence(topic_worker), payload, qos=1, retain=True)
-        await asyncio.sleep(0.01)
+    def _count_gap(self) -> None:
+        self.gaps += 1
+
+    async def publish(self, record: WorkerRecord | None, worker: str = "w") -> None:
+        """Publish a record, or clear the one of `worker`; return when the client has it."""
+        topic = TOPICS.presence(worker) if record is None else record.topic
+        payload = b"" if record is None else record.to_bytes()
+        applied = asyncio.create_task(
+            self.client.presence.wait_for(lambda registry: (topic in registry.workers) == bool(payload), WAIT_S)
+        )
+        await self.channel.transport.publish(topic, payload, qos=1, retain=True)
+        assert await applied
+        await asyncio.sleep(0)
+
+    async def send(self, task: Task, timeout_s: float = WAIT_S) -> str:
+        return await self.client.send(task, timeout_s=timeout_s)
+
+    async def start_send(self, *, timeout_s: float = WAIT_S) -> asyncio.Task[str]:
+        """Start to send a task that has to wait for credit; return when it waits."""
+        waiting = len(self.client._waiters)
+        sending = asyncio.create_task(self.send(make_task(), timeout_s))
+        await asyncio.sleep(0)
+        assert len(self.client._waiters) == waiting + 1
+        return sending
 
 
-def task(request: bytes | None = None, attempt: int = 1) -> Task:
+def make_task(request: bytes | None = None, attempt: int = 1) -> Task:
     return Task(
         request_id=request or new_request_id(),
         content=BinaryContent("application/json", b"1"),
@@ -53,168 +83,187 @@ def task(request: bytes | None = None, attempt: int = 1) -> Task:
     )
 
 
-def test_all_that_wait_go_at_once_when_a_worker_with_room_for_them_is_born() -> None:
+# Credit -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_waiting_senders_resume_when_a_worker_appears() -> None:
     async def test() -> None:
-        async with Yard() as yard:
-            waiting = [asyncio.create_task(yard.outbox.send(task(), timeout_s=5)) for _ in range(4)]
-            await asyncio.sleep(0.01)
-            await yard.say(make_worker_record(capacity=4))
-            done, _ = await asyncio.wait(waiting, timeout=0.3)  # well within the second after which they look again
-            assert len(done) == 4
-            assert await asyncio.gather(*waiting) == ["w"] * 4
+        async with Fixture() as fixture:
+            sends = [await fixture.start_send() for _ in range(4)]
+            await fixture.publish(make_worker_record(capacity=4))
+            assert await asyncio.gather(*sends) == ["w"] * 4
 
     run_async(test())
 
 
-def test_nobody_up_is_told_after_the_wait() -> None:
+def test_timeout_raises_no_worker() -> None:
     async def test() -> None:
-        async with Yard() as yard:
-            with pytest.raises(
-                NoWorker, match=r"no worker of stage 'head' of pipeline 'street' came up within 0\.02 s"
-            ):
-                await yard.outbox.send(task(), timeout_s=0.02)
-
-    run_async(test())
-
-
-def test_one_place_that_is_freed_lets_one_go() -> None:
-    async def test() -> None:
-        async with Yard() as yard:
-            await yard.say(make_worker_record(capacity=1))
-            first = task()
-            await yard.outbox.send(first, timeout_s=1)
-            waiting = [asyncio.create_task(yard.outbox.send(task(), timeout_s=0.3)) for _ in range(2)]
-            await asyncio.sleep(0.01)
-            yard.outbox.task_done("w", first.request_id)
-            found = await asyncio.gather(*waiting, return_exceptions=True)
-            assert [type(each) for each in found] == [str, NoWorker]
-
-    run_async(test())
-
-
-def test_a_worker_that_dies_is_told_for_each_request_it_held() -> None:
-    async def test() -> None:
-        async with Yard() as yard:
-            await yard.say(make_worker_record(capacity=3))
-            held, finished = task(attempt=2), task()
-            await yard.outbox.send(held, timeout_s=1)
-            await yard.outbox.send(finished, timeout_s=1)
-            yard.outbox.task_done("w", finished.request_id)
-            await yard.say(b"")
-            assert yard.lost == [LostTask(held.request_id, 2, ReplyTo("back"), "head", "w")]
-            await yard.say(b"")
-            assert len(yard.lost) == 1
-            assert len(yard.outbox) == 0
-
-    run_async(test())
-
-
-def test_a_worker_that_falls_silent_is_given_up_until_it_is_heard_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("brokers.dispatch.stage_client._WATCH_EVERY_S", 0.01)
-    monkeypatch.setattr("brokers.dispatch.worker_pool.PRESENCE_TIMEOUT_S", 0.1)
-
-    async def test() -> None:
-        async with Yard() as yard:
-            await yard.say(make_worker_record())
-            held = task()
-            await yard.outbox.send(held, timeout_s=1)
-            await asyncio.sleep(0.2)
-            assert [lost.request for lost in yard.lost] == [held.request_id]
-            assert len(yard.outbox) == 0
-            await yard.say(make_worker_record())
-            assert await yard.outbox.send(task(), timeout_s=1) == "w"
-
-    run_async(test())
-
-
-def test_after_a_broken_connection_what_was_in_hand_is_told_and_only_who_is_heard_live_gets_work() -> None:
-    async def test() -> None:
-        async with Yard() as yard:
-            await yard.say(make_worker_record(capacity=1))
-            held = task()
-            await yard.outbox.send(held, timeout_s=1)
-            yard.hub.stop()
-            yard.hub.start()
-            await asyncio.sleep(0.01)
-            assert [(lost.request, lost.cause) for lost in yard.lost] == [(held.request_id, "disconnected")]
-            # The record that the broker has kept proves nothing: its worker may not have found back yet.
+        async with Fixture() as fixture:
             with pytest.raises(NoWorker):
-                await yard.outbox.send(task(), timeout_s=0.1)
-            await yard.say(make_worker_record(capacity=1))
-            assert await yard.outbox.send(task(), timeout_s=0.1) == "w"
+                await fixture.send(make_task(), timeout_s=0.02)
 
     run_async(test())
 
 
-def test_the_death_of_an_earlier_worker_says_nothing_of_the_later_attempt() -> None:
+def test_one_freed_credit_resumes_one_sender() -> None:
     async def test() -> None:
-        async with Yard() as yard:
-            await yard.say(make_worker_record("w", capacity=1))
-            request = new_request_id()
-            assert await yard.outbox.send(task(request), timeout_s=1) == "w"
-            await yard.say(make_worker_record("v", capacity=1), "v")
-            assert await yard.outbox.send(task(request, 2), timeout_s=1) == "v"
-            await yard.say(b"", "w")
-            assert yard.lost == []
-            await yard.say(b"", "v")
-            assert [(lost.attempt, lost.worker) for lost in yard.lost] == [(2, "v")]
-
-    run_async(test())
-
-
-def test_a_late_word_of_an_earlier_attempt_does_not_hide_the_death_of_the_later() -> None:
-    async def test() -> None:
-        async with Yard() as yard:
-            await yard.say(make_worker_record("w", capacity=1))
-            request = new_request_id()
-            assert await yard.outbox.send(task(request), timeout_s=1) == "w"
-            await yard.say(make_worker_record("v", capacity=1), "v")
-            assert await yard.outbox.send(task(request, 2), timeout_s=1) == "v"
-            yard.outbox.task_done("w", request)
-            await yard.say(b"", "v")
-            assert [(lost.attempt, lost.worker) for lost in yard.lost] == [(2, "v")]
-
-    run_async(test())
-
-
-def test_a_record_on_the_topic_of_another_worker_or_of_garbage_is_passed_over() -> None:
-    async def test() -> None:
-        async with Yard() as yard:
-            await yard.say(make_worker_record("someone-else"))
-            await yard.say(b"garbage")
-            await yard.say(make_worker_record(version="2"))
-            assert len(yard.outbox) == 0
-            await yard.say(make_worker_record())
-            assert len(yard.outbox) == 1
-
-    run_async(test())
-
-
-def test_a_wait_that_ends_as_it_is_woken_ends_in_good_order() -> None:
-    async def test() -> None:
-        async with Yard() as yard:
-            sending = asyncio.create_task(yard.outbox.send(task(), timeout_s=0.05))
+        async with Fixture() as fixture:
+            await fixture.publish(ONE_CREDIT)
+            first = make_task()
+            await fixture.send(first)
+            sends = [await fixture.start_send() for _ in range(2)]
+            fixture.client.task_done("w", first.request_id)
+            assert await asyncio.wait_for(sends[0], WAIT_S) == "w"
             await asyncio.sleep(0.01)
-            [turn] = yard.outbox._turns._lines[0]
-            turn.add_done_callback(lambda _: yard.outbox.task_done("nobody", b""))  # wakes as the wait is cancelled
+            assert not sends[1].done()
+            sends[1].cancel()
+            await asyncio.gather(sends[1], return_exceptions=True)
+
+    run_async(test())
+
+
+def test_message_over_the_workers_limit_raises_too_large() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            await fixture.publish(make_worker_record(max_message_bytes=0))
+            with pytest.raises(TooLarge):
+                await fixture.send(make_task())
+
+    run_async(test())
+
+
+def test_close_ends_all_waiting() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            sending = await fixture.start_send()
+            await fixture.client.close()
+            with pytest.raises(Disconnected):
+                await sending
+
+    run_async(test())
+
+
+# Lost workers -----------------------------------------------------------------------------------------------------
+
+
+def test_lost_worker_is_reported_for_each_unfinished_task_once() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            await fixture.publish(make_worker_record(capacity=3))
+            unfinished, finished = make_task(attempt=2), make_task()
+            await fixture.send(unfinished)
+            await fixture.send(finished)
+            fixture.client.task_done("w", finished.request_id)
+            await fixture.publish(None)
+            assert fixture.lost == [LostTask(unfinished.request_id, 2, ReplyTo("back"), "head", "w")]
+            await fixture.publish(None)
+            assert len(fixture.lost) == 1
+            assert len(fixture.client) == 0
+
+    run_async(test())
+
+
+def test_restarted_worker_loses_the_tasks_of_its_former_process() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            await fixture.publish(make_worker_record(pid=1))
+            task = make_task()
+            await fixture.send(task)
+            changed = asyncio.Event()
+            fixture.client.presence.add_callback(lambda _: changed.set())
+            await fixture.publish(make_worker_record(pid=2))
+            await asyncio.wait_for(changed.wait(), WAIT_S)
+            assert [lost.request for lost in fixture.lost] == [task.request_id]
+            assert await fixture.send(make_task()) == "w"
+
+    run_async(test())
+
+
+def test_silent_worker_is_lost_until_its_next_record() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            await fixture.publish(make_worker_record())
+            task = make_task()
+            await fixture.send(task)
+            fixture.client.presence.tick(time.monotonic() + PRESENCE_TIMEOUT_S + 1)
+            assert [lost.request for lost in fixture.lost] == [task.request_id]
+            assert len(fixture.client) == 0
+            await fixture.publish(make_worker_record())
+            assert await fixture.send(make_task()) == "w"
+
+    run_async(test())
+
+
+def test_gap_is_reported_and_frees_credit() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            await fixture.publish(ONE_CREDIT)
+            await fixture.send(make_task())
+            await fixture.publish(make_worker_record(capacity=1, reconnects=1))
+            assert await fixture.send(make_task()) == "w"
+            assert fixture.gaps == 1
+            assert fixture.lost == []
+
+    run_async(test())
+
+
+def test_reconnection_reports_tasks_and_waits_for_live_records() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            await fixture.publish(ONE_CREDIT)
+            task = make_task()
+            await fixture.send(task)
+            fixture.broker.stop()
+            fixture.broker.start()
+            assert await fixture.client.presence.wait_for(lambda registry: not registry.workers, WAIT_S)
+            assert [(lost.request, lost.cause) for lost in fixture.lost] == [(task.request_id, "disconnected")]
+            retained = fixture.client.presence.registry.on_message(
+                ONE_CREDIT.topic, ONE_CREDIT.to_bytes(), time.monotonic(), retained=True
+            )
+            assert retained == []
+            await fixture.publish(ONE_CREDIT)
+            assert await fixture.send(make_task()) == "w"
+
+    run_async(test())
+
+
+def test_records_of_other_stages_are_ignored() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            other = StageTopics("local", "street", "tail")
+            await fixture.client.presence.subscribe(other.presence_filter)
+            await fixture.publish(make_worker_record(stage="tail"))
+            assert len(fixture.client) == 0
+
+    run_async(test())
+
+
+# Cancelled senders ------------------------------------------------------------------------------------------------
+
+
+def test_timeout_at_the_moment_of_notification_raises_no_worker() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            sending = await fixture.start_send(timeout_s=0.05)
+            [waiter] = fixture.client._waiters._queues[0]
+            waiter.add_done_callback(lambda _: fixture.client.task_done("unknown", b""))  # notifies as it is cancelled
             with pytest.raises(NoWorker):
                 await sending
 
     run_async(test())
 
 
-def test_a_sender_that_is_cancelled_while_it_waits_keeps_no_turn_from_the_others() -> None:
+def test_cancelled_sender_passes_its_notification_on() -> None:
     async def test() -> None:
-        async with Yard() as yard:
-            await yard.say(make_worker_record(capacity=1))
-            first = task()
-            await yard.outbox.send(first, timeout_s=1)
-            gone, stays = (asyncio.create_task(yard.outbox.send(task(), timeout_s=5)) for _ in range(2))
-            await asyncio.sleep(0.01)
-            gone.cancel()
+        async with Fixture() as fixture:
+            await fixture.publish(ONE_CREDIT)
+            first = make_task()
+            await fixture.send(first)
+            cancelled, waiting = await fixture.start_send(), await fixture.start_send()
+            fixture.client.task_done("w", first.request_id)
+            cancelled.cancel()
             with suppress(asyncio.CancelledError):
-                await gone
-            yard.outbox.task_done("w", first.request_id)
-            assert await asyncio.wait_for(stays, 0.5) == "w"
+                await cancelled
+            assert await asyncio.wait_for(waiting, WAIT_S) == "w"
 
     run_async(test())

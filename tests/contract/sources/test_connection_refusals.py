@@ -17,7 +17,7 @@ from brokers.protocol.messages import Failure, Message, Task
 from sources.client.offloader import Offloader
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
-from tests.unit.brokers.dispatch.test_worker_pool import make_worker_record
+from tests.support.brokers.presence_records import make_worker_record
 
 
 def test_a_deadline_that_passes_while_all_are_full_is_told_when_it_passes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from brokers.config.pipeline_file import load_pipeline
 from brokers.dispatch.presence import WorkerRecord
-from brokers.dispatch.worker_pool import PRESENCE_TIMEOUT_S
+from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.errors import DeadlinePassed, NoWorker
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_numpy, to_numpy

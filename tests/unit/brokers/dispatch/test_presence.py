@@ -1,4 +1,4 @@
-"""Records of who is up: what may stand in one, and what a record of another hand can do."""
+"""Presence records: which fields and values are valid, and what a malformed one raises."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from brokers.dispatch.presence import (
     OTHER_REASON,
@@ -17,26 +19,59 @@ from brokers.dispatch.presence import (
     normalize_reason_counts,
 )
 from brokers.errors import BadPayload, WireError
+from tests.support.brokers.presence_records import make_worker_record
 from tests.support.errors import raises_error
 
 SOURCE = SourceRecord(source="cam", pipeline="street", site="local", node="here", pid=1)
-WORKER = WorkerRecord(
-    worker="w", stage="head", pipeline="street", site="local", node="here", pid=1, device="cpu", fingerprint="",
-    capacity=1,
-)  # fmt: skip
+WORKER = make_worker_record("w.1_-Z")
 
 
-def test_a_record_of_a_source_reads_as_it_was_written() -> None:
+def parse_changed(record: WorkerRecord | SourceRecord, change: dict[str, Any]) -> WorkerRecord | SourceRecord:
+    fields = {**json.loads(record.to_bytes()), **change}
+    return type(record).from_bytes(json.dumps(fields).encode())
+
+
+def test_records_survive_encoding_and_decoding() -> None:
     load = SourceLoad(requests=9, results=7, dropped={"superseded": 2}, retries={"WorkerLost": 1}, duplicates=1)
-    record = SOURCE.model_copy(update={"load": load, "up_s": 1.5})
-    assert SourceRecord.from_bytes(record.to_bytes()) == record
+    source = SOURCE.model_copy(update={"load": load, "up_s": 1.5})
+    assert SourceRecord.from_bytes(source.to_bytes()) == source
+    assert WorkerRecord.from_bytes(WORKER.to_bytes()) == WORKER
 
 
-def test_a_worker_of_before_says_neither_its_age_nor_what_it_turned_away() -> None:
+def test_records_know_their_topics() -> None:
+    assert WORKER.topic == "sparse/local/street/head/up/w.1_-Z"
+    assert SOURCE.topic == "sparse/local/street/source/up/cam"
+
+
+def test_unknown_fields_are_ignored() -> None:
+    load = {**json.loads(WORKER.to_bytes())["load"], "watts": None}
+    assert parse_changed(WORKER, {"gpu_memory": 5, "load": load}) == WORKER
+
+
+def test_optional_fields_have_defaults() -> None:
     fields = json.loads(WORKER.to_bytes())
     del fields["up_s"], fields["load"]["rejected"], fields["load"]["expired"]
-    found = WorkerRecord.from_bytes(json.dumps(fields).encode())
-    assert (found.up_s, found.load.rejected, found.load.expired) == (None, 0, 0)
+    record = WorkerRecord.from_bytes(json.dumps(fields).encode())
+    assert (record.up_s, record.load.rejected, record.load.expired) == (None, 0, 0)
+
+
+BAD_NAMES = [{"worker": "a/b"}, {"worker": "#"}, {"worker": ""}, {"worker": "a\n"}, {"stage": "+"}, {"pipeline": "ü"}]
+BAD_TYPES = [{"worker": 5}, {"capacity": 0}, {"capacity": "many"}, {"state": "asleep"}, {"pid": None}, {"load": 5}]
+BAD_LOADS = [{"task_ms": -1}, {"busy": 2}, {"task_ms": float("nan")}, {"rate": float("inf")}, {"queue": 0.5}]
+
+
+@pytest.mark.parametrize("change", BAD_NAMES + BAD_TYPES + [{"load": load} for load in BAD_LOADS], ids=str)
+def test_malformed_worker_record_raises_bad_payload_naming_the_field(change: dict[str, Any]) -> None:
+    with pytest.raises(BadPayload, match=f"not a presence record: {next(iter(change))}"):
+        parse_changed(WORKER, change)
+
+
+@pytest.mark.parametrize("field", ["worker", "stage", "pipeline", "site", "node", "pid", "device", "capacity"])
+def test_missing_field_raises_bad_payload_naming_the_field(field: str) -> None:
+    fields = json.loads(WORKER.to_bytes())
+    del fields[field]
+    with pytest.raises(BadPayload, match=f"{field}: Field required"):
+        WorkerRecord.from_bytes(json.dumps(fields).encode())
 
 
 @pytest.mark.parametrize(
@@ -53,26 +88,34 @@ def test_a_worker_of_before_says_neither_its_age_nor_what_it_turned_away() -> No
         {"load": {"rate": float("inf")}},
         {"node": "n" * RECORD_LIMIT_BYTES},
     ],
+    ids=lambda change: str(change)[:40],
 )
-def test_a_record_of_a_source_that_breaks_a_rule_is_refused(change: dict[str, Any]) -> None:
-    fields = {**json.loads(SOURCE.to_bytes()), **change}
+def test_malformed_source_record_raises_bad_payload(change: dict[str, Any]) -> None:
     with pytest.raises(BadPayload, match="not a presence record"):
-        SourceRecord.from_bytes(json.dumps(fields).encode())
+        parse_changed(SOURCE, change)
 
 
-def test_a_source_of_another_version_is_told_apart() -> None:
+@pytest.mark.parametrize("record", [WORKER, SOURCE], ids=["worker", "source"])
+def test_other_protocol_version_raises_version_mismatch(record: WorkerRecord | SourceRecord) -> None:
     with raises_error(WireError, "VersionMismatch"):
-        SourceRecord.from_bytes(SOURCE.model_copy(update={"version": "2"}).to_bytes())
+        parse_changed(record, {"version": "2"})
 
 
-def test_counts_by_reason_fit_a_record_whatever_the_reasons() -> None:
-    wild = {"": 1, "a b": 2, "a_b": 3, "ü" * 100: 4, **{f"made-up-{number}": 1 for number in range(1000)}}
-    found = normalize_reason_counts(wild)
-    assert REASON_LIMIT - 1 <= len(found) <= REASON_LIMIT
-    assert sum(found.values()) == sum(wild.values())
-    assert found["a_b"] == 5
-    assert found[OTHER_REASON] > 900
-    record = SOURCE.model_copy(update={"load": SourceLoad(failed=found)})
+@given(st.binary(max_size=60))
+def test_arbitrary_bytes_raise_only_wire_errors(payload: bytes) -> None:
+    for candidate in (payload, b"{" + payload, b"[" * 100_000):
+        with pytest.raises(WireError):
+            WorkerRecord.from_bytes(candidate)
+
+
+def test_reason_counts_are_normalized_to_fit_a_record() -> None:
+    counts = {"": 1, "a b": 2, "a_b": 3, "ü" * 100: 4, **{f"made-up-{number}": 1 for number in range(1000)}}
+    result = normalize_reason_counts(counts)
+    assert REASON_LIMIT - 1 <= len(result) <= REASON_LIMIT
+    assert sum(result.values()) == sum(counts.values())
+    assert result["a_b"] == 5
+    assert result[OTHER_REASON] > 900
+    record = SOURCE.model_copy(update={"load": SourceLoad(failed=counts)})
+    assert record.load.failed == result
     assert SourceRecord.from_bytes(record.to_bytes()) == record
-    assert SourceLoad(failed=wild).failed == found
     assert normalize_reason_counts({"WorkerLost": 2, "Busy": 0}) == {"WorkerLost": 2}

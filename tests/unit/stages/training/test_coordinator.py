@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from brokers.dispatch.presence import WorkerRecord
-from brokers.dispatch.worker_pool import PRESENCE_TIMEOUT_S
+from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.protocol.training import TrainingStatus
 from stages.training.coordinator import RETRY_DELAY_S, Coordinator, CoordinatorCommand
 
