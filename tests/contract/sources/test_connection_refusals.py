@@ -16,8 +16,8 @@ from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.messages import Failure, Message, Task
 from sources.client.offloader import Offloader
 from tests.support.brokers.broker_kinds import run_async
-from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 from tests.support.brokers.presence_records import make_worker_record
+from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
 
 def test_a_deadline_that_passes_while_all_are_full_is_told_when_it_passes(tmp_path: Path) -> None:
