@@ -14,28 +14,30 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from brokers.errors import BadPayload, TooLarge
+from brokers.protocol.media_type import JPEG_SIGNATURE, PNG_SIGNATURE
+from brokers.protocol.messages import JPEG, PNG
 
-Picture = npt.NDArray[np.uint8]  # (H, W, 3), red, green, blue
+RgbImage = npt.NDArray[np.uint8]  # (H, W, 3), red, green, blue
 
 # 8192 x 6144, which is 151 MB as RGB: above the 20 to 48 megapixels of cameras and telephones, below the memory of the
 # smallest device that runs a detector. The size is read from the header, before any pixel is.
 MAX_PICTURE_BYTES = 8192 * 6144 * 3
-JPEG_START = b"\xff\xd8\xff"
-PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
-def decode_picture(data: bytes | bytearray | memoryview, content_type: str = "") -> Picture:
+def decode_picture(data: bytes | bytearray | memoryview, content_type: str = "") -> RgbImage:
     """Decode a JPEG or PNG file to (H, W, 3) uint8 RGB; its first bytes decide the format.
 
     `content_type` is only named in errors. Raises `BadPayload` for bytes that are neither format or that end before the
     last pixel, `TooLarge` for a picture over `MAX_PICTURE_BYTES`, before memory is allocated for it.
     """
-    start = bytes(data[:8])
+    start = bytes(data[: len(PNG_SIGNATURE)])
     plugin: type[ImageFile.ImageFile]
-    if start.startswith(JPEG_START):
-        plugin, detected_type = JpegImagePlugin.JpegImageFile, "image/jpeg"
-    elif start == PNG_START:
-        plugin, detected_type = PngImagePlugin.PngImageFile, "image/png"
+    if start.startswith(JPEG_SIGNATURE):
+        plugin = JpegImagePlugin.JpegImageFile
+        detected_type = JPEG
+    elif start == PNG_SIGNATURE:
+        plugin = PngImagePlugin.PngImageFile
+        detected_type = PNG
     else:
         problem = f"neither JPEG nor PNG: {len(data)} bytes that begin with {start.hex() or 'nothing'}"
         raise BadPayload(content_type or "unknown", problem)
@@ -61,7 +63,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Picture:
+def _to_rgb(image: Image.Image) -> RgbImage:
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         grey = (np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, np.newaxis], 3, axis=2)

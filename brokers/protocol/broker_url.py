@@ -1,4 +1,4 @@
-"""Where a broker is: `mqtt://[user[:password]@]host[:port]`, `mqtts://...` for TLS, `mqtt+unix:///path`. Pure."""
+"""Broker addresses: `mqtt://[user[:password]@]host[:port]`, `mqtts://...` for TLS, `mqtt+unix:///path`."""
 
 from __future__ import annotations
 
@@ -11,26 +11,15 @@ MQTT_PORT = 1883
 MQTTS_PORT = 8883
 
 
-@dataclass(eq=False)
-class BadAddress(UsageError):
-    """A broker address that cannot be read; `shown` is the address without what may be a password."""
-
-    shown: str
-    problem: str
-
-    def __str__(self) -> str:
-        return (
-            f"broker address {self.shown!r}: {self.problem}; expected mqtt://[user[:password]@]host[:port], "
-            "mqtts://[user[:password]@]host[:port] or mqtt+unix:///path"
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class BrokerAddress:
-    """A parsed address; `str()` of it never holds the password."""
+    """A parsed address; `str()` of it does not contain the password.
 
-    scheme: str  # "mqtt", "mqtts" or "mqtt+unix"
-    host: str  # a name, an IPv4 or IPv6 address, or the path of a Unix socket
+    `host` is a name, an IPv4 or IPv6 address, or the path of a Unix socket; `scheme` is "mqtt", "mqtts" or "mqtt+unix".
+    """
+
+    scheme: str
+    host: str
     port: int = 0
     user: str | None = None
     password: str | None = field(default=None, repr=False)
@@ -52,44 +41,61 @@ class BrokerAddress:
 
 
 def parse_address(text: str) -> BrokerAddress:
-    """Return the address in `text`; raise `BadAddress`, one line that says what was expected."""
-    scheme, separator, rest = text.partition("://")
-    # Without a scheme, too, what stands before the last @ may be a password.
-    shown = f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else text.rpartition("@")[2]
-    if scheme not in ("mqtt", "mqtts", "mqtt+unix") or not separator:
-        raise BadAddress(shown, f"unknown scheme {scheme!r}" if separator else "it has no scheme")
+    """Parse a broker address. Raises `UsageError` ("BadAddress"), whose message does not contain the password."""
+    try:
+        return _parse(text)
+    except ValueError as error:
+        # Even without a scheme, text before the last @ may be a password.
+        scheme, separator, rest = text.partition("://") if "://" in text else ("", "", text)
+        message = (
+            f"broker address {scheme + separator + rest.rpartition('@')[2]!r}: {error}; expected "
+            "mqtt://[user[:password]@]host[:port], mqtts://[user[:password]@]host[:port] or mqtt+unix:///path"
+        )
+        raise UsageError("BadAddress", message) from None
+
+
+def _parse(text: str) -> BrokerAddress:
+    """Parse an address. Raises `ValueError` with what is wrong, and without the password."""
+    scheme, separator, _ = text.partition("://")
+    if not separator:
+        raise ValueError("it has no scheme")
+    if scheme not in ("mqtt", "mqtts", "mqtt+unix"):
+        raise ValueError(f"unknown scheme {scheme!r}")
     try:
         parts = urlsplit(text)
-        host, port = parts.hostname or "", parts.port
-    except ValueError as error:
-        problem = "the port is not a number from 1 to 65535" if "ort" in str(error) else str(error)
-        raise BadAddress(shown, problem) from error
+    except ValueError:  # its text may contain the password
+        raise ValueError("the host is not valid") from None
     if parts.query or parts.fragment:
-        raise BadAddress(shown, "nothing may follow a '?' or '#'")
+        raise ValueError("nothing may follow a '?' or '#'")
     user = unquote(parts.username) if parts.username is not None else None
     password = unquote(parts.password) if parts.password is not None else None
     if scheme == "mqtt+unix":
-        if host or not parts.path.strip("/"):
-            raise BadAddress(shown, "a Unix socket needs an absolute path after three slashes")
-        if not unquote(parts.path).isprintable():
-            raise BadAddress(shown, "the path holds a character that cannot be printed")
-        return BrokerAddress(scheme, unquote(parts.path), 0, user, password)
-    if not host:
-        raise BadAddress(shown, "it names no host")
-    _check_host(host, shown)
-    if parts.path.strip("/"):
-        raise BadAddress(shown, f"nothing may follow the port, got {parts.path.rpartition('@')[2]!r}")
+        path = unquote(parts.path)
+        if parts.hostname or not path.strip("/"):
+            raise ValueError("a Unix socket needs an absolute path after three slashes")
+        if not path.isprintable():
+            raise ValueError("the path contains a character that cannot be printed")
+        return BrokerAddress(scheme, path, 0, user, password)
+    try:
+        port = parts.port
+    except ValueError:  # the same
+        port = 0
     if port == 0:
-        raise BadAddress(shown, "the port is not a number from 1 to 65535")
+        raise ValueError("the port is not a number from 1 to 65535")
+    host = parts.hostname or ""
+    _check_host(host)
+    if parts.path.strip("/"):
+        raise ValueError(f"nothing may follow the port, got {parts.path.rpartition('@')[2]!r}")
     return BrokerAddress(scheme, host, port or (MQTTS_PORT if scheme == "mqtts" else MQTT_PORT), user, password)
 
 
-def _check_host(host: str, shown: str) -> None:
-    """Refuse what the resolver would fail on with an error of another kind than for a host that does not exist."""
-    problem = f"{host!r} is no name of a host: each part between two dots has 1 to 63 characters"
-    try:
-        host.encode("idna")  # as `socket.getaddrinfo` does
-    except UnicodeError as error:
-        raise BadAddress(shown, problem) from error
+def _check_host(host: str) -> None:
+    """Reject names for which `socket.getaddrinfo` would raise another error than for a host that does not exist."""
+    if not host:
+        raise ValueError("it has no host")
     if not host.isprintable() or " " in host:
-        raise BadAddress(shown, f"{host!r} is no name of a host")
+        raise ValueError(f"{host!r} is not a host name")
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(f"{host!r} is not a host name: each label between two dots has 1 to 63 characters") from None

@@ -1,12 +1,14 @@
-"""What processes say to one another: frozen values, legal on construction, that know nothing of bytes.
+"""The messages between sources and workers: frozen values that are valid on construction, independent of their encoding.
 
-Task        a source (or any MQTT client) asks the first stage
-Activation  a stage passes its part of the work on to the next
-Result      the last stage answers the source
-Failure     any stage answers the source that it could not
-Control     a worker tells the one who sent it work that it has room again
-Gradient    a worker that trains answers an activation with what it would have liked to be otherwise
-Step        sources and workers agree on what becomes of a step of training: see brokers/protocol/training.py
+Task         from a source, or any MQTT client, to the first stage
+Activation   from a stage to the next one: the tensors that crossed the cut
+Result       from the last stage to the source
+Failure      from any stage to the source, in place of a result
+TaskDone     from a worker to the sender of a task: a slot is free again (credit-based flow control)
+Gradient     training: the loss gradient with respect to an activation, sent back to the worker that produced it
+StepMessage  training: two-phase commit of a step, and terms (see brokers/protocol/training.py)
+
+Constructors raise `WireError` ("BadProperty") for values that docs/protocol.md does not allow.
 """
 
 from __future__ import annotations
@@ -24,35 +26,45 @@ from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Buffer
 
 REQUEST_ID_BYTES = 16
-# What a Message Expiry Interval can still say, in seconds of four bytes (MQTT 5.0 section 3.3.2.3.3).
+# The largest Message Expiry Interval, four bytes of seconds (MQTT 5.0 section 3.3.2.3.3).
 DEADLINE_LIMIT_MS = 1000.0 * 0xFFFF_FFFF
-# What a foreign client may have as Correlation Data: it goes along from stage to stage, twice as long in hexadecimal.
+# Correlation Data of a foreign client; stages pass it on as hexadecimal, which is twice as long.
 ECHO_LIMIT_BYTES = 256
+# Integers that JSON readers can represent exactly.
+JSON_INTEGER_LIMIT = 1 << 53
+# Mosquitto closes the connection of a client that publishes to a topic of 200 levels or more.
+_TOPIC_LEVELS = 64
+_TOPIC_BYTES = 1024
+
 SAFETENSORS = "application/x-safetensors"
 JSON = "application/json"
 JPEG = "image/jpeg"
 PNG = "image/png"
 
-
 Priority = Literal["interactive", "background"]
-# What somebody waits for goes before what nobody does, wherever the two wait together.
-PRIORITIES: tuple[Priority, ...] = ("interactive", "background")
+# In the order in which queues serve them.
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+
+StepVerb = Literal[
+    "prepared", "commit", "committed", "abort", "quiesce", "quiesced", "restore", "restored", "fetch_weights"
+]
+STEP_VERBS: tuple[StepVerb, ...] = get_args(StepVerb)
 
 
 def check_priority(priority: str) -> None:
-    """Raise `BadProperty` for what is none."""
+    """Raise `WireError` ("BadProperty") for an unknown priority."""
     if priority not in PRIORITIES:
         raise property_error("priority", f"must be {' or '.join(PRIORITIES)}, is {priority!r}")
 
 
 def new_request_id() -> bytes:
-    """Sixteen random bytes: unique without anybody to ask."""
+    """Return sixteen random bytes, unique without coordination."""
     return secrets.token_bytes(REQUEST_ID_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorContent:
-    """Named tensors, and string metadata that travels with them from stage to stage."""
+    """Named tensors, and string metadata that stages pass on with them."""
 
     tensors: Mapping[str, TensorView]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -64,7 +76,7 @@ class TensorContent:
 
 @dataclass(frozen=True, slots=True)
 class BinaryContent:
-    """Bytes that are decoded only by the stage that takes them: a JPEG, a PNG, JSON readings."""
+    """A payload that only the stage that uses it decodes: a JPEG, a PNG, readings as JSON."""
 
     content_type: str
     data: Buffer
@@ -77,40 +89,40 @@ class BinaryContent:
 Content = TensorContent | BinaryContent
 
 
-# Brokers end the connection of a client that publishes deeper than this: Mosquitto from 200 levels on.
-_TOPIC_LEVELS = 64
-_TOPIC_BYTES = 1024
-
-
-def check_reply_topic(topic: str) -> None:
-    """Raise `BadProperty` for a topic that is not one to answer on: its owner's mistake must not cost us our broker."""
-    if "+" in topic or "#" in topic or "\0" in topic:
-        raise property_error("Response Topic", "must be a topic to publish to, without '+', '#' and null characters")
-    if topic.count("/") >= _TOPIC_LEVELS or len(topic.encode()) > _TOPIC_BYTES:
-        raise property_error("Response Topic", f"must have at most {_TOPIC_LEVELS} levels and {_TOPIC_BYTES} bytes")
-    if not is_valid_reply_topic(topic):
-        raise property_error(
-            "Response Topic", "must not be a presence topic, a front door or an ingress: none takes answers"
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class ReplyTo:
-    """Where the answer goes and in which form; a foreign client's own Correlation Data comes back as `echo`."""
+    """The topic and format of the reply; `echo` is a foreign client's Correlation Data, returned with it."""
 
     topic: str
     accept: Literal["safetensors", "json"] = "safetensors"
     echo: bytes = b""
 
     def __post_init__(self) -> None:
-        check_reply_topic(self.topic)
+        _check_reply_topic(self.topic)
 
 
-def _check_request(request: bytes, attempt: int) -> None:
-    if len(request) != REQUEST_ID_BYTES:
-        raise property_error("Correlation Data", f"must be {REQUEST_ID_BYTES} bytes, is {len(request)}")
-    if attempt < 1:
-        raise property_error("attempt", f"must be 1 or more, is {attempt}")
+def _check_reply_topic(topic: str) -> None:
+    """Refuse topics to which a reply would break the protocol, or make the broker close our connection."""
+    if "+" in topic or "#" in topic or "\0" in topic:
+        raise property_error("Response Topic", "must be a topic to publish to, without '+', '#' and null characters")
+    if topic.count("/") >= _TOPIC_LEVELS or len(topic.encode()) > _TOPIC_BYTES:
+        raise property_error("Response Topic", f"must have at most {_TOPIC_LEVELS} levels and {_TOPIC_BYTES} bytes")
+    if not is_valid_reply_topic(topic):
+        raise property_error("Response Topic", "must not be a presence topic, a shared task topic or an ingress topic")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MessageBase:
+    """The id of the request that a message is about, and the attempt, counted from 1."""
+
+    request_id: bytes
+    attempt: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.request_id) != REQUEST_ID_BYTES:
+            raise property_error("Correlation Data", f"must be {REQUEST_ID_BYTES} bytes, is {len(self.request_id)}")
+        if self.attempt < 1:
+            raise property_error("attempt", f"must be 1 or more, is {self.attempt}")
 
 
 def _check_content(content: Content, hops: tuple[Hop, ...]) -> None:
@@ -118,31 +130,30 @@ def _check_content(content: Content, hops: tuple[Hop, ...]) -> None:
         if hops:
             raise property_error(HOPS_KEY, f"travels with tensors only, not with {content.content_type}")
     elif HOPS_KEY in content.metadata:
-        raise property_error(HOPS_KEY, "is written by the stages themselves, not by those who use them")
+        raise property_error(HOPS_KEY, "is reserved for the timing that stages add")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """The first hop of a request. `sender` is where its worker reports that it has room again.
+class Task(_MessageBase):
+    """The first hop of a request.
 
-    `trace` is the span that asks for it.
+    `sender_inbox` is where the worker sends `TaskDone`; `trace` is the span that caused the task; `hops` are the
+    timings of earlier stages; `deadline_ms` is the time left when it is sent.
     """
 
-    request_id: bytes
     content: Content
     reply_to: ReplyTo
     sender_inbox: str = ""
     source: str = ""
-    attempt: int = 1
     deadline_ms: float | None = None
     priority: Priority = "interactive"
     trace: TraceContext | None = None
     hops: tuple[Hop, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_request(self.request_id, self.attempt)
+        _MessageBase.__post_init__(self)
         _check_content(self.content, self.hops)
-        check_reply_topic(self.sender_inbox)
+        _check_reply_topic(self.sender_inbox)
         if len(self.reply_to.echo) > ECHO_LIMIT_BYTES:
             problem = f"of a foreign client must be at most {ECHO_LIMIT_BYTES} bytes, is {len(self.reply_to.echo)}"
             raise property_error("Correlation Data", problem)
@@ -153,49 +164,42 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation(Task):
-    """A further hop: the values that crossed the cut. Its `sender` is the inbox of the worker that has the forward."""
+    """A further hop. In training, `sender_inbox` is the inbox of the worker that keeps the saved forward."""
 
     def __post_init__(self) -> None:
         Task.__post_init__(self)
         if not isinstance(self.content, TensorContent):
-            raise property_error(
-                "Content Type", f"of an activation must be {SAFETENSORS}, is {self.content.content_type}"
-            )
+            problem = f"of an activation must be {SAFETENSORS}, is {self.content.content_type}"
+            raise property_error("Content Type", problem)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """The answer, with what each hop took."""
+class Result(_MessageBase):
+    """The result of a request, with the timing of each stage."""
 
-    request_id: bytes
     content: Content
-    attempt: int = 1
     hops: tuple[Hop, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_request(self.request_id, self.attempt)
+        _MessageBase.__post_init__(self)
         _check_content(self.content, self.hops)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """A stage could not do its part: `error` is the class of the failure, `reason` one line for a person.
+class Failure(_MessageBase):
+    """A stage could not do its part: `error` is the code, `reason` one line for the user.
 
-    `retry` says that another worker, or this one later, may well succeed (it was full, it is leaving).
+    `retry`: another worker, or this one later, may succeed (it was full, it is shutting down).
     """
 
-    request_id: bytes
     stage: str
     worker: str
     error: str
     reason: str
-    attempt: int = 1
     retry: bool = False
 
-    def __post_init__(self) -> None:
-        _check_request(self.request_id, self.attempt)
-
     def as_dict(self) -> dict[str, object]:
+        """Return the fields of its JSON object."""
         return {
             "request": self.request_id.hex(),
             "error": self.error,
@@ -207,54 +211,36 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TaskDone:
-    """`done`: the worker has finished with this request and has room for another."""
+class TaskDone(_MessageBase):
+    """The worker has finished this task: it has a credit for another one."""
 
-    request_id: bytes
     worker: str
-    verb: Literal["done"] = "done"
-    attempt: int = 1
-
-    def __post_init__(self) -> None:
-        _check_request(self.request_id, self.attempt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Gradient:
-    """The gradients of a loss with respect to what an activation held, by its names: for the keeper of the forward."""
+class Gradient(_MessageBase):
+    """The gradients of the loss with respect to the tensors of an activation, under the same names."""
 
-    request_id: bytes
     content: TensorContent
     sender_inbox: str = ""
-    attempt: int = 1
 
     def __post_init__(self) -> None:
-        _check_request(self.request_id, self.attempt)
-        check_reply_topic(self.sender_inbox)
-
-
-StepVerb = Literal[
-    "prepared", "commit", "committed", "abort", "quiesce", "quiesced", "restore", "restored", "fetch_weights"
-]
-STEP_VERBS: tuple[StepVerb, ...] = get_args(StepVerb)
-# No clock and no count reaches further than JSON's whole numbers do.
-JSON_INTEGER_LIMIT = 1 << 53
+        _MessageBase.__post_init__(self)
+        _check_reply_topic(self.sender_inbox)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepMessage:
-    """A word about a step. `request` is the step's id, `term` the term it belongs to, `sender` who may be answered."""
+class StepMessage(_MessageBase):
+    """A message of the two-phase commit of a training step, or of a term; `request_id` is the id of the step."""
 
-    request_id: bytes
     verb: StepVerb
     term: int
     sender_inbox: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
-    attempt: int = 1
 
     def __post_init__(self) -> None:
-        _check_request(self.request_id, self.attempt)
-        check_reply_topic(self.sender_inbox)
+        _MessageBase.__post_init__(self)
+        _check_reply_topic(self.sender_inbox)
         if self.verb not in STEP_VERBS:
             raise property_error("verb", f"must be one of {', '.join(STEP_VERBS)}, is {self.verb!r}")
         if not 0 <= self.term < JSON_INTEGER_LIMIT:

@@ -1,20 +1,27 @@
-"""What each stage did for a request, and how long it took: the list that travels with it from stage to stage. Pure."""
+"""The time that each stage spent on a request: a list of hops that travels with the request."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 from brokers.errors import property_error
 
-# The key under which hops travel in the metadata of a body; all keys that begin like this are ours.
+# The metadata key of the hops; keys that start with "sparse." are reserved.
 HOPS_KEY = "sparse.hops"
+# The four durations of a task at one stage, in the order in which they happen.
+STAGE_DURATIONS = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
+# A float represents integers up to this exactly: more than any duration or size, and safe to add up.
+_LIMIT = 1 << 53
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """What one stage did for one request, by its own monotonic clock (durations only: no clocks need agree)."""
+    """One stage's part of a request: durations by the worker's monotonic clock, so that no clocks need to agree.
+
+    `batch` is the number of requests that were computed together.
+    """
 
     stage: str
     worker: str
@@ -28,34 +35,38 @@ class Hop:
 
     @property
     def total_ms(self) -> float:
-        return self.queue_ms + self.decode_ms + self.compute_ms + self.encode_ms
+        return sum(self.durations().values())
+
+    def durations(self) -> dict[str, float]:
+        """Return the four durations by name."""
+        return {name: getattr(self, name) for name in STAGE_DURATIONS}
 
 
 def hops_to_json(hops: tuple[Hop, ...]) -> str:
-    """The form in which hops travel in the metadata of a body."""
-    keys = Hop.__dataclass_fields__
-    return json.dumps([{key: getattr(hop, key) for key in keys} for hop in hops], separators=(",", ":"))
+    """Return the metadata value of `hops`."""
+    names = Hop.__dataclass_fields__  # not dataclasses.asdict, which copies deeply and takes five times as long
+    return json.dumps([{name: getattr(hop, name) for name in names} for hop in hops], separators=(",", ":"))
 
 
 def hops_from_json(text: str) -> tuple[Hop, ...]:
-    """The inverse; fields that a later version may add are read over."""
+    """Parse the metadata value, ignoring fields of later versions. Raises `WireError` ("BadProperty")."""
     try:
         hops = json.loads(text)
     except (ValueError, RecursionError):
         hops = None
     if not isinstance(hops, list) or not all(_is_hop(hop) for hop in hops):
         raise property_error(HOPS_KEY, "must be a JSON list of hops as docs/protocol.md describes them")
-    return tuple(Hop(**{key: hop[key] for key in Hop.__dataclass_fields__ if key in hop}) for hop in hops)
+    return tuple(Hop(**{name: hop[name] for name in Hop.__dataclass_fields__ if name in hop}) for hop in hops)
 
 
-def _is_hop(hop: object) -> bool:
-    def fits(key: str, value: object) -> bool:
-        if key in ("stage", "worker"):
-            return isinstance(value, str)
-        kinds = (int, float) if key.endswith("_ms") else (int,)
-        # What a float counts exactly: far more than any duration or size, and safe to add up.
-        return type(value) in kinds and 0 <= cast(float, value) <= 1 << 53
-
-    if not isinstance(hop, dict) or "stage" not in hop or "worker" not in hop:
+def _is_hop(hop: Any) -> bool:
+    if not isinstance(hop, dict) or not hop.keys() >= {"stage", "worker"}:
         return False
-    return all(fits(key, hop[key]) for key in Hop.__dataclass_fields__ if key in hop)
+    return all(_is_valid(name, hop[name]) for name in Hop.__dataclass_fields__ if name in hop)
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    if name in ("stage", "worker"):
+        return isinstance(value, str)
+    types = (int, float) if name in STAGE_DURATIONS else (int,)
+    return type(value) in types and 0 <= value <= _LIMIT

@@ -1,7 +1,7 @@
-"""The line to a broker, as the rest of the system sees it: whole MQTT 5 publications out and in, no sockets.
+"""The interface to a broker: MQTT 5 publications in and out.
 
-`memory.MemoryTransport` (in this process) and `mqtt.MqttTransport` keep this one promise, and the same contract tests
-hold them to it, the latter against the embedded broker and against Mosquitto with and without a limit on packets.
+`brokers.mqtt.in_memory.MemoryTransport` (one process) and `brokers.mqtt.client.MqttTransport` implement it; the same
+contract tests run against both, the latter with the embedded broker and with Mosquitto.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Properties:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One PUBLISH that came in. `payload` belongs to the receiver: nobody writes to it afterwards.
+    """A received PUBLISH; the receiver owns `payload`.
 
-    `again`: the broker has sent it before, to this client or to one that had its name, and was not told that it was
-    done with. `settle`, where there is one, tells it so; to be called once.
+    `redelivered`: the broker has sent it before, to this client or an earlier one with the same client id, and got no
+    acknowledgement. `ack`, present with manual acknowledgement, acknowledges it; to be called once.
     """
 
     topic: str
@@ -42,7 +42,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Will:
-    """What the broker publishes when this client dies without a word (QoS 1)."""
+    """The message that the broker publishes (QoS 1) when this client disconnects without DISCONNECT."""
 
     topic: str
     payload: bytes = b""
@@ -51,23 +51,22 @@ class Will:
 
 @dataclass(frozen=True, slots=True)
 class BrokerLimits:
-    """What the broker announced in its CONNACK; what it did not name is MQTT's own (MQTT 5.0 section 3.2.2.3)."""
+    """What the broker announced in its CONNACK, with MQTT's own defaults (MQTT 5.0 section 3.2.2.3)."""
 
     max_packet_bytes: int
     receive_maximum: int = 65535
     max_qos: int = 2
     retain_available: bool = True
     wildcards_available: bool = True
-    shared_available: bool = True  # subscriptions
-    session_expiry_s: int | None = None  # in place of what was asked for
-    keepalive_s: int | None = None  # the same
+    shared_available: bool = True  # shared subscriptions
+    session_expiry_s: int | None = None  # None: as requested
+    keepalive_s: int | None = None  # None: as requested
 
 
 Handler = Callable[[Delivery], None]
-# Asked as soon as the head of a PUBLISH has been read and before its payload is: (topic, properties, payload length)
-# to the place where the payload shall be written (exactly that long), or None for a fresh buffer. This is how a chunk
-# lands at its offset in the assembled message with no copy in between. It must not raise; if it does, that is logged,
-# and the payload goes to a fresh buffer.
+# Called when the header of a PUBLISH has been read, before its payload: (topic, properties, payload length) to the
+# buffer of that length to read the payload into, or None for a new one. So chunks are received directly into the
+# reassembled message. An exception in it is logged, and the payload is read into a new buffer.
 BufferProvider = Callable[[str, Properties, int], memoryview | None]
 
 
@@ -76,21 +75,21 @@ class Transport(Protocol):
 
     @property
     def address(self) -> str:
-        """The broker's address, for messages to people; never holds a password."""
+        """The broker's address for messages to the user; never holds a password."""
         ...
 
     @property
     def limits(self) -> BrokerLimits:
-        """Known once `connect` has returned; may change when the transport reconnects."""
+        """Known once `connect` has returned; may change at a reconnection."""
         ...
 
     @property
     def is_connected(self) -> bool:
-        """Whether a connection stands, as far as is known: one that falls silent is given up after a while."""
+        """Whether there is a connection, as far as is known: a silent one is closed after the keep-alive time."""
         ...
 
     async def connect(self, *, will: Will | None = None, timeout_s: float = 10.0) -> None:
-        """Connect; raise `BrokerUnreachable` when no MQTT 5 broker answers in time."""
+        """Connect. Raises `BrokerUnreachable` when no MQTT 5 broker answers in time."""
         ...
 
     async def subscribe(
@@ -102,14 +101,14 @@ class Transport(Protocol):
         buffer_provider: BufferProvider | None = None,
         manual_ack: bool = False,
     ) -> None:
-        """Have `handler` called, on the loop, for each PUBLISH that matches; return when the broker has confirmed it.
+        """Call `handler` on the loop for each matching PUBLISH; return when the broker has confirmed the subscription.
 
         `$share/{group}/{filter}` is allowed. A handler must not block and must not raise.
 
-        With `settle`, the broker keeps each publication of QoS 1 until the handler's `Delivery.settle` has been called
-        (and those before it have, since MQTT wants this in order). A transport with a session that loses its
-        connection and gets another does not hand out again what is still in hand. While too much is, nothing is read.
-        Subscribe before `connect`: what the session kept may come first thing.
+        With `manual_ack`, the broker keeps each QoS 1 publication until `Delivery.ack` has been called, and called for
+        those before it (MQTT requires this order). A publication that is not yet acknowledged when a session is resumed
+        is not passed to the handler again. While too many are unacknowledged, nothing is read. Subscribe before
+        `connect`, since a resumed session may deliver at once.
         """
         ...
 
@@ -124,19 +123,19 @@ class Transport(Protocol):
         qos: int = 0,
         retain: bool = False,
     ) -> None:
-        """Send one PUBLISH whose payload is the concatenation of the pieces, which are not copied.
+        """Send one PUBLISH with the concatenation of the given buffers as its payload, without copying them.
 
-        Returns when the bytes are handed to the operating system (QoS 0) or acknowledged by the broker (QoS 1), so a
-        sender that awaits holds at most one payload in memory. While disconnected it waits for the connection to come
-        back; QoS 0 bytes that were in flight when a connection broke are lost, as MQTT says. Raises `TooLarge` for a
-        packet over the broker's announced maximum, `Disconnected` once closed.
+        Returns when the bytes are passed to the operating system (QoS 0) or acknowledged by the broker (QoS 1), so a
+        caller that awaits it holds at most one payload in memory. While disconnected it waits for the reconnection;
+        QoS 0 bytes in transit when a connection breaks are lost, as MQTT specifies. Raises `TooLarge` for a packet over
+        the broker's announced maximum, `Disconnected` after `close`.
         """
         ...
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
-        """Have `callback` awaited after each reconnection, when all subscriptions stand again."""
+        """Await `callback` after each reconnection, when all subscriptions are restored."""
         ...
 
     async def close(self) -> None:
-        """Send what is queued, disconnect in good order (no will is published), end all tasks. May be called twice."""
+        """Send what is queued, send DISCONNECT (no will is published), end all tasks. May be called twice."""
         ...

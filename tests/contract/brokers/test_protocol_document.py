@@ -346,7 +346,7 @@ LIMITS = {
     "deadline": brokers.protocol.messages.DEADLINE_LIMIT_MS,
     "attempts that fail before the owner gives up": flight.RETRY_LIMIT,
     "queue of a worker": backlog.QUEUE_LIMIT,
-    "values spelled out in JSON": results._SPELLED_VALUES,
+    "values spelled out in JSON": results._VALUES_LIMIT,
     "micro-batches of a step": training.MICRO_BATCH_LIMIT,
     "steps that wait at a worker": steps.STEPS_LIMIT,
 }

@@ -1,4 +1,4 @@
-"""Chunks: any message, cut anywhere, comes together again; whatever else comes is refused once, in bounded memory."""
+"""Chunks are reassembled into messages in bounded memory; chunks that do not fit raise one error a message."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MESSAGE = bytes(range(10))
 
 
 def feed(assembler: Assembler, key: tuple[object, ...], offset: int, payload: bytes, total: int = 10) -> bytes | None:
-    """Hand in one chunk the way a transport does that received it into a buffer of its own."""
+    """Add a chunk that the transport received into a new buffer."""
     whole = assembler.add_chunk(key, ChunkHeader(offset, total), memoryview(payload), now_s=0.0)
     return None if whole is None else bytes(whole)
 
@@ -27,7 +27,7 @@ def feed(assembler: Assembler, key: tuple[object, ...], offset: int, payload: by
 def feed_in_place(
     assembler: Assembler, key: tuple[object, ...], chunk: ChunkHeader, payload: memoryview, now_s: float = 0.0
 ) -> memoryview | None:
-    """Hand in one chunk the way a transport does that asked where to write it."""
+    """Add a chunk that the transport received into the place that `get_buffer` returned."""
     place = assembler.get_buffer(key, chunk, payload.nbytes, now_s)
     if place is None:
         return assembler.add_chunk(key, chunk, payload, now_s)
@@ -35,11 +35,11 @@ def feed_in_place(
     return assembler.add_chunk(key, chunk, place, now_s)
 
 
-# Cut and put together -------------------------------------------------------------------------------------------------
+# Split and reassemble -------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.binary(max_size=30), max_size=6), st.integers(1, 40))
-def test_pieces_are_dealt_into_chunks_of_one_size_without_a_copy(pieces: list[bytes], chunk_bytes: int) -> None:
+def test_buffers_are_split_into_equal_chunks_without_copies(pieces: list[bytes], chunk_bytes: int) -> None:
     chunks = list(split_into_chunks(tuple(map(memoryview, pieces)), chunk_bytes))
     whole = b"".join(pieces)
     assert b"".join(part for _, parts in chunks for part in parts) == whole
@@ -49,7 +49,7 @@ def test_pieces_are_dealt_into_chunks_of_one_size_without_a_copy(pieces: list[by
 
 
 @given(st.binary(min_size=1, max_size=200), st.integers(1, 50), st.booleans())
-def test_any_cut_comes_together_again(message: bytes, chunk_bytes: int, in_place: bool) -> None:
+def test_any_split_is_reassembled(message: bytes, chunk_bytes: int, in_place: bool) -> None:
     assembler = Assembler()
     for chunk, parts in split_into_chunks((memoryview(message),), chunk_bytes):
         payload = memoryview(b"".join(parts))
@@ -63,7 +63,7 @@ def test_any_cut_comes_together_again(message: bytes, chunk_bytes: int, in_place
 
 
 @given(st.data())
-def test_interleaved_messages_come_together_each_by_itself(data: st.DataObject) -> None:
+def test_interleaved_messages_are_reassembled(data: st.DataObject) -> None:
     assembler = Assembler()
     messages = {(number,): bytes([number]) * data.draw(st.integers(1, 60)) for number in range(4)}
     left = {key: list(split_into_chunks((memoryview(message),), 7)) for key, message in messages.items()}
@@ -77,7 +77,7 @@ def test_interleaved_messages_come_together_each_by_itself(data: st.DataObject) 
     assert len(assembler) == 0
 
 
-def test_a_chunk_in_its_place_is_not_copied() -> None:
+def test_chunk_received_in_place_is_not_copied() -> None:
     assembler = Assembler()
     place = assembler.get_buffer(KEY, ChunkHeader(0, 10), 10, now_s=0.0)
     assert place is not None
@@ -88,7 +88,7 @@ def test_a_chunk_in_its_place_is_not_copied() -> None:
 
 
 @given(st.integers(0, 10**19 - 1), st.integers(0, 10**19 - 1))
-def test_the_place_in_a_message_travels_as_text(offset: int, total: int) -> None:
+def test_header_is_the_inverse_of_its_text(offset: int, total: int) -> None:
     assert ChunkHeader.parse(str(ChunkHeader(offset, total))) == ChunkHeader(offset, total)
 
 
@@ -111,15 +111,15 @@ def test_the_place_in_a_message_travels_as_text(offset: int, total: int) -> None
         "9" * 20 + "/1",
     ],
 )
-def test_a_place_that_is_none_says_what_was_expected(text: str) -> None:
+def test_malformed_header_raises_bad_chunk(text: str) -> None:
     with raises_error(WireError, "BadChunk", match="expected offset/total"):
         ChunkHeader.parse(text)
 
 
-# What does not fit ----------------------------------------------------------------------------------------------------
+# Chunks that do not fit -----------------------------------------------------------------------------------------------
 
 
-def test_a_twin_is_dropped_and_counted_once() -> None:
+def test_duplicate_chunk_is_dropped_and_counted() -> None:
     assembler = Assembler()
     assert feed(assembler, KEY, 0, MESSAGE[:4]) is None
     assert feed(assembler, KEY, 0, b"evil") is None
@@ -129,14 +129,14 @@ def test_a_twin_is_dropped_and_counted_once() -> None:
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 4), (4, 6), (0, 10)])
-def test_what_still_comes_of_a_whole_message_is_ignored(offset: int, length: int) -> None:
+def test_chunks_of_a_completed_message_are_ignored(offset: int, length: int) -> None:
     assembler = Assembler()
     feed(assembler, KEY, 0, MESSAGE[:4])
     assert feed(assembler, KEY, 4, MESSAGE[4:]) == MESSAGE
     assert feed(assembler, KEY, offset, MESSAGE[offset : offset + length]) is None
     assert len(assembler) == 0
     assert assembler.expire(1e9) == []
-    assert assembler.duplicates == 0  # it may as well be what is left of one that was given up
+    assert assembler.duplicates == 0  # they may also be late chunks of a dropped message
 
 
 # After a first chunk of bytes 0 to 4 of a message of 10.
@@ -144,16 +144,16 @@ MISFITS: dict[str, tuple[int, bytes, int, str]] = {
     "a gap": (5, b"56789", 10, "expected the chunk at byte 4, got the one at 5"),
     "an overlap": (3, b"3456789", 10, "expected the chunk at byte 4, got the one at 3"),
     "another total": (4, b"456789", 11, "its message has 10 bytes, it claims 11"),
-    "another total on a twin": (0, b"0123", 9, "its message has 10 bytes, it claims 9"),
+    "another total on a duplicate": (0, b"0123", 9, "its message has 10 bytes, it claims 9"),
     "no bytes": (4, b"", 10, "0 bytes at 4 do not fit"),
-    "more bytes than there are": (4, b"4567890", 10, "7 bytes at 4 do not fit a message of 10"),
+    "too many bytes": (4, b"4567890", 10, "7 bytes at 4 do not fit a message of 10"),
     "an offset past the end": (2**62, b".", 10, "do not fit a message of 10"),
 }
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("case", MISFITS)
-def test_a_misfit_ends_its_message_and_is_told_once(case: str, in_place: bool) -> None:
+def test_misfit_drops_its_message_with_one_error(case: str, in_place: bool) -> None:
     offset, payload, total, text = MISFITS[case]
     assembler = Assembler()
     feed(assembler, KEY, 0, MESSAGE[:4])
@@ -161,11 +161,11 @@ def test_a_misfit_ends_its_message_and_is_told_once(case: str, in_place: bool) -
     ask = feed_in_place if in_place else Assembler.add_chunk
     with raises_error(WireError, "BadChunk", match=re.escape(text)):
         ask(assembler, KEY, ChunkHeader(offset, total), memoryview(payload), 0.0)
-    assert feed(assembler, KEY, offset, payload or b".", total) is None  # the transport hands in what it placed nowhere
+    assert feed(assembler, KEY, offset, payload or b".", total) is None  # received into a new buffer
     assert feed(assembler, KEY, 4, MESSAGE[4:]) is None
     assert feed(assembler, KEY, 0, MESSAGE) is None
     assert len(assembler) == 1
-    assert feed(assembler, OTHER, 4, MESSAGE[4:]) == MESSAGE  # others are not harmed
+    assert feed(assembler, OTHER, 4, MESSAGE[4:]) == MESSAGE  # other messages are unaffected
     assert assembler.expire(1e9) == []
 
 
@@ -179,7 +179,7 @@ def test_a_misfit_ends_its_message_and_is_told_once(case: str, in_place: bool) -
         (0, b"0123456789!", 10, "11 bytes at 0 do not fit a message of 10"),
     ],
 )
-def test_a_first_chunk_that_is_none_begins_nothing(offset: int, payload: bytes, total: int, text: str) -> None:
+def test_invalid_first_chunk_begins_no_message(offset: int, payload: bytes, total: int, text: str) -> None:
     assembler = Assembler()
     with raises_error(WireError, "BadChunk", match=text):
         feed(assembler, KEY, offset, payload, total)
@@ -190,7 +190,7 @@ def test_a_first_chunk_that_is_none_begins_nothing(offset: int, payload: bytes, 
 # Bounds ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_message_over_the_limit_is_refused_once_and_sets_no_memory_aside() -> None:
+def test_message_over_the_limit_is_refused_once() -> None:
     assembler = Assembler()
     with pytest.raises(TooLarge) as caught:
         feed(assembler, KEY, 0, b".", 100_000_000_000)
@@ -202,7 +202,7 @@ def test_a_message_over_the_limit_is_refused_once_and_sets_no_memory_aside() -> 
     assert len(assembler) == 0
 
 
-def test_a_false_claim_within_the_limit_costs_address_space_and_no_memory() -> None:
+def test_false_claim_within_the_limit_uses_no_memory() -> None:
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
 
@@ -215,7 +215,7 @@ def test_a_false_claim_within_the_limit_costs_address_space_and_no_memory() -> N
     assert resident_bytes() - before < 16 << 20
 
 
-def test_unfinished_messages_are_bounded_in_bytes_and_their_room_comes_back() -> None:
+def test_unfinished_messages_are_bounded_in_bytes() -> None:
     assembler = Assembler(total_limit_bytes=25)
     feed(assembler, ("a",), 0, MESSAGE[:4])
     feed(assembler, ("b",), 0, MESSAGE[:4])
@@ -237,7 +237,7 @@ def test_unfinished_messages_are_bounded_in_number() -> None:
         feed(assembler, ("c",), 0, b".")
 
 
-def test_memory_that_is_not_there_is_a_wire_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_error_becomes_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise MemoryError
 
@@ -246,7 +246,7 @@ def test_memory_that_is_not_there_is_a_wire_error(monkeypatch: pytest.MonkeyPatc
         feed(Assembler(), KEY, 0, MESSAGE[:4])
 
 
-def test_what_was_given_up_is_remembered_in_bounded_number() -> None:
+def test_dropped_messages_are_remembered_in_bounded_number() -> None:
     assembler = Assembler()
     for number in range(3000):
         with raises_error(WireError, "BadChunk"):
@@ -255,16 +255,16 @@ def test_what_was_given_up_is_remembered_in_bounded_number() -> None:
     assert feed(assembler, (2999,), 0, MESSAGE) is None
 
 
-# Patience -------------------------------------------------------------------------------------------------------------
+# Timeout --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_message_without_news_is_given_up_once_with_its_context() -> None:
+def test_message_without_chunks_expires_with_its_context() -> None:
     assembler = Assembler(chunk_timeout_s=30.0)
-    assembler.add_chunk(KEY, ChunkHeader(0, 10), memoryview(MESSAGE[:4]), 100.0, "who sent it")
-    assembler.add_chunk(KEY, ChunkHeader(4, 10), memoryview(MESSAGE[4:6]), 120.0, "someone else")
+    assembler.add_chunk(KEY, ChunkHeader(0, 10), memoryview(MESSAGE[:4]), 100.0, "first context")
+    assembler.add_chunk(KEY, ChunkHeader(4, 10), memoryview(MESSAGE[4:6]), 120.0, "second context")
     assert assembler.expire(150.0) == []
     [(context, error)] = assembler.expire(150.1)
-    assert context == "who sent it"
+    assert context == "first context"
     assert error.code == "Incomplete"
     assert str(error) == "got 6 of 10 bytes, then no chunk for 30 s"
     assert error.retry
@@ -273,7 +273,7 @@ def test_a_message_without_news_is_given_up_once_with_its_context() -> None:
     assert len(assembler) == 0
 
 
-def test_a_chunk_on_its_way_when_its_message_is_given_up_does_no_harm() -> None:
+def test_chunk_in_transit_when_its_message_expires_is_ignored() -> None:
     assembler = Assembler()
     place = assembler.get_buffer(KEY, ChunkHeader(0, 10), 10, now_s=0.0)
     assert place is not None

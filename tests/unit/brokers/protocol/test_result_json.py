@@ -1,4 +1,4 @@
-"""Results as JSON: what a camera's owner reads, whatever a stage or a stranger has put into the tensors."""
+"""Results as JSON: detections, classes and values; metadata that does not fit its tensors raises `BadPayload`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from brokers.protocol.messages import BinaryContent, TensorContent
 from brokers.protocol.result_json import content_to_dict, encode_json, timing_to_dict
 from brokers.protocol.safetensors_codec import TensorView, from_numpy
 from brokers.protocol.stage_timing import Hop
-from tests.unit.brokers.protocol.test_safetensors_codec import tensor_views
+from tests.unit.brokers.protocol.strategies import tensor_views
 
 HOPS = (Hop("head", "head-1", 1.00049, 0.5, 10.0, 0.25, 10, 20, 4), Hop("tail", "tail-1", 2.0, 0.0, 3.0, 0.0))
 
@@ -29,30 +29,30 @@ def detections(scores: list[float], boxes: list[list[float]], **metadata: str) -
     return TensorContent(tensors, {"format": "detections", "picture": "640x272", "labels": '["dog"]', **metadata})
 
 
-def strict_json(found: dict[str, Any]) -> Any:
-    """What a reader gets that knows no NaN, as most do."""
-    return json.loads(encode_json(found), parse_constant=pytest.fail)
+def strict_json(result: dict[str, Any]) -> Any:
+    """Encode and parse again, with a parser that accepts neither NaN nor infinity."""
+    return json.loads(encode_json(result), parse_constant=pytest.fail)
 
 
-def test_detections_are_objects_in_pixels_of_the_picture() -> None:
+def test_detections_become_objects_in_pixels() -> None:
     assert content_to_dict(detections([0.98768], [[1.04, 2, 3, 4.06]])) == {
         "picture": {"width": 640, "height": 272},
         "objects": [{"label": "dog", "score": 0.9877, "box": [1.0, 2.0, 3.0, 4.1]}],
     }
 
 
-def test_no_detections_are_an_empty_list() -> None:
+def test_no_detections_become_an_empty_list() -> None:
     assert content_to_dict(detections([], [], labels="[]"))["objects"] == []
 
 
-def test_classes_are_labels_with_scores() -> None:
+def test_classes_become_labels_with_scores() -> None:
     body = TensorContent(
         {"scores": from_numpy(np.array([0.75, 0.25]))}, {"format": "classes", "labels": '["cat", "dog"]'}
     )
     assert content_to_dict(body) == {"classes": [{"label": "cat", "score": 0.75}, {"label": "dog", "score": 0.25}]}
 
 
-def test_other_tensors_are_spelled_out_by_name_up_to_a_size() -> None:
+def test_other_tensors_become_values_up_to_a_size() -> None:
     tensors = {
         "mean": from_numpy(np.array(1.5)),
         "flags": from_numpy(np.array([[True], [False]])),
@@ -77,23 +77,23 @@ def test_other_tensors_are_spelled_out_by_name_up_to_a_size() -> None:
     }
 
 
-def test_bytes_that_are_no_tensors_are_told_by_type_and_size() -> None:
+def test_binary_content_becomes_type_and_size() -> None:
     assert content_to_dict(BinaryContent("image/png", b"12345")) == {"content_type": "image/png", "bytes": 5}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_json_cannot_say_is_null(value: float) -> None:
+def test_nan_and_infinity_become_null(value: float) -> None:
     assert strict_json(content_to_dict(TensorContent({"x": from_numpy(np.array([1.0, value]))}))) == {
         "values": {"x": [1.0, None]}
     }
     assert strict_json(content_to_dict(TensorContent({"x": from_numpy(np.array(value, np.float16))}))) == {
         "values": {"x": None}
     }
-    [found] = strict_json(content_to_dict(detections([value], [[value, 1, 2, 3]])))["objects"]
-    assert found == {"label": "dog", "score": None, "box": [None, 1, 2, 3]}
+    [detection] = strict_json(content_to_dict(detections([value], [[value, 1, 2, 3]])))["objects"]
+    assert detection == {"label": "dog", "score": None, "box": [None, 1, 2, 3]}
 
 
-def test_time_is_told_by_stage_and_what_is_left_is_the_networks() -> None:
+def test_network_time_is_the_rest_of_the_round_trip() -> None:
     assert timing_to_dict(HOPS[:1]) == {
         "stages": [
             {
@@ -111,11 +111,11 @@ def test_time_is_told_by_stage_and_what_is_left_is_the_networks() -> None:
     assert timing_to_dict(HOPS, 1.0)["network_ms"] == 0.0  # a stage's clock may run fast
 
 
-LIES: dict[str, dict[str, str]] = {
+WRONG_METADATA: dict[str, dict[str, str]] = {
     "a picture without sizes": {"picture": "large"},
     "half a picture": {"picture": "640x"},
     "no labels": {"labels": ""},
-    "labels that are no JSON": {"labels": "dog"},
+    "labels that are not JSON": {"labels": "dog"},
     "labels that are a text": {"labels": '"d"'},
     "labels that are numbers": {"labels": "[1]"},
     "labels too many": {"labels": '["dog", "cat"]'},
@@ -124,20 +124,20 @@ LIES: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", LIES)
-def test_metadata_that_lies_is_a_wire_error(case: str) -> None:
+@pytest.mark.parametrize("case", WRONG_METADATA)
+def test_metadata_that_does_not_fit_raises_bad_payload(case: str) -> None:
     with pytest.raises(BadPayload, match="metadata does not fit its tensors"):
-        content_to_dict(detections([0.5], [[1, 2, 3, 4]], **LIES[case]))
+        content_to_dict(detections([0.5], [[1, 2, 3, 4]], **WRONG_METADATA[case]))
 
 
-def test_more_boxes_than_scores_are_a_wire_error() -> None:
+def test_more_boxes_than_scores_raise_bad_payload() -> None:
     with pytest.raises(BadPayload):
         content_to_dict(detections([0.5], [[1, 2, 3, 4], [1, 2, 3, 4]]))
 
 
 @pytest.mark.parametrize("name", ["scores", "boxes"])
 @pytest.mark.parametrize("replacement", [None, np.zeros(()), np.zeros((1, 2, 3)), np.zeros(2, np.complex64)], ids=repr)
-def test_tensors_that_are_not_what_the_metadata_says_are_a_wire_error(name: str, replacement: Any) -> None:
+def test_missing_or_misshapen_tensors_raise_bad_payload(name: str, replacement: Any) -> None:
     body = detections([0.5], [[1, 2, 3, 4]])
     tensors = {key: tensor for key, tensor in body.tensors.items() if key != name}
     if replacement is not None:
@@ -157,8 +157,6 @@ def test_tensors_that_are_not_what_the_metadata_says_are_a_wire_error(name: str,
         },
     ),
 )
-def test_no_tensors_and_no_metadata_raise_anything_but_a_wire_error(
-    tensors: dict[str, TensorView], metadata: dict[str, str]
-) -> None:
+def test_any_content_converts_or_raises_wire_error(tensors: dict[str, TensorView], metadata: dict[str, str]) -> None:
     with contextlib.suppress(WireError):
         strict_json(content_to_dict(TensorContent(tensors, metadata)))

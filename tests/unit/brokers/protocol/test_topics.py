@@ -1,4 +1,4 @@
-"""The topic grammar: the reader's site first, names that are one level, and no two things on one topic."""
+"""The topic grammar: the reader's site comes first, names are one level, and topics are unambiguous."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ NAMES = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True)
 STAGE = StageTopics("cloud", "street", "head")
 
 
-def test_every_topic_is_where_the_protocol_says() -> None:
+def test_topics_are_those_of_the_protocol() -> None:
     assert STAGE.shared_task_topic == "sparse/cloud/street/head/tasks"
     assert STAGE.shared_task_filter == "$share/street.head/sparse/cloud/street/head/tasks"
     assert STAGE.inbox("w-1") == "sparse/cloud/street/head/in/w-1"
     assert STAGE.presence("w-1") == "sparse/cloud/street/head/up/w-1"
     assert STAGE.presence_filter == "sparse/cloud/street/head/up/+"
     assert topics.ingress_topic("cloud") == "sparse/cloud/ingress/+"
-    assert topics.ingress_topic("cloud", "door") == "sparse/cloud/ingress/door"
+    assert topics.ingress_topic("cloud", "cam") == "sparse/cloud/ingress/cam"
     assert topics.results_topic("cloud") == "sparse/cloud/results/+"
-    assert topics.results_topic("cloud", "door") == "sparse/cloud/results/door"
-    assert topics.source_inbox_topic("cloud", "door") == "sparse/cloud/source/door/inbox"
+    assert topics.results_topic("cloud", "cam") == "sparse/cloud/results/cam"
+    assert topics.source_inbox_topic("cloud", "cam") == "sparse/cloud/source/cam/inbox"
     assert STAGE.peer_presence_filter == "sparse/cloud/street/head/up/#"
-    assert topics.source_presence_topic("cloud", "street", "door") == "sparse/cloud/street/source/up/door"
+    assert topics.source_presence_topic("cloud", "street", "cam") == "sparse/cloud/street/source/up/cam"
     assert topics.all_presence_filter() == "sparse/+/+/+/up/+"
 
 
@@ -38,9 +38,9 @@ STAGES = NAMES.filter(lambda name: name != "source")
 
 
 @given(NAMES, NAMES.filter(lambda name: name not in RESERVED_PIPELINE_NAMES), STAGES, NAMES)
-def test_no_two_things_share_a_topic_whatever_their_names(site: str, pipeline: str, stage: str, other: str) -> None:
+def test_topics_of_different_kinds_never_coincide(site: str, pipeline: str, stage: str, other: str) -> None:
     one = StageTopics(site, pipeline, stage)
-    found = [
+    all_topics = [
         one.shared_task_topic,
         one.inbox(other),
         one.presence(other),
@@ -49,26 +49,28 @@ def test_no_two_things_share_a_topic_whatever_their_names(site: str, pipeline: s
         topics.source_inbox_topic(site, other),
         topics.source_presence_topic(site, pipeline, other),
     ]
-    assert len(set(found)) == len(found)
+    assert len(set(all_topics)) == len(all_topics)
     filters = [
         topics.ingress_topic(site),
         topics.results_topic(site),
         one.presence_filter,
         topics.all_presence_filter(site),
     ]
-    heard = {topic: [each for each in filters if filter_matches(each, topic)] for topic in found}
-    assert heard[one.presence(other)] == [one.presence_filter, topics.all_presence_filter(site)]
-    assert heard[topics.source_presence_topic(site, pipeline, other)] == [topics.all_presence_filter(site)]
-    assert [topic for topic in found if topics.is_source_presence(topic)] == [found[-1]]
-    assert all(filter_matches(one.peer_presence_filter, topic) == (topic == one.presence(other)) for topic in found)
-    assert heard[topics.ingress_topic(site, other)] == [topics.ingress_topic(site)]
-    assert heard[topics.results_topic(site, other)] == [topics.results_topic(site)]
+    matching = {topic: [each for each in filters if filter_matches(each, topic)] for topic in all_topics}
+    assert matching[one.presence(other)] == [one.presence_filter, topics.all_presence_filter(site)]
+    assert matching[topics.source_presence_topic(site, pipeline, other)] == [topics.all_presence_filter(site)]
+    assert [topic for topic in all_topics if topics.is_source_presence(topic)] == [all_topics[-1]]
+    assert all(
+        filter_matches(one.peer_presence_filter, topic) == (topic == one.presence(other)) for topic in all_topics
+    )
+    assert matching[topics.ingress_topic(site, other)] == [topics.ingress_topic(site)]
+    assert matching[topics.results_topic(site, other)] == [topics.results_topic(site)]
     for topic in (one.shared_task_topic, one.inbox(other), topics.source_inbox_topic(site, other)):
-        assert heard[topic] == []
+        assert matching[topic] == []
 
 
 @given(NAMES, NAMES, NAMES)
-def test_a_bridge_needs_the_prefix_of_a_site_and_no_more(site: str, pipeline: str, stage: str) -> None:
+def test_bridge_needs_only_the_prefix_of_a_site(site: str, pipeline: str, stage: str) -> None:
     one = StageTopics(site, pipeline, stage)
     for topic in (one.shared_task_topic, one.inbox("w"), one.presence("w"), topics.source_inbox_topic(site, "s")):
         assert filter_matches(f"sparse/{site}/#", topic)
@@ -76,31 +78,31 @@ def test_a_bridge_needs_the_prefix_of_a_site_and_no_more(site: str, pipeline: st
         assert filter_matches(f"sparse/{site}/+/+/up/+", topic)
 
 
-def test_the_last_level_is_the_name() -> None:
-    assert last_level(topics.ingress_topic("a", "door")) == "door"
+def test_last_level_is_the_name() -> None:
+    assert last_level(topics.ingress_topic("a", "cam")) == "cam"
     assert last_level(STAGE.presence("w-1")) == "w-1"
 
 
 @given(NAMES)
-def test_a_name_is_one_level(name: str) -> None:
+def test_valid_name_is_returned(name: str) -> None:
     assert validate_name("worker", name) == name
 
 
 @pytest.mark.parametrize("what", ["site", "pipeline", "stage", "source", "worker"])
 @pytest.mark.parametrize("name", ["", "a/b", "+", "#", "a b", "a\n", "\n", "ü", "a\0", "$share", "n" * 65])
-def test_what_is_no_name_is_told_with_what_it_should_name(what: str, name: str) -> None:
+def test_invalid_name_raises_bad_name(what: str, name: str) -> None:
     with raises_error(UsageError, "BadName", match=f"^{what} .* is not a name: expected 1 to 64 letters"):
         validate_name(what, name)
 
 
-def test_a_stage_is_not_named_source_where_the_presence_of_sources_is() -> None:
-    with raises_error(UsageError, "BadName", match=r"^stage 'source' .*; source cannot be used$"):
+def test_stage_cannot_be_named_source() -> None:
+    with raises_error(UsageError, "BadName", match=r"^stage 'source' .*, but not source$"):
         validate_name("stage", "source")
 
 
-def test_words_of_the_grammar_are_no_pipelines_but_may_be_anything_else() -> None:
+def test_reserved_names_are_refused_for_pipelines_only() -> None:
     for name, what in itertools.product(sorted(RESERVED_PIPELINE_NAMES), ["site", "source", "worker"]):
         assert validate_name(what, name) == name
     for name in RESERVED_PIPELINE_NAMES:
-        with raises_error(UsageError, "BadName", match="ingress, results, source cannot be used"):
+        with raises_error(UsageError, "BadName", match="but not ingress, results, source"):
             validate_name("pipeline", name)

@@ -1,4 +1,4 @@
-"""What a micro-batch says of itself: it survives the way, and whatever else comes in its place is a typed failure."""
+"""Micro-batches as metadata, and their random seeds."""
 
 from __future__ import annotations
 
@@ -35,53 +35,53 @@ def micro_batches(draw: st.DrawFn) -> MicroBatch:
 
 
 @given(micro_batches())
-def test_what_is_said_is_understood(micro: MicroBatch) -> None:
+def test_from_json_is_the_inverse_of_to_json(micro: MicroBatch) -> None:
     assert MicroBatch.from_json(micro.to_json()) == micro
 
 
-def test_what_a_later_version_adds_is_read_over() -> None:
+def test_unknown_fields_are_ignored() -> None:
     text = json.dumps({**asdict(MICRO), "colour": "blue"})
     assert MicroBatch.from_json(text) == MICRO
 
 
-def test_who_says_no_mode_trains() -> None:
+def test_default_mode_is_train() -> None:
     fields = asdict(MICRO)
     del fields["mode"]
     assert MicroBatch.from_json(json.dumps(fields)).mode == "train"
 
 
 HOSTILE_TEXTS: dict[str, str | None] = {
-    "nothing": None,
-    "no characters": "",
-    "no JSON": "{",
+    "missing": None,
+    "empty": "",
+    "not JSON": "{",
     "null": "null",
-    "a list": "[]",
-    "a number": "7",
-    "an object without fields": "{}",
-    "an endless list": "[" * 100_000,
-    "an endless number": "9" * 100_000,
+    "list": "[]",
+    "number": "7",
+    "object without fields": "{}",
+    "deep list": "[" * 100_000,
+    "long number": "9" * 100_000,
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE_TEXTS)
-def test_what_is_no_micro_batch_is_refused_with_what_was_expected(case: str) -> None:
+def test_malformed_micro_batch_raises_bad_property(case: str) -> None:
     with raises_error(WireError, "BadProperty", match=r"sparse\.micro.*must be a JSON object") as caught:
         MicroBatch.from_json(HOSTILE_TEXTS[case])
     assert len(str(caught.value)) < 500
 
 
-NO_NUMBERS: tuple[Any, ...] = (None, "1", 1.0, True, -1, 1 << 64, [], {}, float("nan"), float("inf"))
+NOT_COUNTS: tuple[Any, ...] = (None, "1", 1.0, True, -1, 1 << 64, [], {}, float("nan"), float("inf"))
 
 
 @pytest.mark.parametrize("name", ["term", "index", "count", "rows", "number", "seed"])
-@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
-def test_a_field_that_is_no_number_of_its_kind_is_refused_by_its_name(name: str, value: Any) -> None:
+@pytest.mark.parametrize("value", NOT_COUNTS, ids=repr)
+def test_invalid_number_is_refused_by_name(name: str, value: Any) -> None:
     with raises_error(WireError, "BadProperty", match=f"{name} must be a whole number"):
         MicroBatch.from_json(json.dumps({**asdict(MICRO), name: value}))
 
 
 @pytest.mark.parametrize("name", ["step", "term", "index", "count", "rows", "number", "seed"])
-def test_a_field_that_is_missing_is_refused(name: str) -> None:
+def test_missing_field_is_refused(name: str) -> None:
     fields = asdict(MICRO)
     del fields[name]
     with raises_error(WireError, "BadProperty", match="JSON object"):
@@ -93,18 +93,18 @@ def test_a_field_that_is_missing_is_refused(name: str) -> None:
     [None, 7, "", "0" * 31, "0" * 33, "z" * 32, "A" * 32, " " * 32, "+" * 32, "\u0660" * 32, ["0"] * 32],
     ids=repr,
 )
-def test_a_step_that_is_no_id_in_lower_case_hexadecimal_is_refused(step: Any) -> None:
+def test_step_must_be_lower_case_hexadecimal(step: Any) -> None:
     with raises_error(WireError, "BadProperty", match=r"step must be 32 .*hexadecimal digits"):
         MicroBatch.from_json(json.dumps({**asdict(MICRO), "step": step}))
 
 
 @pytest.mark.parametrize("mode", [None, "", "TRAIN", "test", 1, ["train"], {}], ids=repr)
-def test_a_mode_that_there_is_not_is_refused(mode: Any) -> None:
+def test_unknown_mode_is_refused(mode: Any) -> None:
     with raises_error(WireError, "BadProperty", match="mode must be train or evaluate"):
         MicroBatch.from_json(json.dumps({**asdict(MICRO), "mode": mode}))
 
 
-def test_a_micro_batch_is_one_of_those_of_its_step() -> None:
+def test_index_must_be_below_count() -> None:
     with raises_error(WireError, "BadProperty", match="index must be a whole number from 0 to 3, is 4"):
         replace(MICRO, index=4)
     with raises_error(WireError, "BadProperty", match="count"):
@@ -116,28 +116,28 @@ def test_a_micro_batch_is_one_of_those_of_its_step() -> None:
 
 
 @given(st.text(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(json.dumps))
-def test_any_text_is_a_micro_batch_or_a_refusal(text: str) -> None:
+def test_any_text_parses_or_raises_wire_error(text: str) -> None:
     try:
-        found = MicroBatch.from_json(text)
+        micro = MicroBatch.from_json(text)
     except WireError:
         return
-    assert MicroBatch.from_json(found.to_json()) == found
+    assert MicroBatch.from_json(micro.to_json()) == micro
 
 
 @given(st.integers(-(1 << 63), 1 << 63), st.integers(0, JSON_INTEGER_LIMIT), st.integers(0, MICRO_BATCH_LIMIT))
-def test_the_seed_of_a_micro_batch_is_one_that_it_may_have(seed: int, number: int, index: int) -> None:
-    found = micro_batch_seed(seed, number, index)
-    assert 0 <= found < SEED_LIMIT
-    assert found == micro_batch_seed(seed, number, index)
+def test_seed_is_deterministic_and_in_range(seed: int, number: int, index: int) -> None:
+    drawn = micro_batch_seed(seed, number, index)
+    assert 0 <= drawn < SEED_LIMIT
+    assert drawn == micro_batch_seed(seed, number, index)
 
 
-def test_no_two_micro_batches_draw_the_same() -> None:
-    found = {
+def test_micro_batches_have_different_seeds() -> None:
+    seeds = {
         micro_batch_seed(seed, number, index) for seed in (0, 1, 11) for number in range(20) for index in range(20)
     }
-    assert len(found) == 3 * 20 * 20
+    assert len(seeds) == 3 * 20 * 20
 
 
-def test_the_seed_of_a_micro_batch_is_the_same_in_every_version() -> None:
+def test_seeds_never_change_between_versions() -> None:
     assert micro_batch_seed(0, 0, 0) == 5_346_321_772_774_276_043
     assert micro_batch_seed(5, 7, 3) == 2_423_352_232_263_666_964
