@@ -126,6 +126,10 @@ class WorkerRegistry:
         self._ignore_retained = True
         return [*self._remove_all(self.workers), *self._remove_all(self.sources)]
 
+    def entries(self) -> list[PresenceEntry[WorkerRecord] | PresenceEntry[SourceRecord]]:
+        """All workers, then all sources."""
+        return [*self.workers.values(), *self.sources.values()]
+
     def workers_up(self, now_s: float, stage: str | None = None) -> list[WorkerRecord]:
         """The workers (of one stage) in state "up" that are not silent, the first to appear first."""
         return [

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json as jsonlib
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -15,12 +13,11 @@ from rich.console import Console
 
 from brokers.config.pipeline_file import load_pipeline, resolve_broker_address
 from brokers.config.schema import LOCAL_SITE
+from brokers.dispatch.worker_registry import PresenceListener, WorkerRegistry
 from brokers.errors import no_broker_error
 from brokers.mqtt.client_identity import create_transport
 from brokers.protocol.broker_url import parse_address
 from brokers.protocol.topics import all_presence_filter
-from brokers.protocol.transport import Delivery
-from monitor.presence.presence_table import PresenceTable
 from monitor.terminal.status_tables import sources_table, workers_table
 
 # Retained records come right after the subscription; this waits out a slow link.
@@ -47,11 +44,10 @@ def command(
     address = resolve_broker_address(pipeline, pipeline.source.site if pipeline else LOCAL_SITE, broker)
     if address is None:
         raise no_broker_error(str(file or "sparse status"), LOCAL_SITE)
-    board = asyncio.run(_listen(address, pipeline.name if pipeline else "+"))
-    silent = board.unconfirmed_topics
-    workers = [(birth, topic in silent) for topic, birth in board.workers.items()]
+    registry = asyncio.run(_listen(address, pipeline.name if pipeline else "+"))
+    workers = [(entry.record, not entry.is_live) for entry in registry.workers.values()]
     workers.sort(key=lambda item: (item[0].site, item[0].pipeline, item[0].stage, item[0].worker))
-    sources = [(birth, topic in silent) for topic, birth in board.sources.items()]
+    sources = [(entry.record, not entry.is_live) for entry in registry.sources.values()]
     sources.sort(key=lambda item: (item[0].site, item[0].pipeline, item[0].source))
     if json:
         answer = {
@@ -67,29 +63,22 @@ def command(
     console.print(workers_table(workers, pipeline, headings=headings, column_gap=gap))
     console.print()
     console.print(sources_table(sources, headings=headings, column_gap=gap))
-    if not board.workers and not board.sources and parse_address(address).is_tls:
+    if not workers and not sources and parse_address(address).is_tls:
         # Behind locked doors any subscription is granted, and what may not be read does not come.
         print("nothing was heard: is this identity one that may read presence, as `monitor` may?", file=sys.stderr)  # noqa: T201 - for a person
     return 0
 
 
-async def _listen(address: str, pipeline: str) -> PresenceTable:
-    board, changed = PresenceTable(), asyncio.Event()
+async def _listen(address: str, pipeline: str) -> WorkerRegistry:
+    """The records at the broker; those of which only a retained copy arrived are not `is_live`."""
     transport = create_transport(address)
-
-    def heard(delivery: Delivery) -> None:
-        board.on_presence(delivery.topic, bytes(delivery.payload), time.monotonic(), retained=delivery.retain)
-        changed.set()
-
+    listener = PresenceListener(transport)
     try:
         await transport.connect()
-        await transport.subscribe(all_presence_filter(pipeline=pipeline), heard, qos=1)
+        await listener.subscribe(all_presence_filter(pipeline=pipeline))
         await asyncio.sleep(_LISTEN_S)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_REPORT_WAIT_S):
-                while board.unconfirmed_topics:
-                    changed.clear()
-                    await changed.wait()
+        await listener.wait_for(lambda registry: all(entry.is_live for entry in registry.entries()), _REPORT_WAIT_S)
     finally:
+        await listener.close()
         await transport.close()
-    return board
+    return listener.registry

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from brokers.dispatch.presence import WorkerLoad, WorkerRecord
-from monitor.presence.census import ExpiringPresenceTable
+from monitor.presence.presence_table import PresenceTable
 
 # A record may hold any number: sums and products of what is made up must stay numbers, too.
 _LARGEST = 1e12
 
 
-def stage_metrics(census: ExpiringPresenceTable, now_s: float) -> dict[str, dict[str, dict[str, Any]]]:
+def stage_metrics(census: PresenceTable, now_s: float) -> dict[str, dict[str, dict[str, Any]]]:
     """Pipeline -> stage -> figures, over the workers that are up; a stage that has none has zeros.
 
     Where one stage is served at several sites, `site` names them all.

@@ -22,7 +22,7 @@ from monitor.daemon.http_server import HttpResponse, HttpServer
 from monitor.daemon.node_metrics import node_metrics
 from monitor.daemon.prometheus import presence_metrics
 from monitor.points.presence_points import presence_to_points
-from monitor.presence.census import create_presence_table
+from monitor.presence.presence_table import create_presence_table
 
 log = logging.getLogger(__name__)
 

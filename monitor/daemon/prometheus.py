@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from brokers.dispatch.presence import SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
 from monitor.daemon.exposition import MetricFamily, MetricType, render_exposition
-from monitor.presence.census import ExpiringPresenceTable, StageKey, stage_key
+from monitor.presence.presence_table import PresenceTable, StageKey, stage_key
 
 # Workers and sources whose figures are told one by one, those that came first: whoever makes more of them up than
 # anybody runs fills neither the page nor the memory of its reader. All that are known count in sparse_workers.
@@ -60,7 +60,7 @@ _REASONS = (
 )
 
 
-def presence_metrics(census: ExpiringPresenceTable, now_s: float, *, connected: bool) -> str:
+def presence_metrics(census: PresenceTable, now_s: float, *, connected: bool) -> str:
     """The page that /metrics gives."""
     return render_exposition(
         [_connected(connected), *_counted(census, now_s), *_of_workers(census, now_s), *_of_sources(census, now_s)]
@@ -73,7 +73,7 @@ def _connected(connected: bool) -> MetricFamily:
     return family
 
 
-def _counted(census: ExpiringPresenceTable, now_s: float) -> Iterator[MetricFamily]:
+def _counted(census: PresenceTable, now_s: float) -> Iterator[MetricFamily]:
     """How many there are, and what of it was not believed, or is not on this page."""
     present = census.live_workers_by_stage(now_s)
     states: Counter[tuple[StageKey, str]] = Counter({(place, "up"): 0 for place in present})
@@ -92,12 +92,12 @@ def _counted(census: ExpiringPresenceTable, now_s: float) -> Iterator[MetricFami
     yield refused
 
 
-def _of_workers(census: ExpiringPresenceTable, now_s: float) -> Iterator[MetricFamily]:
+def _of_workers(census: PresenceTable, now_s: float) -> Iterator[MetricFamily]:
     births = census.live_workers(now_s)[:WORKERS_SHOWN]
     yield from _each("sparse_worker", _OF_WORKERS, [(birth.load, _worker_labels(birth)) for birth in births])
 
 
-def _of_sources(census: ExpiringPresenceTable, now_s: float) -> Iterator[MetricFamily]:
+def _of_sources(census: PresenceTable, now_s: float) -> Iterator[MetricFamily]:
     births = census.live_sources(now_s)[:SOURCES_SHOWN]
     labels = [_source_labels(birth) for birth in births]
     loads = [birth.load for birth in births]

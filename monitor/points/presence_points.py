@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from brokers.dispatch.presence import SourceRecord, WorkerRecord
 from monitor.points.points import TelemetryPoint
-from monitor.presence.census import ExpiringPresenceTable
+from monitor.presence.presence_table import PresenceTable
 
 _LOAD = ("queue", "queue_ms", "done", "failed", "malformed", "rejected", "expired", "busy", "rate", "task_ms")
 _SOURCE_LOAD = ("requests", "results", "in_flight", "waiting", "window", "rate", "duplicates")
 
 
-def presence_to_points(census: ExpiringPresenceTable, since_s: float, time_ns: int, run: str) -> list[TelemetryPoint]:
+def presence_to_points(census: PresenceTable, since_s: float, time_ns: int, run: str) -> list[TelemetryPoint]:
     """A `stage` point of each worker, and a `source` point of each source, that was heard since `since_s`."""
     return [
         _of_worker(birth, time_ns, run) if isinstance(birth, WorkerRecord) else _of_source(birth, time_ns, run)

@@ -1,98 +1,171 @@
-"""Who is here, from what anybody may hear: the presence records of workers and sources. Pure."""
+"""The workers and sources at a broker, from their presence records: for the live view, and for the daemon.
+
+`WorkerRegistry` reads the records and decides which count. A daemon keeps the table for months, in sight of every client
+that may publish there, so this module adds:
+
+* The texts of a record are cut, and lists that no reader of the table needs are dropped.
+* A stage is remembered for an hour after its last worker: an autoscaler goes on asking, and must be answered 0.
+* There are at most STAGES_LIMIT stages, beside those of the pipeline file.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple, TypeVar
 
+from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.presence import SourceRecord, WorkerRecord
-from brokers.errors import WireError
-from brokers.protocol.topics import is_source_presence
+from brokers.dispatch.worker_registry import PresenceEntry, WorkerRegistry
 
-# Workers and sources report every second.
-LOST_AFTER_S = 10.0
-# Records that are kept of each kind: more than anybody runs, and an end to what a hostile client can make us hold.
-RECORDS_LIMIT = 4096
-_RECENT_SOURCES = 8
+STAGE_EXPIRY_S = 3600.0
+STAGES_LIMIT = 256
+TEXT_LIMIT_CHARACTERS = 128
+_DEPARTED_SOURCES_LIMIT = 8
+
+R = TypeVar("R", WorkerRecord, SourceRecord)
+
+
+class StageKey(NamedTuple):
+    """A stage of a pipeline, at a site."""
+
+    site: str
+    pipeline: str
+    stage: str
 
 
 @dataclass(slots=True)
 class PresenceTable:
-    """The latest of each worker and source. Times are monotonic seconds of the listener.
+    """The newest record of each worker and source. Times are monotonic seconds of the listener.
 
-    Whoever wants to know of their work as well derives from it.
+    Subclasses add what is published about the work itself: `on_result`, `results_received` and `pop_notices`.
     """
 
-    pipeline: str = ""  # whose work counts; empty: any
-    workers: dict[str, WorkerRecord] = field(default_factory=dict)  # by presence topic: an id is one stage's own
-    sources: dict[str, SourceRecord] = field(default_factory=dict)  # by presence topic
-    rejected: int = 0
-    _left: deque[SourceRecord] = field(default_factory=lambda: deque(maxlen=_RECENT_SOURCES))
-    _last_seen_s: dict[str, float] = field(default_factory=dict)  # by presence topic
-    _confirmed: set[str] = field(default_factory=set)  # presence topics
+    pipeline: str = ""  # its results count; empty: those of every pipeline
+    expected_stages: frozenset[StageKey] = frozenset()  # listed whether they have workers or not
+    rejected: int = 0  # malformed records and results
+    registry: WorkerRegistry = field(default_factory=WorkerRegistry)
+    _stages_seen_s: dict[StageKey, float] = field(default_factory=dict)  # when a worker of the stage last reported
+    _departed: deque[SourceRecord] = field(default_factory=lambda: deque(maxlen=_DEPARTED_SOURCES_LIMIT))
 
     def on_presence(self, topic: str, payload: bytes, now_s: float, *, retained: bool = False) -> None:
-        """A presence topic changed: a record, or nothing when the worker is gone; what is neither is counted.
+        """Apply one publication on a presence topic."""
+        for event in self.registry.on_message(topic, payload, now_s, retained=retained):
+            if event.kind == "rejected":
+                self.rejected += 1
+            elif event.kind == "lost":
+                if event.source is not None and event.reason == "removed":
+                    self._departed.append(event.source)
+            elif event.worker is not None:
+                self._keep_worker(topic, event.worker, now_s)
+            elif event.source is not None:
+                self.registry.sources[topic].record = event.source.model_copy(update={"node": _cut(event.source.node)})
 
-        `retained`: the broker had kept it, from whenever it was; no sign of life.
-        """
-        kept: dict[str, WorkerRecord] | dict[str, SourceRecord]
-        kept, kind = (self.sources, SourceRecord) if is_source_presence(topic) else (self.workers, WorkerRecord)
-        if not payload:
-            left = kept.pop(topic, None)
-            if isinstance(left, SourceRecord):
-                self._left.append(left)
-            self._last_seen_s.pop(topic, None)
-            self._confirmed.discard(topic)
-            return
-        try:
-            record: Any = self._validate(topic, kind.from_bytes(payload), now_s)
-        except WireError:
+    def _keep_worker(self, topic: str, record: WorkerRecord, now_s: float) -> None:
+        key = stage_key(record)
+        is_known = key in self._stages_seen_s or key in self.expected_stages
+        if not is_known and len(self._stages_seen_s) >= STAGES_LIMIT:
             self.rejected += 1
+            del self.registry.workers[topic]
             return
-        if topic not in kept and len(kept) >= RECORDS_LIMIT:
-            self.rejected += 1
-            return
-        kept[topic] = record
-        self._last_seen_s[topic] = now_s
-        if not retained:
-            self._confirmed.add(topic)
+        self._stages_seen_s[key] = now_s
+        texts = {name: _cut(getattr(record, name)) for name in ("node", "device", "fingerprint")}
+        change = {**texts, "formats": (), "training": None}
+        self.registry.workers[topic].record = record.model_copy(update=change)
 
-    def _validate(self, topic: str, record: WorkerRecord | SourceRecord, now_s: float) -> WorkerRecord | SourceRecord:
-        """What is kept of a record; raises a `WireError` for one that shall not be."""
-        return record
+    def expire(self, now_s: float) -> None:
+        """Forget workers and sources that have been silent for long, and stages without workers; call it regularly."""
+        self.registry.tick(now_s)
+        self._stages_seen_s = {
+            key: seen_s for key, seen_s in self._stages_seen_s.items() if now_s - seen_s <= STAGE_EXPIRY_S
+        }
 
-    def is_lost(self, topic: str, now_s: float) -> bool:
-        """Whether a worker or source has missed ten reports in a row: it is frozen, or its line is."""
-        return now_s - self._last_seen_s[topic] > LOST_AFTER_S
+    # Records ------------------------------------------------------------------------------------------------------
 
     @property
-    def unconfirmed_topics(self) -> set[str]:
-        """The topics of workers and sources of which there is a record and nothing else, so far."""
-        return (self.workers.keys() | self.sources.keys()) - self._confirmed
+    def workers(self) -> dict[str, WorkerRecord]:
+        """The workers' records by presence topic, the first to appear first."""
+        return {topic: entry.record for topic, entry in self.registry.workers.items()}
 
-    def problem_counts(self) -> dict[str, Counter[str]]:
-        """What the sources, those that have left too, say was `retried`, `dropped` and `failed`, by reason, in sum."""
-        found: dict[str, Counter[str]] = {"retried": Counter(), "dropped": Counter(), "failed": Counter()}
-        for birth in (*self._left, *self.sources.values()):
-            found["retried"].update(birth.load.retries)
-            found["dropped"].update(birth.load.dropped)
-            found["failed"].update(birth.load.failed)
-        return found
+    @property
+    def sources(self) -> dict[str, SourceRecord]:
+        """The sources' records by presence topic, the first to appear first."""
+        return {topic: entry.record for topic, entry in self.registry.sources.items()}
+
+    def is_lost(self, topic: str, now_s: float) -> bool:
+        """Whether a worker is silent: it is frozen or cut off."""
+        return self.registry.workers[topic].is_silent(now_s)
 
     def stages_up(self) -> set[str]:
-        """The stages that have a worker."""
-        return {birth.stage for birth in self.workers.values() if birth.state == "up"}
+        """The stages that have a worker in state "up"."""
+        return {record.stage for record in self.workers.values() if record.state == "up"}
+
+    def live_workers(self, now_s: float) -> list[WorkerRecord]:
+        """The workers that are not silent."""
+        return _select(self.registry.workers, now_s, silent=False)
+
+    def lost_workers(self, now_s: float) -> list[WorkerRecord]:
+        """The workers that are silent."""
+        return _select(self.registry.workers, now_s, silent=True)
+
+    def live_sources(self, now_s: float) -> list[SourceRecord]:
+        """The sources that are not silent."""
+        return _select(self.registry.sources, now_s, silent=False)
+
+    def live_workers_by_stage(self, now_s: float) -> dict[StageKey, list[WorkerRecord]]:
+        """The workers of each stage that are not silent; an empty list for a stage that has none any more."""
+        keys = sorted({*self.expected_stages, *self._stages_seen_s})
+        result: dict[StageKey, list[WorkerRecord]] = {key: [] for key in keys}
+        for record in self.live_workers(now_s):
+            result.setdefault(stage_key(record), []).append(record)
+        return result
+
+    def updated_since(self, since_s: float) -> list[WorkerRecord | SourceRecord]:
+        """The records of the workers and sources that reported at `since_s` or later; retained records do not count."""
+        entries = self.registry.entries()
+        return [entry.record for entry in entries if entry.is_live and entry.last_seen_s >= since_s]
+
+    def problem_counts(self) -> dict[str, Counter[str]]:
+        """The sums over all sources, also those that have left, of retried, dropped and failed, by reason."""
+        result: dict[str, Counter[str]] = {"retried": Counter(), "dropped": Counter(), "failed": Counter()}
+        for record in (*self._departed, *self.sources.values()):
+            result["retried"].update(record.load.retries)
+            result["dropped"].update(record.load.dropped)
+            result["failed"].update(record.load.failed)
+        return result
+
+    # The work, in subclasses --------------------------------------------------------------------------------------
 
     @property
     def results_received(self) -> int:
-        """How much has been heard of the work."""
+        """How many results or events of the work were received."""
         return 0
 
     def on_result(self, payload: bytes, now_s: float) -> None:
-        """Something was published about the work; anybody may publish there, so what cannot be read is counted."""
+        """Apply a publication on a results topic; a malformed one is counted."""
 
     def pop_notices(self) -> list[str]:
-        """What has happened since this was last asked that deserves a line of its own."""
+        """The lines to print since the last call."""
         return []
+
+
+def create_presence_table(pipeline: Pipeline | None) -> PresenceTable:
+    """A table of everything at a broker, or one that lists the stages of a pipeline from the start."""
+    if pipeline is None:
+        return PresenceTable()
+    keys = frozenset(StageKey(stage.site, pipeline.name, stage.name) for stage in pipeline.stage)
+    return PresenceTable(pipeline.name, expected_stages=keys)
+
+
+def stage_key(record: WorkerRecord) -> StageKey:
+    """The stage that a worker serves."""
+    return StageKey(record.site, record.pipeline, record.stage)
+
+
+def _select(entries: Mapping[str, PresenceEntry[R]], now_s: float, *, silent: bool) -> list[R]:
+    return [entry.record for entry in entries.values() if entry.is_silent(now_s) == silent]
+
+
+def _cut(text: str) -> str:
+    return text[:TEXT_LIMIT_CHARACTERS]

@@ -1,4 +1,4 @@
-"""What a source that trains publishes, one JSON object for each thing that happens. Anybody may publish there."""
+"""The events that a training source publishes, as JSON objects. Any client may publish there, so all is validated."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-_Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON has no larger whole numbers that all readers agree on
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON readers agree on whole numbers up to this
 _Measure = Annotated[float, Field(ge=0, le=1 << 53)]
-_Value = Annotated[float, Field(ge=-1e100, le=1e100)]  # float32 ends at 1e38; sums of these are numbers still
+_Value = Annotated[float, Field(ge=-1e100, le=1e100)]  # float32 ends at 1e38; sums of these stay finite
 _Text = Annotated[str, Field(max_length=4096)]
 
 
 class _TrainingEventBase(BaseModel):
-    """What all events share. More may come in each of them: it is read over."""
+    """Base class of the events; unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -21,7 +21,7 @@ class _TrainingEventBase(BaseModel):
 
 
 class StepEvent(_TrainingEventBase):
-    """A step is committed on all stages. Steps count from 1, epochs from 0."""
+    """A step was committed on all stages. Steps count from 1, epochs from 0."""
 
     event: Literal["step"]
     step: _Count
@@ -35,7 +35,7 @@ class StepEvent(_TrainingEventBase):
 
 
 class EvaluationEvent(_TrainingEventBase):
-    """The network as it stands has met what it is not trained on."""
+    """The network was evaluated on the test set."""
 
     event: Literal["evaluation"]
     step: _Count
@@ -45,7 +45,7 @@ class EvaluationEvent(_TrainingEventBase):
 
 
 class RollbackEvent(_TrainingEventBase):
-    """Training goes on from `step`; those after it, up to `from_step`, are done again."""
+    """Training was rolled back: it continues after `step`, and repeats the steps up to `from_step`."""
 
     event: Literal["rolled_back"]
     step: _Count
@@ -54,7 +54,7 @@ class RollbackEvent(_TrainingEventBase):
 
 
 class TrainingFailureEvent(_TrainingEventBase):
-    """Training has ended before its time."""
+    """Training ended with an error."""
 
     event: Literal["failed"]
     error: _Text

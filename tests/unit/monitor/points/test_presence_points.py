@@ -6,17 +6,17 @@ from typing import Any
 
 from monitor.points.presence_points import presence_to_points
 from monitor.points.schema import MEASUREMENTS
-from monitor.presence.census import ExpiringPresenceTable
+from monitor.presence.presence_table import PresenceTable
 from tests.support.brokers.presence_records import source_record, worker_record
 
 
-def heard(census: ExpiringPresenceTable, now_s: float, *, retained: bool = False, **load: Any) -> None:
+def heard(census: PresenceTable, now_s: float, *, retained: bool = False, **load: Any) -> None:
     for topic, record in (worker_record("w1", node="rack", **load), source_record("cam", window=4)):
         census.on_presence(topic, record.to_bytes(), now_s, retained=retained)
 
 
 def test_a_record_is_a_point_with_all_fields_of_the_schema() -> None:
-    census = ExpiringPresenceTable()
+    census = PresenceTable()
     load: dict[str, Any] = {"queue": 4, "queue_ms": 250.0, "done": 9, "busy": 0.75, "task_ms": 12.5}
     heard(census, 10.0, **load)
     topic, record = source_record("yard", node="tower", dropped={"superseded": 2, "x": 1}, retries={"WorkerLost": 5})
@@ -37,7 +37,7 @@ def test_a_record_is_a_point_with_all_fields_of_the_schema() -> None:
 
 
 def test_only_what_was_heard_since_is_told_again() -> None:
-    census = ExpiringPresenceTable()
+    census = PresenceTable()
     heard(census, 10.0)
     assert len(presence_to_points(census, 10.0, 1, "")) == 2
     assert presence_to_points(census, 10.1, 1, "") == []
@@ -46,7 +46,7 @@ def test_only_what_was_heard_since_is_told_again() -> None:
 
 
 def test_what_a_broker_has_kept_of_somebody_who_may_be_long_gone_is_not_told() -> None:
-    census = ExpiringPresenceTable()
+    census = PresenceTable()
     heard(census, 10.0, retained=True)
     assert presence_to_points(census, 9.0, 1, "") == []
     heard(census, 11.0)

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from brokers.config.pipeline_file import load_pipeline
 from brokers.dispatch.presence import SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
+from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from monitor.presence.inference_stats import InferenceStats
-from monitor.presence.presence_table import LOST_AFTER_S
 from monitor.terminal.inference_view import InferenceView
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
@@ -21,7 +21,7 @@ NOW_S = 100.0
 def board() -> InferenceStats:
     """Two workers, one of them silent for too long, and a source with troubles."""
     found = InferenceStats("test")
-    for worker, heard_s in (("head-1", NOW_S), ("head-2", NOW_S - LOST_AFTER_S - 1)):
+    for worker, heard_s in (("head-1", NOW_S), ("head-2", NOW_S - PRESENCE_TIMEOUT_S - 1)):
         birth = WorkerRecord(
             worker=worker, stage="head", pipeline="test", site="local", node="camera-7", pid=1, device="cuda:1",
             fingerprint="0123456789abcdef", capacity=3, up_s=125.0,

@@ -27,7 +27,7 @@ from tests.support.training.training_events import (
     run_events,
     step_event,
 )
-from tests.unit.monitor.presence.test_training_stats import training_stats_of
+from tests.unit.monitor.presence.test_training_stats import make_stats
 
 FILE = """
 [pipeline]
@@ -75,7 +75,7 @@ def view_of(pipeline: Pipeline, board: TrainingStats, **wanted: Any) -> tuple[Tr
 def shown(
     pipeline: Pipeline, events: Iterable[EventDict], workers: dict[str, str] | None = None, width: int = 80
 ) -> str:
-    board = training_stats_of(events)
+    board = make_stats(events)
     for worker, state in (workers or {}).items():
         join(board, worker, state)
     view, screen = view_of(pipeline, board, width=width)
@@ -118,7 +118,7 @@ def test_a_loss_without_accuracy_has_no_row_for_it(pipeline: Pipeline) -> None:
 
 
 def test_what_keeps_training_from_going_on_is_a_line(pipeline: Pipeline) -> None:
-    board = training_stats_of([step_event(1), step_event(2), rollback_event(1, 2)])
+    board = make_stats([step_event(1), step_event(2), rollback_event(1, 2)])
     view, screen = view_of(pipeline, board)
     screen.print(view._render(12.5))
     assert "no step for 12 s   recoveries 1, steps again 1" in screen.export_text()
@@ -130,16 +130,16 @@ def test_two_sources_have_a_bar_each(pipeline: Pipeline) -> None:
 
 
 def test_a_recovery_is_said_above_the_view_when_it_happens(pipeline: Pipeline) -> None:
-    view, screen = view_of(pipeline, training_stats_of([step_event(7), rollback_event(0, 7)]))
+    view, screen = view_of(pipeline, make_stats([step_event(7), rollback_event(0, 7)]))
     with view:
         view.update()
-    assert screen.export_text().count("worker tail-1 is gone: back to step 0 (7 steps again)") == 1
+    assert screen.export_text().count("worker tail-1 is gone: rolled back to step 0, repeating 7 steps") == 1
 
 
 def test_without_a_terminal_there_is_a_line_every_two_seconds(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    board = training_stats_of(list(run_events())[:25])
+    board = make_stats(list(run_events())[:25])
     join(board, "tail-1")
     now_s = [100.0]
     monkeypatch.setattr("monitor.terminal.live.time.monotonic", lambda: now_s[0])
@@ -157,13 +157,13 @@ def test_without_a_terminal_nothing_is_said_before_there_is_something_to_say(pip
     view, screen = view_of(pipeline, TrainingStats("digits"), terminal=False)
     view.update()
     assert screen.export_text() == ""
-    view, screen = view_of(pipeline, training_stats_of([step_event(1), failure_event()]), terminal=False)
+    view, screen = view_of(pipeline, make_stats([step_event(1), failure_event()]), terminal=False)
     view.update()
     assert "NotFinite: the loss is not a number" in screen.export_text()
 
 
 def test_a_terminal_without_unicode_gets_what_it_can_show(pipeline: Pipeline) -> None:
-    view, screen = view_of(pipeline, training_stats_of(run_events()), encoding="ascii")
+    view, screen = view_of(pipeline, make_stats(run_events()), encoding="ascii")
     screen.print(view._render(time.monotonic()))
     assert screen.export_text().isascii()
 
