@@ -1,4 +1,4 @@
-"""A transport that speaks messages: encodes, cuts into chunks, assembles, and counts what it could not read."""
+"""Messages over a transport: encoded, split into chunks, reassembled; malformed ones are counted and reported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from brokers.errors import TooLarge, WireError
 from brokers.protocol.chunking import (
@@ -27,33 +28,37 @@ from brokers.protocol.transport import Delivery, Properties, Transport, Will
 
 log = logging.getLogger(__name__)
 
-# What the head of a PUBLISH may need beside the payload: topic, properties, packet id.
+# Bytes of a PUBLISH beside its payload: topic, properties, packet id.
 HEADER_RESERVE_BYTES = 2048
-# The head of a message is kept while its chunks come, of up to a thousand messages: it may not have a megabyte.
+# The properties of a chunked message are kept until it is whole, for up to a thousand messages at once.
 CHUNK_HEADER_LIMIT_BYTES = 8192
 _EXPIRY_CHECK_S = 1.0
 
+# Called with the topic.
 MessageHandler = Callable[[str, Message], None]
-# What could not be read, and the properties it came with (they may say whom to tell).
+# Called with the properties of the malformed message, which may name the sender.
 MalformedHandler = Callable[[WireError, Properties], None]
 
 
 class MessageChannel:
-    """Messages to topics and from topics, over one transport, from one asyncio loop."""
+    """Sends and receives messages over one transport, on one event loop.
+
+    `counters` has `messages_in`, `messages_out`, and the malformed messages by error code.
+    """
 
     def __init__(
         self, transport: Transport, *, assembler: Assembler | None = None, chunk_bytes: int = CHUNK_BYTES
     ) -> None:
         self.transport = transport
-        self._chunk_bytes = chunk_bytes
         self.counters: Counter[str] = Counter()
-        self._assembler = Assembler() if assembler is None else assembler  # one without messages counts as false
+        self._chunk_bytes = chunk_bytes
+        self._assembler = Assembler() if assembler is None else assembler  # an empty one counts as false
         self._expiry: asyncio.Task[None] | None = None
-        self._garbage_handlers: dict[str, MalformedHandler] = {}
+        self._malformed_handlers: dict[str, MalformedHandler | None] = {}  # by topic filter
 
     async def open(self, *, will: Will | None = None, timeout_s: float = 10.0) -> None:
         await self.transport.connect(will=will, timeout_s=timeout_s)
-        self._expiry = asyncio.create_task(self._expire(), name="line-expiry")
+        self._expiry = asyncio.create_task(self._expire_assemblies(), name="channel-expiry")
 
     @property
     def is_open(self) -> bool:
@@ -75,53 +80,27 @@ class MessageChannel:
         *,
         qos: int = 0,
     ) -> None:
-        """Have `on_message` called for each whole message, `on_garbage` for what breaks the protocol; neither blocks.
+        """Have `on_message` called for each whole message, `on_malformed` for each violation of the protocol.
 
-        `topic_filter` is one topic, shared or not: chunks of one message are looked for on the filter they came by.
+        Neither may block. `topic_filter` matches one topic, shared or not: chunks are reassembled by filter.
         """
-
-        def refuse(error: WireError, properties: Properties) -> None:
-            self.counters[error.code] += 1
-            log.warning("refused a message to %s: %s: %s", topic_filter, error.code, error)
-            if on_malformed:
-                on_malformed(error, properties)
-
-        def handle(delivery: Delivery) -> None:
-            try:
-                payload = self._whole(topic_filter, delivery)
-                if payload is None:
-                    return
-                message = decode(delivery.properties, payload)
-            except WireError as error:
-                refuse(error, delivery.properties)
-                return
-            self.counters["messages_in"] += 1
-            on_message(delivery.topic, message)
-
-        def place(topic: str, properties: Properties, length: int) -> memoryview | None:
-            try:
-                found = _chunk_of(topic_filter, properties)
-            except WireError:  # told by `handle`, which gets the same properties with the payload
-                return None
-            try:
-                return found and self._assembler.get_buffer(
-                    *found, length, time.monotonic(), (topic_filter, properties)
-                )
-            except WireError as error:
-                refuse(error, properties)
-                return None
-
-        self._garbage_handlers[topic_filter] = refuse
-        await self.transport.subscribe(topic_filter, handle, qos=qos, buffer_provider=place)
+        self._malformed_handlers[topic_filter] = on_malformed
+        await self.transport.subscribe(
+            topic_filter,
+            partial(self._on_delivery, topic_filter, on_message),
+            qos=qos,
+            buffer_provider=partial(self._get_buffer, topic_filter),
+        )
 
     async def send(self, topic: str, message: Message) -> None:
-        """Send a message, in as many chunks as it needs; returns when the operating system has all its bytes.
+        """Send a message, in as many chunks as it needs; return when the operating system has all its bytes.
 
-        Raises `TooLarge`, before a byte is sent, for what no receiver would take.
+        Raises `TooLarge`, before a byte is sent, for a message that no receiver would accept.
         """
         await self.send_packet(topic, encode(message))
 
     async def send_packet(self, topic: str, packet: EncodedMessage) -> None:
+        """Send an encoded message; as `send`."""
         total_bytes = packet.nbytes
         limit_bytes = self.transport.limits.max_packet_bytes - HEADER_RESERVE_BYTES
         if total_bytes > MESSAGE_LIMIT_BYTES:
@@ -133,41 +112,66 @@ class MessageChannel:
         if total_bytes <= chunk_bytes:
             await self.transport.publish(topic, packet.buffers, packet.properties)
             return
-        pieces = tuple(memoryview(piece).cast("B") for piece in packet.buffers)
-        user = packet.properties.user_properties
-        # A request may pass one worker twice, on a detour that comes back: its two messages must not be taken for one.
-        named = (*user, ("message", secrets.token_hex(4)))
-        for chunk, part in split_into_chunks(pieces, chunk_bytes):
-            await self.transport.publish(
-                topic, part, replace(packet.properties, user_properties=(*named, ("chunk", str(chunk))))
-            )
+        buffers = tuple(memoryview(buffer).cast("B") for buffer in packet.buffers)
+        # A random name: a request may pass one worker twice, and the chunks of its two messages must not be mixed.
+        user = (*packet.properties.user_properties, ("message", secrets.token_hex(4)))
+        for header, parts in split_into_chunks(buffers, chunk_bytes):
+            properties = replace(packet.properties, user_properties=(*user, ("chunk", str(header))))
+            await self.transport.publish(topic, parts, properties)
 
-    def _whole(self, topic_filter: str, delivery: Delivery) -> memoryview | None:
-        """The payload of a whole message; None while chunks of it are missing."""
-        found = _chunk_of(topic_filter, delivery.properties)
-        if found is None:
-            return delivery.payload
-        return self._assembler.add_chunk(
-            *found, delivery.payload, time.monotonic(), (topic_filter, delivery.properties)
-        )
+    def _on_delivery(self, topic_filter: str, on_message: MessageHandler, delivery: Delivery) -> None:
+        try:
+            chunk = _parse_chunk(topic_filter, delivery.properties)
+            payload: memoryview | None = delivery.payload
+            if chunk is not None:
+                context = (topic_filter, delivery.properties)
+                payload = self._assembler.add_chunk(*chunk, delivery.payload, time.monotonic(), context)
+            if payload is None:
+                return  # chunks of the message are missing
+            message = decode(delivery.properties, payload)
+        except WireError as error:
+            self._reject(topic_filter, error, delivery.properties)
+            return
+        self.counters["messages_in"] += 1
+        on_message(delivery.topic, message)
 
-    async def _expire(self) -> None:
+    def _get_buffer(self, topic_filter: str, topic: str, properties: Properties, length: int) -> memoryview | None:
+        """The buffer that a chunk is received into; None for a new buffer."""
+        try:
+            chunk = _parse_chunk(topic_filter, properties)
+        except WireError:  # reported by `_on_delivery`, which gets the same properties
+            return None
+        if chunk is None:
+            return None
+        try:
+            return self._assembler.get_buffer(*chunk, length, time.monotonic(), (topic_filter, properties))
+        except WireError as error:
+            self._reject(topic_filter, error, properties)
+            return None
+
+    def _reject(self, topic_filter: str, error: WireError, properties: Properties) -> None:
+        self.counters[error.code] += 1
+        log.warning("rejected a message on %s: %s: %s", topic_filter, error.code, error)
+        if on_malformed := self._malformed_handlers[topic_filter]:
+            on_malformed(error, properties)
+
+    async def _expire_assemblies(self) -> None:
         while True:
             await asyncio.sleep(_EXPIRY_CHECK_S)
             for (topic_filter, properties), error in self._assembler.expire(time.monotonic()):
-                self._garbage_handlers[topic_filter](error, properties)
+                self._reject(topic_filter, error, properties)
 
 
-def _chunk_of(topic_filter: str, properties: Properties) -> tuple[MessageKey, ChunkHeader] | None:
-    """The message that a chunk belongs to, and where in it; None for a whole message."""
+def _parse_chunk(topic_filter: str, properties: Properties) -> tuple[MessageKey, ChunkHeader] | None:
+    """The message that a chunk belongs to, and its place in it; None for a whole message."""
     user = dict(properties.user_properties)
     text = user.get("chunk")
     if text is None:
         return None
-    head_bytes = len(properties.correlation_data) + len(properties.response_topic) + len(properties.content_type)
-    head_bytes += sum(len(name) + len(value) for name, value in properties.user_properties)
-    if head_bytes > CHUNK_HEADER_LIMIT_BYTES:
-        raise chunk_error(f"the properties of a chunk may have {CHUNK_HEADER_LIMIT_BYTES} bytes, its have {head_bytes}")
+    header_bytes = len(properties.correlation_data) + len(properties.response_topic) + len(properties.content_type)
+    header_bytes += sum(len(name) + len(value) for name, value in properties.user_properties)
+    if header_bytes > CHUNK_HEADER_LIMIT_BYTES:
+        raise chunk_error(f"the properties of a chunk have {header_bytes} bytes, at most {CHUNK_HEADER_LIMIT_BYTES}")
     names = (user.get(name) for name in ("message", "kind", "attempt"))
     key = (topic_filter, properties.correlation_data, properties.response_topic, *names)
     return key, ChunkHeader.parse(text)
