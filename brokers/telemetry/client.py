@@ -1,8 +1,8 @@
-"""By which any process tells the monitor of its node what happens in it: see brokers/telemetry/schema.py.
+"""Client of the monitor on this machine: sends telemetry events to its Unix socket, and never blocks its caller.
 
-Who tells never waits: an event is put into a bounded queue, as it is, and a thread makes JSON lines of what waits and
-sends many in one datagram. Whether a monitor is there, slow, or killed and started again, concerns that thread only:
-what it cannot pass on waits, the oldest go when that is too much, and the monitor is told how many went.
+An event is appended to a bounded queue. A thread encodes the queued events as JSON lines and sends many of them in one
+datagram. While the monitor is absent, slow or restarting, events wait in the queue; when the queue is full the oldest
+are dropped, and the monitor is told their number. See brokers/telemetry/schema.py for the events.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections import deque
@@ -20,29 +21,42 @@ from types import TracebackType
 from typing import Any, Literal
 
 from brokers.telemetry.encoding import EventEncoder, QueuedEvent
-from brokers.telemetry.event_socket import RUN_VARIABLE, socket_path
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, ProcessRole
 
 log = logging.getLogger(__name__)
 
-# `start` is of another process, which cannot say it itself: a broker.
+SOCKET_VARIABLE = "SPARSE_MONITOR"  # the path of the monitor's socket
+RUN_VARIABLE = "SPARSE_RUN"  # the name of the run that a process is part of
+_SOCKET_NAME = "sparse-monitor.sock"
+
+# "start" is for another process that cannot send it itself: a broker.
 EventName = Literal["start", "task_processed", "batch_processed", "request_done", "step_done", "link_traffic"]
 
-# About 6 MB: a worker that does 100 tasks a second tells so much in 40 s.
+# About 6 MB: the events of 40 s of a worker that does 100 tasks per second.
 QUEUE_LIMIT = 8192
-# How long what is told is gathered; when so many wait, they go at once.
-_GATHER_S = 0.05
-_MANY = 1024
-# So many are taken from the queue at a time: most often they fit one datagram.
-_TAKEN_AT_ONCE = 256
-# How often a monitor that is not there is looked for.
+# Events are collected this long before they are sent, unless so many are queued.
+_COLLECT_S = 0.05
+_SEND_AT_ONCE = 1024
+# Events taken from the queue at a time: usually they fit one datagram.
+_TAKE_LIMIT = 256
 RECONNECT_INTERVAL_S = 1.0
-# So long a slow monitor is waited for, before it is seen that the client is to end.
-_SEND_S = 0.25
-# What still waits then may take so long, if somebody listens.
+# Timeout of one send to a slow monitor; between two sends the thread checks whether the client was closed.
+_SEND_TIMEOUT_S = 0.25
+# `close` waits this long for the queued events to be sent.
 CLOSE_TIMEOUT_S = 1.0
-# No monitor, or one that has gone, or that is another user's: nothing that anybody needs to hear of.
-_NOBODY = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE, errno.EACCES})
+# The monitor is not running, has ended, or belongs to another user: normal, and not logged.
+_ABSENT_ERRNOS = frozenset(
+    {errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE, errno.EACCES}
+)
+
+
+def socket_path(environment: Mapping[str, str]) -> Path:
+    """The monitor's socket: SPARSE_MONITOR, else in XDG_RUNTIME_DIR, else in a folder of the user in the temporary one."""
+    if path := environment.get(SOCKET_VARIABLE):
+        return Path(path)
+    if folder := environment.get("XDG_RUNTIME_DIR"):
+        return Path(folder) / _SOCKET_NAME
+    return Path(tempfile.gettempdir()) / f"sparse-{os.getuid()}" / _SOCKET_NAME
 
 
 def event_client_from_environment(
@@ -54,19 +68,19 @@ def event_client_from_environment(
     pipeline: str = "",
     **work_fields: str,
 ) -> EventClient:
-    """A client of this process for the monitor of this node, as part of the run that the environment names.
+    """A client for this process, as part of the run that the environment names.
 
-    `own` is of what tells: `stage` and `worker`, or `source`.
+    `work_fields` are `stage` and `worker`, or `source`.
     """
-    common = {"run": environment.get(RUN_VARIABLE, ""), "site": site, "pipeline": pipeline}
-    return EventClient(socket_path(environment), role, name, common, work_fields)
+    common_fields = {"run": environment.get(RUN_VARIABLE, ""), "site": site, "pipeline": pipeline}
+    return EventClient(socket_path(environment), role, name, common_fields, work_fields)
 
 
 class EventClient:
-    """Tells events of one process, or of one worker or source in it. Any thread of it may tell.
+    """Sends the events of one process, or of one worker or source in it. Thread-safe.
 
-    `common` stands in each event, `own` in those of work besides. `path` is the monitor's socket, which need not be
-    there; without one nobody is told.
+    `common_fields` are part of each event, `work_fields` of those about work. `path` is the monitor's socket, which
+    need not exist; without a path events are discarded. `dropped` counts events that the monitor does not know of yet.
     """
 
     def __init__(
@@ -77,19 +91,21 @@ class EventClient:
         common_fields: Mapping[str, str] | None = None,
         work_fields: Mapping[str, str] | None = None,
     ) -> None:
-        self.dropped = 0  # events that nobody has been told of yet
+        self.dropped = 0
         self._path = path
-        self._life: dict[str, Any] = {"role": role, "name": name, "pid": os.getpid()}
-        self._lines = EventEncoder(common_fields or {}, work_fields or {})
-        self._waiting: deque[QueuedEvent] = deque()
-        self._lock = threading.Lock()  # held for some assignments, never while anything is made or sent
+        self._process_fields: dict[str, Any] = {"role": role, "name": name, "pid": os.getpid()}
+        self._encoder = EventEncoder(common_fields or {}, work_fields or {})
+        self._queue: deque[QueuedEvent] = deque()
+        self._lock = threading.Lock()  # never held while an event is encoded or sent
         self._latest_ns = 0
-        self._some, self._many, self._closing = threading.Event(), threading.Event(), threading.Event()
+        self._has_events = threading.Event()
+        self._has_many_events = threading.Event()
+        self._closing = threading.Event()
         self._deadline_s = float("inf")
         self._thread: threading.Thread | None = None
         self._socket: socket.socket | None = None
-        self._looked_s = float("-inf")
-        self._complained = False
+        self._connect_tried_s = float("-inf")
+        self._is_error_logged = False
 
     def __enter__(self) -> EventClient:
         self.open()
@@ -101,35 +117,36 @@ class EventClient:
         self.close()
 
     def open(self) -> None:
-        """Begin, and say so: `start`."""
+        """Start the thread, and send `start`."""
         if self._path is None or self._thread:
             return
-        self._thread = threading.Thread(target=self._run, name=f"events-{self._life['name']}", daemon=True)
-        self._put("start", None, self._life)
+        self._thread = threading.Thread(target=self._run, name=f"events-{self._process_fields['name']}", daemon=True)
+        self._put("start", None, self._process_fields)
         self._thread.start()
 
     def emit(self, event: EventName, *, time_ns: int | None = None, **fields: Any) -> None:
-        """Have an event told, with its figures as in brokers/telemetry/schema.py: a few microseconds, no wait, no error.
+        """Queue an event with its fields (brokers/telemetry/schema.py): a few microseconds, no wait, no error.
 
-        `time_ns`, as `now_ns` gave it, is when it was, if not now. What an event has of text may be bytes, such as an
-        id, which is written in hexadecimal digits.
+        `time_ns`, from `now_ns`, is the time of the event if it is not now. Values of type bytes, such as a request id,
+        are written in hexadecimal digits.
         """
         if self._thread:
             self._put(event, time_ns, fields)
 
     def now_ns(self) -> int:
-        """Unix time. No two are alike: two events of one worker at one time would be one point in a database."""
+        """Unix time in nanoseconds, never the same twice: a database identifies events of one worker by their time."""
         with self._lock:
             return self._next_ns()
 
     def close(self) -> None:
-        """Say `stop`, pass on what waits if somebody listens, for at most a second, and end. May be called twice."""
-        thread, self._thread = self._thread, None
+        """Send `stop` and the queued events, for at most CLOSE_TIMEOUT_S, and end the thread. May be called twice."""
+        thread = self._thread
+        self._thread = None
         if thread is None:
             return
-        self._put("stop", None, self._life)
+        self._put("stop", None, self._process_fields)
         self._deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
-        for event in (self._closing, self._some, self._many):
+        for event in (self._closing, self._has_events, self._has_many_events):
             event.set()
         thread.join()
 
@@ -137,75 +154,78 @@ class EventClient:
         self._latest_ns = max(time.time_ns(), self._latest_ns + 1)
         return self._latest_ns
 
-    def _put(self, event: str, time_ns: int | None, figures: Mapping[str, Any]) -> None:
+    def _put(self, event: str, time_ns: int | None, fields: Mapping[str, Any]) -> None:
         with self._lock:
-            if len(self._waiting) >= QUEUE_LIMIT:
-                self._waiting.popleft()
+            if len(self._queue) >= QUEUE_LIMIT:
+                self._queue.popleft()
                 self.dropped += 1
-            self._waiting.append((event, self._next_ns() if time_ns is None else time_ns, figures))
-            count = len(self._waiting)
-        if not self._some.is_set():
-            self._some.set()
-        if count >= _MANY and not self._many.is_set():
-            self._many.set()
+            self._queue.append((event, self._next_ns() if time_ns is None else time_ns, fields))
+            count = len(self._queue)
+        if not self._has_events.is_set():
+            self._has_events.set()
+        if count >= _SEND_AT_ONCE and not self._has_many_events.is_set():
+            self._has_many_events.set()
 
     # The thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """Pass on what is told until the client is closed."""
         while not self._closing.is_set():
-            self._some.wait()
-            self._many.wait(_GATHER_S)
-            self._some.clear()
-            self._many.clear()
-            while not self._pass_on() and not self._closing.is_set():
+            self._has_events.wait()
+            self._has_many_events.wait(_COLLECT_S)
+            self._has_events.clear()
+            self._has_many_events.clear()
+            while not self._flush() and not self._closing.is_set():
                 if self._socket is None:
                     self._closing.wait(RECONNECT_INTERVAL_S)
-        self._looked_s = float("-inf")
-        while not self._pass_on() and self._socket is not None and time.monotonic() < self._deadline_s:
-            pass  # it is slow, and has been waited for
-        self._hang_up()
+        self._connect_tried_s = float("-inf")
+        while not self._flush() and self._socket is not None and time.monotonic() < self._deadline_s:
+            pass  # the send timed out: a slow monitor
+        self._disconnect()
 
-    def _pass_on(self) -> bool:
-        """Send what waits; False when that does not go, or not at once: it waits still, then."""
-        while self._tell_drops():
-            told = self._take()
-            if not told:
+    def _flush(self) -> bool:
+        """Send the queued events; False if the monitor is absent or slow, and events are still queued."""
+        while self._send_drop_count():
+            events = self._take()
+            if not events:
                 return True
-            for datagram, count in self._lines.encode_datagrams(told):
+            for datagram, count in self._encoder.encode_datagrams(events):
                 if not self._send(datagram, count):
-                    self._put_back(told)
+                    self._put_back(events)
                     return False
-                told = told[count:]
+                events = events[count:]
             if time.monotonic() >= self._deadline_s:
                 break
         return False
 
     def _take(self) -> list[QueuedEvent]:
         with self._lock:
-            return [self._waiting.popleft() for _ in range(min(_TAKEN_AT_ONCE, len(self._waiting)))]
+            return [self._queue.popleft() for _ in range(min(_TAKE_LIMIT, len(self._queue)))]
 
-    def _put_back(self, told: Sequence[QueuedEvent]) -> None:
-        """They were taken, and could not go: the oldest of all, which go first when there is no room any more."""
+    def _put_back(self, events: Sequence[QueuedEvent]) -> None:
+        """Return unsent events to the front of the queue; the oldest are dropped if it is full by now."""
         with self._lock:
-            excess = max(0, len(told) + len(self._waiting) - QUEUE_LIMIT)
-            self.dropped += min(excess, len(told))
-            self._waiting.extendleft(reversed(told[excess:]))
+            excess = max(0, len(events) + len(self._queue) - QUEUE_LIMIT)
+            self.dropped += min(excess, len(events))
+            self._queue.extendleft(reversed(events[excess:]))
 
-    def _tell_drops(self) -> bool:
+    def _send_drop_count(self) -> bool:
         with self._lock:
-            dropped, now_ns = self.dropped, self._next_ns()
+            dropped = self.dropped
+            now_ns = self._next_ns()
         if dropped:
-            if not self._send(self._lines.encode_line(("events_dropped", now_ns, {"count": dropped})), 0):
+            if not self._send(self._encoder.encode_line(("events_dropped", now_ns, {"count": dropped})), 0):
                 return False
             with self._lock:
                 self.dropped -= dropped
         return True
 
     def _send(self, datagram: bytes, count: int) -> bool:
-        """Whether it is done with: somebody has it now, or nobody could have it; its `count` events are lost then."""
+        """Send a datagram of `count` events; False if it must be tried again later.
+
+        An empty datagram, and one that the system refuses for its size, count as dropped.
+        """
         while datagram:
-            if not self._look():
+            if not self._connect():
                 return False
             assert self._socket is not None
             try:
@@ -214,43 +234,42 @@ class EventClient:
             except TimeoutError:
                 return False
             except OSError as error:
-                self._complain(error)
+                self._log_once(error)
                 if error.errno == errno.EMSGSIZE:
                     break
-                self._hang_up()  # a monitor that was started again is found at once, if it was not just looked for
+                self._disconnect()  # a monitor that has restarted is found by the next attempt
         with self._lock:
             self.dropped += count
         return True
 
-    def _look(self) -> bool:
-        """Whether there is a line to a monitor. One that was not there is not looked for again at once."""
+    def _connect(self) -> bool:
+        """Connect unless connected; at most once in RECONNECT_INTERVAL_S."""
         if self._socket is not None:
             return True
         now_s = time.monotonic()
-        if now_s - self._looked_s < RECONNECT_INTERVAL_S:
+        if now_s - self._connect_tried_s < RECONNECT_INTERVAL_S:
             return False
-        self._looked_s = now_s
-        line = None
+        self._connect_tried_s = now_s
+        connecting = None
         try:
-            line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * DATAGRAM_LIMIT_BYTES)
-            line.settimeout(_SEND_S)
-            line.connect(str(self._path))
-        except OSError as error:  # this process may have no descriptor left, too
-            if line is not None:
-                line.close()
-            self._complain(error)
+            connecting = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            connecting.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * DATAGRAM_LIMIT_BYTES)
+            connecting.settimeout(_SEND_TIMEOUT_S)
+            connecting.connect(str(self._path))
+        except OSError as error:  # also without a free file descriptor
+            if connecting is not None:
+                connecting.close()
+            self._log_once(error)
             return False
-        self._socket = line
+        self._socket = connecting
         return True
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
-    def _complain(self, error: OSError) -> None:
-        """Once: what keeps a monitor from being told is no reason to fill a log."""
-        if error.errno not in _NOBODY and not self._complained:
-            self._complained = True
-            log.warning("the monitor at %s is not told what happens here: %s", self._path, error)
+    def _log_once(self, error: OSError) -> None:
+        if error.errno not in _ABSENT_ERRNOS and not self._is_error_logged:
+            self._is_error_logged = True
+            log.warning("telemetry events cannot be sent to the monitor at %s: %s", self._path, error)

@@ -1,7 +1,7 @@
-"""What processes tell the monitor of their node, as JSON on a Unix socket: one line an event. Pure.
+"""The telemetry events that processes send to the monitor of their machine: JSON lines on a Unix socket.
 
-`start`, `stop`, `task_processed` and `batch_processed` are the paper's (appendix A); the others are ours. Any program
-may send them: docs/telemetry.md describes each field.
+`start`, `stop`, `task_processed` and `batch_processed` are those of the paper (appendix A); the others are additions.
+Any program may send them: docs/telemetry.md describes each field.
 """
 
 from __future__ import annotations
@@ -13,34 +13,50 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from brokers.errors import BadPayload
 from brokers.protocol.messages import JSON
 
-# One datagram holds any number of lines, up to this; more would not pass a Unix socket's default buffer.
+# A datagram has any number of lines, up to this size; the default buffer of a Unix socket holds no more.
 DATAGRAM_LIMIT_BYTES = 128 << 10
 TEXT_LIMIT = 128  # characters of a name
 HOPS_LIMIT = 64  # of one request
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-# Sums of what is made up must stay numbers, too, and a time plus some nanoseconds one that SQLite can hold.
-_LARGEST_FIGURE = 1e12
+# Sums of invented values must stay finite, and times must fit SQLite's integers after some nanoseconds are added.
+_MEASURE_LIMIT = 1e12
 _TIME_LIMIT_NS = 1 << 62
-_Figure = Annotated[float, Field(ge=0, le=_LARGEST_FIGURE, allow_inf_nan=False)]
+_Measure = Annotated[float, Field(ge=0, le=_MEASURE_LIMIT, allow_inf_nan=False)]
 _Text = Annotated[str, Field(max_length=TEXT_LIMIT)]
 ProcessRole = Literal["run", "stage", "source", "broker", "monitor", "bench", "other"]
 BatchPhase = Literal["inference", "forward", "backward", "update"]
 
 
+class HopMetrics(BaseModel):
+    """The part of one stage in a request, as in `brokers.protocol.stage_timing`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: _Text
+    worker: _Text
+    queue_ms: _Measure = 0.0
+    decode_ms: _Measure = 0.0
+    compute_ms: _Measure = 0.0
+    encode_ms: _Measure = 0.0
+    bytes_in: _Count = 0
+    bytes_out: _Count = 0
+    batch: _Count = Field(default=1, description="tasks that were computed together")
+
+
 class _EventBase(BaseModel):
-    """What all events share: when it was, and of what."""
+    """The fields of every event."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     time_ns: Annotated[int, Field(gt=0, lt=_TIME_LIMIT_NS)] = Field(description="Unix time, by the sender's clock")
-    run: _Text = Field(default="", description="which run it is part of: SPARSE_RUN of the sender")
+    run: _Text = Field(default="", description="the run that it is part of: SPARSE_RUN of the sender")
     site: _Text = ""
     pipeline: _Text = ""
 
 
 class ProcessStarted(_EventBase):
-    """A process begins its work; from now on the monitor samples it, if it can see it."""
+    """A process starts; the monitor samples it from now on, if it can see it."""
 
     event: Literal["start"] = "start"
     role: ProcessRole = "other"
@@ -49,7 +65,7 @@ class ProcessStarted(_EventBase):
 
 
 class ProcessStopped(_EventBase):
-    """It ends."""
+    """A process ends."""
 
     event: Literal["stop"] = "stop"
     role: ProcessRole = "other"
@@ -57,24 +73,15 @@ class ProcessStopped(_EventBase):
     pid: _Count = 0
 
 
-class TaskProcessed(_EventBase):
-    """A worker is done with one task."""
+class TaskProcessed(HopMetrics, _EventBase):
+    """A worker has finished one task."""
 
     event: Literal["task_processed"] = "task_processed"
-    stage: _Text
-    worker: _Text
-    request: _Text = Field(default="", description="its id, in hex")
-    queue_ms: _Figure = 0.0
-    decode_ms: _Figure = 0.0
-    compute_ms: _Figure = 0.0
-    encode_ms: _Figure = 0.0
-    bytes_in: _Count = 0
-    bytes_out: _Count = 0
-    batch: _Count = Field(default=1, description="tasks that were computed together")
-    error: _Text = Field(default="", description="of a task that failed: its name")
+    request: _Text = Field(default="", description="request id, in hex")
+    error: _Text = Field(default="", description="error code of a task that failed")
     trace: _Text = Field(default="", description="W3C trace id, in hex")
-    span: _Text = Field(default="", description="W3C id of this task's span, in hex")
-    parent: _Text = Field(default="", description="and of the span that asked for it")
+    span: _Text = Field(default="", description="W3C id of the task's span, in hex")
+    parent: _Text = Field(default="", description="W3C id of the parent span, in hex")
 
 
 class BatchProcessed(_EventBase):
@@ -84,38 +91,22 @@ class BatchProcessed(_EventBase):
     stage: _Text
     worker: _Text
     phase: BatchPhase = "inference"
-    tasks: _Count = Field(description="in the batch")
-    rows: _Count = Field(default=0, description="of training: samples in it")
-    busy_ms: _Figure = Field(default=0.0, description="that it kept the worker busy")
-
-
-class HopMetrics(BaseModel):
-    """What one stage did for a request, as in `brokers.protocol.stage_timing`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    stage: _Text
-    worker: _Text
-    queue_ms: _Figure = 0.0
-    decode_ms: _Figure = 0.0
-    compute_ms: _Figure = 0.0
-    encode_ms: _Figure = 0.0
-    bytes_in: _Count = 0
-    bytes_out: _Count = 0
-    batch: _Count = 1
+    tasks: _Count = Field(description="tasks in the batch")
+    rows: _Count = Field(default=0, description="samples in the batch, of training")
+    busy_ms: _Measure = Field(default=0.0, description="time that the batch kept the worker busy")
 
 
 class RequestDone(_EventBase):
-    """A request has come to its end at its source, with a result or without."""
+    """A request has ended at its source, with a result or without."""
 
     event: Literal["request_done"] = "request_done"
     source: _Text
     request: _Text = ""
-    latency_ms: _Figure = Field(default=0.0, description="from when it was asked to its end")
-    network_ms: _Figure = Field(default=0.0, description="the part of it that no stage accounts for")
+    latency_ms: _Measure = Field(default=0.0, description="round trip, from the request to its end")
+    network_ms: _Measure = Field(default=0.0, description="the part of the round trip that no stage accounts for")
     attempts: _Count = 1
-    bytes_out: _Count = Field(default=0, description="of its content, as it was sent")
-    error: _Text = Field(default="", description="of a request without a result: the error's name")
+    bytes_out: _Count = Field(default=0, description="size of its content, as sent")
+    error: _Text = Field(default="", description="error code of a request without a result")
     hops: tuple[HopMetrics, ...] = Field(default=(), max_length=HOPS_LIMIT)
     trace: _Text = ""
     span: _Text = ""
@@ -123,30 +114,30 @@ class RequestDone(_EventBase):
 
 
 class StepDone(_EventBase):
-    """A training step is committed on all stages."""
+    """A training step was committed on all stages."""
 
     event: Literal["step_done"] = "step_done"
     source: _Text
     step: _Count
     epoch: _Count = 0
     rows: _Count = Field(default=0, description="samples of the step")
-    step_ms: _Figure = 0.0
+    step_ms: _Measure = 0.0
     loss: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    accuracy: _Figure | None = None
+    accuracy: _Measure | None = None
 
 
 class LinkTraffic(_EventBase):
-    """What a link between two sites has carried since it began."""
+    """The bytes that a link between two sites has carried since it started."""
 
     event: Literal["link_traffic"] = "link_traffic"
     from_site: _Text
     to_site: _Text
     bytes_out: _Count = Field(default=0, description="from `from_site` to `to_site`")
-    bytes_in: _Count = Field(default=0, description="the other way")
+    bytes_in: _Count = Field(default=0, description="from `to_site` to `from_site`")
 
 
 class EventsDropped(_EventBase):
-    """The sender had more to tell than the monitor took: so many of its events are lost."""
+    """The sender had to drop events, because the monitor was absent or slow."""
 
     event: Literal["events_dropped"] = "events_dropped"
     count: _Count
@@ -167,15 +158,14 @@ _ADAPTER: TypeAdapter[TelemetryEvent] = TypeAdapter(Annotated[TelemetryEvent, Fi
 
 
 def event_from_json(line: bytes) -> TelemetryEvent:
-    """The event of one line; raises `BadPayload` with what is wrong, and where, and nothing of what was sent."""
+    """Parse one line; raises `BadPayload`, whose message names the place and the mistake and quotes no received text."""
     try:
         return _ADAPTER.validate_json(line)
     except ValidationError as error:
-        raise BadPayload(JSON, f"not an event: {_said(error)}") from None
+        raise BadPayload(JSON, f"not an event: {_describe(error)}") from None
 
 
-def _said(error: ValidationError) -> str:
-    """What is wrong, in words that are ours alone: a log shows them, and keeps no text that somebody sent."""
+def _describe(error: ValidationError) -> str:
     mistake = error.errors(include_url=False, include_input=False)[0]
     place = [str(level) for level in mistake["loc"]]
     match mistake["type"]:
@@ -184,6 +174,6 @@ def _said(error: ValidationError) -> str:
         case "union_tag_invalid" | "union_tag_not_found":
             return f"event: expected one of {', '.join(EVENT_NAMES)}"
         case "extra_forbidden":
-            return f"{': '.join(place[:-1])}: a field that it does not have"
+            return f"{': '.join(place[:-1])}: unknown field"  # its name is received text
         case _:
             return f"{''.join(f'{level}: ' for level in place)}{mistake['msg']}"

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from brokers.config.pipeline_file import resolve_broker_address
 from brokers.server import mosquitto_conf as mosquitto
-from brokers.telemetry.event_socket import RUN_VARIABLE, SOCKET_VARIABLE
+from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE
 from monitor.bench import manifest
 from monitor.bench import results as bench_results
 from monitor.bench.case import BenchCase

@@ -18,7 +18,7 @@ from brokers.errors import BrokerUnreachable, no_broker_error
 from brokers.mqtt.client_identity import create_transport
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.broker_url import parse_address
-from brokers.telemetry.event_socket import RUN_VARIABLE, SOCKET_VARIABLE, socket_path
+from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE, socket_path
 from brokers.telemetry.schema import TelemetryEvent
 from monitor.daemon.collector import SAMPLE_INTERVAL_S, TelemetryCollector
 from monitor.daemon.daemon import Daemon

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from brokers.cli import EXIT_USAGE
 from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline
-from brokers.telemetry.client import event_client_from_environment
-from brokers.telemetry.event_socket import RUN_VARIABLE, SOCKET_VARIABLE
+from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE, event_client_from_environment
 from monitor.daemon.unix_listener import PATH_LIMIT_BYTES
 from monitor.launch.child_process import ChildProcess, RestartLimit, kill_all, terminate_all
 from monitor.launch.sites import SiteBrokers

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from brokers.server.local_broker import BrokerKind, start_broker
 from brokers.server.mosquitto_conf import find_mosquitto as find_mosquitto
-from brokers.telemetry.event_socket import SOCKET_VARIABLE
+from brokers.telemetry.client import SOCKET_VARIABLE
 from monitor.launch.child_process import ChildProcess, terminate_all
 from monitor.stores.sqlite import TELEMETRY_FILE as STORE
 from tests.bench.events import process_cpu_s, wait_for_socket

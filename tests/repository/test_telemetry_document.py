@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from brokers.telemetry import event_socket
+from brokers.telemetry import client as event_client
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
 from monitor.stores.influx import config as influx_target
 from monitor.stores.influx.config import InfluxTarget
@@ -34,7 +34,7 @@ def test_the_settings_are_those_of_the_code() -> None:
         f"`{target.org}`",
         f"`{target.bucket}`",
     )
-    for name in (event_socket.SOCKET_VARIABLE, event_socket.RUN_VARIABLE, event_socket._NAME):
+    for name in (event_client.SOCKET_VARIABLE, event_client.RUN_VARIABLE, event_client._SOCKET_NAME):
         assert name in TEXT
 
 
