@@ -8,6 +8,7 @@ keeps its upper 8 bits; CMYK is converted as Pillow does, without a colour profi
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin
 from brokers.errors import BadPayload, TooLarge
 from brokers.protocol.media_type import JPEG_SIGNATURE, PNG_SIGNATURE
 from brokers.protocol.messages import JPEG, PNG
+
+# Pillow warns about damaged metadata; senders of pictures must not be able to fill standard error with it.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 RgbImage = npt.NDArray[np.uint8]  # (H, W, 3), red, green, blue
 

@@ -1,32 +1,28 @@
-"""What a user wrote and a pipeline file names, `package.module:name`: found, or told in one line why not."""
+"""Import the user's code that a pipeline file names as `package.module:name`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from brokers.errors import SparseError, UsageError
 
 
-@dataclass(eq=False)
 class CannotLoad(UsageError):
-    """A name that leads to nothing, or a module that fails as it is imported."""
+    """`address` cannot be imported; `problem` says why."""
 
-    address: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.address!r}: {self.problem}"
+    def __init__(self, address: str, problem: str) -> None:
+        super().__init__("CannotLoad", f"{address!r}: {problem}", address=address)
+        self.problem = problem
 
 
 def import_string(address: str, folder: str | Path) -> Any:
-    """What stands at `package.module:name`; `folder` (the pipeline file's) is searched beside the installed packages.
+    """Return the object at `package.module:name`; `folder`, that of the pipeline file, is added to `sys.path`.
 
-    Raises `CannotLoad` with what was wrong: the form, the module, what the module did when it was imported, the name.
+    Raises `CannotLoad`: a malformed address, no such module, an exception while importing it, no such name.
     """
     module_name, _, name = address.partition(":")
     if not (name and all(module_name.split("."))):
@@ -38,7 +34,7 @@ def import_string(address: str, folder: str | Path) -> Any:
         module = importlib.import_module(module_name)
     except SparseError:
         raise
-    except (Exception, SystemExit) as error:  # it is the user's code that runs, and it may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise CannotLoad(address, f"{error} (searched in {folder} and the installed packages)") from error
         raise CannotLoad(address, f"importing {module_name} raised {describe_exception(error, folder)}") from error
@@ -49,18 +45,17 @@ def import_string(address: str, folder: str | Path) -> Any:
 
 
 def describe_exception(error: BaseException, folder: str | Path) -> str:
-    """What the user's code raised, and its last line that had a part in it: `ValueError: no (mine.py, line 3)`."""
-    what = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    if isinstance(error, SyntaxError):  # it says itself where
-        return what if error.lineno is None or "line " in what else f"{what} (line {error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _machinery(frame.filename)]
+    """Return the exception of the user's code with its last line below `folder`: `ValueError: no (mine.py, line 3)`."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    if isinstance(error, SyntaxError):  # which has its own line number
+        return text if error.lineno is None or "line " in text else f"{text} (line {error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_import_machinery(frame.filename)]
     root = Path(folder).resolve()
-    own = [frame for frame in frames if root in Path(frame.filename).resolve().parents]
-    for frame in (own or frames)[-1:]:
-        return f"{what} ({Path(frame.filename).name}, line {frame.lineno})"
-    return what
+    user_frames = [frame for frame in frames if root in Path(frame.filename).resolve().parents]
+    for frame in (user_frames or frames)[-1:]:
+        return f"{text} ({Path(frame.filename).name}, line {frame.lineno})"
+    return text
 
 
-def _machinery(filename: str) -> bool:
-    """Whether a frame is of the import itself, and not of what is imported."""
+def _is_import_machinery(filename: str) -> bool:
     return filename.startswith("<frozen importlib") or filename in (__file__, importlib.__file__)

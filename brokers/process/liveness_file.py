@@ -1,7 +1,7 @@
-"""The pulse of a process: a file that says, to whoever looks after it, that the broker knew it was up just now.
+"""Liveness file for health checks: touched each time the broker acknowledges our presence record.
 
-Docker and Kubernetes ask a container every few seconds whether it is well. Presence at the broker is what counts, and
-the process that keeps it knows; to ask the broker would take a second client, with a password, each time.
+Docker and Kubernetes check a container every few seconds, by the age of this file. Asking the broker instead would take
+a second client, with a password, for each check.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ log = logging.getLogger(__name__)
 
 
 class LivenessFile:
-    """Touches the file that SPARSE_LIVENESS_FILE names, at each beat; without one it does nothing."""
+    """The file named by SPARSE_LIVENESS_FILE; without that variable, `touch` does nothing."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        named = environment.get("SPARSE_LIVENESS_FILE")
-        self._file = Path(named) if named else None
+        path = environment.get("SPARSE_LIVENESS_FILE")
+        self._path = Path(path) if path else None
 
     def touch(self) -> None:
-        """The broker has just acknowledged that this process is up."""
-        if self._file is None:
+        """Record that the broker has just acknowledged this process; a failure is logged once and then ignored."""
+        if self._path is None:
             return
         try:
-            self._file.touch()
-        except OSError as error:  # no reason to stop working, and no reason to say so each second
-            log.warning("the pulse cannot be kept in SPARSE_LIVENESS_FILE: %s", error)
-            self._file = None
+            self._path.touch()
+        except OSError as error:
+            log.warning("cannot touch SPARSE_LIVENESS_FILE, health checks will fail: %s", error)
+            self._path = None

@@ -1,6 +1,6 @@
-"""How a process is told to leave: by a signal, or by the end of whoever started it.
+"""Shutdown of a process: on a signal, or when its parent process ends.
 
-What `sparse run` starts ends with it, even if it is killed: its end of the pipe to their input closes.
+A child of `sparse run` has a pipe from its parent as standard input, which closes when the parent ends, even if killed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 
-# The broker is often gone with the parent, and nobody is left to say goodbye to: who waits for it would never end.
+# With the parent the broker is often gone too, and a clean shutdown would wait for it forever.
 PARENT_EXIT_GRACE_S = 5.0
-EXIT_INTERRUPTED = 130  # what a shell reports for a Ctrl-C
+EXIT_INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
 
 
 class ShutdownEvent(asyncio.Event):
-    """Set when this process shall leave; `interrupted` if by a Ctrl-C, and not as a service is ended in good order."""
+    """Set when the process shall shut down; `interrupted`: by Ctrl-C (SIGINT), not by SIGTERM or its parent."""
 
     interrupted = False
 
@@ -38,18 +38,15 @@ class ShutdownEvent(asyncio.Event):
             self.set()
 
 
-def exit_with_parent(leaving: asyncio.Event) -> None:
-    """Set `leaving`, on the running loop, when whoever started this process with a pipe as standard input is gone.
-
-    What has not ended by itself some seconds later is ended.
-    """
+def exit_with_parent(shutdown: asyncio.Event) -> None:
+    """Set `shutdown`, on the running loop, when standard input closes; exit 5 s later if the process is still up."""
     loop = asyncio.get_running_loop()
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 4096):
             pass
-        with contextlib.suppress(RuntimeError):  # the loop has ended already
-            loop.call_soon_threadsafe(leaving.set)
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(shutdown.set)
         time.sleep(PARENT_EXIT_GRACE_S)
         os._exit(1)
 

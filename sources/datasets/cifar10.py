@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy
 
-from brokers.process.download_cache import cache_folder, file_lock
+from brokers.process.download_cache import cache_folder
+from brokers.process.files import file_lock
 from sources.datasets.dataset import Dataset, Examples
 from sources.errors import NotDownloaded
 

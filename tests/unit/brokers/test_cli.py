@@ -1,4 +1,4 @@
-"""The umbrella command: what it prints, what it exits with, and what it never imports."""
+"""The `sparse` command: its output, its exit statuses, and the modules that it does not import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from brokers.cli import main
 from tests.support.environment.checkout import ROOT
 
-# A distribution of somebody else's, with subcommands of its own: what any installed package can do.
+# Another distribution with subcommands of its own.
 COMMANDS = '''
 import logging
 import sys
@@ -25,7 +25,7 @@ from brokers.errors import BadFile, DeadlinePassed
 
 
 def greet(name: str, loud: Annotated[bool, typer.Option(help="In capitals.")] = False) -> int:
-    """Greet somebody.
+    """Greet by name.
 
     Example: sparse greet Ada --loud
     """
@@ -44,6 +44,8 @@ def fail(how: str) -> None:
         raise PermissionError(13, "Permission denied", "runs")
     if how == "group":
         raise ExceptionGroup("tasks", [BadFile("b.toml", "is missing"), DeadlinePassed("ab", 5.0, "here")])
+    if how == "group with a bug":
+        raise ExceptionGroup("tasks", [BadFile("b.toml", "is missing"), ZeroDivisionError("a bug")])
     if how == "interrupt":
         raise KeyboardInterrupt
     if how == "flood":
@@ -56,149 +58,161 @@ def fail(how: str) -> None:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process in which the distribution above is installed."""
+def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the path of this process, in which that distribution is installed."""
     (tmp_path / "others.py").write_text(COMMANDS)
     info = tmp_path / "others-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1\n")
     points = "[sparse.commands]\ngreet = others:greet\nfail = others:fail\nlost = nowhere.at_all:command\n"
     (info / "entry_points.txt").write_text(points)
-    kept = {name: value for name, value in os.environ.items() if name != "SPARSE_DEBUG"}
-    return kept | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("SPARSE_DEBUG", raising=False)
+    monkeypatch.delitem(sys.modules, "others", raising=False)
+    return tmp_path
 
 
-def sparse(world: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "brokers.cli", *arguments]
-    return subprocess.run(command, env=world, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+class Console:
+    """Runs `sparse` in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Return the exit status, standard output and standard error."""
+        status = main(arguments)
+        return status, *self._capsys.readouterr()
 
 
-def test_help_lists_every_command_with_the_first_line_of_its_docstring(world: dict[str, str]) -> None:
-    done = sparse(world, "--help")
-    assert done.returncode == 0
-    assert re.search(r"^  greet +Greet somebody\.$", done.stdout, re.MULTILINE)
-    assert re.search(r"^  fail +Fail in one of many ways\.$", done.stdout, re.MULTILINE)
-    assert re.search(r"^  lost +\(not installed: nowhere\.at_all\)$", done.stdout, re.MULTILINE)
+@pytest.fixture
+def sparse(distribution: Path, capsys: pytest.CaptureFixture[str]) -> Console:
+    return Console(capsys)
 
 
-def test_help_imports_neither_the_commands_nor_anything_heavy(world: dict[str, str]) -> None:
+def test_help_lists_commands_with_their_first_docstring_line(sparse: Console) -> None:
+    status, output, _ = sparse.run("--help")
+    assert status == 0
+    assert re.search(r"^  greet +Greet by name\.$", output, re.MULTILINE)
+    assert re.search(r"^  fail +Fail in one of many ways\.$", output, re.MULTILINE)
+    assert re.search(r"^  lost +\(not installed: nowhere\.at_all\)$", output, re.MULTILINE)
+
+
+def test_no_command_prints_the_help_as_an_error(sparse: Console) -> None:
+    status, output, errors = sparse.run()
+    assert (status, output) == (2, "")
+    assert "usage: sparse" in errors
+
+
+def test_version_is_that_of_the_distribution(sparse: Console) -> None:
+    assert sparse.run("--version") == (0, "sparse 0.1.0\n", "")
+
+
+def test_command_gets_its_arguments_and_returns_the_exit_status(sparse: Console) -> None:
+    assert sparse.run("greet", "Ada", "--loud") == (0, "ADA\n", "")
+    assert sparse.run("greet", "seven") == (7, "seven\n", "")
+    assert sparse.run("greet", "--", "-v") == (0, "-v\n", "")
+
+
+def test_help_of_a_command_shows_options_and_example(sparse: Console) -> None:
+    status, output, _ = sparse.run("greet", "--help")
+    assert status == 0
+    assert "sparse greet" in output
+    assert "--loud" in output
+    assert "Example: sparse greet Ada --loud" in output
+
+
+def test_unknown_command_suggests_the_nearest(sparse: Console) -> None:
+    assert sparse.run("gret") == (2, "", "sparse: there is no command 'gret'; did you mean 'greet'?\n")
+
+
+def test_missing_module_of_a_command_is_named(sparse: Console) -> None:
+    message = "sparse: the command 'lost' is not installed: there is no module nowhere.at_all\n"
+    assert sparse.run("lost") == (2, "", message)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["greet", "Ada", "--nope"], ["greet"], ["greet", "Ada", "Bob"], ["--nope", "greet"]]
+)
+def test_bad_arguments_are_one_line_and_status_2(sparse: Console, arguments: list[str]) -> None:
+    status, output, errors = sparse.run(*arguments)
+    assert (status, output) == (2, "")
+    assert errors.startswith("sparse: ")
+    assert "--help" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "errors"),
+    [
+        ("usage", 2, "sparse: a.toml: line 3: not TOML\n"),
+        ("request", 1, "sparse: request ab had 5 ms, which passed at stage tail\n"),
+        ("system", 1, "sparse: [Errno 13] Permission denied: 'runs'\n"),
+        ("group", 2, "sparse: b.toml: is missing\n"),
+        ("interrupt", 130, ""),
+    ],
+)
+def test_failure_is_one_line_and_its_exit_status(sparse: Console, how: str, status: int, errors: str) -> None:
+    assert sparse.run("fail", how) == (status, "", errors)
+
+
+def test_bug_is_not_caught(sparse: Console) -> None:
+    with pytest.raises(ZeroDivisionError):
+        sparse.run("fail", "bug")
+    with pytest.raises(ExceptionGroup):
+        sparse.run("fail", "group with a bug")
+
+
+def test_sparse_debug_shows_tracebacks(sparse: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_DEBUG", "1")
+    with pytest.raises(Exception, match=r"a\.toml: line 3: not TOML"):
+        sparse.run("fail", "usage")
+
+
+# In a process of its own ----------------------------------------------------------------------------------------------
+
+
+def start(distribution: Path, *arguments: str, unbuffered: str = "") -> subprocess.Popen[str]:
+    environment = {"PYTHONPATH": os.pathsep.join([str(distribution), str(ROOT)]), "PYTHONUNBUFFERED": unbuffered}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_help_imports_neither_commands_nor_heavy_modules(distribution: Path) -> None:
     program = (
         "import sys; from brokers.cli import main; main(['--help']); "
         "heavy = {'torch', 'numpy', 'pydantic', 'typer', 'rich', 'paho', 'others'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=world, cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_help_takes_less_than_three_tenths_of_a_second_of_processor_time(world: dict[str, str]) -> None:
-    # Processor time, the best of three: what the wall says depends on what else this machine does.
-    spent = []
-    for _ in range(3):
-        before = os.times()
-        sparse(world, "--help")
-        after = os.times()
-        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(spent) < 0.3
-
-
-def test_without_a_command_the_help_is_a_complaint(world: dict[str, str]) -> None:
-    done = sparse(world)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "usage: sparse" in done.stderr
-
-
-def test_a_command_gets_its_arguments_and_its_return_is_the_exit_status(world: dict[str, str]) -> None:
-    assert sparse(world, "greet", "Ada", "--loud").stdout == "ADA\n"
-    assert sparse(world, "greet", "Ada").returncode == 0
-    assert sparse(world, "greet", "seven").returncode == 7
-
-
-def test_a_commands_help_shows_its_options_and_its_example(world: dict[str, str]) -> None:
-    done = sparse(world, "greet", "--help")
-    assert done.returncode == 0
-    assert "sparse greet" in done.stdout
-    assert "--loud" in done.stdout
-    assert "Example: sparse greet Ada --loud" in done.stdout
-
-
-def test_an_unknown_command_names_the_nearest(world: dict[str, str]) -> None:
-    done = sparse(world, "gret")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "sparse: there is no command 'gret'; did you mean 'greet'?\n"
-
-
-def test_a_command_whose_module_is_missing_says_which(world: dict[str, str]) -> None:
-    done = sparse(world, "lost")
-    assert done.returncode == 2
-    assert done.stderr == "sparse: the command 'lost' is not installed: there is no module nowhere.at_all\n"
-
-
-@pytest.mark.parametrize("line", [["greet", "Ada", "--nope"], ["greet"], ["greet", "Ada", "Bob"], ["--nope", "greet"]])
-def test_a_bad_option_is_one_line_and_exit_status_2(world: dict[str, str], line: list[str]) -> None:
-    done = sparse(world, *line)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("sparse: ")
-    assert "--help" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("how", "status", "told"),
-    [
-        ("usage", 2, "sparse: a.toml: line 3: not TOML\n"),
-        ("request", 1, "sparse: request ab had 5 ms, which passed at stage tail\n"),
-        ("system", 1, "sparse: [Errno 13] Permission denied: 'runs'\n"),
-        ("socket", 1, "sparse: [Errno 32] Broken pipe\n"),
-        ("group", 2, "sparse: b.toml: is missing\n"),
-        ("interrupt", 130, ""),
-    ],
-)
-def test_a_failure_is_one_line_and_its_exit_status(world: dict[str, str], how: str, status: int, told: str) -> None:
-    done = sparse(world, "fail", how)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "", told)
-
-
-def test_a_bug_keeps_its_traceback(world: dict[str, str]) -> None:
-    done = sparse(world, "fail", "bug")
-    assert done.returncode == 1
-    assert "ZeroDivisionError: a bug" in done.stderr
-
-
-def test_sparse_debug_lets_tracebacks_through(world: dict[str, str]) -> None:
-    done = sparse(world | {"SPARSE_DEBUG": "1"}, "fail", "usage")
-    assert "Traceback" in done.stderr
-    assert "brokers.errors.BadFile: a.toml: line 3: not TOML" in done.stderr
+    process = start(distribution, "-c", program)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_reader_that_leaves_early_is_no_error(world: dict[str, str], unbuffered: str) -> None:
-    command = [sys.executable, "-m", "brokers.cli", "fail", "flood"]
-    world["PYTHONUNBUFFERED"] = unbuffered
-    with subprocess.Popen(command, env=world, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+def test_reader_that_closes_early_is_status_141(distribution: Path, unbuffered: str) -> None:
+    with start(distribution, "-m", "brokers.cli", "fail", "flood", unbuffered=unbuffered) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
-        told = process.stderr.read()
-        assert (process.wait(timeout=30), told) == (141, b"")
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 141
 
 
-@pytest.mark.parametrize("line", [["-v", "greet", "Ada"], ["greet", "-v", "Ada"], ["greet", "Ada", "--verbose"]])
-def test_verbose_is_heard_on_either_side_of_the_command(world: dict[str, str], line: list[str]) -> None:
-    done = sparse(world, *line)
-    assert done.stdout == "Ada\n"
-    assert "INFO greeting: about to greet" in done.stderr
-    assert sparse(world, "greet", "Ada").stderr == ""
+def test_broken_socket_is_a_failure(distribution: Path) -> None:
+    process = start(distribution, "-m", "brokers.cli", "fail", "socket")
+    assert process.communicate(timeout=60) == ("", "sparse: [Errno 32] Broken pipe\n")
+    assert process.returncode == 1
 
 
-def test_what_follows_two_dashes_is_the_commands_alone(world: dict[str, str]) -> None:
-    done = sparse(world, "greet", "--", "-v")
-    assert (done.stdout, done.stderr) == ("-v\n", "")
-
-
-def test_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == "sparse 0.1.0\n"
+def test_verbose_logs_to_standard_error_on_either_side(distribution: Path) -> None:
+    for arguments in (["-v", "greet", "Ada"], ["greet", "Ada", "--verbose"]):
+        output, errors = start(distribution, "-m", "brokers.cli", *arguments).communicate(timeout=60)
+        assert output == "Ada\n"
+        assert "INFO greeting: about to greet" in errors

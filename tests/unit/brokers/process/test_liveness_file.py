@@ -1,4 +1,4 @@
-"""The pulse: a file that is touched at each beat, where one is named."""
+"""The liveness file is touched where the environment names one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pytest
 from brokers.process.liveness_file import LivenessFile
 
 
-def test_a_beat_makes_the_file_and_makes_it_new_again(tmp_path: Path) -> None:
-    file = tmp_path / "pulse"
-    pulse = LivenessFile({"SPARSE_LIVENESS_FILE": str(file)})
-    assert not file.exists()
-    pulse.touch()
-    os.utime(file, (0, 0))
-    pulse.touch()
-    assert file.stat().st_mtime > 0
+def test_touch_creates_and_updates_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "liveness"
+    liveness = LivenessFile({"SPARSE_LIVENESS_FILE": str(path)})
+    assert not path.exists()
+    liveness.touch()
+    os.utime(path, (0, 0))
+    liveness.touch()
+    assert path.stat().st_mtime > 0
 
 
 @pytest.mark.parametrize("environment", [{}, {"SPARSE_LIVENESS_FILE": ""}])
-def test_without_a_name_there_is_no_file(
+def test_without_the_variable_no_file_is_created(
     environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -30,11 +30,9 @@ def test_without_a_name_there_is_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_cannot_be_written_is_told_once_and_stops_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    pulse = LivenessFile({"SPARSE_LIVENESS_FILE": str(tmp_path / "no folder" / "pulse")})
+def test_unwritable_file_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    liveness = LivenessFile({"SPARSE_LIVENESS_FILE": str(tmp_path / "no folder" / "liveness")})
     with caplog.at_level(logging.WARNING):
-        pulse.touch()
-        pulse.touch()
+        liveness.touch()
+        liveness.touch()
     assert len(caplog.records) == 1

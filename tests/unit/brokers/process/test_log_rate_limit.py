@@ -1,61 +1,86 @@
-"""A log that nobody can flood."""
+"""Log lines are rate-limited per call site or per failure, and sanitized."""
 
 from __future__ import annotations
 
 import logging
 
-from brokers.process.log_rate_limit import INTERVAL_S, MAX_LINE_CHARACTERS, MAX_LINES, RateLimitFilter, sanitize
+from brokers.process.log_rate_limit import (
+    INTERVAL_S,
+    MAX_LINE_CHARACTERS,
+    MAX_LINES,
+    LogThrottle,
+    RateLimitFilter,
+    sanitize,
+)
 
 
-class Desk:
-    """A logger with the filter before it, a clock that is set by hand, and what was written."""
+class FilteredLog:
+    """The lines that pass a `RateLimitFilter`, whose clock the test sets."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.written: list[str] = []
-        self._sparing = RateLimitFilter(lambda: self.now_s)
+        self.lines: list[str] = []
+        self._filter = RateLimitFilter(lambda: self.now_s)
 
-    def say(self, text: str, *arguments: object, level: int = logging.WARNING, line: int = 1) -> None:
-        record = logging.LogRecord("desk", level, "desk.py", line, text, arguments, None)
-        if self._sparing.filter(record):
-            self.written.append(record.getMessage())
+    def log(self, text: str, *arguments: object, level: int = logging.WARNING, line: int = 1) -> None:
+        record = logging.LogRecord("name", level, "file.py", line, text, arguments, None)
+        if self._filter.filter(record):
+            self.lines.append(record.getMessage())
 
 
-def test_of_a_flood_the_first_lines_are_written_and_later_how_many_were_left_out() -> None:
-    desk = Desk()
+def test_first_lines_pass_and_the_suppressed_are_counted() -> None:
+    log = FilteredLog()
     for number in range(10_000):
-        desk.say("refused %d", number)
-    assert desk.written == [f"refused {number}" for number in range(MAX_LINES)]
-    desk.now_s += INTERVAL_S
-    desk.say("refused %d", 1)
-    desk.say("refused %d", 2)
-    assert desk.written[MAX_LINES:] == ["refused 1 (9980 lines like this one were left out before)", "refused 2"]
+        log.log("refused %d", number)
+    assert log.lines == [f"refused {number}" for number in range(MAX_LINES)]
+    log.now_s += INTERVAL_S
+    log.log("refused %d", 1)
+    log.log("refused %d", 2)
+    assert log.lines[MAX_LINES:] == ["refused 1 (9980 lines from the same place were suppressed before)", "refused 2"]
 
 
-def test_a_flood_from_one_place_does_not_drown_another_place() -> None:
-    desk = Desk()
+def test_call_sites_are_limited_separately() -> None:
+    log = FilteredLog()
     for number in range(1000):
-        desk.say("refused %d", number)
-    desk.say("the broker is gone", line=2)
-    assert desk.written[-1] == "the broker is gone"
+        log.log("refused %d", number)
+    log.log("the broker is gone", line=2)
+    assert log.lines[-1] == "the broker is gone"
 
 
-def test_what_a_person_asked_for_with_v_is_written_in_full() -> None:
-    desk = Desk()
+def test_different_texts_of_one_call_site_share_its_limit() -> None:
+    log = FilteredLog()
     for number in range(1000):
-        desk.say("request %d", number, level=logging.INFO)
-    assert len(desk.written) == 1000
+        log.log(f"text {number}")
+    assert len(log.lines) == MAX_LINES
 
 
-def test_a_name_from_the_network_can_neither_forge_a_line_nor_speak_to_a_terminal_nor_be_endless() -> None:
-    desk = Desk()
-    desk.say("worker %s", "a\n2026 ERROR all is lost \x1b[2J\x9b %s größer")
-    assert desk.written == ["worker a\\n2026 ERROR all is lost \\x1b[2J\\x9b %s größer"]
+def test_info_lines_are_not_limited() -> None:
+    log = FilteredLog()
+    for number in range(1000):
+        log.log("request %d", number, level=logging.INFO)
+    assert len(log.lines) == 1000
+
+
+def test_control_characters_are_escaped_and_long_lines_cut() -> None:
+    log = FilteredLog()
+    log.log("worker %s", "a\n2026 ERROR all is lost \x1b[2J\x9b %s größer")
+    assert log.lines == ["worker a\\n2026 ERROR all is lost \\x1b[2J\\x9b %s größer"]
     assert len(sanitize("a" * 1_000_000)) < MAX_LINE_CHARACTERS + 50
 
 
-def test_texts_that_are_put_together_before_they_are_logged_are_one_flood_all_the_same() -> None:
-    desk = Desk()
-    for number in range(1000):
-        desk.say(f"text {number}")
-    assert len(desk.written) == MAX_LINES
+def test_throttle_allows_one_line_per_key_and_interval() -> None:
+    now_s = 0.0
+    throttle = LogThrottle(10.0, lambda: now_s)
+    assert [throttle.allows("disk"), throttle.allows("disk"), throttle.allows("network")] == [True, False, True]
+    now_s = 10.0
+    assert [throttle.allows("disk"), throttle.allows("disk")] == [True, False]
+
+
+def test_throttle_without_interval_allows_one_line_until_reset() -> None:
+    now_s = 0.0
+    throttle = LogThrottle(clock=lambda: now_s)
+    assert throttle.allows()
+    now_s = 1e9
+    assert not throttle.allows()
+    throttle.reset()
+    assert throttle.allows()

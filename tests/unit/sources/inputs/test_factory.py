@@ -1,5 +1,6 @@
 """From settings to a source: each kind, a class of one's own, and what is said of a wrong setting."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,7 @@ def test_a_wrong_setting_is_one_clear_line(settings: dict[str, Any], error: type
 
 def test_the_street_is_found_by_name_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video = write_video(tmp_path / "street.mp4", 3)
-    from brokers.process.download_cache import sha256_of
-
-    monkeypatch.setattr(assets, "VIDEOS", {"street": DemoVideo("street.mp4", sha256_of(video), ())})
+    sha256 = hashlib.sha256(video.read_bytes()).hexdigest()
+    monkeypatch.setattr(assets, "VIDEOS", {"street": DemoVideo("street.mp4", sha256, ())})
     assert find_video("street", Path("elsewhere"), cache=tmp_path) == video
     assert find_video("a.mp4", tmp_path) == tmp_path / "a.mp4"

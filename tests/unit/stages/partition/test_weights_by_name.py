@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from brokers.process.download_cache import DownloadFailed
+from brokers.errors import UsageError
 from stages.partition import weight_files as weights
 from stages.partition.weight_files import PublishedWeights, UnknownWeights, find_weights
+from tests.support.errors import raises_error
 
 
 def test_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_a_cached_file_with_a_broken_checksum_is_not_used(tmp_path: Path, monkey
     toy = PublishedWeights("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
     monkeypatch.setattr(weights, "PUBLISHED_WEIGHTS", {"toy": toy})
     (tmp_path / "toy.weights").write_bytes(b"wrong")
-    with pytest.raises(DownloadFailed, match=r"toy\.weights: is another file, by its checksum"):
+    with raises_error(UsageError, "DownloadFailed", match=r"toy\.weights: the file there has another SHA-256"):
         find_weights("toy", cache=tmp_path)
 
 

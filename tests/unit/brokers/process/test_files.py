@@ -1,0 +1,54 @@
+"""Atomic file writes and file locks."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+
+from brokers.process.files import atomic_path, file_lock, write_atomic
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_write_replaces_the_file(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+    write_atomic(path, b"new", durable=durable)
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readers_see_the_old_file_until_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+    with atomic_path(path) as partial:
+        partial.write_bytes(b"new")
+        assert partial.parent == tmp_path
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_exception_keeps_the_old_file_and_removes_the_partial_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
+    with contextlib.suppress(ZeroDivisionError), atomic_path(path) as partial:
+        partial.write_bytes(b"ne")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_folder_raises_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomic(tmp_path / "no folder" / "a.json", b"")
+
+
+def test_lock_is_exclusive_and_released_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with file_lock(path) as file:
+        assert file.name == str(path)
+        with pytest.raises(BlockingIOError), file_lock(path, wait=False):
+            pass
+    with file_lock(path, wait=False):
+        pass
