@@ -12,6 +12,8 @@ A subclass exists where code catches it by name or where it is public API. All o
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 # Wire errors quote text from the network, which may be a megabyte long: both ends of the message are enough.
@@ -99,6 +101,12 @@ def no_broker_error(path: str, site: str) -> UsageError:
         "or add a [[site]] with name and broker"
     )
     return UsageError("NoBroker", message, path=path, site=site)
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return " (did you mean 'x'?)" for the known name that is most like `name`, empty if none is."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 # Messages that break the protocol -----------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.pipeline_file import did_you_mean, load_pipeline
-from brokers.errors import BadFile
+from brokers.config.pipeline_file import load_pipeline
+from brokers.errors import BadFile, did_you_mean
 from brokers.security.acl import render_acl
 from brokers.security.principals import all_sites, check_usernames
 

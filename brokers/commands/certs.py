@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, did_you_mean, load_pipeline
-from brokers.errors import UsageError
+from brokers.config.pipeline_file import Pipeline, load_pipeline
+from brokers.errors import UsageError, did_you_mean
 from brokers.security.principals import all_sites, check_usernames
 
 

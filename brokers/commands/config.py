@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from brokers.config.bridge_rules import Bridge
-from brokers.config.pipeline_file import Pipeline, did_you_mean, load_pipeline
+from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.config.schema import LinkTable, SiteTable
-from brokers.errors import BadFile, UsageError
+from brokers.errors import BadFile, UsageError, did_you_mean
 from brokers.mqtt.client_identity import read_password
 from brokers.protocol.broker_url import BrokerAddress, parse_address
 from brokers.server.mosquitto_conf import ListenerSecurity, MosquittoConfig, render

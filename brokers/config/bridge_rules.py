@@ -1,8 +1,8 @@
-"""What a bridge between two sites' brokers carries, as Mosquitto's rules. Pure.
+"""The topics that a bridge between the brokers of two sites forwards, as Mosquitto's rules.
 
-The site in a topic is that of its reader, so a bridge takes out what is for the sites behind it, and in what is for
-those before it. Presence goes the other way: whoever sends to a worker reads its record. No topic matches a rule of
-both directions, so a retained record is never offered back to where it came from.
+The site in a topic is that of its reader. So a bridge forwards, in each direction, the messages for the sites on the
+other side. Presence goes the opposite way, since the reader of a presence record is the sender of tasks. No topic matches
+rules of both directions, so a retained record is never sent back to where it came from.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Literal
 from brokers.config.topology import BridgeSides
 from brokers.protocol.topics import all_presence_filter, inbound_filters
 
+Direction = Literal["in", "out"]
+
 
 @dataclass(frozen=True, slots=True)
 class Bridge:
-    """One bridge, as the broker that keeps it is told of it."""
+    """The settings of one bridge in the broker of `site`, which runs it."""
 
     site: str
     to: str
@@ -27,7 +29,7 @@ class Bridge:
     sides: BridgeSides
     user: str | None = None
     password: str | None = field(default=None, repr=False)
-    tls: Path | None = None  # a folder of `sparse certs`: who we are, and whom to believe
+    tls: Path | None = None  # the folder of ca.crt, tls.crt and tls.key
 
     @property
     def name(self) -> str:
@@ -36,21 +38,21 @@ class Bridge:
 
 @dataclass(frozen=True, slots=True)
 class TopicRule:
-    """One `topic` line."""
+    """One `topic` line; `out` is away from the broker that runs the bridge."""
 
     topic_filter: str
-    direction: Literal["in", "out"]
+    direction: Direction
     qos: Literal[0, 1]
 
 
 def topic_rules(sides: BridgeSides) -> Iterator[TopicRule]:
-    """Yield what crosses, by the words of the broker that keeps the bridge."""
-    yield from _one_way("out", "in", sides.far)
-    yield from _one_way("in", "out", sides.near)
+    """Yield the rules of a bridge."""
+    yield from _rules_for(sides.far, "out", "in")
+    yield from _rules_for(sides.near, "in", "out")
 
 
-def _one_way(towards: Literal["in", "out"], back: Literal["in", "out"], sites: tuple[str, ...]) -> Iterator[TopicRule]:
+def _rules_for(sites: tuple[str, ...], inbound: Direction, presence: Direction) -> Iterator[TopicRule]:
     for site in sites:
         for topic_filter, qos in inbound_filters(site):
-            yield TopicRule(topic_filter, towards, qos)
-        yield TopicRule(all_presence_filter(site), back, 1)
+            yield TopicRule(topic_filter, inbound, qos)
+        yield TopicRule(all_presence_filter(site), presence, 1)

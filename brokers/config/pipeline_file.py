@@ -1,16 +1,17 @@
-"""The pipeline file: what is cut, where its parts run, what feeds it. Read once, checked whole, frozen."""
+"""The pipeline file: read from TOML, validated as a whole, and frozen. Each mistake is one line: file, key, expectation."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
-import time
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from brokers.config.schema import (
     LOCAL_SITE,
@@ -21,12 +22,14 @@ from brokers.config.schema import (
     SourceTable,
     StageTable,
     TrainingTable,
+    config_error,
 )
 from brokers.config.topology import SiteTopology
-from brokers.errors import BadFile, UsageError
-from brokers.protocol.topics import StageTopics
+from brokers.errors import BadFile, UsageError, did_you_mean
+from brokers.protocol.topics import NAME_PATTERN, StageTopics
 
 BROKER_VARIABLE = "SPARSE_BROKER"
+_VALUE_LIMIT_CHARACTERS = 100
 
 
 class Pipeline(ConfigTable):
@@ -40,60 +43,67 @@ class Pipeline(ConfigTable):
     training: TrainingTable = TrainingTable()
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Pipeline:
-        for what, names in (("stage", [item.name for item in self.stage]), ("site", [item.name for item in self.site])):
-            if twins := {name for name in names if names.count(name) > 1}:
-                raise ValueError(f"{what}: two {what}s are named {min(twins)!r}")
+    def _check(self) -> Pipeline:
+        _check_unique("stage", [stage.name for stage in self.stage])
+        _check_unique("site", [site.name for site in self.site])
         self._check_cuts()
         self._check_sites()
         if self.is_training:
             self._check_training()
         elif "training" in self.model_fields_set:
-            raise ValueError("training: is for a pipeline whose kind is 'training', this one's is 'inference'")
+            raise config_error("training", "expected pipeline.kind = 'training' for this table, got 'inference'")
         return self
-
-    def _check_sites(self) -> None:
-        known = {LOCAL_SITE, *(site.name for site in self.site)}
-        users = [("source", self.source.site), *((f"stage {item.name!r}", item.site) for item in self.stage)]
-        for where, site in users:
-            if site not in known:
-                raise ValueError(f"{where}: site {site!r} is not one of {', '.join(sorted(known))}")
-        tree, home = self.topology, self.source.site
-        declared = [site.name for site in self.site] if len(self.site) > 1 else []
-        for name in dict.fromkeys([*self.used_sites, *declared]):
-            if not tree.path(home, name):
-                raise ValueError(
-                    f"site {name!r}: no link reaches it from {home!r}, where the source is: "
-                    f"expected links = [{{ to = {name!r} }}] at a [[site]] on the way"
-                )
-
-    def _check_training(self) -> None:
-        for stage in self.stage:
-            where = f"stage {stage.name!r}"
-            if stage.executor is not None:
-                raise ValueError(f"{where}: a pipeline that trains has parts of its model only, no executor")
-            if stage.wire != "float32" or stage.max_batch != 1:
-                raise ValueError(f"{where}: training is exact: wire is 'float32' and max_batch 1, or left out")
-        if self.training.labels == "stay" and self.stage[-1].site != self.source.site:
-            raise ValueError(
-                f"training.labels: to stay, they need stage {self.stage[-1].name!r} at the source's site "
-                f"{self.source.site!r}, it is at {self.stage[-1].site!r}"
-            )
 
     def _check_cuts(self) -> None:
         cuts = self.pipeline.cuts
         if list(cuts) != sorted(set(cuts)):
-            raise ValueError(f"pipeline.cuts: must rise, each cut once, got {list(cuts)}")
+            raise config_error("pipeline.cuts", f"expected ascending numbers, each once, got {list(cuts)}")
         parts = [stage for stage in self.stage if stage.executor is None]
         if self.pipeline.model is None:
             if parts:
-                raise ValueError(f"stage {parts[0].name!r}: needs an executor, or the pipeline a model")
+                raise config_error(f"stage.{parts[0].name}", "expected an executor, or a model in [pipeline]")
             if cuts:
-                raise ValueError(f"pipeline.cuts: there is no model to be cut at {list(cuts)}")
+                raise config_error("pipeline.cuts", f"expected a model in [pipeline] to cut at {list(cuts)}")
         elif len(parts) != len(cuts) + 1:
-            raise ValueError(
-                f"pipeline.cuts: {len(cuts)} cuts make {len(cuts) + 1} parts, "
-                f"{len(parts)} stages without an executor take one"
+            raise config_error(
+                "pipeline.cuts",
+                f"{len(cuts)} cuts make {len(cuts) + 1} parts: expected as many stages without an executor, "
+                f"got {len(parts)}",
+            )
+
+    def _check_sites(self) -> None:
+        known = {LOCAL_SITE, *(site.name for site in self.site)}
+        users = [("source", self.source.site), *((f"stage.{stage.name}", stage.site) for stage in self.stage)]
+        for key, site in users:
+            if site not in known:
+                hint = did_you_mean(site, sorted(known))
+                raise config_error(f"{key}.site", f"no site {site!r}{hint}: expected one of {', '.join(sorted(known))}")
+        topology = self.topology
+        home = self.source.site
+        declared = [site.name for site in self.site] if len(self.site) > 1 else []
+        for name in dict.fromkeys([*self.used_sites, *declared]):
+            if not topology.path(home, name):
+                raise config_error(
+                    f"site.{name}",
+                    f"no links connect it with {home!r}, the site of the source: "
+                    f"expected links = [{{ to = {name!r} }}] in a [[site]] on the way",
+                )
+
+    def _check_training(self) -> None:
+        for stage in self.stage:
+            key = f"stage.{stage.name}"
+            if stage.executor is not None:
+                raise config_error(f"{key}.executor", "a training pipeline has only parts of its model: leave it out")
+            if stage.wire != "float32":
+                raise config_error(f"{key}.wire", f"expected 'float32' in training, got {stage.wire!r}")
+            if stage.max_batch != 1:
+                raise config_error(f"{key}.max_batch", f"expected 1 in training, got {stage.max_batch}")
+        last = self.stage[-1]
+        if self.training.labels == "stay" and last.site != self.source.site:
+            raise config_error(
+                "training.labels",
+                f"'stay' needs the last stage at the site of the source: expected site = {self.source.site!r} "
+                f"in stage {last.name!r}, got {last.site!r}",
             )
 
     @property
@@ -107,33 +117,42 @@ class Pipeline(ConfigTable):
     @property
     def topology(self) -> SiteTopology:
         """The bridges between its sites."""
-        return SiteTopology.from_sites(self.site if self.site else (SiteTable(name=LOCAL_SITE),))
+        return SiteTopology.from_sites(self.site or (SiteTable(name=LOCAL_SITE),))
 
     @property
     def used_sites(self) -> tuple[str, ...]:
-        """Where its source is, its stages, and its cameras; each once."""
-        places = [self.source.site, *(stage.site for stage in self.stage)]
-        return tuple(dict.fromkeys([*places, *(site.name for site in self.site if site.cameras)]))
+        """The sites of its source, stages and cameras, each once."""
+        sites = [self.source.site, *(stage.site for stage in self.stage)]
+        return tuple(dict.fromkeys([*sites, *(site.name for site in self.site if site.cameras)]))
 
     @property
     def folder(self) -> Path:
-        """What relative paths in the file are relative to."""
+        """The folder of the file, which relative paths in it start from."""
         return Path(self.path).resolve().parent
 
     def find_stage(self, name: str) -> StageTable:
+        """The stage of this name; raises `BadFile`."""
         for stage in self.stage:
             if stage.name == name:
                 return stage
         names = [stage.name for stage in self.stage]
-        raise BadFile(self.path, f"no stage {name!r}{did_you_mean(name, names)}: it has {', '.join(names)}")
+        raise BadFile(self.path, f"no stage {name!r}{did_you_mean(name, names)}: expected one of {', '.join(names)}")
+
+    def find_site(self, name: str) -> SiteTable:
+        """The `[[site]]` of this name; raises `BadFile`."""
+        for site in self.site:
+            if site.name == name:
+                return site
+        names = [site.name for site in self.site]
+        expected = f"expected one of {', '.join(names)}" if names else "the file has no [[site]]"
+        raise BadFile(self.path, f"no site {name!r}{did_you_mean(name, names)}: {expected}")
 
     def part_index(self, stage: StageTable) -> int:
         """Which part of the cut network the stage serves (a stage with an executor serves none)."""
-        parts = [item.name for item in self.stage if item.executor is None]
-        return parts.index(stage.name)
+        return [each.name for each in self.stage if each.executor is None].index(stage.name)
 
     def next_stage(self, stage: StageTable) -> StageTable | None:
-        """The stage that `stage` passes its work on to; None after the last."""
+        """The stage after `stage`; None after the last."""
         following = self.stage[self.stage.index(stage) + 1 :]
         return following[0] if following else None
 
@@ -141,59 +160,60 @@ class Pipeline(ConfigTable):
         return StageTopics(stage.site, self.name, stage.name)
 
     def configured_broker(self, site: str) -> str | None:
-        """The broker's address as the file gives it; None where it gives none."""
-        return next((item.broker for item in self.site if item.name == site), None)
+        """The broker address of a site in the file; None if it has none."""
+        return next((each.broker for each in self.site if each.name == site), None)
+
+
+def _check_unique(key: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise config_error(f"{key}.{name}", f"expected one {key} of this name, got {names.count(name)}")
 
 
 def resolve_broker_address(
     pipeline: Pipeline | None, site: str, option: str | None = None, *, from_parent: bool = False
 ) -> str | None:
-    """Where the site's broker is: by the option, else the file, else `SPARSE_BROKER`; None where none of them says.
+    """The broker address of a site: the option's, else the file's, else `SPARSE_BROKER`; None if all are missing.
 
-    `handed`: a parent process has put the address of its choice, whatever the file says, into `SPARSE_BROKER`: not into
-    an argument, since it may hold a password, and everybody on the machine may read arguments.
+    `from_parent`: `SPARSE_BROKER` comes before the file, because a parent process has put its choice there. (It is not
+    passed as an argument: it may contain a password, and every user of the machine may read arguments.)
     """
-    stated = pipeline.configured_broker(site) if pipeline else None
+    configured = pipeline.configured_broker(site) if pipeline else None
     environment = os.environ.get(BROKER_VARIABLE)
-    return option or (from_parent and environment) or stated or environment or None
+    return option or (from_parent and environment) or configured or environment or None
 
 
 @contextlib.contextmanager
 def add_error_context(pipeline: Pipeline) -> Iterator[None]:
-    """Name the file, and the key in it, in whatever is wrong with what the file names: a cut, a model, a video."""
+    """Add the file to errors about something that a key of the file names: a cut, a model, a video."""
     try:
         yield
     except UsageError as error:
-        if not error.key or error.fields.get("path") == pipeline.path:
+        if not error.key:
             raise
         raise BadFile(pipeline.path, str(error), error.key) from error
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    """` (did you mean 'x'?)` where something known is near, else nothing."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 def load_pipeline(path: str | Path) -> Pipeline:
-    """Read and check a pipeline file; every mistake in it is one `BadFile` line."""
+    """Read and validate a pipeline file; raises `BadFile` with the first mistake in it."""
+    path = str(path)
     try:
-        text = Path(path).read_bytes()
-        table = tomllib.loads(text.decode())
+        table = tomllib.loads(Path(path).read_bytes().decode())
     except FileNotFoundError:
-        raise BadFile(str(path), "no such file") from None
+        raise BadFile(path, "no such file") from None
     except OSError as error:
-        raise BadFile(str(path), error.strerror or str(error)) from None
+        raise BadFile(path, error.strerror or str(error)) from None
     except UnicodeDecodeError:
-        raise BadFile(str(path), "is not text: expected TOML in UTF-8") from None
+        raise BadFile(path, "not text: expected TOML in UTF-8") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadFile(str(path), f"is not TOML: {error}") from None
-    if "path" in table:  # ours, and not for the file to say
-        raise BadFile(str(path), f"unknown key: expected one of {', '.join(_keys(Pipeline))}", "path")
+        raise BadFile(path, f"not TOML: {error}") from None
+    if "path" in table:  # a field of Pipeline, but not a key of the file
+        raise BadFile(path, _unknown_key("path", Pipeline), "path")
     try:
-        return Pipeline.model_validate({**table, "path": str(path)})
+        return Pipeline.model_validate({**table, "path": path})
     except ValidationError as error:
-        raise _explain(str(path), error) from None
+        key, problem = _explain(error.errors(include_url=False)[0], table)
+        raise BadFile(path, problem, key) from None
 
 
 _TABLES: dict[str, type[BaseModel]] = {
@@ -204,7 +224,7 @@ _TABLES: dict[str, type[BaseModel]] = {
     "source": SourceTable,
     "training": TrainingTable,
 }
-# pydantic's types of mistakes in the words of TOML.
+# pydantic's error types in the terms of TOML.
 _EXPECTED = {
     "string_type": "expected text",
     "int_type": "expected a whole number",
@@ -214,38 +234,51 @@ _EXPECTED = {
     "model_type": "expected a table",
     "dict_type": "expected a table",
 }
-_SAID: dict[type, str] = {dict: "a table", list: "a list", bool: "true or false"}
+_TYPE_NAMES: dict[type, str] = {dict: "a table", list: "a list"}
 
 
-def _keys(table: type[BaseModel]) -> list[str]:
-    return [name for name in table.model_fields if table is not Pipeline or name != "path"]
-
-
-def _explain(path: str, error: ValidationError) -> BadFile:
-    """One line for the first mistake that pydantic found."""
-    mistake = error.errors(include_url=False)[0]
-    kind, levels = mistake["type"], list(mistake["loc"])
+def _explain(mistake: ErrorDetails, table: dict[str, Any]) -> tuple[str, str]:
+    """The key and the problem of a mistake that pydantic found in `table`."""
+    kind = mistake["type"]
+    levels = list(mistake["loc"])
+    if kind == "config_error":
+        return mistake["ctx"]["key"], mistake["ctx"]["problem"]
     if kind in ("int_type", "string_type") and levels[-1] in ("int", "str"):
-        levels.pop()  # pydantic names the branches of a union
-    where = ".".join(str(level) for level in levels)
+        levels.pop()  # the branch of a union
+    key = _format_key(levels, table)
     if kind == "extra_forbidden":
-        key = str(levels[-1])
         tables = [_TABLES[str(level)] for level in levels[:-1] if str(level) in _TABLES]
-        known = _keys(tables[-1] if tables else Pipeline)
-        return BadFile(path, f"unknown key{did_you_mean(key, known)}: expected one of {', '.join(known)}", where)
+        return key, _unknown_key(str(levels[-1]), tables[-1] if tables else Pipeline)
     if kind == "missing":
-        return BadFile(path, "is missing", where)
+        return key, f"is missing: expected one or more [[{key}]]" if key in ("stage", "site") else "is missing"
     if kind == "value_error":
-        return BadFile(path, mistake["msg"].removeprefix("Value error, "), where)
+        return key, mistake["msg"].removeprefix("Value error, ")
     expected = _EXPECTED.get(kind) or mistake["msg"].replace("Input should be", "expected", 1)
-    if kind in ("tuple_type", "too_short") and where in ("stage", "site"):
-        expected = f"expected one or more [[{where}]]"
-    given = mistake.get("input")
-    return BadFile(path, f"{expected}, got {_SAID.get(type(given)) or repr(given)}", where)
+    if kind in ("tuple_type", "too_short") and key in ("stage", "site"):
+        expected = f"expected one or more [[{key}]]"
+    return key, f"{expected}, got {_format_value(mistake['input'])}"
 
 
-def new_run_folder(base: Path, name: str) -> Path:
-    """A folder for a run that begins now; `name` and the local time, and the process id should two begin at once."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = base / f"{name}-{stamp}"
-    return folder if not folder.exists() else base / f"{name}-{stamp}-{os.getpid()}"
+def _unknown_key(key: str, table: type[BaseModel]) -> str:
+    known = [name for name in table.model_fields if (table, name) != (Pipeline, "path")]
+    return f"unknown key{did_you_mean(key, known)}: expected one of {', '.join(known)}"
+
+
+def _format_key(levels: list[int | str], table: Any) -> str:
+    """`stage.head.workers`: entries of a list of tables are named, the others numbered."""
+    parts = []
+    for level in levels:
+        try:
+            table = table[level]
+        except (LookupError, TypeError):
+            table = None
+        name = table.get("name", table.get("to")) if isinstance(level, int) and isinstance(table, dict) else None
+        parts.append(name if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name) else str(level))
+    return ".".join(parts)
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = _TYPE_NAMES.get(type(value)) or repr(value)
+    return text if len(text) <= _VALUE_LIMIT_CHARACTERS else f"{text[:_VALUE_LIMIT_CHARACTERS]}..."

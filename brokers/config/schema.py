@@ -1,10 +1,12 @@
-"""The tables of a pipeline file, each by itself: its keys, their defaults, and what values they may have."""
+"""The tables of a pipeline file: their keys, defaults and limits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from brokers.dispatch.worker_pool import LEASE_S
 from brokers.errors import UsageError
@@ -15,25 +17,31 @@ from brokers.protocol.topics import validate_name
 LOCAL_SITE = "local"
 
 
-def _name_of(what: str) -> AfterValidator:
-    def check(name: str) -> str:
+def config_error(key: str, problem: str) -> PydanticCustomError:
+    """An error at `key` for validators of several keys; `load_pipeline` reports it as `BadFile`."""
+    return PydanticCustomError("config_error", "{key}: {problem}", {"key": key, "problem": problem})
+
+
+def _check(function: Callable[[str], object]) -> AfterValidator:
+    """A validator that accepts the texts for which `function` raises no `UsageError`."""
+
+    def check(text: str) -> str:
         try:
-            return validate_name(what, name)
+            function(text)
         except UsageError as error:
             raise ValueError(str(error)) from None
+        return text
 
     return AfterValidator(check)
 
 
-def _readable_address(text: str) -> str:
-    try:
-        parse_address(text)
-    except UsageError as error:
-        raise ValueError(str(error)) from None
-    return text
+def _name_of(kind: str) -> AfterValidator:
+    return _check(lambda name: validate_name(kind, name))
 
 
 class ConfigTable(BaseModel):
+    """A table without unknown keys, and without conversion between types."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -43,26 +51,26 @@ class PipelineTable(ConfigTable):
     name: Annotated[str, _name_of("pipeline")]
     kind: Literal["inference", "training"] = "inference"
     model: str | None = None
-    model_settings: dict[str, Any] = Field(default_factory=dict, description="arguments of what builds the model")
+    model_settings: dict[str, Any] = Field(default_factory=dict, description="arguments of the model's constructor")
     weights: str | None = None
     cuts: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), strict=False)
-    labels: tuple[str, ...] = Field(default=(), strict=False, description="names of the classes of a classifier")
+    labels: tuple[str, ...] = Field(default=(), strict=False, description="class names of a classifier")
     seed: int = 0
-    threshold: float = Field(default=0.5, ge=0, le=1, description="of a detection's score")
+    threshold: float = Field(default=0.5, ge=0, le=1, description="minimum score of a detection")
     lease_s: float = Field(
-        default=LEASE_S, gt=0, le=86_400, description="a request of which nothing is heard for so long is sent again"
+        default=LEASE_S, gt=0, le=86_400, description="a request without an answer for this long is sent again"
     )
-    nms: float = Field(default=0.45, ge=0, le=1, description="overlap above which the weaker of two boxes goes")
+    nms: float = Field(default=0.45, ge=0, le=1, description="overlap from which the weaker of two boxes is dropped")
 
 
 class StageTable(ConfigTable):
-    """`[[stage]]`: one part, and how it is served."""
+    """`[[stage]]`: one part of the network, or an executor, and its workers."""
 
     name: Annotated[str, _name_of("stage")]
     workers: int = Field(default=1, ge=1, le=64)
     site: Annotated[str, _name_of("site")] = LOCAL_SITE
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    threads: int = Field(default=0, ge=0, description="of a worker's compute; 0: what the machine has, shared out")
+    threads: int = Field(default=0, ge=0, description="compute threads of a worker; 0: an equal share of the cores")
     max_batch: int = Field(default=1, ge=1, le=1024)
     max_wait_ms: float = Field(default=0.0, ge=0, le=60_000)
     wire: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -71,43 +79,43 @@ class StageTable(ConfigTable):
 
 
 class LinkTable(ConfigTable):
-    """One of a site's `links`: the bridge that its broker keeps to that of another site."""
+    """One of a site's `links`: a bridge from its broker to that of another site."""
 
     to: Annotated[str, _name_of("site")]
-    delay_ms: float = Field(default=0.0, ge=0, le=10_000, description="one way; imposed by `sparse run`")
-    rate_mbit: float | None = Field(default=None, gt=0, le=1_000_000, description="Mbit/s each way; as above")
+    delay_ms: float = Field(default=0.0, ge=0, le=10_000, description="one way; emulated by `sparse run`")
+    rate_mbit: float | None = Field(default=None, gt=0, le=1_000_000, description="Mbit/s each way; emulated too")
     user: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z0-9_.@-]{1,64}$",  # a word in the lines of mosquitto.conf and of an access list
-        description="by which the bridge greets the other broker",
+        pattern=r"^[A-Za-z0-9_.@-]{1,64}$",  # one word in a line of mosquitto.conf and of an access list
+        description="user name of the bridge at the other broker",
     )
-    password_file: str | None = Field(default=None, description="what that broker knows the user by")
+    password_file: str | None = Field(default=None, description="file with the password of `user`")
 
     @model_validator(mode="after")
-    def _greets(self) -> LinkTable:
+    def _check_user(self) -> LinkTable:
         if self.password_file is not None and self.user is None:
-            raise ValueError("password_file: is of a user, and no user is named")
+            raise ValueError("password_file needs a user: expected user = 'NAME' beside it")
         return self
 
     @property
     def is_emulated(self) -> bool:
-        """Whether it is slower than the machine that `sparse run` runs on."""
+        """Whether it is slower than a link within one machine."""
         return bool(self.delay_ms or self.rate_mbit)
 
 
 class SiteTable(ConfigTable):
-    """`[[site]]`: a place with its own broker; without an address one is started on this machine."""
+    """`[[site]]`: a site with its own broker; one without an address is started on this machine."""
 
     name: Annotated[str, _name_of("site")]
-    broker: Annotated[str, AfterValidator(_readable_address)] | None = None
-    links: tuple[LinkTable, ...] = Field(default=(), strict=False, description="bridges that its broker keeps")
+    broker: Annotated[str, _check(parse_address)] | None = None
+    links: tuple[LinkTable, ...] = Field(default=(), strict=False, description="the bridges that its broker runs")
     cameras: tuple[Annotated[str, _name_of("source")], ...] = Field(
-        default=(), strict=False, description="MQTT clients that publish to its ingress, where doors are locked"
+        default=(), strict=False, description="MQTT clients that may publish to its ingress topics"
     )
 
 
 class SourceTable(ConfigTable):
-    """`[source]`: what feeds the pipeline, and how eagerly."""
+    """`[source]`: the input of the pipeline."""
 
     kind: str = Field(
         default="ingress", description="video, images, camera, digits, cifar10, ingress, or package.module:Class"
@@ -123,42 +131,44 @@ class SourceTable(ConfigTable):
     encoding: Literal["jpeg", "raw"] = "jpeg"
     quality: int = Field(default=90, ge=1, le=100)
     keep: Literal["all", "latest"] | None = Field(
-        default=None, description="what waits for room; default: latest for what is live (camera, ingress), else all"
+        default=None, description="which samples wait for a slot; default: latest for live inputs, else all"
     )
     window: int | None = Field(
-        default=None, ge=1, le=1024, description="requests in flight; default: as many as the workers that are up hold"
+        default=None, ge=1, le=1024, description="requests in flight; default: what keeps the workers busy"
     )
     deadline_ms: float | None = Field(default=None, gt=0, le=DEADLINE_LIMIT_MS)
-    priority: Priority = Field(default="interactive", description="background: after all that is interactive")
+    priority: Priority = Field(default="interactive", description="background: after all interactive requests")
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class TrainingTable(ConfigTable):
-    """`[training]`: how a network is trained."""
+    """`[training]`: the data set, optimizer and schedule of a training pipeline."""
 
     batch: int = Field(default=64, ge=1, description="rows of a step")
-    micro_batches: int = Field(default=4, ge=1, le=256, description="that a step is cut into")
+    micro_batches: int = Field(default=4, ge=1, le=256, description="micro-batches of a step")
     epochs: int = Field(default=10, ge=1)
     optimizer: str = Field(default="sgd", description="sgd, adam, adamw, or package.module:Class")
-    lr: float = Field(default=0.05, gt=0, description="the learning rate")
+    lr: float = Field(default=0.05, gt=0, description="learning rate")
     settings: dict[str, Any] = Field(default_factory=dict, description="further arguments of the optimizer")
     lr_schedule: Literal["constant", "cosine", "step"] = "constant"
-    lr_warmup: int = Field(default=0, ge=0, description="steps in which the rate rises to `lr`")
-    lr_every: int = Field(default=30, ge=1, description="epochs after which `step` lowers the rate")
-    lr_factor: float = Field(default=0.1, gt=0, le=1, description="by which it does")
+    lr_warmup: int = Field(default=0, ge=0, description="steps in which the learning rate rises to `lr`")
+    lr_every: int = Field(default=30, ge=1, description="epochs after which `step` lowers the learning rate")
+    lr_factor: float = Field(default=0.1, gt=0, le=1, description="factor by which `step` lowers it")
     loss: str = Field(default="cross_entropy", description="cross_entropy, mse, or package.module:function")
     schedule: Literal["1f1b", "gpipe"] = "1f1b"
     labels: Literal["travel", "stay"] = Field(
-        default="travel", description="stay: they go to the last stage directly, which is at the source's own site"
+        default="travel", description="stay: sent to the last stage directly, which is at the site of the source"
     )
     shuffle: bool = True
-    augment: bool = Field(default=False, description="pictures are shifted, and mirrored where that keeps their sense")
+    augment: bool = Field(default=False, description="images are shifted, and mirrored where that keeps their class")
     evaluate_every: int = Field(default=1, ge=0, description="epochs; 0: never")
     checkpoint_every: int = Field(default=50, ge=1, description="steps")
-    checkpoints: str | None = Field(default=None, description="their folder")
+    checkpoints: str | None = Field(default=None, description="folder of the checkpoints")
 
     @model_validator(mode="after")
-    def _divides(self) -> TrainingTable:
+    def _check_batch(self) -> TrainingTable:
         if self.micro_batches > self.batch:
-            raise ValueError(f"micro_batches: a batch of {self.batch} rows makes no {self.micro_batches} micro-batches")
+            raise config_error(
+                "training.micro_batches", f"expected at most batch = {self.batch}, got {self.micro_batches}"
+            )
         return self

@@ -1,10 +1,11 @@
-"""Atomic file writes and file locks, for all that Sparse keeps on disk."""
+"""Atomic file writes, file locks and the folders of runs, for all that Sparse keeps on disk."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -53,3 +54,9 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield file
+
+
+def new_run_folder(base: Path, name: str) -> Path:
+    """Return an unused folder path for a run that starts now: `name` and the local time; the folder is not created."""
+    folder = base / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return folder if not folder.exists() else folder.with_name(f"{folder.name}-{os.getpid()}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from brokers.config.pipeline_file import did_you_mean
-from brokers.errors import SparseError, UsageError
+from brokers.errors import SparseError, UsageError, did_you_mean
 
 
 @dataclass(eq=False)

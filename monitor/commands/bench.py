@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from brokers.config.pipeline_file import new_run_folder, resolve_broker_address
+from brokers.config.pipeline_file import resolve_broker_address
 from brokers.errors import BadFile
+from brokers.process.files import new_run_folder
 from brokers.process.shutdown import EXIT_INTERRUPTED
 from monitor.bench.case import BenchCase, case_from_suite
 from monitor.bench.errors import NoSuite

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from brokers.config.pipeline_file import new_run_folder
 from brokers.errors import BadFile
+from brokers.process.files import new_run_folder
 from monitor.errors import ExtraMissing
 
 

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, load_pipeline, new_run_folder
+from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.errors import UsageError
+from brokers.process.files import new_run_folder
 from monitor.launch.run import CHECKPOINTS_FOLDER, PipelineRun
 from monitor.launch.sites import set_up_brokers
 from monitor.stores.sqlite import TELEMETRY_FILE

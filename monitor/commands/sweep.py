@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.pipeline_file import new_run_folder
+from brokers.process.files import new_run_folder
 from monitor.bench.case import BenchCase
 from monitor.bench.errors import NoSweep
 from monitor.bench.runner import BenchPlan

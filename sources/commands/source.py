@@ -13,14 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from brokers.config.pipeline_file import (
-    Pipeline,
-    add_error_context,
-    load_pipeline,
-    new_run_folder,
-    resolve_broker_address,
-)
+from brokers.config.pipeline_file import Pipeline, add_error_context, load_pipeline, resolve_broker_address
 from brokers.errors import no_broker_error
+from brokers.process.files import new_run_folder
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import validate_name
 from sources.client.offloader import Offloader

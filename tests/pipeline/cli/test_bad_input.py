@@ -55,15 +55,13 @@ def test_a_folder_for_a_file(sandbox: ProcessSandbox) -> None:
 def test_a_file_that_is_no_toml(sandbox: ProcessSandbox) -> None:
     path = sandbox.folder / "bad.toml"
     path.write_text("[pipeline\nname = 1")
-    assert run(sandbox, path).startswith(
-        f"{path}: is not TOML: Expected ']' at the end of a table declaration (at line 1"
-    )
+    assert run(sandbox, path).startswith(f"{path}: not TOML: Expected ']' at the end of a table declaration (at line 1")
 
 
 def test_a_file_that_is_no_text(sandbox: ProcessSandbox) -> None:
     path = sandbox.folder / "bad.toml"
     path.write_bytes(b"\xff\xfe\x00")
-    assert run(sandbox, path) == f"{path}: is not text: expected TOML in UTF-8"
+    assert run(sandbox, path) == f"{path}: not text: expected TOML in UTF-8"
 
 
 # tests/unit/brokers/config/test_pipeline_file.py has them all; of each sort one, to see that it comes through.
@@ -78,7 +76,7 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "tables that do not fit together": (
         lambda folder: write_pipeline_file(folder, PARTS, model=TINY, cuts=[1, 2, 3]),
-        "pipeline.cuts: 3 cuts make 4 parts, 2 stages without an executor take one",
+        "pipeline.cuts: 3 cuts make 4 parts: expected as many stages without an executor, got 2",
     ),
 }
 
@@ -258,7 +256,7 @@ def test_status_without_a_file_asks_the_broker_of_the_environment(tmp_path: Path
 def test_a_stage_that_the_file_does_not_have(sandbox: ProcessSandbox) -> None:
     path = write_pipeline_file(sandbox.folder, NUMBERS)
     said = one_line(sandbox, "stage", path, "duble", "--broker", "mqtt://127.0.0.1:9")
-    assert said == f"{path}: no stage 'duble' (did you mean 'double'?): it has double"
+    assert said == f"{path}: no stage 'duble' (did you mean 'double'?): expected one of double"
 
 
 @pytest.mark.parametrize(
