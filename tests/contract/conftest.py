@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.server import mosquitto_conf as mosquitto
 from tests.support.brokers.broker_kinds import BrokerUnderTest, InMemoryBrokerUnderTest, LocalBrokerUnderTest
 
@@ -32,6 +33,8 @@ def broker(request: pytest.FixtureRequest) -> Iterator[BrokerUnderTest]:
         made = LocalBrokerUnderTest("embedded")
     else:
         require_mosquitto()
-        made = LocalBrokerUnderTest("mosquitto", SMALL_PACKETS_BYTES if request.param == "mosquitto-2MB" else None)
+        made = LocalBrokerUnderTest(
+            "mosquitto", SMALL_PACKETS_BYTES if request.param == "mosquitto-2MB" else MAX_REMAINING_BYTES
+        )
     yield made
     made.stop()

@@ -210,13 +210,6 @@ def test_a_broker_that_speaks_only_311_may_want_a_password_too() -> None:
     assert "wants a user and password" in greeted_by(only_311(5)).message
 
 
-def test_the_plain_listener_of_the_embedded_broker_speaks_only_311() -> None:
-    require_dependency("iotcore")
-    with start_broker(kind="embedded", mqtt311_port=0) as broker:
-        (found,) = greeted(broker.mqtt311_port or 0).values()
-        assert "speaks only MQTT 3.1.1" in found.message
-
-
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"\x20\x03\x00\x89\x00"])
 def test_what_is_no_broker_or_lets_nobody_in_is_told(answer: bytes) -> None:
     found = greeted_by(lambda _: answer)

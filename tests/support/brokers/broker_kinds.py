@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.protocol.transport import Delivery, Transport, Will
 from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
 
@@ -69,7 +70,7 @@ class InMemoryBrokerUnderTest:
 
 
 class LocalBrokerUnderTest:
-    def __init__(self, kind: BrokerKind, max_packet_bytes: int | None = None) -> None:
+    def __init__(self, kind: BrokerKind, max_packet_bytes: int = MAX_REMAINING_BYTES) -> None:
         self._kind: BrokerKind = kind
         self._max_packet_bytes = max_packet_bytes
         self.local_broker: LocalBroker = start_broker(kind=kind, max_packet_bytes=max_packet_bytes)

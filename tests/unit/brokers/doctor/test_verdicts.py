@@ -12,7 +12,7 @@ from brokers.doctor import mqtt311 as older
 from brokers.doctor import verdicts as doctor
 from brokers.doctor.check_result import CheckResult, ThroughputResult, format_bytes, format_table, is_usable
 from brokers.doctor.checks import TEST_PROPERTIES
-from brokers.mqtt.connack import parse_limits
+from brokers.mqtt.connection import parse_limits
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.protocol.broker_url import parse_address
 from brokers.protocol.chunking import MESSAGE_LIMIT_BYTES
