@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import wraps
 from typing import Any, Protocol
 
 from brokers.mqtt.client import MqttTransport
@@ -135,6 +136,16 @@ def run_async(coroutine: Coroutine[Any, Any, None], timeout_s: float = 60.0) -> 
 
     asyncio.run(guarded())
     assert unseen == []
+
+
+def async_test(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Make a test of a coroutine function, whose arguments are fixtures, by `run_async`."""
+
+    @wraps(function)
+    def test(*args: Any, **kwargs: Any) -> None:
+        run_async(function(*args, **kwargs))
+
+    return test
 
 
 def has_exited(pid: int, within_s: float = 5.0) -> bool:

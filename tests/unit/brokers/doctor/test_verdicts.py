@@ -12,7 +12,6 @@ from brokers.doctor import mqtt311 as older
 from brokers.doctor import verdicts as doctor
 from brokers.doctor.check_result import CheckResult, ThroughputResult, format_bytes, format_table, is_usable
 from brokers.doctor.checks import TEST_PROPERTIES
-from brokers.mqtt.connection import parse_limits
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.protocol.broker_url import parse_address
 from brokers.protocol.chunking import MESSAGE_LIMIT_BYTES
@@ -20,23 +19,6 @@ from brokers.protocol.transport import BrokerLimits, Properties
 
 GOOD = BrokerLimits(MAX_REMAINING_BYTES)
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
-
-
-class Told:
-    """A CONNACK's properties, as paho gives them."""
-
-    MaximumPacketSize = 4096
-    MaximumQoS = 1
-    RetainAvailable = 0
-    SharedSubscriptionAvailable = 0
-    ServerKeepAlive = 3
-
-
-def test_what_a_connack_says_is_read_and_what_it_does_not_is_the_protocols_own() -> None:
-    assert parse_limits(Told()) == BrokerLimits(
-        4096, 65_535, 1, retain_available=False, shared_available=False, keepalive_s=3
-    )
-    assert parse_limits(None) == GOOD
 
 
 @pytest.mark.parametrize(
