@@ -240,9 +240,9 @@ async def test_broker_restart_is_survived(broker: BrokerUnderTest) -> None:
 
     transport.on_reconnect(publish_again)
     await transport.subscribe("t/#", queue, qos=1)
-    assert not transport.is_connected
+    connected_before = transport.is_connected
     await transport.connect()
-    assert transport.is_connected
+    assert (connected_before, transport.is_connected) == (False, True)
     await asyncio.to_thread(broker.stop)
     await until_disconnected(transport)
     waiting = asyncio.create_task(transport.publish("t/waiting", b"", qos=1))

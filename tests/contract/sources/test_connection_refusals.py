@@ -16,8 +16,8 @@ from brokers.protocol.messages import Failure, Message, Task
 from sources.client.offloader import Offloader
 from sources.client.pending_request import PendingRequest
 from tests.support.brokers.broker_kinds import async_test
+from tests.support.brokers.presence_records import make_worker_record
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
-from tests.unit.brokers.dispatch.test_worker_pool import make_worker_record
 
 
 @async_test

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
@@ -49,9 +50,11 @@ class Ticks:
     async def advance(self, count: int) -> None:
         """Have the task check `count` times."""
         for _ in range(count):
-            checks = self._checks
             self._ticks.put_nowait(None)
-            await self.until(lambda checks=checks: self._checks > max(1, checks) or self._packets.lost.done())
+            await self.until(partial(self._has_checked_since, max(1, self._checks)))
+
+    def _has_checked_since(self, checks: int) -> bool:
+        return self._checks > checks or self._packets.lost.done()
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(WAIT_S):
@@ -80,6 +83,10 @@ async def packet_socket() -> AsyncIterator[tuple[PacketSocket, socket.socket]]:
             await packets.stop_watchdog()
 
 
+def has_received(packets: PacketSocket, count: int) -> bool:
+    return packets._reader.received_bytes == count
+
+
 async def receive(peer: socket.socket) -> bytes:
     return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(peer, 1 << 20), WAIT_S)
 
@@ -102,11 +109,11 @@ def test_broker_that_answers_pings_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     async def test() -> None:
         async with packet_socket() as (packets, peer):
             ticks = Ticks(monkeypatch, packets)
-            for count in range(1, 6):
+            for received_bytes in (2, 4, 6):
                 await ticks.advance(PING_AFTER_TICKS)
                 assert await receive(peer) == PINGREQ
                 peer.send(PINGRESP)
-                await ticks.until(lambda count=count: packets._reader.received_bytes == 2 * count)
+                await ticks.until(partial(has_received, packets, received_bytes))
                 await ticks.advance(1)
             assert not packets.lost.done()
 
