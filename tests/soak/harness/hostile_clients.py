@@ -50,12 +50,12 @@ class PixelCountExecutor(TaskExecutor):
     """Says how many pixels a picture has."""
 
     def start(self, node: Node) -> None:
-        import stages.models.image_preprocess  # noqa: F401 - torch with it, which takes seconds
+        import brokers.process.image_decode  # noqa: F401 - before the first task, since it takes a moment
 
     def prepare(self, content: Content, task: TaskContext) -> Tensors:
-        from stages.models.image_preprocess import decode_image
+        from brokers.process.image_decode import decode_picture
 
-        return {"picture": decode_image(bytes(getattr(content, "data", b"")))}
+        return {"picture": decode_picture(bytes(getattr(content, "data", b"")))}
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
         return {"pixels": tensors["picture"].size // 3}
