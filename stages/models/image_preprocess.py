@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from brokers.process.image_decode import Picture
+from brokers.process.image_decode import RgbImage
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -27,7 +27,7 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 MAX_ASPECT_RATIO = 16
 
 
-def letterbox(picture: Picture, width: int, height: int) -> Tensor:
+def letterbox(picture: RgbImage, width: int, height: int) -> Tensor:
     """Fit a picture into the middle of a grey (1, 3, height, width) float32 tensor in 0..1, keeping its aspect ratio.
 
     Resized as Darknet's letterbox_image and resize_image do, except that each side keeps at least one pixel.
@@ -49,7 +49,7 @@ def letterbox_size(picture_width: int, picture_height: int, width: int, height: 
 
 
 def prepare_classifier_input(
-    picture: Picture,
+    picture: RgbImage,
     resize: int,
     crop: int,
     mean: Sequence[float],
@@ -71,7 +71,7 @@ def prepare_classifier_input(
     return normalise(_to_batch(image), mean, std)
 
 
-def resize_and_normalise(picture: Picture, width: int, height: int, normalise: Callable[[Tensor], Tensor]) -> Tensor:
+def resize_and_normalise(picture: RgbImage, width: int, height: int, normalise: Callable[[Tensor], Tensor]) -> Tensor:
     """Resize a picture without keeping its aspect ratio, and normalise it to (1, 3, height, width) float32.
 
     Bilinear and antialiased (Pillow's); a picture that has the size already keeps its pixels.
@@ -94,7 +94,7 @@ def _to_batch(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)[np.newaxis]))
 
 
-def _limit_aspect_ratio(picture: Picture) -> Picture:
+def _limit_aspect_ratio(picture: RgbImage) -> RgbImage:
     """Crop the longer side, around the middle, to `MAX_ASPECT_RATIO` times the shorter side."""
     height, width = picture.shape[:2]
     limit = MAX_ASPECT_RATIO * min(height, width)
@@ -103,7 +103,7 @@ def _limit_aspect_ratio(picture: Picture) -> Picture:
     return np.ascontiguousarray(picture[top : height - top, left : width - left])
 
 
-def _resize(picture: Picture, width: int, height: int) -> Float32Array:
+def _resize(picture: RgbImage, width: int, height: int) -> Float32Array:
     """Resize to (height, width, 3) float32 in 0..1 as Darknet's resize_image: bilinear, corners aligned.
 
     Only the source rows that an output row interpolates are converted, so the cost does not grow with the picture.

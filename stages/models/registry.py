@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from brokers.errors import UsageError
-from brokers.process.image_decode import Picture
+from brokers.process.image_decode import RgbImage
 from brokers.process.import_string import CannotLoad, describe_exception, import_string
 
 YOLO_INPUT_SIZE_PX = 416  # as in yolov3-tiny.cfg, and the smallest of the three sizes in the paper's tables
@@ -61,7 +61,7 @@ class ModelSpec:
     build: Callable[[], nn.Module]
     input_name: str = "input"
     input_shape: tuple[int, ...] | None = None
-    preprocess: Callable[[Picture], Tensor] | None = None
+    preprocess: Callable[[RgbImage], Tensor] | None = None
     postprocess: Callable[[Mapping[str, Tensor], ImageSize], Prediction] | None = None
     normalise: Callable[[Tensor], Tensor] | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,7 +139,7 @@ _OpenFile = tuple[dict[str, Shape], Callable[[str], Tensor]]
 
 def _open_safetensors(path: Path, model: nn.Module) -> _OpenFile:
     try:
-        file = safe_open(path, framework="pt")
+        file: Any = safe_open(path, framework="pt")  # its methods have no types
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _weights_error("BadWeights", path, f"is not a safetensors file: {error}") from error

@@ -10,7 +10,7 @@ import torch
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import BadPayload
-from brokers.process.image_decode import Picture, decode_picture
+from brokers.process.image_decode import RgbImage, decode_picture
 from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, BinaryContent, Content
 from brokers.protocol.safetensors_codec import to_numpy, to_torch
 from stages.errors import BadDevice
@@ -114,12 +114,12 @@ class ModelExecutor(TaskExecutor):
             return tensors
         return {name: self._narrowed(tensor) for name, tensor in tensors.items()}
 
-    def _decode(self, blob: BinaryContent) -> Picture:
+    def _decode(self, blob: BinaryContent) -> RgbImage:
         if blob.content_type == JSON:
             raise BadPayload(JSON, f"stage {self._stage.name!r} takes pictures (JPEG, PNG) or tensors, no readings")
         return decode_picture(blob.data, blob.content_type)
 
-    def _fit(self, picture: Picture, task: TaskContext) -> Tensors:
+    def _fit(self, picture: RgbImage, task: TaskContext) -> Tensors:
         """The network's input for a picture, uint8 (H, W, 3); its size goes along, to speak of its pixels later."""
         if picture.dtype != "uint8" or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
             kind = f"{picture.dtype} {list(picture.shape)}"

@@ -102,7 +102,7 @@ def start_attacked_pipeline(sandbox: ProcessSandbox, kind: BrokerKind) -> Iterat
         looker = sandbox.start_sparse("stage", look, "look", *words, "--worker", "look-1")
         run = sandbox.start_sparse("run", path, *words, "--out", sandbox.folder / "out")
         found = AttackedPipeline(broker, path, run, looker, sandbox)
-        eventually("the gateway", lambda: "Ctrl-C ends it" in run.read_stderr())
+        eventually("the gateway", lambda: "Ctrl-C" in run.read_stderr())
         wait_for_workers(broker.address, lambda workers: set(workers) >= PRESENCE_TOPICS)
         yield found
 

@@ -131,7 +131,7 @@ def test_truncated_file_names_the_layer_and_both_sizes(saved: tuple[Darknet, Pat
         path.write_bytes(data[:length])
         with raises_error(UsageError, "NotDarknet" if length < 20 else "DarknetTruncated") as caught:
             load_darknet_weights(model, path)
-        fields = {"path": str(path)}
+        fields: dict[str, object] = {"path": str(path)}
         if length >= 20:
             layer = 2 if length >= LAYER_2_BYTES else 0
             fields |= {"layer": layer, "expected_bytes": SMALL_BYTES, "actual_bytes": length}

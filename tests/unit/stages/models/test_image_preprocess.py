@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.functional import InterpolationMode
 
-from brokers.process.image_decode import Picture
+from brokers.process.image_decode import RgbImage
 from stages.models.image_preprocess import letterbox, letterbox_size, prepare_classifier_input, resize_and_normalise
 from tests.support.environment.darknet_reference import DarknetLibrary
 
@@ -19,7 +19,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def noise(width: int, height: int) -> Picture:
+def noise(width: int, height: int) -> RgbImage:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 

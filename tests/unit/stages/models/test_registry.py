@@ -15,7 +15,7 @@ from torch import nn
 from torchvision import models
 
 from brokers.errors import UsageError
-from brokers.process.image_decode import Picture
+from brokers.process.image_decode import RgbImage
 from stages.models.darknet_layers import Darknet
 from stages.models.registry import ModelSpec, get_model_spec
 from stages.partition.partition import partition
@@ -45,7 +45,7 @@ number = 3
 """
 
 
-def picture(width: int = 90, height: int = 60) -> Picture:
+def picture(width: int = 90, height: int = 60) -> RgbImage:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 
 

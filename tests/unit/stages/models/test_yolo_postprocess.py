@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from brokers.errors import UsageError
-from brokers.process.image_decode import Picture, decode_picture
+from brokers.process.image_decode import RgbImage, decode_picture
 from stages.models.coco import COCO_LABELS
 from stages.models.darknet_layers import Anchors, Darknet
 from stages.models.darknet_weights import load_darknet_weights
@@ -184,11 +184,11 @@ def original_tiny() -> tuple[DarknetLibrary, int]:
     return original, original.load_network(darknet_file("cfg/yolov3-tiny.cfg"), pretrained_weights("yolov3-tiny"))
 
 
-def photograph(name: str) -> Picture:
+def photograph(name: str) -> RgbImage:
     return decode_picture(darknet_file(f"data/{name}.jpg").read_bytes())
 
 
-def forward(model: Darknet, picture: Picture) -> tuple[Tensor, ...]:
+def forward(model: Darknet, picture: RgbImage) -> tuple[Tensor, ...]:
     with torch.inference_mode():
         outputs: tuple[Tensor, ...] = model(letterbox(picture, 416, 416))
     return outputs
