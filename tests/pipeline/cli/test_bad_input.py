@@ -198,7 +198,7 @@ def test_weights_whose_checksum_fails(tmp_path: Path, embedded_broker: LocalBrok
     assert said.returncode == 2
     told = said.stderr.splitlines()[-1]
     assert "yolov3.weights" in told
-    assert "is another file, by its checksum" in told
+    assert "the file there has another SHA-256" in told
     assert "Traceback" not in said.stderr
 
 
