@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from monitor.analysis.run_metrics import STAGE_TIMES, RunMetrics
+from brokers.protocol.stage_timing import STAGE_DURATIONS
+from monitor.analysis.run_metrics import RunMetrics
 
 RESULTS_FILE, CSV_FILE = "results.json", "results.csv"
 _DIGITS = 4  # of what is measured, behind the point
@@ -55,7 +56,7 @@ def flatten_metrics(figures: RunMetrics) -> dict[str, float]:
     if figures.network_ms is not None:
         found["network_ms"] = figures.network_ms
     for stage, time in figures.stages.items():
-        found |= {f"stages.{stage}.{name}": getattr(time, name) for name in STAGE_TIMES}
+        found |= {f"stages.{stage}.{name}": getattr(time, name) for name in STAGE_DURATIONS}
     for link, crossed in figures.links.items():
         found |= {f"links.{link}.bytes_out": crossed.bytes_out, f"links.{link}.bytes_in": crossed.bytes_in}
     found |= {f"cpu_s.{role}": value for role, value in figures.cpu_s.items()}

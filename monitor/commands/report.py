@@ -14,7 +14,7 @@ import typer
 
 from brokers.errors import BadFile
 from brokers.process.files import new_run_folder
-from monitor.errors import ExtraMissing
+from monitor.errors import extra_missing
 
 
 def command(
@@ -39,7 +39,7 @@ def command(
     try:
         import matplotlib  # noqa: F401 - looked for before anything is read, which may take a while
     except ImportError:
-        raise ExtraMissing("drawing figures", "report") from None
+        raise extra_missing("drawing figures", "report") from None
     from monitor.report.plots import IMAGE_FORMATS
 
     found = load_runs(runs)

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from monitor.analysis.measurement_window import number_or_zero
-from monitor.analysis.run_metrics import PERCENTILES
 from monitor.report.run import ReportRun, group_runs, number_or_none
 from monitor.report.table import TOTAL, Cell, DataTable, downsample
 from monitor.report.timeseries import median_range
@@ -16,7 +15,7 @@ REQUEST_PHASES = ("queue", "decode", "compute", "encode")
 NETWORK = "network"
 TRAINING_PHASES = ("forward", "backward", "update")
 IDLE = "idle"
-_LATENCIES = ("mean", *(f"p{percent}" for percent in PERCENTILES))
+_LATENCIES = ("mean", "p50", "p95", "p99")
 # A line of a figure has at most so many points: more do not show, and make the page heavy.
 MAX_CURVE_POINTS = 2000
 # The shares at which several repeats are compared.

@@ -248,7 +248,7 @@ def test_a_run_that_has_no_samples_after_its_warm_up_says_so(sandbox: ProcessSan
     path = write_pipeline_file(sandbox.folder, [stage_table("a", "double")], counting_source_table(5), name="short")
     said = sandbox.start_sparse("bench", path, "--repeats", "1", "--out", sandbox.folder / "bench").wait()
     assert said.returncode == 1
-    assert "short-1: failed: the run has no samples: its warm-up of 20 takes all 5 requests" in said.stderr
+    assert "short-1: failed: the run has no samples: the warm-up of 20 covers all 5 requests" in said.stderr
 
 
 def test_the_suites_are_listed(sandbox: ProcessSandbox) -> None:

@@ -251,7 +251,7 @@ def test_a_run_in_influxdb_has_the_figures_of_the_same_run_in_a_file(sandbox: Pr
         ("empty.sqlite", "it holds no telemetry of Sparse"),
         ("text.sqlite", "no telemetry of Sparse: file is not a database"),
         ("new", "the run has no samples"),
-        ("all-failed", "the run has no samples: none of the 1 requests after its warm-up has a result"),
+        ("all-failed", "the run has no samples: none of the 1 requests after the warm-up has a result"),
         ("no-json", "no manifest of a benchmark"),
         ("no-runs", "none of its runs can be read"),
         ("influx:one", "influx:one: set SPARSE_INFLUX_URL to the address of InfluxDB"),
