@@ -131,7 +131,9 @@ def _stages(points: PointsByMeasurement, window: MeasurementWindow) -> dict[str,
         by_stage[point.tags["stage"]].append(point)
     count = len(window.succeeded)
     return {
-        stage: StageTime(*(sum(number_or_zero(point, name) for point in stage_tasks) / count for name in STAGE_DURATIONS))
+        stage: StageTime(
+            *(sum(number_or_zero(point, name) for point in stage_tasks) / count for name in STAGE_DURATIONS)
+        )
         for stage, stage_tasks in by_stage.items()
     }
 
