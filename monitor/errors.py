@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from brokers.errors import SparseError, UsageError
 
@@ -34,82 +33,6 @@ def extra_missing(feature: str, extra: str) -> UsageError:
 
 
 @dataclass(eq=False)
-class ProcessRefused(UsageError):
-    """A process of a run that found a mistake in what it was given, in its own words."""
-
-    STATUS: ClassVar[int] = 2
-
-    message: str
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@dataclass(eq=False)
-class BrokerGone(SparseError):
-    """The broker of a run that ended before its time and cannot be had back."""
-
-    kind: str
-    address: str
-    last_line: str
-    problem: str
-
-    def __str__(self) -> str:
-        said = f" ({self.last_line})" if self.last_line else ""
-        return f"the {self.kind} broker at {self.address} ended{said} and cannot be started again: {self.problem}"
-
-
-@dataclass(eq=False)
-class ProcessEnded(SparseError):
-    """A process of a run that ended before its time, and the last thing it said."""
-
-    name: str
-    status: int
-    last_line: str
-    log: str
-
-    def __str__(self) -> str:
-        how = f"signal {-self.status}" if self.status < 0 else f"status {self.status}"
-        return f"{self.name} ended with {how}: {self.last_line or 'it said nothing'} (its log: {self.log})"
-
-
-@dataclass(eq=False)
-class CannotResume(UsageError):
-    """A folder that holds no training to go on with."""
-
-    folder: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"cannot resume {self.folder}: {self.problem}"
-
-
-@dataclass(eq=False)
-class NotARun(UsageError):
-    """Something that was to be reported on, and has no telemetry."""
-
-    what: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"cannot report on {self.what}: {self.problem}"
-
-
-@dataclass(eq=False)
-class CannotCompare(UsageError):
-    """Runs that have no figure in common."""
-
-    inference: str
-    training: str
-
-    def __str__(self) -> str:
-        return (
-            f"cannot compare {self.inference!r} with {self.training!r}: the first is of inference, the second of "
-            "training, and they have no figure in common; make a report of each"
-        )
-
-
-@dataclass(eq=False)
 class MonitorBrokerUnreachable(SparseError):
     """The broker that a daemon shall watch does not answer: no mistake of a person, it may come up later."""
 
@@ -117,14 +40,3 @@ class MonitorBrokerUnreachable(SparseError):
 
     def __str__(self) -> str:
         return self.reason
-
-
-@dataclass(eq=False)
-class BadManifest(UsageError):
-    """A manifest that cannot be read."""
-
-    path: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: no manifest of a benchmark: {self.problem}"
