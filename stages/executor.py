@@ -68,8 +68,8 @@ class Node(Protocol):
 class TaskExecutor:
     """Base class of a stage. A worker calls all methods in its compute thread, one at a time.
 
-    `framework`: which arrays `execute` receives. `batchable`: rows (dimension 0) are independent, so that the worker may
-    join requests into one call and split the result by rows. `fingerprint`: workers of one stage must have the same.
+    `framework`: which arrays `execute` receives. `batchable`: rows (dimension 0) are independent, so that the worker
+    may join requests into one call and split the result by rows. `fingerprint`: equal for all workers of a stage.
     `formats`: the Content Types that `prepare` accepts, published in the worker's presence record; not enforced.
     """
 

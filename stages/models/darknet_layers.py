@@ -1,9 +1,6 @@
 """Darknet's layers, and networks of them: one module per layer, numbered as Darknet numbers them.
 
 Letters in shapes: B batch size, C channels, H height, W width, A anchors of one detection layer, K classes.
-
-Every layer is a leaf for `torch.fx` (`fx_leaf`), so that a traced network has one node per layer and cut k is the cut
-after the first k layers of the .cfg file.
 """
 
 from __future__ import annotations
@@ -25,10 +22,14 @@ INPUT_INDEX = -1  # the network's input, as the source of a layer
 Anchors = tuple[tuple[float, float], ...]  # (width, height) in pixels of the network's input
 
 
-class Convolutional(nn.Module):
-    """Convolution, batch normalisation and leaky ReLU; or, if `linear`, a convolution with bias only."""
+class DarknetLayer(nn.Module):
+    """One layer of a .cfg file: a leaf for torch.fx, so that cut k comes after the first k layers of that file."""
 
     fx_leaf = True
+
+
+class Convolutional(DarknetLayer):
+    """Convolution, batch normalisation and leaky ReLU; or, if `linear`, a convolution with bias only."""
 
     def __init__(self, channels_in: int, channels_out: int, size: int, stride: int = 1, linear: bool = False) -> None:
         super().__init__()
@@ -43,10 +44,8 @@ class Convolutional(nn.Module):
         return F.leaky_relu(self.norm(x), LEAKY_SLOPE, inplace=True)
 
 
-class MaxPool(nn.Module):
+class MaxPool(DarknetLayer):
     """Maximum pooling; windows that reach past the right and lower edges are clipped."""
-
-    fx_leaf = True
 
     def __init__(self, size: int, stride: int) -> None:
         super().__init__()
@@ -60,10 +59,8 @@ class MaxPool(nn.Module):
         return F.max_pool2d(x, self.size, self.stride, ceil_mode=True)
 
 
-class Upsample(nn.Module):
+class Upsample(DarknetLayer):
     """Nearest-neighbour upsampling by an integer factor."""
-
-    fx_leaf = True
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -74,30 +71,24 @@ class Upsample(nn.Module):
         return F.interpolate(x, scale_factor=float(self.stride), mode="nearest")
 
 
-class RouteLayer(nn.Module):
+class RouteLayer(DarknetLayer):
     """Concatenation of the outputs of earlier layers along the channels."""
-
-    fx_leaf = True
 
     def forward(self, *sources: Tensor) -> Tensor:
         """(B, C_i, H, W) each -> (B, sum of C_i, H, W)"""
         return sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
 
 
-class Shortcut(nn.Module):
+class Shortcut(DarknetLayer):
     """Sum of two layers of equal shape."""
-
-    fx_leaf = True
 
     def forward(self, x: Tensor, earlier: Tensor) -> Tensor:
         """(B, C, H, W) twice -> (B, C, H, W)"""
         return x + earlier
 
 
-class Yolo(nn.Module):
+class Yolo(DarknetLayer):
     """Detection layer: the logistic function of x, y, objectness and classes; width and height pass unchanged."""
-
-    fx_leaf = True
 
     def __init__(self, anchors: Anchors, classes: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Darknet's `.weights` files: a header, then the parameters of each convolution, little endian, without names or shapes.
+"""Darknet's `.weights` files: a header, then the numbers of each convolution, little endian, without names or shapes.
 
     int32 major, minor, revision; images seen (int64 from version 0.2 on, int32 before)
     for each convolution: biases, [scales, rolling means, rolling variances,] filters (C_out, C_in, height, width)

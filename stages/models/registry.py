@@ -1,4 +1,4 @@
-"""Models by name: how each is built, which input it takes, and what its outputs mean.
+"""Models by name: how each is built, its input, and the meaning of its outputs.
 
     yolov3, yolov3-tiny            detectors of this package
     vgg11-small, ... vgg19-small   VGG for pictures of 32x32; the five most likely classes
@@ -160,7 +160,7 @@ def _torchvision(name: str, settings: Mapping[str, Any], labels: Sequence[str]) 
     from stages.models.image_preprocess import normalise, prepare_classifier_input
 
     short = name.removeprefix(TORCHVISION_PREFIX)
-    if short not in _torchvision_classifiers():
+    if short not in models.list_models(module=models):
         raise _unknown_model_error(name)
     if "weights" in settings:
         raise _settings_error(name, "'weights' is not a setting, but a key of [pipeline]")
@@ -256,23 +256,16 @@ def _postprocess_classes(
     return Prediction({"scores": scores, "classes": classes}, {"format": CLASSES_FORMAT, "labels": json.dumps(names)})
 
 
-def _torchvision_classifiers() -> list[str]:
+def _unknown_model_error(name: str) -> UsageError:
     from torchvision import models
 
-    names: list[str] = models.list_models(module=models)
-    return names
-
-
-def _unknown_model_error(name: str) -> UsageError:
     own = [*YOLO_MODELS, *SMALL_VGG_MODELS]
-    torchvision = {TORCHVISION_PREFIX + short: short for short in _torchvision_classifiers()}
-    if TORCHVISION_PREFIX + name in torchvision:
-        nearest = [TORCHVISION_PREFIX + name]
-    else:
-        nearest = difflib.get_close_matches(name, [*own, *torchvision], n=3)
-        shorts = difflib.get_close_matches(name, torchvision.values(), n=3)
-        nearest += [TORCHVISION_PREFIX + short for short in shorts if TORCHVISION_PREFIX + short not in nearest]
-    hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
+    spellings = {name: name for name in own}
+    for short in models.list_models(module=models):
+        spellings |= {short: TORCHVISION_PREFIX + short, TORCHVISION_PREFIX + short: TORCHVISION_PREFIX + short}
+    nearest = [name] if name in spellings else difflib.get_close_matches(name, spellings, n=4)
+    guesses = dict.fromkeys(spellings[spelling] for spelling in nearest)
+    hint = f"did you mean {' or '.join(guesses)}? " if guesses else ""
     known = ", ".join([*own, TORCHVISION_PREFIX + "NAME", "package.module:factory"])
     return UsageError(
         "UnknownModel", f"unknown model {name!r}: {hint}Expected one of {known}", key="pipeline.model", model=name

