@@ -1,4 +1,4 @@
-"""`sparse broker access FILE SITE`: who may do what at the broker of a site, as its access list."""
+"""`sparse broker access FILE SITE`: the access list of the broker of a site."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from brokers.security.principals import all_sites, check_usernames
 
 def command(
     file: Annotated[Path, typer.Argument(help="The pipeline file.")],
-    site: Annotated[str, typer.Argument(help="The site whose broker it is for.")],
+    site: Annotated[str, typer.Argument(help="The site of the broker.")],
 ) -> int:
-    """Print the access list of a site's Mosquitto: who may do what, and nothing else.
+    """Print the access list of a site's Mosquitto: the topics that each identity may read and write.
 
-    The names are those of the certificates that `sparse certs` makes, or of users with a password. Lists of several
-    pipelines that share a broker may follow one another in one file.
+    The user names are those in the certificates of `sparse certs`, or of users with a password. The lists of several
+    pipelines that share a broker may be concatenated.
 
     Example: sparse broker access street.toml cloud > access.list
     """
@@ -28,7 +28,6 @@ def command(
     check_usernames(pipeline)
     sites = all_sites(pipeline)
     if site not in sites:
-        problem = f"no site {site!r}{did_you_mean(site, list(sites))}: it has {', '.join(sites)}"
-        raise BadFile(str(file), problem)
-    print(render_acl(pipeline, site), end="")  # noqa: T201 - the answer
+        raise BadFile(str(file), f"no site {site!r}{did_you_mean(site, sites)}: expected one of {', '.join(sites)}")
+    print(render_acl(pipeline, site), end="")  # noqa: T201 - the result
     return 0

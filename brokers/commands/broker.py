@@ -2,60 +2,51 @@
 
 from __future__ import annotations
 
-import signal
+import asyncio
 import sys
-import threading
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Annotated, Literal
 
 import typer
 
 from brokers.errors import SparseError
-from brokers.process.shutdown import EXIT_INTERRUPTED
+from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent
 from brokers.protocol.broker_url import MQTT_PORT
-from brokers.server.local_broker import start_broker
+from brokers.server.local_broker import LocalBroker, start_broker
 
 _POLL_S = 0.2
 
 
-@dataclass(eq=False)
-class BrokerEnded(SparseError):
-    """A local broker that ended though nobody asked it to, and the last thing it wrote."""
-
-    kind: str
-    address: str
-    said: str
-
-    def __str__(self) -> str:
-        return f"the {self.kind} broker at {self.address} ended by itself: {self.said or 'it said nothing'}"
-
-
 def command(
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = MQTT_PORT,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = MQTT_PORT,
     host: Annotated[
-        str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in, with no lock.")
+        str, typer.Option(help="The address to listen on; 0.0.0.0: all, without access control.")
     ] = "127.0.0.1",
     kind: Annotated[
-        Literal["mosquitto", "embedded"] | None, typer.Option(help="Which; left out: Mosquitto if it is installed.")
+        Literal["mosquitto", "embedded"] | None, typer.Option(help="Default: Mosquitto if it is installed.")
     ] = None,
 ) -> int:
     """Run a broker for this site: Mosquitto if it is on the PATH, else the embedded one.
 
     Example: sparse broker --port 1883
     """
-    leaving = threading.Event()
-    status = 0
+    return asyncio.run(_run(kind, host, port))
 
-    def leave(number: int, _: object) -> None:
-        nonlocal status
-        status = status or (EXIT_INTERRUPTED if number == signal.SIGINT else 0)
-        leaving.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
+async def _run(kind: Literal["mosquitto", "embedded"] | None, host: str, port: int) -> int:
+    shutdown = ShutdownEvent()
+    shutdown.install_signal_handlers()
     with start_broker(kind=kind, host=host, port=port) as broker:
-        print(f"{broker.kind} listens on {broker.address}; Ctrl-C ends it", file=sys.stderr)  # noqa: T201 - how to reach it
-        while not leaving.wait(_POLL_S):
-            if not broker.is_running:
-                raise BrokerEnded(broker.kind, broker.address, broker.last_output())
-    return status
+        print(f"{broker.kind} listens on {broker.address}; press Ctrl-C to stop it", file=sys.stderr)  # noqa: T201
+        await _wait(broker, shutdown)
+    return EXIT_INTERRUPTED if shutdown.interrupted else 0
+
+
+async def _wait(broker: LocalBroker, shutdown: ShutdownEvent) -> None:
+    while not shutdown.is_set():
+        if not broker.is_running:
+            output = broker.last_output() or "without any output"
+            raise SparseError("BrokerEnded", f"the {broker.kind} broker at {broker.address} ended by itself: {output}")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_POLL_S):
+                await shutdown.wait()

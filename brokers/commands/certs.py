@@ -1,11 +1,10 @@
-"""`sparse certs FILE`: a development authority, and a certificate for each who comes to a pipeline's brokers."""
+"""`sparse certs FILE`: a development certificate authority, and certificates for all identities of a pipeline."""
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,83 +15,66 @@ from brokers.errors import UsageError, did_you_mean
 from brokers.security.principals import all_sites, check_usernames
 
 
-@dataclass(eq=False)
-class BadHost(UsageError):
-    """A value of `--host` that cannot be used."""
-
-    given: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"--host {self.given}: {self.problem}: expected SITE=NAME, such as cloud=broker.example.org"
-
-
-@dataclass(eq=False)
-class UnknownNode(UsageError):
-    """A value of `--node` that is no identity of the pipeline."""
-
-    given: str
-    known: list[str]
-
-    def __str__(self) -> str:
-        return f"--node {self.given}: no such identity{did_you_mean(self.given, self.known)}: {', '.join(self.known)}"
-
-
 def command(
     file: Annotated[Path, typer.Argument(help="The pipeline file.")],
-    out: Annotated[Path, typer.Option(help="The folder; one authority may serve many pipelines.")] = Path("certs"),
-    days: Annotated[int, typer.Option(min=1, max=3650, help="How long a new certificate counts.")] = 365,
-    node: Annotated[list[str] | None, typer.Option(help="Only this identity; may be given again.")] = None,
+    out: Annotated[Path, typer.Option(help="The output folder; pipelines may share its authority.")] = Path("certs"),
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How long new certificates are valid.")] = 365,
+    node: Annotated[list[str] | None, typer.Option(help="Only this identity; may be repeated.")] = None,
     host: Annotated[
-        list[str] | None, typer.Option(help="SITE=NAME: a further name of that site's broker; may be given again.")
+        list[str] | None, typer.Option(help="SITE=NAME: a further host name of a site's broker; may be repeated.")
     ] = None,
-    renew: Annotated[bool, typer.Option(help="Make certificates anew that are there already.")] = False,
+    renew: Annotated[bool, typer.Option(help="Replace certificates that are still valid.")] = False,
 ) -> int:
-    """Make a certificate for each who comes to a pipeline's brokers.
+    """Make a certificate for each client and broker of a pipeline.
 
-    A folder for each, with ca.crt, tls.crt and tls.key, as in a Kubernetes TLS secret: name it in SPARSE_TLS where its
-    bearer runs. The authority that signs them is for development: its key lies in a file. What is there and valid is
-    kept.
+    Each gets a folder with ca.crt, tls.crt and tls.key, as in a Kubernetes TLS secret: name it in SPARSE_TLS where the
+    client runs. The authority that signs them is for development: its key is in a file. Valid certificates are kept.
 
     Example: sparse certs examples/street.toml --out certs
     """
-    # Only here: `--help` does without.
+    # Imported here: `--help` does not need cryptography.
     from brokers.security.cert_store import ensure_certificates
     from brokers.security.dev_ca import pipeline_identities
 
     pipeline = load_pipeline(file)
     check_usernames(pipeline)
-    wanted = pipeline_identities(pipeline, _hosts(pipeline, host or ()))
+    identities = pipeline_identities(pipeline, _parse_hosts(pipeline, host or ()))
     if node:
-        known = [each.name for each in wanted]
+        known = [each.name for each in identities]
         for name in node:
             if name not in known:
-                raise UnknownNode(name, known)
-        wanted = tuple(each for each in wanted if each.name in node)
-    done = ensure_certificates(out, wanted, days=days, renew=renew)
-    width = max(len(each.name) for each in done)
-    for each in done:
-        reached = f", for {', '.join(each.hosts)}" if each.hosts else ""
-        print(f"{each.action:<7} {each.name:<{width}}  until {each.expires:%Y-%m-%d}{reached}")  # noqa: T201 - the answer
-    said = f"certificates are in {out}; nobody but you is to have {out / 'authority'}"
-    print(said, file=sys.stderr)  # noqa: T201 - for a person
+                message = f"--node {name}: no such identity{did_you_mean(name, known)}: expected {', '.join(known)}"
+                raise UsageError("UnknownNode", message, name=name)
+        identities = tuple(each for each in identities if each.name in node)
+    certificates = ensure_certificates(out, identities, days=days, renew=renew)
+    width = max(len(each.name) for each in certificates)
+    for each in certificates:
+        hosts = f", for {', '.join(each.hosts)}" if each.hosts else ""
+        print(f"{each.action:<7} {each.name:<{width}}  until {each.expires:%Y-%m-%d}{hosts}")  # noqa: T201 - the result
+    print(f"certificates are in {out}; keep {out / 'authority'} secret", file=sys.stderr)  # noqa: T201 - a hint
     return 0
 
 
-def _hosts(pipeline: Pipeline, given: Sequence[str]) -> dict[str, list[str]]:
-    """The names in `--host`, by site."""
+def _parse_hosts(pipeline: Pipeline, options: Sequence[str]) -> dict[str, list[str]]:
+    """The host names of `--host` options, by site."""
     from brokers.security.dev_ca import normalize_host
 
-    found: defaultdict[str, list[str]] = defaultdict(list)
-    for text in given:
-        site, equals, name = text.partition("=")
+    sites = all_sites(pipeline)
+    hosts: defaultdict[str, list[str]] = defaultdict(list)
+    for option in options:
+        site, equals, name = option.partition("=")
         if not equals or not name or any(not letter.isprintable() or letter in " /" for letter in name):
-            raise BadHost(text, "is not a site and a name")
-        if site not in all_sites(pipeline):
-            raise BadHost(text, f"there is no site {site!r}{did_you_mean(site, list(all_sites(pipeline)))}")
+            raise _host_error(option, "not a site and a host name")
+        if site not in sites:
+            raise _host_error(option, f"no site {site!r}{did_you_mean(site, sites)}")
         try:
             normalize_host(name)
         except ValueError:
-            raise BadHost(text, f"{name!r} is no name of a host") from None
-        found[site].append(name)
-    return found
+            raise _host_error(option, f"{name!r} is not a host name") from None
+        hosts[site].append(name)
+    return hosts
+
+
+def _host_error(option: str, problem: str) -> UsageError:
+    message = f"--host {option}: {problem}: expected SITE=NAME, such as cloud=broker.example.org"
+    return UsageError("BadHost", message, option=option)

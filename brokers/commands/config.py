@@ -1,4 +1,4 @@
-"""`sparse broker config FILE SITE`: the mosquitto.conf of a site, for wherever its broker runs."""
+"""`sparse broker config FILE SITE`: the mosquitto.conf of the broker of a site."""
 
 from __future__ import annotations
 
@@ -12,127 +12,103 @@ import typer
 from brokers.config.bridge_rules import Bridge
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.config.schema import LinkTable, SiteTable
-from brokers.errors import BadFile, UsageError, did_you_mean
+from brokers.errors import BadFile
 from brokers.mqtt.client_identity import read_password
 from brokers.protocol.broker_url import BrokerAddress, parse_address
 from brokers.server.mosquitto_conf import ListenerSecurity, MosquittoConfig, render
 
-_HOME = Path("/etc/mosquitto")
-
-
-class UnsecuredBroker(UsageError):
-    """A broker that anybody who reaches it could use."""
-
-    def __init__(self, file: str, site: str, address: str) -> None:
-        super().__init__(
-            "UnsecuredBroker",
-            f"{file}: site {site!r}: {address} lets everybody in who reaches it: expected mqtts://, "
-            "or --open where only friends reach it",
-        )
+_CONFIG_FOLDER = Path("/etc/mosquitto")
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="The pipeline file; its sites say where their brokers are.")],
-    site: Annotated[str, typer.Argument(help="The site whose broker it is for.")],
+    file: Annotated[Path, typer.Argument(help="The pipeline file, with the broker addresses of its sites.")],
+    site: Annotated[str, typer.Argument(help="The site of the broker.")],
     certs: Annotated[
-        Path, typer.Option(help="Where that machine has ca.crt, tls.crt and tls.key of the broker: `sparse certs`.")
-    ] = _HOME / "certs",
+        Path, typer.Option(help="The folder on its machine with ca.crt, tls.crt and tls.key: `sparse certs`.")
+    ] = _CONFIG_FOLDER / "certs",
     access: Annotated[
-        Path, typer.Option(help="Where that machine has the access list, of `sparse broker access`.")
-    ] = _HOME / "access.list",
+        Path, typer.Option(help="The access list on its machine: `sparse broker access`.")
+    ] = _CONFIG_FOLDER / "access.list",
     passwords: Annotated[
-        Path | None, typer.Option(help="A file of mosquitto_passwd: clients then need a password, no certificate.")
+        Path | None, typer.Option(help="A file of mosquitto_passwd: passwords in place of client certificates.")
     ] = None,
     data: Annotated[
-        Path, typer.Option(help="Where the broker keeps sessions and retained messages over a restart.")
+        Path, typer.Option(help="The folder for sessions and retained messages that survive a restart.")
     ] = Path("/var/lib/mosquitto"),
-    open_: Annotated[bool, typer.Option("--open", help="No locks: an address with mqtt:// that others reach.")] = False,
+    open_: Annotated[
+        bool, typer.Option("--open", help="Allow mqtt:// addresses that other machines can reach.")
+    ] = False,
 ) -> int:
-    """Print the whole mosquitto.conf of a site: its listener, limits, locks, and bridges.
+    """Print the mosquitto.conf of a site: its listener, limits, access control and bridges.
 
-    For Mosquitto 2.0 and later. The file says where the brokers are: of the site, and of those that it links to.
-    mqtts:// means TLS, certificates on both sides, and an access list.
+    For Mosquitto 2.0 and later. The pipeline file has the broker addresses of the site and of those that it links to;
+    mqtts:// means TLS with certificates on both sides, and an access list.
 
     Example: sparse broker config street.toml cloud > mosquitto.conf
     """
     pipeline = load_pipeline(file)
-    table = find_site(pipeline, site)
-    address = site_broker_address(pipeline, table)
+    table = pipeline.find_site(site)
+    address = _broker_address(pipeline, table)
+    key = f"site.{site}.broker"
     if not address.is_tls and not open_ and not _is_private(address):
-        raise UnsecuredBroker(str(file), site, str(address))
+        problem = f"{address} has no access control and other machines can reach it: expected mqtts://, or --open"
+        raise BadFile(str(file), problem, key)
     if passwords is not None and not address.is_tls:
-        raise BadFile(str(file), f"{address} has no TLS: passwords would cross the network in clear", "site")
-    config = _config(pipeline, table, address, ListenerSecurity(certs, access, passwords), data)
-    print(f"# Site {site} of pipeline {pipeline.name}, for Mosquitto 2.0 and later: made by `sparse broker config`.")  # noqa: T201 - the answer
-    print(render(config), end="")  # noqa: T201 - the answer
+        raise BadFile(str(file), f"{address} would send passwords unencrypted: expected mqtts:// for --passwords", key)
+    security = ListenerSecurity(certs, access, passwords)
+    config = MosquittoConfig(
+        address.port,
+        address.host if _is_private(address) else "",
+        bridges=tuple(_make_bridge(pipeline, table, link, certs) for link in table.links),
+        accepts_bridges=any(link.to == site for other in pipeline.site for link in other.links),
+        security=security if address.is_tls else None,
+        persistence_location=data,
+    )
+    print(f"# Site {site} of pipeline {pipeline.name}, for Mosquitto 2.0 and later: made by `sparse broker config`.")  # noqa: T201 - the result
+    print(render(config), end="")  # noqa: T201 - the result
     if config.security is None:
-        print(f"no locks: {address} says mqtt://, and whoever reaches it may do everything", file=sys.stderr)  # noqa: T201 - for a person
+        print(f"no access control: any client that reaches {address} may do everything", file=sys.stderr)  # noqa: T201 - a hint
     if any(bridge.password for bridge in config.bridges):
-        print("it holds the password of a bridge: let nobody but the broker read it", file=sys.stderr)  # noqa: T201 - for a person
+        print("the output contains a password of a bridge: only the broker may read it", file=sys.stderr)  # noqa: T201 - a hint
     return 0
 
 
-def _config(
-    pipeline: Pipeline, site: SiteTable, address: BrokerAddress, locks: ListenerSecurity, data: Path
-) -> MosquittoConfig:
-    return MosquittoConfig(
-        address.port,
-        address.host if _is_private(address) else "",
-        bridges=tuple(make_bridge(pipeline, site, link, locks.certs_folder) for link in site.links),
-        accepts_bridges=any(link.to == site.name for other in pipeline.site for link in other.links),
-        security=locks if address.is_tls else None,
-        persistence_location=data,
-    )
-
-
-def find_site(pipeline: Pipeline, name: str) -> SiteTable:
-    """Return the `[[site]]` of that name, or raise one line that says which there are."""
-    names = [site.name for site in pipeline.site]
-    if name not in names:
-        raise BadFile(
-            pipeline.path, f"no site {name!r}{did_you_mean(name, names)}: it has {', '.join(names) or 'none'}"
-        )
-    return pipeline.site[names.index(name)]
-
-
-def site_broker_address(pipeline: Pipeline, site: SiteTable) -> BrokerAddress:
-    """Return where the broker of a site is, or raise one line that says that the file does not tell."""
+def _broker_address(pipeline: Pipeline, site: SiteTable) -> BrokerAddress:
     if site.broker is None:
-        raise BadFile(pipeline.path, f"site {site.name!r} has no address: expected broker = 'mqtts://HOST'", "site")
+        raise BadFile(pipeline.path, "is missing: expected 'mqtts://HOST'", f"site.{site.name}.broker")
     return parse_address(site.broker)
 
 
-def make_bridge(pipeline: Pipeline, site: SiteTable, link: LinkTable, certs: Path) -> Bridge:
-    """Return the bridge of a link, as the broker of `site` is told of it."""
-    there = site_broker_address(pipeline, find_site(pipeline, link.to))
-    if there.is_unix_socket:
-        raise BadFile(pipeline.path, f"site {link.to!r}: no bridge leads to a Unix socket, {there}", "site")
-    here = site_broker_address(pipeline, site)
-    if (here.host, here.port) == (there.host, there.port):  # it would send every message to itself, without end
-        raise BadFile(
-            pipeline.path, f"sites {site.name!r} and {link.to!r} share {there}: it keeps no bridge to itself", "site"
-        )
+def _make_bridge(pipeline: Pipeline, site: SiteTable, link: LinkTable, certs: Path) -> Bridge:
+    """The bridge of a link of `site`; raises `BadFile`."""
+    remote = _broker_address(pipeline, pipeline.find_site(link.to))
+    local = _broker_address(pipeline, site)
+    if remote.is_unix_socket:
+        raise BadFile(pipeline.path, f"a bridge cannot use a Unix socket, got {remote}", f"site.{link.to}.broker")
+    if (local.host, local.port) == (remote.host, remote.port):
+        problem = f"a broker cannot have a bridge to itself: sites {site.name!r} and {link.to!r} share {remote}"
+        raise BadFile(pipeline.path, problem, f"site.{site.name}.links")
     return Bridge(
         site.name,
         link.to,
-        there.host,
-        there.port,
+        remote.host,
+        remote.port,
         pipeline.topology.bridge_sides(site.name, link.to),
         user=link.user,
-        password=_password(pipeline.folder / link.password_file) if link.password_file is not None else None,
-        tls=certs if there.is_tls else None,
+        password=_read_password(pipeline.folder / link.password_file) if link.password_file is not None else None,
+        tls=certs if remote.is_tls else None,
     )
 
 
-def _password(path: Path) -> str:
+def _read_password(path: Path) -> str:
     password = read_password(path)
     if password != password.strip():
-        raise BadFile(str(path), "Mosquitto takes no password that begins or ends with a space")
+        raise BadFile(str(path), "the password begins or ends with a space, which mosquitto.conf does not allow")
     return password
 
 
 def _is_private(address: BrokerAddress) -> bool:
-    """Whether only this machine reaches it."""
+    """Whether only this machine reaches the address."""
     if address.is_unix_socket or address.host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""What is tried at two brokers that a bridge joins, on topics of the real grammar: only those does a bridge carry."""
+"""The checks across a bridge between two brokers, on topics of the real topic grammar: a bridge forwards only those."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES
-from brokers.doctor import verdicts as doctor
+from brokers.doctor import verdicts
 from brokers.doctor.check_result import CheckResult, is_usable
 from brokers.doctor.checks import TEST_PROPERTIES, is_topic_cleared, run_check
 from brokers.doctor.probe_client import BrokerProbe, ProbeClient, ReceivedPublish
@@ -19,15 +19,15 @@ from brokers.protocol.chunking import CHUNK_BYTES
 from brokers.protocol.topics import DOCTOR_LEVEL, StageTopics
 from brokers.protocol.transport import Will
 
-BRIDGE_TIMEOUT_S = 10.0  # a bridge that was started with its broker needs some seconds
-_AGAIN_S = 0.5  # at QoS 0, what came while the bridge did not stand is lost
-_COPIES_S = 1.0  # for what should not come
+BRIDGE_TIMEOUT_S = 10.0  # a bridge that was started with its broker needs some seconds to connect
+_REPEAT_S = 0.5  # messages of QoS 0 are lost until the bridge is connected
+_COPIES_WAIT_S = 1.0  # for duplicates to arrive
 _WORKER = "probe"
 
 
 @dataclass(frozen=True, slots=True)
 class BridgeEnd:
-    """One end of a bridge: a site, and the visit to its broker."""
+    """One end of a bridge: a site and its broker."""
 
     site: str
     probe: BrokerProbe
@@ -35,135 +35,143 @@ class BridgeEnd:
 
 @dataclass(eq=False)
 class BridgeDirection:
-    """From one end to the other: who sends is at `start`, who reads is at `end`."""
+    """One direction of a bridge: senders are at `start`, readers at `end`; `stage` is unique to this run."""
 
     start: BridgeEnd
     end: BridgeEnd
-    stage: str  # another one in each examination
-    _number: int = field(default=0)
+    stage: str
+    _sent: int = 0
 
     @property
     def name(self) -> str:
         return f"{self.start.site} to {self.end.site}"
 
     @property
-    def topics(self) -> StageTopics:
-        return StageTopics(self.end.site, DOCTOR_LEVEL, self.stage)
+    def inbox(self) -> str:
+        """The inbox topic of a worker at the end."""
+        return StageTopics(self.end.site, DOCTOR_LEVEL, self.stage).inbox(_WORKER)
 
     @asynccontextmanager
-    async def clients(self, topic: str, qos: int = 0) -> AsyncIterator[tuple[ProbeClient, ProbeClient]]:
-        """A client at each end; the one at the far end reads the topic."""
+    async def clients(self) -> AsyncIterator[tuple[ProbeClient, ProbeClient]]:
+        """A sender at the start, and a reader of the inbox at the end."""
         async with self.start.probe.client() as sender, self.end.probe.client() as reader:
-            await reader.subscribe(topic, qos)
+            await reader.subscribe(self.inbox)
             yield sender, reader
 
     async def check_forwarding(self) -> list[CheckResult]:
-        """Send until something arrives, and then count copies at both ends."""
-        topic = self.topics.inbox(_WORKER)
-        async with self.clients(topic) as (sender, reader), self.start.probe.client() as witness:
-            await witness.subscribe(topic)
-            first, after_s = await self._first(sender, reader, topic)
-            mend = doctor.bridge_topics_fix(self.start.site, self.end.site)
+        """Publish until a message arrives, and then count the copies of each at both ends."""
+        async with self.clients() as (sender, reader), self.start.probe.client() as local_reader:
+            await local_reader.subscribe(self.inbox)
+            first, after_s = await self._send_until_received(sender, reader)
+            fix = verdicts.bridge_topics_fix(self.start.site, self.end.site)
             if first is None:
-                return [doctor.bridge_result(self.name, None, mend)]
-            there, here = await asyncio.gather(*(each.receive_all(100, _COPIES_S) for each in (reader, witness)))
-            most = max(*_copies([first, *there]).values(), *_copies(here).values())
-            return [doctor.bridge_result(self.name, after_s, mend), doctor.duplicates_result(self.name, most)]
+                return [verdicts.bridge_result(self.name, None, fix)]
+            remote, local = await asyncio.gather(
+                *(each.receive_all(100, _COPIES_WAIT_S) for each in (reader, local_reader))
+            )
+            copies = max(_most_copies([first, *remote]), _most_copies(local))
+            return [
+                verdicts.bridge_result(self.name, after_s, fix),
+                verdicts.duplicates_result(self.name, copies),
+            ]
 
-    async def _first(
-        self, sender: ProbeClient, reader: ProbeClient, topic: str
+    async def _send_until_received(
+        self, sender: ProbeClient, reader: ProbeClient
     ) -> tuple[ReceivedPublish | None, float]:
         end_s = time.monotonic() + BRIDGE_TIMEOUT_S
         while time.monotonic() < end_s:
-            self._number += 1
-            began_s = time.monotonic()
-            await sender.publish(topic, self._number.to_bytes(4, "big"), TEST_PROPERTIES)
-            heard = await reader.receive(_AGAIN_S)
-            if heard is not None:
-                return heard, time.monotonic() - began_s
+            self._sent += 1
+            begin_s = time.monotonic()
+            await sender.publish(self.inbox, self._sent.to_bytes(4, "big"), TEST_PROPERTIES)
+            message = await reader.receive(_REPEAT_S)
+            if message is not None:
+                return message, time.monotonic() - begin_s
         return None, 0.0
 
     async def check_properties(self) -> list[CheckResult]:
-        topic = self.topics.inbox(_WORKER)
-        async with self.clients(topic) as (sender, reader):
-            await sender.publish(topic, b"properties", TEST_PROPERTIES)
-            heard = await reader.receive()
-            lost = ["the message"] if heard is None else doctor.changed_properties(TEST_PROPERTIES, heard.properties)
-            return [doctor.bridge_properties_result(self.name, lost)]
+        """Publish with all properties that Sparse uses."""
+        async with self.clients() as (sender, reader):
+            await sender.publish(self.inbox, b"properties", TEST_PROPERTIES)
+            message = await reader.receive()
+            if message is None:
+                return [verdicts.bridge_properties_result(self.name, ["the message"])]
+            changed = verdicts.changed_properties(TEST_PROPERTIES, message.properties)
+            return [verdicts.bridge_properties_result(self.name, changed)]
 
     async def check_chunk(self) -> list[CheckResult]:
-        """A sender knows the limit of its own broker only."""
-        topic = self.topics.inbox(_WORKER)
-        async with self.clients(topic) as (sender, reader):
+        """Publish a chunk as large as the sender's own broker allows: the sender knows no other limit."""
+        async with self.clients() as (sender, reader):
             chunk_bytes = max(1, min(CHUNK_BYTES, sender.limits.max_packet_bytes - HEADER_RESERVE_BYTES))
-            await sender.publish(topic, bytes(chunk_bytes), TEST_PROPERTIES)
-            return [doctor.bridge_chunk_result(self.name, chunk_bytes, await reader.receive() is not None)]
+            await sender.publish(self.inbox, bytes(chunk_bytes), TEST_PROPERTIES)
+            return [verdicts.bridge_chunk_result(self.name, chunk_bytes, await reader.receive() is not None)]
 
     async def check_presence(self) -> list[CheckResult]:
-        """A worker at the start has a record; it is looked for at the end, before and after the worker's death."""
+        """Publish the record of a worker at the start; look for it at the end, before and after the worker's death."""
         topic = StageTopics(self.start.site, DOCTOR_LEVEL, self.stage).presence(_WORKER)
-        self.end.probe.clear_on_exit(topic)  # the bridge's copy, which may have lost its expiry on the way
+        self.end.probe.clear_on_exit(topic)  # the copy there may have lost its expiry
         async with self.start.probe.client(will=Will(topic)) as worker:
             await self.start.probe.publish_retained(worker, topic, b"record")
-            came = await self._comes(topic)
-            birth = doctor.bridge_presence_result(self.name, came, self.start.site)
-            if not came:
-                return [birth]
-            async with self.end.probe.client() as watcher:
-                await watcher.subscribe(topic, 1)
-                await watcher.receive()
-                began_s = time.monotonic()
+            received = await self._is_record_received(topic)
+            presence = verdicts.bridge_presence_result(self.name, received, self.start.site)
+            if not received:
+                return [presence]
+            async with self.end.probe.client() as reader:
+                await reader.subscribe(topic, 1)
+                await reader.receive()
+                begin_s = time.monotonic()
                 await worker.abort()
-                heard = await watcher.receive()
-        cleared = heard is not None and not heard.payload
-        after_s = time.monotonic() - began_s if cleared else None
+                message = await reader.receive()
+        is_cleared = message is not None and not message.payload
+        after_s = time.monotonic() - begin_s if is_cleared else None
         gone = await is_topic_cleared(self.end.probe, topic)
-        return [birth, doctor.bridge_will_result(self.name, after_s, gone, self.start.site)]
+        return [presence, verdicts.bridge_will_result(self.name, after_s, gone, self.start.site)]
 
-    async def _comes(self, topic: str) -> bool:
-        """Whether one who subscribes late finds a retained record."""
+    async def _is_record_received(self, topic: str) -> bool:
+        """Whether a later subscriber at the end gets the retained record."""
         end_s = time.monotonic() + BRIDGE_TIMEOUT_S / 2
         while time.monotonic() < end_s:
-            async with self.end.probe.client() as late:
-                await late.subscribe(topic, 1)
-                heard = await late.receive(_AGAIN_S)
-                if heard is not None and heard.retain:
+            async with self.end.probe.client() as reader:
+                await reader.subscribe(topic, 1)
+                message = await reader.receive(_REPEAT_S)
+                if message is not None and message.retain:
                     return True
         return False
 
 
-def _copies(heard: list[ReceivedPublish]) -> Counter[bytes]:
-    return Counter([bytes(each.payload) for each in heard]) or Counter({b"": 0})
+def _most_copies(messages: list[ReceivedPublish]) -> int:
+    return max(Counter(bytes(message.payload) for message in messages).values(), default=0)
+
+
+def _directions(near: BridgeEnd, far: BridgeEnd) -> tuple[BridgeDirection, BridgeDirection]:
+    stage = near.probe.name
+    return BridgeDirection(near, far, stage), BridgeDirection(far, near, stage)
 
 
 async def check_bridge(near: BridgeEnd, far: BridgeEnd) -> AsyncIterator[CheckResult]:
-    """Yield what crosses between two sites, both ways; the rest is in vain where nothing does, or all without end."""
-    stage = near.probe.name
-    ways = BridgeDirection(near, far, stage), BridgeDirection(far, near, stage)
-    sound = True
-    for way in ways:
-        reached = await run_check("bridge", way.check_forwarding)
-        sound = sound and is_usable(reached)
-        for finding in reached:
-            yield finding
-    for way in ways if sound else ():
-        for what, probe in (
-            ("properties", way.check_properties),
-            ("chunk", way.check_chunk),
-            ("presence", way.check_presence),
+    """Yield the results of both directions; only forwarding if it fails or the bridges make a loop."""
+    directions = _directions(near, far)
+    forwards = True
+    for direction in directions:
+        results = await run_check("bridge", direction.check_forwarding)
+        forwards = forwards and is_usable(results)
+        for result in results:
+            yield result
+    for direction in directions if forwards else ():
+        for name, check in (
+            ("properties", direction.check_properties),
+            ("chunk", direction.check_chunk),
+            ("presence", direction.check_presence),
         ):
-            for finding in await run_check(what, probe):
-                yield finding
+            for result in await run_check(name, check):
+                yield result
 
 
 @asynccontextmanager
 async def bridge_paths(near: BridgeEnd, far: BridgeEnd) -> AsyncIterator[tuple[MessagePath, MessagePath]]:
-    """The two ways of a round trip across: to a worker's inbox there, to another's here."""
-    stage = near.probe.name
-    there, back = BridgeDirection(near, far, stage), BridgeDirection(far, near, stage)
+    """The two paths of a round trip across the bridge."""
     async with AsyncExitStack() as stack:
-        found = []
-        for way in (there, back):
-            topic = way.topics.inbox(_WORKER)
-            found.append(MessagePath(*await stack.enter_async_context(way.clients(topic)), topic))
-        yield found[0], found[1]
+        outbound, inbound = [
+            MessagePath(*await stack.enter_async_context(direction.clients()), direction.inbox)
+            for direction in _directions(near, far)
+        ]
+        yield outbound, inbound

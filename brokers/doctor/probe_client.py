@@ -1,7 +1,7 @@
-"""A visit to a broker: clients that connect once, under topics of their own, and what they leave is taken away.
+"""MQTT clients for the checks of a broker: they connect once, use topics of their own, and leave nothing behind.
 
-No reconnection hides what the broker does, and nothing outlives the visit, however it ends: retained messages are
-cleared and sessions ended, and what a killed process could not clear expires within a minute.
+They do not reconnect, so that every disconnection is seen. However the checks end, retained messages are cleared and
+sessions ended; what a killed process could not remove expires within a minute.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ from brokers.protocol.topics import doctor_topic
 from brokers.protocol.transport import BrokerLimits, Buffer, Properties, Will
 
 CONNECT_TIMEOUT_S = 10.0
-RECEIVE_TIMEOUT_S = 3.0  # for what should come at once
-CLEANUP_EXPIRY_S = 60  # of retained messages and sessions, should this process be killed
-_CLEAN_S = 5.0
+RECEIVE_TIMEOUT_S = 3.0  # for a message that should arrive at once
+CLEANUP_EXPIRY_S = 60  # of retained messages and sessions, in case this process is killed
+_CLEANUP_TIMEOUT_S = 5.0
+_KEEPALIVE_S = 20
+_RECEIVE_MAXIMUM = 64
+_MAX_PACKET_BYTES = (256 << 20) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class ReceivedPublish:
-    """A publication that came to a visitor."""
+    """A message that a probe client received."""
 
     topic: str
     properties: Properties
@@ -46,11 +49,11 @@ class ReceivedPublish:
 
 @dataclass(eq=False)
 class ProbeClient:
-    """One client. Its calls raise `ConnectionLost` as soon as the broker has ended the connection, and `OperationRefused`."""
+    """One connected client. Methods raise `ConnectionLost` once the broker has disconnected it, and `OperationRefused`."""
 
     connection: Connection
-    tls_info: tuple[str, datetime | None] | None  # the version of TLS, and when the broker's certificate ends
-    _heard: asyncio.Queue[ReceivedPublish | None]
+    tls_info: tuple[str, datetime | None] | None  # TLS version, and the end of the broker's certificate
+    _received: asyncio.Queue[ReceivedPublish | None]  # None: disconnected
 
     @property
     def limits(self) -> BrokerLimits:
@@ -73,103 +76,103 @@ class ProbeClient:
         qos: int = 0,
         retain: bool = False,
     ) -> None:
-        pieces = (memoryview(payload),) if len(payload) else ()
-        await self.connection.publish(topic, pieces, properties, qos=qos, retain=retain)
+        buffers = (memoryview(payload),) if len(payload) else ()
+        await self.connection.publish(topic, buffers, properties, qos=qos, retain=retain)
 
     async def receive(self, timeout_s: float = RECEIVE_TIMEOUT_S) -> ReceivedPublish | None:
-        """Return the next publication; None when there is none in time."""
+        """The next message; None if there is none in time."""
         try:
             async with asyncio.timeout(timeout_s):
-                heard = await self._heard.get()
+                message = await self._received.get()
         except TimeoutError:
             return None
-        if heard is None:
-            self._heard.put_nowait(None)
+        if message is None:
+            self._received.put_nowait(None)
             raise ConnectionLost(self.connection.lost.result())
-        return heard
+        return message
 
     async def receive_all(self, count: int, timeout_s: float = RECEIVE_TIMEOUT_S) -> list[ReceivedPublish]:
-        """Return the next ones, fewer when a pause of `within_s` comes first."""
-        found: list[ReceivedPublish] = []
-        while len(found) < count and (heard := await self.receive(timeout_s)) is not None:
-            found.append(heard)
-        return found
+        """The next `count` messages; fewer if none arrives for `timeout_s`."""
+        messages: list[ReceivedPublish] = []
+        while len(messages) < count and (message := await self.receive(timeout_s)) is not None:
+            messages.append(message)
+        return messages
 
     def set_reading_paused(self, paused: bool) -> None:
-        """Read nothing from now on, as a busy process does; or read on."""
+        """Stop reading from the socket, as a busy process does, or continue."""
         self.connection.set_reading_paused(paused)
 
     async def abort(self) -> None:
-        """Break the connection with no goodbye: the broker publishes the will."""
-        await self.connection.abort("it vanished")
+        """Close the connection without DISCONNECT: the broker publishes the will."""
+        await self.connection.abort("aborted")
 
 
 @dataclass(eq=False)
 class BrokerProbe:
-    """All that one examination does at one broker. Use it as an async context manager: its end takes all away."""
+    """All clients, topics and sessions of the checks at one broker; an async context manager that removes them."""
 
     address: BrokerAddress
     tls: TlsConfig = TlsConfig()
-    name: str = field(default_factory=lambda: f"doctor-{secrets.token_hex(4)}")  # a site that no bridge carries
-    qos: int = 1  # the highest that the broker takes of those that we use
+    name: str = field(default_factory=lambda: f"doctor-{secrets.token_hex(4)}")  # a site that no bridge forwards
+    qos: int = 1  # the highest that the broker supports, of 0 and 1
     _retained: set[str] = field(default_factory=set)
     _sessions: set[str] = field(default_factory=set)
 
     @classmethod
     def from_address(cls, address: str) -> BrokerProbe:
-        """A visit with the identity of this process; raise `BadAddress`, or what is wrong with that identity."""
+        """A probe with the identity of this process; raises `UsageError` for a bad address or identity."""
         return cls(*resolve_identity(address))
 
     def topic(self, *levels: str) -> str:
-        """A topic that nobody else reads or writes."""
+        """A topic that no other client uses."""
         return doctor_topic(self.name, *levels)
 
     @contextlib.asynccontextmanager
     async def client(
         self, *, will: Will | None = None, session: str = "", session_expiry_s: int = CLEANUP_EXPIRY_S
     ) -> AsyncIterator[ProbeClient]:
-        """A client of any name, or the one of a session; raise `BrokerUnreachable`."""
+        """A new client, or the one of a session; raises `BrokerUnreachable`."""
         if session:
             self._sessions.add(session)
-        found = await self._enter(will, session, session_expiry_s if session else 0)
+        client = await self._connect(will, session, session_expiry_s if session else 0)
         try:
-            yield found
+            yield client
         finally:
-            await found.connection.close()
+            await client.connection.close()
 
     def clear_on_exit(self, topic: str) -> None:
-        """Have no retained message left on this topic when the visit is over."""
+        """Clear the retained message of this topic at the end."""
         self._retained.add(topic)
 
     async def publish_retained(self, client: ProbeClient, topic: str, payload: bytes) -> None:
-        """Publish a retained message that is gone when the visit is over."""
+        """Publish a retained message, to be cleared at the end."""
         self.clear_on_exit(topic)
         await client.publish(topic, payload, Properties(expiry_s=CLEANUP_EXPIRY_S), qos=self.qos, retain=True)
 
-    async def _enter(self, will: Will | None, session: str, session_expiry_s: int) -> ProbeClient:
+    async def _connect(self, will: Will | None, session: str, session_expiry_s: int) -> ProbeClient:
         connection: Connection | None = None
-        heard: asyncio.Queue[ReceivedPublish | None] = asyncio.Queue()
+        received: asyncio.Queue[ReceivedPublish | None] = asyncio.Queue()
 
-        def published(head: PublishHeader, payload: memoryview) -> bool:
-            heard.put_nowait(ReceivedPublish(head.topic, head.properties, payload, head.qos, head.retain))
+        def on_publish(header: PublishHeader, payload: memoryview) -> bool:
+            received.put_nowait(ReceivedPublish(header.topic, header.properties, payload, header.qos, header.retain))
             return True
 
         client_id = session or f"{self.name}-{secrets.token_hex(4)}"
-        greeting = ConnectOptions(client_id, will, session_expiry_s)
+        options = ConnectOptions(client_id, _KEEPALIVE_S, _MAX_PACKET_BYTES, _RECEIVE_MAXIMUM, will, session_expiry_s)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 sock = await connect_socket(self.address, self.tls)
-                secured = _secured(sock) if isinstance(sock, ssl.SSLSocket) else None
-                connection = Connection(sock, self.address, greeting, lambda _: None, published, lambda _, __: None)
+                tls_info = _tls_info(sock) if isinstance(sock, ssl.SSLSocket) else None
+                connection = Connection(sock, self.address, options, lambda _: None, on_publish, lambda _, __: None)
                 await connection.start()
         except BaseException as error:
             if connection is not None:
-                await connection.abort("given up")
+                await connection.abort("not connected")
             if isinstance(error, TimeoutError):
                 raise BrokerUnreachable(str(self.address), f"no answer within {CONNECT_TIMEOUT_S:g} s") from error
             raise
-        connection.lost.add_done_callback(lambda _: heard.put_nowait(None))
-        return ProbeClient(connection, secured, heard)
+        connection.lost.add_done_callback(lambda _: received.put_nowait(None))
+        return ProbeClient(connection, tls_info, received)
 
     async def __aenter__(self) -> Self:
         return self
@@ -178,29 +181,30 @@ class BrokerProbe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLEAN_S):
-                await self._clean()
+            async with asyncio.timeout(_CLEANUP_TIMEOUT_S):
+                await self._clean_up()
 
-    async def _clean(self) -> None:
-        with _nothing_more_to_do():
+    async def _clean_up(self) -> None:
+        with _ignore_broker_errors():
             if self._retained:
-                async with self.client() as cleaner:
+                async with self.client() as client:
                     for topic in self._retained:
-                        await cleaner.publish(topic, qos=self.qos, retain=True)
+                        await client.publish(topic, qos=self.qos, retain=True)
         for session in self._sessions:
-            with _nothing_more_to_do():
-                connection = (await self._enter(None, session, 0)).connection  # begins anew, and ends with its goodbye
-                await connection.close()
+            with _ignore_broker_errors():
+                client = await self._connect(None, session, 0)  # the session ends with this connection
+                await client.connection.close()
 
 
 @contextlib.contextmanager
-def _nothing_more_to_do() -> Iterator[None]:
-    """A broker that has gone, or no longer lets us in: what we left expires."""
+def _ignore_broker_errors() -> Iterator[None]:
+    """For cleaning up at a broker that may be gone: what cannot be removed expires."""
     with contextlib.suppress(OSError, ConnectionLost, BrokerUnreachable, OperationRefused):
         yield
 
 
-def _secured(sock: ssl.SSLSocket) -> tuple[str, datetime | None]:
-    ends = (sock.getpeercert() or {}).get("notAfter")
-    until = datetime.fromtimestamp(ssl.cert_time_to_seconds(ends), UTC) if isinstance(ends, str) else None
-    return sock.version() or "TLS", until
+def _tls_info(sock: ssl.SSLSocket) -> tuple[str, datetime | None]:
+    """The TLS version, and the end of the broker's certificate."""
+    not_after = (sock.getpeercert() or {}).get("notAfter")
+    expires = datetime.fromtimestamp(ssl.cert_time_to_seconds(not_after), UTC) if isinstance(not_after, str) else None
+    return sock.version() or "TLS", expires

@@ -1,7 +1,7 @@
-"""Messages of one size to and fro between two clients: the round trip, and how many go one way without a pause.
+"""Measures messages of one size between two clients: the round trip, and the rate in each direction.
 
-Messages go as Sparse sends them: at QoS 0, in chunks that fit the broker, a few on the way at once. Both clients are in
-this process: two programs, each with a core of its own, may be somewhat faster.
+Messages are sent as Sparse sends them: at QoS 0, in chunks that fit the broker, a few in flight at once. Both clients are
+in this process; two processes with a core each may be somewhat faster.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES
-from brokers.doctor.check_result import ThroughputResult, format_bytes
+from brokers.doctor.check_result import format_bytes
 from brokers.doctor.probe_client import ProbeClient
 from brokers.errors import RequestError
 from brokers.protocol.chunking import CHUNK_BYTES
@@ -23,28 +23,55 @@ T = TypeVar("T")
 
 SIZES_BYTES = (1 << 10, 64 << 10, 1 << 20, 4 << 20, 16 << 20)
 ROUND_TRIPS = 5
-IN_FLIGHT_MESSAGES = 4  # messages on the way at once
+IN_FLIGHT_MESSAGES = 4
 _WARM_UP = 1
-_STREAM_S = 0.5  # then no further message is sent
+# Of one direction: sending stops after this time, these bytes, or this many messages.
+_STREAM_S = 0.5
 _STREAM_LIMIT_BYTES = 64 << 20
-_STREAM_MESSAGES = (3, 2000)  # at least, and at most
-_SILENCE_S = 10.0
+_STREAM_MESSAGES_MIN = 3
+_STREAM_MESSAGES_MAX = 2000
+_CHUNK_TIMEOUT_S = 10.0
 
 
-@dataclass(eq=False)
-class MessageLost(RequestError):
-    """Part of a message did not come."""
+@dataclass(frozen=True, slots=True)
+class ThroughputResult:
+    """Throughput of messages of one size between two clients."""
 
-    expected_bytes: int
-    actual_bytes: int
+    name: str
+    size_bytes: int
+    round_trip_ms: float
+    outbound_per_s: float
+    inbound_per_s: float
 
-    def __str__(self) -> str:
-        return f"of a message of {format_bytes(self.expected_bytes)} {self.actual_bytes:,} bytes came"
+    @property
+    def frames_per_s(self) -> float:
+        """Requests per second that the broker could carry, each with one such message in either direction."""
+        return min(self.outbound_per_s, self.inbound_per_s)
+
+    @property
+    def outbound_mb_s(self) -> float:
+        return self.outbound_per_s * self.size_bytes / 1e6
+
+    @property
+    def inbound_mb_s(self) -> float:
+        return self.inbound_per_s * self.size_bytes / 1e6
+
+
+def format_table(rows: Sequence[ThroughputResult]) -> list[str]:
+    """The measurements as lines, with column names."""
+    width = max(len("size"), *(len(row.name) for row in rows))
+    head = f"{'size':<{width}}  {'round trip ms':>13}  {'out MB/s':>10}  {'back MB/s':>10}  {'frames/s':>9}"
+    lines = (
+        f"{row.name:<{width}}  {row.round_trip_ms:>13.1f}  {row.outbound_mb_s:>10.1f}  {row.inbound_mb_s:>10.1f}"
+        f"  {row.frames_per_s:>9.1f}"
+        for row in rows
+    )
+    return [head, *lines]
 
 
 @dataclass(frozen=True, slots=True)
 class MessagePath:
-    """One direction: who sends, who listens on the topic."""
+    """One direction: `sender` publishes to the topic that `reader` has subscribed to."""
 
     sender: ProbeClient
     reader: ProbeClient
@@ -57,35 +84,39 @@ class MessagePath:
             yield payload[offset : offset + step]
 
     async def send(self, payload: memoryview) -> None:
-        for piece in self.chunks(payload):
-            await self.sender.publish(self.topic, piece)
+        for chunk in self.chunks(payload):
+            await self.sender.publish(self.topic, chunk)
 
     async def receive(self, size_bytes: int) -> None:
-        """Return when so many bytes have come; raise `MessageLost` when no more of them do."""
-        missing = size_bytes
-        while missing > 0:
-            heard = await self.reader.receive(_SILENCE_S)
-            if heard is None:
-                raise MessageLost(size_bytes, size_bytes - missing)
-            missing -= len(heard.payload)
+        """Return when a message of this size has arrived; raise `RequestError` ("MessageLost") if part of it does not."""
+        missing_bytes = size_bytes
+        while missing_bytes > 0:
+            message = await self.reader.receive(_CHUNK_TIMEOUT_S)
+            if message is None:
+                raise RequestError(
+                    "MessageLost",
+                    f"of a message of {format_bytes(size_bytes)} only {size_bytes - missing_bytes:,} bytes arrived",
+                    expected_bytes=size_bytes,
+                    actual_bytes=size_bytes - missing_bytes,
+                )
+            missing_bytes -= len(message.payload)
 
     async def transfer(self, payload: memoryview) -> None:
-        """One message from end to end."""
-        await _both(self.send(payload), self.receive(len(payload)))
+        """Send one message and receive it."""
+        await _run_both(self.send(payload), self.receive(len(payload)))
 
     async def measure_rate_per_s(self, payload: memoryview) -> float:
-        """How many such messages come in a second, when the next one leaves before the last one is there."""
-        room = asyncio.Semaphore(IN_FLIGHT_MESSAGES)
-        least, most = _STREAM_MESSAGES
-        most = max(least, min(most, _STREAM_LIMIT_BYTES // len(payload)))
-        began_s = time.monotonic()
-        sent: asyncio.Queue[bool] = asyncio.Queue()
+        """Messages per second with IN_FLIGHT_MESSAGES in flight."""
+        credit = asyncio.Semaphore(IN_FLIGHT_MESSAGES)
+        limit = max(_STREAM_MESSAGES_MIN, min(_STREAM_MESSAGES_MAX, _STREAM_LIMIT_BYTES // len(payload)))
+        begin_s = time.monotonic()
+        sent: asyncio.Queue[bool] = asyncio.Queue()  # True for each message, False after the last
 
         async def send() -> None:
-            for number in range(most):
-                if number >= least and time.monotonic() - began_s > _STREAM_S:
+            for number in range(limit):
+                if number >= _STREAM_MESSAGES_MIN and time.monotonic() - begin_s > _STREAM_S:
                     break
-                await room.acquire()
+                await credit.acquire()
                 sent.put_nowait(True)
                 await self.send(payload)
             sent.put_nowait(False)
@@ -94,31 +125,31 @@ class MessagePath:
             count = 0
             while await sent.get():
                 await self.receive(len(payload))
-                room.release()
+                credit.release()
                 count += 1
             return count
 
-        return await _both(send(), receive()) / (time.monotonic() - began_s)
+        return await _run_both(send(), receive()) / (time.monotonic() - begin_s)
 
 
 async def measure_throughput(
     name: str, size_bytes: int, outbound: MessagePath, inbound: MessagePath
 ) -> ThroughputResult:
-    """Return how fast messages of a size go; raise `MessageLost` or `ConnectionLost`."""
+    """Measure messages of one size; raises `RequestError` ("MessageLost") or `ConnectionLost`."""
     payload = memoryview(bytes(size_bytes))
-    took_ms = []
+    round_trips_ms = []
     for _ in range(_WARM_UP + ROUND_TRIPS):
-        began_s = time.monotonic()
+        begin_s = time.monotonic()
         await outbound.transfer(payload)
         await inbound.transfer(payload)
-        took_ms.append(1000 * (time.monotonic() - began_s))
-    rates = [await way.measure_rate_per_s(payload) for way in (outbound, inbound)]
-    return ThroughputResult(name, size_bytes, statistics.median(took_ms[_WARM_UP:]), *rates)
+        round_trips_ms.append(1000 * (time.monotonic() - begin_s))
+    rates = [await path.measure_rate_per_s(payload) for path in (outbound, inbound)]
+    return ThroughputResult(name, size_bytes, statistics.median(round_trips_ms[_WARM_UP:]), rates[0], rates[1])
 
 
-async def _both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, Any, T]) -> T:
-    """Do both, until the first that fails; not a task group, which would wrap what failed."""
-    tasks = asyncio.create_task(sending, name="doctor sends"), asyncio.create_task(receiving, name="doctor receives")
+async def _run_both(sending: Coroutine[Any, Any, None], receiving: Coroutine[Any, Any, T]) -> T:
+    """Run both, and return the result of the second; if one fails the other is cancelled."""
+    tasks = (asyncio.create_task(sending, name="sends"), asyncio.create_task(receiving, name="receives"))
     try:
         return (await asyncio.gather(*tasks))[1]
     finally:

@@ -1,6 +1,6 @@
-"""Energy per sample: the energy of a node and the samples processed in the same time, as points of `energy`.
+"""Energy per sample: what the GPUs and rails of a node used, beside what was done meanwhile. Pure.
 
-They share a measurement because InfluxQL cannot divide one measurement by another.
+InfluxQL divides no measurement by another, so both are made points of one, `energy`.
 """
 
 from __future__ import annotations
@@ -12,50 +12,56 @@ from dataclasses import dataclass
 from monitor.points.points import TelemetryPoint
 from monitor.sensors.counters import is_additive
 
-_SAMPLES_LIMIT = 1 << 53  # stores hold 64 bits; rows are numbers that any sender can make up
+# What stores can hold, whatever number of rows somebody makes up.
+_MOST = 1 << 53
 
 
 @dataclass(slots=True)
-class _Totals:
+class _EnergyTotals:
     energy_j: float | None = None
     samples: int = 0
 
 
 class EnergyPerSample:
-    """Totals by run of the points that pass `add`."""
+    """Adds up, run by run, what passes by on its way to a store."""
 
     def __init__(self, node: str) -> None:
         self._node = node
-        self._runs: defaultdict[str, _Totals] = defaultdict(_Totals)
+        self._runs: defaultdict[str, _EnergyTotals] = defaultdict(_EnergyTotals)
 
     def add(self, points: Iterable[TelemetryPoint]) -> None:
-        """Count requests with a result, rows of steps, and energy of GPUs and additive rails; ignore other points."""
+        """Take notice of these; of most measurements there is nothing to notice."""
         for point in points:
             match point.measurement:
                 case "request" if not point.fields["error"]:
-                    self._totals(point).samples += 1
+                    self._of(point).samples += 1
                 case "step":
-                    totals = self._totals(point)
-                    totals.samples = min(totals.samples + int(point.fields["rows"] or 0), _SAMPLES_LIMIT)
+                    spent = self._of(point)
+                    spent.samples = min(spent.samples + int(point.fields["rows"] or 0), _MOST)
                 case "gpu":
-                    self._add_energy(point)
+                    self._use(point)
                 case "power" if is_additive(point.tags["rail"]):
-                    self._add_energy(point)
+                    self._use(point)
 
     def pop_points(self, time_ns: int) -> list[TelemetryPoint]:
-        """A point with the totals since the last call for each run that has any."""
-        points = []
-        for run, totals in self._runs.items():
-            fields = {"energy_j": totals.energy_j, "samples": totals.samples}
-            points.append(TelemetryPoint("energy", time_ns, {"node": self._node, "run": run}, fields))
+        """What was added up since the last call; of a run of which nothing was, none."""
+        found = [
+            TelemetryPoint(
+                "energy",
+                time_ns,
+                {"node": self._node, "run": run},
+                {"energy_j": spent.energy_j, "samples": spent.samples},
+            )
+            for run, spent in self._runs.items()
+        ]
         self._runs.clear()
-        return points
+        return found
 
-    def _totals(self, point: TelemetryPoint) -> _Totals:
+    def _of(self, point: TelemetryPoint) -> _EnergyTotals:
         return self._runs[point.tags["run"]]
 
-    def _add_energy(self, point: TelemetryPoint) -> None:
+    def _use(self, point: TelemetryPoint) -> None:
         energy_j = point.fields["energy_j"]
         if energy_j is not None:
-            totals = self._totals(point)
-            totals.energy_j = (totals.energy_j or 0.0) + float(energy_j)
+            spent = self._of(point)
+            spent.energy_j = (spent.energy_j or 0.0) + float(energy_j)

@@ -1,4 +1,4 @@
-"""The stores of a monitor: a SQLite file if one is named, and InfluxDB if the environment names a server."""
+"""The stores that a daemon writes to: a SQLite file that is named, and InfluxDB where the environment names it."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ log = logging.getLogger(__name__)
 def create_writers(
     file: Path | None, limit_bytes: int, environment: Mapping[str, str], *, for_run: bool = False
 ) -> list[BatchWriter[TelemetryPoint]]:
-    """A writer to each store, not started. Raises `BadStore` and `UsageError`.
+    """A writer to each store that is asked for, not started. Raises `BadStore` and `BadSetting`.
 
-    `for_run`: the spool for InfluxDB is beside the run's file, and a server that refuses the points is logged, since
-    the file has all of them.
+    `beside`: of a run, whose points wait for InfluxDB beside its file and not with the node's. A server that takes
+    nothing is no end of it: its file has all of it.
     """
+    found: list[BatchWriter[TelemetryPoint]] = []
     target = influx_target(environment)
-    writers: list[BatchWriter[TelemetryPoint]] = []
     if file is not None:
-        writers.append(BatchWriter(SqliteStore(file, limit_bytes), str(file)))
+        found.append(BatchWriter(SqliteStore(file, limit_bytes), str(file)))
     if target is None:
-        return writers
-    from monitor.stores.influx.store import InfluxStore  # the client is slow to import
+        return found
+    # Only here: the client takes its time to import.
+    from monitor.stores.influx.store import InfluxStore
 
     folder = file.parent / "influx-spool" if for_run and file else spool_folder(environment)
     try:
         store = InfluxStore(target, folder)
-        writers.append(BatchWriter(store, str(target)))
+        found.append(BatchWriter(store, str(target)))
         store.check()
     except BadStore as error:
         if not for_run:
-            for writer in writers:
+            for writer in found:
                 writer.stop(0.0)
             raise
         log.warning("%s", error)
-    return writers
+    return found

@@ -1,1 +1,1 @@
-"""Networks by name, and the code that prepares their inputs and interprets their outputs."""
+"""Networks of our own, and the registry of names."""

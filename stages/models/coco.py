@@ -1,4 +1,4 @@
-"""The 80 class names of COCO, in the order and spelling of Darknet's coco.names."""
+"""The 80 classes of COCO, as Darknet's coco.names orders and spells them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,0 @@
-"""Partitioning of networks into parts, and the weights of a part."""

@@ -1,4 +1,4 @@
-"""The doctor at two brokers that a bridge joins: what it says of one that is right, and of each way to be wrong."""
+"""The doctor across a bridge between two brokers: a correct bridge, and each kind of misconfiguration."""
 
 from __future__ import annotations
 
@@ -7,127 +7,118 @@ from pathlib import Path
 
 import pytest
 
-from brokers.doctor import bridge_checks as across
-from brokers.doctor.check_result import CheckResult, ThroughputResult
+from brokers.doctor import bridge_checks
+from brokers.doctor.check_result import CheckResult
 from brokers.doctor.probe_client import BrokerProbe
 from brokers.doctor.runner import DoctorOptions, DoctorRun
+from tests.support.brokers.broker_kinds import WAIT_S
 from tests.support.brokers.mosquitto import BRIDGE_TOPIC_LINES, start_bridged_brokers, start_mosquitto
 from tests.support.brokers.ports import free_port
 from tests.support.brokers.retained_messages import retained_topics
 
 MQTT_5 = "bridge_protocol_version mqttv50"
-BOTH_WAYS = ("near to far", "far to near")
+DIRECTIONS = ("near to far", "far to near")
+Results = dict[tuple[str, str], CheckResult]
 
 
-def crossed(near: int, far: int) -> dict[tuple[str, str], CheckResult]:
-    """What is found across, by what it is and by its way."""
+def check_bridge(near: int, far: int) -> Results:
+    """The results by check and direction."""
 
     async def test() -> list[CheckResult]:
         async with (
-            BrokerProbe.from_address(f"mqtt://127.0.0.1:{near}") as here,
-            BrokerProbe.from_address(f"mqtt://127.0.0.1:{far}") as there,
+            BrokerProbe.from_address(f"mqtt://127.0.0.1:{near}") as near_probe,
+            BrokerProbe.from_address(f"mqtt://127.0.0.1:{far}") as far_probe,
         ):
-            ends = across.BridgeEnd("near", here), across.BridgeEnd("far", there)
-            return [finding async for finding in across.check_bridge(*ends)]
+            ends = (bridge_checks.BridgeEnd("near", near_probe), bridge_checks.BridgeEnd("far", far_probe))
+            return [result async for result in bridge_checks.check_bridge(*ends)]
 
-    return {(finding.check, finding.message.partition(":")[0]): finding for finding in asyncio.run(test())}
-
-
-def levels(found: dict[tuple[str, str], CheckResult], what: str) -> list[str]:
-    return [found[what, way].level for way in BOTH_WAYS]
+    return {(result.check, result.message.partition(":")[0]): result for result in asyncio.run(test())}
 
 
-def wait_for_bridge(port: int) -> None:
-    """Return when the broker says that the bridge that it keeps stands."""
+def levels(results: Results, check: str) -> list[str]:
+    assert {(check, direction) for direction in DIRECTIONS} <= set(results), results
+    return [results[check, direction].level for direction in DIRECTIONS]
+
+
+def wait_for_bridges(port: int, count: int) -> None:
+    """Return when the broker reports that so many of its bridges are connected."""
 
     async def test() -> None:
-        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as asking:
-            await asking.subscribe("$SYS/broker/connection/+/state")
-            while (heard := await asking.receive(20)) is not None and bytes(heard.payload) != b"1":
-                pass
-            assert heard is not None
+        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as client:
+            await client.subscribe("$SYS/broker/connection/+/state")
+            connected: set[str] = set()
+            while len(connected) < count:
+                message = await client.receive(WAIT_S)
+                assert message is not None
+                if bytes(message.payload) == b"1":
+                    connected.add(message.topic)
 
     asyncio.run(test())
 
 
-def test_a_bridge_of_mqtt_5_carries_all_and_nothing_is_left_at_either_end(tmp_path: Path) -> None:
+def test_bridge_of_mqtt_5_passes_and_nothing_is_left_at_either_end(tmp_path: Path) -> None:
     with start_bridged_brokers(tmp_path, MQTT_5) as (near, far):
-        found = crossed(near, far)
-        for what in ("bridge", "once", "properties", "chunk", "presence", "last will"):
-            assert levels(found, what) == ["ok", "ok"], found
+        results = check_bridge(near, far)
+        for check in ("bridge", "duplicates", "properties", "chunk", "presence", "last will"):
+            assert levels(results, check) == ["ok", "ok"], results
         assert (retained_topics(near), retained_topics(far)) == ([], [])
 
 
-def test_a_bridge_of_311_loses_properties_and_the_line_that_mends_it_is_named(tmp_path: Path) -> None:
-    with start_bridged_brokers(tmp_path) as (near, far):
-        found = crossed(near, far)
-        assert levels(found, "properties") == ["FAIL", "FAIL"]
-        for way in BOTH_WAYS:
-            assert MQTT_5 in found["properties", way].fix
-            assert "Response Topic" in found["properties", way].message
-        assert levels(found, "bridge") == ["ok", "ok"]
-        assert (retained_topics(near), retained_topics(far)) == (
-            [],
-            [],
-        )  # though this bridge loses the time at which records expire
+def test_each_mistake_of_a_bridge_is_found_by_its_check(tmp_path: Path) -> None:
+    """The bridge uses MQTT 3.1.1, lacks a presence rule, and the far broker has a lower packet limit."""
+    missing = "topic sparse/far/+/+/up/+ in 1"
+    rules = tuple(rule for rule in BRIDGE_TOPIC_LINES if rule != missing)
+    assert len(rules) == len(BRIDGE_TOPIC_LINES) - 1
+    limit = ("max_packet_size 100000",)
+    with start_bridged_brokers(tmp_path, far_lines=limit, topic_lines=rules) as (near, far):
+        results = check_bridge(near, far)
+        assert levels(results, "bridge") == ["ok", "ok"]
+        assert levels(results, "properties") == ["FAIL", "FAIL"]
+        for direction in DIRECTIONS:
+            assert MQTT_5 in results["properties", direction].fix
+            assert "Response Topic" in results["properties", direction].message
+        assert levels(results, "chunk") == ["FAIL", "ok"], "senders at the far broker know its limit"
+        assert "max_packet_size" in results["chunk", "near to far"].fix
+        assert levels(results, "presence") == ["ok", "FAIL"]
+        assert missing in results["presence", "far to near"].fix
+        # Nothing is left, although a bridge of MQTT 3.1.1 loses the expiry of retained messages.
+        assert (retained_topics(near), retained_topics(far)) == ([], [])
 
 
-def test_a_broker_behind_a_bridge_that_takes_no_chunk_of_the_usual_size_is_told(tmp_path: Path) -> None:
-    with start_bridged_brokers(tmp_path, MQTT_5, far_lines=("max_packet_size 100000",)) as (near, far):
-        found = crossed(near, far)
-        assert levels(found, "chunk") == ["FAIL", "ok"]  # who sends from there knows the limit
-        assert "max_packet_size" in found["chunk", "near to far"].fix
-
-
-def test_a_bridge_without_presence_is_told_for_the_way_that_lacks_it(tmp_path: Path) -> None:
-    lacking = "topic sparse/far/+/+/up/+ in 1"
-    assert lacking in BRIDGE_TOPIC_LINES
-    with start_bridged_brokers(
-        tmp_path, MQTT_5, topic_lines=tuple(rule for rule in BRIDGE_TOPIC_LINES if rule != lacking)
-    ) as (near, far):
-        found = crossed(near, far)
-        assert levels(found, "presence") == ["ok", "FAIL"]
-        assert lacking in found["presence", "far to near"].fix
-
-
-def test_no_bridge_is_told_and_no_more_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(across, "BRIDGE_TIMEOUT_S", 1.0)
+def test_missing_bridge_ends_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge_checks, "BRIDGE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(bridge_checks, "_REPEAT_S", 0.1)
     with start_mosquitto(tmp_path) as near, start_mosquitto(tmp_path) as far:
-        found = crossed(near, far)
-        assert set(found) == {("bridge", way) for way in BOTH_WAYS}
-        assert levels(found, "bridge") == ["FAIL", "FAIL"]
-        assert "topic sparse/far/+/+/in/+ out 0" in found["bridge", "near to far"].fix
+        results = check_bridge(near, far)
+        assert set(results) == {("bridge", direction) for direction in DIRECTIONS}
+        assert levels(results, "bridge") == ["FAIL", "FAIL"]
+        assert "topic sparse/far/+/+/in/+ out 0" in results["bridge", "near to far"].fix
 
 
-def test_bridges_that_make_a_loop_are_told(tmp_path: Path) -> None:
-    near_port, far_port = free_port(), free_port()
+def test_two_bridges_between_the_same_sites_end_the_checks(tmp_path: Path) -> None:
+    far_port = free_port()
 
-    def bridge(name: str, to: int) -> tuple[str, ...]:
-        return (
-            *(f"connection {name}", f"address 127.0.0.1:{to}", MQTT_5, "restart_timeout 1"),
-            *("notifications_local_only true", "topic sparse/# both 0"),
-        )
+    def bridge(name: str) -> tuple[str, ...]:
+        head = (f"connection {name}", f"address 127.0.0.1:{far_port}", MQTT_5, "notifications_local_only true")
+        return (*head, *BRIDGE_TOPIC_LINES)
 
-    lines = bridge("one", far_port)
     with (
-        start_mosquitto(tmp_path, *bridge("two", near_port), port=far_port),
-        start_mosquitto(tmp_path, *lines, port=near_port),
+        start_mosquitto(tmp_path, port=far_port),
+        start_mosquitto(tmp_path, *bridge("one"), *bridge("two")) as near_port,
     ):
-        for port in (near_port, far_port):
-            wait_for_bridge(port)
-        found = crossed(near_port, far_port)
-        assert levels(found, "once") == ["FAIL", "FAIL"]
-        assert not any(what == "presence" for what, _ in found)  # what goes round without end is not added to
+        wait_for_bridges(near_port, 2)
+        results = check_bridge(near_port, far_port)
+        assert levels(results, "duplicates") == ["FAIL", "FAIL"]
+        assert not any(check == "presence" for check, _ in results)
 
 
-def test_a_round_trip_across_is_measured(tmp_path: Path) -> None:
+def test_round_trip_across_a_bridge_is_measured(tmp_path: Path) -> None:
     with start_bridged_brokers(tmp_path, MQTT_5) as (near, far):
         addresses = [f"mqtt://127.0.0.1:{port}" for port in (near, far)]
-        question = DoctorOptions(addresses[0], {"1 MiB": 1 << 20}, bridged_broker=addresses[1], sites=("near", "far"))
-        found = DoctorRun(question, lambda _: None)
-        asyncio.run(found.run())
-        assert {finding.level for finding in found.results} == {"ok"}
-        assert {finding.broker for finding in found.results} == {*addresses, ""}
-        (row,) = found.throughput
-        assert isinstance(row, ThroughputResult)
+        options = DoctorOptions(addresses[0], {"1 MiB": 1 << 20}, bridged_broker=addresses[1], sites=("near", "far"))
+        run = DoctorRun(options, lambda _: None)
+        asyncio.run(run.run())
+        assert {result.level for result in run.results} == {"ok"}
+        assert {result.broker for result in run.results} == {*addresses, ""}
+        (row,) = run.throughput
         assert row.frames_per_s > 0

@@ -31,7 +31,7 @@ def test_a_good_broker_is_status_0_with_a_line_for_each_finding_and_a_table(
     assert all(len(line) <= 80 for line in lines)
     assert lines[0].startswith(f"ok    MQTT 5       mqtt://127.0.0.1:{port} ")
     assert [line.split("  ")[0] for line in lines if "iB  " in line] == ["1 KiB", "64 KiB", "1 MiB", "4 MiB", "16 MiB"]
-    assert lines[-1].startswith("Sparse will work with it: ")
+    assert lines[-1].startswith("Sparse works with this broker: ")
     sandbox.assert_nothing_left()
 
 
@@ -45,10 +45,10 @@ def test_a_broker_that_lacks_something_is_status_1_and_json_comes_last(sandbox: 
     assert "FAIL  retained" in said.stderr
     answer = said.json_output
     assert answer["usable"] is False
-    (found,) = [each for each in answer["findings"] if each["level"] == "FAIL"]
-    assert (found["what"], "retain_available true" in found["mend"]) == ("retained", True)
-    (row,) = answer["carried"]
-    assert (row["what"], row["size_bytes"]) == ("head to tail", 2 * 128 * 8 * 8)
+    (found,) = [each for each in answer["checks"] if each["level"] == "FAIL"]
+    assert (found["check"], "retain_available true" in found["fix"]) == ("retained", True)
+    (row,) = answer["throughput"]
+    assert (row["name"], row["size_bytes"]) == ("head to tail", 2 * 128 * 8 * 8)
 
 
 def test_nobody_there_is_status_1(sandbox: ProcessSandbox) -> None:
@@ -69,7 +69,7 @@ def test_one_that_is_told_to_leave_leaves_nothing_behind(
             assert heard is not None
             said = await asyncio.to_thread(running.wait, number)
             assert (said.returncode, "Traceback" in said.stderr) == (130, False)
-            assert "Sparse will" not in said.stdout
+            assert "this broker" not in said.stdout
         async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as late:
             await late.subscribe("sparse/#")
             assert await late.receive(0.5) is None
@@ -82,11 +82,11 @@ def test_one_that_is_told_to_leave_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((), "no broker is named"),
+        ((), "no broker address"),
         (("localhost",), "it has no scheme"),
         (("mqtt://127.0.0.1", "--across", "nowhere"), "it has no scheme"),
         (("mqtt://127.0.0.1", "--across", "mqtt://127.0.0.1:2"), "--from SITE --to SITE"),
-        (("mqtt://127.0.0.1", "--across", "mqtt://h", "--from", "a", "--to", "a"), "both are 'a'"),
+        (("mqtt://127.0.0.1", "--across", "mqtt://h", "--from", "a", "--to", "a"), "got 'a' and 'a'"),
         (("mqtt://127.0.0.1", "--across", "mqtt://h", "--from", "a/b", "--to", "c"), "'a/b' is not a name"),
         (("mqtt://127.0.0.1", "--pipeline", "missing.toml"), "missing.toml: no such file"),
     ],

@@ -44,7 +44,7 @@ def kill_client(hub: MemoryBroker, transport: MemoryTransport) -> None:
     """End a client as when its process is killed: it says nothing more, and its broker tells."""
     hub.kill_client(transport)
     transport._closed = True
-    transport._changed.set()
+    transport._standing.set()
 
 
 class InProcessWorker:

@@ -1,13 +1,14 @@
-"""Atomic file writes and file locks."""
+"""Atomic file writes, file locks and run folders."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
 
-from brokers.process.files import atomic_path, file_lock, write_atomic
+from brokers.process.files import atomic_path, file_lock, new_run_folder, write_atomic
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -52,3 +53,10 @@ def test_lock_is_exclusive_and_released_at_the_end(tmp_path: Path) -> None:
             pass
     with file_lock(path, wait=False):
         pass
+
+
+def test_run_folders_of_the_same_second_differ(tmp_path: Path) -> None:
+    first = new_run_folder(tmp_path, "street")
+    first.mkdir()
+    assert new_run_folder(tmp_path, "street") != first
+    assert re.fullmatch(r"street-\d{8}-\d{6}", first.name)
