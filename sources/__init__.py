@@ -1,1 +1,37 @@
-"""Where samples come from, and who owns a request until its result is in."""
+"""Sources make the requests of a pipeline: cameras, videos, data sets, any Python program.
+
+Public API, imported on first use, so that `import sources` costs nothing:
+
+* `Offloader`: send requests to a pipeline from Python and await their results.
+* `Source`, `Sample`: write a source of your own (`[source] kind = "package.module:Class"`).
+* `Dataset`, `Examples`: write a data set of your own, for a pipeline that trains.
+
+Everything else is internal and may change.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sources.client.offloader import Offloader
+    from sources.datasets.dataset import Dataset, Examples
+    from sources.inputs.sample import Sample
+    from sources.inputs.source import Source
+
+__all__ = ["Dataset", "Examples", "Offloader", "Sample", "Source"]
+
+_MODULES = {
+    "Dataset": "sources.datasets.dataset",
+    "Examples": "sources.datasets.dataset",
+    "Offloader": "sources.client.offloader",
+    "Sample": "sources.inputs.sample",
+    "Source": "sources.inputs.source",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

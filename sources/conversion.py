@@ -1,4 +1,4 @@
-"""What a Python user hands in and gets back, as content: arrays, dicts of them, the bytes of a picture. Pure."""
+"""Conversion between a Python user's values and message content: arrays, dicts of arrays, bytes of a picture."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from brokers.protocol.result_json import content_to_dict
 
 
 def to_content(value: Any) -> Content:
-    """What a user hands in, as content: picture bytes, a dict of arrays, or one array (called `input`)."""
+    """Encode picture bytes, a dict of arrays, or one array, which is named `input`. Raises `BadPayload`."""
     if isinstance(value, BinaryContent | TensorContent):
         return value
     if isinstance(value, bytes | bytearray | memoryview):
         data = memoryview(value)
-        content_type = detect_content_type("", data)
-        return BinaryContent(content_type, data)
-    named = value if isinstance(value, Mapping) else {"input": value}
+        return BinaryContent(detect_content_type("", data), data)
+    arrays = value if isinstance(value, Mapping) else {"input": value}
     try:
-        return TensorContent({str(name): codec.from_array(item) for name, item in named.items()})
+        return TensorContent({str(name): codec.from_array(array) for name, array in arrays.items()})
     except (SparseError, ValueError, TypeError) as error:
         problem = f"expected arrays, a dict of arrays, or picture bytes: {error}"
         raise BadPayload(type(value).__name__, problem) from None
 
 
 def from_content_like(value: Any, content: Content) -> Any:
-    """`content` in the library that `value` was of."""
+    """Decode `content` to arrays of the library of `value`; to a dict of plain values where `value` is bytes."""
     if isinstance(content, BinaryContent) or isinstance(value, bytes | bytearray | memoryview):
         return content_to_dict(content)
     first = next(iter(value.values()), None) if isinstance(value, Mapping) else value
     is_torch = type(first).__module__.partition(".")[0] == "torch"
     convert = codec.to_torch if is_torch else codec.to_numpy
-    named = {name: convert(tensor) for name, tensor in content.tensors.items()}
-    if len(named) == 1 and not isinstance(value, Mapping):
-        return next(iter(named.values()))
-    return named
+    arrays = {name: convert(tensor) for name, tensor in content.tensors.items()}
+    if len(arrays) == 1 and not isinstance(value, Mapping):
+        return next(iter(arrays.values()))
+    return arrays

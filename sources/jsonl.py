@@ -1,4 +1,4 @@
-"""A file of JSON lines that is read while it grows, and that outlives whoever writes it."""
+"""Files of JSON lines that may be read while they grow, and that stay readable after a crash of the writer."""
 
 from __future__ import annotations
 
@@ -15,52 +15,56 @@ log = logging.getLogger(__name__)
 
 
 class JsonlWriter:
-    """Appends one object a line. A line is whole as soon as it is there, and one that was cut off spoils no other."""
+    """Appends one object a line. A line is complete once `append` returns; a torn line does not damage the next one.
+
+    Lines that cannot be written, for example on a full disk, are counted: the run goes on. Raises `BadFile` where the
+    file cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._path = path
+        self._missing = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: what could not be written does not come later, in the midst of something else.
+            # Unbuffered: bytes that could not be written must not be written later, in the middle of another line.
             self._file = path.open("ab", buffering=0)
-            self._torn = not _ends_a_line(path)
+            self._torn = not _ends_with_newline(path)
         except OSError as error:
             raise BadFile(str(path.parent), f"the results cannot be written: {error.strerror}") from None
 
-    def append(self, found: Mapping[str, Any]) -> None:
-        """Write one line; raise `OSError` where there is no room for it."""
-        left = (b"\n" if self._torn else b"") + json.dumps(found).encode() + b"\n"
-        while left:
-            self._torn = True
-            left = left[self._file.write(left) or 0 :]
-        self._torn = False
+    def append(self, item: Mapping[str, Any]) -> None:
+        rest = (b"\n" if self._torn else b"") + json.dumps(item).encode() + b"\n"
+        try:
+            while rest:
+                self._torn = True
+                rest = rest[self._file.write(rest) or 0 :]
+            self._torn = False
+        except OSError as error:
+            self._missing += 1
+            if self._missing == 1:
+                log.warning("%s: cannot be written, the run goes on without: %s", self._path, error.strerror)
 
     def close(self) -> None:
+        if self._missing and not self._file.closed:
+            log.warning("%s: %d lines are missing", self._path, self._missing)
         self._file.close()
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of such a file; a line that was cut off, by a kill or a full disk, is read over."""
+    """Yield the objects of a file; lines torn by a crash or a full disk are skipped with a warning."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                found = json.loads(line)
+                item = json.loads(line)
             except (ValueError, RecursionError):
-                found = None
-            if isinstance(found, dict):
-                yield found
+                item = None
+            if isinstance(item, dict):
+                yield item
             elif line.strip():
-                log.warning("%s: line %d is not whole, and is read over", path, number)
+                log.warning("%s: skipped line %d, which is incomplete", path, number)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is there as a whole or not at all; raise `OSError` where it cannot be."""
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
-def _ends_a_line(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
     with path.open("rb") as file:
         if not file.seek(0, os.SEEK_END):
             return True

@@ -1,4 +1,4 @@
-"""What each stage of a run took, added up: the part of a summary that is the same for every kind of run. Pure."""
+"""Sums by stage of the tasks of a run: the `stages` of its summary, for inference and training."""
 
 from __future__ import annotations
 
@@ -9,42 +9,35 @@ from typing import Any
 
 @dataclass(slots=True)
 class StageTotals:
-    """Sums by stage of whatever is added under a name, with the tasks they are of and the workers that did them."""
+    """Sums of named values by stage, with the number of tasks and the workers that served them."""
 
     _sums: dict[str, dict[str, float]] = field(default_factory=dict)
     _workers: dict[str, set[str]] = field(default_factory=dict)
 
-    def add(self, stage: str, worker: str, tasks: int, figures: Mapping[str, float]) -> None:
-        """A worker of the stage has done so many tasks, and these are their figures in sum."""
+    def add(self, stage: str, worker: str, tasks: int, values: Mapping[str, float]) -> None:
+        """Add `values`, each a sum over `tasks` tasks that `worker` completed."""
         sums = self._sums.setdefault(stage, {})
-        for name, value in {"tasks": tasks, **figures}.items():
+        for name, value in {"tasks": tasks, **values}.items():
             sums[name] = sums.get(name, 0) + value
         self._workers.setdefault(stage, set()).add(worker)
 
     def stage_names(self, order: Sequence[str] = ()) -> list[str]:
-        """The stages in `order`; those that are not in it come last."""
+        """The stages in `order`; those that are not in it last."""
         return sorted(self._sums, key=lambda name: order.index(name) if name in order else len(order))
 
     def total(self, stage: str, name: str) -> float:
         return self._sums[stage].get(name, 0)
 
     def summary(self, order: Sequence[str], means: Collection[str], sums: Collection[str]) -> dict[str, dict[str, Any]]:
-        """By stage: `workers`, `tasks`, means for a task of what `means` names, and the sums of what `sums` does."""
-        return {name: self._stage(name, means, sums) for name in self.stage_names(order)}
+        """For each stage: `workers`, `tasks`, the mean per task of each value in `means`, the sum of each in `sums`."""
+        return {name: self._stage_summary(name, means, sums) for name in self.stage_names(order)}
 
-    def _stage(self, name: str, means: Collection[str], sums: Collection[str]) -> dict[str, Any]:
-        found = self._sums[name]
-        tasks = found["tasks"]
+    def _stage_summary(self, name: str, means: Collection[str], sums: Collection[str]) -> dict[str, Any]:
+        totals = self._sums[name]
+        tasks = totals["tasks"]
         return {
             "workers": len(self._workers[name]),
             "tasks": tasks,
-            **{key: round(found.get(key, 0) / tasks, 3) if tasks else 0.0 for key in means},
-            **{key: found.get(key, 0) for key in sums},
+            **{key: round(totals.get(key, 0) / tasks, 3) if tasks else 0.0 for key in means},
+            **{key: totals.get(key, 0) for key in sums},
         }
-
-
-def percentiles(values: Collection[float]) -> dict[str, float]:
-    """The median, the 95th and the 99th: values that were there; empty where there are none."""
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return {f"p{percent}": round(ordered[round(last * percent / 100)], 1) for percent in (50, 95, 99) if ordered}

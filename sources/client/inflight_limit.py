@@ -1,61 +1,74 @@
-"""How many requests of one source may be in flight: so many, so many bytes, and who goes next."""
+"""The in-flight limit of a source: a semaphore over requests and bytes, with priorities and a size that may change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from brokers.dispatch.priority_waiters import PriorityWaiters
 from brokers.protocol.messages import PRIORITIES, Priority
 
-# What a source may hold of requests that have not been answered; one that is larger by itself still goes, alone.
+# Payloads that a source keeps until their results arrive; one that is larger by itself is sent alone.
 INFLIGHT_LIMIT_BYTES = 512 << 20
 
 
 class InflightLimit:
-    """Room for requests in flight. `size` is asked each time: it may follow the workers that are up."""
+    """Bounds the requests in flight. `size` is called at each decision: it may follow the number of workers."""
 
     def __init__(self, size: Callable[[], int], limit_bytes: int = INFLIGHT_LIMIT_BYTES) -> None:
         self._size = size
         self._limit_bytes = limit_bytes
-        self._turns = PriorityWaiters()
-        self._bytes = 0
+        self._waiters = PriorityWaiters()
+        self.nbytes = 0
         self.in_flight = 0
 
     @property
     def limit(self) -> int:
-        """How many may be in flight now."""
+        """Requests that may be in flight now."""
         return max(1, self._size())
 
     @property
     def waiting(self) -> int:
-        """How many wait to be let in."""
-        return len(self._turns)
+        """Requests that wait for a slot."""
+        return len(self._waiters)
 
-    async def acquire(self, priority: Priority = "interactive") -> None:
-        """Wait for room and take it: the urgent first, and among equals who came first."""
+    @asynccontextmanager
+    async def slot(self, priority: Priority = "interactive") -> AsyncIterator[Slot]:
+        """Wait for a slot, by priority, then first come, first served; release it on exit."""
         rank = PRIORITIES.index(priority)
         first = True
-        while not self._has_room or (first and (self.waiting or self._turns.notified)):
-            await self._turns.wait(None, rank)
+        while not self._has_slot or (first and (self.waiting or self._waiters.notified)):
+            await self._waiters.wait(None, rank)
             first = False
+        slot = Slot(self)
         self.in_flight += 1
         self.wake_next()
+        try:
+            yield slot
+        finally:
+            self.in_flight -= 1
+            self.nbytes -= slot.nbytes
+            self.wake_next()
 
     @property
-    def _has_room(self) -> bool:
-        return self.in_flight + self._turns.notified < self.limit and self._bytes < self._limit_bytes
-
-    def add_bytes(self, nbytes: int) -> None:
-        """Say how much it is that was let in: known only once a live source has been asked for its newest."""
-        self._bytes += nbytes
-
-    def release(self, nbytes: int = 0) -> None:
-        """Give the room back."""
-        self.in_flight -= 1
-        self._bytes -= nbytes
-        self.wake_next()
+    def _has_slot(self) -> bool:
+        return self.in_flight + self._waiters.notified < self.limit and self.nbytes < self._limit_bytes
 
     def wake_next(self) -> None:
-        """There may be more room than before: whoever is next goes on if there is."""
-        if self._has_room:
-            self._turns.notify()
+        """Wake the next waiter if there is a slot for it: the limit may have grown."""
+        if self._has_slot:
+            self._waiters.notify()
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """The right to have one request in flight, within `async with limit.slot() as slot`."""
+
+    _limit: InflightLimit
+    nbytes: int = 0
+
+    def add_bytes(self, nbytes: int) -> None:
+        """Account the payload: its size is known only after the slot was acquired and the sample taken."""
+        self.nbytes += nbytes
+        self._limit.nbytes += nbytes

@@ -1,4 +1,4 @@
-"""One request on its way, as its owner sees it: how often it was sent, to whom, and what was heard of it."""
+"""A request at its source, from its first attempt to its result: attempts, retries, deadline."""
 
 from __future__ import annotations
 
@@ -7,34 +7,35 @@ import time
 from dataclasses import dataclass, field
 
 from brokers.errors import DeadlinePassed, Disconnected, RequestFailed
+from brokers.process.backoff import Backoff
 from brokers.protocol.messages import Failure, Priority, Result, check_priority
 from brokers.protocol.traceparent import TraceContext, start_span
 
-# How often a request may fail in a way that another worker might not, before its owner is told.
+# Retryable failures after which a request is given up.
 RETRY_LIMIT = 3
-# A worker that turns a task away has not failed at it: such attempts are not counted, only spaced.
-_TURNED_AWAY = frozenset({"Busy", "Draining"})
-_TURNED_AWAY_WAIT_S = (0.05, 1.0)  # the first, doubled each time, and the longest
-# What is said of a request when the worker that had it did not come to an answer.
-_NOT_ANSWERED = frozenset({"WorkerLost", "NoAnswer"})
+# Refusals: the worker did not attempt the task, so they do not count as failures; retries back off instead.
+_REFUSED = frozenset({"Busy", "Draining"})
+_REFUSED_FIRST_DELAY_S = 0.05
+_REFUSED_LONGEST_DELAY_S = 1.0
+# Failures in which the worker never answered: three of these make a poison request.
+_UNANSWERED = frozenset({"WorkerLost", "NoAnswer"})
 
 
 class PoisonRequest(RequestFailed):
-    """A request that several workers in turn died of, or never came back from: it is not given to yet another."""
+    """A request that `workers`, one after the other, did not answer: it may have killed them, and is not retried."""
 
-    def __init__(
-        self, request: str, stage: str, worker: str, error: str, reason: str, workers: tuple[str, ...] = ()
-    ) -> None:
-        super().__init__(request, stage, worker, error, reason)
-        self.message = f"request {request} failed at stage {stage!r}: {error}: {reason}"
+    def __init__(self, request: str, stage: str, workers: tuple[str, ...]) -> None:
+        reason = f"{len(workers)} workers in turn did not answer it: {', '.join(workers)}"
+        super().__init__(request, stage, workers[-1], "PoisonRequest", reason)
         self.workers = workers
 
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """A request that its owner holds. Words about it arrive in `heard`; a text says why to send it again.
+    """A request that its source owns, pending until `result` is set; `latency_ms` is set when it ends either way.
 
-    `trace` is its span, which `parent` asked for, where somebody did.
+    `responses` holds the responses to the current attempt; a string is the reason for a retry without a failure.
+    `trace` is the span of the request, a child of `parent` where there is one.
     """
 
     request_id: bytes
@@ -43,61 +44,61 @@ class PendingRequest:
     priority: Priority = "interactive"
     parent: TraceContext | None = None
     trace: TraceContext = field(init=False)
+    result: Result = field(init=False)
+    latency_ms: float = 0.0
     attempt: int = 0
     worker: str = ""
     avoid: set[str] = field(default_factory=set)
     responses: asyncio.Queue[Result | Failure | Disconnected | str] = field(default_factory=asyncio.Queue)
     _failures: list[Failure] = field(default_factory=list)
-    _turned_away: int = 0
+    _backoff: Backoff = field(default_factory=lambda: Backoff(_REFUSED_FIRST_DELAY_S, _REFUSED_LONGEST_DELAY_S))
 
     def __post_init__(self) -> None:
         check_priority(self.priority)
         self.trace = start_span(self.request_id, self.parent)
 
     def start_attempt(self) -> None:
-        """Count it; what was said of earlier attempts is forgotten, unless it ends the request."""
+        """Count an attempt and discard the responses to earlier ones, except those that end the request."""
         self.attempt += 1
-        heard = [self.responses.get_nowait() for _ in range(self.responses.qsize())]
-        for word in heard:
-            if isinstance(word, Result | Disconnected):
-                self.responses.put_nowait(word)
+        responses = [self.responses.get_nowait() for _ in range(self.responses.qsize())]
+        for response in responses:
+            if isinstance(response, Result | Disconnected):
+                self.responses.put_nowait(response)
 
     def fail_attempt(self, stage: str, worker: str, error: str, reason: str) -> None:
-        """Note a failure of the present attempt that another attempt may mend."""
-        self.responses.put_nowait(
-            Failure(
-                request_id=self.request_id,
-                stage=stage,
-                worker=worker,
-                error=error,
-                reason=reason,
-                attempt=self.attempt,
-                retry=True,
-            )
+        """Record a retryable failure of the current attempt."""
+        failure = Failure(
+            request_id=self.request_id,
+            stage=stage,
+            worker=worker,
+            error=error,
+            reason=reason,
+            attempt=self.attempt,
+            retry=True,
         )
+        self.responses.put_nowait(failure)
 
-    def trigger_retry(self, why: str) -> None:
-        """Have it sent once more, with nobody to blame, unless something has been heard of it."""
+    def trigger_retry(self, reason: str) -> None:
+        """Have the request sent again without blaming a worker, unless a response has arrived."""
         if self.attempt and self.responses.empty():
-            self.responses.put_nowait(why)
+            self.responses.put_nowait(reason)
 
     def retry_delay(self, failure: Failure) -> float:
-        """How long to wait, in seconds, before another attempt elsewhere; raise where none would help."""
+        """The delay before the next attempt, in seconds.
+
+        Raises `RequestFailed`, `PoisonRequest` or `DeadlinePassed` where no further attempt would help.
+        """
         self.avoid.add(failure.worker)
-        if failure.retry and failure.error in _TURNED_AWAY:  # not an exception of a stage that is called so
-            first_s, longest_s = _TURNED_AWAY_WAIT_S
-            self._turned_away += 1
-            return float(min(longest_s, first_s * 2 ** min(self._turned_away - 1, 10)))
+        if failure.retry and failure.error in _REFUSED:  # not an exception of the same name, raised by an executor
+            return self._backoff.next_s()
         self._failures.append(failure)
         if failure.retry and len(self._failures) < RETRY_LIMIT:
             return 0.0
         request = self.request_id.hex()
-        if failure.error == DeadlinePassed.__name__ and self.deadline_ms is not None:  # a worker saw it first
+        if failure.error == DeadlinePassed.__name__ and self.deadline_ms is not None:  # a worker noticed it first
             raise DeadlinePassed(request, self.deadline_ms, f"stage {failure.stage!r}")
-        if failure.retry and all(each.error in _NOT_ANSWERED for each in self._failures):
-            workers = tuple(each.worker for each in self._failures)
-            reason = f"{len(workers)} workers in turn did not come back from it: {', '.join(workers)}"
-            raise PoisonRequest(request, failure.stage, failure.worker, PoisonRequest.__name__, reason, workers)
+        if failure.retry and all(each.error in _UNANSWERED for each in self._failures):
+            raise PoisonRequest(request, failure.stage, tuple(each.worker for each in self._failures))
         raise RequestFailed(request, failure.stage, failure.worker, failure.error, failure.reason)
 
     def remaining_s(self, limit_s: float) -> float:

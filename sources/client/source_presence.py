@@ -1,4 +1,4 @@
-"""A source's presence: that it is here, how its requests fare, and that it has gone."""
+"""The presence record of a source: a retained message, renewed each second, cleared when the source ends."""
 
 from __future__ import annotations
 
@@ -21,140 +21,138 @@ from brokers.mqtt.connect_errors import OperationRefused
 from brokers.process.liveness_file import LivenessFile
 from brokers.protocol.topics import source_presence_topic
 from brokers.protocol.transport import Properties, Will
+from brokers.telemetry.percentiles import percentiles
 
 log = logging.getLogger(__name__)
 
-_REPORT_EVERY_S = 1.0
-# How long a source that ends tries to take its record away at a broker that may be gone for good.
-_FAREWELL_S = 1.0
-# How long a source that begins waits to be told that it may.
-_ADMITTED_S = 5.0
-# What "lately" is: rates are of so many seconds, percentiles of so many results.
-_RATE_S = 5.0
-_RESULTS = 1024
+_REPORT_INTERVAL_S = 1.0
+# A source that ends tries this long to clear its record: its broker may be gone for good.
+_CLEAR_TIMEOUT_S = 1.0
+_ANNOUNCE_TIMEOUT_S = 5.0
+# The rate is that of the last seconds, the percentiles are those of the newest results.
+_RATE_WINDOW_S = 5.0
+_RECENT_RESULTS = 1024
+_MIN_RATE_WINDOW_S = 0.2
+_NAME_CHARACTERS = 64
 
 
 class RecentResultStats:
-    """How fast results come, and how long they take, lately. Pure; times are monotonic seconds."""
+    """Rate and latency of the newest results; times are monotonic seconds."""
 
     def __init__(self) -> None:
-        self._times_s: deque[float] = deque(maxlen=_RESULTS)
-        self._latencies_ms: deque[float] = deque(maxlen=_RESULTS)
-        self._begun_s: float | None = None
+        self._times_s: deque[float] = deque(maxlen=_RECENT_RESULTS)
+        self._latencies_ms: deque[float] = deque(maxlen=_RECENT_RESULTS)
+        self._begin_s: float | None = None
 
     def record_result(self, latency_ms: float, now_s: float) -> None:
-        """A result came."""
-        if self._begun_s is None:
-            self._begun_s = now_s - latency_ms / 1000
+        if self._begin_s is None:
+            self._begin_s = now_s - latency_ms / 1000
         self._times_s.append(now_s)
         self._latencies_ms.append(latency_ms)
 
     def results_per_s(self, now_s: float) -> float:
-        """Results a second over the last seconds, or as many of them as are remembered; 0 before there are any."""
-        begin_s = max(now_s - _RATE_S, now_s if self._begun_s is None else self._begun_s)
-        if len(self._times_s) == _RESULTS:
+        """Results a second over the last seconds, or over the remembered results if those are fewer."""
+        begin_s = max(now_s - _RATE_WINDOW_S, now_s if self._begin_s is None else self._begin_s)
+        if len(self._times_s) == _RECENT_RESULTS:
             begin_s = max(begin_s, self._times_s[0])
         count = sum(time_s > begin_s for time_s in self._times_s)
-        return round(count / max(now_s - begin_s, 0.2), 2)
+        return round(count / max(now_s - begin_s, _MIN_RATE_WINDOW_S), 2)
 
     def latency_ms(self) -> LatencyPercentiles:
-        """Percentiles of the newest results."""
-        ordered = sorted(self._latencies_ms)
-        if not ordered:
-            return LatencyPercentiles()
-        last = len(ordered) - 1
-        return LatencyPercentiles(p50=round(ordered[round(last * 0.50)], 1), p99=round(ordered[round(last * 0.99)], 1))
+        return LatencyPercentiles(**percentiles(self._latencies_ms, (50, 99)))
 
 
 class SourcePresence:
-    """Keeps and publishes the record of one source. Whatever becomes of the record, the source goes on.
+    """Keeps the presence record of one source. A failure to publish it never stops the source.
 
-    `load` is asked each second. Open the line with `will`: it takes the record away should this process die.
+    `load` is called for each report. Open the channel with `will`, which clears the record if the process dies.
     """
 
-    def __init__(self, line: MessageChannel, pipeline: Pipeline, name: str, load: Callable[[], SourceLoad]) -> None:
+    def __init__(self, channel: MessageChannel, pipeline: Pipeline, name: str, load: Callable[[], SourceLoad]) -> None:
         self.state: Literal["up", "draining", "stopped"] = "up"
-        self._line, self._load = line, load
-        self._pulse = LivenessFile()
-        # One level of a topic, whatever the source is called; what tells it from its namesakes comes last.
-        fitting = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-64:] or "source"
-        self._birth = SourceRecord(
-            source=fitting,
+        self._channel = channel
+        self._load = load
+        self._liveness = LivenessFile()
+        # One topic level. The end of the name is kept: it tells sources of one pipeline file apart.
+        topic_name = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-_NAME_CHARACTERS:] or "source"
+        self._record = SourceRecord(
+            source=topic_name,
             pipeline=pipeline.name,
             site=pipeline.source.site,
             node=platform.node() or "node",
             pid=os.getpid(),
             instance=secrets.token_hex(8),
         )
-        self._topic = source_presence_topic(pipeline.source.site, pipeline.name, fitting)
-        self._begun_s = time.monotonic()
-        self._reporting: asyncio.Task[None] | None = None
-        self._again = asyncio.Event()
-        self._told = False  # of a failure, and not of a success since
+        self._topic = source_presence_topic(pipeline.source.site, pipeline.name, topic_name)
+        self._begin_s = time.monotonic()
+        self._reporter: asyncio.Task[None] | None = None
+        self._report_now = asyncio.Event()
+        self._warned = False  # since the last success
 
     @property
     def will(self) -> Will:
-        """What the broker is to publish when this process dies."""
+        """The last will: an empty retained message, which clears the record."""
         return Will(self._topic, b"", retain=True)
 
     async def announce(self) -> None:
-        """Raise `OperationRefused` where this identity may not be a source: its requests would be dropped without a word.
+        """Publish the first record, on an open channel.
 
-        The line must be open. Whatever else goes wrong with this first record, the reports will tell.
+        Raises `OperationRefused` where the broker's access control does not allow this identity to be a source: its
+        requests would be dropped silently. Other failures are left to the periodic reports.
         """
         try:
-            async with asyncio.timeout(_ADMITTED_S):
-                await self._publish(self._record())
+            async with asyncio.timeout(_ANNOUNCE_TIMEOUT_S):
+                await self._publish(self._current_record())
         except OperationRefused:
             raise
-        except Exception as error:  # noqa: BLE001 - as for every record
-            log.info("source %s was not told whether it may report: %s", self._birth.source, error or "no broker")
+        except Exception as error:  # noqa: BLE001 - reported by the periodic reports
+            log.info("source %s: first presence record not acknowledged: %s", self._record.source, error or "time-out")
 
     def start(self) -> None:
-        """Begin to report: now, each second, and whenever the connection has come back. The line must be open."""
-        self._begun_s = time.monotonic()
-        self._line.transport.on_reconnect(self._reconnected)
-        self._reporting = asyncio.create_task(self._keep_reporting(), name="standing")
+        """Start reporting: now, each second, and after each reconnection. The channel must be open."""
+        self._begin_s = time.monotonic()
+        self._channel.transport.on_reconnect(self._on_reconnect)
+        self._reporter = asyncio.create_task(self._report_periodically(), name="source-presence")
 
     async def stop(self) -> None:
-        """Say that the source has stopped, and take its record away: briefly. May be called twice; never raises."""
-        reporting, self._reporting = self._reporting, None
-        if reporting is None:
+        """Publish the state `stopped`, then clear the record. Waits a second at most, never raises; idempotent."""
+        reporter, self._reporter = self._reporter, None
+        if reporter is None:
             return
-        reporting.cancel()
-        await asyncio.gather(reporting, return_exceptions=True)
+        reporter.cancel()
+        await asyncio.gather(reporter, return_exceptions=True)
         self.state = "stopped"
         try:
-            async with asyncio.timeout(_FAREWELL_S):
-                await self._publish(self._record())
+            async with asyncio.timeout(_CLEAR_TIMEOUT_S):
+                await self._publish(self._current_record())
                 await self._publish(b"")
-        except Exception as error:  # noqa: BLE001 - it ends, and its results count for more than this
-            log.info("source %s could not say that it leaves: %s", self._birth.source, error or "no broker")
+        except Exception as error:  # noqa: BLE001 - the source ends anyway, and its results matter more
+            log.info("source %s: presence record not cleared: %s", self._record.source, error or "time-out")
 
-    async def _reconnected(self) -> None:
-        self._again.set()  # the broker may have forgotten it, or published its will
+    async def _on_reconnect(self) -> None:
+        self._report_now.set()  # the broker may have lost the record, or published the will
 
-    async def _keep_reporting(self) -> None:
+    async def _report_periodically(self) -> None:
         while True:
-            self._again.clear()
+            self._report_now.clear()
             try:
-                await self._publish(self._record())
-                self._pulse.touch()
-                self._told = False
-            except Exception as error:  # noqa: BLE001 - a record that cannot be told is no reason to stop working
-                if not self._told:
-                    log.warning("source %s could not report: %s", self._birth.source, error)
-                    self._told = True
-            # Not `wait_for`: up to Python 3.11 it loses a cancellation that comes together with what it waits for.
+                await self._publish(self._current_record())
+                self._liveness.touch()
+                self._warned = False
+            except Exception as error:  # noqa: BLE001 - requests go on without presence
+                if not self._warned:
+                    log.warning("source %s: cannot publish its presence record: %s", self._record.source, error)
+                    self._warned = True
+            # Not `wait_for`: before Python 3.12 it loses a cancellation that coincides with the end of the wait.
             with suppress(TimeoutError):
-                async with asyncio.timeout(_REPORT_EVERY_S):
-                    await self._again.wait()
+                async with asyncio.timeout(_REPORT_INTERVAL_S):
+                    await self._report_now.wait()
 
-    def _record(self) -> bytes:
-        up_s = round(time.monotonic() - self._begun_s, 3)
-        change = {"up_s": up_s, "state": self.state, "load": self._load()}
-        return self._birth.model_copy(update=change).to_bytes()
+    def _current_record(self) -> bytes:
+        up_s = round(time.monotonic() - self._begin_s, 3)
+        update = {"up_s": up_s, "state": self.state, "load": self._load()}
+        return self._record.model_copy(update=update).to_bytes()
 
     async def _publish(self, record: bytes) -> None:
-        expiring = Properties(expiry_s=RECORD_EXPIRY_S)
-        await self._line.transport.publish(self._topic, record, expiring, qos=1, retain=True)
+        properties = Properties(expiry_s=RECORD_EXPIRY_S)
+        await self._channel.transport.publish(self._topic, record, properties, qos=1, retain=True)

@@ -1,50 +1,44 @@
-"""What a source tells the monitor of its node: each request that has come to its end, with a result or without."""
+"""Telemetry of a source: one event for each request that has ended, with a result or with an error."""
 
 from __future__ import annotations
 
 import os
-import time
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.errors import RequestFailed, error_code
 from brokers.protocol.messages import Content
-from brokers.protocol.stage_timing import Hop
 from brokers.telemetry.client import EventClient, event_client_from_environment
 from sources.client.pending_request import PendingRequest
 
 
 def make_event_client(pipeline: Pipeline, name: str) -> EventClient:
-    """By which a source of this name tells the monitor that its environment names, or the one that is there."""
+    """The event client of source `name`; the environment names the monitor."""
     site = pipeline.source.site
     return event_client_from_environment(os.environ, "source", name, site=site, pipeline=pipeline.name, source=name)
 
 
 def emit_request_done(
-    events: EventClient,
-    flight: PendingRequest,
-    content: Content,
-    hops: tuple[Hop, ...] = (),
-    error: BaseException | None = None,
+    events: EventClient, request: PendingRequest, content: Content, error: BaseException | None
 ) -> None:
-    """A request has ended now: with a result that came by these hops, or with an error."""
-    latency_ms = 1000 * (time.monotonic() - flight.started_s)
-    # Clocks are of several machines, and of several batches: what is left is never less than nothing.
-    network_ms = max(0.0, latency_ms - sum(hop.total_ms for hop in hops)) if hops else 0.0
+    """Emit `request_done` for a request that has ended, with its result or with `error`."""
+    hops = () if error else request.result.hops
+    # The remainder of the round trip; hops are measured by other clocks, so it may come out negative.
+    network_ms = max(0.0, request.latency_ms - sum(hop.total_ms for hop in hops)) if hops else 0.0
     events.emit(
         "request_done",
-        request=flight.request_id,
-        latency_ms=round(latency_ms, 3),
+        request=request.request_id,
+        latency_ms=round(request.latency_ms, 3),
         network_ms=round(network_ms, 3),
-        attempts=flight.attempt,
+        attempts=request.attempt,
         bytes_out=content.nbytes,
-        error=error_name(error) if error else "",
+        error=failure_code(error) if error else "",
         hops=hops,
-        trace=flight.trace.trace_id,
-        span=flight.trace.span_id,
-        parent=flight.parent.span_id if flight.parent else "",
+        trace=request.trace.trace_id,
+        span=request.trace.span_id,
+        parent=request.parent.span_id if request.parent else "",
     )
 
 
-def error_name(error: BaseException) -> str:
-    """What a request ended with: what a stage said, or the class of ours."""
+def failure_code(error: BaseException) -> str:
+    """The code of what a request ended with; for `RequestFailed` that of the failure at the stage."""
     return error.error if isinstance(error, RequestFailed) else error_code(error)

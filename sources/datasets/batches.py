@@ -1,4 +1,4 @@
-"""Examples in batches, each a pure function of the step's number, so that a step can be done again after a crash."""
+"""Batches of a data set, each a function of its step number only, so that a step can be repeated after a crash."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from brokers.errors import UsageError
 from sources.datasets.dataset import Examples, Inputs, Labels
-from sources.errors import CannotAugment
 
-SHIFT_DIVISOR = 8  # pictures are shifted by up to an eighth of their side: the 4 pixels that are usual for CIFAR's 32
-# Streams of random numbers below one seed. The stream stands before the number that counts: numpy fills a short seed
-# with zeros, so that (seed, 1) and (seed, 1, 0) would be the same.
-ORDER_STREAM, AUGMENTATION_STREAM = 0, 1
+SHIFT_DIVISOR = 8  # augmentation shifts by up to an eighth of the side: the usual 4 pixels for the 32 of CIFAR
+# Random streams below one seed. The stream precedes the step number: numpy pads a short seed with zeros, so (seed, 1)
+# and (seed, 1, 0) would be equal.
+ORDER_STREAM = 0
+AUGMENTATION_STREAM = 1
 
 
 class Batches:
-    """The batches of as many epochs as are asked for.
+    """The batches of any number of epochs.
 
-    An epoch has each example once; its last batch is smaller where the rows do not divide. `seed`, with the number of
-    the epoch or the step, decides the order (`shuffle`) and how pictures are changed (`augment`): they are shifted by
-    up to an eighth of their side, black coming in, and half of them mirrored where that keeps their sense (`mirrors`).
-    Raises `CannotAugment` for inputs that are no pictures.
+    An epoch has each example once; its last batch is smaller if `batch` does not divide their number. `seed` with the
+    number of the epoch or step determines the order (`shuffle`) and the augmentation (`augment`): a shift by up to an
+    eighth of the side, filled with black, and with `horizontal_flip` a mirror image for half of the pictures.
+
+    Raises `UsageError` ("CannotAugment") for inputs that are not pictures.
     """
 
     def __init__(
@@ -36,17 +38,22 @@ class Batches:
         horizontal_flip: bool = False,
     ) -> None:
         if augment and examples.inputs.ndim != 4:
-            raise CannotAugment(examples.inputs.shape[1:])
-        self._examples, self._batch = examples, batch
+            shape = list(examples.inputs.shape[1:])
+            message = f"only pictures (C, H, W) can be augmented, the inputs of this data set are {shape}"
+            raise UsageError("CannotAugment", message, key="training.augment")
+        self._examples = examples
+        self._batch = batch
         self._seed = seed % 2**64  # numpy's seeds are not negative
-        self._shuffle, self._augment, self._mirrors = shuffle, augment, horizontal_flip
+        self._shuffle = shuffle
+        self._augment = augment
+        self._horizontal_flip = horizontal_flip
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self._examples) // self._batch)
 
     def batch(self, step: int) -> tuple[Inputs, Labels]:
-        """The inputs (B, ...) and labels (B,) of a step, counted from 0 over all epochs: memory of the caller's own."""
+        """Copies of the inputs (B, ...) and labels (B,) of a step, counted from 0 over all epochs."""
         epoch, index = divmod(step, self.steps_per_epoch)
         rows = self._order(epoch)[index * self._batch : (index + 1) * self._batch]
         inputs, labels = self._examples.inputs[rows], self._examples.labels[rows]
@@ -55,28 +62,28 @@ class Batches:
         return inputs, labels
 
     def _order(self, epoch: int) -> NDArray[numpy.int64]:
-        """The rows of an epoch, in its order, (N,)."""
+        """The row numbers of an epoch in its order, (N,)."""
         if not self._shuffle:
             return numpy.arange(len(self._examples))
         return numpy.random.default_rng((self._seed, ORDER_STREAM, epoch)).permutation(len(self._examples))
 
     def _augmented(self, pictures: NDArray[Any], random: numpy.random.Generator) -> NDArray[Any]:
-        """Pictures (B, C, H, W), each shifted and maybe mirrored, in one gather."""
+        """Shift and mirror pictures (B, C, H, W) in one gather."""
         count, _, height, width = pictures.shape
         down, right = height // SHIFT_DIVISOR, width // SHIFT_DIVISOR
         padded = numpy.pad(pictures, ((0, 0), (0, 0), (down, down), (right, right)))
         rows = random.integers(0, 2 * down + 1, (count, 1)) + numpy.arange(height)  # (B, H)
         columns = random.integers(0, 2 * right + 1, (count, 1)) + numpy.arange(width)  # (B, W)
-        if self._mirrors:
-            mirrored = random.random((count, 1)) < 0.5
-            columns = numpy.where(mirrored, columns[:, ::-1], columns)
+        if self._horizontal_flip:
+            flipped = random.random((count, 1)) < 0.5
+            columns = numpy.where(flipped, columns[:, ::-1], columns)
         picture = numpy.arange(count)[:, numpy.newaxis, numpy.newaxis]
-        taken = padded[picture, :, rows[:, :, numpy.newaxis], columns[:, numpy.newaxis, :]]  # (B, H, W, C)
-        return numpy.ascontiguousarray(taken.transpose(0, 3, 1, 2))
+        augmented = padded[picture, :, rows[:, :, numpy.newaxis], columns[:, numpy.newaxis, :]]  # (B, H, W, C)
+        return numpy.ascontiguousarray(augmented.transpose(0, 3, 1, 2))
 
 
 def split_micro_batches(inputs: Inputs, labels: Labels, count: int) -> list[tuple[Inputs, Labels]]:
-    """A batch in `count` pieces in order, views of nearly equal size; where it has fewer rows, in a piece for each."""
-    pieces = min(count, len(labels))
-    rows: list[Any] = numpy.array_split(inputs, pieces)  # numpy's types forget the dtype
-    return list(zip(rows, numpy.array_split(labels, pieces), strict=True))
+    """Split a batch into `count` views of nearly equal size, in order; fewer if it has fewer rows."""
+    count = min(count, len(labels))
+    split_inputs: list[Any] = numpy.array_split(inputs, count)  # numpy's types lose the dtype
+    return list(zip(split_inputs, numpy.array_split(labels, count), strict=True))

@@ -1,4 +1,4 @@
-"""A data set: examples with labels, some to train on and some to test with."""
+"""Dataset: the interface of everything that provides labelled examples, for training and for testing."""
 
 from __future__ import annotations
 
@@ -8,49 +8,59 @@ from typing import Any, Protocol
 import numpy
 from numpy.typing import NDArray
 
-from sources.errors import BadArray, CountsDiffer, NoExamples
+from brokers.errors import UsageError
 
-Inputs = NDArray[numpy.uint8] | NDArray[numpy.float32]  # pictures (N, C, H, W) of bytes, or anything (N, ...) of floats
-Labels = NDArray[numpy.int64]  # (N,): which of the classes
+Inputs = NDArray[numpy.uint8] | NDArray[numpy.float32]
+Labels = NDArray[numpy.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Examples:
-    """Inputs and their labels, one row each, at least one.
+    """N inputs and their labels, N at least 1.
 
-    `pictures` is uint8 (N, C, H, W), which the network's own normalisation scales, or float32 (N, ...), which goes into
-    the network as it is. Raises `BadArray`, `CountsDiffer` and `NoExamples`.
+    Args:
+        inputs: pictures, uint8 (N, C, H, W), which the network normalises itself, or any float32 (N, ...).
+        labels: class indices, int64 (N,).
+
+    Raises `UsageError`: "BadArray" for another dtype or shape, "CountsDiffer", "NoExamples".
     """
 
     inputs: Inputs
     labels: Labels
 
     def __post_init__(self) -> None:
-        pictures: NDArray[Any] = self.inputs
-        if pictures.dtype not in (numpy.uint8, numpy.float32) or not pictures.ndim:
-            expected = "uint8 (N, C, H, W) or float32 (N, ...)"
-            raise BadArray("inputs", expected, str(pictures.dtype), pictures.shape)
-        if pictures.dtype == numpy.uint8 and pictures.ndim != 4:
-            raise BadArray("pictures", "uint8 (N, C, H, W)", "uint8", pictures.shape)
+        inputs: NDArray[Any] = self.inputs
+        if inputs.dtype not in (numpy.uint8, numpy.float32) or not inputs.ndim:
+            raise _bad_array("inputs", inputs, "uint8 (N, C, H, W) or float32 (N, ...)")
+        if inputs.dtype == numpy.uint8 and inputs.ndim != 4:
+            raise _bad_array("pictures", inputs, "uint8 (N, C, H, W)")
         if self.labels.dtype != numpy.int64 or self.labels.ndim != 1:
-            raise BadArray("labels", "int64 (N,)", str(self.labels.dtype), self.labels.shape)
-        if len(pictures) != len(self.labels):
-            raise CountsDiffer(len(pictures), len(self.labels))
-        if not len(pictures):
-            raise NoExamples()
+            raise _bad_array("labels", self.labels, "int64 (N,)")
+        if len(inputs) != len(self.labels):
+            message = f"a data set with {len(inputs)} inputs has {len(self.labels)} labels, expected one for each input"
+            raise UsageError("CountsDiffer", message, key="source.kind")
+        if not len(inputs):
+            message = "a data set has no examples, expected at least one for training and one for testing"
+            raise UsageError("NoExamples", message, key="source.kind")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first(self, count: int | None) -> Examples:
-        """The first `count` of them; None: all."""
+        """The first `count` examples; all for None."""
         return Examples(self.inputs[:count], self.labels[:count])
 
 
-class Dataset(Protocol):
-    """Where examples come from. Derive from it, or look like it; a pipeline file names it as `"package.module:Class"`.
+def _bad_array(what: str, array: NDArray[Any], expected: str) -> UsageError:
+    message = f"the {what} of a data set are {array.dtype} {list(array.shape)}, expected {expected}"
+    return UsageError("BadArray", message, key="source.kind")
 
-    A whole one, whose `settings` in the file are the arguments of `__init__`:
+
+class Dataset(Protocol):
+    """Provides labelled examples. Subclass it, or provide the same attributes.
+
+    A pipeline file names your class as `kind = "package.module:Class"`; it is created as `Class(**settings)`. A
+    complete data set:
 
         class Waves(Dataset):
             name = "waves"
@@ -68,14 +78,14 @@ class Dataset(Protocol):
 
     name: str
     classes: tuple[str, ...]
-    """What the labels 0, 1, ... stand for."""
+    """Class names by label: 0, 1, ..."""
     horizontal_flip: bool = False
-    """Whether a picture keeps its sense in a mirror: a cat does, a digit does not."""
+    """Whether augmentation may mirror a picture: a mirrored cat is a cat, a mirrored digit is not a digit."""
 
     def train(self) -> Examples:
-        """What a network learns from, the same at every call. Raise a `UsageError` when it cannot be had."""
+        """The training examples, the same at every call. Raise `UsageError` if they cannot be loaded."""
         ...
 
     def test(self) -> Examples:
-        """What it is judged by, none of it among what `train` gives."""
+        """The test examples, none of them among the training examples."""
         ...

@@ -1,4 +1,4 @@
-"""A data set whose examples are looked at before a network is: a wrong label is one line, and no crash far away."""
+"""Validation of a data set when it is loaded: a wrong label is one error line here, not a crash in a remote stage."""
 
 from __future__ import annotations
 
@@ -10,42 +10,53 @@ import numpy
 from brokers.errors import UsageError
 from brokers.process.import_string import describe_exception
 from sources.datasets.dataset import Dataset, Examples
-from sources.errors import BadSourceClass, LabelOutOfRange
+
+
+def bad_class(kind: str, reason: str) -> UsageError:
+    """The error for a source or data set class of the user that cannot be used."""
+    return UsageError("BadSourceClass", f"source {kind!r}: {reason}", key="source.kind", kind=kind)
 
 
 class CheckedDataset(Dataset):
-    """Another data set, named by `kind` in a pipeline file, of which at most `limit` examples are trained on.
+    """Wraps the data set that a pipeline file names as `kind`; at most `limit` examples are trained on.
 
-    Raises `BadSourceClass` for what is no data set, and for whatever a user's own raises; `LabelOutOfRange`, which
-    names the first label that has no class; what `Examples` and the data set itself raise.
+    Raises `UsageError`: "BadSourceClass" for attributes of a wrong type and any exception of the user's code,
+    "LabelOutOfRange" for the first label without a class, and what `Examples` and the data set raise.
     """
 
-    def __init__(self, dataset: Dataset, kind: str, base: Path, limit: int | None = None) -> None:
-        self._dataset, self._kind, self._base, self._limit = dataset, kind, base, limit
-        self.name, self.horizontal_flip = str(dataset.name), bool(dataset.horizontal_flip)
+    def __init__(self, dataset: Dataset, kind: str, folder: Path, limit: int | None = None) -> None:
+        self._dataset = dataset
+        self._kind = kind
+        self._folder = folder
+        self._limit = limit
+        self.name = str(dataset.name)
+        self.horizontal_flip = bool(dataset.horizontal_flip)
         classes: object = dataset.classes
         if not (isinstance(classes, tuple | list) and classes and all(isinstance(name, str) for name in classes)):
-            raise BadSourceClass(kind, f"its 'classes' are {classes!r}, expected a tuple of names")
+            raise bad_class(kind, f"its 'classes' are {classes!r}, expected a tuple of names")
         self.classes = tuple(classes)
 
     def train(self) -> Examples:
-        return self._checked("train", self._dataset.train).first(self._limit)
+        return self._load("train", self._dataset.train).first(self._limit)
 
     def test(self) -> Examples:
-        return self._checked("test", self._dataset.test)
+        return self._load("test", self._dataset.test)
 
-    def _checked(self, part: str, load: Callable[[], object]) -> Examples:
+    def _load(self, subset: str, load: Callable[[], object]) -> Examples:
         try:
             examples = load()
         except UsageError:
             raise
-        except Exception as error:  # whatever a user's own code raises, its author needs to see: which class, and what
-            raise BadSourceClass(self._kind, describe_exception(error, self._base)) from error
+        except Exception as error:  # the user's code may raise anything: report the exception and its line
+            raise bad_class(self._kind, describe_exception(error, self._folder)) from error
         if not isinstance(examples, Examples):
-            given = type(examples).__name__
-            raise BadSourceClass(self._kind, f"its {part}() gave {given}, expected sources.datasets.dataset.Examples")
+            raise bad_class(self._kind, f"{subset}() returned {type(examples).__name__}, expected sources.Examples")
         wrong = (examples.labels < 0) | (examples.labels >= len(self.classes))
         if wrong.any():
             index = int(numpy.argmax(wrong))
-            raise LabelOutOfRange(self.name, part, index, int(examples.labels[index]), len(self.classes))
+            message = (
+                f"data set {self.name!r}: label {index} of {subset}() is {examples.labels[index]}, "
+                f"expected 0 to {len(self.classes) - 1} for {len(self.classes)} classes"
+            )
+            raise UsageError("LabelOutOfRange", message, key="source.kind", index=index)
         return examples

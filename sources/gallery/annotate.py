@@ -1,4 +1,4 @@
-"""Results drawn into their pictures: boxes with labels for detections, a panel with bars for classes."""
+"""Draws results into their pictures: boxes with labels for detections, a panel of bars for classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from sources.inputs.sample import RgbImage
+from brokers.process.image_decode import Picture
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -17,8 +17,8 @@ Colour = tuple[int, int, int]
 
 DARK: Colour = (16, 18, 22)
 LIGHT: Colour = (240, 242, 246)
-TEXT_BACKDROP = (*DARK, 190)  # behind text that stands in the picture
-# Bright and far apart, so that dark text can be read on each, and each can be seen on a street, a lawn and a night sky.
+TEXT_BACKDROP = (*DARK, 190)
+# Bright and distinct: dark text is readable on each, and each stands out against a street, a lawn and a night sky.
 PALETTE: tuple[Colour, ...] = (
     (255, 176, 0),
     (0, 200, 255),
@@ -35,24 +35,34 @@ PALETTE: tuple[Colour, ...] = (
 )
 MAX_CLASSES = 3
 MIN_TEXT_PX = 13
-_SEED = 46678  # chosen so that what moves in a street (person, bicycle, car, bus, truck, dog, ...) differs in colour
+_SEED = 46678  # chosen so that the frequent labels of a street (person, bicycle, car, bus, ...) differ in colour
 
 
 def label_colour(label: str) -> Colour:
-    """Return the colour of a label: the same in every picture, process and run."""
+    """The colour of a label, the same in every picture, process and run."""
     return PALETTE[zlib.crc32(label.encode(), _SEED) % len(PALETTE)]
 
 
 @functools.lru_cache(maxsize=32)
 def load_font(size: int) -> Font:
-    """Return Pillow's own scalable font: no font needs to be installed."""
+    """Pillow's built-in scalable font: no font needs to be installed."""
     return ImageFont.load_default(size)
 
 
-def annotate(picture: RgbImage, result: Mapping[str, Any], width: int, *, caption: bool = True) -> Image.Image:
-    """Return the picture (H, W, 3) at this width with its result drawn in; its boxes are in pixels of `picture`.
+def fit_image(image: Image.Image, size: tuple[int, int], background: Colour) -> Image.Image:
+    """Scale an image to fit into `size`, centred between bars of the background colour."""
+    # Not ImageOps.pad, which fails where a side of an extremely long image is rounded to 0 pixels.
+    scale = min(size[0] / image.width, size[1] / image.height)
+    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    page = Image.new("RGB", size, background)
+    page.paste(image.resize(inner, Image.Resampling.LANCZOS), ((size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2))
+    return page
 
-    `badge` adds the number of the picture, of its objects, and their age, unless classes take its place.
+
+def annotate(picture: Picture, result: Mapping[str, Any], width: int, *, caption: bool = True) -> Image.Image:
+    """Return `picture`, (H, W, 3), scaled to `width` with its result drawn in; boxes are in pixels of `picture`.
+
+    `caption` adds the picture's index, its number of objects and its age, where no classes are drawn.
     """
     scale = width / picture.shape[1]
     image = Image.fromarray(picture)
@@ -66,7 +76,7 @@ def annotate(picture: RgbImage, result: Mapping[str, Any], width: int, *, captio
     if result.get("classes"):
         _draw_classes(draw, image.size, result["classes"], text_px)
     elif caption:
-        _draw_badge(draw, image.size, _badge_text(result, len(objects)), text_px)
+        _draw_caption(draw, image.size, _caption(result, len(objects)), text_px)
     return image
 
 
@@ -74,25 +84,25 @@ def _draw_objects(
     draw: ImageDraw.ImageDraw, size: tuple[int, int], objects: Sequence[Mapping[str, Any]], scale: float, text_px: int
 ) -> None:
     ranked = sorted(objects, key=lambda item: float(item["score"]), reverse=True)
-    boxes = [_scaled(item["box"], scale, size) for item in ranked]
+    boxes = [_scaled_box(item["box"], scale, size) for item in ranked]
     line_px = max(2, round(text_px / 7))
-    for item, box in zip(reversed(ranked), reversed(boxes), strict=True):  # the surest is drawn last, on top
-        grown = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
-        draw.rounded_rectangle(grown, radius=line_px * 2 + 1, outline=(*DARK, 150), width=line_px + 2)
+    for item, box in zip(reversed(ranked), reversed(boxes), strict=True):  # the highest score on top
+        outline = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
+        draw.rounded_rectangle(outline, radius=line_px * 2 + 1, outline=(*DARK, 150), width=line_px + 2)
         draw.rounded_rectangle(box, radius=line_px * 2, outline=label_colour(item["label"]), width=line_px)
-    taken: list[Box] = []
-    for item, box in zip(ranked, boxes, strict=True):  # the surest chooses the place of its label first
+    occupied: list[Box] = []
+    for item, box in zip(ranked, boxes, strict=True):  # the highest score chooses the place of its label first
         text = f"{item['label']} {float(item['score']):.0%}"
-        place = _place(_label_size(text, text_px), box, size, taken)
-        taken.append(place)
+        place = _label_place(_label_size(text, text_px), box, size, occupied)
+        occupied.append(place)
         draw.rounded_rectangle(place, radius=text_px // 4, fill=label_colour(item["label"]))
         draw.text((place[0] + text_px * 0.4, (place[1] + place[3]) / 2), text, DARK, load_font(text_px), anchor="lm")
 
 
-def _scaled(box: Sequence[float], scale: float, size: tuple[int, int]) -> Box:
-    """A box [left, top, width, height] as its corners in the drawn picture, inside of it."""
-    left, top, wide, high = (float(value) * scale for value in box)
-    right, bottom = min(size[0] - 1.0, left + wide), min(size[1] - 1.0, top + high)
+def _scaled_box(box: Sequence[float], scale: float, size: tuple[int, int]) -> Box:
+    """The corners, within the drawn picture, of a box [left, top, width, height]."""
+    left, top, width, height = (float(value) * scale for value in box)
+    right, bottom = min(size[0] - 1.0, left + width), min(size[1] - 1.0, top + height)
     left, top = max(0.0, left), max(0.0, top)
     return left, top, max(left, right), max(top, bottom)
 
@@ -101,20 +111,21 @@ def _label_size(text: str, text_px: int) -> tuple[float, float]:
     return load_font(text_px).getlength(text) + text_px * 0.8, text_px * 1.45
 
 
-def _place(label: tuple[float, float], box: Box, size: tuple[int, int], taken: Sequence[Box]) -> Box:
-    """Above the box, else inside its top, else below it: the first of these that is in the picture and free."""
-    wide, high = label
-    left = max(0.0, min(box[0], size[0] - wide))
-    tops = [top for top in (box[1] - high - 1, box[1] + 2, box[3] + 1, box[3] - high - 2) if 0 <= top <= size[1] - high]
-    places = [(left, top, left + wide, top + high) for top in tops or [0.0]]
-    return next((place for place in places if not any(_overlap(place, other) for other in taken)), places[0])
+def _label_place(label: tuple[float, float], box: Box, size: tuple[int, int], occupied: Sequence[Box]) -> Box:
+    """The first free place within the picture: above the box, inside its top, below it, inside its bottom."""
+    width, height = label
+    left = max(0.0, min(box[0], size[0] - width))
+    tops = (box[1] - height - 1, box[1] + 2, box[3] + 1, box[3] - height - 2)
+    within = [top for top in tops if 0 <= top <= size[1] - height]
+    places = [(left, top, left + width, top + height) for top in within or [0.0]]
+    return next((place for place in places if not any(_overlap(place, other) for other in occupied)), places[0])
 
 
 def _overlap(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
-def _badge_text(result: Mapping[str, Any], objects: int) -> str:
+def _caption(result: Mapping[str, Any], objects: int) -> str:
     parts = [f"#{result['index']}"] if "index" in result else []
     parts.append(f"{objects} object{'' if objects == 1 else 's'}" if objects else "nothing found")
     if result.get("age_ms") is not None:
@@ -122,11 +133,11 @@ def _badge_text(result: Mapping[str, Any], objects: int) -> str:
     return "   ".join(parts)
 
 
-def _draw_badge(draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, text_px: int) -> None:
-    wide, high = _label_size(text, text_px)
-    left, top = text_px * 0.5, size[1] - high - text_px * 0.5
-    draw.rounded_rectangle((left, top, left + wide, top + high), radius=text_px // 3, fill=TEXT_BACKDROP)
-    draw.text((left + text_px * 0.4, top + high / 2), text, LIGHT, load_font(text_px), anchor="lm")
+def _draw_caption(draw: ImageDraw.ImageDraw, size: tuple[int, int], text: str, text_px: int) -> None:
+    width, height = _label_size(text, text_px)
+    left, top = text_px * 0.5, size[1] - height - text_px * 0.5
+    draw.rounded_rectangle((left, top, left + width, top + height), radius=text_px // 3, fill=TEXT_BACKDROP)
+    draw.text((left + text_px * 0.4, top + height / 2), text, LIGHT, load_font(text_px), anchor="lm")
 
 
 def _draw_classes(
@@ -136,16 +147,15 @@ def _draw_classes(
     font = load_font(text_px)
     label_px = min(size[0] * 0.5, max(font.getlength(str(item["label"])) for item in shown))
     bar_px, gap = size[0] * 0.16, text_px * 0.6
-    wide = label_px + bar_px + font.getlength("100%") + 4 * gap
+    width = label_px + bar_px + font.getlength("100%") + 4 * gap
     row_px = text_px * 1.5
     left, top = gap, size[1] - row_px * len(shown) - 2 * gap
-    draw.rounded_rectangle((left, top, left + wide, size[1] - gap), radius=text_px // 3, fill=TEXT_BACKDROP)
+    draw.rounded_rectangle((left, top, left + width, size[1] - gap), radius=text_px // 3, fill=TEXT_BACKDROP)
     for row, item in enumerate(shown):
         score = min(1.0, max(0.0, float(item["score"])))
         middle = top + gap / 2 + row_px * (row + 0.5)
+        begin = left + label_px + 2 * gap
         draw.text((left + gap, middle), str(item["label"]), LIGHT, font, anchor="lm")
-        start = left + label_px + 2 * gap
-        draw.rectangle((start, middle - text_px / 3, start + bar_px, middle + text_px / 3), fill=(255, 255, 255, 40))
-        end = start + bar_px * score
-        draw.rectangle((start, middle - text_px / 3, end, middle + text_px / 3), fill=label_colour(str(item["label"])))
-        draw.text((start + bar_px + gap, middle), f"{score:.0%}", LIGHT, font, anchor="lm")
+        for length, colour in ((bar_px, (255, 255, 255, 40)), (bar_px * score, label_colour(str(item["label"])))):
+            draw.rectangle((begin, middle - text_px / 3, begin + length, middle + text_px / 3), fill=colour)
+        draw.text((begin + bar_px + gap, middle), f"{score:.0%}", LIGHT, font, anchor="lm")

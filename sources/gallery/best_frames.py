@@ -1,4 +1,4 @@
-"""The best of a stream whose length nobody knows, spread over its time, in bounded memory."""
+"""Selects the best items of a stream of unknown length, spread over its whole duration, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ScoredItem(Generic[T]):
-    """One item that is kept: where in the stream it was, and how good it is."""
+    """An item with its position in the stream and its score."""
 
     position: int
     score: float
@@ -19,49 +19,48 @@ class ScoredItem(Generic[T]):
 
 
 class BestFrames(Generic[T]):
-    """Keeps the best item of each stretch of the stream.
+    """Keeps the best item of each interval of the stream.
 
-    There are at most `4 * keep` stretches. When the stream outgrows them each two neighbours become one: stretches
-    double in length, and of two best ones the better stays.
+    There are at most `4 * keep` intervals. When the stream outgrows them, pairs of neighbours are merged: intervals
+    double in length, and the better item of each pair stays.
     """
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
-        self._length = 1  # of a stretch, in items
+        self._interval = 1  # in items
         self._count = 0
         self._best_score = 0.0
-        self._best: dict[int, ScoredItem[T]] = {}
+        self._best: dict[int, ScoredItem[T]] = {}  # by number of the interval
 
     def offer(self, score: float, make: Callable[[], T]) -> None:
-        """Take the next item of the stream into account; `make` is called only if it is kept for now."""
+        """Consider the next item of the stream; `make` creates it if it is the best of its interval so far."""
         position, self._count = self._count, self._count + 1
         if score <= 0 and self._best_score > 0:
-            return  # it would not be shown
+            return  # `best` would not return it
         self._best_score = max(self._best_score, score)
-        if position >= 4 * self._keep * self._length:
-            self._double()
-        rival = self._best.get(position // self._length)
-        if rival is None or score > rival.score:
-            self._best[position // self._length] = ScoredItem(position, score, make())
+        if position >= 4 * self._keep * self._interval:
+            self._double_interval()
+        best = self._best.get(position // self._interval)
+        if best is None or score > best.score:
+            self._best[position // self._interval] = ScoredItem(position, score, make())
 
     def best(self) -> list[ScoredItem[T]]:
-        """The `keep` best items in the order of the stream; items of score 0 only when there are no others.
+        """The `keep` best items in stream order; items of score 0 only where there are no others.
 
-        Of two that stand on either side of a border between stretches, and so look alike, the better is enough.
+        Of two items less than half an interval apart, which look alike, only the better one is chosen.
         """
-        ranked = sorted(self._best.values(), key=lambda kept: (-kept.score, kept.position))
+        ranked = sorted(self._best.values(), key=lambda item: (-item.score, item.position))
         chosen: list[ScoredItem[T]] = []
-        for kept in [kept for kept in ranked if kept.score > 0] or ranked:
-            if len(chosen) < self._keep and all(
-                abs(kept.position - other.position) * 2 >= self._length for other in chosen
-            ):
-                chosen.append(kept)
-        return sorted(chosen, key=lambda kept: kept.position)
+        for item in [item for item in ranked if item.score > 0] or ranked:
+            distances = [abs(item.position - other.position) for other in chosen]
+            if len(chosen) < self._keep and all(2 * distance >= self._interval for distance in distances):
+                chosen.append(item)
+        return sorted(chosen, key=lambda item: item.position)
 
-    def _double(self) -> None:
-        self._length *= 2
-        rivals, self._best = self._best, {}
-        for kept in rivals.values():
-            other = self._best.get(kept.position // self._length)
-            if other is None or kept.score > other.score:
-                self._best[kept.position // self._length] = kept
+    def _double_interval(self) -> None:
+        self._interval *= 2
+        items, self._best = self._best.values(), {}
+        for item in items:
+            other = self._best.get(item.position // self._interval)
+            if other is None or item.score > other.score:
+                self._best[item.position // self._interval] = item

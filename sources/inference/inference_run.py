@@ -1,246 +1,201 @@
-"""From samples to published results: keeps the pipeline full, reports in order, and never lets a backlog grow."""
+"""An inference run: samples in, published results out, with the pipeline kept full and every queue bounded."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from brokers.errors import DeadlinePassed, Disconnected, RequestFailed, SparseError
-from brokers.protocol.messages import JSON, BinaryContent, Content
+from brokers.protocol.messages import JSON
 from brokers.protocol.result_json import content_to_dict, encode_json, timing_to_dict
 from brokers.protocol.topics import results_topic
 from brokers.protocol.transport import Properties
-from sources.client.offloader import Offloader, OffloadResult
-from sources.conversion import to_content
+from sources.client.inflight_limit import Slot
+from sources.client.offloader import Offloader
+from sources.client.pending_request import PendingRequest
+from sources.client.telemetry import failure_code
 from sources.inference.run_stats import InferenceRunStats
 from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Source
 
 log = logging.getLogger(__name__)
 
-# Samples that are answered and wait for the recorder, or for those before them; the pipeline waits from here on. Those
-# that are still worked on come on top: it is the window that says how many, and it grows with the workers.
+# Results that wait for the recorder, or for earlier ones, before the run stops taking samples. Samples in flight come
+# on top: their number is that of the window, which grows with the workers.
 _UNRECORDED_LIMIT = 32
 
-
-@dataclass(frozen=True, slots=True)
-class SampleResult:
-    """What became of one sample: the JSON that was published for it."""
-
-    sample: Sample
-    result: dict[str, Any]
+_Outcome = tuple[Sample, dict[str, Any]]  # and the result that was published for it
 
 
 class InferenceRun:
-    """Sends what an intake gives through an offloader. `record` gets each report, in a thread of its own.
+    """Sends the samples of a buffer through an offloader and publishes each result as JSON.
 
-    In order where every sample counts. Those of a live source as they come: one that waits for a worker that hangs
-    holds up no other.
+    `record` is called with each sample and its result in a thread, in order; with `keep = "latest"` in the order of
+    completion, so that a sample that waits for a frozen worker delays no other.
     """
 
     def __init__(
-        self, offloader: Offloader, intake: SampleBuffer, record: Callable[[SampleResult], None] | None = None
+        self,
+        offloader: Offloader,
+        buffer: SampleBuffer,
+        record: Callable[[Sample, dict[str, Any]], None] = lambda sample, result: None,
     ) -> None:
         self.stats = InferenceRunStats()
-        self._offload = offloader
-        self._intake = intake
+        self._offloader = offloader
+        self._buffer = buffer
         self._record = record
-        self._unrecorded: asyncio.Queue[asyncio.Task[SampleResult]] = asyncio.Queue()
-        self._begun = 0  # samples that were taken and are not recorded yet
+        self._tasks: set[asyncio.Task[_Outcome | None]] = set()
+        self._unrecorded: asyncio.Queue[asyncio.Future[_Outcome | None]] = asyncio.Queue()
+        self._unrecorded_count = 0  # samples that were taken and are not recorded yet
         self._recorded = asyncio.Event()
-        self._working: set[asyncio.Task[SampleResult]] = set()
 
     async def run(self) -> None:
-        """Work until the intake ends, and everything that was sent is answered and recorded."""
-        recording = asyncio.create_task(self._record_all(), name="recording")
+        """Process samples until the buffer is closed and every result is published and recorded."""
+        recorder = asyncio.create_task(self._record_results(), name="recorder")
         try:
-            while (sample := await self._next()) is not None:
-                working = asyncio.create_task(self._serve(sample), name=f"sample-{sample.source}-{sample.index}")
-                self._working.add(working)
-                working.add_done_callback(self._working.discard)
-                if self._intake.keeps_latest:
-                    working.add_done_callback(self._unrecorded.put_nowait)
-                else:
-                    self._unrecorded.put_nowait(working)
-            if self._working:
-                await asyncio.wait(self._working)
+            while await self._start_next():
+                pass
+            if self._tasks:
+                await asyncio.wait(self._tasks)
             await self._unrecorded.join()
         finally:
-            recording.cancel()
-            await asyncio.gather(recording, return_exceptions=True)
+            unfinished = [recorder, *self._tasks]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
 
-    async def _next(self) -> Sample | None:
-        """The next sample, once there is room for it: the newest of a live source is then what is sent."""
-        window = self._offload.inflight_limit
-        await self._begin()
-        await window.acquire(self._offload.pipeline.source.priority)
-        sample = None
-        try:
-            sample = await self._intake.get()
-        finally:
-            if sample is None:
-                window.release()
-        return sample
+    async def reject(self, source: str, rejection: dict[str, Any]) -> bool:
+        """Publish the rejection of an input that could not be decoded; it counts as a failed request.
 
-    async def _begin(self) -> None:
-        """Wait until so little is unrecorded that one more may come."""
-        while self._begun >= self._offload.inflight_limit.limit + _UNRECORDED_LIMIT:
-            self._recorded.clear()
-            await self._recorded.wait()
-        self._begun += 1
-
-    async def _serve(self, sample: Sample) -> SampleResult:
-        """Work on a sample until its answer is published; only then is it settled."""
-        try:
-            report, answered = await self._work(sample)
-        except Exception:  # a mistake of ours, which would meet this sample again and again
-            if sample.ack:
-                sample.ack()
-            raise
-        if sample.ack and answered:
-            sample.ack()
-        return report
-
-    async def _work(self, sample: Sample) -> tuple[SampleResult, bool]:
-        self.stats.record_request(time.monotonic())
-        left = False
-        try:
-            answer = await self._ask(sample)
-            found = self._found(answer)
-        except SparseError as error:
-            found = _refusal(error)
-            self.stats.record_failure(found["error"], time.monotonic())
-            left = sample.ack is not None and isinstance(error, Disconnected)  # to whoever takes our place
-        else:
-            self.stats.record_result(answer.latency_ms, answer.hops, time.monotonic())
-        result = {
-            "source": sample.source,
-            "index": sample.index,
-            "pipeline": self._offload.pipeline.name,
-            **found,
-            "age_ms": round(1000 * (time.monotonic() - sample.timestamp_s), 1),
-            "dropped": self._intake.dropped.total(),
-            **({"redelivered": True} if sample.redelivered else {}),
-        }
-        answered = not left and await self.publish(sample.source, result)
-        return SampleResult(sample, result), answered
-
-    async def _ask(self, sample: Sample) -> OffloadResult:
-        try:
-            content = sample_content(sample)
-        except BaseException:
-            self._offload.inflight_limit.release()
-            raise
-        return await self._offload.request(content, source=sample.source, slot_acquired=True, parent=sample.trace)
-
-    async def reject(self, source: str, refusal: dict[str, Any]) -> bool:
-        """What a client published is nothing to work on: it counts as a request that failed, and is told so.
-
-        Returns as `publish` does.
+        Returns what `publish` returns.
         """
         now_s = time.monotonic()
         self.stats.record_request(now_s)
-        self.stats.record_failure(str(refusal["error"]), now_s)
-        answered = await self.publish(source, refusal)
-
-        async def report() -> SampleResult:
-            return SampleResult(Sample(source, int(refusal["index"]), b"", ""), refusal)
-
-        await self._begin()
-        self._unrecorded.put_nowait(asyncio.create_task(report(), name=f"refused-{source}"))
-        return answered
+        self.stats.record_failure(str(rejection["error"]), now_s)
+        published = await self.publish(source, rejection)
+        await self._bound_unrecorded()
+        outcome = asyncio.get_running_loop().create_future()
+        outcome.set_result((Sample(source, int(rejection["index"]), b"", ""), rejection))
+        self._unrecorded.put_nowait(outcome)
+        return published
 
     async def publish(self, source: str, result: dict[str, Any]) -> bool:
-        """One JSON object on the results topic of `source`, for any MQTT client.
+        """Publish a JSON object on the results topic of `source`.
 
-        Returns False when the line was closed before the broker had it: another time it may get there.
+        Returns False if the connection was closed before the broker acknowledged it: it should be tried again later.
         """
-        topic = results_topic(self._offload.pipeline.source.site, source)
+        topic = results_topic(self._offloader.pipeline.source.site, source)
         try:
-            await self._offload.channel.transport.publish(topic, encode_json(result), Properties(JSON), qos=1)
+            await self._offloader.channel.transport.publish(topic, encode_json(result), Properties(JSON), qos=1)
         except SparseError as error:
-            log.warning("could not publish a result of %s: %s", source, error)
+            log.warning("could not publish a result of source %s: %s", source, error)
             return not isinstance(error, Disconnected)
         return True
 
-    def _found(self, answer: OffloadResult) -> dict[str, Any]:
-        return {
-            "request": answer.request_id.hex(),
-            **content_to_dict(answer.content),
-            "latency_ms": round(answer.latency_ms, 1),
-            "attempts": answer.attempts,
-            "time": timing_to_dict(answer.hops, answer.latency_ms),
-        }
+    # One sample -------------------------------------------------------------------------------------------------------
 
-    async def _record_all(self) -> None:
+    async def _start_next(self) -> bool:
+        """Start the task of the next sample and wait until it has taken the sample; False if there is none."""
+        await self._bound_unrecorded()
+        taken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._process_next(taken), name="sample")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        waiting: set[asyncio.Future[Any]] = {task, taken}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not taken.done() or not taken.result():
+            await task
+            return False
+        if self._buffer.keeps_latest:
+            task.add_done_callback(self._unrecorded.put_nowait)
+        else:
+            self._unrecorded.put_nowait(task)
+        return True
+
+    async def _bound_unrecorded(self) -> None:
+        while self._unrecorded_count >= self._offloader.inflight_limit.limit + _UNRECORDED_LIMIT:
+            self._recorded.clear()
+            await self._recorded.wait()
+        self._unrecorded_count += 1
+
+    async def _process_next(self, taken: asyncio.Future[bool]) -> _Outcome | None:
+        """Take the next sample once there is a slot (of a live source the newest then), and publish its result."""
+        sample = None
+        try:
+            async with self._offloader.slot() as slot:
+                sample = await self._buffer.get()
+                taken.set_result(sample is not None)
+                if sample is None:
+                    return None
+                response, disconnected = await self._request(sample, slot)
+            return await self._respond(sample, response, disconnected)
+        except Exception:  # a bug: without the acknowledgement it would meet this sample at each redelivery
+            if sample and sample.ack:
+                sample.ack()
+            raise
+
+    async def _request(self, sample: Sample, slot: Slot) -> tuple[dict[str, Any], bool]:
+        """Send a sample; return the response as JSON, and whether the connection was closed before it arrived."""
+        self.stats.record_request(time.monotonic())
+        try:
+            content = sample.to_content()
+            request = await self._offloader.request(content, source=sample.source, slot=slot, parent=sample.trace)
+            response = _result_to_dict(request)
+        except SparseError as error:
+            self.stats.record_failure(failure_code(error), time.monotonic())
+            return _error_to_dict(error), isinstance(error, Disconnected)
+        self.stats.record_result(request.latency_ms, request.result.hops, time.monotonic())
+        return response, False
+
+    async def _respond(self, sample: Sample, response: dict[str, Any], disconnected: bool) -> _Outcome:
+        result = {
+            "source": sample.source,
+            "index": sample.index,
+            "pipeline": self._offloader.pipeline.name,
+            **response,
+            "age_ms": round(1000 * (time.monotonic() - sample.timestamp_s), 1),
+            "dropped": self._buffer.dropped.total(),
+            **({"redelivered": True} if sample.redelivered else {}),
+        }
+        if sample.ack is None:
+            await self.publish(sample.source, result)
+        elif not disconnected and await self.publish(sample.source, result):
+            sample.ack()  # else the broker redelivers the sample to the next gateway
+        return sample, result
+
+    async def _record_results(self) -> None:
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1, thread_name_prefix="recorder") as thread:
             while True:
-                working = await self._unrecorded.get()
+                outcome = await self._unrecorded.get()
                 try:
-                    report = await working
-                    if self._record:
-                        await loop.run_in_executor(thread, self._record, report)
-                except Exception:  # one sample's trouble is not the next one's
+                    if (processed := await outcome) is not None:
+                        await loop.run_in_executor(thread, self._record, *processed)
+                except Exception:  # one result that cannot be recorded must not stop the others
                     log.exception("could not record a result")
                 finally:
                     self._unrecorded.task_done()
-                    self._begun -= 1
+                    self._unrecorded_count -= 1
                     self._recorded.set()
 
 
-def sample_content(sample: Sample) -> Content:
-    """The sample's payload as it travels."""
-    if isinstance(sample.payload, bytes):
-        return BinaryContent(sample.content_type, sample.payload)
-    return to_content(sample.payload)
+def _result_to_dict(request: PendingRequest) -> dict[str, Any]:
+    return {
+        "request": request.request_id.hex(),
+        **content_to_dict(request.result.content),
+        "latency_ms": round(request.latency_ms, 1),
+        "attempts": request.attempt,
+        "time": timing_to_dict(request.result.hops, request.latency_ms),
+    }
 
 
-def _refusal(error: SparseError) -> dict[str, Any]:
+def _error_to_dict(error: SparseError) -> dict[str, Any]:
     if isinstance(error, RequestFailed):
-        told = {"request": error.request, "error": error.error, "stage": error.stage, "worker": error.worker}
-        return {**told, "reason": error.reason}
-    told = {"request": error.request} if isinstance(error, DeadlinePassed) else {}
-    return {**told, "error": error.code, "reason": str(error)}
-
-
-async def run_source(source: Source, intake: SampleBuffer) -> None:
-    """Run a source's generator in a thread of its own, into the intake, until it ends; its errors are raised here."""
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-
-    def finish(error: BaseException | None) -> None:
-        intake.close()
-        if ended.done():
-            return
-        if error is None:
-            ended.set_result(None)
-        else:
-            ended.set_exception(error)
-
-    def pump() -> None:
-        error: BaseException | None = None
-        try:
-            for sample in source.samples():
-                if source.live:
-                    loop.call_soon_threadsafe(intake.put_nowait, sample)
-                else:
-                    asyncio.run_coroutine_threadsafe(intake.put(sample), loop).result()
-        except BaseException as problem:  # noqa: BLE001 - handed to the loop, which raises it
-            error = problem
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for this source any more
-            loop.call_soon_threadsafe(finish, error)
-
-    threading.Thread(target=pump, name=f"source-{source.name}", daemon=True).start()
-    try:
-        await ended
-    finally:
-        source.close()
+        names = ("request", "error", "stage", "worker", "reason")
+        return {name: getattr(error, name) for name in names}
+    request = {"request": error.request} if isinstance(error, DeadlinePassed) else {}
+    return {**request, "error": error.code, "reason": str(error)}

@@ -1,4 +1,4 @@
-"""The figures of a run, as they stand: counts, latencies, and the mean time of a task at each stage. Pure."""
+"""Statistics of an inference run: counts, latencies, and the mean time of a task at each stage."""
 
 from __future__ import annotations
 
@@ -8,56 +8,50 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from brokers.protocol.stage_timing import Hop
-from sources.stage_totals import StageTotals, percentiles
+from brokers.telemetry.percentiles import percentiles
+from sources.stage_totals import StageTotals
 
-# Percentiles are of the last so many results: memory stays flat however long a source runs.
-_LATENCIES = 10_000
+# Percentiles are those of the newest results, so that memory stays bounded.
+_RECENT_LATENCIES = 10_000
 _MEANS = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
 _SUMS = ("bytes_in", "bytes_out")
 
 
 @dataclass(slots=True)
 class InferenceRunStats:
-    """What happened to the requests of one source."""
+    """Statistics of the requests of one source; times are monotonic seconds."""
 
     requests: int = 0
     results: int = 0
     failures: Counter[str] = field(default_factory=Counter)
-    started_s: float | None = None
-    ended_s: float = 0.0
-    _latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
+    begin_s: float | None = None
+    end_s: float = 0.0
+    _latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_LATENCIES))
     _stages: StageTotals = field(default_factory=StageTotals)
 
     def record_request(self, now_s: float) -> None:
-        """A request was made."""
         self.requests += 1
-        self.started_s = now_s if self.started_s is None else self.started_s
+        self.begin_s = now_s if self.begin_s is None else self.begin_s
 
     def record_result(self, latency_ms: float, hops: Sequence[Hop], now_s: float) -> None:
-        """A result came."""
         self.results += 1
-        self.ended_s = now_s
+        self.end_s = now_s
         self._latencies_ms.append(latency_ms)
         for hop in hops:
             self._stages.add(hop.stage, hop.worker, 1, {key: getattr(hop, key) for key in (*_MEANS, *_SUMS)})
 
-    def record_failure(self, error: str, now_s: float) -> None:
-        """A request ended without a result."""
-        self.failures[error] += 1
-        self.ended_s = now_s
-
-    @property
-    def elapsed_s(self) -> float:
-        """From the first request to the last answer."""
-        return max(0.0, self.ended_s - self.started_s) if self.started_s is not None else 0.0
+    def record_failure(self, code: str, now_s: float) -> None:
+        self.failures[code] += 1
+        self.end_s = now_s
 
     def summary(self, order: Sequence[str] = ()) -> dict[str, Any]:
-        """The figures as docs/operations.md describes them; `lost` is what has neither a result nor a typed failure.
+        """The summary that docs/operations.md describes, with stages in `order`.
 
-        Stages come in `order`; those that are not in it come last.
+        `lost` counts requests that have neither a result nor a failure; times are from the first request to the last
+        response.
         """
-        elapsed_s = self.elapsed_s
-        failed = sum(self.failures.values())
+        elapsed_s = max(0.0, self.end_s - self.begin_s) if self.begin_s is not None else 0.0
+        failed = self.failures.total()
         return {
             "requests": self.requests,
             "results": self.results,
@@ -66,6 +60,6 @@ class InferenceRunStats:
             "lost": self.requests - self.results - failed,
             "elapsed_s": round(elapsed_s, 3),
             "throughput_per_s": round(self.results / elapsed_s, 2) if elapsed_s else 0.0,
-            "latency_ms": percentiles(self._latencies_ms),
+            "latency_ms": percentiles(self._latencies_ms) if self.results else {},
             "stages": self._stages.summary(order, _MEANS, _SUMS),
         }

@@ -1,4 +1,4 @@
-"""From the settings of a pipeline file to a source, or to a data set."""
+"""Creates the source or data set that `[source]` of a pipeline file describes."""
 
 from __future__ import annotations
 
@@ -10,103 +10,93 @@ from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
 from brokers.process.import_string import CannotLoad, describe_exception, import_string
 from sources.datasets.dataset import Dataset
-from sources.datasets.validation import CheckedDataset
-from sources.errors import BadSetting, BadSourceClass, UnknownSource
+from sources.datasets.validation import CheckedDataset, bad_class
 from sources.inputs.demo_videos import find_video
 from sources.inputs.source import Source
 
 DATASET_KINDS = ("digits", "cifar10")
-SOURCE_KINDS = ("video", "images", "camera", *DATASET_KINDS, "ingress")  # the last is the gateway's: it makes no source
+SOURCE_KINDS = ("video", "images", "camera", *DATASET_KINDS, "ingress")  # "ingress" is served by the gateway
 
 
-def make_source(table: SourceTable, base: Path) -> Source:
-    """Return the source that `[source]` of a pipeline file describes; relative paths are below `base`, its folder.
+def make_source(table: SourceTable, folder: Path) -> Source:
+    """Create a source; relative paths are below `folder`, that of the pipeline file.
 
-    A kind `"package.module:Class"` gives `Class(name, **settings)`. Raises a `UsageError` that names what is wrong.
+    A kind `"package.module:Class"` is created as `Class(name, **settings)`. Raises `UsageError`.
     """
-    kind, name = table.kind, table.name
-    # PyAV is imported by the sources that need it only: a sensor's machine may do without it.
+    kind = table.kind
+    # Imported where needed: PyAV may be missing on a device that sends sensor readings only.
     if kind == "camera":
         from sources.inputs.camera import Camera
 
-        device = 0 if table.device is None else table.device
-        return Camera(device, name=name, limit=table.limit, encoding=table.encoding, quality=table.quality)
+        return Camera(table)
     if kind in DATASET_KINDS:
-        from sources.inputs.test_set import DatasetSource
+        from sources.inputs.dataset_source import DatasetSource
 
-        return DatasetSource(make_dataset(table, base), name=name, limit=table.limit, loop=table.loop)
-    if kind in ("video", "images") and not table.path:
-        what = "file" if kind == "video" else "folder"
-        raise BadSetting("path", table.path, f"the {what} to read for kind {kind!r}")
+        return DatasetSource(make_dataset(table, folder), table.name, loop=table.loop)
     if kind == "video":
-        return _video(table, base)
+        from sources.inputs.video import VideoFile
+
+        return VideoFile(table, find_video(_path(table, "file"), folder))
     if kind == "images":
         from sources.inputs.images import ImageFolder
 
-        folder = base / Path(str(table.path)).expanduser()
-        return ImageFolder(folder, table.pattern, name=name, limit=table.limit, loop=table.loop)
+        return ImageFolder(table, folder / Path(_path(table, "folder")).expanduser())
     if ":" in kind:
-        source: Source = _own(kind, base, (name,), table.settings, ("samples", "close", "name"), Source)
+        source: Source = _make_own(table, folder, (table.name,), Source, ("samples", "close", "name"))
         return source
-    raise UnknownSource(kind, SOURCE_KINDS)
+    raise _unknown_kind(kind, SOURCE_KINDS)
 
 
-def make_dataset(table: SourceTable, base: Path) -> Dataset:
-    """Return the data set that `[source]` of a pipeline file describes; relative paths are below `base`, its folder.
+def make_dataset(table: SourceTable, folder: Path) -> Dataset:
+    """Create a data set; relative paths are below `folder`, that of the pipeline file.
 
-    A kind `"package.module:Class"` gives `Class(**settings)`. `limit` is how many examples there are to train on. What
-    the data set gives is checked as it comes. Raises a `UsageError` that names what is wrong.
+    A kind `"package.module:Class"` is created as `Class(**settings)`. `limit` bounds the training examples. The data
+    set checks its examples when they are loaded. Raises `UsageError`.
     """
     kind = table.kind
+    dataset: Dataset
     if kind == "digits":
         from sources.datasets.digits import Digits
 
-        return CheckedDataset(Digits(), kind, base, table.limit)
-    if kind == "cifar10":
+        dataset = Digits()
+    elif kind == "cifar10":
         from sources.datasets.cifar10 import Cifar10
 
-        root = None if table.path is None else base / Path(table.path).expanduser()
-        return CheckedDataset(Cifar10(root), kind, base, table.limit)
-    if ":" in kind:
-        dataset = _own(kind, base, (), table.settings, ("name", "classes", "horizontal_flip", "train", "test"), Dataset)
-        return CheckedDataset(dataset, kind, base, table.limit)
-    raise UnknownSource(kind, DATASET_KINDS)
+        dataset = Cifar10(None if table.path is None else folder / Path(table.path).expanduser())
+    elif ":" in kind:
+        attributes = ("name", "classes", "horizontal_flip", "train", "test")
+        dataset = _make_own(table, folder, (), Dataset, attributes)
+    else:
+        raise _unknown_kind(kind, DATASET_KINDS)
+    return CheckedDataset(dataset, kind, folder, table.limit)
 
 
-def _video(table: SourceTable, base: Path) -> Source:
-    from sources.inputs.video import VideoFile
-
-    return VideoFile(
-        find_video(str(table.path), base),
-        name=table.name,
-        loop=table.loop,
-        pace=table.pace,
-        limit=table.limit,
-        encoding=table.encoding,
-        quality=table.quality,
-    )
+def _path(table: SourceTable, what: str) -> str:
+    if table.path:
+        return table.path
+    message = f"source setting 'path' is {table.path!r}, expected the {what} to read for kind {table.kind!r}"
+    raise UsageError("BadSetting", message, key="source.path")
 
 
-def _own(
-    target: str,
-    base: Path,
-    arguments: tuple[str, ...],
-    options: Mapping[str, Any],
-    attributes: tuple[str, ...],
-    looks_like: type,
+def _unknown_kind(kind: str, known: tuple[str, ...]) -> UsageError:
+    message = f"source kind {kind!r}: expected one of {', '.join(known)}, or a class as 'package.module:Class'"
+    return UsageError("UnknownSource", message, key="source.kind", kind=kind, known=known)
+
+
+def _make_own(
+    table: SourceTable, folder: Path, arguments: tuple[str, ...], protocol: type, attributes: tuple[str, ...]
 ) -> Any:
-    """What a class of the user's own makes, which must have the attributes of the protocol."""
+    """Create an instance of the user's class, and check that it has the attributes of the protocol."""
+    settings: Mapping[str, Any] = table.settings
     try:
-        make = import_string(target, base)
+        created = import_string(table.kind, folder)(*arguments, **settings)
     except CannotLoad as error:
-        raise BadSourceClass(target, error.problem) from error
-    try:
-        made = make(*arguments, **options)
+        raise bad_class(table.kind, error.problem) from error
     except UsageError:
         raise
-    except Exception as error:  # whatever a user's own code raises, its author needs to see: which class, and what
-        raise BadSourceClass(target, describe_exception(error, base)) from error
+    except Exception as error:  # the user's code may raise anything: report the exception and its line
+        raise bad_class(table.kind, describe_exception(error, folder)) from error
     for attribute in attributes:
-        if not hasattr(made, attribute):
-            raise BadSourceClass(target, f"has no {attribute!r}: see {looks_like.__module__}.{looks_like.__name__}")
-    return made
+        if not hasattr(created, attribute):
+            raise bad_class(table.kind, f"has no {attribute!r}: see {protocol.__module__}.{protocol.__name__}")
+    return created

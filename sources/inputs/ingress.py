@@ -1,9 +1,8 @@
-"""The ingress gateway: any MQTT client is a camera: what it sends to `sparse/{site}/ingress/{source}` is worked on.
+"""The ingress gateway: samples from any MQTT client that publishes to `sparse/{site}/ingress/{source}`.
 
-Whoever asks for completeness (`keep = "all"`) gets a gateway with a session of its own at the broker, under the name of
-its site, pipeline and source: the broker keeps what is published at QoS 1 until its answer has been published too,
-through the end of this process and until the next of its name comes. One gateway of a name at a time: two would take
-the session from each other, again and again.
+With `keep = "all"` the gateway has a persistent session at the broker, named for its site, pipeline and source. The
+broker keeps a QoS 1 message until its result was published and the gateway has acknowledged it, also while no gateway
+is running. Only one gateway of a name may run: two would take the session from each other repeatedly.
 """
 
 from __future__ import annotations
@@ -18,121 +17,132 @@ from brokers.config.pipeline_file import Pipeline
 from brokers.errors import WireError
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.client_identity import create_transport
+from brokers.process.image_decode import decode_picture
 from brokers.protocol.media_type import decode_content, detect_content_type
 from brokers.protocol.messages import JPEG, PNG, SAFETENSORS
 from brokers.protocol.topics import ingress_topic, last_level
 from brokers.protocol.traceparent import TRACEPARENT, parse_traceparent
 from brokers.protocol.transport import Delivery, Transport
-from sources.inputs.sample import Sample, decode_image
+from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
 
 log = logging.getLogger(__name__)
 
-# Whoever may publish may invent names of sources, and send what is none: neither may cost memory without end.
+# Clients may invent source names and publish malformed messages: neither may use unbounded memory.
 SOURCES_LIMIT = 10_000
-REFUSALS_LIMIT = 64
+REJECTIONS_LIMIT = 64
 NAME_LIMIT_BYTES = 256
 
-# How long the broker keeps what comes for a gateway that is away.
+# How long the broker keeps messages while no gateway is running.
 SESSION_EXPIRY_S = 24 * 3600
 
-# Tells a source why; returns whether that is done with.
+# Publishes a rejection on the results topic of a source; returns whether the message may be acknowledged.
 RejectCallback = Callable[[str, dict[str, Any]], Awaitable[bool]]
 
 
 def create_session_transport(pipeline: Pipeline, address: str) -> MqttTransport:
-    """The line of a complete gateway, not yet connected."""
+    """A transport with the gateway's persistent session, not yet connected."""
     name = f"gateway.{pipeline.source.site}.{pipeline.name}.{pipeline.source.name}"
     return create_transport(address, client_id=name, session_expiry_s=SESSION_EXPIRY_S)
 
 
 class IngressGateway:
-    """Turns what is published to a site's ingress into samples; what is none is answered on the results topic.
+    """Turns messages on a site's ingress topics into samples; `reject` answers those that cannot be decoded.
 
-    `complete`: the transport is one with a session, and the gateway's own; each sample is to be settled.
+    `durable`: `transport` has a persistent session and is owned by the gateway; each sample must be acknowledged.
     """
 
     def __init__(
-        self, transport: Transport, site: str, intake: SampleBuffer, refuse: RejectCallback, *, durable: bool = False
+        self, transport: Transport, site: str, buffer: SampleBuffer, reject: RejectCallback, *, durable: bool = False
     ) -> None:
         self.counters: Counter[str] = Counter()
-        self._next_index: OrderedDict[str, int] = OrderedDict()
+        self._next_index: OrderedDict[str, int] = OrderedDict()  # by source, the one heard least recently first
         self._transport = transport
-        self._site = site
-        self._intake = intake
-        self._refuse = refuse
-        self._complete = durable
-        self._closed = False
-        self._refusals: set[asyncio.Task[None]] = set()
+        self._topic = ingress_topic(site)
+        self._buffer = buffer
+        self._reject = reject
+        self._durable = durable
+        self._draining = False
+        self._rejections: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        await self._transport.subscribe(ingress_topic(self._site), self._heard, qos=1, manual_ack=self._complete)
-        if self._complete:  # what the broker has kept comes at once
+        await self._transport.subscribe(self._topic, self._on_delivery, qos=1, manual_ack=self._durable)
+        if self._durable:  # the broker delivers what it has kept at once, so subscribe first
             await self._transport.connect()
 
     async def drain(self) -> None:
-        """Take no more; those that wait in the intake are still worked on."""
-        self._closed = True
-        if not self._complete:  # else the broker is to keep what comes from now on
-            await self._transport.unsubscribe(ingress_topic(self._site))
-        self._intake.close()
+        """Accept no more messages; samples in the buffer are still processed."""
+        self._draining = True
+        if not self._durable:  # else the broker keeps messages for the next gateway
+            await self._transport.unsubscribe(self._topic)
+        self._buffer.close()
 
     async def stop(self) -> None:
-        """Say goodbye, once what was settled is all that will be."""
-        if self._complete:
+        """Close the session's connection, after the last acknowledgement."""
+        if self._durable:
             await self._transport.close()
 
-    def _heard(self, delivery: Delivery) -> None:
-        if self._closed:
-            return
-        if delivery.retain:
-            # An old frame that the broker kept: it would come again at each reconnection.
-            self._pass_over("retained", delivery)
+    def _on_delivery(self, delivery: Delivery) -> None:
+        if self._draining:
             return
         source = last_level(delivery.topic)
-        if len(source.encode()) > NAME_LIMIT_BYTES:
-            log.warning("passed over a frame: the name of its source has more than %d bytes", NAME_LIMIT_BYTES)
-            self._pass_over("long_name", delivery)
-            return
-        index = self._index(source)
-        try:
-            self._intake.put_nowait(sample_from_delivery(source, index, delivery))
-        except WireError as error:
-            self.counters["refused"] += 1
-            log.warning("refused a frame of %s: %s: %s", source, error.code, error)
-            if len(self._refusals) >= REFUSALS_LIMIT and delivery.ack is None:
-                return
-            refusal = {"source": source, "index": index, "error": error.code, "reason": str(error)}
-            telling = self._tell(source, refusal, delivery.ack)
-            task = asyncio.get_running_loop().create_task(telling, name=f"refuse-{source}")
-            self._refusals.add(task)
-            task.add_done_callback(self._refusals.discard)
+        if delivery.retain:  # an old message, which would be delivered again after each reconnection
+            self._ignore("retained", delivery)
+        elif len(source.encode()) > NAME_LIMIT_BYTES:
+            log.warning("ignored a message: the name of its source is longer than %d bytes", NAME_LIMIT_BYTES)
+            self._ignore("long_name", delivery)
+        else:
+            index = self._count_sample(source)
+            try:
+                self._buffer.put_nowait(sample_from_delivery(source, index, delivery))
+            except WireError as error:
+                self._start_rejection(source, index, error, delivery)
 
-    def _pass_over(self, why: str, delivery: Delivery) -> None:
-        self.counters[why] += 1
+    def _ignore(self, reason: str, delivery: Delivery) -> None:
+        self.counters[reason] += 1
         if delivery.ack:
             delivery.ack()
 
-    def _index(self, source: str) -> int:
-        """The number of this sample among those of its source."""
+    def _count_sample(self, source: str) -> int:
+        """The index of this sample among those of its source."""
         index = self._next_index.pop(source, 0)
         self._next_index[source] = index + 1
         if len(self._next_index) > SOURCES_LIMIT:
             self._next_index.popitem(last=False)
         return index
 
-    async def _tell(self, source: str, refusal: dict[str, Any], settle: Callable[[], None] | None) -> None:
-        if await self._refuse(source, refusal) and settle:
-            settle()
+    def _start_rejection(self, source: str, index: int, error: WireError, delivery: Delivery) -> None:
+        self.counters["refused"] += 1
+        log.warning("rejected a message of source %s: %s: %s", source, error.code, error)
+        if len(self._rejections) >= REJECTIONS_LIMIT and delivery.ack is None:
+            return
+
+        async def reject() -> None:
+            rejection = {"source": source, "index": index, "error": error.code, "reason": str(error)}
+            if await self._reject(source, rejection) and delivery.ack:
+                delivery.ack()
+
+        task = asyncio.get_running_loop().create_task(reject(), name=f"reject-{source}")
+        self._rejections.add(task)
+        task.add_done_callback(self._rejections.discard)
 
 
 def sample_from_delivery(source: str, index: int, delivery: Delivery) -> Sample:
-    """The sample in a publication. It stays the bytes it came as: a picture is decoded by the stage that takes it."""
+    """The sample in an ingress message. Raises `WireError` for tensors that cannot be unpacked.
+
+    Pictures stay encoded, and are decoded by the stage: it refuses those that are damaged.
+    """
     content_type = detect_content_type(delivery.properties.content_type, delivery.payload)
     if content_type == SAFETENSORS:
-        decode_content(content_type, delivery.payload)  # what is broken is refused here, where its source is known
+        decode_content(content_type, delivery.payload)
     data = bytes(delivery.payload)
-    picture = (lambda: decode_image(data)) if content_type in (JPEG, PNG) else None
-    trace = parse_traceparent(dict(delivery.properties.user_properties).get(TRACEPARENT))
-    settle, again = delivery.ack, delivery.redelivered
-    return Sample(source, index, data, content_type, picture, ack=settle, redelivered=again, trace=trace)
+    return Sample(
+        source,
+        index,
+        data,
+        content_type,
+        load_image=(lambda: decode_picture(data)) if content_type in (JPEG, PNG) else None,
+        ack=delivery.ack,
+        redelivered=delivery.redelivered,
+        trace=parse_traceparent(dict(delivery.properties.user_properties).get(TRACEPARENT)),
+    )

@@ -1,73 +1,57 @@
-"""One thing to be worked on, as a source gives it."""
+"""Sample: one input of a pipeline, as its source yields it."""
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
-
-from brokers.protocol.messages import JPEG, SAFETENSORS
+from brokers.protocol.messages import BinaryContent, Content
 from brokers.protocol.traceparent import TraceContext
+from sources.conversion import to_content
 
-RgbImage = NDArray[numpy.uint8]  # (H, W, 3), red, green, blue
-Encoding = Literal["jpeg", "raw"]
-Pace = Literal["max", "native"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-RAW_IMAGE_TENSOR = "picture"  # the name under which a raw picture travels
+    from brokers.process.image_decode import Picture
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A payload to send, and what people need to know of it afterwards.
+    """One input of a pipeline.
 
-    `payload` is bytes of the content type, or named arrays, which travel as safetensors. `picture`, where there is one,
-    gives the sample as (H, W, 3) uint8 RGB: what was decoded already is handed out, the rest is decoded when asked for.
-    `settle`, where there is one, is for whoever has answered it: until then somebody else keeps it too. `again`: it may
-    have been answered before. `trace`: the span that it came from, of who traces its own.
+    Args:
+        source: the source's name; the result is published on `sparse/{site}/results/{source}`.
+        index: position among the samples of this source, from 0.
+        payload: encoded bytes (a JPEG, a PNG, JSON) or named arrays of any shape, which travel as safetensors.
+        content_type: the media type of `payload`; `SAFETENSORS` for arrays.
+        load_image: decodes the picture, (H, W, 3) uint8 RGB, for the gallery; None for other inputs.
+        timestamp_s: capture time, monotonic clock of this machine.
+        ack: acknowledges the sample after its result was published; until then the broker keeps a copy.
+        redelivered: the broker delivered the sample before, so its result may have been published already.
+        trace: the span of the producer, parent of the request's span.
     """
 
     source: str
     index: int
     payload: bytes | Mapping[str, NDArray[Any]]
     content_type: str
-    load_image: Callable[[], RgbImage] | None = None
-    timestamp_s: float = field(
-        default_factory=time.monotonic
-    )  # when it was captured, by this machine's monotonic clock
+    load_image: Callable[[], Picture] | None = None
+    timestamp_s: float = field(default_factory=time.monotonic)
     ack: Callable[[], None] | None = None
     redelivered: bool = False
     trace: TraceContext | None = None
 
     @property
     def nbytes(self) -> int:
-        """What its payload takes in memory."""
+        """Size of the payload in memory."""
         if isinstance(self.payload, bytes):
             return len(self.payload)
         return sum(array.nbytes for array in self.payload.values())
 
-
-def image_sample(
-    source: str, index: int, picture: RgbImage, encoding: Encoding, quality: int, timestamp_s: float | None = None
-) -> Sample:
-    """Return a sample of a decoded picture (H, W, 3), captured now or at `timestamp_s`: as a JPEG, or as its pixels."""
-    captured_s = time.monotonic() if timestamp_s is None else timestamp_s
-    if encoding == "raw":
-        return Sample(source, index, {RAW_IMAGE_TENSOR: picture}, SAFETENSORS, lambda: picture, captured_s)
-    body = io.BytesIO()
-    Image.fromarray(picture).save(body, "JPEG", quality=quality)
-    return Sample(source, index, body.getvalue(), JPEG, lambda: picture, captured_s)
-
-
-def decode_image(data: bytes) -> RgbImage:
-    """Return the pixels (H, W, 3) of a picture file, upright as its EXIF says, which is how stages see it too."""
-    with Image.open(io.BytesIO(data)) as stored:
-        image = ImageOps.exif_transpose(stored)
-        if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
-            image = Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8))
-        return numpy.asarray(image.convert("RGB"))
+    def to_content(self) -> Content:
+        """The payload as message content. Raises `BadPayload` for arrays that safetensors cannot hold."""
+        if isinstance(self.payload, bytes):
+            return BinaryContent(self.content_type, self.payload)
+        return to_content(self.payload)

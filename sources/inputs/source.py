@@ -1,4 +1,4 @@
-"""What every source is: something that gives samples until there are no more, or until it is closed."""
+"""Source: the interface of everything that yields samples."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from sources.inputs.sample import Sample
 
 
 class Source(Protocol):
-    """Where samples come from. Derive from it, or look like it; a pipeline file names it as `"package.module:Class"`.
+    """Yields samples until it is exhausted or closed. Subclass it, or provide the same attributes.
 
-    `samples` is a plain generator, run in a thread of its own, so it may block and sleep as it likes. A whole source:
+    A pipeline file names your class as `kind = "package.module:Class"`; it is created as `Class(name, **settings)`.
+    `samples` runs in its own thread, so it may block. A complete source:
 
         class Thermometer(Source):
             def __init__(self, name: str) -> None:
@@ -27,17 +28,17 @@ class Source(Protocol):
     """
 
     name: str
-    """One level of a topic: results appear on `sparse/{site}/results/{name}`."""
+    """One topic level: results are published on `sparse/{site}/results/{name}`."""
     live: bool = False
-    """True: fresh before complete, the newest sample is wanted, older ones may be dropped. False: each one counts."""
+    """True: only the newest sample matters, and older ones may be dropped. False: every sample is processed."""
     dropped: int = 0
-    """Samples that this source let go by itself, because newer ones came before they were asked for."""
+    """Samples that the source itself dropped because a newer one arrived first."""
     unreadable: int = 0
-    """Samples that could not be read; the log names each."""
+    """Samples that could not be read; each is named in the log."""
 
     def samples(self) -> Iterator[Sample]:
-        """Give the samples in order; `index` counts from 0. Called once. Raise a `UsageError` when it cannot begin."""
+        """Yield the samples, with `index` counting from 0. Called once. Raise `UsageError` if it cannot start."""
         ...
 
     def close(self) -> None:
-        """Have `samples` end soon and free what it holds. Called from any thread, maybe twice, maybe before."""
+        """Make `samples` end soon, and release resources. Called from any thread, at any time, possibly twice."""

@@ -1,7 +1,8 @@
-"""A video file as a source: each of its frames is one sample."""
+"""A video file as a source: each frame is one sample."""
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 import time
@@ -13,106 +14,107 @@ import av.error
 import av.logging
 import numpy
 from av.container import InputContainer
+from PIL import Image
 
-from sources.errors import NoSuchFile, NotAVideo, NoVideoStream
-from sources.inputs.sample import Encoding, Pace, RgbImage, Sample, image_sample
+from brokers.config.schema import SourceTable
+from brokers.errors import UsageError
+from brokers.process.image_decode import Picture
+from brokers.protocol.messages import JPEG, SAFETENSORS
+from sources.inputs.sample import Sample
 from sources.inputs.source import Source
 
 log = logging.getLogger(__name__)
 
-DEFAULT_FRAMES_PER_S = 25.0  # for containers that do not say, such as raw H.264
+DEFAULT_FRAMES_PER_S = 25.0  # for containers without a frame rate, such as raw H.264
+RAW_IMAGE_TENSOR = "picture"  # the tensor's name with `encoding = "raw"`
 
 
 class VideoFile(Source):
-    """The frames of a video file, complete and in order.
+    """Yields every frame of a video file in order, at its own rate at most with `pace = "native"`.
 
-    `pace="max"` gives frames as fast as they are asked for, `"native"` no faster than they were filmed. Frames that
-    cannot be decoded are left out and counted. One of 640x272 costs 1.7 ms: decode 0.5, to RGB 0.7, JPEG 0.5.
+    Frames that cannot be decoded are skipped and counted. A frame of 640x272 costs 1.7 ms: decode 0.5, conversion to
+    RGB 0.7, JPEG 0.5.
+
+    Raises `UsageError`: "NoSuchFile", "NotAVideo" or "NoVideoStream".
     """
 
-    def __init__(
-        self,
-        path: Path | str,
-        *,
-        name: str = "video",
-        loop: bool = False,
-        pace: Pace = "max",
-        limit: int | None = None,
-        encoding: Encoding = "jpeg",
-        quality: int = 90,
-    ) -> None:
-        self.name = name
-        self.path = Path(path)
-        self._loop, self._pace, self._limit = loop, pace, limit
-        self._encoding, self._quality = encoding, quality
+    def __init__(self, table: SourceTable, path: Path) -> None:
+        self.name = table.name
+        self._table = table
+        self._path = path
         self._closed = threading.Event()
-        with _open(self.path) as container:  # a bad file is told of before anything is started for it
-            stream = container.streams.video[0]
-            self.frames_per_s = float(stream.average_rate or DEFAULT_FRAMES_PER_S)
-            self.frame_count = stream.frames or None  # as the header says; None when it does not
-
-    @property
-    def count(self) -> int | None:
-        """How many samples will come, as far as the file's header tells; None: unknown or without end."""
-        if self._loop or self.frame_count is None:
-            return self._limit
-        return self.frame_count if self._limit is None else min(self.frame_count, self._limit)
+        with _open(self._path) as container:  # report a bad file before anything is started
+            rate = container.streams.video[0].average_rate
+            self.frames_per_s = float(rate or DEFAULT_FRAMES_PER_S)
 
     def samples(self) -> Iterator[Sample]:
-        started_s = time.monotonic()
+        begin_s = time.monotonic()
         for index, picture in enumerate(self._pictures()):
-            if self._limit is not None and index >= self._limit:
-                return
-            if self._pace == "native":
-                self._closed.wait(max(0.0, started_s + index / self.frames_per_s - time.monotonic()))
+            if self._table.pace == "native":
+                self._closed.wait(max(0.0, begin_s + index / self.frames_per_s - time.monotonic()))
             if self._closed.is_set():
                 return
-            yield image_sample(self.name, index, picture, self._encoding, self._quality)
+            yield image_sample(self._table, index, picture, time.monotonic())
 
     def close(self) -> None:
         self._closed.set()
 
-    def _pictures(self) -> Iterator[RgbImage]:
+    def _pictures(self) -> Iterator[Picture]:
         while True:
             decoded = 0
-            with _open(self.path) as container:
+            with _open(self._path) as container:
                 for picture in self._decode(container):
                     decoded += 1
                     yield picture
             if not decoded:
-                raise NotAVideo(str(self.path), "not one frame of it could be decoded")
-            if not self._loop:
+                raise _not_a_video(self._path, "none of its frames can be decoded")
+            if not self._table.loop:
                 return
 
-    def _decode(self, container: InputContainer) -> Iterator[RgbImage]:
+    def _decode(self, container: InputContainer) -> Iterator[Picture]:
         for packet in container.demux(container.streams.video[0]):
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError as error:
                 self.unreadable += 1
-                log.warning("%s: one frame cannot be decoded: %s", self.path, error.strerror)
+                log.warning("%s: skipped a frame that cannot be decoded: %s", self._path, error.strerror)
                 continue
             for frame in frames:
                 yield to_upright_image(frame)
 
 
-def to_upright_image(frame: av.VideoFrame) -> RgbImage:
-    """Return the pixels (H, W, 3) of a frame, turned as its file says it is to be shown (telephones film sideways)."""
-    picture: RgbImage = frame.to_ndarray(format="rgb24").astype(numpy.uint8, copy=False)
-    quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, as numpy counts them
+def image_sample(table: SourceTable, index: int, picture: Picture, timestamp_s: float) -> Sample:
+    """A sample of a decoded picture, (H, W, 3) uint8 RGB, captured at `timestamp_s`."""
+    if table.encoding == "raw":
+        return Sample(table.name, index, {RAW_IMAGE_TENSOR: picture}, SAFETENSORS, lambda: picture, timestamp_s)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=table.quality)
+    return Sample(table.name, index, file.getvalue(), JPEG, lambda: picture, timestamp_s)
+
+
+def to_upright_image(frame: av.VideoFrame) -> Picture:
+    """The pixels of a frame, (H, W, 3) uint8 RGB, rotated by the display matrix (telephones film sideways)."""
+    picture: Picture = frame.to_ndarray(format="rgb24").astype(numpy.uint8, copy=False)
+    quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, like numpy's
     return numpy.ascontiguousarray(numpy.rot90(picture, quarter_turns)) if quarter_turns else picture
 
 
 def _open(path: Path) -> InputContainer:
     if not path.is_file():
-        raise NoSuchFile(str(path), "a video file")
-    av.logging.set_level(av.logging.PANIC)  # else FFmpeg writes to the terminal; its errors are raised anyway
+        message = f"{path}: no such file; expected a video file"
+        raise UsageError("NoSuchFile", message, key="source.path", path=str(path))
+    av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to the terminal; PyAV raises its errors anyway
     try:
         container = av.open(str(path), mode="r")
     except (OSError, av.error.FFmpegError) as error:
-        raise NotAVideo(str(path), error.strerror or type(error).__name__) from error
+        raise _not_a_video(path, error.strerror or type(error).__name__) from error
     if not container.streams.video:
-        streams = tuple(f"{stream.type} ({stream.codec_context.name})" for stream in container.streams)
+        streams = [f"{stream.type} ({stream.codec_context.name})" for stream in container.streams]
         container.close()
-        raise NoVideoStream(str(path), streams)
+        message = f"{path}: no video stream, only: {', '.join(streams) or 'nothing'}"
+        raise UsageError("NoVideoStream", message, key="source.path", path=str(path), streams=streams)
     return container
+
+
+def _not_a_video(path: Path, reason: str) -> UsageError:
+    return UsageError("NotAVideo", f"{path}: not a readable video: {reason}", key="source.path", path=str(path))

@@ -1,29 +1,29 @@
-"""What a training run learned, and how: its curves, in bounded memory, from the events of its record. Pure.
+"""The learning curves of a training run, computed from its events in bounded memory.
 
-An event says that something happened, and what came later may undo it. Training that went back to step 40 does step 41
-again; a source that was killed and started again may go back without a word. So an event of a step undoes what is
-known of that step and of all after it: each step counts once, as it was done the last time.
+Later events may undo earlier ones: training that was rolled back to step 40 does step 41 again, and a source that was
+killed and restarted continues from an earlier step without an event. So an event of a step undoes that step and all
+later ones, and each step counts once, as it was done the last time.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sources.stage_totals import StageTotals
 
-# Points that a curve has at the least, once it has more than twice as many: more than a picture has columns.
+# A curve is thinned out when it has more than twice as many points: a plot has fewer columns.
 MIN_CURVE_POINTS = 2048
-# Ways back that are kept, the latest: a plot with more of them could not be read.
-_RETURNS = 256
+# The newest rollbacks: a plot with more would be illegible.
+_ROLLBACKS_LIMIT = 256
 STAGE_TIME_KEYS = ("queue_ms", "decode_ms", "compute_ms", "encode_ms", "forward_ms", "backward_ms")
 STAGE_BYTE_KEYS = ("bytes_in", "bytes_out")
 
 
 class CurvePoint(NamedTuple):
-    """One step, or one evaluation after it."""
+    """A step, or the evaluation after it."""
 
     step: int
     loss: float
@@ -31,7 +31,7 @@ class CurvePoint(NamedTuple):
 
 
 class Rollback(NamedTuple):
-    """Training went back: `step` is the last one that still counted, `from_step` the last one that had been done."""
+    """A return to an earlier version: `step` is the last step in it, `from_step` the last one that was undone."""
 
     step: int
     from_step: int
@@ -40,54 +40,54 @@ class Rollback(NamedTuple):
 
 @dataclass(slots=True)
 class Curve:
-    """Points in the order of their steps. When there are too many, every other one is left out, from then on too."""
+    """Points in the order of their steps. When there are too many, every second one is dropped, and so from then on."""
 
     points: list[CurvePoint] = field(default_factory=list)
-    last: CurvePoint | None = None  # which may be one that is left out
+    last: CurvePoint | None = None  # the newest, which `points` may lack
     _stride: int = 1
-    _left_out: int = 0  # since the last one that was kept
+    _skipped: int = 0  # since the last point that was kept
 
     def add(self, point: CurvePoint) -> None:
         self.truncate_after(point.step - 1)
         self.last = point
-        if self.points and self._left_out + 1 < self._stride:
-            self._left_out += 1
+        if self.points and self._skipped + 1 < self._stride:
+            self._skipped += 1
             return
         self.points.append(point)
-        self._left_out = 0
+        self._skipped = 0
         if len(self.points) > 2 * MIN_CURVE_POINTS:
             self.points = self.points[::2]
             self._stride *= 2
 
     def truncate_after(self, step: int) -> None:
-        """What came after the step is undone."""
+        """Remove the points of later steps."""
         if self.last is None or self.last.step <= step:
             return
         while self.points and self.points[-1].step > step:
             self.points.pop()
         self.last = self.points[-1] if self.points else None
-        self._left_out = 0
+        self._skipped = 0
 
     @property
     def plot_points(self) -> list[CurvePoint]:
-        """The points, the newest among them."""
+        """The points, including the newest."""
         newest = [self.last] if self.last is not None and self.points[-1:] != [self.last] else []
         return [*self.points, *newest]
 
 
 @dataclass(slots=True)
 class TrainingHistory:
-    """The curves of a run. `steps` and `epochs` are how many there will be; stage times are of all that was done."""
+    """The curves of a run, and the time its stages took, including steps that were undone."""
 
     train_curve: Curve = field(default_factory=Curve)
     test_curve: Curve = field(default_factory=Curve)
-    best_test: CurvePoint | None = None  # undone or not: what is done again comes out the same
-    rollbacks: deque[Rollback] = field(default_factory=lambda: deque(maxlen=_RETURNS))
-    total_steps: int = 0
+    best_test: CurvePoint | None = None  # undone or not: training is deterministic
+    rollbacks: deque[Rollback] = field(default_factory=lambda: deque(maxlen=_ROLLBACKS_LIMIT))
+    total_steps: int = 0  # of the whole run
     total_epochs: int = 0
     stage_totals: StageTotals = field(default_factory=StageTotals)
     idle_ms: float = 0.0
-    executed_steps: int = 0  # steps, each as often as it was done
+    executed_steps: int = 0  # repeated steps count each time
 
     @classmethod
     def from_events(cls, events: Iterable[Mapping[str, Any]]) -> TrainingHistory:
@@ -97,46 +97,41 @@ class TrainingHistory:
         return history
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Take the next event of the record into account; kinds that are not known are read over."""
+        """Apply the next event; unknown kinds are ignored."""
         match event.get("event"):
             case "step":
-                self._step(event)
+                self._add_step(event)
             case "evaluation":
-                self._test(CurvePoint(event["step"], event["loss"], event.get("accuracy")))
+                self._add_evaluation(CurvePoint(event["step"], event["loss"], event.get("accuracy")))
             case "rolled_back":
-                self._back(Rollback(event["step"], event["from_step"], str(event.get("why", ""))))
+                self._roll_back(Rollback(event["step"], event["from_step"], str(event.get("why", ""))))
 
     @property
     def max_step(self) -> int:
         """The last step that was ever done, undone or not."""
         last = self.train_curve.last
-        return max([last.step if last else 0, *(found.from_step for found in self.rollbacks)])
+        return max([last.step if last else 0, *(rollback.from_step for rollback in self.rollbacks)])
 
-    def _step(self, event: Mapping[str, Any]) -> None:
+    def _add_step(self, event: Mapping[str, Any]) -> None:
         step, last = event["step"], self.train_curve.last
         if last is not None and last.step >= step:
-            self._back(Rollback(step - 1, last.step, "begun again"))
+            self._roll_back(Rollback(step - 1, last.step, "restarted"))
         self.train_curve.add(CurvePoint(step, event["loss"], event.get("accuracy")))
-        self.total_steps, self.total_epochs = event.get("steps", step), event.get("epochs", 0)
+        self.total_steps = event.get("steps", step)
+        self.total_epochs = event.get("epochs", 0)
         self.executed_steps += 1
-        self.idle_ms += add_stage_times(self.stage_totals, event)
+        time: Mapping[str, Any] = event.get("time") or {}
+        self.idle_ms += float(time.get("idle_ms", 0.0))
+        for stage in time.get("stages", ()):
+            values = {key: stage.get(key, 0) for key in (*STAGE_TIME_KEYS, *STAGE_BYTE_KEYS)}
+            self.stage_totals.add(stage["stage"], stage["worker"], event.get("micro_batches", 1), values)
 
-    def _test(self, point: CurvePoint) -> None:
+    def _add_evaluation(self, point: CurvePoint) -> None:
         self.test_curve.add(point)
         if point.accuracy is not None and (self.best_test is None or point.accuracy > (self.best_test.accuracy or 0.0)):
             self.best_test = point
 
-    def _back(self, found: Rollback) -> None:
-        self.rollbacks.append(found)
-        self.train_curve.truncate_after(found.step)
-        self.test_curve.truncate_after(found.step)
-
-
-def add_stage_times(sums: StageTotals, event: Mapping[str, Any]) -> float:
-    """Add the times of a step to `sums`, a micro-batch being a task; return the network's, in milliseconds."""
-    time: Mapping[str, Any] = event.get("time") or {}
-    stages: Sequence[Mapping[str, Any]] = time.get("stages", ())
-    for stage in stages:
-        figures = {key: stage.get(key, 0) for key in (*STAGE_TIME_KEYS, *STAGE_BYTE_KEYS)}
-        sums.add(stage["stage"], stage["worker"], event.get("micro_batches", 1), figures)
-    return float(time.get("idle_ms", 0.0))
+    def _roll_back(self, rollback: Rollback) -> None:
+        self.rollbacks.append(rollback)
+        self.train_curve.truncate_after(rollback.step)
+        self.test_curve.truncate_after(rollback.step)

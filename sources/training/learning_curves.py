@@ -1,4 +1,4 @@
-"""The picture of a training run: how loss and accuracy went, where it had to go back, and where a step's time goes."""
+"""Plots a training run: loss and accuracy by step, rollbacks, and where the time of a step goes."""
 
 from __future__ import annotations
 
@@ -10,108 +10,125 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy
 from numpy.typing import NDArray
 
-from sources.jsonl import write_atomic
+from brokers.process.files import write_atomic
 from sources.training.history import CurvePoint, TrainingHistory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette, which the colour-blind can tell apart: https://jfly.uni-koeln.de/color/
-_BLUE, _ORANGE, _SKY, _GREEN, _YELLOW = "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#F0E442"
-_GREY, _FAINT = "#555555", "#BBBBBB"
-_SIZE_INCHES, _DPI = (12.0, 9.0), 100
-# A smoothed line has the mean of so much of the whole run at each of its points.
-_SMOOTHED_SHARE = 1 / 40
-# Ways back that have room for their reason; more of them get their number only, and very many just their line.
-_REASONED, _NUMBERED = 4, 24
-# Evaluations that are drawn as large points.
-_LARGE_POINTS = 40
-_TICKS = [1, 2, 5, 10]
+# Okabe and Ito's palette for colour-blind readers: https://jfly.uni-koeln.de/color/
+_BLUE = "#0072B2"
+_ORANGE = "#D55E00"
+_SKY = "#56B4E9"
+_GREEN = "#009E73"
+_YELLOW = "#F0E442"
+_GREY = "#555555"
+_LIGHT_GREY = "#BBBBBB"
+_SIZE_INCHES = (12.0, 9.0)
+_DPI = 100
+_LEFT, _WIDTH = 0.08, 0.77  # of all plots, as shares of the figure
+_SMOOTHING_SHARE = 1 / 40  # width of the moving mean, as a share of the run
+# Rollbacks up to these numbers are labelled with their reason, or with the number of steps; more only have a line.
+_MAX_REASONS = 4
+_MAX_LABELS = 24
+_MAX_LARGE_MARKERS = 40  # evaluations
+_TICK_STEPS = [1, 2, 5, 10]
+
+# Kinds of time: colour, and the keys of the stage totals that they consist of.
+_TIME_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "forward": (_BLUE, ("forward_ms",)),
+    "backward": (_SKY, ("backward_ms",)),
+    "update": (_GREEN, ("compute_ms",)),
+    "encode, decode": (_YELLOW, ("encode_ms", "decode_ms")),
+    "in the queue": (_LIGHT_GREY, ("queue_ms",)),
+    "idle": (_ORANGE, ()),
+}
 
 _Values = NDArray[numpy.float64]  # (N,), one for each point of a curve
 
 
 def plot_learning_curves(history: TrainingHistory, path: Path, title: str) -> None:
-    """Write a PNG picture of 1200 x 900 pixels; raise `ImportError` without matplotlib, `OSError` without room."""
-    from matplotlib.figure import Figure  # not pyplot: that has one state for all threads, and looks for a screen
+    """Write a PNG of 1200 x 900 pixels. Raises `ImportError` without matplotlib, `OSError`."""
+    from matplotlib.figure import Figure  # not pyplot, which has global state and looks for a display
 
     figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI)
-    bars = _bars(history)
-    below = 0.035 + 0.032 * min(max(len(bars), 1), 6)  # heights and places are shares of the figure's
-    first, high, gap = below + 0.165, 0.895, 0.035
-    tall = high - first
-    if accurate := _has_accuracy(history):
-        tall = (tall - gap) / 2
-        accuracy = figure.add_axes((0.08, first, 0.77, tall))
-        _draw_accuracy(accuracy, history)
-    loss = figure.add_axes((0.08, high - tall, 0.77, tall))
-    _draw_curve(loss, "loss", history.train_curve.plot_points, history.test_curve.plot_points, "{:.3f}")
-    curves = [loss, accuracy] if accurate else [loss]
+    times = _step_times(history)
+    bars_height = 0.035 + 0.032 * min(max(len(times), 1), 6)
+    bottom, top, gap = bars_height + 0.165, 0.895, 0.035
+    has_accuracy = _has_accuracy(history)
+    height = (top - bottom - gap) / 2 if has_accuracy else top - bottom
+    loss = figure.add_axes((_LEFT, top - height, _WIDTH, height))
+    _plot_curve(loss, "loss", history.train_curve.plot_points, history.test_curve.plot_points, "{:.3f}")
+    curves = [loss]
+    if has_accuracy:
+        accuracy = figure.add_axes((_LEFT, bottom, _WIDTH, height))
+        _plot_accuracy(accuracy, history)
+        curves.append(accuracy)
     for axes in curves:
-        _draw_returns(axes, history, said=axes is loss)
-        _draw_steps(axes, history, said=axes is curves[-1])
-        _clean(axes, "y")
-    _draw_epochs(loss, history)
-    _draw_time(figure.add_axes((0.08, 0.05, 0.77, below)), history, bars)
-    figure.text(0.08, 0.965, title, size=15, weight="bold", parse_math=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_atomic(path, picture.getvalue())
+        _plot_rollbacks(axes, history, with_labels=axes is loss)
+        _set_step_axis(axes, history, with_labels=axes is curves[-1])
+        _set_style(axes, "y")
+    _add_epoch_axis(loss, history)
+    _plot_times(figure.add_axes((_LEFT, 0.05, _WIDTH, bars_height)), times)
+    figure.text(_LEFT, 0.965, title, size=15, weight="bold", parse_math=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    write_atomic(path, file.getvalue())
 
 
-def _draw_curve(axes: Axes, what: str, points: Sequence[CurvePoint], tests: Sequence[CurvePoint], form: str) -> None:
-    """What each step had, thin; its course, thick; what the evaluations found; and the last of each in the legend."""
-    axes.set_ylabel(what)
+def _plot_curve(axes: Axes, name: str, points: Sequence[CurvePoint], tests: Sequence[CurvePoint], form: str) -> None:
+    """Plot the value of each step, their moving mean, and the evaluations; the legend has the last values."""
+    axes.set_ylabel(name)
     if points:
-        steps, values = _numbers(points, what)
-        smooth = _smooth(values)
+        steps, values = _to_arrays(points, name)
+        smooth = _moving_mean(values)
         axes.plot(steps, values, color=_SKY, linewidth=0.8, alpha=0.5)
         axes.plot(steps, smooth, color=_BLUE, linewidth=2, label=f"training {form.format(smooth[-1])}")
     if tests:
-        steps, values = _numbers(tests, what)
+        steps, values = _to_arrays(tests, name)
         label = f"test {form.format(values[-1])}"
-        size = 4.5 if len(tests) <= _LARGE_POINTS else 2.0
+        size = 4.5 if len(tests) <= _MAX_LARGE_MARKERS else 2.0
         axes.plot(steps, values, "o-", color=_ORANGE, markersize=size, linewidth=1.2, label=label, clip_on=False)
     if points or tests:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03), frameon=False)
 
 
 def _has_accuracy(history: TrainingHistory) -> bool:
-    """Whether the loss is one that has an accuracy; a run of which there is nothing yet has room for it."""
+    """Whether the loss function has an accuracy; assumed before the first step."""
     points = [*history.train_curve.points, *history.test_curve.points]
     return not points or any(point.accuracy is not None for point in points)
 
 
-def _draw_accuracy(axes: Axes, history: TrainingHistory) -> None:
+def _plot_accuracy(axes: Axes, history: TrainingHistory) -> None:
     points = [point for point in history.train_curve.plot_points if point.accuracy is not None]
     tests = [point for point in history.test_curve.plot_points if point.accuracy is not None]
-    _draw_curve(axes, "accuracy", points, tests, "{:.1%}")
+    _plot_curve(axes, "accuracy", points, tests, "{:.1%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
     best, last = history.best_test, tests[-1].accuracy if tests else None
     if best is not None and best.accuracy is not None and last is not None and best.accuracy > last:
-        said = f"best {best.accuracy:.1%}\nat step {best.step}"
-        axes.text(1.055, 0.8, said, transform=axes.transAxes, color=_ORANGE, linespacing=1.5, va="top")
+        text = f"best {best.accuracy:.1%}\nat step {best.step}"
+        axes.text(1.055, 0.8, text, transform=axes.transAxes, color=_ORANGE, linespacing=1.5, va="top")
 
 
-def _draw_returns(axes: Axes, history: TrainingHistory, *, said: bool) -> None:
-    """A dashed line where training had to go back, and a grey band over the steps that were done again."""
+def _plot_rollbacks(axes: Axes, history: TrainingHistory, *, with_labels: bool) -> None:
+    """A dashed line at each rollback, and a grey band over the steps that were repeated."""
     count = len(history.rollbacks)
-    for number, found in enumerate(history.rollbacks):
-        axes.axvspan(found.step, found.from_step, color=_FAINT, alpha=0.3, linewidth=0)
-        axes.axvline(found.from_step, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-        if not said or count > _NUMBERED:
+    for number, rollback in enumerate(history.rollbacks):
+        axes.axvspan(rollback.step, rollback.from_step, color=_LIGHT_GREY, alpha=0.3, linewidth=0)
+        axes.axvline(rollback.from_step, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+        if not with_labels or count > _MAX_LABELS:
             continue
-        text = f"back {found.from_step - found.step}"
-        if count <= _REASONED and found.reason:
-            text = f"{text} steps: {found.reason[:40]}"
-        leftwards = found.from_step > 0.75 * history.max_step  # else it would run into the margin
+        text = f"back {rollback.from_step - rollback.step}"
+        if count <= _MAX_REASONS and rollback.reason:
+            text = f"{text} steps: {rollback.reason[:40]}"
+        to_the_left = rollback.from_step > 0.75 * history.max_step  # else the text would run into the margin
         axes.annotate(
             text,
-            (found.from_step, 0.98 - 0.08 * (number % 3)),  # neighbours do not write over each other
+            (rollback.from_step, 0.98 - 0.08 * (number % 3)),  # neighbours must not overlap
             xycoords=("data", "axes fraction"),
-            xytext=(-4 if leftwards else 4, 0),
+            xytext=(-4 if to_the_left else 4, 0),
             textcoords="offset points",
-            ha="right" if leftwards else "left",
+            ha="right" if to_the_left else "left",
             va="top",
             size=9,
             color=_GREY,
@@ -119,96 +136,84 @@ def _draw_returns(axes: Axes, history: TrainingHistory, *, said: bool) -> None:
         )
 
 
-def _draw_steps(axes: Axes, history: TrainingHistory, *, said: bool) -> None:
-    """One scale of steps for all curves, written at the last of them."""
+def _set_step_axis(axes: Axes, history: TrainingHistory, *, with_labels: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(0, max(history.max_step, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_TICKS))
-    axes.tick_params(labelbottom=said)
-    if said:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_TICK_STEPS))
+    axes.tick_params(labelbottom=with_labels)
+    if with_labels:
         axes.set_xlabel("step")
 
 
-def _draw_epochs(axes: Axes, history: TrainingHistory) -> None:
-    """Where epochs end, above; nothing before the first has ended."""
+def _add_epoch_axis(axes: Axes, history: TrainingHistory) -> None:
+    """A second scale at the top, once the first epoch has ended."""
     from matplotlib.ticker import MaxNLocator
 
     last = history.train_curve.last
     if not history.total_epochs or last is None or last.step * history.total_epochs < history.total_steps:
         return
-    of_epoch = history.total_steps / history.total_epochs
+    steps_per_epoch = history.total_steps / history.total_epochs
 
     def to_epoch(step: Any) -> Any:
-        return step / of_epoch
+        return step / steps_per_epoch
 
     def to_step(epoch: Any) -> Any:
-        return epoch * of_epoch
+        return epoch * steps_per_epoch
 
-    above = axes.secondary_xaxis("top", functions=(to_epoch, to_step))
-    above.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_TICKS))
-    above.set_xlabel("epoch", color=_GREY)
-    above.tick_params(colors=_GREY)
-    above.spines["top"].set_color(_FAINT)
+    epochs = axes.secondary_xaxis("top", functions=(to_epoch, to_step))
+    epochs.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_TICK_STEPS))
+    epochs.set_xlabel("epoch", color=_GREY)
+    epochs.tick_params(colors=_GREY)
+    epochs.spines["top"].set_color(_LIGHT_GREY)
 
 
-def _bars(history: TrainingHistory) -> dict[str, dict[str, float]]:
-    """What the mean step had of each kind of time, in ms, for each stage and for the network."""
-    stages, done = history.stage_totals, max(1, history.executed_steps)
-    found = {}
-    for name in stages.stage_names():
-        kinds = {kind: sum(stages.total(name, key) for key in keys) / done for kind, (_, keys) in _KINDS.items()}
-        # Compute that is neither forward nor backward is the optimizer's.
-        kinds["update"] = max(0.0, kinds["update"] - kinds["forward"] - kinds["backward"])
-        found[name] = kinds
+def _step_times(history: TrainingHistory) -> dict[str, dict[str, float]]:
+    """The mean times of a step in ms, by stage and kind; idle time, mostly the network's, has a row of its own."""
+    totals, steps = history.stage_totals, max(1, history.executed_steps)
+    times: dict[str, dict[str, float]] = {}
+    for stage in totals.stage_names():
+        kinds = {kind: sum(totals.total(stage, key) for key in keys) / steps for kind, (_, keys) in _TIME_KINDS.items()}
+        kinds["update"] = max(0.0, kinds["update"] - kinds["forward"] - kinds["backward"])  # the rest of compute_ms
+        times[stage] = kinds
     if history.idle_ms:
-        found["idle"] = {"idle": history.idle_ms / done}
-    return found
+        times["idle"] = {"idle": history.idle_ms / steps}
+    return times
 
 
-_KINDS = {
-    "forward": (_BLUE, ("forward_ms",)),
-    "backward": (_SKY, ("backward_ms",)),
-    "update": (_GREEN, ("compute_ms",)),
-    "encode, decode": (_YELLOW, ("encode_ms", "decode_ms")),
-    "in the queue": (_FAINT, ("queue_ms",)),
-    "idle": (_ORANGE, ()),
-}
-
-
-def _draw_time(axes: Axes, history: TrainingHistory, bars: dict[str, dict[str, float]]) -> None:
+def _plot_times(axes: Axes, times: dict[str, dict[str, float]]) -> None:
     axes.set_title("time of a step, mean in ms", loc="left", size=10)
-    names = list(bars)
-    left = numpy.zeros(len(bars))
-    for kind, (color, _) in _KINDS.items():
-        widths = numpy.array([bars[name].get(kind, 0.0) for name in names])
+    rows = list(times)
+    left = numpy.zeros(len(rows))
+    for kind, (color, _) in _TIME_KINDS.items():
+        widths = numpy.array([times[row].get(kind, 0.0) for row in rows])
         if widths.max(initial=0.0) > 0:
-            axes.barh(names, widths, left=left, color=color, height=0.66, label="" if kind == "idle" else kind)
+            axes.barh(rows, widths, left=left, color=color, height=0.66, label="" if kind == "idle" else kind)
             left += widths
     for row, width in enumerate(left):
         axes.text(width, row, f" {width:.0f}" if width >= 10 else f" {width:.1f}", va="center", size=9, color=_GREY)
     axes.invert_yaxis()
-    if history.stage_totals.stage_names():
+    if set(rows) - {"idle"}:
         axes.legend(loc="lower right", bbox_to_anchor=(1.01, 0.97), ncols=5, frameon=False, fontsize=9)
-    _clean(axes, "x")
+    _set_style(axes, "x")
 
 
-def _numbers(points: Sequence[CurvePoint], what: str) -> tuple[_Values, _Values]:
-    steps, values = [point.step for point in points], [getattr(point, what) for point in points]
+def _to_arrays(points: Sequence[CurvePoint], name: str) -> tuple[_Values, _Values]:
+    steps, values = [point.step for point in points], [getattr(point, name) for point in points]
     return numpy.array(steps, dtype=float), numpy.array(values, dtype=float)
 
 
-def _smooth(values: _Values) -> _Values:
-    """The mean of each value and its neighbours, as many of them as there are."""
-    reach = round(len(values) * _SMOOTHED_SHARE / 2) or min(1, len(values) // 8)
+def _moving_mean(values: _Values) -> _Values:
+    """The mean of each value and its neighbours, fewer at the ends."""
+    reach = round(len(values) * _SMOOTHING_SHARE / 2) or min(1, len(values) // 8)
     sums = numpy.concatenate([numpy.zeros(1), numpy.cumsum(values)])
-    places = numpy.arange(len(values))
-    begin, end = numpy.maximum(places - reach, 0), numpy.minimum(places + reach + 1, len(values))
-    smooth: _Values = (sums[end] - sums[begin]) / (end - begin)
-    return smooth
+    index = numpy.arange(len(values))
+    begin, end = numpy.maximum(index - reach, 0), numpy.minimum(index + reach + 1, len(values))
+    means: _Values = (sums[end] - sums[begin]) / (end - begin)
+    return means
 
 
-def _clean(axes: Axes, grid: Literal["x", "y"]) -> None:
+def _set_style(axes: Axes, grid: Literal["x", "y"]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#EEEEEE", linewidth=0.8)
     axes.set_axisbelow(True)

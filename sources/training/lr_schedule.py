@@ -1,4 +1,4 @@
-"""The learning rate of a step, by the schedule that a pipeline file names. Pure."""
+"""Learning rate schedules of a pipeline file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from brokers.config.schema import TrainingTable
 
 
 def learning_rate(table: TrainingTable, step: int, steps_per_epoch: int) -> float:
-    """The rate of step `step` (from 0): it rises linearly during the warmup, and then follows the schedule.
+    """The learning rate of `step`, counted from 0: linear during the warm-up, then by `table.lr_schedule`.
 
-    `cosine` falls from `lr` to 0 over all epochs; `step` is multiplied by `lr_factor` every `lr_every` epochs.
+    `cosine` decays from `lr` to 0 over all epochs; `step` multiplies by `lr_factor` every `lr_every` epochs.
     """
     if step < table.lr_warmup:
         return table.lr * (step + 1) / table.lr_warmup

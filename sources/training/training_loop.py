@@ -1,7 +1,7 @@
-"""A training run, as its source drives it: epochs of steps, evaluations, and back to where the stages are.
+"""The training loop of a source: epochs of steps and evaluations, with rollback to what the stages have committed.
 
-The checkpoints of the stages say how many steps of which source are in a version: so the source itself keeps nothing.
-Whatever is lost, it goes on from what the pipeline says, and what a step is made of is a function of its number.
+The source keeps no state. The checkpoints of the stages contain the number of steps of each source, and a step is a
+function of its number: after any failure the loop continues from the steps that the pipeline reports.
 """
 
 from __future__ import annotations
@@ -12,282 +12,324 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
+from brokers.errors import RequestError, UsageError
 from brokers.protocol.messages import TensorContent
-from brokers.protocol.training import SourceProgress
+from brokers.protocol.training import SourceProgress, TrainingStatus
 from sources.datasets.batches import Batches, split_micro_batches
 from sources.datasets.dataset import Dataset
-from sources.training.errors import CannotTrain, NobodyTrains, OtherSettings, StepFailed, TermOver, TrainedAlready
 from sources.training.lr_schedule import learning_rate
-from sources.training.membership import MembershipWatcher, TermMembers
-from sources.training.two_phase_step import StepOutcome, StepPlan, StepRunner
+from sources.training.membership import MembershipWatcher, TermOver
+from sources.training.two_phase_step import Step, StepFailed, StepRunner
 
 log = logging.getLogger(__name__)
 
 TrainingEventDict = dict[str, Any]
 
-# How long a run waits for all stages to be up, and for a problem of theirs to be mended (a folder that is mounted).
+# How long to wait until all stages are up, and for a problem of theirs to be fixed (a folder that is not mounted yet).
 MEMBERS_WAIT_S = 120.0
 PROBLEM_WAIT_S = 5.0
-# A step that is given up again and again is not the stages' misfortune any more.
+# A step that is aborted in this many terms in a row has a cause that another term does not remove.
 MAX_CONSECUTIVE_TERMS = 20
-# A worker renews its record each second: what it says of versions may be as old as that.
-_RECORD_S = 0.3
-# Evaluation batches go in pieces of so many micro-batches: each has its turn among the steps of other sources.
-_EVALUATE_MICROS = 16
-# Settings of a data set that are longer stand as their digest in the record of whoever trains, which must stay small.
-_OWN_CHARACTERS = 100
+# Presence records are renewed each second: a reported version may be as old as that.
+_VERSION_RETRY_S = 0.3
+# Evaluation is split into steps of this many micro-batches, so that steps of other sources are served in between.
+_EVALUATION_MICRO_BATCHES = 16
+# Longer settings of a data set are replaced by a digest: the source's progress is part of a bounded presence record.
+_SETTINGS_CHARACTERS = 100
+_MEMBERS_POLL_S = 0.5
 
 
 class TrainingLoop:
-    """Trains a pipeline on a data set until its epochs are done, or `leave` is set. `tell` gets each event."""
+    """Trains a pipeline on a data set until its epochs are done or `stop_requested` is set.
+
+    `on_event` is called with each event: "step", "evaluation", "resumed", "rolled_back", "failed". Raises what the data
+    set raises.
+    """
 
     def __init__(
         self,
         pipeline: Pipeline,
         dataset: Dataset,
         name: str,
-        line: MessageChannel,
-        inbox: str,
-        tell: Callable[[TrainingEventDict], None],
+        channel: MessageChannel,
+        on_event: Callable[[TrainingEventDict], None],
         *,
         resume: bool = False,
     ) -> None:
-        self._pipeline, self._name, self._tell, self._resume = pipeline, name, tell, resume
-        table, seed = pipeline.training, pipeline.pipeline.seed
-        self._table = table
-        self._seed = seed
+        self.membership = MembershipWatcher(pipeline, channel.transport)
+        self.step_runner = StepRunner(channel, pipeline, name, self.membership)
+        self.stop_requested = asyncio.Event()
+        self.completed_steps = 0  # committed by the pipeline
+        self.completed_micro_batches = 0
+        self._pipeline = pipeline
+        self._table = pipeline.training
+        self._seed = pipeline.pipeline.seed
+        self._name = name
+        self._channel = channel
+        self._on_event = on_event
+        self._resume = resume
         examples = dataset.train()
         self._batches = Batches(
             examples,
-            table.batch,
-            seed,
-            shuffle=table.shuffle,
-            augment=table.augment,
+            self._table.batch,
+            self._seed,
+            shuffle=self._table.shuffle,
+            augment=self._table.augment,
             horizontal_flip=dataset.horizontal_flip,
         )
-        self._test = Batches(dataset.test(), table.batch, shuffle=False)
-        self.membership = MembershipWatcher(pipeline)
-        self.step_runner = StepRunner(line, pipeline, name, inbox, self.membership)
-        self.stop_requested = asyncio.Event()
-        self.completed_steps = 0  # steps that are in the pipeline's version
-        self.completed_micro_batches = 0
-        self._settings = _settings(pipeline, len(examples))
-        self._version: int | None = None  # of the last step that was done here
-        self._terms_in_a_row = 0
+        self._test_batches = Batches(dataset.test(), self._table.batch, shuffle=False)
+        self._settings = _relevant_settings(pipeline, len(examples))
+        self._version: int | None = None  # that our last step made
+        self._consecutive_terms = 0
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self._table.epochs * self._batches.steps_per_epoch
 
-    # The run ------------------------------------------------------------------------------------------------------
+    async def open(self) -> None:
+        """Subscribe to the responses and to the presence of the stages; the channel must be open."""
+        await self._channel.subscribe(self.step_runner.inbox, self.step_runner.on_message)
+        await self.membership.open()
+        self._channel.transport.on_reconnect(self._on_reconnect)
+
+    async def close(self) -> None:
+        await self.membership.close()
+
+    async def _on_reconnect(self) -> None:
+        self.step_runner.on_connection_lost()
+
+    def stop(self) -> None:
+        """Stop after the current step, which then includes a checkpoint."""
+        self.stop_requested.set()
+        self.membership.changed.set()
+
+    # The run ----------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Train to the end. Raises `StepFailed`, `CannotTrain`, `NobodyTrains`, `TrainedAlready`, `OtherSettings`."""
-        crew = await self._crew()
-        self.completed_steps = self._begin(crew)
-        evaluated = -1
+        """Train to the end.
+
+        Raises `StepFailed`; `RequestError`: "StagesMissing" if not all stages are up, "CannotTrain"; `UsageError`:
+        "AlreadyTrained" without `resume`, "SettingsChanged" with it; `TermOver` when stopped without a coordinator.
+        """
+        term = await self._wait_for_term()
+        self.completed_steps = self._first_step(term)
+        evaluated_step = -1
         while not self.stop_requested.is_set():
             try:
-                if self._is_evaluated(self.completed_steps) and evaluated != self.completed_steps:
-                    await self._evaluate(crew)
-                    evaluated = self.completed_steps
+                if self._is_evaluation_due() and evaluated_step != self.completed_steps:
+                    await self._evaluate(term)
+                    evaluated_step = self.completed_steps
                 if self.completed_steps >= self.total_steps:
                     break
-                await self._step(crew)
-                self._terms_in_a_row = 0
+                await self._run_step(term)
+                self._consecutive_terms = 0
             except TermOver as over:
-                crew = await self._again(over, crew)
+                term = await self._resume_after_rollback(over, term)
         log.info("%d of %d steps are done", self.completed_steps, self.total_steps)
 
     async def fetch_weights(self) -> dict[str, TensorContent]:
-        """The weights of each stage, all of one version: that of the last step, as long as it is there."""
-        crew = await self._crew()
+        """The weights of all stages at one version: that of our last step if they have it, else the newest."""
+        term = await self._wait_for_term()
         for _ in range(MAX_CONSECUTIVE_TERMS):
-            version = self._version if self._version is not None else crew.version
+            version = (term.version or 0) if self._version is None else self._version
+            parts: dict[str, TensorContent] = {}
             try:
-                found = [
-                    await self.step_runner.fetch_weights(crew, stage.name, version) for stage in self._pipeline.stage
-                ]
+                for stage in self._pipeline.stage:
+                    if (part := await self.step_runner.fetch_weights(term, stage.name, version)) is not None:
+                        parts[stage.name] = part
             except TermOver as over:
-                crew = await self._again(over, crew)
+                term = await self._resume_after_rollback(over, term)
                 continue
-            if None not in found:
-                return {stage.name: body for stage, body in zip(self._pipeline.stage, found, strict=True) if body}
-            self._version, crew = None, await self._crew()  # others train on: what there is now, then
-            await asyncio.sleep(_RECORD_S)
-        raise CannotTrain(self._pipeline.name, "its weights change faster than they can be fetched")
+            if len(parts) == len(self._pipeline.stage):
+                return parts
+            self._version = None  # other sources have trained on
+            term = await self._wait_for_term()
+            await asyncio.sleep(_VERSION_RETRY_S)
+        raise self._cannot_train("its weights change faster than they can be fetched")
 
-    def _begin(self, crew: TermMembers) -> int:
-        progress = crew.progress.get(self._name, SourceProgress(steps=0))
+    def _progress(self, term: TrainingStatus) -> SourceProgress:
+        return term.progress.get(self._name, SourceProgress(steps=0))
+
+    def _first_step(self, term: TrainingStatus) -> int:
+        progress = self._progress(term)
         if not progress.steps:
             return 0
         if not self._resume:
-            raise TrainedAlready(self._name, progress.steps)
+            message = (
+                f"source {self._name!r} has trained {progress.steps} steps of this pipeline already: continue with "
+                "--resume, or start again with another folder of checkpoints or another --name"
+            )
+            raise UsageError("AlreadyTrained", message, steps=progress.steps)
         if differences := _differences(progress.settings, self._settings):
-            raise OtherSettings(differences)
-        self._tell({"event": "resumed", "step": progress.steps, "version": crew.version})
+            message = f"cannot resume, the run began with other settings: {'; '.join(differences)}"
+            raise UsageError("SettingsChanged", message, differences=differences)
+        self._on_event({"event": "resumed", "step": progress.steps, "version": term.version or 0})
         return progress.steps
 
-    async def _crew(self, after: int = -1) -> TermMembers:
-        """The crew that trains now; waits for one, and a lease for one of a term after this."""
+    async def _wait_for_term(self, after: int = -1) -> TrainingStatus:
+        """Wait for a term, and for a lease at most for a later one than `after`."""
         begin_s = time.monotonic()
-        problem_s: float | None = None
+        problem_since_s: float | None = None
         while True:
-            crew, now_s = self.membership.members, time.monotonic()
-            if crew is not None and set(crew.workers) != {stage.name for stage in self._pipeline.stage}:
-                theirs, ours = ", ".join(crew.workers), ", ".join(stage.name for stage in self._pipeline.stage)
-                raise CannotTrain(self._pipeline.name, f"its stages are {theirs}, this file has {ours}")
-            if crew is not None and (crew.term > after or now_s - begin_s > self._pipeline.pipeline.lease_s):
-                return crew
-            problem_s = (problem_s or now_s) if self.membership.problem else None
-            if problem_s is not None and now_s - problem_s > PROBLEM_WAIT_S:
-                raise CannotTrain(self._pipeline.name, self.membership.problem)
-            if now_s - begin_s > MEMBERS_WAIT_S:
-                raise NobodyTrains(self._pipeline.name, MEMBERS_WAIT_S)
-            if self.stop_requested.is_set() and now_s - begin_s > 1.0:
-                raise TermOver("the run was told to end")
+            term, now_s = self.membership.term, time.monotonic()
+            waited_s = now_s - begin_s
+            if term is not None:
+                self._check_stages(term)
+                if term.term > after or waited_s > self._pipeline.pipeline.lease_s:
+                    return term
+            problem_since_s = (problem_since_s or now_s) if self.membership.problem else None
+            if problem_since_s is not None and now_s - problem_since_s > PROBLEM_WAIT_S:
+                raise self._cannot_train(self.membership.problem)
+            if waited_s > MEMBERS_WAIT_S:
+                message = (
+                    f"the stages of pipeline {self._pipeline.name!r} were not all up within {MEMBERS_WAIT_S:g} s: "
+                    "`sparse status` shows which are, `sparse stage FILE NAME` starts one"
+                )
+                raise RequestError("StagesMissing", message, waited_s=MEMBERS_WAIT_S)
+            if self.stop_requested.is_set() and waited_s > 1.0:
+                raise TermOver("the run was stopped")
             self.membership.changed.clear()
-            try:
-                async with asyncio.timeout(0.5):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_MEMBERS_POLL_S):
                     await self.membership.changed.wait()
-            except TimeoutError:
-                continue
 
-    async def _again(self, over: TermOver, former: TermMembers) -> TermMembers:
-        """A term is over: go on from where the next one begins."""
+    def _check_stages(self, term: TrainingStatus) -> None:
+        names = [stage.name for stage in self._pipeline.stage]
+        if set(term.members) != set(names):
+            raise self._cannot_train(f"its stages are {', '.join(term.members)}, this file has {', '.join(names)}")
+
+    def _cannot_train(self, problem: str) -> RequestError:
+        return RequestError("CannotTrain", f"pipeline {self._pipeline.name!r} cannot be trained: {problem}")
+
+    async def _resume_after_rollback(self, over: TermOver, previous: TrainingStatus) -> TrainingStatus:
+        """Wait for the next term, and continue from the steps that its version has."""
         begin_s, before = time.monotonic(), self.completed_steps
-        self._terms_in_a_row += 1
-        if self._terms_in_a_row > MAX_CONSECUTIVE_TERMS:
-            raise CannotTrain(
-                self._pipeline.name, f"step {self.completed_steps} was given up {MAX_CONSECUTIVE_TERMS} times: {over}"
-            )
-        crew = await self._crew(after=former.term)
+        self._consecutive_terms += 1
+        if self._consecutive_terms > MAX_CONSECUTIVE_TERMS:
+            raise self._cannot_train(f"step {before} was aborted {MAX_CONSECUTIVE_TERMS} times: {over}")
+        term = await self._wait_for_term(after=previous.term)
         self._version = None
-        self.completed_steps = crew.progress.get(self._name, SourceProgress(steps=0)).steps
-        self._tell(
+        self.completed_steps = self._progress(term).steps
+        self._on_event(
             {
                 "event": "rolled_back",
                 "step": self.completed_steps,
                 "from_step": before,
-                "version": crew.version,
-                "why": crew.reason or str(over),
+                "version": term.version or 0,
+                "why": term.term_reason or str(over),
                 "waited_ms": round(1000 * (time.monotonic() - begin_s), 1),
             }
         )
-        return crew
+        return term
 
-    # A step -------------------------------------------------------------------------------------------------------
+    # Steps and evaluations --------------------------------------------------------------------------------------------
 
-    async def _step(self, crew: TermMembers) -> None:
-        number, table = self.completed_steps, self._table
+    async def _run_step(self, term: TrainingStatus) -> None:
+        number = self.completed_steps
         inputs, labels = self._batches.batch(number)
-        rate = learning_rate(table, number, self._batches.steps_per_epoch)
-        last = number + 1 == self.total_steps
+        rate = learning_rate(self._table, number, self._batches.steps_per_epoch)
 
-        def commit() -> Mapping[str, Any]:
-            return {"lr": rate, "settings": self._settings, "checkpoint": last or self.stop_requested.is_set()}
+        def commit_details() -> Mapping[str, Any]:
+            is_last = number + 1 == self.total_steps or self.stop_requested.is_set()
+            return {"lr": rate, "settings": self._settings, "checkpoint": is_last}
 
-        plan = StepPlan(number, split_micro_batches(inputs, labels, table.micro_batches), "train", self._seed, commit)
-        outcome = StepOutcome()
+        micro_batches = split_micro_batches(inputs, labels, self._table.micro_batches)
+        step = Step(number, micro_batches, "train", self._seed, commit_details)
         try:
-            await self.step_runner.run_step(crew, plan, outcome)
+            await self.step_runner.run_step(term, step)
         except StepFailed as failed:
-            self._tell_failure(failed)
+            failure = {name: getattr(failed.failure, name) for name in ("error", "reason", "stage", "worker")}
+            self._on_event({"event": "failed", "step": number, **failure})
             raise
-        self.completed_steps, self._version = number + 1, max(outcome.committed_versions.values())
-        self.completed_micro_batches += len(plan.micro_batches)
-        self._tell(self._step_event(plan, outcome, rate))
+        self.completed_steps = number + 1
+        self._version = max(step.committed_versions.values())
+        self.completed_micro_batches += len(micro_batches)
+        self._on_event(self._step_event(step, rate))
 
-    def _step_event(self, plan: StepPlan, outcome: StepOutcome, rate: float) -> TrainingEventDict:
-        stages = [_stage_times(outcome.stage_times[stage.name]) for stage in self._pipeline.stage]
-        step_ms = 1000 * outcome.elapsed_s
-        busiest = max(sum(stage[name] for name in ("decode_ms", "compute_ms", "encode_ms")) for stage in stages)
+    def _step_event(self, step: Step, rate: float) -> TrainingEventDict:
+        stages = [_stage_times(step.stage_times[stage.name]) for stage in self._pipeline.stage]
+        step_ms = 1000 * step.elapsed_s
+        busiest_ms = max(stage["decode_ms"] + stage["compute_ms"] + stage["encode_ms"] for stage in stages)
         return {
             "event": "step",
-            "step": plan.number + 1,
+            "step": step.number + 1,
             "steps": self.total_steps,
-            "epoch": plan.number // self._batches.steps_per_epoch,
+            "epoch": step.number // self._batches.steps_per_epoch,
             "epochs": self._table.epochs,
-            "version": max(outcome.committed_versions.values()),
-            "loss": outcome.loss,
-            "accuracy": outcome.accuracy,
+            "version": self._version,
+            "loss": step.loss,
+            "accuracy": step.accuracy,
             "lr": rate,
-            "rows": plan.rows,
-            "micro_batches": len(plan.micro_batches),
+            "rows": step.rows,
+            "micro_batches": len(step.micro_batches),
             "step_ms": round(step_ms, 3),
-            "rows_per_s": round(plan.rows / outcome.elapsed_s, 2),
-            # What is left of the step when the busiest stage's work is taken off: filling, draining, and the network.
-            "time": {"stages": stages, "idle_ms": round(max(0.0, step_ms - busiest), 3)},
+            "rows_per_s": round(step.rows / step.elapsed_s, 2),
+            # Idle: the busiest stage waited for the pipeline to fill and to drain, and for the network.
+            "time": {"stages": stages, "idle_ms": round(max(0.0, step_ms - busiest_ms), 3)},
         }
 
-    def _tell_failure(self, failed: StepFailed) -> None:
-        told = {"error": failed.error, "reason": failed.reason, "stage": failed.stage, "worker": failed.worker}
-        self._tell({"event": "failed", "step": failed.number, **told})
-
-    # Evaluation ---------------------------------------------------------------------------------------------------
-
-    def _is_evaluated(self, step: int) -> bool:
+    def _is_evaluation_due(self) -> bool:
+        step, interval = self.completed_steps, self._table.evaluate_every
         epochs, rest = divmod(step, self._batches.steps_per_epoch)
-        every = self._table.evaluate_every
-        return bool(every and step and not rest and (epochs % every == 0 or step == self.total_steps))
+        return bool(interval and step and not rest and (epochs % interval == 0 or step == self.total_steps))
 
-    async def _evaluate(self, crew: TermMembers) -> None:
+    async def _evaluate(self, term: TrainingStatus) -> None:
         begin_s = time.monotonic()
-        losses, correct, rows, counted = 0.0, 0, 0, False
-        batches = range(self._test.steps_per_epoch)
-        for first in batches[::_EVALUATE_MICROS]:
-            micros = [self._test.batch(index) for index in batches[first : first + _EVALUATE_MICROS]]
-            outcome = StepOutcome()
-            await self.step_runner.run_step(crew, StepPlan(self.completed_steps, micros, "evaluate"), outcome)
-            losses += outcome.loss * outcome.rows
-            rows += outcome.rows
-            correct += sum(outcome.correct_counts.values())
-            counted = counted or bool(outcome.correct_counts)
-        self._tell(
+        count = self._test_batches.steps_per_epoch
+        whole = Step(self.completed_steps, [self._test_batches.batch(index) for index in range(count)], "evaluate")
+        for first in range(0, count, _EVALUATION_MICRO_BATCHES):
+            step = Step(whole.number, whole.micro_batches[first : first + _EVALUATION_MICRO_BATCHES], "evaluate")
+            await self.step_runner.run_step(term, step)
+            whole.losses |= {first + index: loss for index, loss in step.losses.items()}
+            whole.correct_counts |= {first + index: correct for index, correct in step.correct_counts.items()}
+        self._on_event(
             {
                 "event": "evaluation",
                 "step": self.completed_steps,
                 "epoch": self.completed_steps // self._batches.steps_per_epoch - 1,
-                "loss": losses / rows,
-                "accuracy": correct / rows if counted else None,
-                "rows": rows,
+                "loss": whole.loss,
+                "accuracy": whole.accuracy,
+                "rows": whole.rows,
                 "elapsed_ms": round(1000 * (time.monotonic() - begin_s), 1),
             }
         )
 
 
 def _stage_times(details: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage said of a step, with what it computed in sum."""
-    found: dict[str, Any] = {name: item for name, item in details.items() if isinstance(item, str | int | float)}
+    """The times that a stage reported for a step, with their sum as `compute_ms`."""
+    times: dict[str, Any] = {name: value for name, value in details.items() if isinstance(value, str | int | float)}
     for name in ("queue_ms", "decode_ms", "encode_ms", "forward_ms", "backward_ms", "commit_ms"):
-        found.setdefault(name, 0.0)
-    found["compute_ms"] = round(found["forward_ms"] + found["backward_ms"] + found["commit_ms"], 3)
-    return found
+        times.setdefault(name, 0.0)
+    times["compute_ms"] = round(times["forward_ms"] + times["backward_ms"] + times["commit_ms"], 3)
+    return times
 
 
-def _settings(pipeline: Pipeline, rows: int) -> dict[str, str | int | float | bool | None]:
-    """What the steps of a run depend on: with another of these they would be others."""
+def _relevant_settings(pipeline: Pipeline, rows: int) -> dict[str, str | int | float | bool | None]:
+    """The settings that steps depend on: a run can only be resumed with the same ones."""
     table, source = pipeline.training, pipeline.source
     names = ["batch", "micro_batches", "lr", "lr_schedule", "lr_warmup", "shuffle", "augment"]
-    if table.lr_schedule == "cosine":
-        names.append("epochs")
-    if table.lr_schedule == "step":
-        names += ["lr_every", "lr_factor"]
-    found = {name: getattr(table, name) for name in names}
-    own = json.dumps(source.settings, sort_keys=True, default=str)
-    if len(own) > _OWN_CHARACTERS:
-        own = hashlib.sha256(own.encode()).hexdigest()[:16]
-    data = {"kind": source.kind, "limit": source.limit, "source.settings": own, "rows": rows}
-    return {**found, "seed": pipeline.pipeline.seed, **data}
+    names += {"cosine": ["epochs"], "step": ["lr_every", "lr_factor"]}.get(table.lr_schedule, [])
+    source_settings = json.dumps(source.settings, sort_keys=True, default=str)
+    if len(source_settings) > _SETTINGS_CHARACTERS:
+        source_settings = hashlib.sha256(source_settings.encode()).hexdigest()[:16]
+    return {
+        **{name: getattr(table, name) for name in names},
+        "seed": pipeline.pipeline.seed,
+        "kind": source.kind,
+        "limit": source.limit,
+        "source.settings": source_settings,
+        "rows": rows,
+    }
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
-    names = [*before, *(name for name in now if name not in before)]
-    return tuple(
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = dict.fromkeys([*before, *now])
+    return [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names if before.get(name) != now.get(name)
-    )
+    ]

@@ -1,8 +1,8 @@
-"""One step of training, as its source sees it: micro-batches out; losses, votes, and the commit of all stages.
+"""One training step as its source runs it: a two-phase commit over all stages.
 
-A step is a transaction. It is *prepared* when each stage has said so, which it does when it has done the backward of
-every micro-batch; then all are told to *commit*. If anything comes between, the term ends and all stages go back to a
-version that they share, so that no step is ever half taken.
+The source sends the micro-batches. A stage is *prepared* once it has done the backward pass of each of them; when all
+stages are prepared, the source tells them to *commit*. If anything fails before, the term ends and all stages return to
+a version that they have in common: a step is applied on all stages or on none.
 """
 
 from __future__ import annotations
@@ -17,31 +17,56 @@ from numpy.typing import NDArray
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
+from brokers.errors import RequestError
 from brokers.protocol.messages import (
     Failure,
     Message,
     ReplyTo,
     Result,
     StepMessage,
+    StepVerb,
     Task,
     TensorContent,
     new_request_id,
 )
 from brokers.protocol.safetensors_codec import from_numpy, to_numpy
-from brokers.protocol.traceparent import TraceContext, start_trace
-from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_KEY, MicroBatch, StepMode, micro_batch_seed
-from sources.training.errors import StepFailed, TermOver
-from sources.training.membership import MembershipWatcher, TermMembers
+from brokers.protocol.topics import source_inbox_topic
+from brokers.protocol.traceparent import start_trace
+from brokers.protocol.training import (
+    LABELS_TENSOR,
+    MICRO_BATCH_KEY,
+    MicroBatch,
+    StepMode,
+    TrainingStatus,
+    micro_batch_seed,
+)
+from sources.training.membership import MembershipWatcher, TermOver
 
-NO_COORDINATOR = "nobody conducts the pipeline any more"
-INPUT_TENSOR = "input"  # the only tensor of a first stage: it needs no name of the network's
+INPUT_TENSOR = "input"  # the first stage has one input, so the network's name for it is not needed
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What a step is made of: inputs (B, ...) and labels (B, ...) for each of its micro-batches.
+class StepFailed(RequestError):
+    """A stage could not do its part of step `number`, and would fail again."""
 
-    `commit` gives what its commit says, when it is said: the run may have been told to end meanwhile.
+    def __init__(self, number: int, failure: Failure) -> None:
+        place = f"stage {failure.stage!r}, worker {failure.worker!r}"
+        super().__init__("StepFailed", f"step {number} failed at {place}: {failure.error}: {failure.reason}")
+        self.failure = failure
+
+
+class _Stalled(Exception):
+    """The step cannot be completed in this term, which must be ended."""
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step and the responses to it.
+
+    Args:
+        number: of the source's steps, from 0.
+        micro_batches: inputs (B, ...) and labels (B, ...) of each.
+        seed: of the run; random layers are seeded from it and the numbers of step and micro-batch.
+        make_commit_details: called when the step is committed: by then the run may have been told to stop.
     """
 
     number: int
@@ -49,29 +74,22 @@ class StepPlan:
     mode: StepMode = "train"
     seed: int = 0
     make_commit_details: Callable[[], Mapping[str, Any]] = dict
+    step_id: bytes = field(default_factory=new_request_id)
+    index_by_request: dict[bytes, int] = field(default_factory=dict)  # request id -> micro-batch
+    losses: dict[int, tuple[float, int]] = field(default_factory=dict)  # micro-batch -> mean loss, rows
+    correct_counts: dict[int, int] = field(default_factory=dict)  # micro-batch -> correct predictions
+    stage_times: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the stages that are prepared
+    committed_versions: dict[str, int] = field(default_factory=dict)  # stage -> version
+    failure: Failure | None = None
+    elapsed_s: float = 0.0
 
     @property
     def rows(self) -> int:
         return sum(len(labels) for _, labels in self.micro_batches)
 
-
-@dataclass(slots=True, eq=False)
-class StepOutcome:
-    """What has come of a step so far; losses and hits are in the order of its micro-batches."""
-
-    losses: dict[int, tuple[float, int]] = field(default_factory=dict)  # index -> mean loss, rows
-    correct_counts: dict[int, int] = field(default_factory=dict)
-    stage_times: dict[str, dict[str, Any]] = field(default_factory=dict)  # by stage, as it was prepared
-    committed_versions: dict[str, int] = field(default_factory=dict)  # stage -> version
-    elapsed_s: float = 0.0
-
-    @property
-    def rows(self) -> int:
-        return sum(rows for _, rows in self.losses.values())
-
     @property
     def loss(self) -> float:
-        """The mean over all rows."""
+        """The mean loss over all rows, summed in the order of micro-batches: it must be reproducible."""
         return sum(loss * rows for _, (loss, rows) in sorted(self.losses.items())) / max(1, self.rows)
 
     @property
@@ -79,180 +97,157 @@ class StepOutcome:
         return sum(self.correct_counts.values()) / max(1, self.rows) if self.correct_counts else None
 
 
-@dataclass(slots=True, eq=False)
-class _StepInFlight:
-    step: bytes
-    requests: dict[bytes, int]
-    outcome: StepOutcome = field(default_factory=StepOutcome)
-    failure: Failure | None = None
-
-
 class StepRunner:
-    """Does steps, one at a time. Give what comes to the source's inbox to `heard`."""
+    """Runs one step at a time. Messages of the source's inbox go to `on_message`."""
 
-    def __init__(
-        self, line: MessageChannel, pipeline: Pipeline, name: str, inbox: str, watch: MembershipWatcher
-    ) -> None:
-        self._line, self._pipeline, self._name, self._inbox, self._watch = line, pipeline, name, inbox, watch
-        self._in_hand: _StepInFlight | None = None
-        self._collected: dict[bytes, Result | Failure | None] = {}
-        self._broken = False
-
-    # Heard --------------------------------------------------------------------------------------------------------
+    def __init__(self, channel: MessageChannel, pipeline: Pipeline, name: str, membership: MembershipWatcher) -> None:
+        self.inbox = source_inbox_topic(pipeline.source.site, name)
+        self._channel = channel
+        self._pipeline = pipeline
+        self._name = name
+        self._membership = membership
+        self._step: Step | None = None
+        self._weights: dict[bytes, Result | Failure | None] = {}  # responses to `fetch_weights`
+        self._connection_lost = False
 
     def on_message(self, topic: str, message: Message) -> None:
-        """A message came. What belongs to no step in hand is of one that was given up."""
-        hand = self._in_hand
-        match message:
-            case Result(content=TensorContent()) | Failure() if message.request_id in self._collected:
-                self._collected[message.request_id] = message
-            case Result() if hand and message.request_id in hand.requests:
-                self._judged(hand, message)
-            case StepMessage(verb="prepared") if hand and message.request_id == hand.step:
-                hand.outcome.stage_times[str(message.details.get("stage"))] = dict(message.details)
-            case StepMessage(verb="committed") if hand and message.request_id == hand.step:
-                hand.outcome.committed_versions[str(message.details.get("stage"))] = int(
-                    message.details.get("version", 0)
-                )
-            case Failure() if hand and (message.request_id in hand.requests or message.request_id == hand.step):
-                hand.failure = message
-        self._watch.changed.set()
-
-    def _judged(self, hand: _StepInFlight, result: Result) -> None:
-        if not isinstance(result.content, TensorContent):
-            return
-        found = {name: to_numpy(tensor) for name, tensor in result.content.tensors.items()}
-        index = hand.requests[result.request_id]
-        hand.outcome.losses[index] = float(found["loss"]), int(found["rows"])
-        if "correct" in found:
-            hand.outcome.correct_counts[index] = int(found["correct"])
+        """Record a response. Messages of a step that was aborted are ignored."""
+        if message.request_id in self._weights and isinstance(message, Result | Failure):
+            self._weights[message.request_id] = message
+        elif self._step is not None:
+            _record_response(self._step, message)
+        self._membership.changed.set()
 
     def on_connection_lost(self) -> None:
-        """Our connection broke: what was on its way may be lost."""
-        self._broken = True
-        self._watch.reset()
+        """The connection broke: messages in transit may be lost."""
+        self._connection_lost = True
+        self._membership.changed.set()
 
-    # A step -------------------------------------------------------------------------------------------------------
-
-    async def run_step(self, crew: TermMembers, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Do one step; `outcome` is filled as it goes. Raises `TermOver`, or `StepFailed`, which nobody can mend."""
-        hand = self._in_hand = _StepInFlight(new_request_id(), {}, outcome)
-        self._broken = False
+    async def run_step(self, term: TrainingStatus, step: Step) -> None:
+        """Run one step. Raises `TermOver` if it must be repeated, `StepFailed` if it would fail again."""
+        self._step = step
+        self._connection_lost = False
         begin_s = time.monotonic()
         try:
-            await self._send(crew, plan, hand)
-            await self._until(crew, plan, lambda: len(outcome.losses) == len(plan.micro_batches))
-            if plan.mode == "train":
+            await self._send_micro_batches(term, step)
+            await self._wait_or_abort(term, step, lambda: len(step.losses) == len(step.micro_batches))
+            if step.mode == "train":
                 stages = len(self._pipeline.stage)
-                await self._until(crew, plan, lambda: len(outcome.stage_times) == stages)
-                await self._commit(crew, plan, hand)
-                await self._until(crew, plan, lambda: len(outcome.committed_versions) == stages)
+                await self._wait_or_abort(term, step, lambda: len(step.stage_times) == stages)
+                await self._commit(term, step)
+                await self._wait_or_abort(term, step, lambda: len(step.committed_versions) == stages)
         finally:
-            outcome.elapsed_s = time.monotonic() - begin_s
-            self._in_hand = None
+            step.elapsed_s = time.monotonic() - begin_s
+            self._step = None
 
-    async def _send(self, crew: TermMembers, plan: StepPlan, hand: _StepInFlight) -> None:
-        stays = self._pipeline.training.labels == "stay"
-        first, last = (self._watch.worker_inbox(crew, self._pipeline.stage[index].name) for index in (0, -1))
-        trace = start_trace(hand.step)  # one for the whole step: who watches sees its micro-batches side by side
-        for index, (inputs, labels) in enumerate(plan.micro_batches):
-            micro = MicroBatch(
-                step=hand.step.hex(),
-                term=crew.term,
+    async def _send_micro_batches(self, term: TrainingStatus, step: Step) -> None:
+        first, last = (self._membership.worker_inbox(term, self._pipeline.stage[index].name) for index in (0, -1))
+        labels_stay = self._pipeline.training.labels == "stay" and len(self._pipeline.stage) > 1
+        trace = start_trace(step.step_id)  # one trace for the step, which shows its micro-batches side by side
+        for index, (inputs, labels) in enumerate(step.micro_batches):
+            micro_batch = MicroBatch(
+                step=step.step_id.hex(),
+                term=term.term,
                 index=index,
-                count=len(plan.micro_batches),
-                rows=plan.rows,
-                number=plan.number,
-                seed=micro_batch_seed(plan.seed, plan.number, index),
-                mode=plan.mode,
+                count=len(step.micro_batches),
+                rows=step.rows,
+                number=step.number,
+                seed=micro_batch_seed(step.seed, step.number, index),
+                mode=step.mode,
             )
-            request = new_request_id()
-            hand.requests[request] = index
-            tensors, targets = {INPUT_TENSOR: from_numpy(inputs)}, {LABELS_TENSOR: from_numpy(labels)}
-            if stays and len(self._pipeline.stage) > 1:
-                await self._line.send(last, self._task(request, targets, micro, trace))
+            request_id = new_request_id()
+            step.index_by_request[request_id] = index
+            input_tensors, label_tensors = {INPUT_TENSOR: from_numpy(inputs)}, {LABELS_TENSOR: from_numpy(labels)}
+            if labels_stay:
+                messages = [(last, label_tensors), (first, input_tensors)]
             else:
-                tensors |= targets
-            await self._line.send(first, self._task(request, tensors, micro, trace))
+                messages = [(first, input_tensors | label_tensors)]
+            for inbox, tensors in messages:
+                task = Task(
+                    request_id=request_id,
+                    content=TensorContent(tensors, {MICRO_BATCH_KEY: micro_batch.to_json()}),
+                    reply_to=ReplyTo(self.inbox),
+                    sender_inbox=self.inbox,
+                    source=self._name,
+                    trace=trace,
+                )
+                await self._channel.send(inbox, task)
 
-    def _task(self, request: bytes, tensors: Mapping[str, Any], micro: MicroBatch, trace: TraceContext) -> Task:
-        body, reply = TensorContent(tensors, {MICRO_BATCH_KEY: micro.to_json()}), ReplyTo(self._inbox)
-        return Task(
-            request_id=request, content=body, reply_to=reply, sender_inbox=self._inbox, source=self._name, trace=trace
-        )
-
-    async def _commit(self, crew: TermMembers, plan: StepPlan, hand: _StepInFlight) -> None:
-        details = {"source": self._name, **plan.make_commit_details()}
-        word = StepMessage(
-            request_id=hand.step, verb="commit", term=crew.term, sender_inbox=self._inbox, details=details
-        )
-        # The first stage last: should we die in between, whoever conducts has the step in hand still, and gives it up.
+    async def _commit(self, term: TrainingStatus, step: Step) -> None:
+        details = {"source": self._name, **step.make_commit_details()}
+        # The first stage last: if this process dies in between, the coordinator, which is the first stage's worker,
+        # still has the step in progress and aborts it.
         for stage in reversed(self._pipeline.stage):
-            await self._line.send(self._watch.worker_inbox(crew, stage.name), word)
+            inbox = self._membership.worker_inbox(term, stage.name)
+            await self._send(inbox, step.step_id, "commit", term, **details)
 
-    async def _until(self, crew: TermMembers, plan: StepPlan, done: Any) -> None:
-        """Wait until something is so; raise when it will not be in this term."""
-        hand, lease_s = self._in_hand, self._pipeline.pipeline.lease_s
-        assert hand is not None
+    async def _wait_or_abort(self, term: TrainingStatus, step: Step, is_done: Callable[[], bool]) -> None:
+        try:
+            await self._wait_in_term(term, lambda: step.failure is not None or is_done())
+        except _Stalled as stalled:
+            await self._abort(term, step, str(stalled))
+            raise TermOver(str(stalled)) from None
+        if (failure := step.failure) is not None:
+            reason = f"{failure.error} at stage {failure.stage}, worker {failure.worker}"
+            await self._abort(term, step, reason)
+            raise TermOver(reason) if failure.retry else StepFailed(step.number, failure)
+
+    async def _wait_in_term(self, term: TrainingStatus, is_done: Callable[[], bool]) -> None:
+        """Wait for `is_done`. Raises `TermOver` once the term has ended, `_Stalled` where it should be ended."""
+        lease_s = self._pipeline.pipeline.lease_s
         while True:
-            self._watch.changed.clear()
-            now = self._watch.members
-            if self._broken:
-                await self._abandon(crew, hand, f"the connection of source {self._name} broke")
-            if hand.failure is not None:
-                await self._failed(crew, plan, hand, hand.failure)
-            if done():
+            self._membership.changed.clear()
+            if self._connection_lost:
+                raise _Stalled(f"the connection of source {self._name} broke")
+            if is_done():
                 return
-            if now is None or now.term != crew.term:
-                raise TermOver(now.reason if now else NO_COORDINATOR)
+            newest = self._membership.term
+            if newest is None or newest.term != term.term:
+                raise TermOver(newest.term_reason if newest else "the pipeline has no coordinator")
             try:
                 async with asyncio.timeout(lease_s):
-                    await self._watch.changed.wait()
+                    await self._membership.changed.wait()
             except TimeoutError:
-                await self._abandon(crew, hand, f"source {self._name} has heard nothing of its step for {lease_s:g} s")
+                raise _Stalled(f"source {self._name} received no response for {lease_s:g} s") from None
 
-    async def _failed(self, crew: TermMembers, plan: StepPlan, hand: _StepInFlight, failure: Failure) -> None:
-        told = f"{failure.error} at stage {failure.stage}, worker {failure.worker}"
-        try:
-            await self._abandon(crew, hand, told)
-        except TermOver:
-            if failure.retry:
-                raise
-            raise StepFailed(plan.number, failure.stage, failure.worker, failure.error, failure.reason) from None
+    async def _abort(self, term: TrainingStatus, step: Step, reason: str) -> None:
+        await self._send(self._membership.coordinator_inbox(term), step.step_id, "abort", term, reason=reason)
 
-    async def _abandon(self, crew: TermMembers, hand: _StepInFlight, why: str) -> None:
-        word = StepMessage(
-            request_id=hand.step, verb="abort", term=crew.term, sender_inbox=self._inbox, details={"reason": why}
+    async def _send(self, inbox: str, request_id: bytes, verb: StepVerb, term: TrainingStatus, **details: Any) -> None:
+        message = StepMessage(
+            request_id=request_id, verb=verb, term=term.term, sender_inbox=self.inbox, details=details
         )
-        await self._line.send(self._watch.coordinator_inbox(crew), word)
-        raise TermOver(why)
+        await self._channel.send(inbox, message)
 
-    # Weights ------------------------------------------------------------------------------------------------------
-
-    async def fetch_weights(self, crew: TermMembers, stage: str, version: int) -> TensorContent | None:
-        """The weights of a stage at a version; None where it is not there any more. Raises `TermOver`."""
-        request = new_request_id()
-        self._collected[request] = None
-        self._broken = False
-        word = StepMessage(
-            request_id=request,
-            verb="fetch_weights",
-            term=crew.term,
-            sender_inbox=self._inbox,
-            details={"version": version},
-        )
+    async def fetch_weights(self, term: TrainingStatus, stage: str, version: int) -> TensorContent | None:
+        """The weights of a stage at a version; None if the stage no longer has them. Raises `TermOver`."""
+        request_id = new_request_id()
+        self._weights[request_id] = None
+        self._connection_lost = False
         try:
-            await self._line.send(self._watch.worker_inbox(crew, stage), word)
-            while (found := self._collected[request]) is None:
-                self._watch.changed.clear()
-                now = self._watch.members
-                if now is None or now.term != crew.term or self._broken:
-                    raise TermOver(now.reason if now else NO_COORDINATOR)
-                try:
-                    async with asyncio.timeout(self._pipeline.pipeline.lease_s):
-                        await self._watch.changed.wait()
-                except TimeoutError:
-                    raise TermOver(f"stage {stage} did not send its weights") from None
-            return found.content if isinstance(found, Result) and isinstance(found.content, TensorContent) else None
+            inbox = self._membership.worker_inbox(term, stage)
+            await self._send(inbox, request_id, "fetch_weights", term, version=version)
+            await self._wait_in_term(term, lambda: self._weights[request_id] is not None)
+        except _Stalled as stalled:
+            raise TermOver(str(stalled)) from None
         finally:
-            del self._collected[request]
+            response = self._weights.pop(request_id)
+        content = response.content if isinstance(response, Result) else None
+        return content if isinstance(content, TensorContent) else None
+
+
+def _record_response(step: Step, message: Message) -> None:
+    index = step.index_by_request.get(message.request_id)
+    is_of_step = message.request_id == step.step_id
+    match message:
+        case Result(content=TensorContent() as content) if index is not None:
+            values = {name: to_numpy(tensor) for name, tensor in content.tensors.items()}
+            step.losses[index] = float(values["loss"]), int(values["rows"])
+            if "correct" in values:
+                step.correct_counts[index] = int(values["correct"])
+        case StepMessage(verb="prepared", details=details) if is_of_step:
+            step.stage_times[str(details.get("stage"))] = dict(details)
+        case StepMessage(verb="committed", details=details) if is_of_step:
+            step.committed_versions[str(details.get("stage"))] = int(details.get("version", 0))
+        case Failure() if index is not None or is_of_step:
+            step.failure = message

@@ -95,7 +95,7 @@ class OffloaderClient:
         await self.offloader.__aexit__(kind, error, trace)
 
     async def request(self) -> str | None:
-        return (await self.offloader.request(self._content)).hops[0].worker
+        return (await self.offloader.request(self._content)).result.hops[0].worker
 
 
 class SharedSubscriptionClient:

@@ -77,7 +77,7 @@ async def measure_pipelined(file: Path, address: str, requests: int) -> tuple[fl
         answers = await asyncio.gather(*(offload.request(to_content(pictures[index % 4])) for index in range(requests)))
         elapsed_s = time.perf_counter() - begin_s
     for answer in answers:
-        for hop in answer.hops:
+        for hop in answer.result.hops:
             computed.setdefault(hop.stage, []).append(hop.compute_ms)
     return requests / elapsed_s, {stage: median(times) for stage, times in computed.items()}
 

@@ -11,7 +11,6 @@ from typing import Any
 from brokers.config.pipeline_file import load_pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.mqtt.client import MqttTransport
-from brokers.protocol.topics import source_inbox_topic
 from brokers.server.local_broker import BrokerKind, start_broker
 from monitor.launch.child_process import ChildProcess, terminate_all
 from sources.datasets.dataset import Dataset, Examples
@@ -91,12 +90,11 @@ async def _train(job: TrainingJob, file: Path, address: str) -> list[tuple[float
     line = MessageChannel(MqttTransport(address))
     await line.open()
     try:
-        inbox = source_inbox_topic(pipeline.source.site, "bench")
         tell = lambda event: events.append((time.monotonic(), event))  # noqa: E731
-        training = TrainingLoop(pipeline, RandomDataset(job), "bench", line, inbox, tell)
-        await line.subscribe(inbox, training.step_runner.on_message)
-        await training.membership.subscribe(line)
+        training = TrainingLoop(pipeline, RandomDataset(job), "bench", line, tell)
+        await training.open()
         await training.run()
+        await training.close()
     finally:
         await line.close()
     return events

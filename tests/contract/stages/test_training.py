@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from brokers.errors import Disconnected
+from brokers.errors import Disconnected, RequestError, UsageError
 from brokers.protocol.messages import (
     Activation,
     Failure,
@@ -27,10 +27,11 @@ from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_KEY, SOURCES_LIMIT, MicroBatch, SourceProgress
 from sources.datasets.dataset import Dataset
 from sources.training import training_loop as training_module
-from sources.training.errors import CannotTrain, NobodyTrains, OtherSettings, StepFailed, TrainedAlready
+from sources.training.two_phase_step import StepFailed
 from stages.training.checkpoints import Checkpoint
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.channel_ends import MessageRecorder
+from tests.support.errors import raises_error
 from tests.support.training.in_process_parts import assert_bitwise_equal
 from tests.support.training.in_process_pipeline import (
     InProcessPipeline,
@@ -521,7 +522,7 @@ def test_saved_forwards_are_none_after_every_abort(tmp_path: Path) -> None:
 
 async def give_up(room: InProcessPipeline, pupil: InProcessSource) -> None:
     """Have the source give up its step, as it does when it hears nothing."""
-    crew = pupil.training.membership.members
+    crew = pupil.training.membership.term
     assert crew is not None
     word = StepMessage(request_id=new_request_id(), verb="abort", term=crew.term, details={"why": "a test"})
     await pupil.channel.send(pupil.training.membership.coordinator_inbox(crew), word)
@@ -568,10 +569,10 @@ def test_weights_that_are_no_numbers_any_more_are_in_no_checkpoint_and_all_go_ba
         with pytest.raises(StepFailed, match=r"step 1 failed at stage 's2', .*: NotFinite: the loss is nan"):
             await other.training.run()
         await room.wait_for("the way back", lambda: [each.part_trainer.version for each in room.workers] == [4, 4, 4])
-        await room.wait_for("a crew", lambda: other.training.membership.members)
-        crew = other.training.membership.members
+        await room.wait_for("a crew", lambda: other.training.membership.term)
+        crew = other.training.membership.term
         assert crew is not None
-        assert "parameter 'second.weight' is not finite" in crew.reason
+        assert "parameter 'second.weight' is not finite" in crew.term_reason
         assert_bitwise_equal(await room.weights(other), room.train_unsplit(["it"] * 4, {"it": StripedImages()}))
 
     lesson(tmp_path, test, epochs=1)
@@ -581,7 +582,9 @@ def test_nobody_trains_is_told_after_a_while(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(training_module, "MEMBERS_WAIT_S", 0.5)
 
     async def test(room: InProcessPipeline) -> None:
-        with pytest.raises(NobodyTrains, match=r"not all up within 0\.5 s: `sparse status` says who is"):
+        with raises_error(
+            RequestError, "StagesMissing", match=r"not all up within 0\.5 s: `sparse status` shows which are"
+        ):
             await room.train()
 
     lesson(tmp_path, test, 0, 2)
@@ -590,7 +593,7 @@ def test_nobody_trains_is_told_after_a_while(tmp_path: Path, monkeypatch: pytest
 def test_a_second_run_of_the_same_name_goes_on_only_where_it_is_told_to(tmp_path: Path) -> None:
     async def test(room: InProcessPipeline) -> None:
         await room.train()
-        with pytest.raises(TrainedAlready, match=r"'pupil' has trained \d steps .* --resume"):
+        with raises_error(UsageError, "AlreadyTrained", match=r"'pupil' has trained \d steps .* --resume"):
             await room.train()
         again = await room.train(resume=True)
         assert again.events_of_kind("step") == []
@@ -610,7 +613,7 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
         change = {"batch": 12, "lr": 0.5}
         table = before.training.model_copy(update=change)
         room.pipeline = before.model_copy(update={"training": table})
-        with pytest.raises(OtherSettings, match=r"batch was 24, is 12; lr was 0\.05, is 0\.5"):
+        with raises_error(UsageError, "SettingsChanged", match=r"batch was 24, is 12; lr was 0\.05, is 0\.5"):
             await room.train(resume=True)
 
     lesson(tmp_path, test)
@@ -621,7 +624,7 @@ def test_a_step_that_is_given_up_again_and_again_ends_the_run(tmp_path: Path, mo
 
     async def test(room: InProcessPipeline) -> None:
         room.workers[1].trainer.step_queue.add_task = lambda task, micro: "no room"  # type: ignore[method-assign]
-        with pytest.raises(CannotTrain, match=r"step 0 was given up 3 times: Busy at stage s1"):
+        with raises_error(RequestError, "CannotTrain", match=r"step 0 was aborted 3 times: Busy at stage s1"):
             await room.train()
         assert len({event["version"] for event in room.sources[0].events}) <= 1
         halts = [
@@ -646,7 +649,9 @@ def test_a_lost_folder_of_checkpoints_is_told_and_nothing_is_rolled_back(
         await dead.close()
         room.workers.remove(dead)
         await room.add_worker(1, name="lost", folder=tmp_path / "elsewhere")
-        with pytest.raises(CannotTrain, match=r"stage 's0' has checkpoints of 4 and 8, stage 's1' has none") as caught:
+        with raises_error(
+            RequestError, "CannotTrain", match=r"stage 's0' has checkpoints of 4 and 8, stage 's1' has none"
+        ) as caught:
             await room.train(resume=True)
         assert "\n" not in str(caught.value)
         assert room.workers[0].trainer._executor._checkpoints.versions == (4, 8)
@@ -669,7 +674,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_from_the_last_version_when_ther
         with pytest.raises(StepFailed, match=r"step 3 failed at stage 's1', worker .*: CannotCheckpoint: .*whole"):
             await room.train()
         checkpoints.save = save  # type: ignore[method-assign]
-        await room.wait_for("a crew", lambda: room.sources[0].training.membership.members)
+        await room.wait_for("a crew", lambda: room.sources[0].training.membership.term)
         pupil = await room.train(resume=True)
         assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
 
@@ -703,7 +708,7 @@ def test_memory_of_a_term_that_was_given_up_is_not_taken_for_the_version_of_the_
                 parameter.add_(1.0)
         term = frozen.trainer.step_queue.term
         await replace(room, 2)
-        await room.wait_for("another term", lambda: (crew := pupil.training.membership.members) and crew.term > term)
+        await room.wait_for("another term", lambda: (crew := pupil.training.membership.term) and crew.term > term)
         assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
 
     lesson(tmp_path, test)
@@ -787,7 +792,7 @@ def test_weights_are_fetched_although_the_connection_broke_after_the_last_step(t
         room.hub.stop()
         await asyncio.sleep(0.2)
         room.hub.start()
-        await room.wait_for("the news", lambda: pupil.training.step_runner._broken)
+        await room.wait_for("the news", lambda: pupil.training.step_runner._connection_lost)
         assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
 
     lesson(tmp_path, test)
@@ -834,7 +839,9 @@ def test_a_source_whose_file_has_other_stages_is_told(tmp_path: Path) -> None:
                 ]
             }
         )
-        with pytest.raises(CannotTrain, match="its stages are s0, s1, s2, this file has s0, end") as caught:
+        with raises_error(
+            RequestError, "CannotTrain", match="its stages are s0, s1, s2, this file has s0, end"
+        ) as caught:
             await room.train()
         assert "\n" not in str(caught.value)
 
@@ -844,15 +851,14 @@ def test_a_source_whose_file_has_other_stages_is_told(tmp_path: Path) -> None:
 def test_a_run_is_not_gone_on_with_on_other_data(tmp_path: Path) -> None:
     async def test(room: InProcessPipeline) -> None:
         await room.train()
-        with pytest.raises(OtherSettings, match=r"rows was 96, is 120"):
+        with raises_error(UsageError, "SettingsChanged", match=r"rows was 96, is 120"):
             await room.train(dataset=StripedImages(count=120), resume=True)
         table = room.pipeline.source
         room.pipeline = room.pipeline.model_copy(
             update={"source": table.model_copy(update={"settings": {"noise": 2, "colours": ["red"]}})}
         )
-        with pytest.raises(
-            OtherSettings, match=r"""source\.settings was '{}', is '{"colours": \["red"\], "noise": 2}'"""
-        ):
+        changed = r"""source\.settings was '{}', is '{"colours": \["red"\], "noise": 2}'"""
+        with raises_error(UsageError, "SettingsChanged", match=changed):
             await room.train(resume=True)
 
     lesson(tmp_path, test)

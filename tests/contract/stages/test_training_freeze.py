@@ -88,7 +88,7 @@ def test_one_that_conducts_and_wakes_while_it_settles_a_term_finds_that_another_
         running = asyncio.create_task(pupil.training.run())
         await room.wait_for_step(pupil, 3)
         freezer = Freezer(room, former)
-        now = pupil.training.membership.members
+        now = pupil.training.membership.term
         assert now is not None
         give_up = StepMessage(request_id=bytes(16), verb="abort", term=now.term, details={"why": "a test wants it"})
         await pupil.channel.send(former.trainer.inbox, give_up)

@@ -19,7 +19,8 @@ from brokers.errors import DeadlinePassed, NoWorker
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_numpy, to_numpy
 from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
-from sources.client.offloader import Offloader, OffloadResult
+from sources.client.offloader import Offloader
+from sources.client.pending_request import PendingRequest
 from sources.inference.inference_run import _UNRECORDED_LIMIT
 from tests.pipeline.conftest import BROKER_KINDS
 from tests.support.brokers.presence import wait_for_workers
@@ -37,14 +38,14 @@ def body(value: float) -> TensorContent:
     return TensorContent({"values": from_numpy(np.array(value))})
 
 
-def check(answers: Sequence[OffloadResult]) -> None:
+def check(answers: Sequence[PendingRequest]) -> None:
     """Every result is that of its own request."""
     for index, answer in enumerate(answers):
-        assert isinstance(answer.content, TensorContent)
-        assert float(to_numpy(answer.content.tensors["values"])) == index + 1
+        assert isinstance(answer.result.content, TensorContent)
+        assert float(to_numpy(answer.result.content.tensors["values"])) == index + 1
 
 
-async def load(offload: Offloader, count: int, disturb: Callable[[int], None]) -> list[OffloadResult]:
+async def load(offload: Offloader, count: int, disturb: Callable[[int], None]) -> list[PendingRequest]:
     """Answers to `count` requests, with `disturb` called in a thread as soon as each next one is in."""
     asking = [asyncio.create_task(offload.request(body(index))) for index in range(count)]
     for done, finished in enumerate(asyncio.as_completed(asking), 1):
@@ -71,7 +72,7 @@ def test_a_broker_that_restarts_three_times_costs_seconds_and_no_request(
                 brokers[-1].stop()
                 brokers.append(start_broker(kind=kind, port=brokers[0].port))
 
-        async def go() -> tuple[list[OffloadResult], Offloader]:
+        async def go() -> tuple[list[PendingRequest], Offloader]:
             async with Offloader(load_pipeline(path), broker=address, window=4) as offload:
                 return await load(offload, 140, disturb), offload
 
@@ -102,7 +103,7 @@ def test_a_worker_that_dies_while_the_broker_is_away_is_not_waited_for(sandbox: 
                 ghost.process.kill()
                 broker = start_broker(kind="mosquitto", port=broker.port)
 
-        async def go() -> list[OffloadResult]:
+        async def go() -> list[PendingRequest]:
             async with Offloader(load_pipeline(path), broker=broker.address, window=6) as offload:
                 return await load(offload, 60, disturb)
 
@@ -124,7 +125,7 @@ def test_the_work_of_a_frozen_worker_is_done_by_another_and_its_late_answers_cha
     sandbox.start_sparse("stage", path, "last", "--broker", broker.address)
     wait_for_workers(broker.address, lambda workers: sum("/frozen/" in topic for topic in workers) == 2)
 
-    async def go() -> tuple[list[OffloadResult], Offloader]:
+    async def go() -> tuple[list[PendingRequest], Offloader]:
         async with Offloader(load_pipeline(path), broker=broker.address, window=3) as offload:
             asking = [asyncio.create_task(offload.request(body(index))) for index in range(3)]
             # One is at work, which does not end before the gate is open; the others wait behind it.
@@ -139,8 +140,8 @@ def test_the_work_of_a_frozen_worker_is_done_by_another_and_its_late_answers_cha
             async with asyncio.timeout(PROCESS_TIMEOUT_S):
                 while offload.counters["duplicates"] < 3:  # noqa: ASYNC110 - nobody tells of a counter
                     await asyncio.sleep(0.05)
-                again: list[OffloadResult] = []
-                while not any(answer.hops[0].worker == "frozen" for answer in again):
+                again: list[PendingRequest] = []
+                while not any(answer.result.hops[0].worker == "frozen" for answer in again):
                     again = [await offload.request(body(index)) for index in range(3)]
                     check(again)
             await asyncio.to_thread(eventually, "status to miss nobody", lambda: lost() == set())
@@ -154,7 +155,7 @@ def test_the_work_of_a_frozen_worker_is_done_by_another_and_its_late_answers_cha
 
     answers, offload = asyncio.run(go())
     check(answers)
-    assert {answer.hops[0].worker for answer in answers} == {"other"}
+    assert {answer.result.hops[0].worker for answer in answers} == {"other"}
     assert offload.counters["results"] == offload.counters["requests"]
 
 
@@ -185,8 +186,8 @@ def test_a_worker_whose_queue_expires_while_nothing_can_be_sent_on_lives(
             )
             sandbox.start_sparse("stage", path, "last", "--broker", embedded_broker.address)
             answer = await offload.request(body(1))
-            assert isinstance(answer.content, TensorContent)
-            return float(to_numpy(answer.content.tensors["values"]))
+            assert isinstance(answer.result.content, TensorContent)
+            return float(to_numpy(answer.result.content.tensors["values"]))
 
     def told(workers: dict[str, WorkerRecord], count: str) -> int:
         """What the worker says of itself; nothing once it has died."""
@@ -228,13 +229,13 @@ def test_a_large_message_may_pass_one_worker_twice(sandbox: ProcessSandbox, embe
         sandbox.start_sparse("stage", path, name, "--broker", embedded_broker.address)
     wait_for_workers(embedded_broker.address, lambda workers: len(workers) >= 2)
 
-    async def go() -> OffloadResult:
+    async def go() -> PendingRequest:
         async with Offloader(load_pipeline(path), broker=embedded_broker.address) as offload:
             content = TensorContent({"values": from_numpy(np.zeros(1 << 18))})  # 2 MiB: four chunks
             return await offload.request(content, deadline_ms=20_000)
 
     answer = asyncio.run(go())
-    assert [hop.stage for hop in answer.hops] == ["there", "back", "there", "back"]
+    assert [hop.stage for hop in answer.result.hops] == ["there", "back", "there", "back"]
 
 
 def test_a_worker_that_hangs_holds_up_no_other_frame_of_a_live_source(

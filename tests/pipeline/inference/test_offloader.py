@@ -151,7 +151,7 @@ def test_a_worker_drops_what_is_past_its_deadline(served: dict[str, Pipeline], b
             begun = asyncio.get_running_loop().time()
             answer = await offload.request(TensorContent({"values": from_numpy(np.array(5.0))}))
             took_s = asyncio.get_running_loop().time() - begun
-            return [*found, took_s - answer.hops[0].compute_ms / 1000]
+            return [*found, took_s - answer.result.hops[0].compute_ms / 1000]
 
     first, second, waited_s = asyncio.run(crowd())
     assert isinstance(first, DeadlinePassed)
@@ -200,11 +200,11 @@ def test_batches_give_what_single_requests_give_and_are_batches(
             answers = await asyncio.gather(*(offload.request(each) for each in content))
         found = []
         for answer in answers:
-            assert isinstance(answer.content, TensorContent)
-            tensors = {name: to_numpy(tensor) for name, tensor in answer.content.tensors.items()}
+            assert isinstance(answer.result.content, TensorContent)
+            tensors = {name: to_numpy(tensor) for name, tensor in answer.result.content.tensors.items()}
             assert tensors["rows"].shape == (1, 3)
-            assert tensors["batch"].tolist() == [answer.hops[0].batch]
-            found.append((tensors["rows"], answer.hops[0].batch))
+            assert tensors["batch"].tolist() == [answer.result.hops[0].batch]
+            found.append((tensors["rows"], answer.result.hops[0].batch))
         return found
 
     answers = asyncio.run(rows())
@@ -229,7 +229,7 @@ def test_two_workers_of_a_stage_share_its_work(served: dict[str, Pipeline], brok
         async with Offloader(served["team"], broker=broker.address, window=6) as offload:
             content = TensorContent({"values": from_numpy(np.array(1.0))})
             answers = await asyncio.gather(*(offload.request(content) for _ in range(24)))
-        return Counter(answer.hops[0].worker for answer in answers)
+        return Counter(answer.result.hops[0].worker for answer in answers)
 
     shares = asyncio.run(share())
     assert len(shares) == 2, shares
@@ -244,10 +244,10 @@ def test_an_executor_chooses_another_stage_by_the_nodes_dispatcher(
             contents = [TensorContent({"values": from_numpy(np.array(value))}) for value in (200.0, 5.0)]
             found = []
             for answer in await asyncio.gather(*(offload.request(content) for content in contents)):
-                assert isinstance(answer.content, TensorContent)
-                value = float(to_numpy(answer.content.tensors["values"]))
-                way = answer.content.metadata.get("way", "")
-                found.append((value, [hop.stage for hop in answer.hops], way))
+                assert isinstance(answer.result.content, TensorContent)
+                value = float(to_numpy(answer.result.content.tensors["values"]))
+                way = answer.result.content.metadata.get("way", "")
+                found.append((value, [hop.stage for hop in answer.result.hops], way))
             return found
 
     large, small = asyncio.run(both())

@@ -87,8 +87,8 @@ def test_batches_give_what_the_unsplit_network_gives(
             answers = await asyncio.gather(*(offload.request(content) for content in contents))
         found = []
         for answer in answers:
-            assert isinstance(answer.content, TensorContent)
-            found.append((to_torch(answer.content.tensors["output"]), [hop.batch for hop in answer.hops]))
+            assert isinstance(answer.result.content, TensorContent)
+            found.append((to_torch(answer.result.content.tensors["output"]), [hop.batch for hop in answer.result.hops]))
         return found
 
     answers = asyncio.run(ask())
@@ -105,8 +105,8 @@ def test_float16_on_the_wire_halves_what_crosses_and_rounds_it(
     async def ask(name: str) -> tuple[torch.Tensor, int]:
         async with Offloader(halves[name], broker=embedded_broker.address) as offload:
             answer = await offload.request(TensorContent({"input": from_torch(inputs(1)[0])}))
-        assert isinstance(answer.content, TensorContent)
-        return to_torch(answer.content.tensors["output"]), answer.hops[0].bytes_out
+        assert isinstance(answer.result.content, TensorContent)
+        return to_torch(answer.result.content.tensors["output"]), answer.result.hops[0].bytes_out
 
     exact, exact_bytes = asyncio.run(ask("plain"))
     rounded, rounded_bytes = asyncio.run(ask("half"))

@@ -15,7 +15,8 @@ from brokers.config.pipeline_file import load_pipeline
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_numpy
 from brokers.server.local_broker import LocalBroker
-from sources.client.offloader import Offloader, OffloadResult
+from sources.client.offloader import Offloader
+from sources.client.pending_request import PendingRequest
 from tests.support.brokers.presence import wait_for_workers, watch_workers
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
 from tests.support.pipelines.processes import ProcessSandbox, eventually
@@ -28,7 +29,7 @@ def test_a_worker_that_is_told_to_leave_finishes_what_it_holds(sandbox: ProcessS
     leaver = sandbox.start_sparse("stage", path, "slow", "--broker", broker.address, "--worker", "leaver")
     wait_for_workers(broker.address, lambda workers: len(workers) == 1)
 
-    async def go() -> tuple[list[OffloadResult], list[str]]:
+    async def go() -> tuple[list[PendingRequest], list[str]]:
         loop = asyncio.get_running_loop()
         watching = asyncio.create_task(watch_workers(broker.address, _left()))
         async with Offloader(load_pipeline(path), broker=broker.address, window=3) as offload:
@@ -44,7 +45,7 @@ def test_a_worker_that_is_told_to_leave_finishes_what_it_holds(sandbox: ProcessS
         return answers, states
 
     answers, states = asyncio.run(go())
-    assert {answer.hops[0].worker for answer in answers} == {"leaver"}
+    assert {answer.result.hops[0].worker for answer in answers} == {"leaver"}
     assert list(dict.fromkeys(states)) == ["up", "draining", "stopped"]
     sandbox.assert_nothing_left()
 
@@ -55,7 +56,7 @@ def test_requests_of_a_worker_that_leaves_go_to_another(sandbox: ProcessSandbox,
     old = sandbox.start_sparse("stage", path, "slow", "--broker", embedded_broker.address, "--worker", "old")
     wait_for_workers(embedded_broker.address, lambda workers: len(workers) == 1)
 
-    async def go() -> list[OffloadResult]:
+    async def go() -> list[PendingRequest]:
         async with Offloader(load_pipeline(path), broker=embedded_broker.address, window=6) as offload:
             content = TensorContent({"values": from_numpy(np.array(1.0))})
             asking = [asyncio.create_task(offload.request(content)) for _ in range(20)]
@@ -67,7 +68,7 @@ def test_requests_of_a_worker_that_leaves_go_to_another(sandbox: ProcessSandbox,
             return list(answers)
 
     answers = asyncio.run(go())
-    assert {answer.hops[0].worker for answer in answers} == {"old", "new"}
+    assert {answer.result.hops[0].worker for answer in answers} == {"old", "new"}
 
 
 def test_a_run_starts_a_killed_worker_again_and_loses_nothing(sandbox: ProcessSandbox, broker: LocalBroker) -> None:

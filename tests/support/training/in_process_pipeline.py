@@ -20,7 +20,6 @@ from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.codec import decode
 from brokers.protocol.messages import Message, StepMessage
 from brokers.protocol.safetensors_codec import to_torch
-from brokers.protocol.topics import source_inbox_topic
 from brokers.protocol.transport import Delivery
 from sources.client.source_presence import SourcePresence
 from sources.datasets.batches import Batches, split_micro_batches
@@ -105,9 +104,8 @@ class InProcessSource:
         self.transport = MemoryTransport(hub)
         self.channel = MessageChannel(self.transport)
         self._standing = SourcePresence(self.channel, pipeline, name, SourceLoad)
-        self._inbox = source_inbox_topic(pipeline.source.site, name)
         self._told = on_event
-        self.training = TrainingLoop(pipeline, dataset, name, self.channel, self._inbox, self._tell, resume=resume)
+        self.training = TrainingLoop(pipeline, dataset, name, self.channel, self._tell, resume=resume)
 
     def _tell(self, event: TrainingEventDict) -> None:
         self.events.append(event)
@@ -116,16 +114,11 @@ class InProcessSource:
     async def start(self) -> None:
         await self.channel.open(will=self._standing.will)
         self._standing.start()
-        await self.channel.subscribe(self._inbox, self.training.step_runner.on_message)
-        await self.training.membership.subscribe(self.channel)
-
-        async def broken() -> None:
-            self.training.step_runner.on_connection_lost()
-
-        self.transport.on_reconnect(broken)
+        await self.training.open()
 
     async def close(self) -> None:
         await self._standing.stop()
+        await self.training.close()
         await self.channel.close()
 
     def events_of_kind(self, kind: str) -> list[TrainingEventDict]:

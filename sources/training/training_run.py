@@ -1,0 +1,165 @@
+"""A training run from connecting to the summary: trains, publishes the events, fetches and writes the weights."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from typing import Any
+
+from brokers.config.pipeline_file import Pipeline
+from brokers.dispatch.channel import MessageChannel
+from brokers.dispatch.presence import SourceLoad
+from brokers.dispatch.worker_registry import PresenceListener, WorkerRegistry
+from brokers.errors import SparseError, UsageError
+from brokers.mqtt.client_identity import create_transport
+from brokers.protocol.messages import JSON, new_request_id
+from brokers.protocol.result_json import encode_json
+from brokers.protocol.topics import results_topic, source_presence_topic
+from brokers.protocol.transport import Properties
+from sources.client.source_presence import SourcePresence
+from sources.client.telemetry import make_event_client
+from sources.datasets.dataset import Dataset
+from sources.training.export_weights import write_weights
+from sources.training.membership import TermOver
+from sources.training.run_folder import TrainingRunFolder
+from sources.training.training_loop import TrainingEventDict, TrainingLoop
+
+log = logging.getLogger(__name__)
+
+# Retained presence records follow the SUBACK at once; a source that is up renews its record each second.
+_RETAINED_WAIT_S = 0.15
+_RENEWAL_WAIT_S = 2.5
+# At a shutdown: for the step in progress, for the weights, for the last events.
+STOP_TIMEOUT_S = 10.0
+_TELEMETRY_KEYS = ("step", "epoch", "rows", "step_ms", "loss", "accuracy")
+
+
+class TrainingRun:
+    """Runs `TrainingLoop` as source `name`. Raises what the data set raises."""
+
+    def __init__(
+        self, pipeline: Pipeline, address: str, name: str, dataset: Dataset, folder: TrainingRunFolder, *, resume: bool
+    ) -> None:
+        transport = create_transport(address, client_id=f"source.{name}.{new_request_id()[:4].hex()}")
+        self._pipeline = pipeline
+        self._name = name
+        self._folder = folder
+        self._channel = MessageChannel(transport)
+        self._loop = TrainingLoop(pipeline, dataset, name, self._channel, self._on_event, resume=resume)
+        self._presence = SourcePresence(self._channel, pipeline, name, self._load)
+        self._telemetry = make_event_client(pipeline, name)
+        self._unpublished: asyncio.Queue[TrainingEventDict] = asyncio.Queue()
+
+    async def run(self, shutdown: asyncio.Event) -> dict[str, Any]:
+        """Train to the end or to `shutdown`; return the summary.
+
+        Raises `UsageError` ("DuplicateSource") if a source of this name is running, and what `TrainingLoop.run`
+        raises, after the summary is written.
+        """
+        begin_s = time.monotonic()
+        await self._channel.open(will=self._presence.will)
+        self._telemetry.open()
+        publisher = asyncio.create_task(self._publish_events(), name="event-publisher")
+        try:
+            await self._check_unique()
+            await self._presence.announce()
+            self._presence.start()
+            await self._loop.open()
+            error, files = await self._train(shutdown)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STOP_TIMEOUT_S):
+                    await self._unpublished.join()
+        finally:
+            publisher.cancel()
+            await asyncio.gather(publisher, return_exceptions=True)
+            await self._presence.stop()
+            await self._loop.close()
+            await self._channel.close()
+            await asyncio.to_thread(self._telemetry.close)
+            self._folder.close()
+        stages = [stage.name for stage in self._pipeline.stage]
+        statistics = self._folder.stats.summary(stages, time.monotonic() - begin_s)
+        summary = {"broker": self._channel.transport.address, **statistics}
+        summary = await asyncio.to_thread(self._folder.finish, summary, files)
+        if error is not None:
+            raise error
+        return summary
+
+    async def _train(self, shutdown: asyncio.Event) -> tuple[SparseError | None, dict[str, str]]:
+        """Train and fetch the weights; return the error that ended the run, and the files that were written."""
+        training = asyncio.create_task(self._loop.run(), name="training")
+        stopping = asyncio.create_task(shutdown.wait(), name="shutdown")
+        await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not training.done():
+            self._loop.stop()
+            await asyncio.wait({training}, timeout=STOP_TIMEOUT_S)
+            if not training.done():
+                log.warning("the step in progress was given up: a resumed run continues from the last checkpoint")
+                training.cancel()
+        try:
+            await training
+            return None, await self._export_weights()
+        except (TermOver, asyncio.CancelledError):
+            return None, {}
+        except SparseError as error:
+            return error, {}
+
+    async def _export_weights(self) -> dict[str, str]:
+        if not self._loop.completed_steps:
+            return {}
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S if self._loop.stop_requested.is_set() else None):
+                parts = await self._loop.fetch_weights()
+        except TimeoutError:
+            log.warning("the weights were not fetched in time: they are in the checkpoints of the stages")
+            return {}
+        try:
+            return await asyncio.to_thread(write_weights, self._folder.folder, parts)
+        except OSError as error:
+            log.warning("the weights could not be written to %s: %s", self._folder.folder, error.strerror)
+            return {}
+
+    async def _check_unique(self) -> None:
+        """Two sources of one name would take each other's steps for their own."""
+        listener = PresenceListener(self._channel.transport)
+        await listener.subscribe(source_presence_topic(self._pipeline.source.site, self._pipeline.name, self._name))
+        try:
+            await asyncio.sleep(_RETAINED_WAIT_S)
+            if not listener.registry.sources:
+                return
+            # The retained record may be a leftover of a source that was killed; a running one renews it.
+            if await listener.wait_for(_has_renewed_source, _RENEWAL_WAIT_S):
+                message = f"a source {self._name!r} trains this pipeline: stop it, or choose another name with --name"
+                raise UsageError("DuplicateSource", message, source=self._name)
+        finally:
+            await listener.unsubscribe()
+
+    def _on_event(self, event: TrainingEventDict) -> None:
+        event = {"source": self._name, "pipeline": self._pipeline.name, **event}
+        self._folder.add(event)
+        self._unpublished.put_nowait(event)
+        if event["event"] == "step":
+            self._telemetry.emit("step_done", **{key: event[key] for key in _TELEMETRY_KEYS})
+
+    async def _publish_events(self) -> None:
+        """Publish the events in order, for any MQTT client; training does not wait for it."""
+        topic = results_topic(self._pipeline.source.site, self._name)
+        while True:
+            event = await self._unpublished.get()
+            try:
+                await self._channel.transport.publish(topic, encode_json(event), Properties(JSON), qos=1)
+            except SparseError as error:
+                log.warning("could not publish an event: %s", error)
+            finally:
+                self._unpublished.task_done()
+
+    def _load(self) -> SourceLoad:
+        done = self._loop.completed_micro_batches
+        return SourceLoad(requests=done, results=done)
+
+
+def _has_renewed_source(registry: WorkerRegistry) -> bool:
+    return any(entry.is_renewed for entry in registry.sources.values())
