@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from brokers.errors import DeadlinePassed, RequestFailed
-from sources.client.offloader import Offloader
+from sources import Offloader
 
 PIPELINE = Path(__file__).with_name("sensor.toml")
 

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+BYTE_COUNTS = ("bytes_in", "bytes_out")
+
 
 @dataclass(slots=True)
 class StageTotals:
@@ -28,16 +30,16 @@ class StageTotals:
     def total(self, stage: str, name: str) -> float:
         return self._sums[stage].get(name, 0)
 
-    def summary(self, order: Sequence[str], means: Collection[str], sums: Collection[str]) -> dict[str, dict[str, Any]]:
-        """For each stage: `workers`, `tasks`, the mean per task of each value in `means`, the sum of each in `sums`."""
-        return {name: self._stage_summary(name, means, sums) for name in self.stage_names(order)}
+    def summary(self, order: Sequence[str], means: Collection[str]) -> dict[str, dict[str, Any]]:
+        """For each stage: `workers`, `tasks`, the mean per task of each value in `means`, and the sums of bytes."""
+        return {name: self._stage_summary(name, means) for name in self.stage_names(order)}
 
-    def _stage_summary(self, name: str, means: Collection[str], sums: Collection[str]) -> dict[str, Any]:
-        totals = self._sums[name]
-        tasks = totals["tasks"]
+    def _stage_summary(self, name: str, means: Collection[str]) -> dict[str, Any]:
+        sums = self._sums[name]
+        tasks = sums["tasks"]
         return {
             "workers": len(self._workers[name]),
             "tasks": tasks,
-            **{key: round(totals.get(key, 0) / tasks, 3) if tasks else 0.0 for key in means},
-            **{key: totals.get(key, 0) for key in sums},
+            **{key: round(sums.get(key, 0) / tasks, 3) if tasks else 0.0 for key in means},
+            **{key: sums.get(key, 0) for key in BYTE_COUNTS},
         }

@@ -19,6 +19,7 @@ from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import RECORD_EXPIRY_S, LatencyPercentiles, SourceLoad, SourceRecord
 from brokers.mqtt.connect_errors import OperationRefused
 from brokers.process.liveness_file import LivenessFile
+from brokers.process.log_rate_limit import LogThrottle
 from brokers.protocol.topics import source_presence_topic
 from brokers.protocol.transport import Properties, Will
 from brokers.telemetry.percentiles import percentiles
@@ -87,7 +88,7 @@ class SourcePresence:
         self._begin_s = time.monotonic()
         self._reporter: asyncio.Task[None] | None = None
         self._report_now = asyncio.Event()
-        self._warned = False  # since the last success
+        self._throttle = LogThrottle()
 
     @property
     def will(self) -> Will:
@@ -138,11 +139,10 @@ class SourcePresence:
             try:
                 await self._publish(self._current_record())
                 self._liveness.touch()
-                self._warned = False
+                self._throttle.reset()
             except Exception as error:  # noqa: BLE001 - requests go on without presence
-                if not self._warned:
+                if self._throttle.allows():
                     log.warning("source %s: cannot publish its presence record: %s", self._record.source, error)
-                    self._warned = True
             # Not `wait_for`: before Python 3.12 it loses a cancellation that coincides with the end of the wait.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_INTERVAL_S):

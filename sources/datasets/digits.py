@@ -6,6 +6,7 @@ C. Kaynak, 1998, UCI Machine Learning Repository), scaled to the 32x32 of the sm
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy
@@ -37,6 +38,7 @@ class Digits(Dataset):
         return _split()[1]
 
 
+@functools.cache
 def _split() -> tuple[Examples, Examples]:
     """The training and the test examples."""
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from brokers.process.image_decode import Picture
+from brokers.process.image_decode import RgbImage
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -59,7 +59,7 @@ def fit_image(image: Image.Image, size: tuple[int, int], background: Colour) -> 
     return page
 
 
-def annotate(picture: Picture, result: Mapping[str, Any], width: int, *, caption: bool = True) -> Image.Image:
+def annotate(picture: RgbImage, result: Mapping[str, Any], width: int, *, caption: bool = True) -> Image.Image:
     """Return `picture`, (H, W, 3), scaled to `width` with its result drawn in; boxes are in pixels of `picture`.
 
     `caption` adds the picture's index, its number of objects and its age, where no classes are drawn.

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from brokers.process.files import atomic_path, write_atomic
-from brokers.process.image_decode import Picture
+from brokers.process.image_decode import RgbImage
 from sources.gallery.annotate import annotate
 from sources.gallery.best_frames import BestFrames
 from sources.gallery.clip import write_clip
@@ -61,11 +61,11 @@ class Gallery:
         self._count = 0
         self._count_with_labels = 0
         self._label_counts: Counter[str] = Counter()
-        self._queue: queue.Queue[tuple[Callable[[], Picture], Mapping[str, Any]] | None] = queue.Queue(QUEUE_SIZE)
+        self._queue: queue.Queue[tuple[Callable[[], RgbImage], Mapping[str, Any]] | None] = queue.Queue(QUEUE_SIZE)
         self._thread = threading.Thread(target=self._run, name="gallery", daemon=True)
         self._thread.start()
 
-    def add(self, load_image: Callable[[], Picture], result: Mapping[str, Any]) -> bool:
+    def add(self, load_image: Callable[[], RgbImage], result: Mapping[str, Any]) -> bool:
         """Add a picture, (H, W, 3), and its result; never blocks. False: skipped, since the queue is full."""
         try:
             self._queue.put_nowait((load_image, result))
@@ -107,7 +107,7 @@ class Gallery:
                 index = result.get("index")
                 log.warning("picture %s is not in the gallery: %s: %s", index, type(error).__name__, error)
 
-    def _add(self, picture: Picture, result: Mapping[str, Any]) -> None:
+    def _add(self, picture: RgbImage, result: Mapping[str, Any]) -> None:
         items = result.get("objects") or (result.get("classes") or [])[:1]
         labels = tuple(str(item["label"]) for item in items)
 
@@ -148,7 +148,7 @@ def _unused_name(frame: AnnotatedFrame, used: Sequence[str]) -> str:
     return unused
 
 
-def _drawn_width(picture: Picture, limits: tuple[int, int]) -> int:
+def _drawn_width(picture: RgbImage, limits: tuple[int, int]) -> int:
     """The width to draw a picture at, narrower for tall ones: 10x4000 pixels would become 400 megapixels."""
     height, width = int(picture.shape[0]), int(picture.shape[1])
     drawn_width = min(max(width, limits[0]), limits[1])

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from brokers.protocol.stage_timing import Hop
+from brokers.protocol.stage_timing import STAGE_DURATIONS, Hop
 from brokers.telemetry.percentiles import percentiles
-from sources.stage_totals import StageTotals
+from sources.stage_totals import BYTE_COUNTS, StageTotals
 
 # Percentiles are those of the newest results, so that memory stays bounded.
 _RECENT_LATENCIES = 10_000
-_MEANS = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
-_SUMS = ("bytes_in", "bytes_out")
 
 
 @dataclass(slots=True)
@@ -38,7 +36,8 @@ class InferenceRunStats:
         self.end_s = now_s
         self._latencies_ms.append(latency_ms)
         for hop in hops:
-            self._stages.add(hop.stage, hop.worker, 1, {key: getattr(hop, key) for key in (*_MEANS, *_SUMS)})
+            byte_counts = {name: getattr(hop, name) for name in BYTE_COUNTS}
+            self._stages.add(hop.stage, hop.worker, 1, {**hop.durations(), **byte_counts})
 
     def record_failure(self, code: str, now_s: float) -> None:
         self.failures[code] += 1
@@ -61,5 +60,5 @@ class InferenceRunStats:
             "elapsed_s": round(elapsed_s, 3),
             "throughput_per_s": round(self.results / elapsed_s, 2) if elapsed_s else 0.0,
             "latency_ms": percentiles(self._latencies_ms) if self.results else {},
-            "stages": self._stages.summary(order, _MEANS, _SUMS),
+            "stages": self._stages.summary(order, STAGE_DURATIONS),
         }

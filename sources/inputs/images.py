@@ -11,7 +11,8 @@ from pathlib import Path
 
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
-from brokers.process.image_decode import JPEG_START, PNG_START, decode_picture
+from brokers.process.image_decode import decode_picture
+from brokers.protocol.media_type import JPEG_SIGNATURE, PNG_SIGNATURE
 from brokers.protocol.messages import JPEG, PNG
 from sources.inputs.sample import Sample
 from sources.inputs.source import Source
@@ -65,9 +66,9 @@ class ImageFolder(Source):
         except OSError as error:
             self._skip(file, error.strerror or str(error))
             return None
-        if data.startswith(JPEG_START):
+        if data.startswith(JPEG_SIGNATURE):
             content_type = JPEG
-        elif data.startswith(PNG_START):
+        elif data.startswith(PNG_SIGNATURE):
             content_type = PNG
         else:
             self._skip(file, "expected JPEG or PNG")

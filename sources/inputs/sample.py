@@ -14,7 +14,7 @@ from sources.conversion import to_content
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from brokers.process.image_decode import Picture
+    from brokers.process.image_decode import RgbImage
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +37,7 @@ class Sample:
     index: int
     payload: bytes | Mapping[str, NDArray[Any]]
     content_type: str
-    load_image: Callable[[], Picture] | None = None
+    load_image: Callable[[], RgbImage] | None = None
     timestamp_s: float = field(default_factory=time.monotonic)
     ack: Callable[[], None] | None = None
     redelivered: bool = False

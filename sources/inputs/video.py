@@ -18,7 +18,7 @@ from PIL import Image
 
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
-from brokers.process.image_decode import Picture
+from brokers.process.image_decode import RgbImage
 from brokers.protocol.messages import JPEG, SAFETENSORS
 from sources.inputs.sample import Sample
 from sources.inputs.source import Source
@@ -59,7 +59,7 @@ class VideoFile(Source):
     def close(self) -> None:
         self._closed.set()
 
-    def _pictures(self) -> Iterator[Picture]:
+    def _pictures(self) -> Iterator[RgbImage]:
         while True:
             decoded = 0
             with _open(self._path) as container:
@@ -71,7 +71,7 @@ class VideoFile(Source):
             if not self._table.loop:
                 return
 
-    def _decode(self, container: InputContainer) -> Iterator[Picture]:
+    def _decode(self, container: InputContainer) -> Iterator[RgbImage]:
         for packet in container.demux(container.streams.video[0]):
             try:
                 frames = packet.decode()
@@ -83,7 +83,7 @@ class VideoFile(Source):
                 yield to_upright_image(frame)
 
 
-def image_sample(table: SourceTable, index: int, picture: Picture, timestamp_s: float) -> Sample:
+def image_sample(table: SourceTable, index: int, picture: RgbImage, timestamp_s: float) -> Sample:
     """A sample of a decoded picture, (H, W, 3) uint8 RGB, captured at `timestamp_s`."""
     if table.encoding == "raw":
         return Sample(table.name, index, {RAW_IMAGE_TENSOR: picture}, SAFETENSORS, lambda: picture, timestamp_s)
@@ -92,9 +92,9 @@ def image_sample(table: SourceTable, index: int, picture: Picture, timestamp_s: 
     return Sample(table.name, index, file.getvalue(), JPEG, lambda: picture, timestamp_s)
 
 
-def to_upright_image(frame: av.VideoFrame) -> Picture:
+def to_upright_image(frame: av.VideoFrame) -> RgbImage:
     """The pixels of a frame, (H, W, 3) uint8 RGB, rotated by the display matrix (telephones film sideways)."""
-    picture: Picture = frame.to_ndarray(format="rgb24").astype(numpy.uint8, copy=False)
+    picture: RgbImage = frame.to_ndarray(format="rgb24").astype(numpy.uint8, copy=False)
     quarter_turns = round(frame.rotation / 90) % 4  # counterclockwise, like numpy's
     return numpy.ascontiguousarray(numpy.rot90(picture, quarter_turns)) if quarter_turns else picture
 

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sources.stage_totals import StageTotals
+from brokers.protocol.stage_timing import STAGE_DURATIONS
+from sources.stage_totals import BYTE_COUNTS, StageTotals
 
 # A curve is thinned out when it has more than twice as many points: a plot has fewer columns.
 MIN_CURVE_POINTS = 2048
 # The newest rollbacks: a plot with more would be illegible.
 _ROLLBACKS_LIMIT = 256
-STAGE_TIME_KEYS = ("queue_ms", "decode_ms", "compute_ms", "encode_ms", "forward_ms", "backward_ms")
-STAGE_BYTE_KEYS = ("bytes_in", "bytes_out")
+STAGE_TIMES = (*STAGE_DURATIONS, "forward_ms", "backward_ms")
 
 
 class CurvePoint(NamedTuple):
@@ -123,7 +123,7 @@ class TrainingHistory:
         time: Mapping[str, Any] = event.get("time") or {}
         self.idle_ms += float(time.get("idle_ms", 0.0))
         for stage in time.get("stages", ()):
-            values = {key: stage.get(key, 0) for key in (*STAGE_TIME_KEYS, *STAGE_BYTE_KEYS)}
+            values = {key: stage.get(key, 0) for key in (*STAGE_TIMES, *BYTE_COUNTS)}
             self.stage_totals.add(stage["stage"], stage["worker"], event.get("micro_batches", 1), values)
 
     def _add_evaluation(self, point: CurvePoint) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from brokers.telemetry.percentiles import percentiles
-from sources.training.history import STAGE_BYTE_KEYS, STAGE_TIME_KEYS, TrainingHistory
+from sources.training.history import STAGE_TIMES, TrainingHistory
 
 # Means of an epoch and percentiles are those of its newest steps, so that memory stays bounded.
 _RECENT_STEPS = 10_000
@@ -106,7 +106,7 @@ class TrainingRunStats:
             "repeated_steps": self._repeated_steps,
             "step_ms": percentiles([step.step_ms for step in self._steps]) if self._steps else {},
             "idle_ms": round(self.history.idle_ms / executed, 3) if executed else 0.0,
-            "stages": self.history.stage_totals.summary(order, STAGE_TIME_KEYS, STAGE_BYTE_KEYS),
+            "stages": self.history.stage_totals.summary(order, STAGE_TIMES),
         }
 
     def _rows_per_s(self) -> float:

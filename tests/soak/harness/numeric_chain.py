@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from brokers.protocol.messages import SAFETENSORS
-from sources.inputs.sample import Sample
-from sources.inputs.source import Source
+from sources import Sample, Source
 from stages.executor import TaskContext, TaskExecutor
 
 Tensors = dict[str, Any]

@@ -9,7 +9,7 @@ import av
 import numpy
 from PIL import Image
 
-from sources.inputs.sample import RgbImage
+from brokers.process.image_decode import RgbImage
 
 FRAME_SIZE = (64, 48)  # width, height
 

@@ -1,4 +1,4 @@
-"""Data sets: what examples may be, which there are, and what is said when one cannot be had."""
+"""Data sets: valid examples, the built-in ones, own classes, and errors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,16 @@ from PIL import Image
 
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
+from sources import Dataset, Examples
+from sources.datasets import digits
 from sources.datasets.cifar10 import Cifar10
-from sources.datasets.dataset import Dataset, Examples
 from sources.datasets.digits import Digits
-from sources.errors import (
-    BadArray,
-    BadSourceClass,
-    CountsDiffer,
-    LabelOutOfRange,
-    NoExamples,
-    NotDownloaded,
-    NotInstalled,
-    UnknownSource,
-)
-from sources.inputs.factory import make_dataset, make_source
+from sources.inputs.dataset_source import DatasetSource
+from sources.inputs.factory import make_dataset
 from tests.support.brokers.ports import free_port
+from tests.support.errors import raises_error
 
-HERE = "tests.unit.sources.datasets.test_datasets"
+MODULE = "tests.unit.sources.datasets.test_datasets"
 
 
 def labels(*values: int) -> NDArray[numpy.int64]:
@@ -39,19 +32,18 @@ def labels(*values: int) -> NDArray[numpy.int64]:
 
 
 class Waves(Dataset):
-    """What a user writes."""
-
     name = "waves"
     classes = ("sine", "square")
 
     def __init__(self, count: int = 4, wrong: int | None = None) -> None:
-        self.count, self.wrong = count, wrong
+        self.count = count
+        self.wrong = wrong
 
     def train(self) -> Examples:
-        chosen = numpy.arange(self.count) % 2
+        classes = numpy.arange(self.count) % 2
         if self.wrong is not None:
-            chosen[self.count - 1] = self.wrong
-        return Examples(numpy.zeros((self.count, 8), numpy.float32), chosen)
+            classes[self.count - 1] = self.wrong
+        return Examples(numpy.zeros((self.count, 8), numpy.float32), classes)
 
     def test(self) -> Examples:
         raise ZeroDivisionError("no\nwaves")
@@ -74,53 +66,50 @@ class NotADataset:
     name = "x"
 
 
-def made(table: dict[str, Any], base: Path = Path()) -> Dataset:
-    return make_dataset(SourceTable.model_validate(table), base)
+def make(table: dict[str, Any], folder: Path = Path()) -> Dataset:
+    return make_dataset(SourceTable.model_validate(table), folder)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "given", "error", "text"),
+    ("inputs", "targets", "code", "text"),
     [
-        (numpy.zeros((3, 1, 2, 2), numpy.uint8), labels(0, 1), CountsDiffer, "with 3 inputs has 2 labels"),
-        (numpy.zeros((0, 1, 2, 2), numpy.uint8), labels(), NoExamples, "has no examples"),
-        (numpy.zeros((3, 4), numpy.uint8), labels(0, 1, 2), BadArray, r"uint8 \[3, 4\], expected uint8 \(N, C, H, W\)"),
-        (numpy.zeros((3, 4)), labels(0, 1, 2), BadArray, r"inputs of a data set are float64 \[3, 4\]"),
-        (numpy.float32(1), labels(0), BadArray, r"inputs of a data set are float32 \[\]"),
-        (numpy.zeros((1, 4), numpy.float32), numpy.zeros(1), BadArray, r"labels .* float64 \[1\], expected int64"),
-        (numpy.zeros((1, 4), numpy.float32), labels(0)[None], BadArray, r"labels of a data set are int64 \[1, 1\]"),
+        (numpy.zeros((3, 1, 2, 2), numpy.uint8), labels(0, 1), "CountsDiffer", "with 3 inputs has 2 labels"),
+        (numpy.zeros((0, 1, 2, 2), numpy.uint8), labels(), "NoExamples", "has no examples"),
+        (numpy.zeros((3, 4), numpy.uint8), labels(0, 1, 2), "BadArray", r"uint8 \[3, 4\], expected uint8 \(N, C, H, W"),
+        (numpy.zeros((3, 4)), labels(0, 1, 2), "BadArray", r"the inputs of a data set are float64 \[3, 4\]"),
+        (numpy.float32(1), labels(0), "BadArray", r"the inputs of a data set are float32 \[\]"),
+        (numpy.zeros((1, 4), numpy.float32), numpy.zeros(1), "BadArray", r"labels .* float64 \[1\], expected int64"),
+        (numpy.zeros((1, 4), numpy.float32), labels(0)[None], "BadArray", r"labels of a data set are int64 \[1, 1\]"),
     ],
 )
-def test_examples_that_do_not_fit_together_are_one_clear_line(
-    pictures: Any, given: Any, error: type[UsageError], text: str
-) -> None:
-    with pytest.raises(error, match=text) as caught:
-        Examples(pictures, given)
-    assert "\n" not in str(caught.value)
+def test_invalid_examples_raise_usage_error(inputs: Any, targets: Any, code: str, text: str) -> None:
+    with raises_error(UsageError, code, match=text):
+        Examples(inputs, targets)
 
 
-def test_digits_are_pictures_of_real_handwriting_split_once_and_for_all() -> None:
+def test_digits_are_balanced_pictures_with_a_fixed_split() -> None:
     train, test = Digits().train(), Digits().test()
     assert (train.inputs.shape, str(train.inputs.dtype)) == ((1438, 3, 32, 32), "uint8")
     assert (test.inputs.shape, str(test.labels.dtype)) == ((359, 3, 32, 32), "int64")
     assert (train.inputs.min(), train.inputs.max()) == (0, 255)
-    assert numpy.array_equal(Digits().train().inputs, train.inputs)
     for examples in (train, test):
         assert numpy.bincount(examples.labels).min() > 0.07 * len(examples)
-    seen = {picture.tobytes() for picture in train.inputs}
-    assert not seen & {picture.tobytes() for picture in test.inputs}
+    training_pictures = {picture.tobytes() for picture in train.inputs}
+    assert not training_pictures & {picture.tobytes() for picture in test.inputs}
 
 
-def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # as if it were not installed
-    with pytest.raises(NotInstalled, match=r"needs scikit-learn, .* extra 'train', pip install '\.\[train\]'"):
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits._split.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # makes its import fail
+    with raises_error(UsageError, "NotInstalled", match=r"needs scikit-learn: .* extra 'train'"):
         Digits().train()
 
 
-class StandInForCIFAR10:
-    """In place of torchvision's loader, whose files are pickles: two pictures in the shape that it gives them."""
+class FakeCIFAR10:
+    """Replaces torchvision's loader, whose files are pickles: two pictures in its format."""
 
-    url = "stand-in"
-    roots: list[Path] = []  # noqa: RUF012 - what the one test that uses it asks for
+    url = "fake"
+    roots: list[Path] = []  # noqa: RUF012 - replaced by the test
 
     def __init__(self, root: Path, *, train: bool, download: bool) -> None:
         self.roots.append(root)
@@ -129,107 +118,86 @@ class StandInForCIFAR10:
         self.targets = [3, 9] if train else [0, 1]
 
 
-def test_cifar10_has_its_channels_first_and_its_classes_by_name(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", StandInForCIFAR10)
-    monkeypatch.setattr(StandInForCIFAR10, "roots", [])
+def test_cifar10_is_loaded_channels_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCIFAR10)
+    monkeypatch.setattr(FakeCIFAR10, "roots", [])
     monkeypatch.setenv("SPARSE_CACHE", str(tmp_path / "cache"))
-    dataset = made({"kind": "cifar10", "path": "photographs"}, tmp_path)
+    dataset = make({"kind": "cifar10", "path": "photographs"}, tmp_path)
     train = dataset.train()
     assert (train.inputs.shape, train.labels.tolist()) == ((2, 3, 32, 32), [3, 9])
     assert train.inputs[0, :, 5, 7].tolist() == [1, 2, 3]
-    assert made({"kind": "cifar10"}).test().labels.tolist() == [0, 1]
-    assert StandInForCIFAR10.roots == [tmp_path / "photographs", tmp_path / "cache" / "cifar10"]
-    assert (dataset.name, dataset.horizontal_flip, dataset.classes[3], len(dataset.classes)) == (
-        "cifar10",
-        True,
-        "cat",
-        10,
-    )
+    assert make({"kind": "cifar10"}).test().labels.tolist() == [0, 1]
+    assert FakeCIFAR10.roots == [tmp_path / "photographs", tmp_path / "cache" / "cifar10"]
+    assert (dataset.name, dataset.horizontal_flip) == ("cifar10", True)
+    assert (dataset.classes[3], len(dataset.classes)) == ("cat", 10)
 
 
-def test_cifar10_that_cannot_be_downloaded_says_what_was_tried_and_what_needs_no_download(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    nobody = f"http://127.0.0.1:{free_port()}/cifar-10-python.tar.gz"
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", nobody)
-    with pytest.raises(NotDownloaded) as caught:
+def test_cifar10_that_cannot_be_downloaded_raises_usage_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/cifar-10-python.tar.gz"
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
+    with raises_error(UsageError, "NotDownloaded", match="refused") as caught:
         Cifar10(tmp_path / "empty").train()
-    said = str(caught.value)
-    assert said.startswith(f"CIFAR-10 is not in {tmp_path / 'empty'}, and {nobody} did not give it: ")
-    assert "refused" in said
-    assert said.endswith('kind = "digits" needs no download')
-    assert "\n" not in said
-
-
-def test_cifar10_says_so_when_its_folder_cannot_be_made(tmp_path: Path) -> None:
+    assert caught.value.fields["url"] == url
+    assert "\n" not in str(caught.value)
     (tmp_path / "file").touch()
-    with pytest.raises(NotDownloaded, match="Not a directory"):
+    with raises_error(UsageError, "NotDownloaded", match="Not a directory"):
         Cifar10(tmp_path / "file" / "below").train()
 
 
-def test_a_data_set_of_ones_own_gets_its_settings_and_as_many_rows_as_the_limit() -> None:
-    dataset = made({"kind": f"{HERE}:Waves", "settings": {"count": 6}, "limit": 5})
+def test_own_class_gets_its_settings_and_is_cut_to_the_limit() -> None:
+    dataset = make({"kind": f"{MODULE}:Waves", "settings": {"count": 6}, "limit": 5})
     assert len(dataset.train()) == 5
     assert (dataset.name, dataset.classes, dataset.horizontal_flip) == ("waves", ("sine", "square"), False)
 
 
 @pytest.mark.parametrize(
-    ("table", "error", "text"),
+    ("table", "code", "text"),
     [
-        ({"kind": "video"}, UnknownSource, "'video': expected one of digits, cifar10, or a class"),
-        ({"kind": "no_such_module:Waves"}, BadSourceClass, "No module named 'no_such_module'"),
-        ({"kind": f"{HERE}:Waves", "settings": {"counts": 1}}, BadSourceClass, "unexpected keyword argument 'counts'"),
-        ({"kind": f"{HERE}:NotADataset"}, BadSourceClass, "has no 'classes': see sources.datasets.dataset.Dataset"),
-        ({"kind": f"{HERE}:Nameless"}, BadSourceClass, "its 'classes' are (), expected a tuple of names"),
-        ({"kind": f"{HERE}:Letters"}, BadSourceClass, "its 'classes' are 'ab', expected a tuple of names"),
-        (
-            {"kind": f"{HERE}:Tuples"},
-            BadSourceClass,
-            "its train() gave tuple, expected sources.datasets.dataset.Examples",
-        ),
-        (
-            {"kind": f"{HERE}:Waves", "settings": {"wrong": 2}},
-            LabelOutOfRange,
-            "data set 'waves': label 3 of its train() is 2, expected 0 to 1 for 2 classes",
-        ),
-        ({"kind": f"{HERE}:Waves", "settings": {"wrong": -1}}, LabelOutOfRange, "label 3 of its train() is -1"),
+        ({"kind": "video"}, "UnknownSource", "'video': expected one of digits, cifar10, or a class"),
+        ({"kind": "no_such_module:Waves"}, "BadSourceClass", "No module named 'no_such_module'"),
+        ({"kind": f"{MODULE}:Waves", "settings": {"counts": 1}}, "BadSourceClass", "unexpected keyword .* 'counts'"),
+        ({"kind": f"{MODULE}:NotADataset"}, "BadSourceClass", "has no 'classes': see sources.datasets.dataset.Dataset"),
+        ({"kind": f"{MODULE}:Nameless"}, "BadSourceClass", r"its 'classes' are \(\), expected a tuple of names"),
+        ({"kind": f"{MODULE}:Letters"}, "BadSourceClass", "its 'classes' are 'ab', expected a tuple of names"),
+        ({"kind": f"{MODULE}:Tuples"}, "BadSourceClass", r"train\(\) returned tuple, expected sources.Examples"),
+        ({"kind": f"{MODULE}:Waves", "settings": {"wrong": 2}}, "LabelOutOfRange", r"label 3 of train\(\) is 2, expec"),
+        ({"kind": f"{MODULE}:Waves", "settings": {"wrong": -1}}, "LabelOutOfRange", r"label 3 of train\(\) is -1"),
     ],
 )
-def test_a_wrong_data_set_is_one_clear_line(table: dict[str, Any], error: type[UsageError], text: str) -> None:
-    with pytest.raises(error) as caught:
-        made(table).train()
-    assert text in str(caught.value)
+def test_wrong_data_set_raises_usage_error(table: dict[str, Any], code: str, text: str) -> None:
+    with raises_error(UsageError, code, match=text) as caught:
+        make(table).train()
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_data_set_of_ones_own_raises_is_told_with_its_line() -> None:
-    with pytest.raises(BadSourceClass, match=r"ZeroDivisionError: no waves \(test_datasets.py, line \d+\)"):
-        made({"kind": f"{HERE}:Waves"}).test()
+def test_exception_of_an_own_class_is_reported_with_its_line() -> None:
+    with raises_error(UsageError, "BadSourceClass", match=r"ZeroDivisionError: no waves \(test_datasets.py, line \d+"):
+        make({"kind": f"{MODULE}:Waves"}).test()
 
 
-def test_a_data_set_as_a_source_gives_its_test_pictures_as_png() -> None:
-    source = make_source(SourceTable.model_validate({"kind": "digits", "name": "x", "limit": 3}), Path())
-    samples = list(source.samples())
-    expected = Digits().test().inputs[:3].transpose(0, 2, 3, 1)
+class Pictures(Waves):
+    def test(self) -> Examples:
+        pictures = numpy.arange(3 * 3 * 4 * 5, dtype=numpy.uint8).reshape(3, 3, 4, 5)
+        return Examples(pictures, labels(0, 1, 0))
+
+
+def test_data_set_as_a_source_yields_its_test_pictures() -> None:
+    samples = list(DatasetSource(Pictures(), "x").samples())
     assert [(sample.source, sample.index, sample.content_type) for sample in samples] == [
         ("x", index, "image/png") for index in range(3)
     ]
-    for sample, picture in zip(samples, expected, strict=True):
+    for sample, picture in zip(samples, Pictures().test().inputs.transpose(0, 2, 3, 1), strict=True):
         assert isinstance(sample.payload, bytes)
-        assert numpy.array_equal(numpy.asarray(Image.open(io.BytesIO(sample.payload))), picture)
         assert sample.load_image is not None
+        assert numpy.array_equal(numpy.asarray(Image.open(io.BytesIO(sample.payload))), picture)
         assert numpy.array_equal(sample.load_image(), picture)
 
 
-def test_a_data_set_as_a_source_ends_after_its_last_picture_or_when_closed() -> None:
-    source = make_source(SourceTable.model_validate({"kind": "digits"}), Path())
-    assert [sample.index for sample in source.samples()] == list(range(359))
-    endless = make_source(SourceTable.model_validate({"kind": "digits", "loop": True}), Path())
+def test_data_set_as_a_looping_source_ends_when_closed() -> None:
+    source = DatasetSource(Pictures(), "x", loop=True)
     indices = []
-    for sample in endless.samples():
+    for sample in source.samples():
         indices.append(sample.index)
-        if sample.index == 400:
-            endless.close()
-    assert indices[-1] == 400
+        if sample.index == 7:
+            source.close()
+    assert indices == list(range(8))

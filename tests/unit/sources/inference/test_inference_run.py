@@ -1,4 +1,4 @@
-"""From samples to reports: in order, within the window, each with an answer; the offloader is one that tests steer."""
+"""From samples to published and recorded results, with a scripted offloader."""
 
 from __future__ import annotations
 
@@ -6,140 +6,163 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-import numpy as np
 import pytest
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.errors import DeadlinePassed, RequestFailed
-from brokers.protocol.messages import JPEG, JSON, SAFETENSORS, BinaryContent, Content, TensorContent
+from brokers.errors import DeadlinePassed, Disconnected, RequestFailed
+from brokers.protocol.messages import JSON, BinaryContent, Content, Result, TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.stage_timing import Hop
-from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Properties
 from sources.client.inflight_limit import InflightLimit
-from sources.client.offloader import OffloadResult
-from sources.inference.inference_run import InferenceRun, SampleResult, run_source, sample_content
+from sources.client.offloader import Offloader
+from sources.client.pending_request import PendingRequest
+from sources.inference.inference_run import InferenceRun
 from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Source
+from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
-Ask = Callable[[int], Any]
+Script = Callable[[int], Any]
+Record = Callable[[Sample, dict[str, Any]], None]
 
 
-class Line:
-    """Keeps what is published."""
+class ScriptedOffloader:
+    """Responds to the sample with payload `N` as `script(N)` says: a content, or an error to raise.
 
-    def __init__(self) -> None:
+    None: respond when the test sets `go`.
+    """
+
+    def __init__(self, folder: Path, script: Script, window: int = 3) -> None:
+        self.pipeline = load_pipeline(write_pipeline_file(folder, [stage_table("one", "double")]))
+        self.inflight_limit = InflightLimit(lambda: window)
+        self.slot = self.inflight_limit.slot
+        self.channel = self.transport = self
         self.published: list[tuple[str, dict[str, Any]]] = []
-        self.transport = self
+        self.in_flight = self.most_in_flight = 0
+        self.full = asyncio.Event()
+        self.go = asyncio.Event()
+        self._script = script
+        self._window = window
 
     async def publish(self, topic: str, payload: bytes, properties: Properties, *, qos: int) -> None:
         assert (properties.content_type, qos) == (JSON, 1)
         self.published.append((topic, json.loads(payload)))
 
-
-class Offload:
-    """Answers as `ask` says: a content, or an error to raise; `None` waits until the test lets go."""
-
-    def __init__(self, folder: Path, ask: Ask, window: int = 3) -> None:
-        self.pipeline = load_pipeline(write_pipeline_file(folder, [stage_table("one", "double")], {"window": window}))
-        self.line = Line()
-        self.flying = self.most = 0
-        self.go = asyncio.Event()
-        self.window = InflightLimit(lambda: window)
-        self._ask = ask
-
-    async def ask(
-        self, content: Content, *, source: str, slot_acquired: bool, parent: TraceContext | None
-    ) -> OffloadResult:
-        assert slot_acquired
-        try:
-            return await self._answer(content)
-        finally:
-            self.window.release()
-
-    async def _answer(self, content: Content) -> OffloadResult:
+    async def request(self, content: Content, *, source: str, slot: object, parent: object) -> PendingRequest:
         assert isinstance(content, BinaryContent)
-        self.flying += 1
-        self.most = max(self.most, self.flying)
-        found = self._ask(int(bytes(content.data)))
-        if found is None:
+        number = int(bytes(content.data))
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        if self.in_flight == self._window:
+            self.full.set()
+        response = self._script(number)
+        if response is None:
             await self.go.wait()
-            found = TensorContent({"x": from_array(1.0)})
-        else:
-            await asyncio.sleep(0.001 * (10 - int(bytes(content.data)) % 10))  # later ones are answered sooner
-        self.flying -= 1
-        if isinstance(found, Exception):
-            raise found
-        return OffloadResult(b"r" * 16, found, (Hop("one", "w", compute_ms=5.0),), 20.0, 1)
+            response = tensor(number)
+        for _ in range(1 if number % 2 else 100):  # so that requests do not finish in order
+            await asyncio.sleep(0)
+        self.in_flight -= 1
+        if isinstance(response, Exception):
+            raise response
+        request = PendingRequest(b"r" * 16, 0.0, None, attempt=1, latency_ms=20.0)
+        request.result = Result(request_id=b"r" * 16, content=response, hops=(Hop("one", "w", compute_ms=5.0),))
+        return request
 
 
-def one(index: int) -> Any:
-    return TensorContent({"x": from_array(float(index))})
+def tensor(number: int) -> TensorContent:
+    return TensorContent({"x": from_array(float(number))})
 
 
-def samples(count: int) -> list[Sample]:
-    return [Sample("door", index, str(index).encode(), JSON) for index in range(count)]
+def samples(count: int, ack: Callable[[], None] | None = None) -> list[Sample]:
+    return [Sample("door", index, str(index).encode(), JSON, ack=ack) for index in range(count)]
 
 
-def feed_all(
-    folder: Path, ask: Ask, count: int, record: Callable[[SampleResult], None] | None = None
-) -> tuple[Offload, InferenceRun, list[SampleResult]]:
-    reports: list[SampleResult] = []
-
-    async def main() -> tuple[Offload, InferenceRun]:
-        offload, intake = Offload(folder, ask), SampleBuffer("all")
-        feed = InferenceRun(offload, intake, record or reports.append)  # type: ignore[arg-type]
-        for sample in samples(count):
-            intake.put_nowait(sample)
-        intake.close()
-        await asyncio.wait_for(feed.run(), 20)
-        return offload, feed
-
-    return (*asyncio.run(main()), reports)
+def make_run(
+    offloader: ScriptedOffloader, inputs: list[Sample], record: Record, keep: Literal["all", "latest"] = "all"
+) -> InferenceRun:
+    buffer = SampleBuffer(keep)
+    for sample in inputs:
+        buffer.put_nowait(sample)
+    buffer.close()
+    return InferenceRun(cast(Offloader, offloader), buffer, record)
 
 
-def test_reports_are_in_order_though_answers_are_not(tmp_path: Path) -> None:
-    offload, feed, reports = feed_all(tmp_path, one, 30)
-    assert [report.sample.index for report in reports] == list(range(30))
-    assert [topic for topic, _ in offload.line.published] == ["sparse/local/results/door"] * 30
-    published = [result["index"] for _, result in offload.line.published]
+def run_samples(
+    folder: Path, script: Script, inputs: list[Sample], record: Record | None = None
+) -> tuple[ScriptedOffloader, InferenceRun, list[dict[str, Any]]]:
+    """Run all samples; return the offloader, the run, and the results that were recorded."""
+    recorded: list[dict[str, Any]] = []
+
+    async def main() -> tuple[ScriptedOffloader, InferenceRun]:
+        offloader = ScriptedOffloader(folder, script)
+        run = make_run(offloader, inputs, record or (lambda sample, result: recorded.append(result)))
+        await asyncio.wait_for(run.run(), WAIT_S)
+        return offloader, run
+
+    return (*asyncio.run(main()), recorded)
+
+
+def test_results_are_recorded_in_order_and_published_as_they_come(tmp_path: Path) -> None:
+    offloader, run, recorded = run_samples(tmp_path, tensor, samples(30))
+    assert [result["index"] for result in recorded] == list(range(30))
+    assert {topic for topic, _ in offloader.published} == {"sparse/local/results/door"}
+    published = [result["index"] for _, result in offloader.published]
     assert sorted(published) == list(range(30))
     assert published != list(range(30))
-    assert (feed.stats.requests, feed.stats.results) == (30, 30)
+    assert (run.stats.requests, run.stats.results) == (30, 30)
+    assert offloader.most_in_flight == 3
+    assert offloader.inflight_limit.in_flight == 0
 
 
-def test_no_more_are_on_their_way_than_the_window_has(tmp_path: Path) -> None:
-    offload, _, _ = feed_all(tmp_path, one, 30)
-    assert offload.most == 3
+def test_window_larger_than_the_record_queue_is_filled(tmp_path: Path) -> None:
+    async def test() -> None:
+        offloader = ScriptedOffloader(tmp_path, lambda _: None, window=100)
+        running = asyncio.create_task(make_run(offloader, samples(150), lambda sample, result: None).run())
+        await asyncio.wait_for(offloader.full.wait(), WAIT_S)
+        offloader.go.set()
+        await running
+        assert offloader.most_in_flight == 100
+
+    run_async(test())
 
 
-def test_as_many_are_on_their_way_as_the_window_has_however_many_workers_made_it_so(tmp_path: Path) -> None:
-    async def main() -> int:
-        offload, intake = Offload(tmp_path, lambda _: None, window=100), SampleBuffer("all")
-        for sample in samples(150):
-            intake.put_nowait(sample)
-        intake.close()
-        feeding = asyncio.create_task(InferenceRun(offload, intake).run())  # type: ignore[arg-type]
-        for _ in range(200):
-            if offload.flying == 100:
-                break
-            await asyncio.sleep(0.01)
-        offload.go.set()
-        await asyncio.wait_for(feeding, 20)
-        return offload.most
+def test_live_results_are_recorded_as_they_come(tmp_path: Path) -> None:
+    recorded: list[str] = []
 
-    assert asyncio.run(main()) == 100
+    async def test() -> None:
+        offloader = ScriptedOffloader(tmp_path, lambda number: None if number == 0 else tensor(number))
+
+        def record(sample: Sample, result: dict[str, Any]) -> None:
+            recorded.append(sample.source)
+            loop.call_soon_threadsafe(offloader.go.set)
+
+        loop = asyncio.get_running_loop()
+        inputs = [Sample(source, 0, str(number).encode(), JSON) for number, source in enumerate(("slow", "fast"))]
+        await asyncio.wait_for(make_run(offloader, inputs, record, keep="latest").run(), WAIT_S)
+
+    run_async(test())
+    assert recorded == ["fast", "slow"]
 
 
-def test_a_result_says_what_whence_and_how_long(tmp_path: Path) -> None:
-    _, _, (report,) = feed_all(tmp_path, one, 1)
-    result = report.result
+def test_cancelled_run_releases_its_slots(tmp_path: Path) -> None:
+    async def test() -> None:
+        offloader = ScriptedOffloader(tmp_path, lambda _: None)
+        running = asyncio.create_task(make_run(offloader, samples(10), lambda sample, result: None).run())
+        await asyncio.wait_for(offloader.full.wait(), WAIT_S)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert offloader.inflight_limit.in_flight == 0
+
+    run_async(test())
+
+
+def test_result_has_these_fields(tmp_path: Path) -> None:
+    _, _, (result,) = run_samples(tmp_path, tensor, samples(1))
     assert result.pop("age_ms") >= 0
     assert result == {
         "source": "door",
@@ -159,124 +182,93 @@ def test_a_result_says_what_whence_and_how_long(tmp_path: Path) -> None:
     }
 
 
-def test_each_failure_is_a_result_of_its_own_kind(tmp_path: Path) -> None:
-    errors: list[Any] = [
+def test_each_failure_is_a_result_with_its_error(tmp_path: Path) -> None:
+    responses: list[Any] = [
         RequestFailed("ab", "tail", "w1", "BadPayload", "no picture"),
         DeadlinePassed("cd", 50.0, "the source"),
-        TensorContent({"x": from_array(1.0)}, {"format": "detections"}),  # a result whose metadata lies
+        TensorContent({"x": from_array(1.0)}, {"format": "detections"}),  # metadata that does not fit the tensors
         TensorContent({"x": from_array(1.0)}),
     ]
-    _, feed, reports = feed_all(tmp_path, errors.__getitem__, 4)
-    assert [report.result.get("error") for report in reports] == ["BadPayload", "DeadlinePassed", "BadPayload", None]
-    first, second, third, _ = (report.result for report in reports)
-    assert (first["request"], first["stage"], first["worker"], first["reason"]) == ("ab", "tail", "w1", "no picture")
-    assert second["request"] == "cd"
-    assert "its metadata does not fit its tensors" in third["reason"]
-    summary = feed.stats.summary()
+    _, run, recorded = run_samples(tmp_path, responses.__getitem__, samples(4))
+    failed, late, malformed, succeeded = recorded
+    assert {key: failed[key] for key in ("request", "error", "stage", "worker", "reason")} == {
+        "request": "ab", "error": "BadPayload", "stage": "tail", "worker": "w1", "reason": "no picture",
+    }  # fmt: skip
+    assert (late["request"], late["error"]) == ("cd", "DeadlinePassed")
+    assert malformed["error"] == "BadPayload"
+    assert "error" not in succeeded
+    summary = run.stats.summary()
     assert summary["failures"] == {"BadPayload": 2, "DeadlinePassed": 1}
     assert (summary["requests"], summary["results"], summary["lost"]) == (4, 1, 0)
 
 
-def test_trouble_with_recording_one_is_not_trouble_with_the_next(
+@pytest.mark.parametrize(
+    ("response", "acknowledged"),
+    [
+        (tensor(0), True),
+        (DeadlinePassed("cd", 50.0, "the source"), True),
+        (ZeroDivisionError("a bug"), True),  # else it would be redelivered forever
+        (Disconnected("memory://", "shutdown"), False),  # the broker redelivers it to the next gateway
+    ],
+)
+def test_sample_is_acknowledged_once_its_result_is_published(tmp_path: Path, response: Any, acknowledged: bool) -> None:
+    acks: list[bool] = []
+    run_samples(tmp_path, lambda _: response, samples(1, ack=lambda: acks.append(True)))
+    assert bool(acks) == acknowledged
+
+
+def test_rejection_is_published_counted_and_recorded(tmp_path: Path) -> None:
+    recorded: list[dict[str, Any]] = []
+    rejection = {"source": "door", "index": 7, "error": "BadPayload", "reason": "no picture"}
+
+    async def test() -> None:
+        offloader = ScriptedOffloader(tmp_path, tensor)
+        run = make_run(offloader, [], lambda sample, result: recorded.append(result))
+        assert await run.reject("door", rejection)
+        await asyncio.wait_for(run.run(), WAIT_S)
+        assert offloader.published == [("sparse/local/results/door", rejection)]
+        assert run.stats.failures == {"BadPayload": 1}
+
+    run_async(test())
+    assert recorded == [rejection]
+
+
+def test_failure_to_record_one_result_does_not_stop_the_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorded: list[int] = []
 
-    def record(report: SampleResult) -> None:
-        if report.sample.index == 1:
+    def record(sample: Sample, result: dict[str, Any]) -> None:
+        if sample.index == 1:
             raise OSError("the disk is full")
-        recorded.append(report.sample.index)
+        recorded.append(sample.index)
 
-    feed_all(tmp_path, one, 4, record)
+    run_samples(tmp_path, tensor, samples(4), record)
     assert recorded == [0, 2, 3]
     assert "could not record a result" in caplog.text
 
 
-def test_a_slow_recorder_holds_the_pipeline_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_recorder_holds_the_run_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sources.inference.inference_run._UNRECORDED_LIMIT", 2)
-    asked: list[int] = []
-    go = threading.Event()
+    requested: list[int] = []
+    limit_reached, go = threading.Event(), threading.Event()
 
-    def ask(index: int) -> Any:
-        asked.append(index)
-        return one(index)
+    def script(number: int) -> TensorContent:
+        requested.append(number)
+        return tensor(number)
 
-    def record(report: SampleResult) -> None:
-        go.wait(10)
-
-    def look() -> None:
-        seen.extend(asked)
+    def record(sample: Sample, result: dict[str, Any]) -> None:
+        if sample.index == 0:
+            limit_reached.wait(WAIT_S)
+            time.sleep(0.02)  # for further requests, if nothing held them back
+        assert go.is_set() or len(requested) == 5, requested  # the window, and two that wait for the recorder
         go.set()
 
-    seen: list[int] = []
-    threading.Timer(0.3, look).start()
-    feed_all(tmp_path, ask, 40, record)
-    assert len(seen) <= 8, seen
-    assert len(asked) == 40
+    def wait_for_limit(number: int) -> TensorContent:
+        if number == 4:
+            limit_reached.set()
+        return script(number)
 
-
-# A source's generator in its thread -------------------------------------------------------------------------------
-
-
-class Fake(Source):
-    def __init__(self, make: Callable[[Fake], Iterator[Sample]], live: bool = False) -> None:
-        self.name, self.live, self.closed = "fake", live, 0
-        self._make = make
-
-    def samples(self) -> Iterator[Sample]:
-        return self._make(self)
-
-    def close(self) -> None:
-        self.closed += 1
-
-
-def drawn(source: Fake, keep: Any = "all") -> list[int]:
-    async def main() -> list[int]:
-        intake, taken = SampleBuffer(keep), []
-        drawing = asyncio.create_task(run_source(source, intake))
-        while (sample := await asyncio.wait_for(intake.get(), 10)) is not None:
-            taken.append(sample.index)
-        await drawing
-        return taken
-
-    return asyncio.run(main())
-
-
-def test_all_of_a_file_is_drawn_and_the_source_is_closed() -> None:
-    source = Fake(lambda _: iter(samples(50)))
-    assert drawn(source) == list(range(50))
-    assert source.closed
-
-
-def test_a_live_source_never_waits_for_the_pipeline() -> None:
-    source = Fake(lambda _: iter(samples(200)), live=True)
-    found = drawn(source, "latest")
-    assert found[-1] == 199
-    assert found == sorted(set(found))
-
-
-def test_what_a_source_raises_is_raised_where_it_is_drawn() -> None:
-    def breaks(_: Fake) -> Iterator[Sample]:
-        yield from samples(2)
-        raise ValueError("the film is torn")
-
-    source = Fake(breaks)
-    with pytest.raises(ValueError, match="the film is torn"):
-        drawn(source)
-    assert source.closed
-
-
-def test_a_source_runs_in_a_thread_of_its_own_and_may_block() -> None:
-    def blocks(_: Fake) -> Iterator[Sample]:
-        assert threading.current_thread().name == "source-fake"
-        time.sleep(0.05)
-        yield from samples(1)
-
-    assert drawn(Fake(blocks)) == [0]
-
-
-def test_a_payload_travels_as_it_is_and_arrays_as_safetensors() -> None:
-    assert sample_content(Sample("s", 0, b"\xff\xd8\xff", JPEG)) == BinaryContent(JPEG, b"\xff\xd8\xff")
-    content = sample_content(Sample("s", 0, {"x": np.arange(3)}, SAFETENSORS))
-    assert isinstance(content, TensorContent)
-    assert set(content.tensors) == {"x"}
+    _, run, _ = run_samples(tmp_path, wait_for_limit, samples(40), record)
+    assert go.is_set()
+    assert (len(requested), run.stats.results) == (40, 40)

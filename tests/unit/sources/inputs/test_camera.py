@@ -1,22 +1,25 @@
-"""Cameras: real streams over real sockets, cut off and come back; always the newest frame."""
+"""Cameras: streams over sockets that are interrupted and reopened; always the newest frame."""
 
 import itertools
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from sources.errors import BadSetting, CameraUnavailable
-from sources.inputs.camera import Camera
+from brokers.config.schema import SourceTable
+from brokers.errors import UsageError
+from sources.inputs import camera as camera_module
+from sources.inputs.camera import Camera, CameraUnavailable
+from tests.support.brokers.broker_kinds import WAIT_S
 from tests.support.environment.clips import frame_number, image_bytes, video_bytes
+from tests.support.errors import raises_error
 
 Serve = Callable[[socket.socket, int], None]
 
 
 class StreamServer:
-    """Accepts connections on a free port, one after another, and has `serve(connection, number)` talk."""
+    """Accepts connections on a free port, one after another, and calls `serve(connection, number)` for each."""
 
     def __init__(self, serve: Serve) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -37,7 +40,7 @@ class StreamServer:
                 try:
                     self._serve(connection, self.connections)
                 except OSError:
-                    continue  # the camera hung up
+                    continue  # the camera closed the connection
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -46,7 +49,7 @@ class StreamServer:
 
 
 @pytest.fixture
-def serving() -> Iterator[Callable[[Serve], StreamServer]]:
+def start_server() -> Iterator[Callable[[Serve], StreamServer]]:
     servers: list[StreamServer] = []
 
     def start(serve: Serve) -> StreamServer:
@@ -58,76 +61,104 @@ def serving() -> Iterator[Callable[[Serve], StreamServer]]:
         server.close()
 
 
-def _mjpeg(connection: socket.socket, frames: Iterator[int], pause_s: float) -> None:
-    """MJPEG over HTTP, as network cameras send it."""
+def camera(device: str, name: str = "camera", encoding: str = "jpeg") -> Camera:
+    return Camera(SourceTable.model_validate({"kind": "camera", "device": device, "name": name, "encoding": encoding}))
+
+
+def send_mjpeg(connection: socket.socket, frames: Iterator[int], sent: Callable[[int], None]) -> None:
+    """Send MJPEG over HTTP, as network cameras do; `sent(index)` is called after each frame."""
     connection.recv(65536)
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: multipart/x-mixed-replace;boundary=frame\r\n\r\n")
     for index in frames:
         jpeg = image_bytes("JPEG", index % 30)
-        connection.sendall(
-            b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\r\n"
-        )
-        time.sleep(pause_s)
+        head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg)
+        connection.sendall(head + jpeg + b"\r\n")
+        sent(index)
 
 
-def test_a_slow_consumer_gets_the_newest_frame_and_the_others_count_as_dropped(
-    serving: Callable[[Serve], StreamServer],
-) -> None:
-    server = serving(lambda connection, _: _mjpeg(connection, itertools.count(), 0.01))
-    camera = Camera(f"http://{server.address}/video", name="door", limit=5)
+def test_slow_consumer_gets_the_newest_frame(start_server: Callable[[Serve], StreamServer]) -> None:
+    closed = threading.Event()
+
+    def pause(index: int) -> None:
+        if closed.wait(0.005):
+            raise OSError("the test has ended")
+
+    server = start_server(lambda connection, _: send_mjpeg(connection, itertools.count(), pause))
+    source = camera(f"http://{server.address}/video", name="door")
     samples = []
-    for sample in camera.samples():
+    for sample in source.samples():
         samples.append(sample)
-        time.sleep(0.1)
-    assert camera.live
-    assert [sample.index for sample in samples] == list(range(5))
-    assert camera.dropped >= 10
-    ages_s = [after.timestamp_s - before.timestamp_s for before, after in itertools.pairwise(samples)]
-    assert min(ages_s) > 0.05  # each is of its own time: nothing queued up behind the slow consumer
+        if len(samples) == 3:
+            source.close()
+        while source.dropped < 5 * len(samples) and len(samples) < 3:
+            closed.wait(0.005)
+    closed.set()
+    assert source.live
+    assert [sample.index for sample in samples] == [0, 1, 2]
+    assert source.dropped >= 10
+    assert all(after.timestamp_s > before.timestamp_s for before, after in itertools.pairwise(samples))
 
 
-def test_a_stream_that_ends_is_opened_again(serving: Callable[[Serve], StreamServer]) -> None:
+def test_stream_that_ends_is_reopened(
+    start_server: Callable[[Serve], StreamServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(camera_module, "REOPEN_FIRST_DELAY_S", 0.01)
+    closed = threading.Event()
+
     def serve(connection: socket.socket, number: int) -> None:
         connection.sendall(video_bytes(30, container="mpegts", codec="mpeg2video"))
-        if number == 1:
-            time.sleep(0.2)  # then the connection breaks
-        else:
-            time.sleep(2)
+        if number > 1:
+            closed.wait(WAIT_S)
 
-    server = serving(serve)
-    camera = Camera(f"tcp://{server.address}", encoding="raw")
-    taken = []
-    for sample in camera.samples():
+    server = start_server(serve)
+    source = camera(f"tcp://{server.address}", encoding="raw")
+    numbers = []
+    for sample in source.samples():
         assert sample.load_image is not None
-        taken.append(frame_number(sample.load_image()))
+        numbers.append(frame_number(sample.load_image()))
         if server.connections >= 2:
-            camera.close()
+            closed.set()
+            source.close()
     assert server.connections >= 2
-    assert taken
+    assert numbers
 
 
-def test_closing_ends_a_camera_that_waits_for_a_frame_and_its_thread(serving: Callable[[Serve], StreamServer]) -> None:
-    server = serving(lambda connection, _: _mjpeg(connection, iter(range(60)), 0.02))
-    camera = Camera(f"http://{server.address}/video", name="ends")
-    threading.Timer(0.5, camera.close).start()
-    assert [sample.index for sample in camera.samples()]
+def test_close_ends_a_camera_that_waits_for_a_frame(
+    start_server: Callable[[Serve], StreamServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(camera_module, "READ_TIMEOUT_S", 0.5)
+    sent_all, ended = threading.Event(), threading.Event()
+
+    def serve(connection: socket.socket, _: int) -> None:
+        send_mjpeg(connection, iter(range(20)), lambda _: None)
+        sent_all.set()
+        ended.wait(WAIT_S)
+
+    server = start_server(serve)
+    source = camera(f"http://{server.address}/video", name="ends")
+    samples = source.samples()
+    assert next(samples).index == 0
+    sent_all.wait(WAIT_S)
+    threading.Timer(0.05, source.close).start()
+    list(samples)
+    ended.set()
     assert not [thread for thread in threading.enumerate() if thread.name == "camera-ends"]
 
 
-def test_a_camera_that_does_not_answer_says_why_and_hides_the_password() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]  # closed again below: nobody listens there
+def test_unreachable_camera_raises_with_reason_and_without_password() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]  # free again once it is closed
     with pytest.raises(CameraUnavailable, match="refused") as caught:
-        next(Camera(f"rtsp://me:secret@127.0.0.1:{port}/live").samples())
+        next(camera(f"rtsp://me:secret@127.0.0.1:{port}/live").samples())
     assert "secret" not in str(caught.value)
     assert f"127.0.0.1:{port}/live" in str(caught.value)
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
+def test_missing_device_raises_with_its_number() -> None:
     with pytest.raises(CameraUnavailable, match="camera 97: No such file"):
-        next(Camera(97).samples())
+        next(camera("97").samples())
 
 
-def test_a_device_that_is_neither_number_nor_path_nor_address_is_refused() -> None:
-    with pytest.raises(BadSetting, match="expected a number, a path such as /dev/video0, or an address"):
-        Camera("webcam")
+def test_malformed_device_raises_usage_error() -> None:
+    with raises_error(UsageError, "BadSetting", match="expected a number, a path such as /dev/video0, or a URL"):
+        camera("webcam")

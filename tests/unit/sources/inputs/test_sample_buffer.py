@@ -1,4 +1,4 @@
-"""Samples that wait: all of them, or the newest of each source; never a backlog without end."""
+"""The sample buffer: every sample in order, or the newest of each source; always bounded."""
 
 from __future__ import annotations
 
@@ -9,97 +9,108 @@ from typing import Literal
 import pytest
 
 from brokers.protocol.messages import JSON
-from sources.inputs import sample_buffer as module
+from sources.inputs import sample_buffer
 from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
 
 
-def sample(index: int, source: str = "a") -> Sample:
-    return Sample(source, index, b"1", JSON)
+def sample(index: int, source: str = "a", ack: Callable[[], None] | None = None) -> Sample:
+    return Sample(source, index, b"1", JSON, ack=ack)
 
 
-def run(keep: Literal["all", "latest"], play: Callable[[SampleBuffer], Awaitable[None]]) -> SampleBuffer:
+def run(keep: Literal["all", "latest"], test: Callable[[SampleBuffer], Awaitable[None]]) -> SampleBuffer:
     async def main() -> SampleBuffer:
-        intake = SampleBuffer(keep)
-        await asyncio.wait_for(play(intake), 10)
-        return intake
+        buffer = SampleBuffer(keep)
+        await asyncio.wait_for(test(buffer), 10)
+        return buffer
 
     return asyncio.run(main())
 
 
-async def drain(intake: SampleBuffer) -> list[tuple[str, int]]:
-    taken = []
-    while (found := await intake.get()) is not None:
-        taken.append((found.source, found.index))
-    return taken
+async def drain(buffer: SampleBuffer) -> list[tuple[str, int]]:
+    received = []
+    while (taken := await buffer.get()) is not None:
+        received.append((taken.source, taken.index))
+    return received
 
 
-def test_all_are_given_out_in_order() -> None:
-    async def play(intake: SampleBuffer) -> None:
+def test_samples_come_out_in_order() -> None:
+    async def test(buffer: SampleBuffer) -> None:
         for index in range(5):
-            intake.put_nowait(sample(index))
-        intake.close()
-        assert await drain(intake) == [("a", index) for index in range(5)]
+            buffer.put_nowait(sample(index))
+        buffer.close()
+        assert await drain(buffer) == [("a", index) for index in range(5)]
 
-    assert run("all", play).dropped.total() == 0
+    assert run("all", test).dropped.total() == 0
 
 
-def test_a_source_that_can_wait_waits() -> None:
-    async def play(intake: SampleBuffer) -> None:
-        await intake.put(sample(0))
-        second = asyncio.create_task(intake.put(sample(1)))
+def test_put_waits_until_the_buffer_is_empty() -> None:
+    async def test(buffer: SampleBuffer) -> None:
+        await buffer.put(sample(0))
+        second = asyncio.create_task(buffer.put(sample(1)))
         for _ in range(5):
             await asyncio.sleep(0)
         assert not second.done()
-        assert (await intake.get()) is not None
+        assert (await buffer.get()) is not None
         await second
-        intake.close()
-        assert await drain(intake) == [("a", 1)]
+        buffer.close()
+        assert await drain(buffer) == [("a", 1)]
 
-    run("all", play)
+    run("all", test)
 
 
-def test_the_newest_takes_the_place_of_the_older_and_is_counted() -> None:
-    async def play(intake: SampleBuffer) -> None:
+def test_newest_sample_replaces_older_one_of_its_source() -> None:
+    async def test(buffer: SampleBuffer) -> None:
         for index in range(4):
-            await intake.put(sample(index))
-        intake.close()
-        assert await drain(intake) == [("a", 3)]
+            await buffer.put(sample(index))
+        buffer.close()
+        assert await drain(buffer) == [("a", 3)]
 
-    assert run("latest", play).dropped == {"superseded": 3}
+    assert run("latest", test).dropped == {"superseded": 3}
 
 
-def test_no_source_starves_another() -> None:
-    """A fast source keeps the place in the queue that its first sample had, and no second one."""
-
-    async def play(intake: SampleBuffer) -> None:
+def test_fast_source_does_not_starve_a_slow_one() -> None:
+    async def test(buffer: SampleBuffer) -> None:
         for source, index in (("fast", 0), ("slow", 0), ("fast", 1), ("fast", 2)):
-            intake.put_nowait(sample(index, source))
-        intake.close()
-        assert await drain(intake) == [("fast", 2), ("slow", 0)]
+            buffer.put_nowait(sample(index, source))
+        buffer.close()
+        assert await drain(buffer) == [("fast", 2), ("slow", 0)]
 
-    run("latest", play)
+    run("latest", test)
 
 
-def test_a_backlog_is_bounded_and_loses_its_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BACKLOG_LIMIT", 3)
+@pytest.mark.parametrize(("name", "limit"), [("BACKLOG_LIMIT", 3), ("BACKLOG_LIMIT_BYTES", 3)])
+def test_full_backlog_drops_its_oldest_sample(monkeypatch: pytest.MonkeyPatch, name: str, limit: int) -> None:
+    monkeypatch.setattr(sample_buffer, name, limit)
 
-    async def play(intake: SampleBuffer) -> None:
+    async def test(buffer: SampleBuffer) -> None:
         for index in range(5):
-            intake.put_nowait(sample(index))
-        intake.close()
-        assert await drain(intake) == [("a", 2), ("a", 3), ("a", 4)]
+            buffer.put_nowait(sample(index))
+        buffer.close()
+        assert await drain(buffer) == [("a", 2), ("a", 3), ("a", 4)]
 
-    assert run("all", play).dropped == {"backlog_full": 2}
+    assert run("all", test).dropped == {"backlog_full": 2}
 
 
-def test_the_end_wakes_both_who_takes_and_who_puts() -> None:
-    async def play(intake: SampleBuffer) -> None:
-        taking = asyncio.create_task(intake.get())
+def test_samples_that_await_acknowledgement_are_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_buffer, "BACKLOG_LIMIT", 1)
+
+    async def test(buffer: SampleBuffer) -> None:
+        for index in range(4):
+            buffer.put_nowait(sample(index, ack=(lambda: None) if index < 2 else None))
+        buffer.close()
+        assert await drain(buffer) == [("a", 0), ("a", 1), ("a", 3)]
+
+    assert run("all", test).dropped == {"backlog_full": 1}
+
+
+def test_close_wakes_consumer_and_producer() -> None:
+    async def test(buffer: SampleBuffer) -> None:
+        consumer = asyncio.create_task(buffer.get())
         await asyncio.sleep(0)
-        intake.close()
-        assert await taking is None
-        await intake.put(sample(0))
-        await intake.put(sample(1))  # returns, although nobody has taken the first
+        buffer.close()
+        assert await consumer is None
+        await buffer.put(sample(0))
+        await buffer.put(sample(1))  # returns, although the first was not taken
 
-    run("all", play)
+    run("all", test)
