@@ -1,8 +1,8 @@
 """The command `sparse`: finds a subcommand by name, runs it, and turns its errors into one line and an exit status.
 
 A subcommand is a function registered in the entry-point group `sparse.commands` of any installed distribution
-(`run = "monitor.commands.run:command"`; `"broker.config"` is called as `sparse broker config`). It is imported only when
-it is called. The conventions:
+(`run = "monitor.commands.run:command"`; `"broker.config"` is called as `sparse broker config`). It is imported when it
+is called. The conventions:
 
 * `def command(file: Annotated[Path, typer.Argument(help="...")], json: Annotated[bool, ...] = False) -> int | None`,
   annotated for typer; never `async` (it calls `asyncio.run` itself).

@@ -95,7 +95,7 @@ class BrokerUnreachable(UsageError):
 
 
 def no_broker_error(path: str, site: str) -> UsageError:
-    """Return the error for a command that has no broker address: none on the command line, in the file or environment."""
+    """Return the error where neither the command line, nor the file, nor the environment has a broker address."""
     message = (
         f"{path}: no broker address for site {site!r}: pass --broker mqtt://HOST:PORT, set SPARSE_BROKER, "
         "or add a [[site]] with name and broker"

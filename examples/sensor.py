@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stages.executor import Node, TaskContext, TaskExecutor
+from stages import Node, TaskContext, TaskExecutor
 
 Readings = NDArray[np.float64]
 

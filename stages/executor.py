@@ -1,13 +1,13 @@
-"""What an application developer writes: one function of named tensors, or one `TaskExecutor`.
+"""The API of an application's own stages: a function of named arrays, or a subclass of `TaskExecutor`.
 
-A function stands in the pipeline file as `executor = "my_app.stages:smooth"`. Its parameters are the names of the
-tensors it takes, and it returns a dict of those it gives:
+A pipeline file names the function as `executor = "my_app.stages:smooth"`. Its parameters are the names of the arrays
+that it takes; it returns a dict of named arrays:
 
     def smooth(values):
         return {"values": numpy.convolve(values, numpy.ones(5) / 5, mode="same")}
 
-It gets numpy arrays; one with a parameter that is annotated `torch.Tensor` gets torch tensors. What has a life of its
-own (a file, a model, a memory of former readings) is a class:
+It receives numpy arrays, or torch tensors if a parameter is annotated `torch.Tensor`. A stage with settings or state (a
+file, a model, earlier readings) is a class:
 
     class Smooth(TaskExecutor):
         def start(self, node):  self.past = {}
@@ -18,25 +18,30 @@ own (a file, a model, a memory of former readings) is a class:
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from brokers.errors import BadPayload, SparseError
+import numpy as np
+
+from brokers.errors import BadPayload, SparseError, UsageError
 from brokers.process.import_string import CannotLoad, describe_exception, import_string
 from brokers.protocol.messages import JSON, SAFETENSORS, BinaryContent, Content
 from brokers.protocol.safetensors_codec import to_numpy, to_torch
-from stages.errors import BadExecutor
 
-Tensors = dict[str, Any]
+Tensors = dict[str, Any]  # numpy arrays or torch tensors, by name
 
-# What a bare array (`await offload(x)`) and a bare JSON number are called: the only parameter of a function takes them.
+# The names of an unnamed array (`await offload(x)`) and an unnamed JSON number: a function with one parameter takes it.
 DEFAULT_TENSOR_NAMES = frozenset({"input", "value"})
 
 
 @dataclass(slots=True)
 class TaskContext:
-    """The request that is being worked on. `metadata` travels on with it: an executor may add to it."""
+    """The request being processed; `metadata` travels on with it, and an executor may add to it.
+
+    `request_id` is 16 bytes; `source` the name of the request's source; `attempt` counts from 1.
+    """
 
     request_id: bytes
     source: str
@@ -45,7 +50,7 @@ class TaskContext:
 
 
 class Node(Protocol):
-    """The worker, as its executor sees it."""
+    """The worker, as its executor sees it; `device` is that of the pipeline file, such as "cuda:0"."""
 
     pipeline: str
     stage: str
@@ -53,20 +58,19 @@ class Node(Protocol):
     device: str
 
     def dispatch(self, tensors: Mapping[str, Any], task: TaskContext, stage: str) -> None:
-        """Pass this request on to `stage` of the same pipeline, instead of the next one.
+        """Send this request to `stage` of the same pipeline instead of the next one, as for an early exit.
 
-        For an executor that chooses the way itself (an early exit, a detour): call it once from `execute`, and return
-        None.
+        Call it once from `execute`, which then returns None; not together with `batchable`.
         """
         ...
 
 
 class TaskExecutor:
-    """One part of the work. All its methods run in the worker's compute thread, one at a time.
+    """Base class of a stage. A worker calls all methods in its compute thread, one at a time.
 
-    `framework` says which arrays `execute` gets. `batchable` promises that rows (dimension 0) do not influence one
-    another: the worker may then put several requests into one call, and split the answer by rows. `formats` are the
-    Content Types that `prepare` takes, for the worker's record; nothing is refused because of it.
+    `framework`: which arrays `execute` receives. `batchable`: rows (dimension 0) are independent, so that the worker
+    may join requests into one call and split the result by rows. `fingerprint`: equal for all workers of a stage.
+    `formats`: the Content Types that `prepare` accepts, published in the worker's presence record; not enforced.
     """
 
     framework: Literal["numpy", "torch"] = "numpy"
@@ -76,13 +80,16 @@ class TaskExecutor:
 
     def __init_subclass__(cls) -> None:
         if "prepare" in vars(cls) and "formats" not in vars(cls):
-            cls.formats = ()  # it takes what only its author knows
+            cls.formats = ()  # unknown
 
     def start(self, node: Node) -> None:
-        """Called once, before the first task."""
+        """Initialise; called once, before the first task."""
 
     def prepare(self, content: Content, task: TaskContext) -> Tensors:
-        """The named arrays of what came in, one request at a time; override it to take pictures or other bytes."""
+        """Convert one request's content to named arrays; override it to accept pictures or other bytes.
+
+        Raises `BadPayload` for content that is neither tensors nor JSON numbers.
+        """
         if isinstance(content, BinaryContent):
             return parse_json_arrays(content)
         task.metadata.update(content.metadata)
@@ -90,93 +97,99 @@ class TaskExecutor:
         return {name: convert(tensor) for name, tensor in content.tensors.items()}
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors | None:
-        """The work itself: named arrays in, named arrays out; None when `Node.dispatch` has passed the request on."""
+        """Compute named arrays from named arrays; return None after `Node.dispatch`."""
         raise NotImplementedError
 
     def finish(self, tensors: Tensors, task: TaskContext) -> Tensors:
-        """What goes out, one request at a time, after a batch has been split again."""
+        """Convert one request's outputs before they are sent; called after a batch has been split."""
         return tensors
 
     def stop(self) -> None:
-        """Called once, after the last task."""
+        """Clean up; called once, after the last task, unless `start` failed."""
 
 
 class FunctionExecutor(TaskExecutor):
-    """A plain function of named tensors as a stage."""
+    """A stage that calls a function of named arrays."""
 
-    def __init__(self, function: Callable[..., Tensors]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         self._function = function
         parameters = inspect.signature(function).parameters.values()
-        self._takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        self._names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        self._needs = {item.name for item in parameters if item.default is item.empty} & set(self._names)
+        self._accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        self._names = [parameter.name for parameter in named]
+        self._required = {parameter.name for parameter in named if parameter.default is parameter.empty}
         if any("torch" in str(parameter.annotation) for parameter in parameters):
             self.framework = "torch"
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
         if len(self._names) == len(tensors) == 1 and not DEFAULT_TENSOR_NAMES.isdisjoint(tensors):
             tensors = {self._names[0]: next(iter(tensors.values()))}
-        if missing := self._needs - set(tensors):
-            raise BadPayload(
-                "tensors", f"expected {sorted(self._needs)}, {sorted(missing)} missing from {sorted(tensors)}"
-            )
-        taken = tensors if self._takes_any else {name: tensors[name] for name in self._names if name in tensors}
-        given = self._function(**taken)
-        if not isinstance(given, dict):
-            raise TypeError(
-                f"{self._function.__name__} must return a dict of named arrays, returned {type(given).__name__}"
-            )
-        return given
+        if missing := self._required - set(tensors):
+            problem = f"expected {sorted(self._required)}, {sorted(missing)} missing from {sorted(tensors)}"
+            raise BadPayload("tensors", problem)
+        if not self._accepts_any:
+            tensors = {name: tensors[name] for name in self._names if name in tensors}
+        outputs = self._function(**tensors)
+        if not isinstance(outputs, dict):
+            name = getattr(self._function, "__name__", "the function")
+            raise TypeError(f"{name} must return a dict of named arrays, returned {type(outputs).__name__}")
+        return outputs
 
 
-def parse_json_arrays(blob: BinaryContent) -> Tensors:
-    """JSON numbers as arrays: an object names them, a bare number or list is called `value`."""
-    import json
+def parse_json_arrays(content: BinaryContent) -> Tensors:
+    """Convert JSON numbers to float64 arrays: an object names them, a bare number or list is named `value`.
 
-    import numpy as np
-
-    if blob.content_type != JSON:
-        raise BadPayload(blob.content_type, "this stage takes numbers: JSON or tensors")
+    Raises `BadPayload` for another Content Type, for text that is not JSON, and for values that are not finite numbers.
+    """
+    if content.content_type != JSON:
+        raise BadPayload(content.content_type, "this stage accepts only tensors and JSON numbers")
     try:
-        found = json.loads(bytes(blob.data))
-        named = found if isinstance(found, dict) else {"value": found}
+        values = json.loads(bytes(content.data))
+        named = values if isinstance(values, dict) else {"value": values}
         arrays = {name: np.asarray(value, dtype=np.float64) for name, value in named.items()}
-        if strange := [name for name, value in arrays.items() if not np.isfinite(value).all()]:
-            raise ValueError(f"null, NaN or infinity in {strange[0]!r}")
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"null, NaN or infinity in {name!r}")
     except (ValueError, TypeError, RecursionError) as error:
-        raise BadPayload(JSON, f"expected numbers, lists of them, or an object of such: {error}") from None
+        raise BadPayload(JSON, f"expected numbers, lists of numbers, or an object of them: {error}") from None
     if not arrays:
         raise BadPayload(JSON, "expected numbers, got an empty object")
     return arrays
 
 
 def load_executor(address: str, settings: Mapping[str, Any], folder: str) -> TaskExecutor:
-    """The executor at `package.module:name`; `folder` (the pipeline file's) is searched beside the installed packages.
+    """Load the function or class at `package.module:name`, searched in `folder` and the installed packages.
 
-    Raises `BadExecutor` with what was wrong: the form, the module, the name, or the settings.
+    `settings` are the arguments of the class. Raises `UsageError` "BadExecutor".
     """
     try:
         target = import_string(address, folder)
     except CannotLoad as error:
-        raise BadExecutor(address, error.problem) from error
+        raise _executor_error(address, error.problem) from error
     if inspect.isclass(target) and issubclass(target, TaskExecutor):
-        return _made(address, target, settings, folder)
-    if inspect.isfunction(target):
-        if settings:
-            raise BadExecutor(address, "a function takes no settings: write a TaskExecutor for that")
-        kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
-        if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}:
-            raise BadExecutor(address, "its parameters are given by name: it cannot have *args, nor any before a /")
-        return FunctionExecutor(target)
-    raise BadExecutor(address, f"expected a function or a TaskExecutor, found {type(target).__name__}")
+        return _create(address, target, settings, folder)
+    if not inspect.isfunction(target):
+        raise _executor_error(address, f"expected a function or a TaskExecutor, found {type(target).__name__}")
+    if settings:
+        raise _executor_error(address, "a function has no settings: write a TaskExecutor instead")
+    kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
+    if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY}:
+        raise _executor_error(address, "arguments are passed by name: remove *args and positional-only parameters")
+    return FunctionExecutor(target)
 
 
-def _made(address: str, target: type[TaskExecutor], settings: Mapping[str, Any], folder: str) -> TaskExecutor:
+def _create(address: str, target: type[TaskExecutor], settings: Mapping[str, Any], folder: str) -> TaskExecutor:
     try:
         return target(**settings)
     except SparseError:
         raise
-    except Exception as error:  # whatever a user's own code raises, its author needs to see: where, and what
+    except Exception as error:  # the application's own code may raise anything
         if isinstance(error, TypeError) and error.__traceback__ is not None and error.__traceback__.tb_next is None:
-            raise BadExecutor(address, f"its settings do not fit: {error}") from None  # it was not even entered
-        raise BadExecutor(address, f"making it raised {describe_exception(error, folder)}") from error
+            # The call itself failed: the constructor was not entered.
+            raise _executor_error(address, f"its settings do not match its constructor: {error}") from None
+        problem = f"its constructor raised {describe_exception(error, folder)}"
+        raise _executor_error(address, problem) from error
+
+
+def _executor_error(address: str, problem: str) -> UsageError:
+    return UsageError("BadExecutor", f"executor {address!r}: {problem}", key="stage.executor", address=address)

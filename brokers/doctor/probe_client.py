@@ -31,9 +31,6 @@ CONNECT_TIMEOUT_S = 10.0
 RECEIVE_TIMEOUT_S = 3.0  # for a message that should arrive at once
 CLEANUP_EXPIRY_S = 60  # of retained messages and sessions, in case this process is killed
 _CLEANUP_TIMEOUT_S = 5.0
-_KEEPALIVE_S = 20
-_RECEIVE_MAXIMUM = 64
-_MAX_PACKET_BYTES = (256 << 20) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +155,7 @@ class BrokerProbe:
             return True
 
         client_id = session or f"{self.name}-{secrets.token_hex(4)}"
-        options = ConnectOptions(client_id, _KEEPALIVE_S, _MAX_PACKET_BYTES, _RECEIVE_MAXIMUM, will, session_expiry_s)
+        options = ConnectOptions(client_id, will, session_expiry_s)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 sock = await connect_socket(self.address, self.tls)

@@ -1,8 +1,8 @@
-"""Who this process is to a broker: from the environment, so that no secret stands on a command line.
+"""Credentials of this process for brokers, from the environment, so that no secret is on a command line.
 
-`SPARSE_TLS` names a folder with `ca.crt`, by which a broker is believed, and `tls.crt` and `tls.key`, by which the
-broker believes us; without these two we log in by password, or not at all. `SPARSE_PASSWORD_FILE` names a file whose
-first line is the password of the user in the broker's address. Child processes inherit both.
+`SPARSE_TLS` names a folder with `ca.crt`, the CA of the broker's certificate, and with `tls.crt` and `tls.key`, our
+certificate; without these two we log in by password, or not at all. `SPARSE_PASSWORD_FILE` names a file whose first
+line is the password of the user in the broker's address. Child processes inherit both.
 """
 
 from __future__ import annotations
@@ -21,66 +21,63 @@ log = logging.getLogger(__name__)
 
 TLS_VARIABLE = "SPARSE_TLS"
 PASSWORD_VARIABLE = "SPARSE_PASSWORD_FILE"
-# MQTT 5, section 3.1.3.6: a password has a length of two bytes.
-PASSWORD_LIMIT_BYTES = 65_535
+PASSWORD_LIMIT_BYTES = 65_535  # a password has a two-byte length: MQTT 5.0 section 3.1.3.6
 
 
 def create_transport(address: str, *, client_id: str | None = None, session_expiry_s: int = 0) -> MqttTransport:
-    """A transport to the broker at `address` with the identity of this process, not yet connected.
+    """Return a transport to the broker at `address` with the credentials of this process, not yet connected.
 
-    Raises `BadAddress`, and for what the environment names `BadFile`, `KeyMisfit`, `NotYetValid` or `Expired`.
+    Raises `UsageError` for a malformed address and for credentials that cannot be used: see `check_tls_folder`.
     """
-    place, tls = resolve_identity(address)
-    return MqttTransport(place, client_id=client_id, tls=tls, session_expiry_s=session_expiry_s)
+    broker, tls = resolve_identity(address)
+    return MqttTransport(broker, client_id=client_id, tls=tls, session_expiry_s=session_expiry_s)
 
 
 def resolve_identity(address: str) -> tuple[BrokerAddress, TlsConfig]:
-    """Where a broker is, with the password that we have for it, and the credentials that it takes. Raises as above."""
-    place = with_password(parse_address(address))
-    return place, load_tls_config(os.environ.get(TLS_VARIABLE, "")) if place.is_tls else TlsConfig()
+    """Return the parsed address, with the password for its user, and the TLS files. Raises as `create_transport`."""
+    broker = with_password(parse_address(address))
+    return broker, load_tls_config(os.environ.get(TLS_VARIABLE, "")) if broker.is_tls else TlsConfig()
 
 
-def load_tls_config(named: str) -> TlsConfig:
-    """The credentials in a folder, checked; of none, the system's authorities and no certificate."""
-    if not named:
+def load_tls_config(path: str) -> TlsConfig:
+    """Return the checked TLS files of a folder; for "", the CAs of the system and no certificate."""
+    if not path:
         return TlsConfig()
-    # Only here: whoever speaks without TLS does without.
+    # Imported here, because cryptography is slow to import and needed with TLS only.
     from brokers.mqtt.tls_files import CA_FILE, CERT_FILE, KEY_FILE, check_tls_folder
 
-    folder = Path(named)
-    cafile, certificate, key = (str(folder / name) for name in (CA_FILE, CERT_FILE, KEY_FILE))
+    folder = Path(path)
     if not check_tls_folder(folder):
-        return TlsConfig(cafile)
-    _warn_if_open(Path(key))
-    return TlsConfig(cafile, certificate, key)
+        return TlsConfig(str(folder / CA_FILE))
+    _warn_if_world_readable(folder / KEY_FILE)
+    return TlsConfig(*(str(folder / name) for name in (CA_FILE, CERT_FILE, KEY_FILE)))
 
 
 def with_password(address: BrokerAddress) -> BrokerAddress:
-    """The address with the password of its user, if a file has it and the address itself has none."""
-    named = os.environ.get(PASSWORD_VARIABLE)
-    if not named or address.user is None or address.password is not None:
+    """Return the address with the password for its user, if it has none itself and a file with one is named."""
+    path = os.environ.get(PASSWORD_VARIABLE)
+    if not path or address.user is None or address.password is not None:
         return address
-    return replace(address, password=read_password(Path(named)))
+    return replace(address, password=read_password(Path(path)))
 
 
 def read_password(path: Path) -> str:
-    """The first line of a file; raises `BadFile`, which says nothing of what is in it."""
+    """Return the first line of a file; raise `BadFile`, without any of the content."""
     try:
-        first = path.read_bytes().partition(b"\n")[0].removesuffix(b"\r")
-        password = first.decode()
+        first_line = path.read_bytes().partition(b"\n")[0].removesuffix(b"\r")
+        password = first_line.decode()
     except OSError as error:
         raise BadFile(str(path), f"cannot be read: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError:
         password = ""
-    if not password or len(first) > PASSWORD_LIMIT_BYTES:
-        raise BadFile(
-            str(path), f"expected a password in its first line, of 1 to {PASSWORD_LIMIT_BYTES} bytes in UTF-8"
-        )
-    _warn_if_open(path)
+    if not password or len(first_line) > PASSWORD_LIMIT_BYTES:
+        problem = f"expected a password in its first line, of 1 to {PASSWORD_LIMIT_BYTES} bytes in UTF-8"
+        raise BadFile(str(path), problem)
+    _warn_if_world_readable(path)
     return password
 
 
-def _warn_if_open(path: Path) -> None:
-    """Say that everybody may read a secret; it may lie in a folder that only we can enter, so it is used."""
+def _warn_if_world_readable(path: Path) -> None:
+    """Warn only: the folder around the file may well be readable by us alone."""
     if path.stat().st_mode & 0o004:
-        log.warning("%s: everybody on this machine may read it: `chmod 600` it", path)
+        log.warning("%s: all users of this machine can read it: `chmod 600` it", path)

@@ -1,37 +1,36 @@
-"""Why a broker is not reached, or does not have us, in plain words, with what to do about it. Pure."""
+"""Errors of connecting to a broker, and of its refusals: the cause in one line, with what to do about it."""
 
 from __future__ import annotations
 
 import os
 import socket
 import ssl
-from dataclasses import dataclass
 
 from brokers.errors import BrokerUnreachable, RequestError
 from brokers.protocol.broker_url import BrokerAddress
 
-_WANTS_CERTIFICATE = "it wants a certificate: name a folder with tls.crt and tls.key in SPARSE_TLS"
-_DOUBTS_CERTIFICATE = "it does not take our certificate, which may not be valid yet by its clock"
-# What the other side says as it ends a handshake (RFC 8446, section 6.2), by OpenSSL's names.
+_CERTIFICATE_REQUIRED = "it requires a client certificate: name a folder with tls.crt and tls.key in SPARSE_TLS"
+_CERTIFICATE_REJECTED = "it rejected our certificate, which may not be valid yet by its clock"
+# TLS alerts from the broker (RFC 8446, section 6.2), by OpenSSL's names.
 _ALERTS = {
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED": _WANTS_CERTIFICATE,
-    "SSLV3_ALERT_HANDSHAKE_FAILURE": f"we agree on no way to speak TLS; if {_WANTS_CERTIFICATE}",
-    "TLSV1_ALERT_UNKNOWN_CA": "it does not know the authority of our certificate: expected that of its own ca.crt",
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "our certificate has expired, by its clock: make it anew with `sparse certs`",
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": _CERTIFICATE_REQUIRED,
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": f"no TLS version or cipher in common; or {_CERTIFICATE_REQUIRED}",
+    "TLSV1_ALERT_UNKNOWN_CA": "it does not know the CA of our certificate: expected that of its own ca.crt",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "our certificate has expired by its clock: renew it with `sparse certs`",
     "SSLV3_ALERT_CERTIFICATE_REVOKED": "our certificate has been revoked",
-    "SSLV3_ALERT_BAD_CERTIFICATE": _DOUBTS_CERTIFICATE,
-    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": _DOUBTS_CERTIFICATE,
-    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "our certificate is not one for clients",
+    "SSLV3_ALERT_BAD_CERTIFICATE": _CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": _CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "our certificate is not a client certificate",
 }
-# Why we do not believe the other side, by OpenSSL's numbers (openssl-verification-options(1)).
-_NOT_YET_VALID, _EXPIRED, _NAME, _ADDRESS = 9, 10, 62, 64
-_UNKNOWN_AUTHORITY = {18, 19, 20, 21}
-# Reason codes of a CONNACK: MQTT 5, section 3.2.2.2. The last two speak of who we are.
+# OpenSSL's verification errors of the broker's certificate: openssl-verification-options(1).
+_NOT_YET_VALID, _EXPIRED, _HOST_MISMATCH, _IP_MISMATCH = 9, 10, 62, 64
+_UNTRUSTED = {18, 19, 20, 21}
+# Reason codes of CONNACK: MQTT 5.0 section 3.2.2.2.
 UNSUPPORTED_VERSION, BAD_PASSWORD, NOT_AUTHORIZED = 0x84, 0x86, 0x87
 
 
 class ConnackRefused(BrokerUnreachable):
-    """A broker heard our CONNECT and will not have us now; `reason_code` is from its CONNACK."""
+    """The broker refused the connection for now; `reason_code` is that of its CONNACK."""
 
     def __init__(self, address: str, reason: str, reason_code: int) -> None:
         super().__init__(address, reason)
@@ -39,53 +38,50 @@ class ConnackRefused(BrokerUnreachable):
 
 
 class AuthenticationFailed(BrokerUnreachable):
-    """A broker is there, and does not let us in; or we do not believe that it is the one (then `reason_code` is 0)."""
+    """The broker did not accept our credentials, or we not its certificate (then `reason_code` is 0)."""
 
     def __init__(self, address: str, reason: str, reason_code: int = 0) -> None:
         super().__init__(address, reason)
-        self.message = f"no way into the broker at {address}: {reason}"
+        self.message = f"authentication with the broker at {address} failed: {reason}"
         self.reason_code = reason_code
 
 
-@dataclass(eq=False)
 class OperationRefused(RequestError):
-    """The broker answered a subscription or a publication with a failure."""
+    """The broker refused a subscription or a publication."""
 
-    what: str
-    topic: str
-    reason: str
-
-    def __str__(self) -> str:
-        advice = "; its access list does not let this identity there: is SPARSE_TLS, or the user, the right one?"
-        said = f"the broker refused the {self.what} {self.topic!r}: {self.reason}"
-        return said + advice if self.reason == "Not authorized" else said
+    def __init__(self, operation: str, topic: str, reason: str) -> None:
+        message = f"the broker refused the {operation} {topic!r}: {reason}"
+        if reason == "Not authorized":
+            message += "; its access list does not allow this identity: check SPARSE_TLS, or the user in the address"
+        super().__init__(type(self).__name__, message, topic=topic, reason=reason)
 
 
 def connect_error(address: BrokerAddress, error: Exception) -> BrokerUnreachable:
-    """Why there is no connection."""
+    """Return the error for a socket that could not be connected, or whose TLS handshake failed."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return AuthenticationFailed(str(address), _disbelief(address, error))
+        return AuthenticationFailed(str(address), _describe_untrusted(address, error))
     if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
         return AuthenticationFailed(str(address), _ALERTS[error.reason])
-    if address.is_tls and (isinstance(error, ConnectionResetError) or _breaks_tls(error)):
-        return BrokerUnreachable(
-            str(address), f"{describe_os_error(error)}; does it speak TLS? One that does not is at mqtt://"
-        )
-    return BrokerUnreachable(str(address), describe_os_error(error))
+    reason = _describe(error)
+    if address.is_tls and (isinstance(error, ConnectionResetError) or _is_not_tls(error)):
+        reason += "; does it use TLS? A broker without TLS is at mqtt://"
+    return BrokerUnreachable(str(address), reason)
 
 
-def no_connack_error(address: BrokerAddress, error: Exception | None, said: str) -> BrokerUnreachable:
-    """Why a connection ended before the broker answered; `said` where there was no error of the system's."""
+def no_connack_error(address: BrokerAddress, error: Exception | None, reason: str) -> BrokerUnreachable:
+    """Return the error for a connection that ended, by an error or for another reason, before the CONNACK."""
     if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
         return AuthenticationFailed(str(address), _ALERTS[error.reason])
+    hint = ""
     if address.is_tls:
-        return BrokerUnreachable(str(address), f"{said}; is it an MQTT 5 broker? Perhaps {_WANTS_CERTIFICATE}")
-    hint = " One that speaks TLS is at mqtts://" if isinstance(error, ConnectionResetError) else ""
-    return BrokerUnreachable(str(address), f"{said}; is it an MQTT 5 broker?{hint}")
+        hint = f" Perhaps {_CERTIFICATE_REQUIRED}"
+    elif isinstance(error, ConnectionResetError):
+        hint = " A broker with TLS is at mqtts://"
+    return BrokerUnreachable(str(address), f"{reason}; is it an MQTT 5 broker?{hint}")
 
 
 def connack_error(address: BrokerAddress, code: int, reason: str) -> BrokerUnreachable:
-    """Why the broker's answer was no."""
+    """Return the error for a CONNACK with a failure."""
     if code not in (BAD_PASSWORD, NOT_AUTHORIZED):
         return ConnackRefused(str(address), f"it refused: {reason}", code)
     if address.user is None:
@@ -97,35 +93,32 @@ def connack_error(address: BrokerAddress, code: int, reason: str) -> BrokerUnrea
     return AuthenticationFailed(str(address), f"it refused: {reason}; {advice}", code)
 
 
-def describe_os_error(error: Exception) -> str:
-    """What an error of the system says, in few words."""
+def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror | ssl.SSLError):
-        return os.strerror(error.errno).lower()  # asyncio puts the address in front, which the line has already
-    if _breaks_tls(error):
-        return "what it said is not TLS"
+        return os.strerror(error.errno).lower()  # asyncio's own text repeats the address
+    if _is_not_tls(error):
+        return "its answer is not TLS"
     return str(getattr(error, "strerror", None) or error).lower()
 
 
-def _breaks_tls(error: Exception) -> bool:
+def _is_not_tls(error: Exception) -> bool:
     return isinstance(error, ssl.SSLEOFError) or getattr(error, "reason", "") in (
         "WRONG_VERSION_NUMBER",
         "UNEXPECTED_EOF_WHILE_READING",
     )
 
 
-def _disbelief(address: BrokerAddress, error: ssl.SSLCertVerificationError) -> str:
-    host = f"{address.host!r}"
-    if error.verify_code in (_NAME, _ADDRESS):
+def _describe_untrusted(address: BrokerAddress, error: ssl.SSLCertVerificationError) -> str:
+    if error.verify_code in (_HOST_MISMATCH, _IP_MISMATCH):
+        host = address.host
+        return f"its certificate is not for {host!r}: `sparse certs FILE --host SITE={host}` adds that name"
+    if error.verify_code in _UNTRUSTED:
         return (
-            f"its certificate is for other names than {host}: `sparse certs FILE --host SITE={address.host}` adds one"
-        )
-    if error.verify_code in _UNKNOWN_AUTHORITY:
-        return (
-            "its certificate is not trusted: no authority that we know has signed it; "
+            "its certificate is not trusted: not signed by a known CA; "
             "expected that of ca.crt in the folder that SPARSE_TLS names"
         )
     if error.verify_code == _NOT_YET_VALID:
         return "its certificate is not valid yet: is this machine's clock right?"
     if error.verify_code == _EXPIRED:
-        return "its certificate has expired: make it anew with `sparse certs`; or is this machine's clock wrong?"
+        return "its certificate has expired: renew it with `sparse certs`, or is this machine's clock wrong?"
     return f"its certificate is not trusted: {error.verify_message}"

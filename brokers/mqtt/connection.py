@@ -1,9 +1,9 @@
-"""One MQTT 5 connection, from CONNECT to its end. The only file that imports paho.
+"""One MQTT 5 connection, from CONNECT to its end. The only module that imports paho.
 
-paho keeps the handshakes: CONNECT with its will, CONNACK, SUBSCRIBE, UNSUBSCRIBE, DISCONNECT. It is given a socket of
-ours that takes every byte at once and returns only what is meant for it. PUBLISH and PUBACK never pass through paho: it
-copies the rest of a packet after each partial send, which is quadratic in the packet's size, and buffers a whole packet
-before it looks at it. Keep-alive is ours too, since paho sees none of the traffic that proves a connection alive.
+paho handles CONNECT with its will, CONNACK, SUBSCRIBE, UNSUBSCRIBE and DISCONNECT, over a socket object of ours.
+PUBLISH and PUBACK bypass paho, which copies the rest of a packet after each partial send (quadratic in the packet's
+size) and buffers a whole packet before it parses it. Keep-alive is ours too, since paho sees none of the traffic that
+shows that a connection works.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
@@ -22,135 +24,182 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from brokers.errors import TooLarge
-from brokers.mqtt.connack import parse_limits
 from brokers.mqtt.connect_errors import OperationRefused, connack_error, no_connack_error
-from brokers.mqtt.paho_socket import PahoSocket
-from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, BadPacket, PublishHeader, encode_publish_header
-from brokers.mqtt.socket_loop import PING_AFTER_TICKS, ConnectionLost, PacketSocket
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, PublishHeader, bad_packet, encode_publish_header
+from brokers.mqtt.socket_loop import ConnectionLost, PacketSocket
 from brokers.protocol.broker_url import BrokerAddress
 from brokers.protocol.transport import BrokerLimits, Properties, Will
 
+KEEPALIVE_S = 20  # after 1.5 times this without a packet the broker publishes the will: section 3.1.2.10
+RECEIVE_MAXIMUM = 64  # QoS 1 publications from the broker that may be unacknowledged
+MAX_PACKET_BYTES = MAX_REMAINING_BYTES  # accepted; memory is touched as bytes arrive, not when they are announced
 CLOSE_TIMEOUT_S = 1.0
-FIRST_PACKET_ID = 32_768  # paho numbers its SUBSCRIBE packets from 1, ours must differ: section 2.2.1
+FIRST_PACKET_ID = 32_768  # of our PUBLISH packets; paho numbers its packets from 1, and ids must differ: section 2.2.1
 
 _CONNACK, _PUBACK = 0x20, 0x40
-_REFUSED = 0x80  # reason codes from here on are failures: section 2.4
+_FAILURE = 0x80  # reason codes from here on are failures: section 2.4
+# paho's name of a CONNACK property -> the field of `BrokerLimits`, and its type.
+_LIMITS: dict[str, tuple[str, Callable[[int], Any]]] = {
+    "MaximumPacketSize": ("max_packet_bytes", int),
+    "ReceiveMaximum": ("receive_maximum", int),
+    "MaximumQoS": ("max_qos", int),
+    "RetainAvailable": ("retain_available", bool),
+    "WildcardSubscriptionAvailable": ("wildcards_available", bool),
+    "SharedSubscriptionAvailable": ("shared_available", bool),
+    "SessionExpiryInterval": ("session_expiry_s", int),
+    "ServerKeepAlive": ("keepalive_s", int),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
-    """What we say in CONNECT."""
+    """Contents of the CONNECT packet."""
 
     client_id: str
-    keepalive_s: int
-    max_packet_bytes: int
-    receive_maximum: int
     will: Will | None = None
-    session_expiry_s: int = 0  # how long the broker keeps the session when we are away; 0: it begins anew
+    session_expiry_s: int = 0  # how long the broker keeps the session after a disconnection; 0: clean start
 
 
-_Connack = tuple[ReasonCode, PahoProperties | None]
+def parse_limits(properties: object) -> BrokerLimits:
+    """Return the limits in the properties of a CONNACK, with MQTT's defaults for those that are absent."""
+    limits = {
+        field: kind(getattr(properties, name)) for name, (field, kind) in _LIMITS.items() if hasattr(properties, name)
+    }
+    return BrokerLimits(**{"max_packet_bytes": MAX_REMAINING_BYTES, **limits})
 
 
-class _Paho(Client):
-    """paho, made to use a socket that is connected already."""
+class _PahoSocket:
+    """The socket that paho uses: sends by a `PacketSocket`, receives only the packets put into `receive_buffer`."""
 
-    def __init__(self, client_id: str, sock: PahoSocket) -> None:
+    def __init__(self, packets: PacketSocket, descriptor: int) -> None:
+        self._packets = packets
+        self._descriptor = descriptor
+        self.receive_buffer = bytearray()
+
+    def send(self, data: bytes) -> int:
+        self._packets.push((memoryview(bytes(data)),))
+        return len(data)
+
+    def recv(self, count: int) -> bytes:
+        if not self.receive_buffer:
+            raise BlockingIOError
+        data = bytes(self.receive_buffer[:count])
+        del self.receive_buffer[:count]
+        return data
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def setblocking(self, flag: bool) -> None:
+        """Do nothing: it never blocks."""
+
+    def close(self) -> None:
+        """Do nothing: `Connection` closes the real socket once its queue is sent."""
+
+
+class _PahoClient(Client):
+    """paho's client on a socket that is connected already."""
+
+    def __init__(self, client_id: str, sock: _PahoSocket) -> None:
         super().__init__(CallbackAPIVersion.VERSION2, client_id, protocol=MQTTProtocolVersion.MQTTv5, manual_ack=True)
         self.suppress_exceptions = True
-        self._ours = sock
+        self._connected_socket = sock
 
-    def _create_socket(self) -> PahoSocket:  # type: ignore[override]
-        return self._ours
+    def _create_socket(self) -> _PahoSocket:  # type: ignore[override]
+        return self._connected_socket
 
 
 class Connection:
-    """One connection; `lost` is done as soon as it has ended, with the reason."""
+    """One connection to a broker; when it ends, the future `lost` is done, with the reason."""
 
     def __init__(
         self,
         sock: socket.socket,
         address: BrokerAddress,
-        greeting: ConnectOptions,
-        place: Callable[[PublishHeader], memoryview | None],
-        published: Callable[[PublishHeader, memoryview], bool],
-        greeted: Callable[[Connection, bool], None],
+        options: ConnectOptions,
+        get_buffer: Callable[[PublishHeader], memoryview | None],
+        on_publish: Callable[[PublishHeader, memoryview], bool],
+        on_connected: Callable[[Connection, bool], None],
     ) -> None:
-        """`published` returns whether to acknowledge at once; `greeted` hears, first of all, of a kept session."""
+        """Set up a connection on a connected socket; `start` sends CONNECT.
+
+        `get_buffer` returns the buffer for a payload, `on_publish` whether to acknowledge the publication at once;
+        `on_connected` is called before any other callback, with whether the broker had kept the session.
+        """
         self._address = address
-        self._greeting = greeting
-        self._pump = PacketSocket(sock, self, greeting.max_packet_bytes)
-        self._take = published
-        self._greeted = greeted
-        self.session_present = False  # the broker had kept the session, with its subscriptions
-        self.get_buffer = place
-        self._answers: dict[tuple[str, int], asyncio.Future[int]] = {}  # (packet, its id) -> the reason code
+        self._options = options
+        self._packets = PacketSocket(sock, self, MAX_PACKET_BYTES)
+        self.get_buffer = get_buffer
+        self._publish_callback = on_publish
+        self._connected_callback = on_connected
+        self.session_present = False  # whether the broker had kept the session, with its subscriptions
+        self._acks: dict[tuple[int, int], asyncio.Future[int]] = {}  # (packet type, packet id) -> reason code
         self._next_id = FIRST_PACKET_ID
-        self._paho_socket = PahoSocket(self._pump, sock.fileno())
-        self._paho = _Paho(greeting.client_id, self._paho_socket)
-        self._connected: asyncio.Future[_Connack] = asyncio.get_running_loop().create_future()
-        self._in_flight = asyncio.Semaphore(1)  # as many as the broker's Receive Maximum, once that is known
-        self.lost = self._pump.lost
-        self.lost.add_done_callback(self._fail)
+        self._paho_socket = _PahoSocket(self._packets, sock.fileno())
+        self._paho = _PahoClient(options.client_id, self._paho_socket)
+        self._connack: asyncio.Future[tuple[ReasonCode, PahoProperties | None]]
+        self._connack = asyncio.get_running_loop().create_future()
+        self._in_flight = asyncio.Semaphore(1)  # the broker's Receive Maximum, once it is known
+        self.lost = self._packets.lost
+        self.lost.add_done_callback(self._fail_acks)
         self.limits = BrokerLimits(MAX_REMAINING_BYTES)
 
-    # Life ---------------------------------------------------------------------------------------------------------
+    # Lifecycle --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Greet the broker; raise `BrokerUnreachable` with what it answered. The caller sets the time limit."""
+        """Send CONNECT and wait for CONNACK; raise `BrokerUnreachable`. The caller sets the time limit."""
         self._paho.on_connect = self._on_connect
-        self._paho.on_subscribe = self._on_subscribe
-        self._paho.on_unsubscribe = self._on_unsubscribe
+        self._paho.on_subscribe = partial(self._on_suback, PacketTypes.SUBACK)
+        self._paho.on_unsubscribe = partial(self._on_suback, PacketTypes.UNSUBACK)
         self._paho.on_disconnect = self._on_disconnect
         if self._address.user is not None:
             self._paho.username_pw_set(self._address.user, self._address.password)
-        will = self._greeting.will
+        will = self._options.will
         if will is not None:
             self._paho.will_set(will.topic, will.payload, qos=1, retain=will.retain)
-        ours = PahoProperties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        ours.MaximumPacketSize = self._greeting.max_packet_bytes
-        ours.ReceiveMaximum = self._greeting.receive_maximum
-        if kept_s := self._greeting.session_expiry_s:
-            ours.SessionExpiryInterval = kept_s
-        keepalive_s = self._greeting.keepalive_s
-        self._paho.connect_async("broker", keepalive=keepalive_s, clean_start=not kept_s, properties=ours)
-        self._pump.start()
+        properties = PahoProperties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.MaximumPacketSize = MAX_PACKET_BYTES
+        properties.ReceiveMaximum = RECEIVE_MAXIMUM
+        if session_expiry_s := self._options.session_expiry_s:
+            properties.SessionExpiryInterval = session_expiry_s
+        clean_start = not session_expiry_s
+        self._paho.connect_async("broker", keepalive=KEEPALIVE_S, clean_start=clean_start, properties=properties)
+        self._packets.start()
         self._paho.reconnect()
-        await asyncio.wait((self._connected, self.lost), return_when=asyncio.FIRST_COMPLETED)
-        if not self._connected.done():
-            raise no_connack_error(self._address, self._pump.error, self.lost.result())
-        reason, theirs = self._connected.result()
-        if reason.value >= _REFUSED:
+        await asyncio.wait((self._connack, self.lost), return_when=asyncio.FIRST_COMPLETED)
+        if not self._connack.done():
+            raise no_connack_error(self._address, self._packets.error, self.lost.result())
+        reason, broker_properties = self._connack.result()
+        if reason.value >= _FAILURE:
             raise connack_error(self._address, reason.value, str(reason))
-        self.limits = parse_limits(theirs)
+        self.limits = parse_limits(broker_properties)
         self._in_flight = asyncio.Semaphore(min(self.limits.receive_maximum, FIRST_PACKET_ID - 1))
-        ping_after_ticks = max(1, min(PING_AFTER_TICKS, self._greeting.keepalive_s // 2))
-        self._pump.start_watchdog(ping_after_ticks, name=f"keep-alive {self._address}")
+        self._packets.start_watchdog(name=f"keep-alive {self._address}")
 
     async def close(self) -> None:
-        """Send what is queued, say goodbye so that no will is published, and close: two seconds at most."""
+        """Send what is queued and DISCONNECT, so that no will is published, then close: two seconds at most."""
         if not self.lost.done():
             with contextlib.suppress(ConnectionLost, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await self._pump.wait_sent()
+                    await self._packets.wait_sent()
                     self._paho.disconnect()
-                    await self._pump.wait_sent()
-            await self._pump.half_close(CLOSE_TIMEOUT_S)
+                    await self._packets.wait_sent()
+            await self._packets.half_close(CLOSE_TIMEOUT_S)
         await self.abort("it was closed")
 
     async def abort(self, reason: str) -> None:
-        """Close at once, without goodbye."""
-        self._pump.close(reason)
-        await self._pump.stop_watchdog()
+        """Close at once, without DISCONNECT: the broker publishes the will."""
+        self._packets.close(reason)
+        await self._packets.stop_watchdog()
 
-    # Packets ------------------------------------------------------------------------------------------------------
+    # Outgoing packets -------------------------------------------------------------------------------------------------
 
     async def publish(
         self, topic: str, pieces: Sequence[memoryview], properties: Properties, *, qos: int = 0, retain: bool = False
     ) -> None:
-        """Send one PUBLISH; return when it has left (QoS 0) or is acknowledged (QoS 1).
+        """Send one PUBLISH; return when it has been sent (QoS 0) or acknowledged (QoS 1).
 
-        Raises `TooLarge` before a byte is sent, `OperationRefused` for what the broker will not take, `ConnectionLost`.
+        Raises `TooLarge` before a byte is sent, `OperationRefused` if the broker refuses it, `ConnectionLost`.
         """
         if qos == 0:
             await self._send_publish(topic, pieces, properties, 0, retain, 0)
@@ -158,92 +207,92 @@ class Connection:
         async with self._in_flight:
             packet_id = self._next_id
             self._next_id = FIRST_PACKET_ID + (packet_id + 1) % FIRST_PACKET_ID
-            answer = self._answer("PUBACK", packet_id)
+            ack = self._expect_ack(PacketTypes.PUBACK, packet_id)
             try:
                 await self._send_publish(topic, pieces, properties, 1, retain, packet_id)
-                reason = await answer
+                reason = await ack
             finally:
-                self._answers.pop(("PUBACK", packet_id), None)
-        if reason >= _REFUSED:
-            raise OperationRefused("publication to", topic, str(ReasonCode(PacketTypes.PUBACK, identifier=reason)))
+                self._acks.pop((PacketTypes.PUBACK, packet_id), None)
+        _raise_if_refused("publication to", topic, PacketTypes.PUBACK, reason)
 
     async def _send_publish(
         self, topic: str, pieces: Sequence[memoryview], properties: Properties, qos: int, retain: bool, packet_id: int
     ) -> None:
         payload_bytes = sum(piece.nbytes for piece in pieces)
-        head = encode_publish_header(topic, properties, payload_bytes, qos=qos, retain=retain, packet_id=packet_id)
-        if len(head) + payload_bytes > self.limits.max_packet_bytes:
-            raise TooLarge(f"publication to {topic!r}", self.limits.max_packet_bytes, len(head) + payload_bytes)
-        await self._pump.send((memoryview(head), *pieces))
+        header = encode_publish_header(topic, properties, payload_bytes, qos=qos, retain=retain, packet_id=packet_id)
+        if len(header) + payload_bytes > self.limits.max_packet_bytes:
+            raise TooLarge(f"publication to {topic!r}", self.limits.max_packet_bytes, len(header) + payload_bytes)
+        await self._packets.send((memoryview(header), *pieces))
 
     async def subscribe(self, topic_filter: str, qos: int) -> None:
-        """Subscribe; raise `OperationRefused` or `ConnectionLost`."""
+        """Subscribe and wait for SUBACK; raise `OperationRefused` or `ConnectionLost`."""
         _, packet_id = self._paho.subscribe(topic_filter, options=SubscribeOptions(qos=qos))
-        await self._confirmed("subscription to", topic_filter, "SUBACK", packet_id)
+        await self._wait_for_ack("subscription to", topic_filter, PacketTypes.SUBACK, packet_id)
 
     def resubscribe(self, topic_filter: str, qos: int) -> None:
-        """Subscribe to what a kept session has; its answer, after all that was kept, is not waited for."""
+        """Subscribe again after a session was resumed, without waiting: its SUBACK follows all queued publications."""
 
-        def answered(answer: asyncio.Future[int]) -> None:
-            if answer.exception() is None and answer.result() >= _REFUSED:
-                self._pump.close(f"the broker no longer grants the subscription to {topic_filter!r}")
+        def on_ack(ack: asyncio.Future[int]) -> None:
+            if ack.exception() is None and ack.result() >= _FAILURE:
+                self._packets.close(f"the broker no longer grants the subscription to {topic_filter!r}")
 
         _, packet_id = self._paho.subscribe(topic_filter, options=SubscribeOptions(qos=qos))
-        self._answer("SUBACK", packet_id or 0).add_done_callback(answered)
+        self._expect_ack(PacketTypes.SUBACK, packet_id or 0).add_done_callback(on_ack)
 
     async def unsubscribe(self, topic_filter: str) -> None:
-        """Unsubscribe; raise `OperationRefused` or `ConnectionLost`."""
+        """Unsubscribe and wait for UNSUBACK; raise `OperationRefused` or `ConnectionLost`."""
         _, packet_id = self._paho.unsubscribe(topic_filter)
-        await self._confirmed("end of the subscription to", topic_filter, "UNSUBACK", packet_id)
-
-    def on_publish(self, head: PublishHeader, payload: memoryview) -> None:
-        """Take a PUBLISH from the reader; acknowledge it when whoever takes it has returned, or later."""
-        if self._take(head, payload) and head.qos == 1:
-            self.send_puback(head.packet_id)
+        await self._wait_for_ack("end of the subscription to", topic_filter, PacketTypes.UNSUBACK, packet_id)
 
     def send_puback(self, packet_id: int) -> bool:
-        """Send a PUBACK; False when the connection has ended."""
+        """Send a PUBACK; return False if the connection has ended."""
         with contextlib.suppress(ConnectionLost):
-            self._pump.push((memoryview(b"\x40\x02" + packet_id.to_bytes(2, "big")),))
+            self._packets.push((memoryview(b"\x40\x02" + packet_id.to_bytes(2, "big")),))
         return not self.lost.done()
 
     def set_reading_paused(self, paused: bool) -> None:
-        """Read nothing from now on, or read on."""
-        self._pump.set_reading_paused(paused)
+        """Pause or resume reading from the socket."""
+        self._packets.set_reading_paused(paused)
+
+    # Incoming packets -------------------------------------------------------------------------------------------------
+
+    def on_publish(self, header: PublishHeader, payload: memoryview) -> None:
+        """Handle a PUBLISH from the reader."""
+        if self._publish_callback(header, payload) and header.qos == 1:
+            self.send_puback(header.packet_id)
 
     def on_packet(self, data: bytes) -> None:
-        """Take any other packet from the reader: a PUBACK is ours, the rest is paho's."""
+        """Handle any other packet from the reader: a PUBACK here, the rest in paho."""
         kind = data[0] & 0xF0
-        if not self._connected.done() and kind != _CONNACK:
-            raise BadPacket("what it answered is not a CONNACK")
+        if not self._connack.done() and kind != _CONNACK:
+            raise bad_packet("the first one is not a CONNACK")
         if kind != _PUBACK:
             self._paho_socket.receive_buffer += data
             while self._paho_socket.receive_buffer and self._paho.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 pass
             return
         if len(data) < 4:
-            raise BadPacket("a PUBACK without a packet identifier")
-        self._settle("PUBACK", int.from_bytes(data[2:4], "big"), data[4] if len(data) > 4 else 0)
-
-    # What paho calls ----------------------------------------------------------------------------------------------
+            raise bad_packet("a PUBACK without a packet identifier")
+        self._resolve_ack(PacketTypes.PUBACK, int.from_bytes(data[2:4], "big"), data[4] if len(data) > 4 else 0)
 
     def _on_connect(
         self, client: Client, data: object, flags: ConnectFlags, reason: ReasonCode, properties: PahoProperties | None
     ) -> None:
-        self._connected.set_result((reason, properties))
-        if reason.value < _REFUSED:
+        self._connack.set_result((reason, properties))
+        if reason.value < _FAILURE:
             self.session_present = flags.session_present
-            self._greeted(self, self.session_present)
+            self._connected_callback(self, self.session_present)
 
-    def _on_subscribe(
-        self, client: Client, data: object, packet_id: int, reasons: list[ReasonCode], properties: PahoProperties | None
+    def _on_suback(
+        self,
+        packet_type: int,
+        client: Client,
+        data: object,
+        packet_id: int,
+        reasons: list[ReasonCode],
+        properties: PahoProperties | None,
     ) -> None:
-        self._settle("SUBACK", packet_id, max(reason.value for reason in reasons))
-
-    def _on_unsubscribe(
-        self, client: Client, data: object, packet_id: int, reasons: list[ReasonCode], properties: PahoProperties | None
-    ) -> None:
-        self._settle("UNSUBACK", packet_id, max((reason.value for reason in reasons), default=0))
+        self._resolve_ack(packet_type, packet_id, max((reason.value for reason in reasons), default=0))
 
     def _on_disconnect(
         self,
@@ -254,32 +303,35 @@ class Connection:
         properties: PahoProperties | None,
     ) -> None:
         if flags.is_disconnect_packet_from_server:
-            self._pump.close(f"the broker ended it: {reason}")
-        elif reason.value >= _REFUSED:
-            self._pump.close(f"what the broker sent cannot be read: {reason}; does it speak MQTT 5?")
+            self._packets.close(f"the broker ended it: {reason}")
+        elif reason.value >= _FAILURE:
+            self._packets.close(f"a packet from the broker cannot be read: {reason}; does it speak MQTT 5?")
 
-    # Answers ------------------------------------------------------------------------------------------------------
+    # Acknowledgements -------------------------------------------------------------------------------------------------
 
-    def _answer(self, kind: str, packet_id: int) -> asyncio.Future[int]:
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._answers[kind, packet_id] = future
-        return future
+    def _expect_ack(self, packet_type: int, packet_id: int) -> asyncio.Future[int]:
+        ack: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._acks[packet_type, packet_id] = ack
+        return ack
 
-    def _settle(self, kind: str, packet_id: int, reason: int) -> None:
-        future = self._answers.pop((kind, packet_id), None)
-        if future is not None and not future.done():  # else whoever asked was cancelled
-            future.set_result(reason)
+    def _resolve_ack(self, packet_type: int, packet_id: int, reason: int) -> None:
+        ack = self._acks.pop((packet_type, packet_id), None)
+        if ack is not None and not ack.done():  # done: the caller was cancelled
+            ack.set_result(reason)
 
-    def _fail(self, lost: asyncio.Future[str]) -> None:
-        for future in self._answers.values():
-            if not future.done():
-                future.set_exception(ConnectionLost(lost.result()))
-        self._answers.clear()
+    def _fail_acks(self, lost: asyncio.Future[str]) -> None:
+        for ack in self._acks.values():
+            if not ack.done():
+                ack.set_exception(ConnectionLost(lost.result()))
+        self._acks.clear()
 
-    async def _confirmed(self, what: str, topic_filter: str, kind: str, packet_id: int | None) -> None:
-        self._pump.raise_if_lost()
-        assert packet_id is not None  # paho gives none only when it has no connection
-        reason = await self._answer(kind, packet_id)
-        if reason >= _REFUSED:
-            packet = PacketTypes.SUBACK if kind == "SUBACK" else PacketTypes.UNSUBACK
-            raise OperationRefused(what, topic_filter, str(ReasonCode(packet, identifier=reason)))
+    async def _wait_for_ack(self, operation: str, topic_filter: str, packet_type: int, packet_id: int | None) -> None:
+        self._packets.raise_if_lost()
+        assert packet_id is not None  # paho returns None only without a connection
+        reason = await self._expect_ack(packet_type, packet_id)
+        _raise_if_refused(operation, topic_filter, packet_type, reason)
+
+
+def _raise_if_refused(operation: str, topic: str, packet_type: int, reason: int) -> None:
+    if reason >= _FAILURE:
+        raise OperationRefused(operation, topic, str(ReasonCode(packet_type, identifier=reason)))

@@ -1,7 +1,7 @@
-"""The transport within one process: the same promise, no sockets. For tests, and for pipelines in one process.
+"""`Transport` within one process, without sockets: for tests, and for pipelines in one process.
 
-A hub keeps what a broker keeps: retained publications, wills, sessions, shared groups dealt in turn. Publications are
-handed over on the loop's next turn, in order, as copies: nobody sees a buffer of the sender.
+The broker object keeps retained messages, wills, sessions and shared subscriptions (round robin). Publications are
+delivered in order on the next iteration of the loop, as copies: no receiver sees a buffer of the sender.
 """
 
 from __future__ import annotations
@@ -9,47 +9,45 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from brokers.errors import BrokerUnreachable, Disconnected, TooLarge
+from brokers.mqtt.callbacks import ReconnectCallback, call_handler, provide_buffer, run_reconnect_callbacks
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, encode_publish_header
 from brokers.mqtt.topic_filters import Subscription, Subscriptions, filter_matches, split_shared_filter
 from brokers.protocol.transport import BrokerLimits, Buffer, BufferProvider, Delivery, Handler, Properties, Will
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(eq=False, slots=True)
-class _Kept:
-    """A publication that a session holds until it is settled."""
+class _Pending:
+    """A publication that a session keeps until it is acknowledged."""
 
     delivery: Delivery
-    settled: bool = False
+    acked: bool = False
 
 
 @dataclass(eq=False, slots=True)
 class _Session:
-    """What a hub keeps for a client of one name, there or away."""
+    """Subscriptions and pending publications of a client, connected or not."""
 
     filters: dict[str, int] = field(default_factory=dict)  # topic filter -> QoS
-    kept: list[_Kept] = field(default_factory=list)
+    pending: list[_Pending] = field(default_factory=list)
     client: MemoryTransport | None = None
 
-    def wants(self, topic: str) -> bool:
-        return any(qos and filter_matches(each, topic) for each, qos in self.filters.items())
+    def accepts(self, topic: str) -> bool:
+        return any(qos and filter_matches(topic_filter, topic) for topic_filter, qos in self.filters.items())
 
-    def settle(self, kept: _Kept) -> None:
-        """In order, as MQTT has it: what came before must be settled too."""
-        kept.settled = True
-        while self.kept and self.kept[0].settled:
-            self.kept.pop(0)
+    def ack(self, publication: _Pending) -> None:
+        """Acknowledge in order, as MQTT does: those before it must be acknowledged too."""
+        publication.acked = True
+        while self.pending and self.pending[0].acked:
+            self.pending.pop(0)
 
 
 class MemoryBroker:
-    """What a broker keeps, for the transports of one loop."""
+    """The broker of the `MemoryTransport`s of one loop."""
 
     def __init__(self, name: str = "hub", *, max_packet_bytes: int = MAX_REMAINING_BYTES) -> None:
         self.address = f"memory://{name}"
@@ -57,24 +55,24 @@ class MemoryBroker:
         self.is_up = True
         self._clients: list[MemoryTransport] = []
         self._retained: dict[str, Delivery] = {}
-        self._turns: dict[str, itertools.count[int]] = {}
+        self._turns: dict[str, itertools.count[int]] = {}  # shared filter -> index of the next member
         self._sessions: dict[str, _Session] = {}
 
     def stop(self) -> None:
-        """Go down as a broker does that is killed: no wills, nothing kept; clients wait until `start`."""
+        """Go down like a killed broker: no wills, nothing kept. Clients wait until `start`."""
         self.is_up = False
         self._retained.clear()
         self._turns.clear()
         self._sessions.clear()
 
     def start(self) -> None:
-        """Come up again: every client that was connected reconnects."""
+        """Come up again; clients that were connected reconnect."""
         self.is_up = True
         for client in self._clients:
             client.on_broker_restart()
 
     def kill_client(self, client: MemoryTransport) -> None:
-        """Lose one client as when its process is killed: its will is published."""
+        """Disconnect a client as if its process had been killed: its will is published."""
         self.detach(client)
         if client.will is not None:
             self.route(Delivery(client.will.topic, Properties(), memoryview(client.will.payload), client.will.retain))
@@ -93,71 +91,71 @@ class MemoryBroker:
             client.session.client = None
 
     def route(self, publication: Delivery, qos: int = 1) -> None:
-        """Give one publication to everyone it is for; `retain` asks to keep it (MQTT 5.0 section 3.3.1.3)."""
+        """Deliver a publication to its subscribers, and retain it if it asks for that (MQTT 5.0 section 3.3.1.3)."""
         if publication.retain and publication.payload.nbytes:
-            kept = memoryview(bytes(publication.payload))
-            self._retained[publication.topic] = replace(publication, payload=kept)
+            copy = memoryview(bytes(publication.payload))
+            self._retained[publication.topic] = replace(publication, payload=copy)
         elif publication.retain:
             self._retained.pop(publication.topic, None)
         live = replace(publication, retain=False)
         for session in self._sessions.values():
-            if qos and session.client is None and session.wants(publication.topic):
-                session.kept.append(_Kept(live))
+            if qos and session.client is None and session.accepts(publication.topic):
+                session.pending.append(_Pending(live))
         groups: dict[str, list[tuple[MemoryTransport, Subscription]]] = {}
         for client in self._clients:
-            for each in client.matching(publication.topic):
-                if split_shared_filter(each.topic_filter)[0]:
-                    groups.setdefault(each.topic_filter, []).append((client, each))
+            for subscription in client.matching(publication.topic):
+                if split_shared_filter(subscription.topic_filter)[0]:
+                    groups.setdefault(subscription.topic_filter, []).append((client, subscription))
                 else:
-                    client.receive(live, each, qos)
-        for name, members in groups.items():
-            turn = next(self._turns.setdefault(name, itertools.count()))
-            client, chosen = members[turn % len(members)]
-            client.receive(live, chosen, qos)
+                    client.receive(live, subscription, qos)
+        for shared_filter, members in groups.items():
+            turn = next(self._turns.setdefault(shared_filter, itertools.count()))
+            client, subscription = members[turn % len(members)]
+            client.receive(live, subscription, qos)
 
     def send_retained(self, client: MemoryTransport, subscription: Subscription) -> None:
-        """Give a new subscription what is retained for it; a shared one gets nothing (section 4.8.2)."""
+        """Deliver the retained messages for a new subscription; a shared one gets none (section 4.8.2)."""
         if split_shared_filter(subscription.topic_filter)[0]:
             return
-        for kept in tuple(self._retained.values()):
-            if filter_matches(subscription.topic_filter, kept.topic):
-                client.receive(kept, subscription, 1)
+        for retained in tuple(self._retained.values()):
+            if filter_matches(subscription.topic_filter, retained.topic):
+                client.receive(retained, subscription, 1)
 
 
 class MemoryTransport:
-    """A `Transport` to a hub of this process; one with a `session` finds what was kept under this name."""
+    """A `Transport` to a `MemoryBroker`; with a `session_name` it resumes the session of that name."""
 
-    def __init__(self, hub: MemoryBroker, *, session_name: str = "") -> None:
-        self._hub = hub
+    def __init__(self, broker: MemoryBroker, *, session_name: str = "") -> None:
+        self._broker = broker
         self.session_name = session_name
         self.session: _Session | None = None
+        self.will: Will | None = None
         self._subscriptions = Subscriptions()
-        self._callbacks: list[Callable[[], Awaitable[None]]] = []
-        self._calls: set[asyncio.Task[None]] = set()
-        self._standing = asyncio.Event()
+        self._callbacks: list[ReconnectCallback] = []
+        self._callback_tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()  # set when the broker may be up, or this transport closed
         self._connected = False
         self._closed = False
-        self.will: Will | None = None
 
     @property
     def address(self) -> str:
-        return self._hub.address
+        return self._broker.address
 
     @property
     def limits(self) -> BrokerLimits:
-        return self._hub.limits
+        return self._broker.limits
 
     @property
     def is_connected(self) -> bool:
-        return self._connected and self._hub.is_up and not self._closed
+        return self._connected and self._broker.is_up and not self._closed
 
     async def connect(self, *, will: Will | None = None, timeout_s: float = 10.0) -> None:
-        if not self._hub.is_up:
-            raise BrokerUnreachable(self.address, "the hub is down")
+        if not self._broker.is_up:
+            raise BrokerUnreachable(self.address, "the broker is down")
         self.will = will
         self._connected = True
-        self._hub.attach(self)
-        self._standing.set()
+        self._broker.attach(self)
+        self._changed.set()
         self._resume()
 
     async def subscribe(
@@ -172,10 +170,8 @@ class MemoryTransport:
         subscription = Subscription(topic_filter, handler, qos, buffer_provider, manual_ack)
         self._subscriptions.add(subscription)
         if self._connected:
-            await self._stand()
-            if self.session is not None:
-                self.session.filters[topic_filter] = qos
-            self._hub.send_retained(self, subscription)
+            await self._wait_connected()
+            self._activate(subscription)
 
     async def unsubscribe(self, topic_filter: str) -> None:
         self._subscriptions.remove(topic_filter)
@@ -191,98 +187,85 @@ class MemoryTransport:
         qos: int = 0,
         retain: bool = False,
     ) -> None:
-        given = (payload,) if isinstance(payload, bytes | bytearray | memoryview) else payload
-        payload_bytes = sum(memoryview(piece).nbytes for piece in given)
-        head = encode_publish_header(topic, properties, payload_bytes, qos=qos, retain=retain, packet_id=1)
+        buffers = (payload,) if isinstance(payload, bytes | bytearray | memoryview) else payload
+        payload_bytes = sum(memoryview(buffer).nbytes for buffer in buffers)
+        header = encode_publish_header(topic, properties, payload_bytes, qos=qos, retain=retain, packet_id=1)
         limit = self.limits.max_packet_bytes
-        if len(head) + payload_bytes > limit:
-            raise TooLarge(f"publication to {topic!r}", limit, len(head) + payload_bytes)
-        await self._stand()
-        self._hub.route(Delivery(topic, properties, memoryview(b"".join(given)), retain), qos)
-        await asyncio.sleep(0)  # so that a sender that never waits lets receivers run
+        if len(header) + payload_bytes > limit:
+            raise TooLarge(f"publication to {topic!r}", limit, len(header) + payload_bytes)
+        await self._wait_connected()
+        self._broker.route(Delivery(topic, properties, memoryview(b"".join(buffers)), retain), qos)
+        await asyncio.sleep(0)  # so that receivers run even if the sender waits for nothing else
 
-    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+    def on_reconnect(self, callback: ReconnectCallback) -> None:
         self._callbacks.append(callback)
 
     async def close(self) -> None:
         self._closed = True
-        self._standing.set()
-        self._hub.detach(self)
-        for task in tuple(self._calls):
+        self._changed.set()
+        self._broker.detach(self)
+        for task in tuple(self._callback_tasks):
             task.cancel()
-        if self._calls:
-            await asyncio.wait(self._calls)
+        if self._callback_tasks:
+            await asyncio.wait(self._callback_tasks)
 
-    # What the hub calls -------------------------------------------------------------------------------------------
+    # Calls from the broker --------------------------------------------------------------------------------------------
 
     def matching(self, topic: str) -> tuple[Subscription, ...]:
         return self._subscriptions.matching(topic)
 
     def receive(self, delivery: Delivery, subscription: Subscription, qos: int) -> None:
-        kept = _Kept(replace(delivery, redelivered=True)) if qos and subscription.qos else None
-        if kept is not None and self.session is not None:
-            self.session.kept.append(kept)
-        asyncio.get_running_loop().call_soon(self._hand_over, delivery, subscription, kept)
+        """Deliver on the next iteration of the loop; a session keeps a QoS 1 publication until it is acknowledged."""
+        pending = _Pending(replace(delivery, redelivered=True)) if qos and subscription.qos else None
+        if pending is not None and self.session is not None:
+            self.session.pending.append(pending)
+        asyncio.get_running_loop().call_soon(self._deliver, delivery, subscription, pending)
 
     def on_broker_restart(self) -> None:
-        self._hub.attach(self)
+        self._broker.attach(self)
         self._resume()
-        self._standing.set()
-        task = asyncio.create_task(self._call_back(), name=f"reconnected to {self.address}")
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        self._changed.set()
+        callbacks = run_reconnect_callbacks(self._callbacks, self.address)
+        task = asyncio.create_task(callbacks, name=f"reconnected to {self.address}")
+        self._callback_tasks.add(task)
+        task.add_done_callback(self._callback_tasks.discard)
 
-    # Within -------------------------------------------------------------------------------------------------------
+    # Internal ---------------------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        """Have what the session kept handed over again, and then what is retained."""
-        for kept in tuple(self.session.kept) if self.session is not None else ():
-            delivery, kept.delivery = kept.delivery, replace(kept.delivery, redelivered=True)
-            for each in self._subscriptions.matching(delivery.topic):
-                asyncio.get_running_loop().call_soon(self._hand_over, delivery, each, kept)
-        for each in self._subscriptions:
-            if self.session is not None:
-                self.session.filters[each.topic_filter] = each.qos
-            self._hub.send_retained(self, each)
+        """Deliver what the session kept, then what is retained."""
+        for pending in tuple(self.session.pending) if self.session is not None else ():
+            delivery = pending.delivery
+            pending.delivery = replace(delivery, redelivered=True)
+            for subscription in self._subscriptions.matching(delivery.topic):
+                asyncio.get_running_loop().call_soon(self._deliver, delivery, subscription, pending)
+        for subscription in self._subscriptions:
+            self._activate(subscription)
 
-    async def _stand(self) -> None:
-        """Return when the hub is up."""
-        while not self._closed and not (self._connected and self._hub.is_up):
-            self._standing.clear()
-            await self._standing.wait()
+    def _activate(self, subscription: Subscription) -> None:
+        if self.session is not None:
+            self.session.filters[subscription.topic_filter] = subscription.qos
+        self._broker.send_retained(self, subscription)
+
+    async def _wait_connected(self) -> None:
+        while not self._closed and not (self._connected and self._broker.is_up):
+            self._changed.clear()
+            await self._changed.wait()
         if self._closed:
             raise Disconnected(self.address, "it was closed")
 
-    async def _call_back(self) -> None:
-        for callback in self._callbacks:
-            try:
-                await callback()
-            except Exception:
-                log.exception("a callback after the reconnection to %s failed", self.address)
-
-    def _hand_over(self, delivery: Delivery, subscription: Subscription, kept: _Kept | None) -> None:
+    def _deliver(self, delivery: Delivery, subscription: Subscription, pending: _Pending | None) -> None:
         if self._closed or subscription.topic_filter not in self._subscriptions:
             return
         length = delivery.payload.nbytes
-        place = None
-        if subscription.buffer_provider and length:
-            try:
-                place = subscription.buffer_provider(delivery.topic, delivery.properties, length)
-            except Exception:
-                log.exception("the placer of %s failed on %d bytes", subscription.topic_filter, length)
-        payload = memoryview(bytearray(length)) if place is None else place
+        buffer = provide_buffer((subscription,), delivery.topic, delivery.properties, length) if length else None
+        payload = memoryview(bytearray(length)) if buffer is None else buffer
         payload[:] = delivery.payload
-        settle = partial(self._settle, kept) if kept is not None else None
-        try:
-            subscription.handler(replace(delivery, payload=payload, ack=settle if subscription.manual_ack else None))
-        except Exception:
-            log.exception("the handler of %s failed on %d bytes", subscription.topic_filter, length)
-        else:
-            if subscription.manual_ack:
-                return
-        if settle is not None:
-            settle()
+        ack = partial(self._ack, pending) if pending is not None else None
+        call_handler(subscription, replace(delivery, payload=payload, ack=ack if subscription.manual_ack else None))
+        if ack is not None and not subscription.manual_ack:
+            ack()
 
-    def _settle(self, kept: _Kept) -> None:
+    def _ack(self, pending: _Pending) -> None:
         if self.session is not None:
-            self.session.settle(kept)
+            self.session.ack(pending)

@@ -1,9 +1,8 @@
-"""From an address to a connected, non-blocking socket that suits tensors."""
+"""Connect to a broker address: a non-blocking socket with buffers that suit tensors, plain or TLS."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import ssl
 from collections.abc import Callable
@@ -12,23 +11,23 @@ from dataclasses import dataclass
 from brokers.errors import BadFile
 from brokers.protocol.broker_url import BrokerAddress
 
-# Measured with tests/bench/roundtrip.py: from 256 KiB to 4 MiB equally fast on loopback (a small one stays in the
-# cache), and what waits here is stale by the time it leaves, on a slow uplink. The kernel doubles it: 20 MB/s at a
-# round trip of 50 ms. The receive buffer is left to the kernel, whose own tuning goes further than SO_RCVBUF may, and
-# which SO_RCVBUF would switch off.
+# Measured with tests/bench/roundtrip.py: 256 KiB to 4 MiB are equally fast on loopback, and a small buffer stays in the
+# CPU cache. On a slow uplink, data in the buffer is stale by the time it leaves. The kernel doubles the size, which is
+# enough for 20 MB/s at a round trip of 50 ms. SO_RCVBUF is not set: it would switch off the kernel's own tuning, which
+# reaches larger sizes.
 SEND_BUFFER_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class TlsConfig:
-    """The certificates for `mqtts://`: whom to believe, who we are. Paths of PEM files; None: the system's CAs."""
+    """Paths of the PEM files for `mqtts://`: trusted CAs (None: those of the system), client certificate and key."""
 
     cafile: str | None = None
     certfile: str | None = None
     keyfile: str | None = None
 
     def create_context(self) -> ssl.SSLContext:
-        """Return the context for a client; raise `BadFile` for a file that is missing or holds something else."""
+        """Return the context for a client; raise `BadFile` for a file that is missing or is not PEM."""
         path = self.cafile or ""
         try:
             context = ssl.create_default_context(cafile=self.cafile)
@@ -41,29 +40,29 @@ class TlsConfig:
 
 
 async def connect_socket(address: BrokerAddress, tls: TlsConfig) -> socket.socket:
-    """Connect to the first of the host's addresses that answers; raise OSError when none does. Has no time limit."""
+    """Connect to the first address of the host that answers. Raises `OSError` or `BadFile`; has no time limit."""
     if address.is_unix_socket:
         return await _connect(socket.AF_UNIX, address.host)
     loop = asyncio.get_running_loop()
-    problem: OSError | None = None
+    last_error: OSError | None = None
     context = tls.create_context() if address.is_tls else None
-    for family, _, _, _, place in await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
+    for family, _, _, _, host_port in await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
         try:
-            sock = await _connect(family, place)
+            sock = await _connect(family, host_port)
         except OSError as error:
-            problem = error
+            last_error = error
             continue
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock if context is None else await _handshake(sock, context, address.host)
-    raise problem or OSError("the name has no address")
+    raise last_error or OSError("the host name has no address")
 
 
-async def _connect(family: int, place: object) -> socket.socket:
+async def _connect(family: int, target: object) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        await asyncio.get_running_loop().sock_connect(sock, place)  # type: ignore[arg-type]
+        await asyncio.get_running_loop().sock_connect(sock, target)  # type: ignore[arg-type]
     except BaseException:
         sock.close()
         raise
@@ -78,9 +77,9 @@ async def _handshake(plain: socket.socket, context: ssl.SSLContext, host: str) -
             try:
                 sock.do_handshake()
             except ssl.SSLWantReadError:
-                await _ready(sock.fileno(), loop.add_reader, loop.remove_reader)
+                await _wait_ready(sock.fileno(), loop.add_reader, loop.remove_reader)
             except ssl.SSLWantWriteError:
-                await _ready(sock.fileno(), loop.add_writer, loop.remove_writer)
+                await _wait_ready(sock.fileno(), loop.add_writer, loop.remove_writer)
             else:
                 return sock
     except BaseException:
@@ -88,11 +87,12 @@ async def _handshake(plain: socket.socket, context: ssl.SSLContext, host: str) -
         raise
 
 
-async def _ready(
+async def _wait_ready(
     descriptor: int, add: Callable[[int, Callable[[], None]], object], remove: Callable[[int], object]
 ) -> None:
-    ready = asyncio.get_running_loop().create_future()
-    add(descriptor, lambda: None if ready.done() else ready.set_result(None))
-    with contextlib.ExitStack() as stack:
-        stack.callback(remove, descriptor)
-        await ready
+    ready = asyncio.Event()
+    add(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        remove(descriptor)

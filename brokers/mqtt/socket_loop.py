@@ -1,4 +1,4 @@
-"""A connected socket on the asyncio loop: packets leave it, packets arrive from it, and its end is noticed."""
+"""A connected socket on the asyncio loop: sends and receives packets, and detects the end of the connection."""
 
 from __future__ import annotations
 
@@ -15,84 +15,84 @@ from collections.abc import Sequence
 from brokers.errors import WireError
 from brokers.mqtt.packet_io import PacketHandler, PacketReader, PacketWriter
 
-READ_BUDGET_BYTES = 4 << 20  # then the loop's other tasks have their turn
-# What may wait for the socket when one more packet is queued: a chunk on its way out. Whoever publishes waits for that:
-# one who gives up meanwhile (a deadline passed, and the link is slow) has queued nothing that would leave all the same.
+READ_BUDGET_BYTES = 4 << 20  # per wake-up; then the other tasks of the loop run
+# Bytes that may be queued when another packet is added: about one chunk. Senders wait for that before they add theirs,
+# so a publication that is cancelled on a slow link (its deadline passed) has usually queued nothing.
 QUEUE_LIMIT_BYTES = 512 << 10
 TICK_S = 1.0
-PING_AFTER_TICKS = 2  # quiet ticks until we ask whether the broker is there
-DEAD_AFTER_TICKS = 6  # quiet ticks until it is not; ticks, not seconds: a loop that was blocked blames nobody else
+PING_AFTER_TICKS = 2  # quiet ticks before a PINGREQ
+DEAD_AFTER_TICKS = 6  # quiet ticks before the connection is closed; ticks, because a blocked loop misses none of them
 
 _PINGREQ = memoryview(b"\xc0\x00")
 
 
 class ConnectionLost(Exception):
-    """The connection ended before what was awaited on it; the text says why. `MqttTransport` reconnects."""
+    """The connection ended while a call waited on it; the text says why. `MqttTransport` reconnects."""
 
 
 class PacketSocket:
-    """Moves packets between one socket and one sink until the connection ends; then `lost` is done, with the reason."""
+    """Moves packets between a socket and a handler until the connection ends; `lost` is then done, with the reason."""
 
-    def __init__(self, sock: socket.socket, sink: PacketHandler, max_packet_bytes: int) -> None:
+    def __init__(self, sock: socket.socket, handler: PacketHandler, max_packet_bytes: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._socket = sock
         self._descriptor = sock.fileno()
-        self._out = PacketWriter(sock)
-        self._reader = PacketReader(sock, sink, max_packet_bytes)
-        self._writing = False
-        self._held = False
-        self._turn = asyncio.Lock()  # who came first queues first
-        self._leaving: deque[tuple[int, asyncio.Future[None]]] = deque()  # (sent bytes at which it has left, who waits)
-        self._watching: asyncio.Task[None] | None = None
+        self._writer = PacketWriter(sock)
+        self._reader = PacketReader(sock, handler, max_packet_bytes)
+        self._writing = False  # whether the loop waits for the socket to become writable
+        self._paused = False
+        self._send_lock = asyncio.Lock()  # fair: senders queue in order of arrival
+        self._send_waiters: deque[tuple[int, asyncio.Future[None]]] = deque()  # (sent bytes to wait for, future)
+        self._watchdog: asyncio.Task[None] | None = None
         self.lost: asyncio.Future[str] = self._loop.create_future()
-        self.error: OSError | WireError | None = None  # what ended it, where that was an error
+        self.error: OSError | WireError | None = None  # what ended the connection, if it was an error
 
     def start(self) -> None:
         self._loop.add_reader(self._descriptor, self._on_readable)
 
     def set_reading_paused(self, paused: bool) -> None:
-        """Read nothing from now on, or read on; whoever sends then waits in its turn."""
-        if self.lost.done() or paused == self._held:
+        """Pause or resume reading. While paused, the peer's send buffer fills and the peer has to wait."""
+        if self.lost.done() or paused == self._paused:
             return
-        self._held = paused
+        self._paused = paused
         if paused:
             self._loop.remove_reader(self._descriptor)
         else:
             self._loop.add_reader(self._descriptor, self._on_readable)
-            self._loop.call_soon(self._on_readable)  # what TLS has decrypted already makes no socket readable
+            self._loop.call_soon(self._on_readable)  # bytes that TLS has decrypted do not make the socket readable
 
     def push(self, pieces: Sequence[memoryview]) -> int:
-        """Queue one packet, send what the socket takes; return the count of sent bytes at which the packet has left."""
+        """Queue a packet and send as much as the socket accepts; return the argument for `wait_sent`."""
         self.raise_if_lost()
-        end = self._out.push(pieces)
+        end = self._writer.push(pieces)
         if not self._writing:
             self._on_writable()
         return end
 
     async def send(self, pieces: Sequence[memoryview]) -> None:
-        """Queue one packet when there is room, and return when it has left; raise `ConnectionLost`."""
-        async with self._turn:
-            while self._out.accepted_bytes - self._out.sent_bytes > QUEUE_LIMIT_BYTES:
-                await self.wait_sent(self._out.accepted_bytes - QUEUE_LIMIT_BYTES)
+        """Queue a packet when there is space, and wait until it has been sent; raise `ConnectionLost`."""
+        async with self._send_lock:
+            while self._writer.accepted_bytes - self._writer.sent_bytes > QUEUE_LIMIT_BYTES:
+                await self.wait_sent(self._writer.accepted_bytes - QUEUE_LIMIT_BYTES)
             end = self.push(pieces)
         await self.wait_sent(end)
 
     async def wait_sent(self, end: int | None = None) -> None:
-        """Return when that many bytes have left, by default all that were queued; raise `ConnectionLost`."""
-        end = self._out.accepted_bytes if end is None else end
-        if self._out.sent_bytes < end:
+        """Wait until `end` bytes in all have been sent, by default all that were queued; raise `ConnectionLost`."""
+        end = self._writer.accepted_bytes if end is None else end
+        if self._writer.sent_bytes < end:
             self.raise_if_lost()
             future: asyncio.Future[None] = self._loop.create_future()
-            self._leaving.append((end, future))
+            self._send_waiters.append((end, future))
             await future
 
     def raise_if_lost(self) -> None:
-        """Raise `ConnectionLost` when the connection has ended."""
+        """Raise `ConnectionLost` if the connection has ended."""
         if self.lost.done():
             raise ConnectionLost(self.lost.result())
 
     async def half_close(self, timeout_s: float) -> None:
-        """Close our side, and wait a little for the broker to close its own.
+        """Shut down the sending side, and wait up to `timeout_s` for the broker to close its own.
 
         Closing a socket with unread bytes resets the connection, and the reset may overtake our last packet.
         """
@@ -101,26 +101,30 @@ class PacketSocket:
         await asyncio.wait((self.lost,), timeout=timeout_s)
 
     def close(self, reason: str) -> None:
-        """Close at once; whoever waits gets `ConnectionLost`."""
+        """Close at once; all waiting calls raise `ConnectionLost`."""
         if self.lost.done():
             return
         self.lost.set_result(reason)
         self._loop.remove_reader(self._descriptor)
         self._loop.remove_writer(self._descriptor)
         self._socket.close()
-        for _, future in self._leaving:
+        for _, future in self._send_waiters:
             if not future.done():
                 future.set_exception(ConnectionLost(reason))
-        self._leaving.clear()
+        self._send_waiters.clear()
+
+    def start_watchdog(self, name: str) -> None:
+        """Start the keep-alive task."""
+        self._watchdog = asyncio.create_task(self._watch(), name=name)
 
     async def stop_watchdog(self) -> None:
-        """End the task that watches; the connection must have ended."""
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait((self._watching,))
+        """Stop the keep-alive task and wait for its end; the connection must have ended."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            await asyncio.wait((self._watchdog,))
 
     def _on_readable(self) -> None:
-        if self._held or self.lost.done():
+        if self._paused or self.lost.done():
             return
         try:
             more = self._reader.read(READ_BUDGET_BYTES)
@@ -132,12 +136,12 @@ class PacketSocket:
 
     def _on_writable(self) -> None:
         try:
-            empty = self._out.flush()
+            empty = self._writer.flush()
         except OSError as error:
-            self._fail(self._last_words() or error)
+            self._fail(self._read_tls_alert() or error)
             return
-        while self._leaving and self._leaving[0][0] <= self._out.sent_bytes:
-            future = self._leaving.popleft()[1]
+        while self._send_waiters and self._send_waiters[0][0] <= self._writer.sent_bytes:
+            future = self._send_waiters.popleft()[1]
             if not future.done():
                 future.set_result(None)
         if empty == self._writing:  # a writer is registered exactly while bytes wait
@@ -151,10 +155,10 @@ class PacketSocket:
         self.error = error
         self.close(str(getattr(error, "strerror", None) or error))
 
-    def _last_words(self) -> ssl.SSLError | None:
-        """Why the broker would not have us, where it said so before it closed; it hears us no more, and is heard.
+    def _read_tls_alert(self) -> ssl.SSLError | None:
+        """Return the alert with which the broker refused our certificate, if it sent one before it closed.
 
-        Under TLS 1.3 the handshake is over for us before the broker has looked at our certificate.
+        Under TLS 1.3 our side of the handshake is complete before the broker has verified our certificate.
         """
         if self._reader.received_bytes == 0:
             try:
@@ -165,33 +169,31 @@ class PacketSocket:
                 pass
         return None
 
-    def start_watchdog(self, ping_after_ticks: int, name: str) -> None:
-        """Begin to look for signs of life."""
-        self._watching = asyncio.create_task(self._watch(ping_after_ticks), name=name)
+    async def _watch(self) -> None:
+        """Ping a quiet broker; close the connection when it stays quiet.
 
-    async def _watch(self, ping_after_ticks: int) -> None:
-        """Ping a quiet broker; end the connection when it stays quiet.
-
-        Signs of life are bytes that came, and bytes that the other side's kernel took while more of them wait: on a
-        slow uplink a ping stands behind megabytes. The last bytes of all prove nothing: a kernel acknowledges a ping
-        for a program that hangs. One that we do not listen to is pinged, and not called silent.
+        Activity is bytes that arrive, and bytes that the peer's kernel acknowledges while more of them wait: on a slow
+        uplink a ping is queued behind megabytes. The very last bytes prove nothing, since a kernel acknowledges them
+        for a program that hangs. While reading is paused the broker is pinged, but silence does not count.
         """
         quiet, received, taken = 0, 0, 0
         while not self.lost.done():
             await asyncio.sleep(TICK_S)
-            waiting = self._out.accepted_bytes - self._out.sent_bytes + _unacknowledged_bytes(self._socket)
-            alive = self._reader.received_bytes > received or (waiting and self._out.accepted_bytes - waiting > taken)
-            received, taken = self._reader.received_bytes, self._out.accepted_bytes - waiting
-            quiet = 0 if alive or (self._held and quiet >= ping_after_ticks) else quiet + 1
+            waiting = self._writer.accepted_bytes - self._writer.sent_bytes + _unacknowledged_bytes(self._socket)
+            acknowledged = self._writer.accepted_bytes - waiting
+            active = self._reader.received_bytes > received or (waiting and acknowledged > taken)
+            received = self._reader.received_bytes
+            taken = acknowledged
+            quiet = 0 if active or (self._paused and quiet >= PING_AFTER_TICKS) else quiet + 1
             if quiet >= DEAD_AFTER_TICKS:
                 self.close(f"the broker has been silent for {quiet * TICK_S:g} s")
-            elif quiet == ping_after_ticks:
+            elif quiet == PING_AFTER_TICKS:
                 with contextlib.suppress(ConnectionLost):
                     self.push((_PINGREQ,))
 
 
 def _unacknowledged_bytes(sock: socket.socket) -> int:
-    """Return how many bytes the kernel still holds for the other side; 0 where it cannot tell."""
+    """Return how many sent bytes the peer has not acknowledged by TCP; 0 where the kernel cannot tell."""
     try:
         return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
     except OSError:

@@ -1,4 +1,4 @@
-"""Who wants what: topic filters with their handlers, and which of them a topic matches (MQTT 5.0 section 4.7). Pure."""
+"""Subscriptions of a client, and which of them a topic matches (MQTT 5.0 section 4.7)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from brokers.protocol.transport import BufferProvider, Handler
 
-MATCH_CACHE_SIZE = 4096  # topics whose matches are kept; real processes see tens
+MATCH_CACHE_SIZE = 4096  # topics whose matches are cached; real processes see tens of topics
 
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """One filter and what to do with what matches it."""
+    """A topic filter and the callbacks for the publications that match it; see `Transport.subscribe`."""
 
     topic_filter: str
     handler: Handler
@@ -22,14 +22,14 @@ class Subscription:
 
 
 class Subscriptions:
-    """The subscriptions of one client, by filter."""
+    """The subscriptions of one client, by topic filter."""
 
     def __init__(self) -> None:
         self._by_filter: dict[str, Subscription] = {}
         self._by_topic: dict[str, tuple[Subscription, ...]] = {}
 
     def add(self, subscription: Subscription) -> None:
-        """Add one; raise ValueError when the filter has a handler already: one of the two would never be called."""
+        """Add a subscription; raise ValueError if its filter has a handler: one of the two would never be called."""
         if subscription.topic_filter in self._by_filter:
             raise ValueError(f"{subscription.topic_filter!r} is subscribed already")
         self._by_filter[subscription.topic_filter] = subscription
@@ -40,14 +40,14 @@ class Subscriptions:
         self._by_topic.clear()
 
     def matching(self, topic: str) -> tuple[Subscription, ...]:
-        """Return every subscription that matches, in the order in which they were added."""
-        found = self._by_topic.get(topic)
-        if found is None:
-            found = tuple(each for each in self._by_filter.values() if filter_matches(each.topic_filter, topic))
+        """Return the subscriptions that match, in the order in which they were added."""
+        matches = self._by_topic.get(topic)
+        if matches is None:
+            matches = tuple(each for each in self._by_filter.values() if filter_matches(each.topic_filter, topic))
             if len(self._by_topic) >= MATCH_CACHE_SIZE:
                 self._by_topic.clear()
-            self._by_topic[topic] = found
-        return found
+            self._by_topic[topic] = matches
+        return matches
 
     def __iter__(self) -> Iterator[Subscription]:
         return iter(tuple(self._by_filter.values()))
@@ -57,7 +57,7 @@ class Subscriptions:
 
 
 def split_shared_filter(topic_filter: str) -> tuple[str, str]:
-    """Return the group and the plain filter of `$share/{group}/{filter}`; the group is "" for a plain filter."""
+    """Return the group and the plain filter of `$share/{group}/{filter}`; the group of a plain filter is ""."""
     if topic_filter.startswith("$share/"):
         group, _, plain = topic_filter[len("$share/") :].partition("/")
         return group, plain
@@ -65,14 +65,16 @@ def split_shared_filter(topic_filter: str) -> tuple[str, str]:
 
 
 def filter_matches(topic_filter: str, topic: str) -> bool:
-    """Return whether a filter, shared or not, matches a topic."""
-    wanted = split_shared_filter(topic_filter)[1].split("/")
+    """Return whether a topic filter, shared or not, matches a topic."""
+    pattern = split_shared_filter(topic_filter)[1].split("/")
     levels = topic.split("/")
-    if topic.startswith("$") and wanted[0] in ("+", "#"):  # section 4.7.2
+    if topic.startswith("$") and pattern[0] in ("+", "#"):  # section 4.7.2
         return False
-    if wanted[-1] == "#":
-        wanted.pop()
-        if len(levels) < len(wanted):
+    if pattern[-1] == "#":
+        pattern.pop()
+        if len(levels) < len(pattern):
             return False
-        levels = levels[: len(wanted)]
-    return len(wanted) == len(levels) and all(want in ("+", level) for want, level in zip(wanted, levels, strict=True))
+        levels = levels[: len(pattern)]
+    return len(pattern) == len(levels) and all(
+        each in ("+", level) for each, level in zip(pattern, levels, strict=True)
+    )

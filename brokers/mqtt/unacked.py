@@ -1,14 +1,15 @@
-"""What is in hand: QoS 1 publications that were received and not yet acknowledged. Pure.
+"""QoS 1 publications that were received and are not yet acknowledged.
 
-1. They are acknowledged in the order in which they came on the connection (MQTT 5.0 section 4.6), each once it is
-   settled. Mosquitto does not mind another order; rumqttd ends the connection.
-2. On the next connection of the same session the broker sends again what was not acknowledged, with the same packet
-   identifier and DUP set (section 4.4). What is still in hand here is not handed out a second time: its
-   acknowledgement goes to the new connection. What DUP does not mark is taken for new, as is what differs from what
-   had its identifier: rather twice than not at all.
-3. A new session knows nothing of the old one's identifiers. What is in hand stays so, and nobody waits for its end.
-4. Too much in hand stops the reading. A Receive Maximum alone does not: Mosquitto 2.0.11 sends that many more for each
-   acknowledgement as soon as there is a backlog, and rumqttd does not look at it.
+1. They are acknowledged in order of arrival on the connection (MQTT 5.0 section 4.6), each once all its handlers have
+   called `ack`. Mosquitto accepts another order; rumqttd ends the connection.
+2. On the next connection of the same session the broker redelivers what was not acknowledged, with the same packet
+   identifier and DUP set (section 4.4). A publication that is still pending here is not handed out a second time: its
+   acknowledgement goes to the new connection. Without DUP, or with other content than the publication that had its
+   identifier, it counts as new: a duplicate is better than a loss.
+3. A new session has none of the old packet identifiers. Publications of the old one stay pending until they are
+   acknowledged locally; no PUBACK is sent for them.
+4. Too many pending publications, or too many bytes, pause reading. A Receive Maximum alone does not bound them:
+   Mosquitto 2.0.11 sends that many more for each acknowledgement as soon as it has a backlog, and rumqttd ignores it.
 """
 
 from __future__ import annotations
@@ -24,80 +25,82 @@ UNACKED_LIMIT_BYTES = 256 << 20
 
 
 class AckConnection(Protocol):
-    """The connection that stands, as receipts see it."""
+    """The current connection, as `Unacked` uses it."""
 
     def send_puback(self, packet_id: int) -> bool:
-        """Send a PUBACK; False when the connection has ended."""
+        """Send a PUBACK; return False if the connection has ended."""
         ...
 
     def set_reading_paused(self, paused: bool) -> None:
-        """Read nothing from now on, or read on."""
+        """Pause or resume reading from the socket."""
         ...
 
 
 @dataclass(eq=False, slots=True)
 class UnackedPublish:
-    """One publication in hand, known by its packet identifier and by what it says."""
+    """A pending publication, identified by its packet identifier and its content."""
 
     packet_id: int
-    content_key: tuple[str, int, int]
-    pending_handlers: int = 1  # handlers that have not settled it
+    content_key: tuple[str, int, int]  # topic, length, CRC-32
+    pending_handlers: int = 1  # handlers that have not acknowledged it
     nbytes: int = 0
 
 
 class Unacked:
-    """The publications that one client has in hand; at most about `limit`, and `limit_bytes` of payload."""
+    """The pending publications of one client; reading pauses at `limit` of them or `limit_bytes` of payload."""
 
     def __init__(self, limit: int, limit_bytes: int = UNACKED_LIMIT_BYTES) -> None:
         self._limit = limit
         self._limit_bytes = limit_bytes
-        self._order: deque[UnackedPublish] = deque()  # of this connection
-        self._before: dict[int, UnackedPublish] = {}  # of former ones of this session, by packet identifier
-        self._channel: AckConnection | None = None
-        self._full = False
+        self._order: deque[UnackedPublish] = deque()  # of this connection, in order of arrival
+        self._earlier: dict[int, UnackedPublish] = {}  # of earlier connections of this session, by packet identifier
+        self._connection: AckConnection | None = None
+        self._paused = False
         self.pending_count = 0
         self.pending_bytes = 0
 
     def attach(self, connection: AckConnection, session_present: bool) -> None:
-        """A new connection stands; `resumed`: with the session of the last one."""
-        self._before = {**self._before, **{each.packet_id: each for each in self._order}} if session_present else {}
+        """Use a new connection; `session_present`: it continues the session of the last one."""
+        self._earlier = {**self._earlier, **{each.packet_id: each for each in self._order}} if session_present else {}
         self._order.clear()
-        self._channel = connection
-        self._full = False
+        self._connection = connection
+        self._paused = False
         self._flush()
 
-    def add(self, head: PublishHeader, payload: memoryview, handlers: int) -> UnackedPublish | None:
-        """A receipt for what has come, which so many handlers will settle; None for what is in hand already."""
-        mark = (head.topic, payload.nbytes, zlib.crc32(payload))
-        known = self._before.pop(head.packet_id, None)
-        if known is not None and head.dup and known.content_key == mark:
-            self._order.append(known)
+    def add(self, header: PublishHeader, payload: memoryview, handlers: int) -> UnackedPublish | None:
+        """Add a publication that `handlers` handlers will acknowledge; return None if it is pending already."""
+        content_key = (header.topic, payload.nbytes, zlib.crc32(payload))
+        earlier = self._earlier.pop(header.packet_id, None)
+        if earlier is not None and header.dup and earlier.content_key == content_key:
+            self._order.append(earlier)
             self._flush()
             return None
-        receipt = UnackedPublish(head.packet_id, mark, handlers, payload.nbytes)
-        self._order.append(receipt)
+        publish = UnackedPublish(header.packet_id, content_key, handlers, payload.nbytes)
+        self._order.append(publish)
         if handlers:
             self.pending_count += 1
-            self.pending_bytes += receipt.nbytes
+            self.pending_bytes += publish.nbytes
         self._flush()
-        return receipt
+        return publish
 
-    def ack(self, receipt: UnackedPublish) -> None:
-        """One handler is done with it."""
-        receipt.pending_handlers -= 1
-        if receipt.pending_handlers == 0:
+    def ack(self, publish: UnackedPublish) -> None:
+        """Record the acknowledgement of one handler."""
+        publish.pending_handlers -= 1
+        if publish.pending_handlers == 0:
             self.pending_count -= 1
-            self.pending_bytes -= receipt.nbytes
+            self.pending_bytes -= publish.nbytes
             self._flush()
 
     def _flush(self) -> None:
-        if self._channel is None:
+        """Acknowledge what is next in order, then pause or resume reading."""
+        if self._connection is None:
             return
-        while (
-            self._order and self._order[0].pending_handlers <= 0 and self._channel.send_puback(self._order[0].packet_id)
-        ):
+        while self._order and self._order[0].pending_handlers <= 0:
+            if not self._connection.send_puback(self._order[0].packet_id):
+                break
             self._order.popleft()
-        full = max(len(self._order), self.pending_count) >= self._limit or self.pending_bytes >= self._limit_bytes
-        if full != self._full:
-            self._full = full
-            self._channel.set_reading_paused(full)
+        count = max(len(self._order), self.pending_count)  # a finished one that waits for its turn would be redelivered
+        full = count >= self._limit or self.pending_bytes >= self._limit_bytes
+        if full != self._paused:
+            self._paused = full
+            self._connection.set_reading_paused(full)

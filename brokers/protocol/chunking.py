@@ -62,7 +62,7 @@ class ChunkHeader:
 def split_into_chunks(
     buffers: tuple[memoryview, ...], chunk_bytes: int
 ) -> Iterator[tuple[ChunkHeader, list[memoryview]]]:
-    """Yield the message in chunks of `chunk_bytes` (the last may be shorter), as slices of `buffers`, without copying."""
+    """Yield the message in chunks of `chunk_bytes` (the last may be shorter), as slices of `buffers`."""
     total_bytes = sum(buffer.nbytes for buffer in buffers)
     offset = 0
     free_bytes = chunk_bytes

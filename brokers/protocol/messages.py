@@ -1,4 +1,4 @@
-"""The messages between sources and workers: frozen values that are valid on construction, independent of their encoding.
+"""The messages between sources and workers: frozen values, valid on construction, independent of their encoding.
 
 Task         from a source, or any MQTT client, to the first stage
 Activation   from a stage to the next one: the tensors that crossed the cut

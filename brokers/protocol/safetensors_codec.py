@@ -70,27 +70,22 @@ class TensorView:
         _check_size("", self.dtype, self.shape, self.data.nbytes)
 
 
-def tensor_nbytes(dtype: str, shape: Sequence[int], *, tensor: str = "") -> int:
-    """Return the size in bytes of a tensor of this dtype and shape; errors name it `tensor`."""
+def _check_size(tensor: str, dtype: str, shape: Sequence[int], actual_bytes: int) -> None:
     if dtype not in _DTYPES:
         raise _unknown_dtype(dtype, tensor)
     bits = _DTYPES[dtype][0] * math.prod(shape)
-    if bits % 8:
-        raise _shape_mismatch(tensor, dtype, shape, -(-bits // 8), bits // 8)
-    return bits // 8
-
-
-def _check_size(tensor: str, dtype: str, shape: Sequence[int], actual_bytes: int) -> None:
-    expected_bytes = tensor_nbytes(dtype, shape, tensor=tensor)
-    if actual_bytes != expected_bytes:
-        raise _shape_mismatch(tensor, dtype, shape, expected_bytes, actual_bytes)
+    if bits != 8 * actual_bytes:
+        expected_bytes = -(-bits // 8)  # rounded up
+        sizes = f"needs {expected_bytes} bytes, got {actual_bytes}"
+        message = f"tensor {tensor!r} of dtype {dtype} and shape {list(shape)} {sizes}"
+        raise WireError("ShapeMismatch", message, expected_bytes=expected_bytes, actual_bytes=actual_bytes)
 
 
 # numpy and torch ----------------------------------------------------------------------------------------------------
 
 
 def from_numpy(array: np.ndarray[Any, Any]) -> TensorView:
-    """Return a view of `array`; it shares memory if the array is contiguous and little-endian, otherwise it is a copy."""
+    """Return a view of `array`: its own memory if it is contiguous and little-endian, otherwise a copy."""
     array = np.asarray(array)
     name = _BY_NUMPY.get(array.dtype.name)
     if name is None:
@@ -112,7 +107,7 @@ def to_numpy(tensor: TensorView, *, name: str = "") -> np.ndarray[Any, Any]:
 
 
 def from_torch(tensor: torch.Tensor) -> TensorView:
-    """Return a view of `tensor`; it shares memory if the tensor is contiguous on the CPU, otherwise it is a copy."""
+    """Return a view of `tensor`: its own memory if it is contiguous on the CPU, otherwise a copy."""
     import torch
 
     name = _BY_TORCH.get(str(tensor.dtype).removeprefix("torch."))
@@ -128,7 +123,7 @@ def from_torch(tensor: torch.Tensor) -> TensorView:
 
 
 def to_torch(tensor: TensorView, *, name: str = "") -> torch.Tensor:
-    """Return a torch tensor over the same bytes; a copy if they are read-only, which torch does not support, or unaligned."""
+    """Return a torch tensor over the same bytes; a copy if they are read-only (which torch has not) or unaligned."""
     import torch
 
     dtype: torch.dtype = getattr(torch, _DTYPES[tensor.dtype][2])
@@ -279,10 +274,3 @@ def _truncated(what: str, expected_bytes: int, actual_bytes: int) -> WireError:
 
 def _unknown_dtype(dtype: str, tensor: str = "") -> WireError:
     return WireError("UnknownDtype", f"tensor {tensor!r} has dtype {dtype!r}, which this receiver does not know")
-
-
-def _shape_mismatch(tensor: str, dtype: str, shape: Sequence[int], expected_bytes: int, actual_bytes: int) -> WireError:
-    message = (
-        f"tensor {tensor!r} of dtype {dtype} and shape {list(shape)} needs {expected_bytes} bytes, got {actual_bytes}"
-    )
-    return WireError("ShapeMismatch", message, expected_bytes=expected_bytes, actual_bytes=actual_bytes)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from brokers.errors import property_error
 
@@ -14,6 +16,8 @@ HOPS_KEY = "sparse.hops"
 STAGE_DURATIONS = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
 # A float represents integers up to this exactly: more than any duration or size, and safe to add up.
 _LIMIT = 1 << 53
+_Duration = Annotated[float, Field(ge=0, le=_LIMIT)]
+_Count = Annotated[int, Field(ge=0, le=_LIMIT)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +29,13 @@ class Hop:
 
     stage: str
     worker: str
-    queue_ms: float = 0.0
-    decode_ms: float = 0.0
-    compute_ms: float = 0.0
-    encode_ms: float = 0.0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    batch: int = 1
+    queue_ms: _Duration = 0.0
+    decode_ms: _Duration = 0.0
+    compute_ms: _Duration = 0.0
+    encode_ms: _Duration = 0.0
+    bytes_in: _Count = 0
+    bytes_out: _Count = 0
+    batch: _Count = 1
 
     @property
     def total_ms(self) -> float:
@@ -40,6 +44,9 @@ class Hop:
     def durations(self) -> dict[str, float]:
         """Return the four durations by name."""
         return {name: getattr(self, name) for name in STAGE_DURATIONS}
+
+
+_HOPS = TypeAdapter(tuple[Hop, ...])
 
 
 def hops_to_json(hops: tuple[Hop, ...]) -> str:
@@ -51,22 +58,6 @@ def hops_to_json(hops: tuple[Hop, ...]) -> str:
 def hops_from_json(text: str) -> tuple[Hop, ...]:
     """Parse the metadata value, ignoring fields of later versions. Raises `WireError` ("BadProperty")."""
     try:
-        hops = json.loads(text)
-    except (ValueError, RecursionError):
-        hops = None
-    if not isinstance(hops, list) or not all(_is_hop(hop) for hop in hops):
-        raise property_error(HOPS_KEY, "must be a JSON list of hops as docs/protocol.md describes them")
-    return tuple(Hop(**{name: hop[name] for name in Hop.__dataclass_fields__ if name in hop}) for hop in hops)
-
-
-def _is_hop(hop: Any) -> bool:
-    if not isinstance(hop, dict) or not hop.keys() >= {"stage", "worker"}:
-        return False
-    return all(_is_valid(name, hop[name]) for name in Hop.__dataclass_fields__ if name in hop)
-
-
-def _is_valid(name: str, value: Any) -> bool:
-    if name in ("stage", "worker"):
-        return isinstance(value, str)
-    types = (int, float) if name in STAGE_DURATIONS else (int,)
-    return type(value) in types and 0 <= value <= _LIMIT
+        return _HOPS.validate_json(text, strict=True)
+    except (ValidationError, UnicodeEncodeError):
+        raise property_error(HOPS_KEY, "must be a JSON list of hops as docs/protocol.md describes them") from None

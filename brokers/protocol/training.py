@@ -1,8 +1,8 @@
 """What training adds to the protocol: the description of a micro-batch, and the training status in presence records.
 
 A *step* is one batch of one source, cut into micro-batches; two-phase commit makes it a new *version* of the weights on
-all stages or on none. A *term* (as in Raft) is a period with fixed members, one worker a stage: when a member is lost or
-a step is aborted, the coordinator starts the next term, in which all stages restore the same version. Messages of an
+all stages or on none. A *term* (as in Raft) is a period with fixed members, one worker a stage: when a member is lost
+or a step is aborted, the coordinator starts the next term, in which all stages restore the same version. Messages of an
 earlier term are refused.
 """
 
@@ -91,7 +91,7 @@ class MicroBatch:
 
 
 def micro_batch_seed(seed: int, number: int, index: int) -> int:
-    """Return the argument of `torch.manual_seed` for micro-batch `index` of step `number` of a source with this seed."""
+    """Return the random seed of micro-batch `index` of step `number` of a source with this seed."""
     digest = hashlib.sha256(f"{seed} {number} {index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % SEED_LIMIT
 

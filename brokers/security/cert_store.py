@@ -1,11 +1,8 @@
-"""What `sparse certs` keeps on disk: the authority, and a folder for each identity. Nothing is overwritten unasked."""
+"""The folder of `sparse certs`: the CA, and a folder for each identity. Existing files are replaced only on request."""
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,17 +15,18 @@ from brokers.mqtt.tls_files import (
     CA_FILE,
     CERT_FILE,
     KEY_FILE,
-    Expired,
     check_validity,
-    read_ca,
     read_cert_and_key,
     read_certificate,
+    unreadable_error,
     utc_now,
 )
+from brokers.process.files import atomic_path
 from brokers.security.dev_ca import (
     CA_DAYS,
     CertificateKeyPair,
     Identity,
+    SigningKey,
     certificate_hosts,
     create_ca,
     is_ca,
@@ -40,21 +38,9 @@ from brokers.security.dev_ca import (
 CA_FOLDER, CA_KEY_FILE = "authority", "ca.key"
 
 
-@dataclass(eq=False)
-class UnusableCertificate(UsageError):
-    """A certificate that is there and does not do; it is somebody's, so it stays until they say otherwise."""
-
-    path: str
-    problem: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.problem}: `--renew --node {self.name}` makes it anew, `--renew` makes all"
-
-
 @dataclass(frozen=True, slots=True)
 class StoredCertificate:
-    """What became of one identity."""
+    """The certificate of one identity, and what `ensure_certificates` did with it."""
 
     name: str
     action: Literal["made", "kept", "renewed"]
@@ -65,102 +51,96 @@ class StoredCertificate:
 def ensure_certificates(
     folder: Path, identities: Sequence[Identity], *, days: int, renew: bool = False
 ) -> list[StoredCertificate]:
-    """Make what is missing, all of `wanted` with `renew`; keep the rest. All is checked before anything is written.
+    """Issue the certificates that are missing, or all of `identities` with `renew`; keep the others.
 
-    Raises `BadFile`, `KeyMisfit`, `NotYetValid`, `Expired` or `UnusableCertificate`.
+    Everything is checked before anything is written. Raises `BadFile`, or `UsageError` ("UnusableCertificate",
+    "KeyMismatch", "NotYetValid", "Expired").
     """
-    moment = utc_now()
-    place = folder / CA_FOLDER
-    found = _read_authority(place, moment)
-    authority = found or create_ca(moment, max(days, CA_DAYS))
-    plans = [(each, None if renew else _read(folder / each.name, each, authority, moment)) for each in identities]
-    done: list[StoredCertificate] = []
+    now = utc_now()
+    ca_folder = folder / CA_FOLDER
+    ca_exists = _exists(ca_folder, CA_FILE, CA_KEY_FILE)
+    ca = read_ca(folder, now) if ca_exists else create_ca(now, max(days, CA_DAYS))
+    existing = {} if renew else {each.name: _read(folder / each.name, each, ca, now) for each in identities}
+    stored: list[StoredCertificate] = []
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if found is None:
-            _store(place, {CA_KEY_FILE: authority.key_pem, CA_FILE: authority.certificate_pem})
-            done.append(StoredCertificate(CA_FOLDER, "made", authority.certificate.not_valid_after_utc, ()))
-        for identity, certificate in plans:
-            home = folder / identity.name
-            what: Literal["made", "kept", "renewed"] = "kept"
+        if not ca_exists:
+            _write(ca_folder, {CA_KEY_FILE: ca.key_pem, CA_FILE: ca.certificate_pem})
+            stored.append(StoredCertificate(CA_FOLDER, "made", ca.certificate.not_valid_after_utc, ()))
+        for identity in identities:
+            action: Literal["made", "kept", "renewed"] = "kept"
+            certificate = existing.get(identity.name)
             if certificate is None:
-                what = "renewed" if (home / CERT_FILE).exists() else "made"
-                pair = issue_certificate(authority, identity, moment, days)
-                files = {CA_FILE: authority.certificate_pem, KEY_FILE: pair.key_pem, CERT_FILE: pair.certificate_pem}
-                _store(home, files)
+                home = folder / identity.name
+                action = "renewed" if (home / CERT_FILE).exists() else "made"
+                pair = issue_certificate(ca, identity, now, days)
+                _write(home, {CA_FILE: ca.certificate_pem, KEY_FILE: pair.key_pem, CERT_FILE: pair.certificate_pem})
                 certificate = pair.certificate
-            done.append(
-                StoredCertificate(identity.name, what, certificate.not_valid_after_utc, certificate_hosts(certificate))
-            )
+            expires, hosts = certificate.not_valid_after_utc, certificate_hosts(certificate)
+            stored.append(StoredCertificate(identity.name, action, expires, hosts))
     except OSError as error:
-        raise BadFile(str(error.filename or folder), f"cannot be written: {_plain(error)}") from None
-    return done
+        problem = f"cannot be written: {(error.strerror or str(error)).lower()}"
+        raise BadFile(str(error.filename or folder), problem) from None
+    return stored
 
 
-def _plain(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+def read_ca(folder: Path, now: datetime) -> CertificateKeyPair:
+    """Return the CA in a folder of certificates; raise `BadFile`, or `UsageError` ("KeyMismatch", "NotYetValid")."""
+    path, key_path = folder / CA_FOLDER / CA_FILE, folder / CA_FOLDER / CA_KEY_FILE
+    certificate, key = read_cert_and_key(path, key_path)
+    if not isinstance(key, SigningKey):
+        raise BadFile(str(key_path), "expected an elliptic-curve key or an RSA key")
+    if not is_ca(certificate):
+        raise BadFile(str(path), "is not a CA certificate")
+    if now > certificate.not_valid_after_utc:
+        expired = f"expired at {certificate.not_valid_after_utc:%Y-%m-%d}"
+        raise BadFile(str(path), f"{expired}: move {path.parent} away, then `--renew` makes a new CA and certificates")
+    check_validity(path, certificate, now)
+    return CertificateKeyPair(certificate, key)
 
 
-def _read_authority(place: Path, moment: datetime) -> CertificateKeyPair | None:
-    """The authority that is there; None where there is none yet."""
-    certificate, key = place / CA_FILE, place / CA_KEY_FILE
-    if not _is_there(place, certificate, key):
+def _read(home: Path, identity: Identity, ca: CertificateKeyPair, now: datetime) -> x509.Certificate | None:
+    """Return the existing certificate of an identity, None if it has no files; raise for one that cannot be used."""
+    if not _exists(home, CERT_FILE, KEY_FILE):
         return None
-    pair = CertificateKeyPair(*read_ca(certificate, key))
-    if not is_ca(pair.certificate):
-        raise BadFile(str(certificate), "is not the certificate of an authority")
+    path = home / CERT_FILE
     try:
-        check_validity(certificate, pair.certificate, moment)
-    except Expired as error:
-        raise BadFile(
-            str(certificate), f"expired at {error.ended:%Y-%m-%d}: move {place} away, then `--renew` makes all anew"
-        ) from None
-    return pair
-
-
-def _read(home: Path, identity: Identity, authority: CertificateKeyPair, moment: datetime) -> x509.Certificate | None:
-    """The certificate that is there of an identity, if it does; None where nothing is."""
-    certificate, key = home / CERT_FILE, home / KEY_FILE
-    if not _is_there(home, certificate, key):
-        return None
-    try:
-        found, _ = read_cert_and_key(certificate, key)
-        check_validity(certificate, found, moment)
-        believed = read_certificate(home / CA_FILE)
+        certificate, _ = read_cert_and_key(path, home / KEY_FILE)
+        check_validity(path, certificate, now)
+        trusted = read_certificate(home / CA_FILE)
     except BadFile as error:
-        raise UnusableCertificate(error.path, error.problem, identity.name) from None
-    if believed != authority.certificate or not is_signed_by(found, authority.certificate):
-        raise UnusableCertificate(
-            str(certificate), f"is not of the authority in {home.parent / CA_FOLDER}", identity.name
-        )
-    missing = [host for host in identity.hosts if normalize_host(host) not in certificate_hosts(found)]
-    if missing:
-        raise UnusableCertificate(str(certificate), f"is not for the host {missing[0]!r}", identity.name)
-    return found
+        raise _unusable_error(str(error), identity) from None
+    if trusted != ca.certificate or not is_signed_by(certificate, ca.certificate):
+        raise _unusable_error(f"{path}: is not signed by the CA in {home.parent / CA_FOLDER}", identity)
+    hosts = certificate_hosts(certificate)
+    for host in identity.hosts:
+        if normalize_host(host) not in hosts:
+            raise _unusable_error(f"{path}: is not for the host {host!r}", identity)
+    return certificate
 
 
-def _is_there(place: Path, *files: Path) -> bool:
-    """Whether any of the files is; raises `BadFile` where their folder is none."""
+def _unusable_error(problem: str, identity: Identity) -> UsageError:
+    """The certificate may still be in use somewhere, so it is replaced only on request."""
+    message = f"{problem}: `--renew --node {identity.name}` replaces it, `--renew` replaces all"
+    return UsageError("UnusableCertificate", message, identity=identity.name)
+
+
+def _exists(home: Path, *names: str) -> bool:
+    """Return whether any of the files exists; raise `BadFile` if their folder is not a folder."""
     try:
-        if place.exists() and not place.is_dir():
-            raise BadFile(str(place), "is no folder")
-        return any(file.exists() for file in files)
+        if home.exists() and not home.is_dir():
+            raise BadFile(str(home), "is not a folder")
+        return any((home / name).exists() for name in names)
     except OSError as error:
-        raise BadFile(str(place), f"cannot be read: {_plain(error)}") from None
+        raise unreadable_error(home, error) from None
 
 
-def _store(home: Path, files: dict[str, bytes]) -> None:
-    """Write files that only their owner can read, each at once or not at all."""
+def _write(home: Path, files: dict[str, bytes]) -> None:
+    """Write files atomically, readable by their owner only; certificates, which are public, by all users."""
     home.mkdir(mode=0o700, exist_ok=True)
     for name, data in files.items():
-        path = home / name
-        begun = home / f".{name}.{secrets.token_hex(4)}"
-        try:
-            with open(begun, "xb", opener=lambda place, flags: os.open(place, flags, 0o600)) as file:
-                file.write(data)
-            if path.suffix == ".crt":
-                begun.chmod(0o644)  # told to everybody who connects, anyhow
-            begun.replace(path)
-        finally:
-            with suppress(FileNotFoundError):
-                begun.unlink()
+        with atomic_path(home / name) as partial:
+            partial.touch(mode=0o600)  # before a byte of a key is in it
+            partial.write_bytes(data)
+            if name.endswith(".crt"):
+                partial.chmod(0o644)

@@ -1,6 +1,6 @@
-"""Who comes to a pipeline's brokers, and under which name: that of its certificate, or of its password. Pure.
+"""Names of the clients and brokers of a pipeline: common names of their certificates, or their user names.
 
-A name says what its bearer is, so that an access list needs no other table; no two of one authority may be alike.
+A name states the role of its bearer, so an access list needs no other table. Names are unique under one CA.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from brokers.errors import BadFile
 
 VIEWER = "viewer"  # reads results
 MONITOR = "monitor"  # reads presence
-OPERATOR = "operator"  # may do whatever any of the others may
-_BROKER, _CAMERA = "broker", "camera"
-# RFC 5280, appendix A: ub-common-name.
-COMMON_NAME_LIMIT = 64
+OPERATOR = "operator"  # has the rights of all others
+COMMON_NAME_LIMIT = 64  # characters: RFC 5280, appendix A, ub-common-name
 
 
 def broker_username(site: str) -> str:
-    """The broker of a site: to its clients, and to the brokers that it keeps bridges to."""
-    return f"{_BROKER}.{site}"
+    """The broker of a site, to its clients and to the brokers that it keeps bridges to."""
+    return f"broker.{site}"
 
 
 def stage_username(pipeline: Pipeline, stage: StageTable) -> str:
@@ -28,47 +26,46 @@ def stage_username(pipeline: Pipeline, stage: StageTable) -> str:
 
 
 def source_username(pipeline: Pipeline) -> str:
-    """The sources of a pipeline, or its gateway; no stage has this name."""
+    """The sources of a pipeline, or its gateway; no stage may be named "source"."""
     return f"{pipeline.name}.source"
 
 
 def camera_username(camera: str) -> str:
     """An MQTT client that publishes to the ingress of its site."""
-    return f"{_CAMERA}.{camera}"
+    return f"camera.{camera}"
 
 
 def all_sites(pipeline: Pipeline) -> tuple[str, ...]:
-    """The sites that have a broker: those of the file, and `local` where it names none."""
+    """Return the sites that have a broker: those of the file, and `local` if it names none."""
     return tuple(dict.fromkeys([*(site.name for site in pipeline.site), *pipeline.used_sites]))
 
 
-def check_usernames(pipeline: Pipeline) -> None:
-    """Raise `BadFile` for names that could be taken for others, or that do not fit into a certificate."""
-    name = pipeline.name
-    if name in (_BROKER, _CAMERA) or "." in name:
-        raise BadFile(
-            pipeline.path,
-            f"{name!r} cannot be told apart where doors are locked: expected a name without a dot, "
-            f"and neither {_BROKER!r} nor {_CAMERA!r}",
-            "pipeline.name",
-        )
-    sites = {camera: site.name for site in pipeline.site for camera in site.cameras}
-    names = [
+def client_usernames(pipeline: Pipeline) -> list[str]:
+    """Return the names of all clients of a pipeline's brokers."""
+    return [
         *(stage_username(pipeline, stage) for stage in pipeline.stage),
-        *map(broker_username, all_sites(pipeline)),
-        *map(camera_username, sites),
+        source_username(pipeline),
+        *(camera_username(camera) for site in pipeline.site for camera in site.cameras),
+        VIEWER,
+        MONITOR,
+        OPERATOR,
     ]
-    for each in names:
-        if len(each) > COMMON_NAME_LIMIT:
-            raise BadFile(
-                pipeline.path,
-                f"{each!r} has {len(each)} characters, a certificate's name has at most {COMMON_NAME_LIMIT}",
-            )
+
+
+def check_usernames(pipeline: Pipeline) -> None:
+    """Raise `BadFile` for names that are ambiguous, or too long for a certificate."""
+    name = pipeline.name
+    if name in ("broker", "camera") or "." in name:
+        problem = f"{name!r} is ambiguous in an access list: expected a name without a dot, not 'broker' or 'camera'"
+        raise BadFile(pipeline.path, problem, "pipeline.name")
+    sites: dict[str, str] = {}
     for site in pipeline.site:
         for camera in site.cameras:
-            if sites[camera] != site.name:
-                raise BadFile(
-                    pipeline.path,
-                    f"{camera!r} is at {site.name!r} and at {sites[camera]!r}: one camera has one site",
-                    "site.cameras",
-                )
+            if sites.setdefault(camera, site.name) != site.name:
+                problem = f"{camera!r} is at {sites[camera]!r} and at {site.name!r}: a camera has one site"
+                raise BadFile(pipeline.path, problem, "site.cameras")
+    for username in [*map(broker_username, all_sites(pipeline)), *client_usernames(pipeline)]:
+        if len(username) > COMMON_NAME_LIMIT:
+            length = len(username)
+            problem = f"{username!r} has {length} characters, a certificate's name has at most {COMMON_NAME_LIMIT}"
+            raise BadFile(pipeline.path, problem)

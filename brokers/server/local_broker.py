@@ -1,4 +1,4 @@
-"""A broker of this machine's own: started, waited for, stopped, and never left behind."""
+"""A broker process on this machine: started, waited for, stopped, and never left running after its parent."""
 
 from __future__ import annotations
 
@@ -11,28 +11,24 @@ import subprocess
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self
 
 from brokers.config.bridge_rules import Bridge
 from brokers.errors import PortTaken, UsageError
-from brokers.server import mosquitto_conf as mosquitto
-from brokers.server import rumqttd_conf as embedded
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
+from brokers.server import mosquitto_conf, rumqttd_conf
+from brokers.server.mosquitto_conf import MosquittoConfig
 
 BrokerKind = Literal["mosquitto", "embedded"]
 
-MAX_PACKET_BYTES: dict[BrokerKind, int] = {
-    "mosquitto": mosquitto.MAX_PACKET_BYTES,
-    "embedded": embedded.MAX_PACKET_BYTES,
-}
 _POLL_S = 0.01
-_KILLED_S = 1.0  # ample for the kernel to end a process
-# The broker runs under a shell that waits for two ends: the broker's own, and that of its standard input, whose other
-# end only we hold. However we die, that pipe closes, the broker is ended and its folder is removed. It has a session of
-# its own, so that a Ctrl-C in the terminal reaches us and not the broker, which is still needed for a clean end. In the
-# end it kills its process group, itself with it: whatever is left of the wait and of the broker.
+_KILL_TIMEOUT_S = 1.0  # ample for the kernel to end a process
+# The broker runs under a shell that waits for two events: the exit of the broker, and the end of the shell's standard
+# input, a pipe whose other end only we hold. However we exit, the pipe closes, the shell stops the broker and removes
+# its folder. It has its own session, so that Ctrl-C in a terminal does not reach the broker, which is still needed for
+# a clean shutdown. At last it kills its process group, itself included.
 _GUARD = """\
 folder=$1; log=$2; shift 2
 exec 3<&0
@@ -49,37 +45,13 @@ kill -9 0
 
 
 @dataclass(eq=False)
-class BrokerFailed(UsageError):
-    """A local broker that did not come up."""
-
-    kind: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"the {self.kind} broker did not start: {self.reason}"
-
-
-@dataclass(eq=False)
-class CannotListen(UsageError):
-    """An address that is none of this machine's, or a port that not everybody may use."""
-
-    host: str
-    port: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"no broker can listen at {self.host}, port {self.port}: {self.reason}"
-
-
-@dataclass(eq=False)
 class LocalBroker:
-    """A broker that runs, and how to reach it. Stop it with `stop`, or use it as a context manager."""
+    """A broker process and how to reach it; a context manager that stops it."""
 
     kind: BrokerKind
     host: str
     port: int
-    pid: int
-    mqtt311_port: int | None = None  # where MQTT 3.1.1 clients go; Mosquitto speaks both versions on `port`
+    pid: int = 0
     _guard: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     _folder: Path | None = field(default=None, repr=False)
 
@@ -93,12 +65,43 @@ class LocalBroker:
         return self._guard is not None and self._guard.poll() is None
 
     def last_output(self) -> str:
-        """Return what a broker that has ended wrote last."""
+        """Return the last lines that a broker that has exited wrote."""
         guard, self._guard = self._guard, None
         return "" if guard is None else guard.communicate()[0].decode(errors="replace").strip()
 
+    def start(self, conf: str, log_path: Path | None, timeout_s: float) -> None:
+        """Run it with a configuration, in a folder of its own, and wait until it accepts connections."""
+        self._folder = Path(tempfile.mkdtemp(prefix="sparse-broker-"))
+        try:
+            command = _command(self.kind, self._folder, conf)
+            log_path = log_path or self._folder / "broker.log"
+            self._guard = subprocess.Popen(
+                ["/bin/sh", "-c", _GUARD, "broker-guard", self._folder, log_path, *command],
+                env={**os.environ, **(mosquitto_conf.MALLOC_ENVIRONMENT if self.kind == "mosquitto" else {})},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            assert self._guard.stdout is not None
+            self.pid = int(self._guard.stdout.readline())
+            self._wait(timeout_s)
+        except BaseException:
+            self.stop()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def _wait(self, timeout_s: float) -> None:
+        end_s = time.monotonic() + timeout_s
+        while not _accepts(self.host, self.port):
+            if not self.is_running:
+                raise _start_error(self.kind, self.last_output() or "it wrote no message")
+            if time.monotonic() > end_s:
+                raise _start_error(self.kind, f"it accepted no connection within {timeout_s:g} s")
+            time.sleep(_POLL_S)
+
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End it and wait until its port is free; kill it when that takes longer. May be called twice."""
+        """Stop it and wait until its port is free; kill it after `timeout_s`. May be called twice."""
         guard, self._guard = self._guard, None
         if guard is None:
             return
@@ -107,13 +110,13 @@ class LocalBroker:
         guard.stdin.close()
         guard.stdout.close()
         try:
-            guard.wait(timeout_s)  # the guard itself kills a broker that does not end
+            guard.wait(timeout_s)  # the guard kills a broker that ignores SIGTERM
         except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):  # it has just ended
-                os.killpg(guard.pid, signal.SIGKILL)  # its whole group: the broker is in it
+            with suppress(ProcessLookupError):  # it has just exited
+                os.killpg(guard.pid, signal.SIGKILL)
             guard.wait()
-            end_s = time.monotonic() + _KILLED_S
-            while _accepts(self.host, self.port) and time.monotonic() < end_s:  # threads end one by one
+            end_s = time.monotonic() + _KILL_TIMEOUT_S
+            while _accepts(self.host, self.port) and time.monotonic() < end_s:  # the broker's threads end one by one
                 time.sleep(_POLL_S)
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -121,9 +124,7 @@ class LocalBroker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 
@@ -132,85 +133,46 @@ def start_broker(
     kind: BrokerKind | None = None,
     host: str = "127.0.0.1",
     port: int = 0,
-    mqtt311_port: int | None = None,
-    max_packet_bytes: int | None = None,
+    max_packet_bytes: int = MAX_REMAINING_BYTES,
     bridges: tuple[Bridge, ...] = (),
     accepts_bridges: bool = False,
     log_path: Path | None = None,
     timeout_s: float = 10.0,
 ) -> LocalBroker:
-    """Start a broker and return when it accepts connections: Mosquitto where it is installed, else the embedded one.
+    """Start a broker and return it when it accepts connections: Mosquitto if it is installed, else the embedded one.
 
-    Port 0 is any free port. `plain_port` opens a second listener for MQTT 3.1.1 on the embedded broker. `bridges`: kept
-    by it, `bridged`: by others to it; Mosquitto only. Raises `PortTaken`, `CannotListen` or `BrokerFailed`.
+    Port 0 is any free port. `bridges` to other brokers, and `accepts_bridges` from them, need Mosquitto. Raises
+    `PortTaken`, or `UsageError` ("CannotListen", "BrokerFailed").
     """
-    kind = kind or ("mosquitto" if mosquitto.find_mosquitto() else "embedded")
+    kind = kind or ("mosquitto" if mosquitto_conf.find_mosquitto() else "embedded")
     port = _free_port(host, port)
-    if mqtt311_port is not None:
-        mqtt311_port = _free_port(host, mqtt311_port) if kind == "embedded" else port
-    limit = max_packet_bytes or MAX_PACKET_BYTES[kind]
     if kind == "mosquitto":
-        conf = mosquitto.render(
-            mosquitto.MosquittoConfig(port, host, limit, bridges=bridges, accepts_bridges=accepts_bridges)
-        )
+        conf = mosquitto_conf.render(MosquittoConfig(port, host, max_packet_bytes, bridges, accepts_bridges))
     else:
-        conf = embedded.render(embedded.RumqttdConfig(port, host, mqtt311_port, limit))
-    folder = Path(tempfile.mkdtemp(prefix="sparse-broker-"))
-    try:
-        command = _configure(kind, folder, conf)
-        arguments = [str(folder), str(log_path or folder / "broker.log"), *command]
-        broker = _start(LocalBroker(kind, host, port, 0, mqtt311_port, None, folder), arguments)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # from here on the guard removes it
-        raise
-    try:
-        _wait(broker, timeout_s)
-    except BaseException:
-        broker.stop()
-        raise
+        conf = rumqttd_conf.render(host, port, max_packet_bytes)
+    broker = LocalBroker(kind, host, port)
+    broker.start(conf, log_path, timeout_s)
     return broker
 
 
-def _configure(kind: BrokerKind, folder: Path, conf: str) -> list[str]:
-    """Write the configuration into `folder`; return the command that runs the broker with it."""
+def _command(kind: BrokerKind, folder: Path, conf: str) -> list[str]:
+    """Write the configuration file; return the command that runs the broker with it."""
     path = folder / ("broker.conf" if kind == "mosquitto" else "broker.toml")
     path.write_text(conf, encoding="utf-8")
     if kind == "embedded":
-        return embedded.command(str(path))
-    program = mosquitto.find_mosquitto()
+        return rumqttd_conf.command(str(path))
+    program = mosquitto_conf.find_mosquitto()
     if program is None:
-        raise BrokerFailed(kind, "the program mosquitto is not installed")
+        raise _start_error(kind, "the program mosquitto is not installed")
     return [program, "-c", str(path)]
 
 
-def _start(broker: LocalBroker, arguments: list[str]) -> LocalBroker:
-    guard = subprocess.Popen(
-        ["/bin/sh", "-c", _GUARD, "broker-guard", *arguments],
-        env={**os.environ, **(mosquitto.MALLOC_ENVIRONMENT if broker.kind == "mosquitto" else {})},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    assert guard.stdout is not None
-    return replace(broker, pid=int(guard.stdout.readline()), _guard=guard)
-
-
-def _wait(broker: LocalBroker, timeout_s: float) -> None:
-    end_s = time.monotonic() + timeout_s
-    ports = {broker.port, broker.mqtt311_port or broker.port}
-    while ports:
-        if not broker.is_running:
-            raise BrokerFailed(broker.kind, broker.last_output() or "it said nothing")
-        if time.monotonic() > end_s:
-            raise BrokerFailed(broker.kind, f"it accepted no connection within {timeout_s:g} s")
-        ports = {port for port in ports if not _accepts(broker.host, port)}
-        if ports:
-            time.sleep(_POLL_S)
+def _start_error(kind: BrokerKind, reason: str) -> UsageError:
+    return UsageError("BrokerFailed", f"the {kind} broker did not start: {reason}", kind=kind, reason=reason)
 
 
 def _accepts(host: str, port: int) -> bool:
-    """Return whether something listens; a listener on every address is reached on the loopback one."""
+    """Return whether a connection is accepted; a listener on all addresses is reached on the loopback one."""
     target = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
         with socket.create_connection((target, port), timeout=1.0):
@@ -220,24 +182,25 @@ def _accepts(host: str, port: int) -> bool:
 
 
 def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a broker could listen there now."""
+    """Return whether a broker could listen on a port now."""
     try:
         _free_port(host, port)
-    except (PortTaken, CannotListen):
+    except UsageError:
         return False
     return True
 
 
 def _free_port(host: str, port: int) -> int:
-    """Return `port`, or any free one for 0; raise `PortTaken` or `CannotListen`."""
+    """Return `port`, or any free one for 0; raise `PortTaken` or `UsageError` ("CannotListen")."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do: a port in TIME_WAIT is free
         try:
             probe.bind((host, port))
-        except (OSError, UnicodeError) as error:  # the latter for what no name of a host can be
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that IDNA cannot encode
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 raise PortTaken(host, port) from error
-            reason = getattr(error, "strerror", None) or "that is no name of a host"
-            raise CannotListen(host, port, reason[:1].lower() + reason[1:]) from error
+            reason = getattr(error, "strerror", None) or "this is not a host name"
+            message = f"cannot listen at {host}, port {port}: {reason[:1].lower()}{reason[1:]}"
+            raise UsageError("CannotListen", message, host=host, port=port) from error
         return int(probe.getsockname()[1])

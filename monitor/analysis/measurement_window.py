@@ -1,65 +1,70 @@
-"""What of a run counts: its requests or steps after the warm-up, and the time they took. Pure."""
+"""The measured part of a run: its requests or training steps after the warm-up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from monitor.errors import NoSamples
 from monitor.points.points import TelemetryPoint
 
-# What a `Reader` gives, by the name of the measurement; those that are not there have no points.
+# The points of one run by measurement, as a `StoreReader` returns them; a measurement without points may be absent.
 PointsByMeasurement = Mapping[str, Sequence[TelemetryPoint]]
 RunKind = Literal["inference", "training"]
 
-_NS = 1e9
+_NS_PER_S = 1e9
 _NS_PER_MS = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class MeasurementWindow:
-    """The measured part of a run.
+    """From the end of the warm-up's last request (or step) to the end of the run's last one.
 
-    It begins when the last request (or step) of the warm-up ends; without a warm-up, when the first is asked. It ends
-    with the last one.
+    Without a warm-up it begins when the first request (or step) begins.
     """
 
     kind: RunKind
     begin_ns: int  # Unix time
     end_ns: int
-    points: tuple[TelemetryPoint, ...]  # `request` or `step` points, as they ended
-    warm_up: int  # requests or steps before them
+    points: tuple[TelemetryPoint, ...]  # `request` or `step` points in the order of their ends
+    warm_up: int  # number of requests or steps before the window
 
     @property
     def span_s(self) -> float:
-        return (self.end_ns - self.begin_ns) / _NS
+        return (self.end_ns - self.begin_ns) / _NS_PER_S
 
     @property
     def succeeded(self) -> tuple[TelemetryPoint, ...]:
-        """Those of `counted` that have a result; of training, all."""
+        """The requests that have a result; all steps of a training run."""
         return tuple(point for point in self.points if not point.fields.get("error"))
 
 
 def select_window(points: PointsByMeasurement, warm_up: int = 0) -> MeasurementWindow:
-    """What counts of a run, whose `warm_up` first requests (or steps) do not.
+    """The window of a run without its first `warm_up` requests (or steps); a run with steps is a training run.
 
-    A run that has steps is one of training. Raises `NoSamples` where nothing is left, or nothing that has a result.
+    Raises `NoSamples` where the window has no request with a result.
     """
     kind: RunKind = "training" if points.get("step") else "inference"
-    length = "step_ms" if kind == "training" else "latency_ms"
-    ended = sorted(points.get("step" if kind == "training" else "request", ()), key=lambda point: point.time_ns)
-    counted = tuple(ended[warm_up:])
-    if not any(not point.fields.get("error") for point in counted):
-        raise NoSamples("steps" if kind == "training" else "requests", len(ended), len(counted), warm_up)
-    begin_ns = ended[warm_up - 1].time_ns if warm_up else _first_asked(ended, length)
-    return MeasurementWindow(kind, begin_ns, counted[-1].time_ns, counted, warm_up)
-
-
-def _first_asked(ended: Iterable[TelemetryPoint], length: str) -> int:
-    return min(point.time_ns - round(number_or_zero(point, length) * _NS_PER_MS) for point in ended)
+    measurement, duration, unit = (
+        ("step", "step_ms", "steps") if kind == "training" else ("request", "latency_ms", "requests")
+    )
+    ended = sorted(points.get(measurement, ()), key=lambda point: point.time_ns)
+    measured = tuple(ended[warm_up:])
+    if not ended:
+        raise NoSamples(f"its telemetry has no {unit}", ended=0, warm_up=warm_up)
+    if not measured:
+        raise NoSamples(f"the warm-up of {warm_up} covers all {len(ended)} {unit}", ended=len(ended), warm_up=warm_up)
+    if all(point.fields.get("error") for point in measured):
+        problem = f"none of the {len(measured)} {unit} after the warm-up has a result"
+        raise NoSamples(problem, ended=len(ended), measured=len(measured), warm_up=warm_up)
+    if warm_up:
+        begin_ns = ended[warm_up - 1].time_ns
+    else:
+        begin_ns = min(point.time_ns - round(number_or_zero(point, duration) * _NS_PER_MS) for point in ended)
+    return MeasurementWindow(kind, begin_ns, measured[-1].time_ns, measured, warm_up)
 
 
 def number_or_zero(point: TelemetryPoint, name: str) -> float:
-    """A field as a number; 0 where it was not measured."""
+    """A numeric field; 0.0 where it was not measured."""
     return float(cast(float, point.fields.get(name) or 0.0))

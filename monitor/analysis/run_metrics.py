@@ -1,17 +1,18 @@
-"""The figures of one run, from its points alone: how fast, how late, where the time went, what it cost. Pure.
+"""The metrics of one run, computed from its points: throughput, latency, time by stage, traffic, CPU time, energy.
 
-What `sparse bench` writes down and `sparse report` draws. Everything is over the `MeasurementWindow` that the warm-up leaves;
-"for a sample" is for a result of inference, for a row of training.
+`sparse bench` records them and `sparse report` shows them. All are of the run's `MeasurementWindow`; "per sample" is
+per result for inference and per row for training.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
 
+from brokers.protocol.stage_timing import STAGE_DURATIONS
+from brokers.telemetry.percentiles import percentiles
 from monitor.analysis.counter_series import CounterSeries
 from monitor.analysis.measurement_window import (
     MeasurementWindow,
@@ -24,20 +25,18 @@ from monitor.errors import NoSamples
 from monitor.points.points import TelemetryPoint
 from monitor.sensors.counters import is_additive
 
-# Of `monitor.points.schema`: what `compute_run_metrics` looks at.
+# The measurements of `monitor.points.schema` that `compute_run_metrics` uses.
 MEASUREMENTS_READ = ("request", "hop", "task", "batch", "step", "link", "life", "process", "gpu", "power", "missing")
-STAGE_TIMES = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
-PERCENTILES = (50, 95, 99)
-# Roles of processes that measure, and are no part of what is measured.
+# Processes that measure: their CPU time is no cost of the pipeline.
 OBSERVER_ROLES = frozenset({"monitor", "bench"})
 _POWER_SENSORS = ("gpu", "rapl", "jetson")
 
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """What a stage took, in ms: a mean for a request of inference, for a step of training.
+    """Mean times of a stage per request (inference) or per step (training), in milliseconds.
 
-    Stages of one that trains compute at the same time, so these add up to more than a step takes.
+    In training the stages compute at the same time, so their sum exceeds the duration of a step.
     """
 
     queue_ms: float = 0.0
@@ -52,7 +51,7 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True)
 class LinkBytes:
-    """What a link carried for a sample, in bytes: from its first site to its second, and back."""
+    """Bytes per sample on a link: from its first site to its second, and back."""
 
     bytes_out: float
     bytes_in: float
@@ -60,171 +59,168 @@ class LinkBytes:
 
 @dataclass(frozen=True, slots=True)
 class RunMetrics:
-    """All of one run. None is what was not measured."""
+    """The metrics of one run; None where something was not measured."""
 
     kind: RunKind
     samples: int  # results, or rows
-    warm_up: int  # requests or steps that do not count
-    failed: int  # requests of the window that ended without a result
-    retries: int  # attempts after the first, of the same
-    span_s: float  # the window; of training, what its steps took
-    throughput_per_s: float  # samples
-    latency_ms: Mapping[str, float]  # mean, p50, p95, p99: of a request, or of a step
-    network_ms: float | None  # the mean part of a request's latency that no stage accounts for; None of training
-    stages: Mapping[str, StageTime]  # in the order of the request's way
+    warm_up: int  # requests or steps before the window
+    failed: int  # requests of the window without a result
+    retries: int  # attempts after the first, of the window's requests
+    span_s: float  # of the window; for training, the sum of its steps' durations
+    throughput_per_s: float  # samples per second
+    latency_ms: Mapping[str, float]  # mean, p50, p95, p99 of the requests or steps
+    network_ms: float | None  # mean part of the latency spent outside the stages; None for training
+    stages: Mapping[str, StageTime]  # in the order of the request's path
     links: Mapping[str, LinkBytes]  # by "device - cloud"
-    cpu_s: Mapping[str, float]  # processor time for a sample, by the role of the process; none of what measures
-    # Of the whole node for a sample, by sensor: "gpu 0", "rail package-0"; of rails, those that add up.
-    energy_j: Mapping[str, float] | None
-    energy_missing_reason: str  # why there is none, where there is none
+    cpu_s: Mapping[str, float]  # CPU time per sample, by the role of the process; without `OBSERVER_ROLES`
+    energy_j: Mapping[str, float] | None  # of the node per sample, by additive sensor: "gpu 0", "rail package-0"
+    energy_missing_reason: str  # empty where there is energy
 
     @property
     def total_cpu_s(self) -> float | None:
-        """Processor time for a sample, of all roles but those that measure."""
+        """CPU time per sample of all roles."""
         return sum(self.cpu_s.values()) if self.cpu_s else None
 
 
 def compute_run_metrics(points: PointsByMeasurement, warm_up: int = 0) -> RunMetrics:
-    """The figures of a run, from its points by measurement (those in `MEASUREMENTS_READ`).
+    """The metrics of a run without its first `warm_up` requests or steps.
 
-    The first `warm_up` requests, or steps, do not count. Raises `NoSamples` where nothing is left.
+    `points` holds the measurements in `MEASUREMENTS_READ`. Raises `NoSamples`.
     """
     window = select_window(points, warm_up)
     trains = window.kind == "training"
-    done = window.succeeded
-    samples = sum(round(number_or_zero(point, "rows")) for point in done) if trains else len(done)
-    if not samples:  # steps of no rows
-        raise NoSamples("rows", 0, 0, warm_up)
-    took_ms = [number_or_zero(point, "step_ms" if trains else "latency_ms") for point in done]
-    span_s = sum(took_ms) / 1000 if trains else window.span_s
-    energy, missing = _energy(points, window, samples)
+    succeeded = window.succeeded
+    samples = sum(round(number_or_zero(point, "rows")) for point in succeeded) if trains else len(succeeded)
+    if not samples:
+        raise NoSamples("its steps have no rows", warm_up=warm_up)
+    durations_ms = [number_or_zero(point, "step_ms" if trains else "latency_ms") for point in succeeded]
+    span_s = sum(durations_ms) / 1000 if trains else window.span_s
+    energy_j, energy_missing_reason = _energy(points, window, samples)
     return RunMetrics(
         kind=window.kind,
         samples=samples,
         warm_up=warm_up,
-        failed=len(window.points) - len(done),
+        failed=len(window.points) - len(succeeded),
         retries=sum(max(0, round(number_or_zero(point, "attempts")) - 1) for point in window.points),
         span_s=span_s,
         throughput_per_s=samples / span_s if span_s else 0.0,
-        latency_ms={"mean": _mean(took_ms), **percentiles(took_ms)},
-        network_ms=None if trains else _mean([number_or_zero(point, "network_ms") for point in done]),
+        latency_ms={"mean": _mean(durations_ms), **percentiles(durations_ms)},
+        network_ms=None if trains else _mean([number_or_zero(point, "network_ms") for point in succeeded]),
         stages=_stages(points, window),
         links=_links(points, window, samples),
         cpu_s=_cpu(points, window, samples),
-        energy_j=energy,
-        energy_missing_reason=missing,
+        energy_j=energy_j,
+        energy_missing_reason=energy_missing_reason,
     )
 
 
-def percentiles(values: Collection[float]) -> dict[str, float]:
-    """`p50`, `p95` and `p99`: values that were there, by the nearest rank; empty where there are none."""
-    ordered = sorted(values)
-    return {f"p{percent}": ordered[ceil(len(ordered) * percent / 100) - 1] for percent in PERCENTILES if ordered}
-
-
 def _mean(values: Collection[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values)
 
 
 def _stages(points: PointsByMeasurement, window: MeasurementWindow) -> dict[str, StageTime]:
-    """Mean times by stage: by the hops of the requests that count; of training, by its tasks in the window."""
+    """Mean times by stage: from the hops of the measured requests, or the tasks in the window of a training run."""
     if window.kind == "training":
-        found = [point for point in points.get("task", ()) if window.begin_ns < point.time_ns <= window.end_ns]
+        tasks = [point for point in points.get("task", ()) if window.begin_ns < point.time_ns <= window.end_ns]
     else:
         ids = {point.fields.get("request") for point in window.succeeded}
-        found = [point for point in points.get("hop", ()) if point.fields.get("request") in ids]
-        found.sort(key=lambda point: number_or_zero(point, "place"))
+        tasks = [point for point in points.get("hop", ()) if point.fields.get("request") in ids]
+        tasks.sort(key=lambda point: number_or_zero(point, "place"))
     by_stage: dict[str, list[TelemetryPoint]] = defaultdict(list)
-    for point in found:
+    for point in tasks:
         by_stage[point.tags["stage"]].append(point)
     count = len(window.succeeded)
     return {
-        stage: StageTime(*(sum(number_or_zero(point, name) for point in own) / count for name in STAGE_TIMES))
-        for stage, own in by_stage.items()
+        stage: StageTime(
+            *(sum(number_or_zero(point, name) for point in stage_tasks) / count for name in STAGE_DURATIONS)
+        )
+        for stage, stage_tasks in by_stage.items()
     }
 
 
 def _links(points: PointsByMeasurement, window: MeasurementWindow, samples: int) -> dict[str, LinkBytes]:
-    """What crossed each link in the window.
-
-    A link carries nothing before the run's first request.
-    """
-    begun_ns = select_window(points).begin_ns
+    run_begin_ns = select_window(points).begin_ns  # a link carries nothing before the run's first request
     by_link: dict[str, list[TelemetryPoint]] = defaultdict(list)
     for point in points.get("link", ()):
-        if point.time_ns > begun_ns:
+        if point.time_ns > run_begin_ns:
             by_link[f"{point.tags['from']} - {point.tags['to']}"].append(point)
 
-    def crossed(own: list[TelemetryPoint], name: str) -> float:
-        counter = CounterSeries(((begun_ns, 0.0), *((point.time_ns, number_or_zero(point, name)) for point in own)))
-        return _grown(counter, window) / samples
+    def per_sample(readings: Sequence[TelemetryPoint], name: str) -> float:
+        values = [(point.time_ns, number_or_zero(point, name)) for point in readings]
+        return _link_increase(CounterSeries(((run_begin_ns, 0.0), *values)), window) / samples
 
-    return {link: LinkBytes(crossed(own, "bytes_out"), crossed(own, "bytes_in")) for link, own in by_link.items()}
+    return {
+        link: LinkBytes(per_sample(readings, "bytes_out"), per_sample(readings, "bytes_in"))
+        for link, readings in by_link.items()
+    }
 
 
-def _grown(carried: CounterSeries, window: MeasurementWindow) -> float:
-    """What a link carried in the window.
+def _link_increase(carried: CounterSeries, window: MeasurementWindow) -> float:
+    """The bytes that a link carried in the window.
 
-    Of inference, up to what was seen first after its end: nothing but presence crosses then. Where one trains, the
-    weights are fetched then: what crossed up to what was seen last before it, and as much in proportion for the rest.
+    For inference up to the first reading after the window, since only presence records follow. After training the
+    weights are fetched: there the last reading inside the window is extrapolated to its end.
     """
-    begun = carried.value_at(window.begin_ns)
-    inside = [entry for entry in carried.readings if window.begin_ns < entry[0] <= window.end_ns]
+    begin = carried.value_at(window.begin_ns)
+    inside = [reading for reading in carried.readings if window.begin_ns < reading[0] <= window.end_ns]
     if window.kind == "inference" or not inside:
-        return carried.value_after(window.end_ns) - begun
+        return carried.value_after(window.end_ns) - begin
     last_ns, value = inside[-1]
-    return (value - begun) * (window.end_ns - window.begin_ns) / (last_ns - window.begin_ns)
+    return (value - begin) * (window.end_ns - window.begin_ns) / (last_ns - window.begin_ns)
 
 
 def _cpu(points: PointsByMeasurement, window: MeasurementWindow, samples: int) -> dict[str, float]:
-    """Processor time in the window by role; a process that began in the window counts from its beginning.
+    """CPU time in the window by role.
 
-    One that was there before, and is first seen in it, has what is seen then from before.
+    A process that starts in the window counts from its start. One that is older and has its first sample in the window
+    had that CPU time before the window.
     """
-    born_ns = {
+    started_ns = {
         (point.tags.get("role", ""), point.tags.get("name", ""), str(point.fields.get("pid"))): point.time_ns
         for point in points.get("life", ())
         if point.fields.get("event") == "start"
     }
-    seen: dict[tuple[str, ...], list[tuple[int, float]]] = defaultdict(list)
+    by_process: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
     for point in points.get("process", ()):
         if point.fields.get("cpu_s") is not None and point.tags.get("role") not in OBSERVER_ROLES:
-            which = tuple(point.tags.get(tag, "") for tag in ("role", "node", "name"))
-            seen[*which, str(point.fields.get("pid"))].append((point.time_ns, number_or_zero(point, "cpu_s")))
+            process = tuple(point.tags.get(tag, "") for tag in ("role", "node", "name"))
+            by_process[*process, str(point.fields.get("pid"))].append((point.time_ns, number_or_zero(point, "cpu_s")))
     by_role: dict[str, float] = defaultdict(float)
-    for (role, _, name, pid), own in seen.items():
-        first_ns, first_s = own[0]
-        started_ns = born_ns.get((role, name, pid), 0)
-        if window.begin_ns < first_ns:
-            own.insert(
-                0, (min(started_ns, first_ns), 0.0) if started_ns > window.begin_ns else (window.begin_ns, first_s)
-            )
-        by_role[role] += CounterSeries(tuple(own)).increase(window.begin_ns, window.end_ns) / samples
+    for (role, _, name, pid), readings in by_process.items():
+        first_ns, first_s = readings[0]
+        start_ns = started_ns.get((role, name, pid), 0)
+        if first_ns > window.begin_ns:
+            started_inside = start_ns > window.begin_ns
+            readings.insert(0, (min(start_ns, first_ns), 0.0) if started_inside else (window.begin_ns, first_s))
+        by_role[role] += CounterSeries(tuple(readings)).increase(window.begin_ns, window.end_ns) / samples
     return dict(by_role)
 
 
 def _energy(
     points: PointsByMeasurement, window: MeasurementWindow, samples: int
 ) -> tuple[dict[str, float] | None, str]:
-    """Energy in the window by sensor, and why there is none; of a sample that the window cuts, its share."""
+    """Energy per sample by sensor, or None with the reasons why there is none."""
     by_sensor: dict[str, list[TelemetryPoint]] = defaultdict(list)
     for name, tag in (("gpu", "gpu"), ("power", "rail")):
         for point in points.get(name, ()):
             if point.fields.get("energy_j") is not None and is_additive(point.tags[tag]):
                 by_sensor[f"{tag} {point.tags[tag]}"].append(point)
     if by_sensor:
-        return {sensor: _joules(own, window) / samples for sensor, own in by_sensor.items()}, ""
+        return {sensor: _joules(readings, window) / samples for sensor, readings in by_sensor.items()}, ""
     missing = [point for point in points.get("missing", ()) if point.tags["sensor"].startswith(_POWER_SENSORS)]
     reasons = {f"{point.tags['sensor']}: {point.fields.get('reason')}" for point in missing}
-    return None, "; ".join(sorted(reasons)) or "no sensor said anything"
+    return None, "; ".join(sorted(reasons)) or "no power sensor reported"
 
 
-def _joules(own: list[TelemetryPoint], window: MeasurementWindow) -> float:
-    """Each says the energy since the one before, so the first, of which nobody knows since when, is none."""
+def _joules(readings: Sequence[TelemetryPoint], window: MeasurementWindow) -> float:
+    """Energy in the window: each reading is the energy since the previous one, counted by its share in the window.
+
+    The first reading has no known beginning and is left out.
+    """
     total = 0.0
-    for before, point in pairwise(own):
-        length_ns = point.time_ns - before.time_ns
-        inside_ns = min(point.time_ns, window.end_ns) - max(before.time_ns, window.begin_ns)
+    for previous, point in pairwise(readings):
+        length_ns = point.time_ns - previous.time_ns
+        inside_ns = min(point.time_ns, window.end_ns) - max(previous.time_ns, window.begin_ns)
         if length_ns > 0 and inside_ns > 0:
             total += number_or_zero(point, "energy_j") * inside_ns / length_ns
     return total

@@ -1,4 +1,4 @@
-"""What a benchmark ran on and with: the machine, and the versions of what matters. What cannot be read is None."""
+"""The environment of a benchmark: the machine and the versions of the software. A value that cannot be read is None."""
 
 from __future__ import annotations
 
@@ -12,68 +12,56 @@ from typing import Any
 
 import psutil
 
-from brokers.server import mosquitto_conf as mosquitto
+from brokers.server.mosquitto_conf import find_mosquitto
 
-_PATIENCE_S = 10.0
-_HERE = Path(__file__).resolve()
+_TIMEOUT_S = 10.0
+_THIS_FILE = Path(__file__).resolve()
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: its processor, memory, GPUs and kernel."""
-    gpus, why = _gpus()
+    """Processor, memory, GPUs and kernel of this machine."""
+    gpus, gpu_error = _gpu_names()
     return {
         "node": platform.node() or None,
-        "cpu": _cpu(),
+        "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus,
-        "gpus_missing": why,
+        "gpus_missing": gpu_error,
         "kernel": f"{platform.system()} {platform.release()}",
     }
 
 
 def versions() -> dict[str, str | None]:
-    """Sparse, Python, what computes, and what carries messages."""
-    return {
-        "sparse": _version("sparse-mqtt"),
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "numpy": _version("numpy"),
-        "paho-mqtt": _version("paho-mqtt"),
-        "mosquitto": _mosquitto(),
-        "iotcore": _version("iotcore"),
-    }
+    """The versions of Sparse, Python, and the packages and broker that compute and carry messages."""
+    packages = {"sparse": "sparse-mqtt", **{name: name for name in ("torch", "numpy", "paho-mqtt", "iotcore")}}
+    found: dict[str, str | None] = {"python": platform.python_version(), "mosquitto": _mosquitto_version()}
+    for name, distribution in packages.items():
+        try:
+            found[name] = version(distribution)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
-def git_revision(file: Path = _HERE) -> dict[str, Any] | None:
-    """The git revision of the checkout that `file`, or Sparse itself, is part of, and whether it has other changes.
-
-    None where it was installed, or where there is no git.
-    """
-    folder = file.parent
-    if _said("git", "-C", str(folder), "ls-files", "--error-unmatch", file.name) is None:
+def git_revision(file: Path = _THIS_FILE) -> dict[str, Any] | None:
+    """The commit of the checkout that tracks `file`, and whether it has uncommitted changes; None without a checkout."""
+    git = ("git", "-C", str(file.parent))
+    if _output(*git, "ls-files", "--error-unmatch", file.name) is None:
         return None
-    commit = _said("git", "-C", str(folder), "rev-parse", "HEAD")
-    changes = _said("git", "-C", str(folder), "status", "--porcelain")
-    return {"commit": commit, "dirty": bool(changes)} if commit else None
+    commit = _output(*git, "rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(_output(*git, "status", "--porcelain"))} if commit else None
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+def _mosquitto_version() -> str | None:
+    program = find_mosquitto()
+    usage = _output(program, "-h", any_status=True) if program else None
+    match = re.search(r"version (\S+)", usage or "")
+    return match.group(1) if match else None
 
 
-def _mosquitto() -> str | None:
-    program = mosquitto.find_mosquitto()
-    found = re.search(r"version (\S+)", _said(program, "-h", any_status=True) or "") if program else None
-    return found.group(1) if found else None
-
-
-def _cpu() -> str | None:
-    """What the kernel calls the processor."""
+def _cpu_name() -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -82,8 +70,8 @@ def _cpu() -> str | None:
     return names[0] if names else platform.processor() or platform.machine() or None
 
 
-def _gpus() -> tuple[list[str] | None, str | None]:
-    """The names of NVIDIA's GPUs; None, and why, where the driver cannot be asked."""
+def _gpu_names() -> tuple[list[str] | None, str | None]:
+    """The names of the NVIDIA GPUs; None, and the reason, where the driver does not answer."""
     import pynvml
 
     try:
@@ -99,11 +87,11 @@ def _gpus() -> tuple[list[str] | None, str | None]:
         pynvml.nvmlShutdown()
 
 
-def _said(*command: str, any_status: bool = False) -> str | None:
-    """What a program writes to standard output; None where it is not there, or fails."""
+def _output(*command: str, any_status: bool = False) -> str | None:
+    """The standard output of a program; None where it is not installed or fails."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE_S, check=False
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

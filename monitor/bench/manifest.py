@@ -1,7 +1,4 @@
-"""The manifest of a benchmark: what was run, on what and with what, so that a reader can run it again.
-
-It lies beside the results as manifest.json. `load_manifest` reads it for whoever shows them.
-"""
+"""The manifest of a benchmark: all that is needed to run it again, as manifest.json beside the results."""
 
 from __future__ import annotations
 
@@ -12,18 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from brokers.errors import UsageError
 from monitor.bench.case import BenchCase
-from monitor.errors import BadManifest
 
 MANIFEST_FILE = "manifest.json"
-# In an address, wherever it stands: a comment may hold an old one.
+# The password of a broker's address anywhere in a file, comments included.
 _PASSWORD = re.compile(r"(://[^/@\s:]*):[^@\s]*@")
 
 BenchMode = Literal["run", "source"]
 
 
 class LinkRecord(BaseModel):
-    """One link between two sites. `emulated`: a relay on one machine imposed the delay and the rate."""
+    """A link between two sites; `emulated`: a link emulator imposed its delay and rate."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,31 +32,31 @@ class LinkRecord(BaseModel):
 
 
 class SuiteRecord(BaseModel):
-    """A suite, or a point of a sweep: its file, what was changed of it, and its runs."""
+    """A suite, or a point of a sweep: its pipeline file, its overrides and its runs."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     path: str
-    pipeline_text: str = Field(description="of the whole file, passwords of brokers left out")
+    pipeline_text: str = Field(description="the pipeline file, without passwords of brokers")
     overrides: dict[str, Any]
     sweep_point: dict[str, Any] = {}
     kind: Literal["inference", "training"]
     seed: int
     links: tuple[LinkRecord, ...]
-    runs: tuple[str, ...] = Field(description="the names of their folders, beside the manifest")
+    runs: tuple[str, ...] = Field(description="names of folders beside the manifest")
 
 
 class Manifest(BaseModel):
-    """All of it."""
+    """A whole benchmark."""
 
     model_config = ConfigDict(frozen=True)
 
     format: Literal[1] = 1
     command: tuple[str, ...]
-    mode: BenchMode = Field(description="run: all of a pipeline was started here; source: its source only")
-    started_at: str = Field(description="ISO 8601, with the zone")
-    ended_at: str | None = Field(default=None, description="None while it runs")
+    mode: BenchMode = Field(description="run: whole pipelines on one machine; source: only their sources")
+    started_at: str = Field(description="ISO 8601 with a time zone")
+    ended_at: str | None = Field(default=None, description="None while the benchmark runs")
     warm_up: Annotated[int, Field(ge=0)]
     requests: int | None
     repeats: int
@@ -69,14 +66,12 @@ class Manifest(BaseModel):
     suites: tuple[SuiteRecord, ...]
 
     def to_json(self) -> str:
-        """As it is written."""
         return self.model_dump_json(indent=2) + "\n"
 
 
 def suite_record(case: BenchCase, emulated: bool, runs: Sequence[str]) -> SuiteRecord:
-    """What the manifest says of a case; `emulated` says whether its links' delays and rates were imposed here."""
+    """The record of a case; `emulated`: its runs emulate links that have a delay or a rate."""
     pipeline = case.pipeline
-    used = set(case.sites)
     links = [
         LinkRecord(
             site=site.name,
@@ -87,7 +82,7 @@ def suite_record(case: BenchCase, emulated: bool, runs: Sequence[str]) -> SuiteR
         )
         for site in pipeline.site
         for link in site.links
-        if {site.name, link.to} <= used
+        if {site.name, link.to} <= set(case.sites)
     ]
     return SuiteRecord(
         name=case.name,
@@ -103,20 +98,23 @@ def suite_record(case: BenchCase, emulated: bool, runs: Sequence[str]) -> SuiteR
 
 
 def redact_passwords(text: str) -> str:
-    """A pipeline file as anybody may read it: its brokers' addresses without passwords."""
+    """A pipeline file without the passwords in its brokers' addresses."""
     return _PASSWORD.sub(r"\1@", text)
 
 
 def load_manifest(folder: Path) -> Manifest | None:
-    """The manifest in a folder; None where there is none. Raises `BadManifest` for one that cannot be read."""
+    """The manifest in a folder; None where there is none. Raises `UsageError` ("BadManifest") for an invalid one."""
     path = folder / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise BadManifest(str(path), error.strerror or str(error)) from None
+        problem = error.strerror or str(error)
     except ValidationError as error:
-        mistake = error.errors(include_url=False)[0]
-        where = ".".join(str(level) for level in mistake["loc"])
-        raise BadManifest(str(path), f"{where}: {mistake['msg']}" if where else mistake["msg"]) from None
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(level) for level in first["loc"])
+        problem = f"{key}: {first['msg']}" if key else first["msg"]
+    raise UsageError(
+        "BadManifest", f"{path}: not the manifest of a benchmark: {problem}", path=str(path), problem=problem
+    )

@@ -1,7 +1,7 @@
-"""The results of a benchmark: figures of each run, their median and spread for each case, as JSON and as CSV. Pure.
+"""The results of a benchmark as JSON and CSV: the metrics of each run, and their spread over the runs of each case.
 
-Names are flat and say their units: `latency_ms.p50`, `stages.head.compute_ms`, `links.device - cloud.bytes_out`. They
-are the keys of results.json and the columns of results.csv.
+Metrics have flat names with units, such as `latency_ms.p50`, `stages.head.compute_ms` or `links.device - cloud.bytes_out`:
+the keys of results.json and the columns of results.csv.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
-from monitor.analysis.run_metrics import STAGE_TIMES, RunMetrics
+from brokers.protocol.stage_timing import STAGE_DURATIONS
+from monitor.analysis.median_range import MedianRange
+from monitor.analysis.run_metrics import RunMetrics
 
 RESULTS_FILE, CSV_FILE = "results.json", "results.csv"
-_DIGITS = 4  # of what is measured, behind the point
+_DECIMALS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """One run: its figures, or why it has none."""
+    """One run: its metrics, or the reason why it has none."""
 
     case: str
     name: str  # of its folder
@@ -29,103 +30,80 @@ class RunResult:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class MetricSpread:
-    """One figure over the repeats of a case."""
-
-    median: float
-    minimum: float
-    maximum: float
-
-    @classmethod
-    def from_values(cls, values: Sequence[float]) -> MetricSpread:
-        return cls(median(values), min(values), max(values))
-
-
-def flatten_metrics(figures: RunMetrics) -> dict[str, float]:
-    """All numbers of a run by their names; what was not measured is left out."""
-    found: dict[str, float] = {
-        "samples": figures.samples,
-        "failed": figures.failed,
-        "retries": figures.retries,
-        "span_s": figures.span_s,
-        "throughput_per_s": figures.throughput_per_s,
+def flatten_metrics(metrics: RunMetrics | None) -> dict[str, float]:
+    """The metrics of a run by flat name, without those that were not measured."""
+    if metrics is None:
+        return {}
+    values: dict[str, float] = {
+        "samples": metrics.samples,
+        "failed": metrics.failed,
+        "retries": metrics.retries,
+        "span_s": metrics.span_s,
+        "throughput_per_s": metrics.throughput_per_s,
     }
-    found |= {f"latency_ms.{name}": value for name, value in figures.latency_ms.items()}
-    if figures.network_ms is not None:
-        found["network_ms"] = figures.network_ms
-    for stage, time in figures.stages.items():
-        found |= {f"stages.{stage}.{name}": getattr(time, name) for name in STAGE_TIMES}
-    for link, crossed in figures.links.items():
-        found |= {f"links.{link}.bytes_out": crossed.bytes_out, f"links.{link}.bytes_in": crossed.bytes_in}
-    found |= {f"cpu_s.{role}": value for role, value in figures.cpu_s.items()}
-    found |= {f"energy_j.{sensor}": value for sensor, value in (figures.energy_j or {}).items()}
-    return {name: round(value, _DIGITS) for name, value in found.items()}
+    values |= {f"latency_ms.{name}": value for name, value in metrics.latency_ms.items()}
+    if metrics.network_ms is not None:
+        values["network_ms"] = metrics.network_ms
+    for stage, time in metrics.stages.items():
+        values |= {f"stages.{stage}.{name}": getattr(time, name) for name in STAGE_DURATIONS}
+    for link, traffic in metrics.links.items():
+        values |= {f"links.{link}.bytes_out": traffic.bytes_out, f"links.{link}.bytes_in": traffic.bytes_in}
+    values |= {f"cpu_s.{role}": value for role, value in metrics.cpu_s.items()}
+    values |= {f"energy_j.{sensor}": value for sensor, value in (metrics.energy_j or {}).items()}
+    return {name: round(value, _DECIMALS) for name, value in values.items()}
 
 
-def spreads_by_case(results: Sequence[RunResult]) -> dict[str, dict[str, MetricSpread]]:
-    """Median, least and most of each figure, by case; of a case none of whose runs ended well, nothing."""
-    found: dict[str, dict[str, MetricSpread]] = {}
-    for result in results:
-        found.setdefault(result.case, {})
-    for case in found:
-        runs = [flatten_metrics(result.metrics) for result in results if result.case == case and result.metrics]
+def spreads_by_case(results: Sequence[RunResult]) -> dict[str, dict[str, MedianRange]]:
+    """The spread of each metric over the successful runs of each case; empty for a case without any."""
+    spreads: dict[str, dict[str, MedianRange]] = {}
+    for case in dict.fromkeys(result.case for result in results):
+        runs = [flatten_metrics(result.metrics) for result in results if result.case == case]
         names = dict.fromkeys(name for run in runs for name in run)
-        found[case] = {name: MetricSpread.from_values([run[name] for run in runs if name in run]) for name in names}
-    return found
+        spreads[case] = {name: MedianRange.from_values([run[name] for run in runs if name in run]) for name in names}
+    return spreads
 
 
 def results_to_json(results: Sequence[RunResult]) -> dict[str, Any]:
-    """What results.json holds: by suite the spread of each figure, and by run its figures."""
-    return {
-        "suites": {
-            case: {
-                "runs": sum(result.case == case for result in results),
-                "failed_runs": sum(result.case == case and not result.metrics for result in results),
-                "kind": next((each.metrics.kind for each in results if each.case == case and each.metrics), None),
-                "figures": {
-                    name: {"median": spread.median, "least": spread.minimum, "most": spread.maximum}
-                    for name, spread in figures.items()
-                },
-            }
-            for case, figures in spreads_by_case(results).items()
-        },
-        "runs": {result.name: _run(result) for result in results},
-    }
+    """The content of results.json."""
+    suites = {}
+    for case, spreads in spreads_by_case(results).items():
+        runs = [result for result in results if result.case == case]
+        succeeded = [result.metrics for result in runs if result.metrics]
+        suites[case] = {
+            "runs": len(runs),
+            "failed_runs": len(runs) - len(succeeded),
+            "kind": succeeded[0].kind if succeeded else None,
+            "metrics": {
+                name: {"median": spread.median, "min": spread.minimum, "max": spread.maximum}
+                for name, spread in spreads.items()
+            },
+        }
+    return {"suites": suites, "runs": {result.name: _run_to_json(result) for result in results}}
 
 
-def _run(result: RunResult) -> dict[str, Any]:
-    if result.metrics is None:
+def _run_to_json(result: RunResult) -> dict[str, Any]:
+    metrics = result.metrics
+    if metrics is None:
         return {"suite": result.case, "error": result.error}
-    figures = result.metrics
-    energy = None if figures.energy_j is None else sum(figures.energy_j.values())
     return {
         "suite": result.case,
-        "kind": figures.kind,
-        "warm_up": figures.warm_up,
-        **flatten_metrics(figures),
-        "energy_j": energy,
-        "energy_missing": figures.energy_missing_reason or None,
+        "kind": metrics.kind,
+        "warm_up": metrics.warm_up,
+        **flatten_metrics(metrics),
+        "energy_j": None if metrics.energy_j is None else sum(metrics.energy_j.values()),
+        "energy_missing": metrics.energy_missing_reason or None,
     }
 
 
-def results_to_csv(results: Sequence[RunResult], about: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """What results.csv holds: a line for each run, a column for each figure that any of them has.
-
-    `about` has more columns by case: which point of a sweep it is.
-    """
-    known = about or {}
-    rows: list[dict[str, Any]] = [
-        {"suite": result.case, "run": result.name, **known.get(result.case, {}), **_row(result)} for result in results
-    ]
-    names = dict.fromkeys(name for row in rows for name in row)
-    written = io.StringIO()
-    writer = csv.DictWriter(written, [*names, "error"], lineterminator="\n")
+def results_to_csv(results: Sequence[RunResult], sweep_points: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """The content of results.csv: a row per run, a column per metric; `sweep_points` has more columns by case."""
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        point = (sweep_points or {}).get(result.case, {})
+        rows.append({"suite": result.case, "run": result.name, **point, **flatten_metrics(result.metrics)})
+    columns = dict.fromkeys(name for row in rows for name in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, "error"], lineterminator="\n")
     writer.writeheader()
-    for row, result in zip(rows, results, strict=True):
-        writer.writerow({**row, "error": result.error})
-    return written.getvalue()
-
-
-def _row(result: RunResult) -> Mapping[str, float]:
-    return flatten_metrics(result.metrics) if result.metrics else {}
+    writer.writerows({**row, "error": result.error} for row, result in zip(rows, results, strict=True))
+    return text.getvalue()

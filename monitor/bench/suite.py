@@ -1,17 +1,18 @@
-"""A suite: a pipeline file that is measured. The paper's four and two baselines for each task are in monitor/bench/suites."""
+"""Benchmark suites: pipeline files by name. The packaged ones are in monitor/bench/suites."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline
-from monitor.bench.errors import UnknownSuite
+from brokers.errors import UsageError, did_you_mean
 
 SUITES_FOLDER = Path(__file__).parent / "suites"
-# The paper's four, and the two that it lacks: one server, and no network at all.
+# The paper's four deployments, and two baselines: one server, and the device alone.
 DEPLOYMENTS = ("cloud", "cloudlet", "hybrid-off-device", "hybrid-on-device", "server", "device")
 TASKS = ("detect", "train")
 _COMMENT = re.compile(r"\A(?:#.*\n)+")
@@ -19,7 +20,7 @@ _COMMENT = re.compile(r"\A(?:#.*\n)+")
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """A pipeline file under the name that its runs have."""
+    """A pipeline file, under a name that is unique in a benchmark."""
 
     name: str
     path: Path
@@ -27,50 +28,40 @@ class Suite:
 
     @property
     def description(self) -> str:
-        """What the comment at the file's top says in its first sentence; empty where there is none."""
-        found = _COMMENT.match(self.path.read_text(errors="replace"))
-        words = " ".join(line.strip("# ") for line in found.group().splitlines()) if found else ""
-        return words.partition(". ")[0].rstrip(".") + "." if words else ""
+        """The first sentence of the comment at the top of the file; empty where there is none."""
+        comment = _COMMENT.match(self.path.read_text(errors="replace"))
+        text = " ".join(line.strip("# ") for line in comment.group().splitlines()) if comment else ""
+        return text.partition(". ")[0].rstrip(".") + "." if text else ""
 
 
 def packaged_suites() -> dict[str, tuple[str, ...]]:
-    """The suites that come with Sparse, by task, which is a name for all six of it."""
-    return {task: tuple(f"{task}-{place}" for place in DEPLOYMENTS) for task in TASKS}
+    """The names of the packaged suites by task; a task's name stands for all of them."""
+    return {task: tuple(f"{task}-{deployment}" for deployment in DEPLOYMENTS) for task in TASKS}
 
 
-def find_suites(asked: Sequence[str]) -> list[Suite]:
-    """The suites of these names: of a file, of a packaged suite, of a task. Each once, in the order asked for.
+def find_suites(names: Sequence[str]) -> list[Suite]:
+    """The suites for names of files, packaged suites or tasks: each once, in the given order.
 
-    Raises `UnknownSuite`, and `BadFile` for a file with a mistake in it.
+    Raises `UsageError` ("UnknownSuite"), and `BadFile` for an invalid pipeline file.
     """
-    paths = dict.fromkeys(path for name in asked for path in _paths(name))
-    names: set[str] = set()
-    found = []
-    for path in paths:
-        name = next(name for name in _names(path.stem) if name not in names)
-        names.add(name)
-        found.append(Suite(name, path, load_pipeline(path)))
-    return found
+    suites: dict[str, Suite] = {}
+    for path in dict.fromkeys(path for name in names for path in _paths(name)):
+        # The name is part of folders and topics; files of one name are numbered.
+        plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", path.stem).strip("-.") or "suite"
+        candidates = (plain if number == 1 else f"{plain}-{number}" for number in count(1))
+        name = next(name for name in candidates if name not in suites)
+        suites[name] = Suite(name, path, load_pipeline(path))
+    return list(suites.values())
 
 
 def _paths(name: str) -> Iterator[Path]:
-    groups = packaged_suites()
-    ours = [suite for suites in groups.values() for suite in suites]
-    if name in groups:
-        yield from (SUITES_FOLDER / f"{suite}.toml" for suite in groups[name])
-    elif name in ours:
-        yield SUITES_FOLDER / f"{name}.toml"
+    by_task = packaged_suites()
+    packaged = [suite for suites in by_task.values() for suite in suites]
+    if name in by_task or name in packaged:
+        yield from (SUITES_FOLDER / f"{suite}.toml" for suite in by_task.get(name, (name,)))
     elif Path(name).is_file() or name.endswith(".toml"):
-        yield Path(name)  # one that is not there is told as any pipeline file is
+        yield Path(name)  # `load_pipeline` reports a missing file
     else:
-        raise UnknownSuite(name, (*groups, *ours))
-
-
-def _names(stem: str) -> Iterator[str]:
-    """A name for a file's runs: what folders and topics are made of, and another where two files share it."""
-    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-.") or "suite"
-    yield plain
-    number = 2
-    while True:
-        yield f"{plain}-{number}"
-        number += 1
+        known = [*by_task, *packaged]
+        hint = did_you_mean(name, known) or f": expected a pipeline file or one of {', '.join(known)}"
+        raise UsageError("UnknownSuite", f"there is no suite {name!r}{hint}", name=name)

@@ -1,4 +1,4 @@
-"""A sweep: one pipeline file at several batch sizes, or cut at several places and not at all; which of them is best."""
+"""A sweep: one pipeline at several batch sizes, or cut at several places and uncut; and which point is the fastest."""
 
 from __future__ import annotations
 
@@ -8,112 +8,107 @@ from dataclasses import dataclass
 from typing import Any
 
 from brokers.config.schema import LOCAL_SITE
+from brokers.errors import UsageError
 from monitor.bench.case import BenchCase, run_length_overrides
-from monitor.bench.errors import NoSweep
 from monitor.bench.results import RunResult, spreads_by_case
 from monitor.bench.suite import Suite
 
-UNCUT_STAGE = "whole"  # the name of the stage of a network that is not cut
+UNCUT_STAGE = "whole"  # the name of the stage of an uncut network
 
 
 def batch_cases(suite: Suite, sizes: Sequence[int], requests: int | None, warm_up: int) -> list[BenchCase]:
-    """`max_batch` of all stages; of a pipeline that trains, rows of a step, in as many micro-batches as it has."""
-    pipeline, found = suite.pipeline, []
+    """A case per batch size: `max_batch` of all stages; for training the rows of a step."""
+    pipeline = suite.pipeline
+    cases = []
     for size in sizes:
         name = f"batch-{size}"
-        changes = run_length_overrides(name, pipeline, requests, warm_up, size)
+        overrides = run_length_overrides(name, pipeline, requests, warm_up, size)
         if pipeline.is_training:
-            changes |= {"training.batch": size, "training.micro_batches": min(pipeline.training.micro_batches, size)}
+            overrides["training.batch"] = size
+            overrides["training.micro_batches"] = min(pipeline.training.micro_batches, size)
         else:
-            changes["stage"] = [{**stage, "max_batch": size} for stage in _stages(suite)]
-        found.append(BenchCase(name, suite.path, pipeline, changes, {"sweep": "batch", "batch": size}))
-    return found
+            overrides["stage"] = [{**stage, "max_batch": size} for stage in _stage_tables(suite)]
+        cases.append(BenchCase(name, suite.path, pipeline, overrides, {"sweep": "batch", "batch": size}))
+    return cases
 
 
 def cut_cases(
-    suite: Suite, wanted: Sequence[int] | None, known: Mapping[int, int], requests: int | None, warm_up: int
+    suite: Suite, cuts: Sequence[int] | None, cut_bytes: Mapping[int, int], requests: int | None, warm_up: int
 ) -> list[BenchCase]:
-    """Each cut between the two stages of a pipeline, and its network uncut where the first is and where the second is.
+    """A case per cut between the two stages of a pipeline, and one per site of a stage with the uncut network there.
 
-    `known` has the bytes that cross each cut there is; `wanted` are those to try, all if left out. Raises `NoSweep`.
+    `cut_bytes` has the bytes that cross each cut of the network; `cuts` are those to try, None for all. Raises
+    `UsageError` ("BadSweep").
     """
-    pipeline = suite.pipeline
     check_cuttable(suite)
-    for cut in wanted or ():
-        if cut not in known:
-            raise NoSweep(f"{suite.path}: its network has no cut {cut}: expected 1 to {max(known, default=0)}")
-    changes = run_length_overrides(suite.name, pipeline, requests, warm_up, pipeline.training.batch)
-    found = [
-        BenchCase(
-            f"cut-{cut}",
-            suite.path,
-            pipeline,
-            {**changes, "pipeline.cuts": [cut]},
-            {"sweep": "cut", "cut": cut, "cut_bytes": known[cut]},
-        )
-        for cut in (known if wanted is None else wanted)
-    ]
-    places = {stage.get("site", LOCAL_SITE): stage for stage in reversed(_stages(suite))}
-    for site, stage in reversed(places.items()):
-        whole = {**changes, "pipeline.cuts": None, "stage": [{**stage, "name": UNCUT_STAGE}]}
-        about = {"sweep": "cut", "cut": None, "site": site}
-        found.append(BenchCase(f"uncut-at-{site}", suite.path, pipeline, whole, about))
-    return found
+    for cut in cuts or ():
+        if cut not in cut_bytes:
+            last = max(cut_bytes, default=0)
+            raise UsageError("BadSweep", f"{suite.path}: the network has no cut {cut}: expected 1 to {last}", cut=cut)
+    pipeline = suite.pipeline
+    length = run_length_overrides(suite.name, pipeline, requests, warm_up, pipeline.training.batch)
+    cases = []
+    for cut in cut_bytes if cuts is None else cuts:
+        overrides = {**length, "pipeline.cuts": [cut]}
+        point = {"sweep": "cut", "cut": cut, "cut_bytes": cut_bytes[cut]}
+        cases.append(BenchCase(f"cut-{cut}", suite.path, pipeline, overrides, point))
+    stage_by_site: dict[str, dict[str, Any]] = {}
+    for stage in _stage_tables(suite):
+        stage_by_site.setdefault(stage.get("site", LOCAL_SITE), stage)
+    for site, stage in stage_by_site.items():
+        overrides = {**length, "pipeline.cuts": None, "stage": [{**stage, "name": UNCUT_STAGE}]}
+        point = {"sweep": "cut", "cut": None, "site": site}
+        cases.append(BenchCase(f"uncut-at-{site}", suite.path, pipeline, overrides, point))
+    return cases
 
 
 def check_cuttable(suite: Suite) -> None:
-    """Raises `NoSweep` for a pipeline that is not one network in two stages."""
+    """Raise `UsageError` ("BadSweep") for a pipeline that is not one network in two stages."""
     stages = suite.pipeline.stage
-    if len(stages) != 2 or any(stage.executor is not None for stage in stages):
-        raise NoSweep(f"{suite.path}: cuts are tried in a pipeline of one network in two stages, it has {_told(suite)}")
+    executors = sum(stage.executor is not None for stage in stages)
+    if len(stages) != 2 or executors:
+        actual = f"{len(stages)}{f', {executors} of them with an executor of its own' if executors else ''}"
+        raise UsageError(
+            "BadSweep", f"{suite.path}: a sweep of cuts needs a pipeline of one network in two stages, it has {actual}"
+        )
 
 
-def _told(suite: Suite) -> str:
-    stages = suite.pipeline.stage
-    own = sum(stage.executor is not None for stage in stages)
-    return f"{len(stages)}{f', {own} of them with an executor of its own' if own else ''}"
-
-
-def _stages(suite: Suite) -> list[dict[str, Any]]:
-    """The file's own `[[stage]]` tables."""
-    found: list[dict[str, Any]] = tomllib.loads(suite.path.read_text())["stage"]
-    return found
+def _stage_tables(suite: Suite) -> list[dict[str, Any]]:
+    """The `[[stage]]` tables of the file."""
+    tables: list[dict[str, Any]] = tomllib.loads(suite.path.read_text())["stage"]
+    return tables
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """The point with the highest throughput, and how sure that is."""
+    """The point of a sweep with the highest throughput, and how it compares with the second."""
 
     best: str
-    throughput_per_s: float
-    second: str | None  # None where there is no other
-    margin: float  # of the best's median over the second's: 0.1 is a tenth more
-    within_noise: bool | None  # whether runs of the two overlap; None: one run of each cannot say
+    throughput_per_s: float  # median of its runs
+    second: str | None  # None where no other point has results
+    margin: float  # 0.1: ten per cent above the median of the second
+    within_noise: bool | None  # whether the runs of the two overlap; None where one of them has a single run
 
     def __str__(self) -> str:
-        said = f"best: {self.best}, {self.throughput_per_s:.4g}/s"
+        text = f"best: {self.best}, {self.throughput_per_s:.4g}/s"
         if self.second is None:
-            return said
-        over = f"{self.margin:.1%} above {self.second}"
+            return text
+        margin = f"{self.margin:.1%} above {self.second}"
         if self.within_noise is None:
-            return f"{said}, {over}; one run of each: what is noise is not known"
-        return f"{said}, within noise of {self.second} ({over})" if self.within_noise else f"{said}, {over}"
+            return f"{text}, {margin}; with one run of each, noise is unknown"
+        return f"{text}, within noise of {self.second} ({margin})" if self.within_noise else f"{text}, {margin}"
 
 
 def find_best(results: Sequence[RunResult]) -> SweepResult | None:
-    """Which point has the highest median throughput; None where no run ended well.
-
-    It is within noise of the second when its slowest run is no faster than the other's fastest.
-    """
-    rates = {case: figures["throughput_per_s"] for case, figures in spreads_by_case(results).items() if figures}
-    ranked = sorted(rates, key=lambda case: rates[case].median, reverse=True)
+    """The point with the highest median throughput; None where no run succeeded."""
+    throughputs = {case: spreads["throughput_per_s"] for case, spreads in spreads_by_case(results).items() if spreads}
+    ranked = sorted(throughputs, key=lambda case: throughputs[case].median, reverse=True)
     if not ranked:
         return None
-    best = rates[ranked[0]]
+    best = throughputs[ranked[0]]
     if len(ranked) == 1:
         return SweepResult(ranked[0], best.median, None, 0.0, None)
-    second = rates[ranked[1]]
-    counts = [sum(result.case == case and result.metrics is not None for result in results) for case in ranked[:2]]
-    noise = best.minimum <= second.maximum if min(counts) > 1 else None
+    second = throughputs[ranked[1]]
+    overlap = best.minimum <= second.maximum if min(best.count, second.count) > 1 else None
     margin = best.median / second.median - 1 if second.median else 0.0
-    return SweepResult(ranked[0], best.median, ranked[1], margin, noise)
+    return SweepResult(ranked[0], best.median, ranked[1], margin, overlap)

@@ -1,4 +1,4 @@
-"""The table at the end of a benchmark, for a person: a line for each case. Pure; it fits a terminal of 80 columns."""
+"""The results of a benchmark as text for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -7,55 +7,57 @@ from statistics import median
 
 from rich.table import Table
 
-from monitor.analysis.run_metrics import RunMetrics
-from monitor.bench.results import MetricSpread, RunResult, spreads_by_case
+from monitor.analysis.median_range import MedianRange
+from monitor.bench.results import RunResult, spreads_by_case
+
+LEGEND = (
+    "p50, p95: request latency (training: step duration). network: mean latency outside the stages. kB link, cpu ms: "
+    "bytes on links between sites, and CPU time of all processes of the run (brokers too, the monitor not), per sample."
+)
 
 
-def comparison_table(results: Sequence[RunResult], what: str, trains: bool) -> Table:
-    """Medians of each case over its runs, with the least and the most of its throughput; all of them train, or none."""
+def comparison_table(results: Sequence[RunResult], label: str, is_training: bool) -> Table:
+    """A row per case with the medians of its runs and the range of its throughput; all cases of one kind."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", title_justify="left")
-    table.title = "medians of the runs; in brackets the least and the most"
-    table.add_column(what, no_wrap=True)
-    network = () if trains else ("network",)
-    unit, of = ("rows/s", "step ms") if trains else ("/s", "p50 ms")
-    for column in (unit, "", of, "p95", *network, "kB link", "cpu ms"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for case, figures in spreads_by_case(results).items():
-        if not figures:
+    table.title = "medians of the runs, with the lowest and highest throughput"
+    table.add_column(label, no_wrap=True)
+    columns = ["rows/s", "", "step ms", "p95"] if is_training else ["/s", "", "p50 ms", "p95", "network"]
+    for column in (*columns, "kB link", "cpu ms"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for case, spreads in spreads_by_case(results).items():
+        if not spreads:
             table.add_row(case, "", "failed")
             continue
-        rate = figures["throughput_per_s"]
-        latencies = [f"{figures[f'latency_ms.{name}'].median:.0f}" for name in ("p50", "p95")]
-        shares = [f"{figures['network_ms'].median:.0f}"] if network else []
+        throughput = spreads["throughput_per_s"]
+        # The median of the runs' sums, as in the report, and not the sum of the roles' medians.
+        cpu_s = [each.metrics.total_cpu_s for each in results if each.case == case and each.metrics]
+        measured_s = [seconds for seconds in cpu_s if seconds is not None]
         table.add_row(
             case,
-            _rate(rate.median),
-            f"({_rate(rate.minimum)}-{_rate(rate.maximum)})",
-            *latencies,
-            *shares,
-            _total(figures, "links.", 1e-3),
-            _processor_ms([each.metrics for each in results if each.case == case and each.metrics]),
+            _rate(throughput.median),
+            f"({_rate(throughput.minimum)}-{_rate(throughput.maximum)})",
+            *(f"{spreads[f'latency_ms.{name}'].median:.0f}" for name in ("p50", "p95")),
+            *([] if is_training else [f"{spreads['network_ms'].median:.0f}"]),
+            _link_kb(spreads),
+            f"{1000 * median(measured_s):.0f}" if measured_s else "-",
         )
     return table
 
 
-LEGEND = (
-    "p50, p95: of a request's latency (training: of a step). network: its mean part that no stage accounts for. "
-    "kB link, cpu ms: what crossed links between sites, and processor time of all processes of the "
-    "run, brokers too, the monitor not, for a sample."
-)
+def format_run(result: RunResult) -> str:
+    """One run as one line."""
+    metrics = result.metrics
+    if metrics is None:
+        return f"{result.name}: failed: {result.error}"
+    unit, duration = (" rows/s", "a step") if metrics.kind == "training" else ("/s", "latency")
+    latency = ", ".join(f"{name} {value:.0f}" for name, value in metrics.latency_ms.items() if name != "mean")
+    return f"{result.name}: {metrics.throughput_per_s:.1f}{unit}, {duration} {latency} ms"
 
 
 def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _processor_ms(runs: Sequence[RunMetrics]) -> str:
-    """The median of what each run took: a report says the same."""
-    found = [seconds for run in runs if (seconds := run.total_cpu_s) is not None]
-    return f"{1000 * median(found):.0f}" if found else "-"
-
-
-def _total(figures: Mapping[str, MetricSpread], prefix: str, factor: float) -> str:
-    found = [spread.median for name, spread in figures.items() if name.startswith(prefix)]
-    return f"{factor * sum(found):.0f}" if found else "-"
+def _link_kb(spreads: Mapping[str, MedianRange]) -> str:
+    medians = [spread.median for name, spread in spreads.items() if name.startswith("links.")]
+    return f"{sum(medians) / 1000:.0f}" if medians else "-"

@@ -1,4 +1,4 @@
-"""What a daemon keeps of its node: events, samples, presence and its own counts, on their way to the stores."""
+"""Collects the telemetry of a node for the stores: events, samples, presence, and the monitor's own counts."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 from brokers.telemetry.schema import TelemetryEvent
 from monitor.daemon.event_parser import EventReader
 from monitor.daemon.unix_listener import UnixListener
-from monitor.errors import BadSocket, SocketTaken
+from monitor.errors import SocketUnavailable
 from monitor.points.points import TelemetryPoint, event_to_points
+from monitor.sensors.all import Sampler
 from monitor.sensors.energy_per_sample import EnergyPerSample
-from monitor.sensors.sampler import Sampler
 from monitor.stores.batch_writer import BatchWriter
 
 log = logging.getLogger(__name__)
 
 SAMPLE_INTERVAL_S = 0.5
-_STOP_S = 1.0
+_SAMPLER_STOP_S = 1.0
 
 
 class TelemetryCollector:
-    """Life: `start`, `stop`. What comes from any thread goes to all writers; `spans` takes events as they are.
+    """Passes all points to all writers, from any thread; `span_writer` gets the events themselves.
 
-    `deaf`: where the door cannot be opened it does without events, and says so.
+    Lifecycle: `start`, `stop`. `listener_optional`: if the socket cannot be opened, log it and go on without events.
     """
 
     def __init__(
@@ -42,60 +42,60 @@ class TelemetryCollector:
     ) -> None:
         self.run = run
         self.point_count = 0
-        self._node, self._writers, self._spans = node, writers, span_writer
-        self._spending, self._spending_guard = EnergyPerSample(node), threading.Lock()
-        self._sampler = Sampler(node, run, sample_interval_s, self._sampled)
-        self._reader = EventReader(listener, self._heard) if listener else None
-        self._deaf = listener_optional
+        self._node = node
+        self._writers = writers
+        self._span_writer = span_writer
+        self._mutex = threading.Lock()  # guards `point_count` and the next
+        self._energy_per_sample = EnergyPerSample(node)
+        self._sampler = Sampler(node, run, sample_interval_s, self._add_with_energy)
+        self._events = EventReader(listener, self._on_events) if listener else None
+        self._listener_optional = listener_optional
 
     def start(self) -> None:
-        """Hear events, and sample; raises as `UnixListener.open`."""
+        """Receive events and sample the node. Raises `SocketUnavailable`."""
         try:
-            if self._reader:
-                self._reader.start()
-        except (SocketTaken, BadSocket) as error:
-            if not self._deaf:
+            if self._events:
+                self._events.start()
+        except SocketUnavailable as error:
+            if not self._listener_optional:
                 raise
-            log.warning("no events are heard: %s", error)
-            self._reader = None
-        for writer in self._writers:
+            log.warning("no events are received: %s", error)
+            self._events = None
+        for writer in self._all_writers:
             writer.start()
-        if self._spans:
-            self._spans.start()
         self._sampler.start()
 
     def add(self, points: Sequence[TelemetryPoint]) -> None:
-        """Have points kept."""
-        with self._spending_guard:
-            self._spending.add(points)
+        """Pass points to the stores."""
+        with self._mutex:
+            self._energy_per_sample.add(points)
             self.point_count += len(points)
         for writer in self._writers:
             writer.add(points)
 
     def stop(self, timeout_s: float) -> None:
-        """Keep all that has come in so far, if the stores take it in time. May be called however far `start` came.
+        """Store all that was received, as far as the stores accept it in time. May be called after a failed `start`.
 
-        What waits to be read is bounded and is read first, however long that takes on a busy machine.
+        The event buffer is bounded and is always read to its end, however long that takes on a busy machine.
         """
-        self._sampler.stop(_STOP_S)
-        if self._reader:
-            self._reader.stop()
-        self._sampled([self.monitor_point()])
+        self._sampler.stop(_SAMPLER_STOP_S)
+        if self._events:
+            self._events.stop()
+        self._add_with_energy([self.monitor_point()])
         end_s = time.monotonic() + timeout_s
-        writers = (*self._writers, *((self._spans,) if self._spans else ()))
-        for writer in writers:  # all at once: one that hangs takes none of the others' time
+        for writer in self._all_writers:  # all drain at the same time: one that hangs does not delay the others
             writer.drain(timeout_s)
-        for writer in writers:
+        for writer in self._all_writers:
             writer.stop(max(0.0, end_s - time.monotonic()))
 
     @property
     def socket_path(self) -> Path | None:
-        """Where events are heard, if they are."""
-        return self._reader.listener.path if self._reader else None
+        """The socket on which events are received, if any."""
+        return self._events.listener.path if self._events else None
 
     @property
     def store_names(self) -> list[str]:
-        """The names of what points are kept in."""
+        """The names of the stores of points."""
         return [writer.name for writer in self._writers]
 
     @property
@@ -104,27 +104,31 @@ class TelemetryCollector:
         return self._sampler.latest
 
     def monitor_point(self) -> TelemetryPoint:
-        """The monitor's own counts, as of now."""
-        reader = self._reader
+        """The monitor's own counts now."""
+        events = self._events
         fields = {
-            "events": reader.event_count if reader else 0,
-            "bad_events": reader.bad_events if reader else 0,
-            "dropped_events": reader.dropped if reader else 0,
+            "events": events.event_count if events else 0,
+            "bad_events": events.bad_events if events else 0,
+            "dropped_events": events.dropped if events else 0,
             "points": self.point_count,
             "waiting_points": max((writer.waiting for writer in self._writers), default=0),
             "dropped_points": sum(writer.dropped for writer in self._writers),
-            "dropped_spans": self._spans.dropped if self._spans else 0,
+            "dropped_spans": self._span_writer.dropped if self._span_writer else 0,
         }
         return TelemetryPoint("monitor", time.time_ns(), {"node": self._node, "run": self.run}, fields)
 
-    def _sampled(self, points: Sequence[TelemetryPoint]) -> None:
-        self.add(points)
-        with self._spending_guard:
-            spent = self._spending.pop_points(time.time_ns())
-        self.add(spent)
+    @property
+    def _all_writers(self) -> list[BatchWriter[TelemetryPoint] | BatchWriter[TelemetryEvent]]:
+        return [*self._writers, *([self._span_writer] if self._span_writer else [])]
 
-    def _heard(self, events: Sequence[TelemetryEvent]) -> None:
+    def _add_with_energy(self, points: Sequence[TelemetryPoint]) -> None:
+        self.add(points)
+        with self._mutex:
+            energy = self._energy_per_sample.pop_points(time.time_ns())
+        self.add(energy)
+
+    def _on_events(self, events: Sequence[TelemetryEvent]) -> None:
         self._sampler.on_events(events)
         self.add([point for event in events for point in event_to_points(event, self._node, self.run)])
-        if self._spans:
-            self._spans.add(events)
+        if self._span_writer:
+            self._span_writer.add(events)

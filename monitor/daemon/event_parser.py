@@ -1,75 +1,76 @@
-"""Reads the events that come through the door, in a thread of its own: what is none is counted, and said sparingly."""
+"""Parses the events on the monitor's socket in a thread; invalid lines are counted and logged."""
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from brokers.errors import BadPayload
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, TelemetryEvent, event_from_json
-from monitor.daemon.complaints import ErrorCounts
 from monitor.daemon.unix_listener import UnixListener
 
 log = logging.getLogger(__name__)
 
-# Reading at each datagram would cost a busy node more than it hears.
-_EVERY_S = 0.1
-# At a time, so that what is read is passed on in good time, and memory holds it once.
-_DATAGRAMS = 32
-_TOO_LARGE = f"a datagram of more than {DATAGRAM_LIMIT_BYTES} bytes was thrown away"
-_NO_ROOM = "events came faster than they could be read: lines were thrown away"
+_INTERVAL_S = 0.1  # parsing each datagram as it arrives would cost a busy node more CPU
+_DATAGRAMS_PER_CALL = 32  # bounds the delay and the memory of one callback
+_TOO_LARGE = f"datagrams of more than {DATAGRAM_LIMIT_BYTES} bytes were dropped"
+_BUFFER_FULL = "lines were dropped: events arrive faster than they are read"
 
 EventCallback = Callable[[Sequence[TelemetryEvent]], None]
 
 
 class EventReader:
-    """Life: `start`, `stop`. Counts are since it was made."""
+    """Passes the events that a listener receives to a callback, in a thread of its own.
+
+    Lifecycle: `start`, `stop`. Counts are since construction.
+    """
 
     def __init__(self, listener: UnixListener, on_events: EventCallback) -> None:
         self.listener = listener
         self.event_count = 0
-        self._heard = on_events
-        self._bad = ErrorCounts()
-        self._no_room = ErrorCounts()
-        self._told_too_large = 0
-        self._leaving = threading.Event()
+        self._on_events = on_events
+        self._invalid_lines = 0
+        self._problems: Counter[str] = Counter()  # not yet logged: their texts are ours, with nothing that was sent
+        self._logged_too_large = 0
+        self._logged_dropped = 0
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="event reader", daemon=True)
 
     @property
     def bad_events(self) -> int:
-        """Lines, and datagrams that were too large."""
-        return self._bad.total
+        """Invalid lines and oversized datagrams."""
+        return self._invalid_lines + self.listener.too_large
 
     @property
     def dropped(self) -> int:
-        """Lines that memory had no room for."""
+        """Lines that did not fit into the buffer."""
         return self.listener.dropped
 
     def start(self) -> None:
-        """Open the door; raises as `UnixListener.open`."""
+        """Open the socket; raises as `UnixListener.open`."""
         self.listener.open()
         self._thread.start()
 
     def stop(self) -> None:
-        """Close the door, and read what has come in. May be called twice, and without `start`."""
+        """Close the socket and parse all that was received. May be called twice, and without `start`."""
         self.listener.close()
-        self._leaving.set()
+        self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
         while True:
-            left = self._leaving.is_set()
-            while datagrams := self.listener.take(_DATAGRAMS):
-                self._read(datagrams)
-            self._complain(time.monotonic())
-            if left:
+            stopping = self._stopping.is_set()
+            while datagrams := self.listener.take(_DATAGRAMS_PER_CALL):
+                self._parse(datagrams)
+            self._log_problems()
+            if stopping:
                 return
-            self._leaving.wait(_EVERY_S)
+            self._stopping.wait(_INTERVAL_S)
 
-    def _read(self, datagrams: Sequence[bytes]) -> None:
+    def _parse(self, datagrams: Sequence[bytes]) -> None:
         events = []
         for datagram in datagrams:
             for line in datagram.split(b"\n"):
@@ -78,16 +79,21 @@ class EventReader:
                 try:
                     events.append(event_from_json(line))
                 except BadPayload as error:
-                    self._bad.add(f"a line on the socket is {error.problem}")
+                    self._invalid_lines += 1
+                    self._problems[f"lines on the event socket are {error.problem}"] += 1
         self.event_count += len(events)
         if events:
-            self._heard(events)
+            self._on_events(events)
 
-    def _complain(self, now_s: float) -> None:
-        if new := self.listener.too_large - self._told_too_large:
-            self._told_too_large += new
-            self._bad.add(_TOO_LARGE, new)
-        if new := self.listener.dropped - self._no_room.total:
-            self._no_room.add(_NO_ROOM, new)
-        for line in (*self._bad.due_lines(now_s), *self._no_room.due_lines(now_s)):
-            log.warning("%s", line)
+    def _log_problems(self) -> None:
+        """One line for each kind of problem since the last call; the log's rate limit bounds a flood of them."""
+        too_large = self.listener.too_large
+        dropped = self.listener.dropped
+        self._problems[_TOO_LARGE] += too_large - self._logged_too_large
+        self._problems[_BUFFER_FULL] += dropped - self._logged_dropped
+        self._logged_too_large = too_large
+        self._logged_dropped = dropped
+        for problem, count in self._problems.items():
+            if count:
+                log.warning("%d %s", count, problem)
+        self._problems.clear()

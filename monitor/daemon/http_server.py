@@ -1,146 +1,163 @@
-"""A small HTTP server that only shows pages: GET and HEAD, one request a connection, and an end to all of it.
+"""The monitor's HTTP server: /metrics for Prometheus, /stages for autoscalers, /health. Starlette on uvicorn.
 
-Whoever connects and says nothing, or garbage, or never takes its answer, holds one of a few places for a few seconds;
-when they are all taken, the oldest that has not asked for anything yet makes room for the next.
+uvicorn limits neither the duration of a request nor the number of connections without one; `_Connection` adds both.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from email.utils import formatdate
-from functools import partial
+import time
+from collections.abc import Generator
 from http import HTTPStatus
 
-from brokers.errors import PortTaken
-from monitor.errors import CannotServe
+import uvicorn
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-log = logging.getLogger(__name__)
+from brokers.errors import PortTaken, UsageError
+from brokers.protocol.transport import Transport
+from monitor.daemon.autoscaling import stage_metrics
+from monitor.daemon.collector import TelemetryCollector
+from monitor.daemon.prometheus import MonitorCollector, render_metrics
+from monitor.presence.presence_table import PresenceTable
 
-# A scraper's request has some hundred bytes.
-HEAD_LIMIT_BYTES = 8192
-# From the connection to the end of the head: a scraper sends it at once.
-ASKING_S = 5.0
-# For the answer to be taken; Prometheus gives up after 10 s unless told otherwise.
-TAKING_S = 10.0
+REQUEST_LIMIT_BYTES = 8192  # of the request line and headers: a scraper's have some hundred bytes
+EXCHANGE_TIMEOUT_S = 10.0  # from the connection to the end of the response; Prometheus' own default
 CONNECTIONS_LIMIT = 16
-_TEXT = "text/plain; charset=utf-8"
-
-
-@dataclass(frozen=True, slots=True)
-class HttpResponse:
-    """What a page says."""
-
-    body: str
-    content_type: str = _TEXT
-    status: HTTPStatus = HTTPStatus.OK
-
-
-PageHandler = Callable[[], HttpResponse]
 
 
 class HttpServer:
-    """Shows pages by path. Life: `start`, `stop`."""
+    """Serves the monitor's pages. Lifecycle: `start`, `stop`."""
 
-    def __init__(self, pages: Mapping[str, PageHandler]) -> None:
-        self._pages = pages
-        self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
-        self._asking: dict[asyncio.Task[None], None] = {}  # those that have not asked yet, the oldest first
+    def __init__(
+        self, presence: PresenceTable, transport: Transport | None, telemetry: TelemetryCollector | None
+    ) -> None:
+        self._presence = presence
+        self._transport = transport
+        self._metrics_collector = MonitorCollector(
+            presence,
+            (lambda: transport.is_connected) if transport else None,
+            (lambda: [*telemetry.latest, telemetry.monitor_point()]) if telemetry else tuple,
+        )
+        self._server: _Server | None = None
+        self._task: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> None:
-        """Listen; raise `PortTaken` or `CannotServe`."""
-        try:
-            self._server = await asyncio.start_server(self._connected, host, port, limit=HEAD_LIMIT_BYTES)
-        except (OSError, UnicodeError) as error:  # the latter for what no name of a host can be
-            if not isinstance(error, OSError) or isinstance(error, socket.gaierror):
-                raise CannotServe(host, port, "no such host") from error
-            if error.errno == errno.EADDRINUSE:
-                raise PortTaken(host, port) from error
-            reason = os.strerror(error.errno) if error.errno else str(error)  # asyncio's own texts repeat the address
-            raise CannotServe(host, port, reason) from error
+        """Listen on one address. Raises `PortTaken`, or `UsageError` for an address that cannot be used."""
+        listener = _listen(host, port)
+        routes = [Route("/metrics", self._metrics), Route("/health", self._health)]
+        if self._transport is not None:
+            routes.append(Route("/stages", self._stages))
+        pages = ", ".join(route.path for route in routes)
+
+        async def not_found(request: Request, error: Exception) -> Response:
+            return PlainTextResponse(f"not found: there is {pages}\n", HTTPStatus.NOT_FOUND)
+
+        app = Starlette(routes=routes, exception_handlers={HTTPStatus.NOT_FOUND: not_found})
+        app.router.redirect_slashes = False
+        config = uvicorn.Config(
+            app,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",  # bad requests of clients are not logged
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            headers=[("connection", "close"), ("cache-control", "no-store")],
+            h11_max_incomplete_event_size=REQUEST_LIMIT_BYTES,
+        )
+        self._server = _Server(config)
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="http server")
 
     async def stop(self) -> None:
-        """Stop listening, and end what is under way."""
-        if self._server is None:
+        """Stop listening and abort all connections."""
+        if self._server is None or self._task is None:
             return
-        self._server.close()
-        for task in self._connections:
-            task.cancel()
-        if self._connections:
-            await asyncio.wait(self._connections)
+        self._server.should_exit = True
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
+        await self._task
 
-    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= CONNECTIONS_LIMIT:
-            if not self._asking:
-                writer.transport.abort()
-                return
-            oldest = next(iter(self._asking))
-            self._asking.pop(oldest)
-            oldest.cancel()
-        task = asyncio.create_task(self._serve(reader, writer), name="http connection")
-        self._connections.add(task)
-        self._asking[task] = None
-        task.add_done_callback(partial(self._over, writer.transport))
+    # Pages: coroutines, since Starlette runs plain functions in other threads -----------------------------------------
 
-    def _over(self, transport: asyncio.WriteTransport, task: asyncio.Task[None]) -> None:
-        transport.abort()  # here, since a task that is cancelled before it begins has no `finally`
-        self._connections.discard(task)
-        self._asking.pop(task, None)
-        if not task.cancelled() and (problem := task.exception()):
-            log.error("an HTTP connection failed", exc_info=problem)
+    async def _metrics(self, request: Request) -> Response:
+        return Response(render_metrics(self._metrics_collector), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(ASKING_S):
-                method, answer = await self._asked(reader)
-            self._asking.pop(asyncio.current_task(), None)  # type: ignore[arg-type]  # this is a task
-            async with asyncio.timeout(TAKING_S):
-                writer.write(_response(method, answer))
-                await writer.drain()
-                writer.close()
-                await writer.wait_closed()
-        except (OSError, TimeoutError, EOFError):
-            log.debug("an HTTP client left, or took too long")
+    async def _stages(self, request: Request) -> Response:
+        # Without the broker the numbers are unknown: zeros would make an autoscaler remove busy workers.
+        if self._transport is None or not self._transport.is_connected:
+            return await self._health(request)
+        return JSONResponse(stage_metrics(self._presence, time.monotonic()))
 
-    async def _asked(self, reader: asyncio.StreamReader) -> tuple[str, HttpResponse]:
-        """The method, and the answer to what was asked; raises EOFError when there is no whole head."""
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-        except asyncio.LimitOverrunError:
-            return "", _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        words = head.partition(b"\r\n")[0].decode("latin-1").split(" ")
-        if len(words) != 3 or not words[2].startswith("HTTP/1."):
-            return "", _refusal(HTTPStatus.BAD_REQUEST)
-        method, target, _ = words
-        if method not in ("GET", "HEAD"):
-            return method, _refusal(HTTPStatus.METHOD_NOT_ALLOWED)
-        page = self._pages.get(target.partition("?")[0])
-        if page is None:
-            return method, _refusal(HTTPStatus.NOT_FOUND, f"there is {', '.join(self._pages)}")
-        return method, page()
+    async def _health(self, request: Request) -> Response:
+        if self._transport is None:
+            return PlainTextResponse("watching this node\n")
+        if self._transport.is_connected:
+            return PlainTextResponse(f"connected to {self._transport.address}\n")
+        return PlainTextResponse(f"not connected to {self._transport.address}\n", HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-def _refusal(status: HTTPStatus, more: str = "") -> HttpResponse:
-    return HttpResponse(f"{status.phrase.lower()}{more and ': '}{more}\n", status=status)
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: the program has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
 
 
-def _response(method: str, answer: HttpResponse) -> bytes:
-    body = answer.body.encode(errors="replace")
-    lines = [
-        f"HTTP/1.1 {answer.status.value} {answer.status.phrase}",
-        f"Date: {formatdate(usegmt=True)}",
-        f"Content-Type: {answer.content_type}",
-        f"Content-Length: {len(body)}",
-        "Cache-Control: no-store",
-        "Connection: close",
-    ]
-    if answer.status == HTTPStatus.METHOD_NOT_ALLOWED:
-        lines.append("Allow: GET, HEAD")
-    head = "\r\n".join([*lines, "", ""]).encode("latin-1")
-    return head if method == "HEAD" else head + body
+class _Connection(H11Protocol):
+    """A connection for one request, with a timeout for the whole exchange.
+
+    Beyond CONNECTIONS_LIMIT the oldest connection that has not sent a request is aborted, so clients that connect and
+    send nothing keep no other client out; if all others are being answered, it is the new one.
+    """
+
+    opened_s = 0.0
+    aborted = False
+    _timeout: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self.opened_s = self.loop.time()
+        self._timeout = self.loop.call_later(EXCHANGE_TIMEOUT_S, self.abort)
+        connections = [each for each in self.connections if isinstance(each, _Connection) and not each.aborted]
+        if len(connections) > CONNECTIONS_LIMIT:
+            idle = [each for each in connections if each.cycle is None]
+            min(idle, key=lambda each: each.opened_s).abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timeout is not None:
+            self._timeout.cancel()
+        super().connection_lost(exc)
+
+    def abort(self) -> None:
+        self.aborted = True  # until `connection_lost` removes it
+        self.transport.abort()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    def address_error(reason: str) -> UsageError:
+        message = f"cannot listen at {host}, port {port}: {reason}"
+        return UsageError("CannotServe", message, host=host, port=port, reason=reason)
+
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: not the name of a host
+        raise address_error("no such host") from error
+    family, _, _, _, address = min(addresses, key=lambda each: each[0] != socket.AF_INET)  # IPv4 if it has both
+    try:
+        return socket.create_server(address, family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PortTaken(host, port) from error
+        raise address_error(os.strerror(error.errno).lower() if error.errno else str(error)) from error

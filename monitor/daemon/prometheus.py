@@ -1,144 +1,190 @@
-"""What Prometheus is told: the records of workers and sources as series. Pure.
+"""The monitor's Prometheus metrics: presence records of workers and sources, the node, and the monitor itself.
 
-Durations are in seconds and names end as Prometheus has it; otherwise they are those of docs/protocol.md. The figures
-of a worker or source that is lost are not told: they are its last, and it may be long ago.
+Durations are in seconds; names follow Prometheus' conventions and otherwise docs/protocol.md. A worker or source that
+is lost has no metrics of its own, since its last record may be old.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from brokers.dispatch.presence import SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
-from monitor.daemon.exposition import MetricFamily, MetricType, render_exposition
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from brokers.dispatch.presence import SourceRecord, WorkerRecord
+from monitor.points.points import TelemetryPoint
 from monitor.presence.presence_table import PresenceTable, StageKey, stage_key
 
-# Workers and sources whose figures are told one by one, those that came first: whoever makes more of them up than
-# anybody runs fills neither the page nor the memory of its reader. All that are known count in sparse_workers.
+# The workers and sources with metrics of their own, oldest first: a client that invents records can fill neither the
+# page nor its reader's memory. `sparse_workers` counts all.
 WORKERS_SHOWN = 1024
 SOURCES_SHOWN = 128
 
 
-L = TypeVar("L", WorkerLoad, SourceLoad)
+class _LoadMetric(NamedTuple):
+    """A metric of the `load` of a presence record."""
 
-
-class _PresenceMetric(NamedTuple, Generic[L]):
     name: str
-    kind: MetricType
-    about: str
-    of: Callable[[L], float]
+    documentation: str
+    value: Callable[[Any], float]
 
 
-_OF_WORKERS: tuple[_PresenceMetric[WorkerLoad], ...] = (
-    _PresenceMetric("queue", "gauge", "Tasks that wait.", lambda load: load.queue),
-    _PresenceMetric("queue_seconds", "gauge", "How long tasks wait to be begun.", lambda load: _seconds(load.queue_ms)),
-    _PresenceMetric(
-        "task_seconds", "gauge", "How long one task keeps the worker busy.", lambda load: _seconds(load.task_ms)
-    ),
-    _PresenceMetric("busy_ratio", "gauge", "Share of the last second spent computing.", lambda load: load.busy),
-    _PresenceMetric("rate", "gauge", "Tasks a second, over the last second.", lambda load: load.rate),
-    _PresenceMetric("done_total", "counter", "Tasks finished.", lambda load: load.done),
-    _PresenceMetric("failed_total", "counter", "Tasks answered with a failure.", lambda load: load.failed),
-    _PresenceMetric("malformed_total", "counter", "Messages that broke the protocol.", lambda load: load.malformed),
-    _PresenceMetric("rejected_total", "counter", "Tasks given back, full or leaving.", lambda load: load.rejected),
-    _PresenceMetric("expired_total", "counter", "Tasks dropped past their deadline.", lambda load: load.expired),
+_WORKER_METRICS = (
+    _LoadMetric("sparse_worker_queue", "Tasks waiting.", lambda load: load.queue),
+    _LoadMetric("sparse_worker_queue_seconds", "Time that tasks wait.", lambda load: _seconds(load.queue_ms)),
+    _LoadMetric("sparse_worker_task_seconds", "Time that a task takes.", lambda load: _seconds(load.task_ms)),
+    _LoadMetric("sparse_worker_busy_ratio", "Share of the last second spent computing.", lambda load: load.busy),
+    _LoadMetric("sparse_worker_rate", "Tasks finished in the last second.", lambda load: load.rate),
+    _LoadMetric("sparse_worker_done_total", "Tasks finished.", lambda load: load.done),
+    _LoadMetric("sparse_worker_failed_total", "Tasks answered with a failure.", lambda load: load.failed),
+    _LoadMetric("sparse_worker_malformed_total", "Messages that break the protocol.", lambda load: load.malformed),
+    _LoadMetric("sparse_worker_rejected_total", "Tasks returned when full or leaving.", lambda load: load.rejected),
+    _LoadMetric("sparse_worker_expired_total", "Tasks dropped after their deadline.", lambda load: load.expired),
 )
-_OF_SOURCES: tuple[_PresenceMetric[SourceLoad], ...] = (
-    _PresenceMetric("requests_total", "counter", "Requests asked for.", lambda load: load.requests),
-    _PresenceMetric("results_total", "counter", "Requests answered.", lambda load: load.results),
-    _PresenceMetric("twins_total", "counter", "Second answers to one request, dropped.", lambda load: load.duplicates),
-    _PresenceMetric("in_flight", "gauge", "Requests sent, and not answered yet.", lambda load: load.in_flight),
-    _PresenceMetric("waiting", "gauge", "Requests that wait for room in the window.", lambda load: load.waiting),
-    _PresenceMetric("window", "gauge", "How many requests may be in flight.", lambda load: load.window),
-    _PresenceMetric("rate", "gauge", "Results a second, lately.", lambda load: load.rate),
+_SOURCE_METRICS = (
+    _LoadMetric("sparse_source_requests_total", "Requests made.", lambda load: load.requests),
+    _LoadMetric("sparse_source_results_total", "Requests with a result.", lambda load: load.results),
+    _LoadMetric("sparse_source_duplicates_total", "Duplicate results dropped.", lambda load: load.duplicates),
+    _LoadMetric("sparse_source_in_flight", "Requests sent and not yet answered.", lambda load: load.in_flight),
+    _LoadMetric("sparse_source_waiting", "Requests waiting for a slot of the window.", lambda load: load.waiting),
+    _LoadMetric("sparse_source_window", "Size of the in-flight window.", lambda load: load.window),
+    _LoadMetric("sparse_source_rate", "Recent results per second.", lambda load: load.rate),
 )
-_REASONS = (
-    ("retries", "Attempts after the first, by what befell the one before."),
-    ("dropped", "Samples that never became a request, by reason."),
+_REASON_COUNTERS = (
+    ("retries", "Attempts after the first, by the reason of the previous one's end."),
+    ("dropped", "Samples dropped before they became requests, by reason."),
     ("failed", "Requests that ended without a result, by error."),
 )
 
 
-def presence_metrics(census: PresenceTable, now_s: float, *, connected: bool) -> str:
-    """The page that /metrics gives."""
-    return render_exposition(
-        [_connected(connected), *_counted(census, now_s), *_of_workers(census, now_s), *_of_sources(census, now_s)]
-    )
+class _PointMetric(NamedTuple):
+    """A metric of a field of the newest points of a measurement."""
+
+    measurement: str
+    field: str
+    name: str
+    documentation: str
+    labels: tuple[str, ...] = ("node",)
 
 
-def _connected(connected: bool) -> MetricFamily:
-    family = MetricFamily("sparse_broker_connected", "gauge", "Whether the monitor is connected to the broker.")
-    family.add(int(connected))
-    return family
+_GPU_LABELS = ("node", "gpu", "model")
+POINT_METRICS = (
+    _PointMetric("node", "cpu", "sparse_node_cpu_ratio", "Share of the CPU time of all cores in use."),
+    _PointMetric("node", "memory_used_bytes", "sparse_node_memory_used_bytes", "Memory in use."),
+    _PointMetric("gpu", "use", "sparse_gpu_use_ratio", "Share of the time in which the GPU computes.", _GPU_LABELS),
+    _PointMetric("gpu", "memory_used_bytes", "sparse_gpu_memory_used_bytes", "GPU memory in use.", _GPU_LABELS),
+    _PointMetric("gpu", "power_w", "sparse_gpu_power_watts", "Power of the GPU.", _GPU_LABELS),
+    _PointMetric("monitor", "events", "sparse_monitor_events_total", "Events received."),
+    _PointMetric("monitor", "bad_events", "sparse_monitor_bad_events_total", "Lines that are not a valid event."),
+    _PointMetric("monitor", "dropped_events", "sparse_monitor_dropped_events_total", "Events dropped: buffer full."),
+    _PointMetric("monitor", "points", "sparse_monitor_points_total", "Points made."),
+    _PointMetric("monitor", "waiting_points", "sparse_monitor_waiting_points", "Points not yet stored."),
+    _PointMetric("monitor", "dropped_points", "sparse_monitor_dropped_points_total", "Points lost."),
+)
 
 
-def _counted(census: PresenceTable, now_s: float) -> Iterator[MetricFamily]:
-    """How many there are, and what of it was not believed, or is not on this page."""
-    present = census.live_workers_by_stage(now_s)
-    states: Counter[tuple[StageKey, str]] = Counter({(place, "up"): 0 for place in present})
-    states.update((place, birth.state) for place, births in present.items() for birth in births)
-    states.update((stage_key(birth), "lost") for birth in census.lost_workers(now_s))
-    workers = MetricFamily("sparse_workers", "gauge", "Workers of a stage, by state.")
-    for (place, state), count in states.items():
-        workers.add(count, {**place._asdict(), "state": state})
-    yield workers
-    hidden = MetricFamily("sparse_monitor_hidden", "gauge", "Workers and sources too many for this page.")
-    hidden.add(max(0, len(census.live_workers(now_s)) - WORKERS_SHOWN), {"kind": "worker"})
-    hidden.add(max(0, len(census.live_sources(now_s)) - SOURCES_SHOWN), {"kind": "source"})
-    yield hidden
-    refused = MetricFamily("sparse_monitor_refused_total", "counter", "Presence records that were not believed.")
-    refused.add(census.rejected)
-    yield refused
+@dataclass(eq=False, slots=True)  # a registry identifies collectors by their hash
+class MonitorCollector(Collector):
+    """Collects all metrics at each scrape.
+
+    `is_connected` is None where no broker is watched; `latest_points` returns the newest points of the node.
+    """
+
+    presence: PresenceTable
+    is_connected: Callable[[], bool] | None = None
+    latest_points: Callable[[], Sequence[TelemetryPoint]] = tuple
+    clock: Callable[[], float] = time.monotonic
+
+    def collect(self) -> Iterator[Metric]:
+        """All metric families, in the order of the page."""
+        if self.is_connected is not None:
+            documentation = "Whether the monitor is connected to the broker."
+            yield GaugeMetricFamily("sparse_broker_connected", documentation, value=int(self.is_connected()))
+            now_s = self.clock()
+            yield from self._totals(now_s)
+            yield from _worker_families(self.presence.live_workers(now_s)[:WORKERS_SHOWN])
+            yield from _source_families(self.presence.live_sources(now_s)[:SOURCES_SHOWN])
+        yield from _point_families(self.latest_points())
+
+    def _totals(self, now_s: float) -> Iterator[Metric]:
+        by_stage = self.presence.live_workers_by_stage(now_s)
+        counts: Counter[tuple[StageKey, str]] = Counter({(key, "up"): 0 for key in by_stage})
+        counts.update((key, record.state) for key, records in by_stage.items() for record in records)
+        counts.update((stage_key(record), "lost") for record in self.presence.lost_workers(now_s))
+        workers = _family("sparse_workers", "Workers of a stage, by state.", (*StageKey._fields, "state"))
+        for (key, state), count in counts.items():
+            workers.add_metric((*key, state), count)
+        yield workers
+        hidden = _family("sparse_monitor_hidden", "Workers and sources beyond the limits of this page.", ("kind",))
+        hidden.add_metric(("worker",), max(0, len(self.presence.live_workers(now_s)) - WORKERS_SHOWN))
+        hidden.add_metric(("source",), max(0, len(self.presence.live_sources(now_s)) - SOURCES_SHOWN))
+        yield hidden
+        documentation = "Presence records that were rejected."
+        yield CounterMetricFamily("sparse_monitor_refused_total", documentation, value=self.presence.rejected)
 
 
-def _of_workers(census: PresenceTable, now_s: float) -> Iterator[MetricFamily]:
-    births = census.live_workers(now_s)[:WORKERS_SHOWN]
-    yield from _each("sparse_worker", _OF_WORKERS, [(birth.load, _worker_labels(birth)) for birth in births])
+def render_metrics(collector: MonitorCollector) -> bytes:
+    """The metrics in Prometheus' text format."""
+    registry = CollectorRegistry()  # not the global one, which has metrics of the Python process
+    registry.register(collector)
+    return generate_latest(registry)
 
 
-def _of_sources(census: PresenceTable, now_s: float) -> Iterator[MetricFamily]:
-    births = census.live_sources(now_s)[:SOURCES_SHOWN]
-    labels = [_source_labels(birth) for birth in births]
-    loads = [birth.load for birth in births]
-    yield from _each("sparse_source", _OF_SOURCES, list(zip(loads, labels, strict=True)))
-    latency = MetricFamily("sparse_source_latency_seconds", "gauge", "Round trips of the newest results, percentiles.")
-    for birth, names in zip(births, labels, strict=True):
-        latency.add(_seconds(birth.load.latency_ms.p50), {**names, "percentile": "50"})
-        latency.add(_seconds(birth.load.latency_ms.p99), {**names, "percentile": "99"})
+def _family(name: str, documentation: str, labels: Sequence[str]) -> CounterMetricFamily | GaugeMetricFamily:
+    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+    return kind(name, documentation, labels=labels)
+
+
+def _worker_families(records: Sequence[WorkerRecord]) -> Iterator[Metric]:
+    labels = ("site", "pipeline", "stage", "worker", "node")
+    for metric in _WORKER_METRICS:
+        family = _family(metric.name, metric.documentation, labels)
+        for record in records:
+            family.add_metric(_values(record, labels), metric.value(record.load))
+        yield family
+
+
+def _source_families(records: Sequence[SourceRecord]) -> Iterator[Metric]:
+    labels = ("site", "pipeline", "source", "node")
+    for metric in _SOURCE_METRICS:
+        family = _family(metric.name, metric.documentation, labels)
+        for record in records:
+            family.add_metric(_values(record, labels), metric.value(record.load))
+        yield family
+    latency = _family("sparse_source_latency_seconds", "Latency of the newest results.", (*labels, "quantile"))
+    for record in records:
+        for quantile, latency_ms in (("0.5", record.load.latency_ms.p50), ("0.99", record.load.latency_ms.p99)):
+            latency.add_metric((*_values(record, labels), quantile), _seconds(latency_ms))
     yield latency
-    for name, about in _REASONS:
-        family = MetricFamily(f"sparse_source_{name}_total", "counter", about)
-        for birth, names in zip(births, labels, strict=True):
-            for reason, count in getattr(birth.load, name).items():
-                family.add(count, {**names, "reason": reason})
+    for name, documentation in _REASON_COUNTERS:
+        family = _family(f"sparse_source_{name}_total", documentation, (*labels, "reason"))
+        for record in records:
+            counts: Mapping[str, int] = getattr(record.load, name)
+            for reason, count in counts.items():
+                family.add_metric((*_values(record, labels), reason), count)
         yield family
 
 
-def _each(
-    prefix: str, figures: Iterable[_PresenceMetric[L]], loads: Sequence[tuple[L, dict[str, str]]]
-) -> Iterator[MetricFamily]:
-    """A family for each figure, of all loads with their labels."""
-    for figure in figures:
-        family = MetricFamily(f"{prefix}_{figure.name}", figure.kind, figure.about)
-        for load, names in loads:
-            family.add(figure.of(load), names)
-        yield family
+def _point_families(points: Iterable[TelemetryPoint]) -> Iterator[Metric]:
+    """A family for each metric that was measured."""
+    for metric in POINT_METRICS:
+        family = _family(metric.name, metric.documentation, metric.labels)
+        for point in points:
+            value = point.fields.get(metric.field) if point.measurement == metric.measurement else None
+            if isinstance(value, float | int):
+                family.add_metric([point.tags[label] for label in metric.labels], value)
+        if family.samples:
+            yield family
+
+
+def _values(record: WorkerRecord | SourceRecord, labels: Sequence[str]) -> list[str]:
+    return [getattr(record, label) for label in labels]
 
 
 def _seconds(duration_ms: float) -> float:
     return round(duration_ms / 1000, 6)
-
-
-def _worker_labels(birth: WorkerRecord) -> dict[str, str]:
-    return {
-        "site": birth.site,
-        "pipeline": birth.pipeline,
-        "stage": birth.stage,
-        "worker": birth.worker,
-        "node": birth.node,
-    }
-
-
-def _source_labels(birth: SourceRecord) -> dict[str, str]:
-    return {"site": birth.site, "pipeline": birth.pipeline, "source": birth.source, "node": birth.node}

@@ -1,13 +1,12 @@
-"""A point: what was measured at one moment, and what every event and presence record says as points. Pure.
-
-The measurements, their tags, fields and units are those of `monitor.points.schema`.
-"""
+"""Telemetry points, and the conversion of events and presence records to points (`monitor.points.schema`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from brokers.dispatch.presence import SourceRecord, WorkerRecord
+from brokers.protocol.stage_timing import STAGE_DURATIONS
 from brokers.telemetry.schema import (
     BatchProcessed,
     EventsDropped,
@@ -25,56 +24,88 @@ FieldValue = float | int | bool | str | None
 
 @dataclass(frozen=True, slots=True)
 class TelemetryPoint:
-    """Fields that are None were not measured: they are left out where a store has no null."""
+    """The values of one measurement at one time; a field that was not measured is None, never 0."""
 
     measurement: str
-    time_ns: int
+    time_ns: int  # Unix time
     tags: Mapping[str, str] = field(default_factory=dict)
     fields: Mapping[str, FieldValue] = field(default_factory=dict)
 
 
-_TASK = ("queue_ms", "decode_ms", "compute_ms", "encode_ms", "bytes_in", "bytes_out", "batch")
+_TASK = (*STAGE_DURATIONS, "bytes_in", "bytes_out", "batch")
+_REQUEST = ("latency_ms", "network_ms", "attempts", "bytes_out", "request", "error")
+_STEP = ("step", "epoch", "rows", "step_ms", "loss", "accuracy")
+_WORKER_LOAD = ("queue", "queue_ms", "done", "failed", "malformed", "rejected", "expired", "busy", "rate", "task_ms")
+_SOURCE_LOAD = ("requests", "results", "in_flight", "waiting", "window", "rate", "duplicates")
+_SOURCE_COUNTS = ("dropped", "retries", "failed")  # by reason in the record, their sums in the point
 
 
 def event_to_points(event: TelemetryEvent, node: str, run: str = "") -> list[TelemetryPoint]:
-    """What an event says, as points; `node` is the one that the monitor is on, `run` that of events that name none."""
+    """The points of an event received on `node`; `run` is used for an event that names no run."""
     tags = {"node": node, "run": event.run or run, "site": event.site, "pipeline": event.pipeline}
+    fields: dict[str, FieldValue]
     match event:
         case ProcessStarted() | ProcessStopped():
-            fields: dict[str, FieldValue] = {"event": event.event, "pid": event.pid}
-            return [TelemetryPoint("life", event.time_ns, {**tags, "role": event.role, "name": event.name}, fields)]
+            measurement = "life"
+            tags |= {"role": event.role, "name": event.name}
+            fields = _fields(event, ("event", "pid"))
         case TaskProcessed():
+            measurement = "task"
             tags |= {"stage": event.stage, "worker": event.worker}
-            fields = {name: getattr(event, name) for name in _TASK}
-            return [
-                TelemetryPoint("task", event.time_ns, tags, {**fields, "request": event.request, "error": event.error})
-            ]
+            fields = _fields(event, (*_TASK, "request", "error"))
         case BatchProcessed():
+            measurement = "batch"
             tags |= {"stage": event.stage, "worker": event.worker, "phase": event.phase}
-            fields = {"tasks": event.tasks, "rows": event.rows, "busy_ms": event.busy_ms}
-            return [TelemetryPoint("batch", event.time_ns, tags, fields)]
+            fields = _fields(event, ("tasks", "rows", "busy_ms"))
         case RequestDone():
-            return _request_points(event, tags)
+            measurement = "request"
+            tags["source"] = event.source
+            fields = _fields(event, _REQUEST)
         case StepDone():
-            fields = {name: getattr(event, name) for name in ("step", "epoch", "rows", "step_ms", "loss", "accuracy")}
-            return [TelemetryPoint("step", event.time_ns, {**tags, "source": event.source}, fields)]
+            measurement = "step"
+            tags["source"] = event.source
+            fields = _fields(event, _STEP)
         case LinkTraffic():
+            measurement = "link"
             tags |= {"from": event.from_site, "to": event.to_site}
-            fields = {"bytes_out": event.bytes_out, "bytes_in": event.bytes_in}
-            return [TelemetryPoint("link", event.time_ns, tags, fields)]
+            fields = _fields(event, ("bytes_out", "bytes_in"))
         case EventsDropped():
-            return [TelemetryPoint("dropped_events", event.time_ns, tags, {"count": event.count})]
+            measurement = "dropped_events"
+            fields = {"count": event.count}
+    points = [TelemetryPoint(measurement, event.time_ns, tags, fields)]
+    return points + _hop_points(event, tags) if isinstance(event, RequestDone) else points
 
 
-def _request_points(event: RequestDone, tags: dict[str, str]) -> list[TelemetryPoint]:
-    names = ("latency_ms", "network_ms", "attempts", "bytes_out", "request", "error")
-    fields: dict[str, FieldValue] = {name: getattr(event, name) for name in names}
-    found = [TelemetryPoint("request", event.time_ns, {**tags, "source": event.source}, fields)]
+def _hop_points(event: RequestDone, tags: Mapping[str, str]) -> list[TelemetryPoint]:
+    points = []
     for place, hop in enumerate(event.hops):
-        own = {**tags, "source": event.source, "stage": hop.stage, "worker": hop.worker}
-        fields = {name: getattr(hop, name) for name in _TASK}
-        # A nanosecond apart: to InfluxDB two visits to one worker would be one point, by their tags and time.
-        found.append(
-            TelemetryPoint("hop", event.time_ns + place, own, {**fields, "request": event.request, "place": place})
-        )
-    return found
+        hop_tags = {**tags, "stage": hop.stage, "worker": hop.worker}
+        fields = _fields(hop, _TASK) | {"request": event.request, "place": place}
+        # One nanosecond apart: InfluxDB merges points of equal tags and time, here two visits to one worker.
+        points.append(TelemetryPoint("hop", event.time_ns + place, hop_tags, fields))
+    return points
+
+
+def presence_to_points(
+    records: Iterable[WorkerRecord | SourceRecord], time_ns: int, run: str = ""
+) -> list[TelemetryPoint]:
+    """A `stage` point for each worker's record and a `source` point for each source's."""
+    points = []
+    for record in records:
+        tags = {"node": record.node, "run": run, "site": record.site, "pipeline": record.pipeline}
+        if isinstance(record, WorkerRecord):
+            tags |= {"stage": record.stage, "worker": record.worker}
+            fields = {"state": record.state} | _fields(record.load, _WORKER_LOAD)
+            points.append(TelemetryPoint("stage", time_ns, tags, fields))
+        else:
+            tags["source"] = record.source
+            latency_ms = record.load.latency_ms
+            fields = _fields(record.load, _SOURCE_LOAD)
+            fields |= {name: sum(getattr(record.load, name).values()) for name in _SOURCE_COUNTS}
+            fields |= {"latency_p50_ms": latency_ms.p50, "latency_p99_ms": latency_ms.p99}
+            points.append(TelemetryPoint("source", time_ns, tags, fields))
+    return points
+
+
+def _fields(source: object, names: Iterable[str]) -> dict[str, FieldValue]:
+    return {name: getattr(source, name) for name in names}

@@ -1,7 +1,7 @@
-"""Every measurement that is kept: its tags, its fields, types and units, as docs/telemetry.md has them. Pure.
+"""The schema of telemetry: every measurement with its tags, fields, types and units (the tables of docs/telemetry.md).
 
-Tags say what a point is of, and are what a database indexes; fields are what was measured. Every point has the tags
-`node` and `run`; a tag that does not apply is empty.
+Tags identify a series and are indexed by databases; fields are the values. All points have the tags `node` and `run`;
+a tag that does not apply is empty.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FieldType = Literal["float", "int", "bool", "text"]
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
-    """One field of a measurement; `unit` as a person reads it."""
+    """One field of a measurement; `unit` is empty for counts, ratios and text."""
 
     name: str
     type: FieldType
@@ -24,239 +24,235 @@ class FieldSpec:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Points of one kind."""
+    """A kind of point."""
 
     name: str
     description: str
     tags: tuple[str, ...]
     fields: tuple[FieldSpec, ...]
 
-    def field(self, name: str) -> FieldSpec:
-        """Raises `KeyError` for one that it does not have."""
-        return {field.name: field for field in self.fields}[name]
+
+def _ms(name: str, description: str) -> FieldSpec:
+    return FieldSpec(name, "float", "ms", description)
 
 
-def _ms(name: str, means: str) -> FieldSpec:
-    return FieldSpec(name, "float", "ms", means)
+def _bytes(name: str, description: str) -> FieldSpec:
+    return FieldSpec(name, "int", "bytes", description)
 
 
-def _bytes(name: str, means: str) -> FieldSpec:
-    return FieldSpec(name, "int", "bytes", means)
+def _count(name: str, description: str) -> FieldSpec:
+    return FieldSpec(name, "int", "", description)
 
 
-def _count(name: str, means: str) -> FieldSpec:
-    return FieldSpec(name, "int", "", means)
+def _text(name: str, description: str) -> FieldSpec:
+    return FieldSpec(name, "text", "", description)
 
 
-def _text(name: str, means: str) -> FieldSpec:
-    return FieldSpec(name, "text", "", means)
+def _ratio(name: str, description: str) -> FieldSpec:
+    return FieldSpec(name, "float", "0 to 1", description)
 
 
-def _share(name: str, means: str) -> FieldSpec:
-    return FieldSpec(name, "float", "0 to 1", means)
-
-
-_HERE = ("node", "run")
-_RUN = ("node", "run", "site", "pipeline")
-_TIMES = (
-    _ms("queue_ms", "it waited for the worker"),
-    _ms("decode_ms", "its bytes were made tensors"),
-    _ms("compute_ms", "it was computed"),
-    _ms("encode_ms", "its result was made bytes"),
-    _bytes("bytes_in", "of what came in"),
-    _bytes("bytes_out", "of what went out"),
-    _count("batch", "tasks that were computed together"),
+_NODE = ("node", "run")
+_PIPELINE = ("node", "run", "site", "pipeline")
+_TASK = (
+    _ms("queue_ms", "time in the worker's queue"),
+    _ms("decode_ms", "time to decode the request's tensors"),
+    _ms("compute_ms", "time to compute the result"),
+    _ms("encode_ms", "time to encode the result's tensors"),
+    _bytes("bytes_in", "size of the input message"),
+    _bytes("bytes_out", "size of the output message"),
+    _count("batch", "number of tasks computed in the same batch"),
 )
-_REQUEST = _text("request", "id, in hex")
+_REQUEST = _text("request", "request id, in hex")
 _POWER = (
-    FieldSpec("power_w", "float", "W", "as the sensor says it now, or as the energy since the last sample makes it"),
-    FieldSpec("energy_j", "float", "J", "since the last sample"),
+    FieldSpec("power_w", "float", "W", "power now, or mean power since the previous sample, depending on the sensor"),
+    FieldSpec("energy_j", "float", "J", "energy since the previous sample"),
 )
 
 _ALL = (
     Measurement(
         "request",
-        "A request that has come to its end at its source.",
-        (*_RUN, "source"),
+        "A request that has ended, with or without a result; reported by its source.",
+        (*_PIPELINE, "source"),
         (
-            _ms("latency_ms", "from when it was asked to its end"),
-            _ms("network_ms", "the part of the latency that no stage accounts for"),
-            _count("attempts", "how often it was sent"),
-            _bytes("bytes_out", "of its content, as it was sent"),
+            _ms("latency_ms", "from the call to the end of the request"),
+            _ms("network_ms", "part of the latency that is spent outside the stages"),
+            _count("attempts", "number of times the request was sent"),
+            _bytes("bytes_out", "size of the request as sent"),
             _REQUEST,
-            _text("error", "of a request without a result: the error's name; else empty"),
+            _text("error", "error code of a request without a result; else empty"),
         ),
     ),
     Measurement(
         "hop",
-        "What one stage did for a request that has its result.",
-        (*_RUN, "source", "stage", "worker"),
-        (*_TIMES, _REQUEST, _count("place", "of the hop on the request's way: 0, 1, ...")),
+        "The part of one stage in a request that has a result.",
+        (*_PIPELINE, "source", "stage", "worker"),
+        (*_TASK, _REQUEST, _count("place", "index of the stage on the request's path: 0, 1, ...")),
     ),
     Measurement(
         "task",
-        "A task that a worker is done with, as it says itself: tasks that were done twice are here twice.",
-        (*_RUN, "stage", "worker"),
-        (*_TIMES, _REQUEST, _text("error", "of a task that failed: its name; else empty")),
+        "A task that a worker has finished; reported by the worker, so a task that ran twice counts twice.",
+        (*_PIPELINE, "stage", "worker"),
+        (*_TASK, _REQUEST, _text("error", "error code of a task that failed; else empty")),
     ),
     Measurement(
         "batch",
         "A batch that a worker has computed.",
-        (*_RUN, "stage", "worker", "phase"),
+        (*_PIPELINE, "stage", "worker", "phase"),
         (
-            _count("tasks", "in it"),
-            _count("rows", "of training: samples in it"),
-            _ms("busy_ms", "it kept the worker busy"),
+            _count("tasks", "number of tasks in the batch"),
+            _count("rows", "number of samples in the batch (training only)"),
+            _ms("busy_ms", "time the worker was busy with it"),
         ),
     ),
     Measurement(
         "step",
         "A training step that is committed on all stages.",
-        (*_RUN, "source"),
+        (*_PIPELINE, "source"),
         (
-            _count("step", "its number"),
-            _count("epoch", "it is part of"),
-            _count("rows", "samples in it"),
-            _ms("step_ms", "it took"),
-            FieldSpec("loss", "float", "", "mean over its rows"),
-            _share("accuracy", "of its rows, where the loss has one"),
+            _count("step", "number of the step"),
+            _count("epoch", "number of the epoch"),
+            _count("rows", "number of samples in the step"),
+            _ms("step_ms", "duration of the step"),
+            FieldSpec("loss", "float", "", "mean loss over the step's samples"),
+            _ratio("accuracy", "share of the step's samples classified correctly, for a loss that defines it"),
         ),
     ),
     Measurement(
         "link",
-        "What a link between two sites has carried since it began.",
-        (*_RUN, "from", "to"),
-        (_bytes("bytes_out", "from `from` to `to`"), _bytes("bytes_in", "the other way")),
+        "Bytes that a link between two sites has carried since it started.",
+        (*_PIPELINE, "from", "to"),
+        (_bytes("bytes_out", "from `from` to `to`"), _bytes("bytes_in", "from `to` to `from`")),
     ),
     Measurement(
         "life",
-        "A process has begun or ended.",
-        (*_RUN, "role", "name"),
+        "The start or the end of a process.",
+        (*_PIPELINE, "role", "name"),
         (_text("event", "start or stop"), _count("pid", "process id")),
     ),
     Measurement(
         "dropped_events",
-        "A sender had more to tell than its monitor took.",
-        _RUN,
-        (_count("count", "events that are lost"),),
+        "Events that a sender has dropped because its monitor did not read fast enough.",
+        _PIPELINE,
+        (_count("count", "number of events lost"),),
     ),
     Measurement(
         "node",
-        "The machine that a monitor is on.",
-        _HERE,
+        "The machine on which a monitor runs.",
+        _NODE,
         (
-            _share("cpu", "of all cores' time that was spent since the last sample"),
-            FieldSpec("load", "float", "", "mean number of processes that wanted to run, over the last minute"),
-            _bytes("memory_used_bytes", "that no process could have any more"),
-            _bytes("memory_total_bytes", "of the machine, or of its container"),
+            _ratio("cpu", "share of the CPU time of all cores in use since the previous sample"),
+            FieldSpec("load", "float", "", "load average over the last minute"),
+            _bytes("memory_used_bytes", "memory that is not available to processes"),
+            _bytes("memory_total_bytes", "memory of the machine, or the memory limit of its container"),
         ),
     ),
     Measurement(
         "interface",
         "A network interface of the node.",
-        (*_HERE, "interface"),
+        (*_NODE, "interface"),
         (
-            _bytes("received_bytes", "since the last sample"),
-            _bytes("sent_bytes", "since the last sample"),
-            FieldSpec("received_bytes_per_s", "float", "bytes/s", "the same, for a second"),
-            FieldSpec("sent_bytes_per_s", "float", "bytes/s", "the same, for a second"),
-            _count("errors", "packets lost or broken, both ways, since the last sample"),
+            _bytes("received_bytes", "since the previous sample"),
+            _bytes("sent_bytes", "since the previous sample"),
+            FieldSpec("received_bytes_per_s", "float", "bytes/s", "mean since the previous sample"),
+            FieldSpec("sent_bytes_per_s", "float", "bytes/s", "mean since the previous sample"),
+            _count("errors", "packets lost or broken in both directions since the previous sample"),
         ),
     ),
     Measurement(
         "process",
-        "A process of ours on the node: one that said `start`, or the monitor itself.",
-        (*_HERE, "role", "name"),
+        "A process of Sparse on the node: one that sent `start`, or the monitor itself.",
+        (*_NODE, "role", "name"),
         (
-            FieldSpec("cpu", "float", "cores", "that it kept busy since the last sample"),
-            FieldSpec("cpu_s", "float", "s", "of processor time since it began"),
-            _bytes("memory_bytes", "resident"),
-            _count("threads", "it has"),
+            FieldSpec("cpu", "float", "cores", "mean number of cores in use since the previous sample"),
+            FieldSpec("cpu_s", "float", "s", "CPU time since the process started"),
+            _bytes("memory_bytes", "resident set size"),
+            _count("threads", "number of threads"),
             _count("pid", "process id"),
         ),
     ),
     Measurement(
         "gpu",
         "A GPU of the node.",
-        (*_HERE, "gpu", "model"),
+        (*_NODE, "gpu", "model"),
         (
-            _share("use", "of the time in which it computed anything, lately"),
-            _bytes("memory_used_bytes", "taken"),
-            _bytes("memory_total_bytes", "there is"),
-            FieldSpec("temperature_c", "float", "degrees Celsius", "of the chip"),
+            _ratio("use", "share of the last sampling period in which the GPU computed"),
+            _bytes("memory_used_bytes", "memory in use"),
+            _bytes("memory_total_bytes", "memory of the GPU"),
+            FieldSpec("temperature_c", "float", "degrees Celsius", "temperature of the chip"),
             *_POWER,
         ),
     ),
     Measurement(
         "power",
-        "A power rail of the node: RAPL's zones, a Jetson's rails. Those without a slash in their name add up.",
-        (*_HERE, "rail"),
+        "A power rail of the node: a RAPL zone or a Jetson's rail. Rails without a slash in their name add up.",
+        (*_NODE, "rail"),
         _POWER,
     ),
     Measurement(
         "energy",
-        "What a node's energy was spent on, so that the one can be divided by the other.",
-        _HERE,
+        "The energy of a node beside the samples processed in the same time, so that one query divides them.",
+        _NODE,
         (
-            FieldSpec("energy_j", "float", "J", "of all its GPUs and rails, each joule once, since the last point"),
-            _count("samples", "requests with a result and rows of steps, of sources on the node, since the last point"),
+            FieldSpec("energy_j", "float", "J", "energy of all GPUs and additive rails since the previous point"),
+            _count("samples", "requests with a result and rows of steps, of sources on the node, in the same time"),
         ),
     ),
     Measurement(
         "missing",
-        "Something that cannot be measured on the node; said once.",
-        (*_HERE, "sensor"),
-        (_text("reason", "why"),),
+        "A value that cannot be measured on the node; written once.",
+        (*_NODE, "sensor"),
+        (_text("reason", "reason why it cannot be measured"),),
     ),
     Measurement(
         "stage",
-        "A worker's load, as its presence record says it each second.",
-        (*_RUN, "stage", "worker"),
+        "The load of a worker, from its presence record, each second.",
+        (*_PIPELINE, "stage", "worker"),
         (
             _text("state", "up, standby, draining or stopped"),
-            _count("queue", "tasks that wait"),
-            _ms("queue_ms", "mean wait of the tasks begun lately"),
-            _count("done", "tasks since it began"),
-            _count("failed", "of them with a failure"),
-            _count("malformed", "messages that broke the protocol"),
-            _count("rejected", "tasks given back: it was full, or leaving"),
-            _count("expired", "tasks past their deadline"),
-            _share("busy", "of its time"),
+            _count("queue", "tasks waiting"),
+            _ms("queue_ms", "mean wait of the tasks started lately"),
+            _count("done", "tasks finished since the worker started"),
+            _count("failed", "tasks answered with a failure"),
+            _count("malformed", "messages that break the protocol"),
+            _count("rejected", "tasks returned to their sender because the worker was full or leaving"),
+            _count("expired", "tasks dropped because their deadline had passed"),
+            _ratio("busy", "share of the last second spent computing"),
             FieldSpec("rate", "float", "1/s", "tasks finished in the last second"),
-            _ms("task_ms", "mean time that a task keeps it busy"),
+            _ms("task_ms", "mean time for which a task keeps the worker busy"),
         ),
     ),
     Measurement(
         "source",
-        "How a source's requests fare, as its presence record says it each second.",
-        (*_RUN, "source"),
+        "The requests of a source, from its presence record, each second.",
+        (*_PIPELINE, "source"),
         (
-            _count("requests", "asked for since it began"),
-            _count("results", "answered"),
-            _count("in_flight", "sent, and not answered yet"),
-            _count("waiting", "for room in the window"),
-            _count("window", "how many may be in flight"),
-            FieldSpec("rate", "float", "1/s", "results lately"),
-            _ms("latency_p50_ms", "median of the newest results"),
-            _ms("latency_p99_ms", "99th percentile of the same"),
-            _count("dropped", "samples that never became a request"),
+            _count("requests", "requests made since the source started"),
+            _count("results", "requests answered with a result"),
+            _count("in_flight", "requests sent and not yet answered"),
+            _count("waiting", "requests waiting for a slot of the in-flight window"),
+            _count("window", "size of the in-flight window"),
+            FieldSpec("rate", "float", "1/s", "recent results per second"),
+            _ms("latency_p50_ms", "median latency of the newest results"),
+            _ms("latency_p99_ms", "99th percentile of the latency of the newest results"),
+            _count("dropped", "samples dropped before they became requests"),
             _count("retries", "attempts after the first"),
             _count("failed", "requests that ended without a result"),
-            _count("duplicates", "second answers, dropped"),
+            _count("duplicates", "duplicate results, dropped"),
         ),
     ),
     Measurement(
         "monitor",
-        "The monitor itself.",
-        _HERE,
+        "The monitor itself; counts are since it started.",
+        _NODE,
         (
-            _count("events", "it has taken since it began"),
-            _count("bad_events", "it could not read"),
-            _count("dropped_events", "that came faster than it could read them"),
-            _count("points", "it has made"),
-            _count("waiting_points", "that a store has not taken yet"),
-            _count("dropped_points", "that no store has room for any more"),
-            _count("dropped_spans", "that a collector of traces did not take"),
+            _count("events", "events received"),
+            _count("bad_events", "lines that are not a valid event"),
+            _count("dropped_events", "events dropped because the buffer was full"),
+            _count("points", "points made"),
+            _count("waiting_points", "points not yet stored"),
+            _count("dropped_points", "points lost because a store could not take them"),
+            _count("dropped_spans", "spans that the trace collector did not take"),
         ),
     ),
 )

@@ -1,118 +1,127 @@
-"""Where the runs of a report come from: folders, SQLite files, InfluxDB."""
+"""The runs of a report, loaded from run folders, benchmark folders, SQLite files and InfluxDB."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from brokers.errors import UsageError
 from monitor.analysis.run_metrics import MEASUREMENTS_READ
-from monitor.bench.manifest import MANIFEST_FILE as MANIFEST
-from monitor.bench.manifest import Manifest, SuiteRecord, load_manifest
-from monitor.errors import BadManifest, BadStore, CannotCompare, NoSamples, NotARun
+from monitor.bench.manifest import MANIFEST_FILE, Manifest, SuiteRecord, load_manifest
+from monitor.errors import BadStore, NoSamples
 from monitor.points.points import TelemetryPoint
-from monitor.report.run import ReportRun
+from monitor.report.run import ReportRun, number_or_none
 from monitor.stores.base import StoreReader
 from monitor.stores.influx.config import URL_VARIABLE, influx_target
 from monitor.stores.influx.reader import InfluxReader
 from monitor.stores.sqlite import TELEMETRY_FILE, SqliteReader
 
 INFLUX_PREFIX = "influx:"
-# What a monitor saw of its node, for whichever run that was; the others are told by the run itself.
-_OF_A_NODE = ("interface", "process", "gpu", "power", "missing")
-_OF_A_RUN = tuple(name for name in MEASUREMENTS_READ if name not in _OF_A_NODE)
+# Measurements of a node, which a monitor that serves several runs stores without the name of a run.
+_NODE_MEASUREMENTS = ("interface", "process", "gpu", "power", "missing")
+_RUN_MEASUREMENTS = tuple(name for name in MEASUREMENTS_READ if name not in _NODE_MEASUREMENTS)
+# Samples of a node shortly before and after a run, between which its first and last moment are interpolated.
+_MARGIN_NS = 2_000_000_000
 
 
 @dataclass
 class ReportInputs:
-    """What was named on the command line: runs, each group with a label of its own, and what had to be left out."""
+    """The runs of a report; labels of different inputs are distinct. `skipped` has the reasons for unreadable runs."""
 
     runs: list[ReportRun] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
 def load_runs(names: Sequence[str]) -> ReportInputs:
-    """The runs of everything that was named, in that order.
+    """Load all runs of the inputs in `names`, in their order.
 
-    Raises `NotARun`, `BadManifest`, `BadStore`, and `CannotCompare` for runs of both kinds.
+    Raises `UsageError`: "NotARun", "BadManifest", or "CannotCompare" for a mix of inference and training.
     """
-    found = ReportInputs()
+    inputs = ReportInputs()
     for name in names:
-        runs = _runs(name, found.skipped)
-        labels = _free((run.label for run in runs), {run.label for run in found.runs})
-        sweeps = _free((run.sweep_name for run in runs), {run.sweep_name for run in found.runs})
-        found.runs += [replace(run, group=labels[run.label], sweep_name=sweeps[run.sweep_name]) for run in runs]
-    _check(found.runs)
-    return found
+        runs = list(_load(name, inputs.skipped))
+        labels = _unique((run.label for run in runs), {run.label for run in inputs.runs})
+        sweeps = _unique((run.sweep_name for run in runs), {run.sweep_name for run in inputs.runs})
+        inputs.runs += [replace(run, group=labels[run.label], sweep_name=sweeps[run.sweep_name]) for run in runs]
+    examples = {run.kind: run.label for run in reversed(inputs.runs)}
+    if len(examples) > 1:
+        raise UsageError(
+            "CannotCompare",
+            f"cannot compare {examples['inference']!r} (inference) with {examples['training']!r} (training): they have "
+            "no figure in common; make a report of each",
+        )
+    return inputs
 
 
-def _free(names: Iterable[str], taken: set[str]) -> dict[str, str]:
-    """Each of the names as it is, or with a number where somebody else has it."""
-    found: dict[str, str] = {}
+def _unique(names: Iterable[str], taken: set[str]) -> dict[str, str]:
+    """Each name, with a number where it is taken."""
+    unique: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        numbered, number = name, 2
-        while numbered in taken or numbered in found.values():
-            numbered, number = f"{name} ({number})", number + 1
-        found[name] = numbered
-    return found
+        candidate, number = name, 2
+        while candidate in taken or candidate in unique.values():
+            candidate, number = f"{name} ({number})", number + 1
+        unique[name] = candidate
+    return unique
 
 
-def _check(runs: Sequence[ReportRun]) -> None:
-    labels: dict[str, str] = {}
-    for run in runs:
-        labels.setdefault(run.kind, run.label)
-    if len(labels) > 1:
-        raise CannotCompare(labels["inference"], labels["training"])
+def _not_a_run(name: str, problem: str) -> UsageError:
+    return UsageError("NotARun", f"cannot report on {name}: {problem}", name=name, problem=problem)
 
 
-def _runs(name: str, left_out: list[str]) -> list[ReportRun]:
+def _load(name: str, skipped: list[str]) -> Iterator[ReportRun]:
     if name.startswith(INFLUX_PREFIX):
-        return _from_influx(name, name.removeprefix(INFLUX_PREFIX))
+        return _load_influx(name, name.removeprefix(INFLUX_PREFIX))
     path = Path(name)
     if path.is_file():
-        return _from_file(path, name, path.stem, 0)
+        return _load_sqlite(path, name, path.stem)
     if not path.is_dir():
-        raise NotARun(name, "there is no such file or folder")
+        raise _not_a_run(name, "there is no such file or folder")
     if (path / TELEMETRY_FILE).is_file():
-        return _from_file(path / TELEMETRY_FILE, name, path.resolve().name, _warm_up_of(path.resolve()))
+        folder = path.resolve()
+        return _load_sqlite(path / TELEMETRY_FILE, name, folder.name, _warm_up_of(folder))
     manifest = load_manifest(path)
     if manifest is None:
-        expected = f"expected the folder of a run, which has {TELEMETRY_FILE} in it, or of a benchmark, with {MANIFEST}"
-        raise NotARun(name, expected)
-    return _from_bench(path, manifest, left_out)
+        raise _not_a_run(
+            name, f"expected the folder of a run, with {TELEMETRY_FILE}, or of a benchmark, with {MANIFEST_FILE}"
+        )
+    return _load_bench(path, manifest, skipped)
 
 
 def _warm_up_of(folder: Path) -> int:
-    """As the benchmark says that this is a run of; a manifest of anything else in the folder above says nothing."""
+    """The warm-up of a run whose folder is in that of its benchmark; 0 for any other run."""
     try:
-        above = load_manifest(folder.parent)
-    except BadManifest:
-        return 0
-    of_it = above is not None and any(folder.name in suite.runs for suite in above.suites)
-    return above.warm_up if above is not None and of_it else 0
+        manifest = load_manifest(folder.parent)
+    except UsageError:  # another program's file
+        manifest = None
+    is_part = manifest is not None and any(folder.name in suite.runs for suite in manifest.suites)
+    return manifest.warm_up if manifest is not None and is_part else 0
 
 
-def _from_bench(folder: Path, manifest: Manifest, left_out: list[str]) -> list[ReportRun]:
-    """The runs that the manifest names; one that failed has no telemetry, or nothing in it, and is left out."""
-    found: list[ReportRun] = []
+def _load_bench(folder: Path, manifest: Manifest, skipped: list[str]) -> Iterator[ReportRun]:
+    """The runs in the manifest; those that failed have no samples or no telemetry and are skipped."""
+    is_empty = True
     for suite in manifest.suites:
-        for name in suite.runs:
+        for run_name in suite.runs:
+            path = folder / run_name
             try:
-                runs = _from_reader(
-                    SqliteReader(folder / name / TELEMETRY_FILE), str(folder / name), name, manifest.warm_up
+                runs = list(_load_sqlite(path / TELEMETRY_FILE, str(path), run_name, manifest.warm_up))
+            except UsageError as error:
+                skipped.append(str(error))
+                continue
+            is_empty = False
+            for run in runs:
+                sweep_name = Path(suite.path).stem
+                yield replace(
+                    run, group=suite.name, sweep_name=sweep_name, sweep_setting=_sweep_setting(suite), manifest=manifest
                 )
-                of = Path(suite.path).stem
-                found += [replace(run, group=suite.name, sweep_name=of, sweep_setting=_setting(suite)) for run in runs]
-            except (NotARun, BadStore) as error:
-                left_out.append(str(error))
-    if not found:
-        raise NotARun(str(folder), f"none of its runs can be read: {'; '.join(left_out) or 'it has none'}")
-    return [replace(run, manifest=manifest) for run in found]
+    if is_empty:
+        raise _not_a_run(str(folder), f"none of its runs can be read: {'; '.join(skipped) or 'it has none'}")
 
 
-def _setting(suite: SuiteRecord) -> tuple[str, float | None] | None:
-    """What a sweep varied, and its value at this point of it; None for one beside them all, as a network uncut."""
+def _sweep_setting(suite: SuiteRecord) -> tuple[str, float | None] | None:
+    """What a sweep varied, and its value; the value is None for a point without one, such as an uncut network."""
     varied = suite.sweep_point.get("sweep")
     if not isinstance(varied, str):
         return None
@@ -120,62 +129,55 @@ def _setting(suite: SuiteRecord) -> tuple[str, float | None] | None:
     return varied, float(value) if isinstance(value, int | float) else None
 
 
-def _from_file(path: Path, name: str, label: str, warm_up: int) -> list[ReportRun]:
-    """What a person named: a file of something else is a mistake of theirs, and no failure of ours."""
+def _load_sqlite(path: Path, name: str, label: str, warm_up: int = 0) -> Iterator[ReportRun]:
+    """All runs of a file; `label` is the name of a single run."""
     try:
-        return _from_reader(SqliteReader(path), name, label, warm_up)
+        reader = SqliteReader(path)
+        run_names = reader.runs()
+        if not run_names:
+            raise _not_a_run(name, "the run has no samples: neither requests nor steps are in its telemetry")
+        for run_name in run_names:
+            yield _load_run(reader, name, run_name, label if len(run_names) == 1 else run_name or label, warm_up)
     except BadStore as error:
-        raise NotARun(name, error.problem) from None
+        raise _not_a_run(name, error.problem) from None
 
 
-def _from_reader(reader: StoreReader, name: str, label: str, warm_up: int) -> list[ReportRun]:
-    """All runs of a file; `label` is for a single one, which may have no name, or one that says nothing."""
-    runs = reader.runs()
-    if not runs:
-        raise NotARun(name, "the run has no samples: neither requests nor steps are in its telemetry")
-    return _of_reader(reader, name, runs, label, warm_up)
-
-
-def _of_reader(reader: StoreReader, name: str, runs: Sequence[str], label: str, warm_up: int) -> list[ReportRun]:
-    found = [
-        ReportRun(label if len(runs) == 1 else run or label, _points(reader, run), warm_up=warm_up) for run in runs
-    ]
-    for each in found:
-        try:
-            each.window  # noqa: B018 - it is made when it is asked for, and may have nothing in it
-        except NoSamples as error:
-            raise NotARun(name, str(error)) from None
-    return found
-
-
-def _points(reader: StoreReader, run: str) -> dict[str, Sequence[TelemetryPoint]]:
-    """By measurement. What a node's monitor saw has no run where it serves many: then it is what it saw meanwhile."""
-    found: dict[str, Sequence[TelemetryPoint]] = {name: reader.points(name, run) for name in (*_OF_A_RUN, *_OF_A_NODE)}
-    ends = [point.time_ns for name in ("request", "step") for point in found[name]]
-    if not ends:
-        return found
-    began_ns = min(point.time_ns - _length_ns(point) for name in ("request", "step") for point in found[name])
-    for name in _OF_A_NODE:
-        if run and not found[name]:
-            found[name] = _between(reader.points(name, ""), began_ns, max(ends), everything=name == "missing")
-    return found
-
-
-def _length_ns(point: TelemetryPoint) -> int:
-    length_ms = point.fields.get("latency_ms", point.fields.get("step_ms"))
-    return round(float(length_ms) * 1e6) if isinstance(length_ms, int | float) else 0
-
-
-def _between(points: Iterable[TelemetryPoint], begin_ns: int, end_ns: int, everything: bool) -> list[TelemetryPoint]:
-    margin_ns = 2_000_000_000  # so that the first and the last moment lie between two samples
-    return [point for point in points if everything or begin_ns - margin_ns <= point.time_ns <= end_ns + margin_ns]
-
-
-def _from_influx(name: str, run: str) -> list[ReportRun]:
+def _load_influx(name: str, run_name: str) -> Iterator[ReportRun]:
     target = influx_target(os.environ)
     if target is None:
-        raise NotARun(name, f"set {URL_VARIABLE} to the address of InfluxDB")
+        raise _not_a_run(name, f"set {URL_VARIABLE} to the address of InfluxDB")
     reader = InfluxReader(target)
-    if run not in reader.runs():
-        raise NotARun(name, f"there is no such run in {target}")
-    return _of_reader(reader, name, [run], run, 0)
+    if run_name not in reader.runs():
+        raise _not_a_run(name, f"there is no such run in {target}")
+    yield _load_run(reader, name, run_name, run_name, 0)
+
+
+def _load_run(reader: StoreReader, name: str, run_name: str, label: str, warm_up: int) -> ReportRun:
+    run = ReportRun(label, _read_points(reader, run_name), warm_up=warm_up)
+    try:
+        run.window  # noqa: B018 - computed on access; raises where there are no samples
+    except NoSamples as error:
+        raise _not_a_run(name, str(error)) from None
+    return run
+
+
+def _read_points(reader: StoreReader, run_name: str) -> dict[str, Sequence[TelemetryPoint]]:
+    """By measurement; for a node's measurements without a run, the points from the time of the run."""
+    points: dict[str, Sequence[TelemetryPoint]] = {
+        name: reader.points(name, run_name) for name in (*_RUN_MEASUREMENTS, *_NODE_MEASUREMENTS)
+    }
+    events = [*points["request"], *points["step"]]
+    if not events or not run_name:
+        return points
+    begin_ns = min(event.time_ns - _duration_ns(event) for event in events) - _MARGIN_NS
+    end_ns = max(event.time_ns for event in events) + _MARGIN_NS
+    for name in _NODE_MEASUREMENTS:
+        if not points[name]:
+            unnamed = reader.points(name, "")
+            points[name] = [point for point in unnamed if name == "missing" or begin_ns <= point.time_ns <= end_ns]
+    return points
+
+
+def _duration_ns(event: TelemetryPoint) -> int:
+    duration_ms = number_or_none(event, "latency_ms") or number_or_none(event, "step_ms") or 0.0
+    return round(duration_ms * 1e6)

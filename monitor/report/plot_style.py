@@ -1,21 +1,20 @@
-"""How figures look: colours for the colour-blind too; dashes, markers and hatches for print in grey. Pure."""
+"""The style of plots: colours that colour-blind readers can tell apart; dashes, markers and hatches for grey prints."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# A column of a paper at three quarters of its size, and so is a phone; half of a desktop page.
+# The width of a phone, or of half a desktop page; scaled to three quarters, that of a column of a paper.
 FIGURE_WIDTH_IN, PNG_DPI = 4.7, 200
-# Not quite black, white and grey: the page finds these in the SVG and gives each its counterpart for dark screens.
+# Not quite black, white and grey: the page replaces these in the SVG by its own colours, which a dark screen inverts.
 FOREGROUND, MUTED, GRIDLINE, BACKGROUND = "#1f2328", "#57606b", "#e3e6ea", "#fffffe"
-IDLE_FILL = "#d0d5db"  # of a bar: where nothing was done
-
+IDLE_FILL = "#d0d5db"
 _LABEL_CHARACTERS = 34
 
 
 class LineStyle(NamedTuple):
-    """Of one run, in every figure."""
+    """The style of one run in all figures."""
 
     colour: str
     linestyle: Any
@@ -23,15 +22,15 @@ class LineStyle(NamedTuple):
 
 
 class PartStyle(NamedTuple):
-    """Of one part of a stacked bar."""
+    """The style of one part of a stacked bar."""
 
     colour: str
     hatch: str
 
 
-# Okabe and Ito's palette: https://jfly.uni-koeln.de/color/. Yellow is too faint for a line.
+# The palette of Okabe and Ito, https://jfly.uni-koeln.de/color/, without its yellow, which is too faint for a line.
 BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
-ORANGE, SKY, GREY, YELLOW = "#e69f00", "#56b4e9", "#7f7f7f", "#f0e442"
+ORANGE, SKY, GREY = "#e69f00", "#56b4e9", "#7f7f7f"
 
 LINE_STYLES = (
     LineStyle(BLUE, "-", "o"),
@@ -42,8 +41,7 @@ LINE_STYLES = (
     LineStyle(SKY, (0, (8, 2)), "P"),
     LineStyle(GREY, (0, (2, 1)), "X"),
 )
-
-_KNOWN_PARTS = {
+_PART_STYLES = {
     "queue": PartStyle(SKY, ""),
     "decode": PartStyle(ORANGE, "//"),
     "compute": PartStyle(BLUE, ""),
@@ -54,7 +52,7 @@ _KNOWN_PARTS = {
     "update": PartStyle(GREEN, "...."),
     "idle": PartStyle(IDLE_FILL, ""),
 }
-_FURTHER_PARTS = (
+_OTHER_PART_STYLES = (
     PartStyle(BLUE, ""),
     PartStyle(ORANGE, "//"),
     PartStyle(GREEN, "\\\\"),
@@ -67,13 +65,13 @@ _FURTHER_PARTS = (
 RC_PARAMS: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
     "axes.labelcolor": FOREGROUND,
     "axes.labelsize": 10,
     "axes.linewidth": 0.8,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": BACKGROUND,
-    "axes.facecolor": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
     "hatch.color": BACKGROUND,
@@ -81,11 +79,11 @@ RC_PARAMS: Any = {
     "legend.labelcolor": FOREGROUND,
     "lines.linewidth": 1.7,
     "lines.markersize": 4.5,
-    "pdf.fonttype": 42,  # TrueType: publishers turn matplotlib's usual Type 3 away
-    "svg.fonttype": "path",  # looks the same everywhere, also where a paper is made without our font
-    "svg.hashsalt": "sparse",  # the same figure, the same file
+    "pdf.fonttype": 42,  # TrueType: publishers reject matplotlib's default, Type 3
+    "svg.fonttype": "path",  # independent of the fonts of the reader
+    "svg.hashsalt": "sparse",  # the same figure gives the same file
     "text.color": FOREGROUND,
-    "text.parse_math": False,  # a name may have dollar signs
+    "text.parse_math": False,  # the name of a run may contain dollar signs
     "xtick.color": MUTED,
     "xtick.labelsize": 9,
     "ytick.color": MUTED,
@@ -94,14 +92,16 @@ RC_PARAMS: Any = {
 
 
 def part_styles(names: Sequence[str]) -> dict[str, PartStyle]:
-    """A look for each part."""
-    further = iter(range(len(names)))
-    return {name: _KNOWN_PARTS.get(name) or _FURTHER_PARTS[next(further) % len(_FURTHER_PARTS)] for name in names}
+    """A style per part of a bar."""
+    unused = iter(range(len(names)))
+    return {
+        name: _PART_STYLES.get(name) or _OTHER_PART_STYLES[next(unused) % len(_OTHER_PART_STYLES)] for name in names
+    }
 
 
 def display_label(name: str, characters: int = _LABEL_CHARACTERS) -> str:
-    """A name as it stands in a figure: on one line, cut where it is long."""
+    """A name as printable text on one line of at most `characters`."""
     text = " ".join("".join(letter if letter.isprintable() else "?" for letter in name).split()) or "(no name)"
     text = text if len(text) <= characters else f"{text[: characters - 1]}…"
-    # matplotlib leaves out of a legend what begins with an underscore.
+    # matplotlib omits labels with a leading underscore from a legend.
     return f" {text}" if text.startswith("_") else text

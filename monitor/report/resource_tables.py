@@ -1,239 +1,226 @@
-"""The figures of what it cost, as tables: network, GPUs, power, processors, energy, bytes between sites. Pure."""
+"""The data of the figures about the cost: network traffic, GPUs, power, CPU time and energy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
+from monitor.analysis.counter_series import CounterSeries
 from monitor.analysis.measurement_window import number_or_zero
+from monitor.analysis.median_range import MedianRange
 from monitor.analysis.run_metrics import OBSERVER_ROLES
 from monitor.points.points import TelemetryPoint
 from monitor.report.run import ReportRun, group_runs
-from monitor.report.table import TOTAL, Cell, DataTable, downsample
+from monitor.report.table import TOTAL, DataTable, Row
 from monitor.report.timeseries import (
-    CounterCurve,
-    MedianRange,
+    TimeSeries,
+    add_series,
     aggregate_repeats,
     bin_width_s,
     binned_means,
     binned_rates,
     counter_series,
-    median_range,
 )
-from monitor.report.workload_tables import MAX_CURVE_POINTS
+from monitor.report.workload_tables import distribution_rows
 from monitor.sensors.counters import is_additive
 
 _KILO, _MEGA = 1e3, 1e6
 _LOOPBACK = "lo"
-# What processes are, in the order in which each bar has its parts; those that are not here come after.
+# The order of process roles in a bar; others follow.
 _ROLES = ("stage", "source", "run", "broker")
-# Lines in one panel before the smallest are put together.
-_PROCESSES = 7
+# Lines per panel; the processes with the least CPU time are shown as one.
+_MAX_PROCESSES = 7
+_OTHERS = "others"
 
-TimeSeries = Sequence[tuple[float, float]]
 
-
-def network_measurement(runs: Sequence[ReportRun]) -> str:
-    """What the network figures are of: `links` if any run has links between sites, else `interfaces`."""
-    return "links" if any(run.points.get("link") for run in runs) else "interfaces"
+def has_links(runs: Iterable[ReportRun]) -> bool:
+    """Whether any run has links between sites: then the network figures are of links, otherwise of interfaces."""
+    return any(run.points.get("link") for run in runs)
 
 
 def network_rate_table(runs: Sequence[ReportRun]) -> DataTable:
-    """Megabytes a second, both ways, over time."""
-    width_s = bin_width_s(runs)
-    return _over_time("rate_mb_per_s", runs, lambda run: _network_rates(run, network_measurement(runs), width_s))
+    """Megabytes per second in both directions, over time."""
+    return _over_time("rate_mb_per_s", runs, _network_rates(runs))
 
 
 def network_distribution_table(runs: Sequence[ReportRun]) -> DataTable:
-    """The share of the time in which the network was at most so busy; all repeats together."""
-    width_s, over = bin_width_s(runs), network_measurement(runs)
-    rows: list[tuple[Cell, ...]] = []
-    for name, repeats in group_runs(runs).items():
-        values = sorted(rate for run in repeats for _, rate in _network_rates(run, over, width_s))
-        found = [(name, rate, (place + 1) / len(values)) for place, rate in enumerate(values)]
-        rows += downsample(found, MAX_CURVE_POINTS)
+    """The cumulative distribution of the network rate over all repeats."""
+    rates_of = _network_rates(runs)
+    rows: list[Row] = []
+    for label, repeats in group_runs(runs).items():
+        rows += distribution_rows(label, [rate for run in repeats for _, rate in rates_of(run)])
     return DataTable(("run", "rate_mb_per_s", "share"), tuple(rows))
 
 
-def _network_rates(run: ReportRun, over: str, width_s: float) -> list[tuple[float, float]]:
-    if over == "links":
-        found = list(_links(run).values())
-    else:
-        points = run.points.get("interface", ())
-        # A byte over the loopback is sent and received here: counted once.
-        away = [point for point in points if point.tags.get("interface") != _LOOPBACK]
-        here = [point for point in points if point.tags.get("interface") == _LOOPBACK]
-        both = counter_series(run, away, ("received_bytes", "sent_bytes"), lambda _: "away", is_delta=True)
-        found = [*both.values(), *counter_series(run, here, ("sent_bytes",), lambda _: "here", is_delta=True).values()]
-    return _summed([[(time_s, rate / _MEGA) for time_s, rate in binned_rates(run, each, width_s)] for each in found])
+def _network_rates(runs: Sequence[ReportRun]) -> Callable[[ReportRun], TimeSeries]:
+    counters_of = _link_counters if has_links(runs) else _interface_counters
+    width_s = bin_width_s(runs)
+
+    def rates(run: ReportRun) -> TimeSeries:
+        total = add_series([binned_rates(run, counter, width_s) for counter in counters_of(run)])
+        return [(time_s, rate / _MEGA) for time_s, rate in total]
+
+    return rates
 
 
-def _links(run: ReportRun) -> dict[str, CounterCurve]:
-    """What crossed each link between two sites, by its direction."""
-    points = run.points.get("link", ())
-    there = counter_series(
-        run, points, ("bytes_out",), lambda link: f"{link.tags['from']} to {link.tags['to']}", is_delta=False
-    )
-    back = counter_series(
-        run, points, ("bytes_in",), lambda link: f"{link.tags['to']} to {link.tags['from']}", is_delta=False
-    )
-    return {**there, **back}
+def _link_counters(run: ReportRun) -> list[CounterSeries]:
+    links = run.points.get("link", ())
+    return list(counter_series(run, links, ("bytes_out", "bytes_in"), lambda _: "", is_delta=False).values())
+
+
+def _interface_counters(run: ReportRun) -> list[CounterSeries]:
+    points = run.points.get("interface", ())
+    loopback = [point for point in points if point.tags.get("interface") == _LOOPBACK]
+    other = [point for point in points if point.tags.get("interface") != _LOOPBACK]
+    # A byte over the loopback is both sent and received on this node: count it once.
+    return [
+        *counter_series(run, other, ("received_bytes", "sent_bytes"), lambda _: "", is_delta=True).values(),
+        *counter_series(run, loopback, ("sent_bytes",), lambda _: "", is_delta=True).values(),
+    ]
 
 
 def gpu_table(runs: Sequence[ReportRun]) -> DataTable:
-    """GPU use, the power of the GPUs, and that of other rails, over time."""
+    """GPU utilisation, GPU power and the power of other rails, over time."""
     width_s = bin_width_s(runs)
-    kinds: Mapping[str, Callable[[ReportRun], TimeSeries]] = {
-        "GPU use (share)": lambda run: _averaged(binned_means(run, run.points.get("gpu", ()), "use", "gpu", width_s)),
-        "GPU power (W)": lambda run: _summed(
-            list(binned_means(run, run.points.get("gpu", ()), "power_w", "gpu", width_s).values())
-        ),
-        "other power (W)": lambda run: _summed(
-            list(binned_means(run, _rails(run), "power_w", "rail", width_s).values())
-        ),
+
+    def series(run: ReportRun, measurement: str, field: str, tag: str) -> list[TimeSeries]:
+        points = [point for point in run.points.get(measurement, ()) if is_additive(point.tags[tag])]
+        return binned_means(run, points, field, tag, width_s)
+
+    def mean_use(run: ReportRun) -> TimeSeries:
+        gpus = series(run, "gpu", "use", "gpu")
+        return [(time_s, total / len(gpus)) for time_s, total in add_series(gpus)]
+
+    panels: Mapping[str, Callable[[ReportRun], TimeSeries]] = {
+        "GPU use (share)": mean_use,
+        "GPU power (W)": lambda run: add_series(series(run, "gpu", "power_w", "gpu")),
+        "other power (W)": lambda run: add_series(series(run, "power", "power_w", "rail")),
     }
-    rows = [(kind, *row) for kind, curve_of in kinds.items() for row in _over_time("value", runs, curve_of).rows]
+    rows = [(panel, *row) for panel, series_of in panels.items() for row in _over_time("value", runs, series_of).rows]
     return DataTable(("of", "run", "time_s", "value", "low", "high"), tuple(rows))
 
 
-def _rails(run: ReportRun) -> list[TelemetryPoint]:
-    """The samples of the power rails that are no part of another one."""
-    return [point for point in run.points.get("power", ()) if is_additive(point.tags["rail"])]
-
-
 def cpu_table(runs: Sequence[ReportRun]) -> DataTable:
-    """How many cores each process kept busy, over time; the smallest of many together as `others`."""
+    """The CPU cores that each process uses, over time."""
     width_s = bin_width_s(runs)
-    rows: list[tuple[Cell, ...]] = []
-    for name, repeats in group_runs(runs).items():
-        curves = [
-            {key: binned_rates(run, counter, width_s) for key, counter in _processor_s(run).items()} for run in repeats
+    rows: list[Row] = []
+    for label, repeats in group_runs(runs).items():
+        rates = [
+            {name: binned_rates(run, counter, width_s) for name, counter in _cpu_counters(run).items()}
+            for run in repeats
         ]
-        found = {key: aggregate_repeats(each.get(key, []) for each in curves) for key in _keys(curves)}
-        for key, curve in _largest(found).items():
-            rows += [(name, key, time_s, each.median, each.low, each.high) for time_s, each in curve]
+        curves = {name: aggregate_repeats(each.get(name, []) for each in rates) for name in _keys(rates)}
+        for name, curve in _combine_smallest(curves).items():
+            rows += [(label, name, time_s, cores.median, *cores.bounds) for time_s, cores in curve]
     return DataTable(("run", "process", "time_s", "cores", "low", "high"), tuple(rows))
 
 
 def cpu_seconds_table(runs: Sequence[ReportRun]) -> DataTable:
-    """Seconds of processor time for a sample, by what the processes are."""
-    return _for_a_sample("s", runs, lambda run: run.metrics.cpu_s, _ROLES)
+    """Seconds of CPU time per sample, by the role of the processes."""
+    return _per_sample("s", runs, lambda run: run.metrics.cpu_s, _ROLES)
 
 
 def energy_table(runs: Sequence[ReportRun]) -> DataTable:
-    """Joules for a sample, by sensor: all that the node took while it was measured."""
-    return _for_a_sample("j", runs, lambda run: run.metrics.energy_j or {})
+    """Joules of the whole node per sample, by sensor."""
+    return _per_sample("j", runs, lambda run: run.metrics.energy_j or {})
 
 
 def link_bytes_table(runs: Sequence[ReportRun]) -> DataTable:
-    """Kilobytes that crossed each link between two sites for a sample, by direction."""
+    """Kilobytes per sample on each link between two sites, by direction."""
 
     def by_direction(run: ReportRun) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for link, crossed in run.metrics.links.items():
-            here, _, there = link.partition(" - ")
-            found |= {f"{here} to {there}": crossed.bytes_out / _KILO, f"{there} to {here}": crossed.bytes_in / _KILO}
-        return found
+        traffic: dict[str, float] = {}
+        for link, counts in run.metrics.links.items():
+            site, _, peer = link.partition(" - ")
+            traffic[f"{site} to {peer}"] = counts.bytes_out / _KILO
+            traffic[f"{peer} to {site}"] = counts.bytes_in / _KILO
+        return traffic
 
-    return _for_a_sample("kb", runs, by_direction)
+    return _per_sample("kb", runs, by_direction)
 
 
-def missing_sensor_reasons(runs: Iterable[ReportRun], *sensors: str) -> str:
-    """What the nodes said about sensors whose names begin so; empty where they said nothing."""
-    said = {
+def missing_sensor_reasons(runs: Iterable[ReportRun], *prefixes: str) -> str:
+    """Why sensors with these name prefixes could not be read, by node; empty where nothing was reported."""
+    reasons = {
         f"{point.tags.get('node', '')}: {point.fields.get('reason')}"
         for run in runs
         for point in run.points.get("missing", ())
-        if point.tags.get("sensor", "").lower().startswith(sensors)
+        if point.tags.get("sensor", "").lower().startswith(prefixes)
     }
-    return "; ".join(sorted(said))
+    return "; ".join(sorted(reasons))
 
 
-def _process(point: TelemetryPoint) -> str:
-    """A worker by its name; of other kinds there is one, or all of them together."""
-    return point.tags["name"] if point.tags["role"] == "stage" else point.tags["role"]
-
-
-def _processor_s(run: ReportRun) -> dict[str, CounterCurve]:
-    """By process: the workers in the order of a request's way, the source, the others. Stores may mix them up."""
+def _cpu_counters(run: ReportRun) -> dict[str, CounterSeries]:
+    """CPU time by process: each worker in the order of a request's path, then the sum of each other role."""
     hops = sorted(run.points.get("hop", ()), key=lambda hop: (number_or_zero(hop, "place"), hop.tags.get("worker", "")))
-    place = {name: count for count, name in enumerate(dict.fromkeys(hop.tags.get("worker", "") for hop in hops))}
-    working = [point for point in run.points.get("process", ()) if point.tags.get("role") not in OBSERVER_ROLES]
-    working.sort(
-        key=lambda point: (
-            _place(point.tags["role"], _ROLES),
-            point.tags["role"],
-            place.get(point.tags["name"], len(place)),
-            point.tags["name"],
-            point.time_ns,
-        )
-    )
-    return counter_series(run, working, ("cpu_s",), _process, is_delta=False)
+    workers = list(dict.fromkeys(hop.tags.get("worker", "") for hop in hops))
+    points = [point for point in run.points.get("process", ()) if point.tags.get("role") not in OBSERVER_ROLES]
+
+    def order(point: TelemetryPoint) -> tuple[int, str, int, str, int]:
+        role, name = point.tags["role"], point.tags["name"]
+        return _index(role, _ROLES), role, _index(name, workers), name, point.time_ns
+
+    def process(point: TelemetryPoint) -> str:
+        return point.tags["name"] if point.tags["role"] == "stage" else point.tags["role"]
+
+    return counter_series(run, sorted(points, key=order), ("cpu_s",), process, is_delta=False)
 
 
-def _place(name: str, order: Sequence[str]) -> int:
+def _index(name: str, order: Sequence[str]) -> int:
     return order.index(name) if name in order else len(order)
 
 
-def _for_a_sample(
+def _combine_smallest(
+    curves: Mapping[str, list[tuple[float, MedianRange]]],
+) -> dict[str, list[tuple[float, MedianRange]]]:
+    """The largest curves by sum, in their order, and the sum of all others."""
+    sums = {name: sum(spread.median for _, spread in curve) for name, curve in curves.items()}
+    largest = set(sorted(sums, key=lambda name: -sums[name])[:_MAX_PROCESSES])
+    combined = {name: curve for name, curve in curves.items() if name in largest}
+    others: dict[float, float] = {}
+    for name, curve in curves.items():
+        if name not in largest:
+            for time_s, spread in curve:
+                others[time_s] = others.get(time_s, 0.0) + spread.median
+    if others:
+        combined[_OTHERS] = [(time_s, MedianRange.from_values([value])) for time_s, value in sorted(others.items())]
+    return combined
+
+
+def _per_sample(
     unit: str,
     runs: Sequence[ReportRun],
     parts_of: Callable[[ReportRun], Mapping[str, float]],
-    first: Sequence[str] = (),
+    first_parts: Sequence[str] = (),
 ) -> DataTable:
-    """A bar for each group: its parts, those named in `first` before the others, and all of it together."""
-    shares = {name: [found for run in own if (found := parts_of(run))] for name, own in group_runs(runs).items()}
-    # The same order in every bar, whatever a run happens to lack.
-    order = sorted(_keys(each for own in shares.values() for each in own), key=lambda part: _place(part, first))
-    rows: list[tuple[Cell, ...]] = []
-    for name, own in shares.items():
-        for part in order:
-            if any(part in each for each in own):
-                middle = median([each.get(part, 0.0) for each in own])
-                rows.append((name, part, middle, None, None))
-        if own:
-            whole = median_range([sum(each.values()) for each in own])
-            rows.append((name, TOTAL, whole.median, whole.low, whole.high))
+    """One bar per group of runs: the median of each part, in the same order in every bar, and of the runs' sums."""
+    groups = {
+        label: [parts for run in repeats if (parts := parts_of(run))] for label, repeats in group_runs(runs).items()
+    }
+    order = sorted(
+        _keys(parts for group in groups.values() for parts in group), key=lambda part: _index(part, first_parts)
+    )
+    rows: list[Row] = []
+    for label, group in groups.items():
+        rows += [
+            (label, part, median(parts.get(part, 0.0) for parts in group), None, None)
+            for part in order
+            if any(part in parts for parts in group)
+        ]
+        if group:
+            total = MedianRange.from_values([sum(parts.values()) for parts in group])
+            rows.append((label, TOTAL, total.median, *total.bounds))
     return DataTable(("run", "part", f"{unit}_per_sample", "low", "high"), tuple(rows))
 
 
-def _over_time(name: str, runs: Sequence[ReportRun], curve_of: Callable[[ReportRun], TimeSeries]) -> DataTable:
-    rows: list[tuple[Cell, ...]] = []
-    for group, repeats in group_runs(runs).items():
-        rows += [
-            (group, time_s, each.median, each.low, each.high)
-            for time_s, each in aggregate_repeats(curve_of(run) for run in repeats)
-        ]
-    return DataTable(("run", "time_s", name, "low", "high"), tuple(rows))
+def _over_time(column: str, runs: Sequence[ReportRun], series_of: Callable[[ReportRun], TimeSeries]) -> DataTable:
+    rows = [
+        (label, time_s, spread.median, *spread.bounds)
+        for label, repeats in group_runs(runs).items()
+        for time_s, spread in aggregate_repeats(series_of(run) for run in repeats)
+    ]
+    return DataTable(("run", "time_s", column, "low", "high"), tuple(rows))
 
 
-def _summed(curves: Sequence[TimeSeries]) -> list[tuple[float, float]]:
-    """What several curves have together, at the times at which all of them have something."""
-    if not curves:
-        return []
-    common = set.intersection(*({time_s for time_s, _ in curve} for curve in curves))
-    values = [dict(curve) for curve in curves]
-    return [(time_s, sum(each[time_s] for each in values)) for time_s in sorted(common)]
-
-
-def _averaged(curves: Mapping[str, TimeSeries]) -> list[tuple[float, float]]:
-    return [(time_s, total / len(curves)) for time_s, total in _summed(list(curves.values()))]
-
-
-def _keys(several: Iterable[Mapping[str, object]]) -> list[str]:
-    return list(dict.fromkeys(key for each in several for key in each))
-
-
-def _largest(curves: Mapping[str, list[tuple[float, MedianRange]]]) -> dict[str, list[tuple[float, MedianRange]]]:
-    """The curves with the greatest sums, in the order they came, and what the others have together."""
-    sums = {name: sum(each.median for _, each in curve) for name, curve in curves.items()}
-    kept = sorted(sums, key=lambda name: -sums[name])[:_PROCESSES]
-    if len(kept) == len(curves):
-        return dict(curves)
-    found = {name: curve for name, curve in curves.items() if name in kept}
-    rest: dict[float, float] = {}
-    for name, curve in curves.items():
-        if name not in kept:
-            for time_s, each in curve:
-                rest[time_s] = rest.get(time_s, 0.0) + each.median
-    return {**found, "others": [(time_s, MedianRange(value)) for time_s, value in sorted(rest.items())]}
+def _keys(mappings: Iterable[Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))

@@ -1,4 +1,4 @@
-"""A run as a report sees it: its points, which part of it is measured, and what it is a repeat of. Pure."""
+"""The runs of a report, and the groups of repeats in which they are shown."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from monitor.analysis.measurement_window import (
 )
 from monitor.analysis.run_metrics import RunMetrics, compute_run_metrics
 from monitor.bench.manifest import Manifest
-from monitor.points.points import FieldValue, TelemetryPoint
+from monitor.points.points import TelemetryPoint
 
 _NS_PER_S = 1e9
 
 
 @dataclass(frozen=True)
 class ReportRun:
-    """One run. `warm_up`: so many of its first requests, or steps, are not measured.
+    """One run; its first `warm_up` requests or steps are not measured.
 
-    What it tells raises `NoSamples` where nothing of it is measured.
+    All properties but `label` raise `NoSamples` for a run without measured samples.
     """
 
     name: str
     points: PointsByMeasurement
-    group: str = ""  # what it is a repeat of; runs of one group are shown as one
+    group: str = ""  # the suite that it is a repeat of; the runs of a group are shown as one
     warm_up: int = 0
-    # Of a sweep: what it varied, and its value here, if it has one; and what the sweep is of.
-    sweep_setting: tuple[str, float | None] | None = None
+    sweep_setting: tuple[str, float | None] | None = (
+        None  # what a sweep varied, and the value; None for an uncut network
+    )
     sweep_name: str = ""
     manifest: Manifest | None = None
 
@@ -46,41 +47,46 @@ class ReportRun:
 
     @cached_property
     def window(self) -> MeasurementWindow:
-        """What of it is measured."""
         return select_window(self.points, self.warm_up)
 
     @cached_property
     def metrics(self) -> RunMetrics:
-        """All that `sparse bench` tells of it, too."""
         return compute_run_metrics(self.points, self.warm_up)
 
     @cached_property
     def pipelines(self) -> tuple[str, ...]:
-        """The names of the pipelines that its points are of."""
-        return tuple(sorted({point.tags.get("pipeline", "") for point in self.window.points} - {""}))
+        return self._tag_values("pipeline")
+
+    @cached_property
+    def nodes(self) -> tuple[str, ...]:
+        return self._tag_values("node")
+
+    def _tag_values(self, tag: str) -> tuple[str, ...]:
+        return tuple(sorted({point.tags.get(tag, "") for point in self.window.points} - {""}))
 
     @property
     def duration_s(self) -> float:
-        """Of the measured part, by the clock."""
+        """The length of the measured window."""
         return self.window.span_s
 
-    def sample_count(self, end: TelemetryPoint) -> int:
-        """How many samples a request or step is."""
-        return round(number_or_zero(end, "rows")) if self.kind == "training" else 1
+    def sample_count(self, point: TelemetryPoint) -> int:
+        """The number of samples in a request or step."""
+        return round(number_or_zero(point, "rows")) if self.kind == "training" else 1
 
     def seconds_since_start(self, point: TelemetryPoint) -> float:
-        """Since the measured part began: zero of all time axes."""
+        """The time since the start of the measured window, which is the zero of all time axes."""
         return (point.time_ns - self.window.begin_ns) / _NS_PER_S
 
 
-def number_or_none(value: FieldValue) -> float | None:
-    """A field as a number, or None where there is none."""
+def number_or_none(point: TelemetryPoint, name: str) -> float | None:
+    """A field as a number; None where it was not measured."""
+    value = point.fields.get(name)
     return float(value) if isinstance(value, int | float) else None
 
 
 def group_runs(runs: Iterable[ReportRun]) -> dict[str, Sequence[ReportRun]]:
-    """The runs by what they are repeats of, in the order in which they came."""
-    found: dict[str, list[ReportRun]] = {}
+    """The runs by label, in their order."""
+    groups: dict[str, list[ReportRun]] = {}
     for run in runs:
-        found.setdefault(run.label, []).append(run)
-    return dict(found)
+        groups.setdefault(run.label, []).append(run)
+    return dict(groups)

@@ -1,88 +1,92 @@
-"""The headline numbers of a report: a row for each run, or suite, and each beside the first of them. Pure."""
+"""The headline metrics of a report: a row per run or suite, compared with the first row, the baseline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from monitor.analysis.median_range import MedianRange
 from monitor.analysis.run_metrics import RunMetrics
 from monitor.report.run import ReportRun, group_runs
-from monitor.report.table import Cell, DataTable
-from monitor.report.timeseries import MedianRange, median_range
+from monitor.report.table import Cell, DataTable, Row
 
 
 @dataclass(frozen=True)
 class SummaryColumn:
-    """One column. `better`: whether more of it is better (1), or less (-1), or neither (0)."""
+    """One metric; `better_direction` is 1 where more is better, -1 where less is, 0 where neither."""
 
     name: str
     unit: str
     better_direction: int
     value_of: Callable[[RunMetrics], float | None]
 
+    @property
+    def heading(self) -> str:
+        return f"{self.name} ({self.unit})" if self.unit else self.name
+
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """What one run, or the repeats of one suite, came to; None is what was not measured."""
+    """The metrics of one run, or of the repeats of one suite; None where a metric was not measured."""
 
     label: str
     repeats: int
     values: Mapping[str, MedianRange | None]
 
+    def ratio_to(self, baseline: SummaryRow, name: str) -> float | None:
+        """The metric divided by the baseline's; None where either is missing, or the baseline's is 0."""
+        value, reference = self.values[name], baseline.values[name]
+        return value.median / reference.median if value and reference and reference.median else None
 
-def summary_columns(trains: bool) -> tuple[SummaryColumn, ...]:
-    """The columns, of inference or training."""
-    sample = "row" if trains else "request"
-    return (
-        SummaryColumn("samples", "", 0, lambda each: each.samples),
-        SummaryColumn("throughput", f"{sample}s/s", 1, lambda each: each.throughput_per_s),
-        SummaryColumn("step p50" if trains else "latency p50", "ms", -1, lambda each: each.latency_ms["p50"]),
-        SummaryColumn("p95", "ms", -1, lambda each: each.latency_ms["p95"]),
-        SummaryColumn("p99", "ms", -1, lambda each: each.latency_ms["p99"]),
-        *(() if trains else (SummaryColumn("network", "ms", -1, lambda each: each.network_ms),)),
+
+def _summary_columns(is_training: bool) -> list[SummaryColumn]:
+    sample = "row" if is_training else "request"
+    columns = [
+        SummaryColumn("samples", "", 0, lambda metrics: metrics.samples),
+        SummaryColumn("throughput", f"{sample}s/s", 1, lambda metrics: metrics.throughput_per_s),
+        SummaryColumn(
+            "step p50" if is_training else "latency p50", "ms", -1, lambda metrics: metrics.latency_ms["p50"]
+        ),
+        SummaryColumn("p95", "ms", -1, lambda metrics: metrics.latency_ms["p95"]),
+        SummaryColumn("p99", "ms", -1, lambda metrics: metrics.latency_ms["p99"]),
+        SummaryColumn("network", "ms", -1, lambda metrics: metrics.network_ms),
         SummaryColumn("between sites", f"kB/{sample}", -1, _link_kb),
-        SummaryColumn("processors", f"s/{sample}", -1, lambda each: each.total_cpu_s),
-        SummaryColumn("energy", f"J/{sample}", -1, lambda each: sum(each.energy_j.values()) if each.energy_j else None),
-        *(() if trains else (SummaryColumn("failed", "", 0, lambda each: each.failed),)),
-        *(() if trains else (SummaryColumn("retries", "", 0, lambda each: each.retries),)),
-    )
+        SummaryColumn("CPU time", f"s/{sample}", -1, lambda metrics: metrics.total_cpu_s),
+        SummaryColumn(
+            "energy", f"J/{sample}", -1, lambda metrics: sum(metrics.energy_j.values()) if metrics.energy_j else None
+        ),
+    ]
+    if not is_training:
+        columns.append(SummaryColumn("failed", "", 0, lambda metrics: metrics.failed))
+        columns.append(SummaryColumn("retries", "", 0, lambda metrics: metrics.retries))
+    return columns
 
 
-def summarize(runs: Sequence[ReportRun]) -> tuple[tuple[SummaryColumn, ...], list[SummaryRow]]:
-    """The columns that any run has something in, and a row for each group of runs; the first is the baseline."""
-    columns = summary_columns(runs[0].kind == "training")
+def _link_kb(metrics: RunMetrics) -> float | None:
+    return sum(link.bytes_out + link.bytes_in for link in metrics.links.values()) / 1000 if metrics.links else None
+
+
+def summarize(runs: Sequence[ReportRun]) -> tuple[list[SummaryColumn], list[SummaryRow]]:
+    """The metrics that any run has, and a row per group of runs; the first row is the baseline."""
+    columns = _summary_columns(runs[0].kind == "training")
     rows = []
     for label, repeats in group_runs(runs).items():
-        values: dict[str, MedianRange | None] = {}
+        spreads: dict[str, MedianRange | None] = {}
         for column in columns:
-            found = [value for run in repeats if (value := column.value_of(run.metrics)) is not None]
-            values[column.name] = median_range(found) if found else None
-        rows.append(SummaryRow(label, len(repeats), values))
-    return tuple(column for column in columns if any(row.values[column.name] for row in rows)), rows
-
-
-def ratio_to_baseline(row: SummaryRow, baseline: SummaryRow, name: str) -> float | None:
-    """How many times the baseline's; None where either was not measured, or the baseline's is 0."""
-    mine, its = row.values[name], baseline.values[name]
-    return mine.median / its.median if mine and its and its.median else None
+            values = [value for run in repeats if (value := column.value_of(run.metrics)) is not None]
+            spreads[column.name] = MedianRange.from_values(values) if values else None
+        rows.append(SummaryRow(label, len(repeats), spreads))
+    return [column for column in columns if any(row.values[column.name] for row in rows)], rows
 
 
 def summary_table(columns: Sequence[SummaryColumn], rows: Sequence[SummaryRow]) -> DataTable:
-    """The same as rows of numbers: for each column its value, and its ratio to the first row's."""
-    names = [name for each in columns for name in (_column(each), f"{_column(each)} ratio")]
-    found: list[tuple[Cell, ...]] = []
+    """For each metric its median, and its ratio to the first row."""
+    table_rows: list[Row] = []
     for row in rows:
         cells: list[Cell] = [row.label, row.repeats]
         for column in columns:
-            value = row.values[column.name]
-            cells += [value.median if value else None, ratio_to_baseline(row, rows[0], column.name)]
-        found.append(tuple(cells))
-    return DataTable(("run", "repeats", *names), tuple(found))
-
-
-def _column(headline: SummaryColumn) -> str:
-    return f"{headline.name} ({headline.unit})" if headline.unit else headline.name
-
-
-def _link_kb(figures: RunMetrics) -> float | None:
-    return sum(link.bytes_out + link.bytes_in for link in figures.links.values()) / 1000 if figures.links else None
+            spread = row.values[column.name]
+            cells += [spread.median if spread else None, row.ratio_to(rows[0], column.name)]
+        table_rows.append(tuple(cells))
+    headings = [name for column in columns for name in (column.heading, f"{column.heading} ratio")]
+    return DataTable(("run", "repeats", *headings), tuple(table_rows))

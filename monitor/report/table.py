@@ -1,4 +1,4 @@
-"""The numbers of one figure, as rows: what is drawn, what stands on the page, and what its CSV file holds. Pure."""
+"""The data of a figure as rows of cells, how it is plotted, and how numbers are written."""
 
 from __future__ import annotations
 
@@ -9,45 +9,56 @@ from dataclasses import dataclass
 from typing import Literal
 
 Cell = str | float | int | None
-# The part of a bar that is no part but all of it: of repeats, the median of their wholes, with the least and the most.
+Row = tuple[Cell, ...]
+# The part of a bar that stands for its sum, which has a range where the bar stands for several runs.
 TOTAL = "total"
 
 
 @dataclass(frozen=True)
 class DataTable:
-    """Rows of cells, one for each column; None is what was not measured. A column's name ends with its unit."""
+    """Rows with one cell per column; None where something was not measured. Column names end with their unit."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[Row, ...]
 
     def __bool__(self) -> bool:
         return bool(self.rows)
 
     def column(self, name: str) -> list[Cell]:
-        """All of its cells; raises `ValueError` for a column that is not there."""
-        place = self.columns.index(name)
-        return [row[place] for row in self.rows]
+        """The cells of a column. Raises `ValueError` for an unknown column."""
+        index = self.columns.index(name)
+        return [row[index] for row in self.rows]
 
     def floats(self, name: str) -> list[float]:
-        """The same as numbers; NaN where there is none."""
+        """The cells of a column as numbers; NaN where a cell has none."""
         return [float(cell) if isinstance(cell, int | float) else float("nan") for cell in self.column(name)]
 
     def where(self, name: str, value: Cell) -> DataTable:
-        """Only the rows that have this value there."""
-        place = self.columns.index(name)
-        return DataTable(self.columns, tuple(row for row in self.rows if row[place] == value))
+        """The rows whose cell equals `value`."""
+        index = self.columns.index(name)
+        return DataTable(self.columns, tuple(row for row in self.rows if row[index] == value))
 
     def where_not(self, name: str, value: Cell) -> DataTable:
-        """Only the rows that have another value there."""
-        place = self.columns.index(name)
-        return DataTable(self.columns, tuple(row for row in self.rows if row[place] != value))
+        """The rows whose cell differs from `value`."""
+        index = self.columns.index(name)
+        return DataTable(self.columns, tuple(row for row in self.rows if row[index] != value))
 
     def distinct(self, name: str) -> list[str]:
-        """The different cells of a column of text, in the order in which they come."""
+        """The distinct cells of a text column, in the order of their first rows."""
         return list(dict.fromkeys(str(cell) for cell in self.column(name)))
 
+    def downsample(self, limit: int) -> DataTable:
+        """At most `limit` of the rows."""
+        return DataTable(self.columns, tuple(downsample(self.rows, limit)))
+
+    def without_empty_columns(self) -> DataTable:
+        """The columns with at least one cell that is not None."""
+        kept = [index for index in range(len(self.columns)) if any(row[index] is not None for row in self.rows)]
+        rows = tuple(tuple(row[index] for index in kept) for row in self.rows)
+        return DataTable(tuple(self.columns[index] for index in kept), rows)
+
     def to_csv(self) -> str:
-        """As a CSV file: a line of names, then the rows; nothing where nothing was measured."""
+        """The table as a CSV file with a header; None is an empty cell."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns)
@@ -55,9 +66,24 @@ class DataTable:
         return text.getvalue()
 
 
+def downsample(rows: Sequence[Row], limit: int) -> list[Row]:
+    """At most `limit` rows, evenly spaced, including the first and the last."""
+    if len(rows) <= limit:
+        return list(rows)
+    last = len(rows) - 1
+    return [rows[round(index * last / (limit - 1))] for index in range(limit)]
+
+
+def format_number(value: float) -> str:
+    """A number with three significant digits; a whole number, or one above 100, without decimals."""
+    if abs(value) >= 100 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.2e}"
+
+
 @dataclass(frozen=True)
 class LinePlot:
-    """Drawn as lines: one for each value of `series`, a panel below the other for each value of `panel`."""
+    """Lines: one per value of the column `series`, in one panel per value of the column `panel`."""
 
     x: str
     y: str
@@ -65,50 +91,32 @@ class LinePlot:
     y_label: str
     series: str = "run"
     panel: str = ""
-    band_axis: Literal["", "x", "y"] = ""  # `low` and `high` are columns, and bounds of this
+    band_axis: Literal["", "x", "y"] = ""  # the axis whose range is in the columns `low` and `high`
     stepped: bool = False  # a value holds until the next point
-    y_is_fraction: bool = False  # y goes from 0 to 1
+    y_is_fraction: bool = False
     log_x: bool = False
-    markers: bool = False  # each point is a value of its own
+    markers: bool = False  # points are separate measurements: mark each, with an error bar
 
 
 @dataclass(frozen=True)
 class StackedBars:
-    """Drawn as one bar for each value of `bar`, made of `part`s end to end; its `TOTAL` has the bounds of the whole."""
+    """One horizontal bar per value of the column `bar`, a stack of parts; the row `TOTAL` has the range of the sum."""
 
     value: str
     label: str
     bar: str = "run"
     part: str = "part"
-    group_by: str = ""  # a column by which parts belong together: written above them
-
-
-PlotSpec = LinePlot | StackedBars
+    group_by: str = ""  # the column of a name that is written above consecutive parts
 
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """One figure: how it is drawn, from which numbers, and what a reader sees in it."""
+    """One figure: its data, its plot and its texts. A figure without rows is left out of the report."""
 
     name: str
     title: str
     caption: str
     table: DataTable
-    plot: PlotSpec
-    percentiles: DataTable | None = None  # numbers that stand under the picture, for all to see
-
-
-@dataclass(frozen=True)
-class OmittedFigure:
-    """A figure that no run has the numbers for."""
-
-    title: str
-    reason: str
-
-
-def downsample(rows: Sequence[tuple[Cell, ...]], limit: int) -> list[tuple[Cell, ...]]:
-    """At most so many of these rows, evenly chosen, the first and the last among them."""
-    if len(rows) <= limit:
-        return list(rows)
-    last = len(rows) - 1
-    return [rows[round(place * last / (limit - 1))] for place in range(limit)]
+    plot: LinePlot | StackedBars
+    missing_reason: str  # why the table has no rows, where it has none
+    percentiles: DataTable | None = None  # shown below the plot

@@ -1,145 +1,116 @@
-"""What happens to numbers on their way into a figure: counters read at any moment, bins, spreads. Pure."""
+"""Points as time series: counters, values in bins of equal width, and repeats."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
 
+from monitor.analysis.counter_series import CounterSeries
+from monitor.analysis.median_range import MedianRange
 from monitor.points.points import TelemetryPoint
 from monitor.report.run import ReportRun, number_or_none
 
-# Widths of the bins of a time axis; the first by which the longest run has no more than so many bins is taken.
-_WIDTHS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0, 3600.0)
-_BINS = 120
-
-
-@dataclass(frozen=True, slots=True)
-class MedianRange:
-    """The median of several repeats, and the least and the most of them; `low` is None for a single one."""
-
-    median: float
-    low: float | None = None
-    high: float | None = None
-
-
-def median_range(values: Sequence[float]) -> MedianRange:
-    """Of at least one value."""
-    if len(values) == 1:
-        return MedianRange(values[0])
-    return MedianRange(median(values), min(values), max(values))
-
-
-@dataclass(frozen=True)
-class CounterCurve:
-    """Something that only grows, known at some moments; between two of them it grows evenly. Times in seconds."""
-
-    times_s: tuple[float, ...]
-    totals: tuple[float, ...]
-
-    def value_at(self, time_s: float) -> float:
-        """Before the first moment it is what it was then; the same after the last."""
-        after = bisect_right(self.times_s, time_s)
-        if after == 0:
-            return self.totals[0]
-        if after == len(self.times_s):
-            return self.totals[-1]
-        begin, end = self.times_s[after - 1], self.times_s[after]
-        share = (time_s - begin) / (end - begin)
-        return self.totals[after - 1] + share * (self.totals[after] - self.totals[after - 1])
-
-    def increase(self, begin_s: float, end_s: float) -> float:
-        """By how much, in this time."""
-        return self.value_at(end_s) - self.value_at(begin_s)
+TimeSeries = Sequence[tuple[float, float]]  # (seconds since the start of the measured window, value)
+# Bin widths; a report uses the first with which its longest run has at most `_MAX_BINS`.
+_BIN_WIDTHS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0, 3600.0)
+_MAX_BINS = 120
 
 
 def counter_series(
     run: ReportRun,
     points: Iterable[TelemetryPoint],
-    names: Sequence[str],
+    fields: Sequence[str],
     key: Callable[[TelemetryPoint], str],
     *,
     is_delta: bool,
-) -> dict[str, CounterCurve]:
-    """One counter for each key and kind of points, from the sum of the fields `names`.
+) -> dict[str, CounterSeries]:
+    """One counter per key: the sum of `fields` in its points, over all tags. Times are seconds since the run's start.
 
-    `added`: a point says how much came since the one before. Otherwise it says the total, and a total that has become
-    smaller has begun again at 0.
+    `is_delta`: a point has the increase since the point before; otherwise the total, and a total that decreases has
+    been reset to zero.
     """
-    found: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[float, float]]] = defaultdict(list)
+    by_source: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[float, float]]] = defaultdict(list)
     for point in points:
-        values = [value for name in names if (value := number_or_none(point.fields.get(name))) is not None]
+        values = [value for name in fields if (value := number_or_none(point, name)) is not None]
         if values:
-            found[key(point), tuple(sorted(point.tags.items()))].append((run.seconds_since_start(point), sum(values)))
-    several: dict[str, list[CounterCurve]] = defaultdict(list)
-    for (name, _), knots in found.items():
-        several[name].append(_counter(knots, is_delta))
-    return {name: _together(parts) for name, parts in several.items()}
+            by_source[key(point), tuple(sorted(point.tags.items()))].append(
+                (run.seconds_since_start(point), sum(values))
+            )
+    by_key: dict[str, list[CounterSeries]] = defaultdict(list)
+    for (name, _), values_over_time in by_source.items():
+        by_key[name].append(_accumulate(values_over_time, is_delta))
+    return {name: _add_counters(counters) for name, counters in by_key.items()}
 
 
-def _counter(knots: Sequence[tuple[float, float]], added: bool) -> CounterCurve:
-    times, totals = [knots[0][0]], [0.0]
-    for (_, before), (time_s, value) in pairwise(knots):
-        grown = value if added or value < before else value - before
-        if time_s > times[-1]:
-            times.append(time_s)
-            totals.append(totals[-1] + grown)
-        else:
-            totals[-1] += grown
-    return CounterCurve(tuple(times), tuple(totals))
+def _accumulate(values: TimeSeries, is_delta: bool) -> CounterSeries:
+    """The increase since the first point."""
+    totals = {values[0][0]: 0.0}
+    total = 0.0
+    for (_, before), (time_s, value) in pairwise(values):
+        total += value if is_delta or value < before else value - before
+        totals[time_s] = total
+    return CounterSeries(tuple(totals.items()))
 
 
-def _together(parts: Sequence[CounterCurve]) -> CounterCurve:
-    if len(parts) == 1:
-        return parts[0]
-    times = sorted({time_s for part in parts for time_s in part.times_s})
-    return CounterCurve(tuple(times), tuple(sum(part.value_at(time_s) for part in parts) for time_s in times))
+def _add_counters(counters: Sequence[CounterSeries]) -> CounterSeries:
+    if len(counters) == 1:
+        return counters[0]
+    times = sorted({time_s for counter in counters for time_s, _ in counter.readings})
+    return CounterSeries(tuple((time_s, sum(each.value_at(time_s) for each in counters)) for time_s in times))
 
 
 def bin_width_s(runs: Iterable[ReportRun]) -> float:
-    """The same for all runs that stand in one figure."""
+    """The width of the bins of a time axis, the same for all runs of a report."""
     longest_s = max(run.duration_s for run in runs)
-    return next((width for width in _WIDTHS_S if longest_s / width <= _BINS), _WIDTHS_S[-1])
+    return next((width for width in _BIN_WIDTHS_S if longest_s / width <= _MAX_BINS), _BIN_WIDTHS_S[-1])
 
 
-def binned_rates(run: ReportRun, counter: CounterCurve, width_s: float) -> list[tuple[float, float]]:
-    """The middle of each whole bin of the measured time, in seconds, and by how much a second the counter grew in it.
+def binned_rates(run: ReportRun, counter: CounterSeries, width_s: float) -> TimeSeries:
+    """The centre of each whole bin of the run, and the counter's increase per second in it.
 
-    A run shorter than a bin has one, which ends with it. A bin in which the counter is not known from its begin to its
-    end is left out.
+    A run shorter than a bin has one rate, over its length. Bins that the readings do not cover are left out.
     """
-    found = []
-    if 0 < run.duration_s < width_s and counter.times_s[0] <= 0 and run.duration_s <= counter.times_s[-1]:
-        found.append((width_s / 2, counter.increase(0.0, run.duration_s) / run.duration_s))
-    for place in range(int(run.duration_s / width_s + 1e-9)):
-        begin, end = place * width_s, (place + 1) * width_s
-        if counter.times_s[0] <= begin and end <= counter.times_s[-1]:
-            found.append((begin + width_s / 2, counter.increase(begin, end) / width_s))
-    return found
+    first_s, last_s = counter.readings[0][0], counter.readings[-1][0]
+    if 0 < run.duration_s < width_s:
+        bins = [(0.0, run.duration_s)]
+    else:
+        bins = [(index * width_s, (index + 1) * width_s) for index in range(int(run.duration_s / width_s + 1e-9))]
+    return [
+        (begin + width_s / 2, counter.increase(begin, end) / (end - begin))
+        for begin, end in bins
+        if first_s <= begin and end <= last_s
+    ]
 
 
 def binned_means(
-    run: ReportRun, points: Iterable[TelemetryPoint], name: str, key: str, width_s: float
-) -> dict[str, list[tuple[float, float]]]:
-    """For each value of the tag `key`: the middle of each bin with a sample of the field, and their mean in it."""
+    run: ReportRun, points: Iterable[TelemetryPoint], field: str, tag: str, width_s: float
+) -> list[TimeSeries]:
+    """Per value of `tag`, the centre of each bin with a sample of the field, and the mean of the samples in it."""
     bins: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
-        value, time_s = number_or_none(point.fields.get(name)), run.seconds_since_start(point)
+        value, time_s = number_or_none(point, field), run.seconds_since_start(point)
         if value is not None and 0 <= time_s < run.duration_s:
-            bins[point.tags.get(key, "")][int(time_s / width_s)].append(value)
-    return {
-        name: [((place + 0.5) * width_s, sum(values) / len(values)) for place, values in sorted(found.items())]
-        for name, found in bins.items()
-    }
+            bins[point.tags.get(tag, "")][int(time_s / width_s)].append(value)
+    return [
+        [((index + 0.5) * width_s, sum(values) / len(values)) for index, values in sorted(by_index.items())]
+        for by_index in bins.values()
+    ]
 
 
-def aggregate_repeats(curves: Iterable[Sequence[tuple[float, float]]]) -> list[tuple[float, MedianRange]]:
-    """Several curves on the same bins as one: the spread of what they have in each."""
+def add_series(series: Sequence[TimeSeries]) -> TimeSeries:
+    """The sum of several series, at the times that all of them have."""
+    if not series:
+        return []
+    values = [dict(each) for each in series]
+    common = set.intersection(*(set(each) for each in values))
+    return [(time_s, sum(each[time_s] for each in values)) for time_s in sorted(common)]
+
+
+def aggregate_repeats(repeats: Iterable[TimeSeries]) -> list[tuple[float, MedianRange]]:
+    """Several series as one: the median and range of their values at each time."""
     values: dict[float, list[float]] = defaultdict(list)
-    for curve in curves:
-        for time_s, value in curve:
+    for series in repeats:
+        for time_s, value in series:
             values[time_s].append(value)
-    return [(time_s, median_range(found)) for time_s, found in sorted(values.items())]
+    return [(time_s, MedianRange.from_values(each)) for time_s, each in sorted(values.items())]

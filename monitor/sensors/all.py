@@ -1,12 +1,15 @@
-"""All that is measured of a node, in one sample."""
+"""All sensors of a node, and the thread that samples them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from brokers.telemetry.schema import ProcessStarted, ProcessStopped, TelemetryEvent
 from monitor.points.points import TelemetryPoint
 from monitor.sensors.base import Sensor, UnavailableSensors, error_reason
 from monitor.sensors.host import HostSensor
@@ -20,15 +23,15 @@ log = logging.getLogger(__name__)
 
 
 def default_sensors(root: Path = Path("/")) -> list[Sensor]:
-    """Those of every node, apart from our own processes; `root` stands in for `/` where files are read."""
+    """The sensors of a node, without its processes; `root` replaces `/` where they read files."""
     return [HostSensor(root), NetworkSensor(), GpuSensor(), RaplSensor(root), JetsonSensor(root)]
 
 
 class NodeSensors:
-    """Samples a node. One thread at a time; cheap, but for a Jetson's rails, which take milliseconds.
+    """Samples all sensors of a node; used by one thread at a time.
 
-    Points have the tags `node` and `run`: a process's run is its own, if it said so. `sensors` takes the place of those
-    of this node.
+    Points get the tags `node` and `run`, unless a process has a run of its own. `sensors` replaces `default_sensors()`.
+    A sample is cheap except for a Jetson's rails, which take milliseconds.
     """
 
     def __init__(
@@ -40,25 +43,68 @@ class NodeSensors:
         sensors: Sequence[Sensor] | None = None,
     ) -> None:
         self._tags = {"node": node, "run": run}
-        own = ProcessSensor() if processes is None else processes
-        self._sensors: list[Sensor] = [*(default_sensors() if sensors is None else sensors), own]
+        self._sensors = [*(default_sensors() if sensors is None else sensors), processes or ProcessSensor()]
         self._missing = UnavailableSensors()
 
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """What is measured now; never raises. `now_s` is a monotonic clock's, of which only differences count."""
+        """The points of all sensors at Unix time `time_ns` and monotonic time `now_s`; never raises."""
         points: list[TelemetryPoint] = []
         for sensor in self._sensors:
             try:
                 points += sensor.sample(time_ns, now_s)
-            except Exception as error:
-                # A mistake of ours, or a driver's: it must not cost what the others measure.
-                told = self._missing.report_once(time_ns, type(sensor).__name__.lower(), error_reason(error))
-                if told:  # else it fails at every sample, as it is known to
-                    log.exception("a sensor failed")
-                points += told
+            except Exception as error:  # a bug in one sensor or driver must not cost the others' points
+                missing = self._missing.report_once(time_ns, sensor.name, error_reason(error))
+                if missing:  # the first of many: a sensor that fails does so in each sample
+                    log.exception("the sensor %s failed", sensor.name)
+                points += missing
         return [replace(point, tags={**self._tags, **point.tags}) for point in points]
 
     def close(self) -> None:
-        """Let go of all that is held. May be called twice."""
+        """Release all resources. May be called twice."""
         for sensor in self._sensors:
             sensor.close()
+
+
+class Sampler:
+    """Samples the node periodically in a thread of its own, so that a driver that hangs blocks nothing else.
+
+    Lifecycle: `start`, `stop`. `on_sample` is called in that thread.
+    """
+
+    def __init__(
+        self, node: str, run: str, interval_s: float, on_sample: Callable[[Sequence[TelemetryPoint]], None]
+    ) -> None:
+        self.latest: Sequence[TelemetryPoint] = ()  # the newest sample
+        self._run = run
+        self._interval_s = interval_s
+        self._on_sample = on_sample
+        self._processes = ProcessSensor()
+        self._sensors = NodeSensors(node, run, self._processes)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._sample_until_stopped, name="sampler", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def on_events(self, events: Sequence[TelemetryEvent]) -> None:
+        """Follow the start and the end of processes; from any thread."""
+        for event in events:
+            if isinstance(event, ProcessStarted):
+                self._processes.on_start(event.role, event.name, event.pid, event.run or self._run)
+            elif isinstance(event, ProcessStopped):
+                self._processes.on_stop(event.pid)
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread; one that hangs is abandoned. May be called twice, and without `start`."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _sample_until_stopped(self) -> None:
+        due_s = time.monotonic()
+        while not self._stopping.is_set():
+            self.latest = self._sensors.sample(time.time_ns(), time.monotonic())
+            self._on_sample(self.latest)
+            due_s = max(due_s + self._interval_s, time.monotonic())  # late samples are not made up for
+            self._stopping.wait(due_s - time.monotonic())
+        self._sensors.close()

@@ -1,9 +1,8 @@
-"""How energy is made of what sensors give, and which rails add up. Pure.
+"""Differences of hardware counters, energy from power, and which power rails add up.
 
-A rail of the measurement `power` whose name has no slash is part of what the node draws, and no two of them count the
-same energy: their sum is what is known of the node. One with a slash is not to be added to those: it is a part of the
-one before the slash (`package-0/core`), a whole whose parts are there (`board/psys`), or of another board
-(`carrier/VDD_MUX`).
+A rail of the measurement `power` whose name has no slash is one part of the node's power, and no two of them measure
+the same energy: their sum is the node's. A rail with a slash must not be added: it is a part of the rail before the
+slash (`package-0/core`), a total whose parts are rails too (`board/psys`), or of another board (`carrier/VDD_MUX`).
 """
 
 from __future__ import annotations
@@ -15,34 +14,46 @@ def is_additive(rail: str) -> bool:
 
 
 class MonotonicCounter:
-    """Differences of a counter that only grows, until it starts again at 0.
+    """Increases of a counter that may wrap around or restart at 0.
 
-    With a limit, a value below the last one means that it went past it, once; without, that nobody knows.
+    `wraps_at`: the size of its range, which it passes at most once between two readings. `restarts`: it may also
+    start again at 0; then a drop is taken for a wrap only if that makes the increase at most half the range.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self._limit = limit
+    def __init__(self, wraps_at: int | None = None, *, restarts: bool = False) -> None:
+        self._wraps_at = wraps_at
+        self._restarts = restarts
         self._last: int | None = None
 
-    def delta(self, value: int | None) -> int | None:
-        """What was counted since the last call; None if that is not known. None for a value says that there is none."""
-        last, self._last = self._last, value
+    def increase(self, value: int | None) -> int | None:
+        """The increase since the previous reading `value`; None where it is unknown.
+
+        It is unknown for the first reading, for a reading that failed (`value` None) and the one after it, and for a
+        drop of a counter that neither wraps nor restarts. After a restart it is the value itself.
+        """
+        last = self._last
+        self._last = value
         if value is None or last is None:
             return None
         if value >= last:
             return value - last
-        return value + self._limit - last if self._limit else None
+        if self._wraps_at is None or last > self._wraps_at:
+            return value if self._restarts else None
+        wrapped = value + self._wraps_at - last
+        return value if self._restarts and wrapped > self._wraps_at // 2 else wrapped
 
 
 class EnergyIntegrator:
-    """Energy from power: between two samples power is taken to go straight from one to the other."""
+    """Energy as the integral of power over time, by the trapezoidal rule."""
 
     def __init__(self) -> None:
         self._last: tuple[float, float] | None = None
 
-    def delta_j(self, power_w: float | None, now_s: float) -> float | None:
-        """Joules since the last call; None if either of the two had no power to tell."""
-        last, self._last = self._last, (power_w, now_s) if power_w is not None else None
+    def increase_j(self, power_w: float | None, now_s: float) -> float | None:
+        """The energy since the previous call, in joules; None where either power is unknown."""
+        last = self._last
+        self._last = None if power_w is None else (power_w, now_s)
         if power_w is None or last is None or now_s <= last[1]:
             return None
-        return (last[0] + power_w) / 2 * (now_s - last[1])
+        last_power_w, last_s = last
+        return (last_power_w + power_w) / 2 * (now_s - last_s)

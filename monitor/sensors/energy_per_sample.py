@@ -1,6 +1,6 @@
-"""Energy per sample: what the GPUs and rails of a node used, beside what was done meanwhile. Pure.
+"""Energy per sample: the energy of a node and the samples processed in the same time, as points of `energy`.
 
-InfluxQL divides no measurement by another, so both are made points of one, `energy`.
+They share a measurement because InfluxQL cannot divide one measurement by another.
 """
 
 from __future__ import annotations
@@ -12,56 +12,50 @@ from dataclasses import dataclass
 from monitor.points.points import TelemetryPoint
 from monitor.sensors.counters import is_additive
 
-# What stores can hold, whatever number of rows somebody makes up.
-_MOST = 1 << 53
+_SAMPLES_LIMIT = 1 << 53  # stores hold 64 bits; rows are numbers that any sender can make up
 
 
 @dataclass(slots=True)
-class _EnergyTotals:
+class _Totals:
     energy_j: float | None = None
     samples: int = 0
 
 
 class EnergyPerSample:
-    """Adds up, run by run, what passes by on its way to a store."""
+    """Totals by run of the points that pass `add`."""
 
     def __init__(self, node: str) -> None:
         self._node = node
-        self._runs: defaultdict[str, _EnergyTotals] = defaultdict(_EnergyTotals)
+        self._runs: defaultdict[str, _Totals] = defaultdict(_Totals)
 
     def add(self, points: Iterable[TelemetryPoint]) -> None:
-        """Take notice of these; of most measurements there is nothing to notice."""
+        """Count requests with a result, rows of steps, and energy of GPUs and additive rails; ignore other points."""
         for point in points:
             match point.measurement:
                 case "request" if not point.fields["error"]:
-                    self._of(point).samples += 1
+                    self._totals(point).samples += 1
                 case "step":
-                    spent = self._of(point)
-                    spent.samples = min(spent.samples + int(point.fields["rows"] or 0), _MOST)
+                    totals = self._totals(point)
+                    totals.samples = min(totals.samples + int(point.fields["rows"] or 0), _SAMPLES_LIMIT)
                 case "gpu":
-                    self._use(point)
+                    self._add_energy(point)
                 case "power" if is_additive(point.tags["rail"]):
-                    self._use(point)
+                    self._add_energy(point)
 
     def pop_points(self, time_ns: int) -> list[TelemetryPoint]:
-        """What was added up since the last call; of a run of which nothing was, none."""
-        found = [
-            TelemetryPoint(
-                "energy",
-                time_ns,
-                {"node": self._node, "run": run},
-                {"energy_j": spent.energy_j, "samples": spent.samples},
-            )
-            for run, spent in self._runs.items()
-        ]
+        """A point with the totals since the last call for each run that has any."""
+        points = []
+        for run, totals in self._runs.items():
+            fields = {"energy_j": totals.energy_j, "samples": totals.samples}
+            points.append(TelemetryPoint("energy", time_ns, {"node": self._node, "run": run}, fields))
         self._runs.clear()
-        return found
+        return points
 
-    def _of(self, point: TelemetryPoint) -> _EnergyTotals:
+    def _totals(self, point: TelemetryPoint) -> _Totals:
         return self._runs[point.tags["run"]]
 
-    def _use(self, point: TelemetryPoint) -> None:
+    def _add_energy(self, point: TelemetryPoint) -> None:
         energy_j = point.fields["energy_j"]
         if energy_j is not None:
-            spent = self._of(point)
-            spent.energy_j = (spent.energy_j or 0.0) + float(energy_j)
+            totals = self._totals(point)
+            totals.energy_j = (totals.energy_j or 0.0) + float(energy_j)

@@ -1,86 +1,82 @@
-"""Network interfaces: what each has carried since the last sample."""
+"""Network interfaces: bytes and errors since the previous sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import psutil
 
 from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.sensors.base import UnavailableSensors, error_reason
+from monitor.sensors.counters import MonotonicCounter
 
-_RANGE_32 = 1 << 32
-
-
-class _InterfaceCounters(NamedTuple):
-    received: int
-    sent: int
-    errors: int
+# Byte counters have 32 bits on some drivers, and restart when an interface is removed and added again.
+_ByteCounter = partial(MonotonicCounter, 1 << 32, restarts=True)
 
 
 def read_interface_counters() -> Mapping[str, Any]:
-    """By interface, as the system has them: psutil's own `nowrap` takes each wrap for a new beginning."""
+    """The system's counters by interface; psutil's own `nowrap` would take each 32-bit wrap for a restart."""
     return psutil.net_io_counters(pernic=True, nowrap=False)
 
 
-class NetworkSensor:
-    """The measurement `interface`: one point for each that was there at the last sample too, and ever carried anything.
+@dataclass(slots=True)
+class _Interface:
+    received: MonotonicCounter = field(default_factory=_ByteCounter)
+    sent: MonotonicCounter = field(default_factory=_ByteCounter)
+    errors: MonotonicCounter = field(default_factory=MonotonicCounter)  # a sum of four counters: a restart is unknown
 
-    One that is new has no point yet: it may have carried anything before it came here, as those of containers do.
+
+class NetworkSensor:
+    """The measurement `interface`: a point for each interface that has ever carried a packet.
+
+    An interface has its first point in its second sample: its counters may include traffic from before it was moved
+    here, as those of containers do.
     """
+
+    name = "network"
 
     def __init__(self, read: Callable[[], Mapping[str, Any]] = read_interface_counters) -> None:
         self._read = read
-        self._last: dict[str, _InterfaceCounters] = {}
+        self._interfaces: dict[str, _Interface] = {}
         self._last_s = 0.0
         self._missing = UnavailableSensors()
 
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """The points, by the interfaces' order; none for the first sample."""
+        """The points in the system's order; none for the first sample."""
         try:
-            found = {name: _totals(counts) for name, counts in self._read().items()}
+            counters = self._read()
         except (OSError, RuntimeError, psutil.Error) as error:
-            self._last = {}
-            return self._missing.report_once(time_ns, "interface", error_reason(error))
-        last, self._last = self._last, found
-        elapsed_s, self._last_s = now_s - self._last_s, now_s
-        return [
-            TelemetryPoint("interface", time_ns, {"interface": name}, _fields(last[name], totals, elapsed_s))
-            for name, totals in found.items()
-            if name in last and any(totals)
-        ]
+            self._interfaces = {}
+            return self._missing.report_once(time_ns, self.name, error_reason(error))
+        elapsed_s = now_s - self._last_s
+        self._last_s = now_s
+        known = self._interfaces
+        self._interfaces = {name: known.get(name) or _Interface() for name in counters}
+        points = []
+        for name, counts in counters.items():
+            fields = _fields(self._interfaces[name], counts, elapsed_s)
+            if name in known and any((counts.bytes_recv, counts.bytes_sent, _error_count(counts))):
+                points.append(TelemetryPoint("interface", time_ns, {"interface": name}, fields))
+        return points
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""
 
 
-def counter_delta(last: int, value: int) -> int:
-    """What a counter counted from one value to the next.
-
-    A lower value is that of a counter of 32 bits that went past its end, if half its range or less explains it; else
-    of one that started again at 0, as an interface does that was taken away and came back: then it is what was counted
-    since, and what came before is lost.
-    """
-    if value >= last:
-        return value - last
-    wrapped = value + _RANGE_32 - last
-    return wrapped if last < _RANGE_32 and wrapped <= _RANGE_32 // 2 else value
+def _error_count(counts: Any) -> int:
+    return int(counts.errin + counts.errout + counts.dropin + counts.dropout)
 
 
-def _totals(counts: Any) -> _InterfaceCounters:
-    return _InterfaceCounters(
-        counts.bytes_recv, counts.bytes_sent, counts.errin + counts.errout + counts.dropin + counts.dropout
-    )
-
-
-def _fields(last: _InterfaceCounters, totals: _InterfaceCounters, elapsed_s: float) -> dict[str, FieldValue]:
-    received, sent = counter_delta(last.received, totals.received), counter_delta(last.sent, totals.sent)
+def _fields(interface: _Interface, counts: Any, elapsed_s: float) -> dict[str, FieldValue]:
+    received = interface.received.increase(counts.bytes_recv)
+    sent = interface.sent.increase(counts.bytes_sent)
     return {
         "received_bytes": received,
         "sent_bytes": sent,
-        "received_bytes_per_s": received / elapsed_s if elapsed_s > 0 else None,
-        "sent_bytes_per_s": sent / elapsed_s if elapsed_s > 0 else None,
-        # A sum of four counters: where one starts again, nobody knows what the sum was.
-        "errors": totals.errors - last.errors if totals.errors >= last.errors else None,
+        "received_bytes_per_s": received / elapsed_s if received is not None and elapsed_s > 0 else None,
+        "sent_bytes_per_s": sent / elapsed_s if sent is not None and elapsed_s > 0 else None,
+        "errors": interface.errors.increase(_error_count(counts)),
     }

@@ -1,4 +1,4 @@
-"""Gives what comes in to one store, in a thread of its own and in batches, so that a slow disk stops nothing else."""
+"""A thread that writes to one store in batches, so that a slow store blocks nothing else."""
 
 from __future__ import annotations
 
@@ -7,139 +7,120 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from collections.abc import Iterable
+from typing import Generic, TypeVar
 
+from brokers.process.backoff import Backoff
 from monitor.errors import BadStore
+from monitor.stores.base import Sink
 
 log = logging.getLogger(__name__)
 
-QUEUE_LIMIT = 200_000  # items that wait for a store that does not take them: some 100 MB of points
-_EVERY_S = 1.0
-_BATCH = 20_000
-# A store that failed is asked again after so long, twice as long each time.
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
-_SAID_EVERY_S = 60.0
+QUEUE_LIMIT = 200_000  # items that wait for a store that fails: about 100 MB of points
+_INTERVAL_S = 1.0
+_BATCH_ITEMS = 20_000
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 30.0
+_RETRY_WHILE_STOPPING_S = 0.1
 
 T = TypeVar("T")
-T_contra = TypeVar("T_contra", contravariant=True)
-
-
-class BatchSink(Protocol[T_contra]):
-    """A `monitor.stores.base.Store`, or anything that takes what it takes as it does."""
-
-    def write(self, points: Sequence[T_contra]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@runtime_checkable
-class BufferedSink(Protocol):
-    """What takes things on their way to somewhere else, and counts them."""
-
-    @property
-    def waiting(self) -> int: ...
-
-    @property
-    def dropped(self) -> int: ...
 
 
 class BatchWriter(Generic[T]):
-    """Never makes a caller wait. What the store has no room for while it fails is dropped, the newest first, and
-    counted. Life: `start`, `add`, `stop`; counts are since it was made."""
+    """Queues items for a store; `add` never blocks.
 
-    def __init__(self, store: BatchSink[T], name: str, queue_limit: int = QUEUE_LIMIT) -> None:
+    A store that fails is retried with exponential back-off. Items beyond `queue_limit` are dropped, the newest first.
+    Lifecycle: `start`, `add`, `drain`, `stop`. Counts are since construction.
+    """
+
+    def __init__(self, store: Sink[T], name: str, queue_limit: int = QUEUE_LIMIT) -> None:
         self.name = name
         self.written = 0
         self._store = store
-        self._room = queue_limit
-        self._waiting: deque[T] = deque()
+        self._queue_limit = queue_limit
+        self._queue: deque[T] = deque()
         self._dropped = 0
+        self._problem = ""  # the last failure that was logged; empty while the store accepts items
         self._mutex = threading.Lock()
-        self._leaving = threading.Event()
-        self._end_s = float("inf")  # when a store that fails is asked no more
-        self._complained_s = float("-inf")
+        self._stopping = threading.Event()
+        self._deadline_s = float("inf")  # of the retries while stopping
         self._thread = threading.Thread(target=self._run, name=f"writer to {name}", daemon=True)
 
     @property
     def waiting(self) -> int:
-        """Items that are not where they shall be yet."""
-        return len(self._waiting) + (self._store.waiting if isinstance(self._store, BufferedSink) else 0)
+        """Items queued here or in the store."""
+        return len(self._queue) + self._store.waiting
 
     @property
     def dropped(self) -> int:
-        """Items that will never be there."""
-        return self._dropped + (self._store.dropped if isinstance(self._store, BufferedSink) else 0)
+        """Items lost here or in the store."""
+        return self._dropped + self._store.dropped
 
     def start(self) -> None:
         self._thread.start()
 
     def add(self, items: Iterable[T]) -> None:
-        """Have them written soon; from any thread."""
+        """Queue items; from any thread."""
         with self._mutex:
             for item in items:
-                if len(self._waiting) < self._room:
-                    self._waiting.append(item)
+                if len(self._queue) < self._queue_limit:
+                    self._queue.append(item)
                 else:
                     self._dropped += 1
 
     def drain(self, timeout_s: float) -> None:
-        """Begin to stop: write what waits, if that can be done in time. `stop` still has to be called."""
-        self._end_s = time.monotonic() + timeout_s
-        self._leaving.set()
+        """Begin to stop: write the queue, with retries until the timeout. `stop` must still be called."""
+        self._deadline_s = time.monotonic() + timeout_s
+        self._stopping.set()
 
     def stop(self, timeout_s: float) -> None:
-        """Write what waits, if that can be done in time, and close the store. May be called twice."""
+        """Write the queue, with retries until the timeout, and close the store. May be called twice."""
         self.drain(timeout_s)
         if self._thread.ident is None:  # never started
             self._close()
             return
         self._thread.join(timeout_s)
-        if left := len(self._waiting):
-            log.warning("%s did not take the last %d points", self.name, left)
+        if unwritten := len(self._queue):
+            log.warning("%s did not accept the last %d points", self.name, unwritten)
 
     def _run(self) -> None:
-        wait_s = _FIRST_WAIT_S
+        backoff = Backoff(_FIRST_RETRY_S, _LONGEST_RETRY_S)
         while True:
-            left = self._leaving.is_set()
-            if self._write_all():
-                wait_s = _FIRST_WAIT_S
-                if left:
+            stopping = self._stopping.is_set()
+            if self._write_queue():
+                backoff.reset()
+                if stopping:
                     break
-                self._leaving.wait(_EVERY_S)
+                self._stopping.wait(_INTERVAL_S)
+            elif not stopping:
+                self._stopping.wait(backoff.next_s())
+            elif time.monotonic() >= self._deadline_s:
+                break
             else:
-                if left and time.monotonic() >= self._end_s:
-                    break
-                # Told to leave, it asks on until the end; each time is short then.
-                time.sleep(0.1) if left else self._leaving.wait(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                time.sleep(_RETRY_WHILE_STOPPING_S)
         self._close()
 
-    def _write_all(self) -> bool:
-        """Whether the store took all that waited."""
-        while self._waiting:
+    def _write_queue(self) -> bool:
+        """Whether the store accepted all that waited."""
+        while self._queue:
             with self._mutex:
-                batch = list(itertools.islice(self._waiting, _BATCH))
+                batch = list(itertools.islice(self._queue, _BATCH_ITEMS))
             try:
                 self._store.write(batch)
             except BadStore as error:
-                self._complain(error)
+                if str(error) != self._problem:
+                    log.warning("%s; retrying, %d points wait", error, len(self._queue))
+                    self._problem = str(error)
                 return False
-            except Exception:  # what is in it would meet the store again and again, and all that comes behind it wait
-                log.exception("%s cannot take %d points: they are dropped", self.name, len(batch))
+            except Exception:  # an item that the store cannot hold: retrying would block all later ones
+                log.exception("%s cannot store %d points: dropped", self.name, len(batch))
                 self._dropped += len(batch)
             else:
                 self.written += len(batch)
+                self._problem = ""
             with self._mutex:
                 for _ in batch:
-                    self._waiting.popleft()
+                    self._queue.popleft()
         return True
-
-    def _complain(self, error: BadStore) -> None:
-        now_s = time.monotonic()
-        if now_s - self._complained_s >= _SAID_EVERY_S:
-            self._complained_s = now_s
-            log.warning("%s; it is tried again, %d points wait", error, len(self._waiting))
 
     def _close(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The stores that a daemon writes to: a SQLite file that is named, and InfluxDB where the environment names it."""
+"""The stores of a monitor: a SQLite file if one is named, and InfluxDB if the environment names a server."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ log = logging.getLogger(__name__)
 def create_writers(
     file: Path | None, limit_bytes: int, environment: Mapping[str, str], *, for_run: bool = False
 ) -> list[BatchWriter[TelemetryPoint]]:
-    """A writer to each store that is asked for, not started. Raises `BadStore` and `BadSetting`.
+    """A writer to each store, not started. Raises `BadStore` and `UsageError`.
 
-    `beside`: of a run, whose points wait for InfluxDB beside its file and not with the node's. A server that takes
-    nothing is no end of it: its file has all of it.
+    `for_run`: the spool for InfluxDB is beside the run's file, and a server that refuses the points is logged, since
+    the file has all of them.
     """
-    found: list[BatchWriter[TelemetryPoint]] = []
     target = influx_target(environment)
+    writers: list[BatchWriter[TelemetryPoint]] = []
     if file is not None:
-        found.append(BatchWriter(SqliteStore(file, limit_bytes), str(file)))
+        writers.append(BatchWriter(SqliteStore(file, limit_bytes), str(file)))
     if target is None:
-        return found
-    # Only here: the client takes its time to import.
-    from monitor.stores.influx.store import InfluxStore
+        return writers
+    from monitor.stores.influx.store import InfluxStore  # the client is slow to import
 
     folder = file.parent / "influx-spool" if for_run and file else spool_folder(environment)
     try:
         store = InfluxStore(target, folder)
-        found.append(BatchWriter(store, str(target)))
+        writers.append(BatchWriter(store, str(target)))
         store.check()
     except BadStore as error:
         if not for_run:
-            for writer in found:
+            for writer in writers:
                 writer.stop(0.0)
             raise
         log.warning("%s", error)
-    return found
+    return writers

@@ -1,4 +1,4 @@
-"""Telemetry in one SQLite file: a table for each measurement, a column for each tag and field. No server needed."""
+"""Telemetry in one SQLite file: a table for each measurement, with a column for each tag and field."""
 
 from __future__ import annotations
 
@@ -15,73 +15,75 @@ from monitor.points.schema import MEASUREMENTS, Measurement
 
 TELEMETRY_FILE = "telemetry.sqlite"  # in the folder of a run
 _TYPES = {"float": "REAL", "int": "INTEGER", "bool": "INTEGER", "text": "TEXT"}
-_BUSY_S = 10.0  # a reader may hold the file for a moment
-# Of a file that has grown to its limit so much goes, the oldest; its place in the file is used again.
-_ROOM_MADE = 0.1
-_SHORT_TABLE = 1000  # rows
+_BUSY_TIMEOUT_S = 10.0  # a reader may lock the file for a moment
+_DELETED_SHARE = 0.1  # of each table, when the file reaches its limit; SQLite reuses the pages
+_SHORT_TABLE_ROWS = 1000
 
 
 class SqliteStore:
-    """Writes points. One thread at a time; raises `BadStore` for a file that is none of ours, or cannot be written."""
+    """Writes points to a file, which is created if missing; used by one thread at a time. Raises `BadStore`."""
+
+    waiting = 0  # a write stores all points or raises
+    dropped = 0
 
     def __init__(self, path: Path, limit_bytes: int | None = None) -> None:
-        """A file that reaches its limit, if it has one, loses its oldest points."""
+        """A file that reaches `limit_bytes` loses its oldest points."""
         self.path = path
         self._limit_bytes = limit_bytes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False)
-            # Readers look on while we write; a power cut loses the last moments and nothing else.
+            self._connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False)
+            # Readers are not blocked by writes; a power failure loses the last transactions and nothing else.
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             for measurement in MEASUREMENTS.values():
-                self._connection.execute(_create(measurement))
+                self._connection.execute(_create_table(measurement))
             self._connection.commit()
         except (OSError, sqlite3.Error) as error:
             raise BadStore(str(path), str(error)) from None
 
-    def write(self, points: Sequence[TelemetryPoint]) -> None:
-        """All of them, or none; raises `BadStore`."""
+    def write(self, items: Sequence[TelemetryPoint]) -> None:
+        """Store all points in one transaction."""
         rows: dict[str, list[tuple[FieldValue, ...]]] = defaultdict(list)
-        for point in points:
+        for point in items:
             rows[point.measurement].append(_row(point))
         try:
             with self._connection:
                 for name, values in rows.items():
                     self._connection.executemany(_insert(MEASUREMENTS[name]), values)
             if self._limit_bytes is not None and self._used_bytes() > self._limit_bytes:
-                self._make_room()
+                self._delete_oldest()
         except sqlite3.Error as error:
             raise BadStore(str(self.path), str(error)) from None
 
     def close(self) -> None:
-        """Leaves one file: what SQLite keeps beside it goes into it, and readers make nothing new."""
-        with suppress(sqlite3.Error):  # somebody reads it just now
+        """Merge the write-ahead log into the file, so that it is the only one left."""
+        with suppress(sqlite3.Error):  # a reader has it open
             self._connection.execute("PRAGMA journal_mode=DELETE")
         self._connection.close()
 
     def _used_bytes(self) -> int:
-        pages, free, page_bytes = (
+        pages, free_pages, page_bytes = (
             self._connection.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("page_count", "freelist_count", "page_size")
         )
-        return int((pages - free) * page_bytes)
+        return int((pages - free_pages) * page_bytes)
 
-    def _make_room(self) -> None:
-        """Take the oldest tenth of each table: in the order of writing, since times are what senders say they are.
+    def _delete_oldest(self) -> None:
+        """Delete the oldest rows of each long table, in the order of writing: times are what senders claim.
 
-        Short tables stay: what is said once, such as a sensor that is missing, is in one.
+        Short tables hold what is written once, such as missing sensors, and are kept.
         """
         for name in MEASUREMENTS:
             first, last = self._connection.execute(f'SELECT min(rowid), max(rowid) FROM "{name}"').fetchone()
-            if first is not None and last - first >= _SHORT_TABLE:
-                cut = first + max(1, int((last - first) * _ROOM_MADE))
-                with self._connection:  # a transaction each, so that none is long
-                    self._connection.execute(f'DELETE FROM "{name}" WHERE rowid < ?', (cut,))
+            if first is not None and last - first >= _SHORT_TABLE_ROWS:
+                keep_from = first + max(1, int((last - first) * _DELETED_SHARE))
+                with self._connection:  # one short transaction for each table
+                    self._connection.execute(f'DELETE FROM "{name}" WHERE rowid < ?', (keep_from,))
 
 
 class SqliteReader:
-    """Reads what a `SqliteStore` wrote, also while that goes on; raises `BadStore` for a file of anything else."""
+    """Reads the file of a `SqliteStore`, also while it is written. Raises `BadStore`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,43 +91,40 @@ class SqliteReader:
             raise BadStore(str(path), "there is no such file")
 
     def runs(self) -> list[str]:
-        """The names of the runs that have requests or steps, the oldest first; empty where the points name none."""
-        found = "SELECT run, time_ns FROM request UNION ALL SELECT run, time_ns FROM step"
-        return [str(run) for (run,) in self._ask(f"SELECT run FROM ({found}) GROUP BY run ORDER BY min(time_ns)")]
+        """The names of the runs that have requests or steps, oldest first; "" is points without a run."""
+        ends = "SELECT run, time_ns FROM request UNION ALL SELECT run, time_ns FROM step"
+        return [str(run) for (run,) in self._query(f"SELECT run FROM ({ends}) GROUP BY run ORDER BY min(time_ns)")]
 
     def points(self, measurement: str, run: str | None = None) -> list[TelemetryPoint]:
-        """The points of a measurement, by time; of one run, where it is given."""
-        known = MEASUREMENTS[measurement]
-        names = [field.name for field in known.fields]
-        columns = ", ".join(f'"{name}"' for name in (*known.tags, *names))
+        """The points of a measurement, of all runs or one, in the order of time."""
+        tags = MEASUREMENTS[measurement].tags
+        fields = [field.name for field in MEASUREMENTS[measurement].fields]
+        columns = ", ".join(f'"{name}"' for name in (*tags, *fields))
         where, values = ("WHERE run = ?", (run,)) if run is not None else ("", ())
-        found = self._ask(f'SELECT time_ns, {columns} FROM "{measurement}" {where} ORDER BY time_ns', values)
-        split = 1 + len(known.tags)
+        rows = self._query(f'SELECT time_ns, {columns} FROM "{measurement}" {where} ORDER BY time_ns', values)
+        split = 1 + len(tags)
         return [
             TelemetryPoint(
                 measurement,
                 row[0],
-                dict(zip(known.tags, row[1:split], strict=True)),
-                dict(zip(names, row[split:], strict=True)),
+                dict(zip(tags, row[1:split], strict=True)),
+                dict(zip(fields, row[split:], strict=True)),
             )
-            for row in found
+            for row in rows
         ]
 
-    def _ask(self, query: str, values: Iterable[FieldValue] = ()) -> list[tuple[Any, ...]]:
+    def _query(self, query: str, values: Iterable[FieldValue] = ()) -> list[tuple[Any, ...]]:
+        uri = f"{self.path.resolve().as_uri()}?mode=ro"
         try:
-            with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)) as file:
-                return file.execute(query, tuple(values)).fetchall()
+            with closing(sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S)) as connection:
+                return connection.execute(query, tuple(values)).fetchall()
         except sqlite3.Error as error:
-            raise BadStore(str(self.path), _told(error)) from None
+            no_table = isinstance(error, sqlite3.OperationalError) and str(error).startswith("no such table")
+            problem = "it holds no telemetry of Sparse" if no_table else f"no telemetry of Sparse: {error}"
+            raise BadStore(str(self.path), problem) from None
 
 
-def _told(error: sqlite3.Error) -> str:
-    if isinstance(error, sqlite3.OperationalError) and str(error).startswith("no such table"):
-        return "it holds no telemetry of Sparse"
-    return f"no telemetry of Sparse: {error}"
-
-
-def _create(measurement: Measurement) -> str:
+def _create_table(measurement: Measurement) -> str:
     tags = [f"\"{tag}\" TEXT NOT NULL DEFAULT ''" for tag in measurement.tags]
     fields = [f'"{field.name}" {_TYPES[field.type]}' for field in measurement.fields]
     columns = ", ".join(["time_ns INTEGER NOT NULL", *tags, *fields])
@@ -133,12 +132,12 @@ def _create(measurement: Measurement) -> str:
 
 
 def _insert(measurement: Measurement) -> str:
-    places = ", ".join("?" * (1 + len(measurement.tags) + len(measurement.fields)))
-    return f'INSERT INTO "{measurement.name}" VALUES ({places})'
+    placeholders = ", ".join("?" * (1 + len(measurement.tags) + len(measurement.fields)))
+    return f'INSERT INTO "{measurement.name}" VALUES ({placeholders})'
 
 
 def _row(point: TelemetryPoint) -> tuple[FieldValue, ...]:
-    known = MEASUREMENTS[point.measurement]
-    tags = (point.tags.get(tag, "") for tag in known.tags)
-    fields = (point.fields.get(field.name) for field in known.fields)
+    measurement = MEASUREMENTS[point.measurement]
+    tags = (point.tags.get(tag, "") for tag in measurement.tags)
+    fields = (point.fields.get(field.name) for field in measurement.fields)
     return (point.time_ns, *tags, *fields)

@@ -1,1 +1,1 @@
-"""Networks of our own, and the registry of names."""
+"""Networks by name, and the code that prepares their inputs and interprets their outputs."""

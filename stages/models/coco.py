@@ -1,4 +1,4 @@
-"""The 80 classes of COCO, as Darknet's coco.names orders and spells them."""
+"""The 80 class names of COCO, in the order and spelling of Darknet's coco.names."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""Darknet's `.weights` files: a header, then the numbers of each convolution, little endian, with no names or shapes.
+"""Darknet's `.weights` files: a header, then the numbers of each convolution, little endian, without names or shapes.
 
     int32 major, minor, revision; images seen (int64 from version 0.2 on, int32 before)
     for each convolution: biases, [scales, rolling means, rolling variances,] filters (C_out, C_in, height, width)
 
-The bracketed arrays are there where the convolution is batch normalised; biases are then those of the normalisation.
+The bracketed arrays exist where the convolution is batch normalised; the biases are then those of the normalisation.
 Source: Darknet's parser.c, load_weights_upto and load_convolutional_weights.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brokers.errors import BadFile
-from stages.errors import BadWeights, DarknetTrailing, DarknetTruncated, NotDarknet
+from brokers.errors import UsageError
+from brokers.process.files import atomic_path
 from stages.models.darknet_layers import Convolutional, Darknet
 
-VERSION_LIMIT = 1000  # Darknet's own bound: at 1000 and over the first bytes are no version of this format
+VERSION_LIMIT = 1000  # Darknet's own bound of each of the three version numbers
 FLOAT = np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True)
 class DarknetHeader:
-    """What stands before the numbers: the version of the format, and how many pictures the training saw."""
+    """The header: the version of the format, and the number of images seen in training."""
 
     major: int = 0
     minor: int = 2
@@ -43,36 +42,39 @@ class DarknetHeader:
     def encode(self) -> bytes:
         return struct.pack(self._format, self.major, self.minor, self.revision, self.seen)
 
+    @classmethod
+    def decode(cls, data: bytes) -> DarknetHeader:
+        """Decode the first 20 bytes of a file. Raises `ValueError` if they are no header."""
+        if len(data) < 16:
+            raise ValueError(f"the header needs 16 or 20 bytes, the file has {len(data)}")
+        version = struct.unpack_from("<3i", data)
+        if not all(0 <= number < VERSION_LIMIT for number in version):
+            raise ValueError(f"the first three integers are {version}, expected 0 to {VERSION_LIMIT - 1}")
+        header = cls(*version)
+        if header.size_bytes > len(data):
+            raise ValueError(f"the header needs {header.size_bytes} bytes, the file has {len(data)}")
+        return cls(*struct.unpack_from(header._format, data))
+
     @property
     def _format(self) -> str:
         return "<3iq" if self.major * 10 + self.minor >= 2 else "<3ii"
 
 
 def read_header(path: str | Path) -> DarknetHeader:
-    """Read the header of a weights file; raise `NotDarknet` for a file that has none."""
+    """Read the header of a weights file. Raises `UsageError` "NotDarknet"."""
     try:
         with open(path, "rb") as file:
-            head = file.read(20)
-    except OSError as problem:
-        raise BadWeights(str(path), f"cannot be read: {problem.strerror}") from problem
-    if len(head) < 16:
-        raise NotDarknet(str(path), f"its header needs 16 or 20 bytes, it has {len(head)}")
-    major, minor, revision = struct.unpack_from("<3i", head)
-    if not all(0 <= number < VERSION_LIMIT for number in (major, minor, revision)):
-        raise NotDarknet(
-            str(path), f"its first numbers are {major}, {minor}, {revision}, expected 0 to {VERSION_LIMIT - 1}"
-        )
-    if DarknetHeader(major, minor).size_bytes > len(head):
-        raise NotDarknet(str(path), f"its header needs 20 bytes, it has {len(head)}")
-    (seen,) = struct.unpack_from("<q" if DarknetHeader(major, minor).size_bytes == 20 else "<i", head, 12)
-    return DarknetHeader(major, minor, revision, seen)
+            return DarknetHeader.decode(file.read(20))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise _weights_error("NotDarknet", path, f"is not a Darknet weights file: {reason}") from error
 
 
 def darknet_state_dict(model: Darknet, path: str | Path) -> dict[str, Tensor]:
-    """The file as a state dict for `model`, which may be on the meta device: views of the mapped file.
+    """Return the file as a state dict of `model`, which may be on the meta device.
 
-    Nothing is read yet: of a stage that holds some of the layers, only their pages come from the disk. The views are
-    copy on write, so the file never changes. Raises `NotDarknet`, `DarknetTruncated`, `DarknetTrailing`, `BadFile`.
+    The tensors are copy-on-write views of the mapped file: only the pages that are used are read, and the file never
+    changes. Raises `UsageError` "NotDarknet", "DarknetTruncated" or "DarknetTrailing".
     """
     header = read_header(path)
     _check_size(model, path, header)
@@ -83,36 +85,28 @@ def darknet_state_dict(model: Darknet, path: str | Path) -> dict[str, Tensor]:
         state[name] = numbers[start : start + tensor.numel()].view(tensor.shape)
         start += tensor.numel()
     for name, buffer in model.named_buffers():
-        if name.endswith(".num_batches_tracked"):  # torch's own count, which Darknet does not keep
+        if name.endswith(".num_batches_tracked"):  # torch's counter, which Darknet does not have
             state[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
     return state
 
 
 def load_darknet_weights(model: Darknet, path: str | Path) -> DarknetHeader:
-    """Fill `model` from a weights file, whole; raises as `darknet_state_dict` does, and then leaves the model as it was."""
+    """Load a weights file into `model`. Raises as `darknet_state_dict` does, with the model unchanged."""
     header = read_header(path)
     model.load_state_dict(darknet_state_dict(model, path))
     return header
 
 
 def save_darknet_weights(model: Darknet, path: str | Path, *, seen: int = 0) -> None:
-    """Write `model` as a weights file that Darknet reads; the file appears whole, or not at all."""
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(DarknetHeader(seen=seen).encode())
-            for _, _, tensor in _in_file_order(model):
-                tensor.detach().cpu().numpy().astype(FLOAT, copy=False).tofile(file)
-        os.replace(partial, target)
-    except OSError as problem:
-        raise BadFile(str(target), f"cannot be written: {problem.strerror}") from problem
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write `model` atomically as a weights file that Darknet can read. Raises `OSError`."""
+    with atomic_path(Path(path)) as partial, open(partial, "wb") as file:
+        file.write(DarknetHeader(seen=seen).encode())
+        for _, _, tensor in _in_file_order(model):
+            tensor.detach().cpu().numpy().astype(FLOAT, copy=False).tofile(file)
 
 
 def _in_file_order(model: Darknet) -> Iterator[tuple[int, str, Tensor]]:
-    """(layer, name in the state dict, tensor) of all that a weights file holds, as they follow one another in it."""
+    """Yield (layer, name in the state dict, tensor) in the order of the file."""
     for index, layer in enumerate(model.layers):
         if not isinstance(layer, Convolutional):
             continue
@@ -121,24 +115,28 @@ def _in_file_order(model: Darknet) -> Iterator[tuple[int, str, Tensor]]:
             assert layer.conv.bias is not None
             yield index, f"{prefix}.conv.bias", layer.conv.bias
         else:
-            norm = layer.norm
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            yield index, f"{prefix}.norm.bias", norm.bias
-            yield index, f"{prefix}.norm.weight", norm.weight
-            yield index, f"{prefix}.norm.running_mean", norm.running_mean
-            yield index, f"{prefix}.norm.running_var", norm.running_var
+            for name in ("bias", "weight", "running_mean", "running_var"):
+                yield index, f"{prefix}.norm.{name}", getattr(layer.norm, name)
         yield index, f"{prefix}.conv.weight", layer.conv.weight
 
 
 def _check_size(model: Darknet, path: str | Path, header: DarknetHeader) -> None:
-    actual_bytes = os.path.getsize(path)
-    ends_bytes = [(header.size_bytes, 0)]  # where the file is after each tensor, and which layer's it is
-    for index, _, tensor in _in_file_order(model):
-        ends_bytes.append((ends_bytes[-1][0] + tensor.numel() * FLOAT.itemsize, index))
-    expected_bytes = ends_bytes[-1][0]
-    if actual_bytes < expected_bytes:
-        layer = next(index for end_bytes, index in ends_bytes if end_bytes > actual_bytes)
-        raise DarknetTruncated(str(path), layer, expected_bytes, actual_bytes)
+    actual_bytes = Path(path).stat().st_size
+    expected_bytes = header.size_bytes
+    truncated_layer = None
+    for layer, _, tensor in _in_file_order(model):
+        expected_bytes += tensor.numel() * FLOAT.itemsize
+        if expected_bytes > actual_bytes and truncated_layer is None:
+            truncated_layer = layer
+    sizes = {"expected_bytes": expected_bytes, "actual_bytes": actual_bytes}
+    comparison = f"the network needs {expected_bytes} bytes, the file has {actual_bytes}"
+    if truncated_layer is not None:
+        problem = f"ends inside layer {truncated_layer}: {comparison}: truncated, or made for another network"
+        raise _weights_error("DarknetTruncated", path, problem, layer=truncated_layer, **sizes)
     if actual_bytes > expected_bytes:
-        raise DarknetTrailing(str(path), expected_bytes, actual_bytes)
+        problem = f"continues after the last layer: {comparison}: made for another network"
+        raise _weights_error("DarknetTrailing", path, problem, **sizes)
+
+
+def _weights_error(code: str, path: str | Path, problem: str, **fields: int) -> UsageError:
+    return UsageError(code, f"{path} {problem}", key="pipeline.weights", path=str(path), **fields)

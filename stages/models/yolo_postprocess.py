@@ -1,13 +1,14 @@
-"""From what a detector's layers say to boxes in the picture, as Darknet's `detector test` does it.
+"""Detections from the outputs of a detector, as Darknet's `detector test` computes them.
 
-1. A cell counts where its objectness is over the threshold; the rest is never looked at.
-2. A class counts where objectness times its probability is over the threshold; one box can have several classes.
-3. Of boxes of one class that overlap by more than `nms` (intersection over union), the best is kept.
-4. Boxes are freed of the letterbox and scaled to the picture; they may reach past its edges, as in Darknet.
+1. Cells whose objectness is not over the threshold are discarded.
+2. A box has each class whose objectness times class probability is over the threshold; it can have several.
+3. Non-maximum suppression per class: of boxes that overlap by more than `nms` (IoU), the best is kept.
+4. Boxes are mapped from the letterbox to the picture; as in Darknet they may extend beyond its edges.
 
-Two things are ours: boxes are ordered by score (then by their place in the output), and a box whose width or height is
-not finite, which only an untrained network says, is left out.
+Unlike Darknet, detections are sorted by score (then by their place in the output), and boxes whose width or height is
+not finite, which only untrained networks produce, are discarded.
 
+Letters in shapes: A anchors of one detection layer, K classes, H and W cells, N boxes, D detections (box, class).
 Sources: Darknet's get_yolo_detections, correct_yolo_boxes, do_nms_sort and box_iou.
 """
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stages.errors import BadDetectorOutput
+from brokers.errors import UsageError
 from stages.models.coco import COCO_LABELS
 from stages.models.darknet_layers import Anchors
 from stages.models.image_preprocess import letterbox_size
@@ -37,12 +38,12 @@ NMS_IOU_THRESHOLD = 0.45  # the constant in Darknet's test_detector
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detections:
-    """What was found in one picture, best first."""
+    """The detections in one picture, best first."""
 
-    boxes: Float32Array  # (N, 4): left, top, width, height, in pixels of the picture
-    scores: Float32Array  # (N,)
-    classes: IndexArray  # (N,)
-    labels: tuple[str, ...]  # N of them
+    boxes: Float32Array  # (D, 4): left, top, width, height, in pixels of the picture
+    scores: Float32Array  # (D,)
+    classes: IndexArray  # (D,)
+    labels: tuple[str, ...]  # D of them
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,70 +58,71 @@ def postprocess_detections(
     labels: Sequence[str] = COCO_LABELS,
     anchors: Sequence[Anchors] | None = None,
 ) -> Detections:
-    """What a detector found in one picture.
+    """Return the detections in one picture.
 
-    `outputs`: one (1, A, 5 + K, H, W) for each detection layer, as `models.darknet.Darknet` gives them, on any device.
-    `network_size`, `picture_size`: (width, height) in pixels. `anchors`: left out, those of YOLOv3 for three outputs,
-    those of YOLOv3-tiny for two. Raises `BadDetectorOutput` where shapes, anchors and labels do not fit together.
+    `outputs`: one (1, A, 5 + K, H, W) per detection layer, as `Darknet.forward` returns them, on any device.
+    `network_size`, `picture_size`: (width, height) in pixels. `anchors`: by default those of YOLOv3 for three outputs,
+    of YOLOv3-tiny for two. Raises `UsageError` "BadDetectorOutput" if shapes, anchors and labels do not match.
     """
     if anchors is None:
         anchors = YOLOV3_ANCHORS if len(outputs) == 3 else YOLOV3_TINY_ANCHORS
-    _check(outputs, anchors, len(labels))
-    found = [_candidates(o, a, network_size, threshold) for o, a in zip(outputs, anchors, strict=True)]
-    parts = np.concatenate([parts for parts, _ in found])  # (N, 4): centre x, y, width, height, of the letterbox
-    scores = np.concatenate([scores for _, scores in found])  # (N, K)
-    boxes = _without_letterbox(parts, network_size, picture_size)  # (N, 4): the same in pixels of the picture
+    _check_shapes(outputs, anchors, len(labels))
+    candidates = [_candidates(o, a, network_size, threshold) for o, a in zip(outputs, anchors, strict=True)]
+    boxes = np.concatenate([layer_boxes for layer_boxes, _ in candidates])  # (N, 4), of the network's input
+    scores = np.concatenate([layer_scores for _, layer_scores in candidates])  # (N, K)
+    boxes = _remove_letterbox(boxes, network_size, picture_size)  # (N, 4), in pixels of the picture
     finite = np.isfinite(boxes).all(axis=1)
-    boxes, scores = boxes[finite], scores[finite]
-    box, label = np.nonzero(scores > np.float32(threshold))
-    kept = _best_of_overlapping(boxes, scores, box, label, nms)
-    box, label = box[kept], label[kept]
-    ranking = np.argsort(-scores[box, label], kind="stable")
-    box, label = box[ranking], label[ranking]
+    boxes = boxes[finite]
+    scores = scores[finite]
+    box, label = np.nonzero(scores > np.float32(threshold))  # (D,) each
+    selected = _non_maximum_suppression(boxes[box], scores[box, label], label, nms)
+    box = box[selected]
+    label = label[selected]
     corners = boxes[box]
     corners[:, :2] -= corners[:, 2:] / 2
     return Detections(corners, scores[box, label], label, tuple(labels[i] for i in label.tolist()))
 
 
-def _check(outputs: Sequence[Tensor], anchors: Sequence[Anchors], classes: int) -> None:
-    expected = [f"(1, {len(layer)}, {5 + classes}, H, W)" for layer in anchors]
-    fits = len(outputs) == len(anchors) and all(
-        o.dim() == 5 and o.shape[:3] == (1, len(layer), 5 + classes) for o, layer in zip(outputs, anchors, strict=True)
-    )
-    if not fits:
-        actual = ", ".join(str(tuple(output.shape)) for output in outputs)
-        raise BadDetectorOutput(f"{len(anchors)} outputs of the shapes {', '.join(expected)}", actual or "none")
+def _check_shapes(outputs: Sequence[Tensor], anchors: Sequence[Anchors], classes: int) -> None:
+    if len(outputs) == len(anchors) and all(
+        output.dim() == 5 and output.shape[:3] == (1, len(layer), 5 + classes)
+        for output, layer in zip(outputs, anchors, strict=True)
+    ):
+        return
+    expected = ", ".join(f"(1, {len(layer)}, {5 + classes}, H, W)" for layer in anchors)
+    actual = ", ".join(str(tuple(output.shape)) for output in outputs)
+    message = f"detections need outputs of the shapes {expected}; the network's are {actual or 'none'}"
+    raise UsageError("BadDetectorOutput", message, expected=expected, actual=actual)
 
 
 def _candidates(
     output: Tensor, anchors: Anchors, network_size: tuple[int, int], threshold: float
 ) -> tuple[Float64Array, Float32Array]:
-    """Boxes (N, 4) in parts of the network's input, and scores (N, K), of the cells with an object in them.
+    """Return boxes (N, 4) and scores (N, K) of the cells with an object, by row, column, anchor as in Darknet.
 
-    In Darknet's order: by row, column, anchor.
+    Boxes are centre x, y, width, height as fractions of the network's input.
     """
     _, _, _, height, width = output.shape
     cells = output[0].permute(2, 3, 0, 1)  # (H, W, A, 5 + K), a view
     rows, columns, which = torch.nonzero(cells[..., 4] > threshold, as_tuple=True)
-    found = cells[rows, columns, which].float().cpu().numpy()  # (N, 5 + K): only these leave the device
+    selected = cells[rows, columns, which].float().cpu().numpy()  # (N, 5 + K): only these leave the device
     sizes = np.asarray(anchors, np.float64)[which.cpu().numpy()] / network_size  # (N, 2)
-    boxes = np.empty((len(found), 4), np.float64)
-    boxes[:, 0] = (columns.cpu().numpy() + found[:, 0]) / width
-    boxes[:, 1] = (rows.cpu().numpy() + found[:, 1]) / height
+    boxes = np.empty((len(selected), 4), np.float64)
+    boxes[:, 0] = (columns.cpu().numpy() + selected[:, 0]) / width
+    boxes[:, 1] = (rows.cpu().numpy() + selected[:, 1]) / height
     with np.errstate(over="ignore"):
-        boxes[:, 2:] = np.exp(found[:, 2:4].astype(np.float64)) * sizes
-    return boxes, found[:, 4:5] * found[:, 5:]
+        boxes[:, 2:] = np.exp(selected[:, 2:4].astype(np.float64)) * sizes
+    return boxes, selected[:, 4:5] * selected[:, 5:]
 
 
-def _without_letterbox(
+def _remove_letterbox(
     boxes: Float64Array, network_size: tuple[int, int], picture_size: tuple[int, int]
 ) -> Float32Array:
-    """Boxes in parts of the letterbox -> in pixels of the picture; both (N, 4), with their centres."""
+    """Convert boxes (N, 4), by their centres, from fractions of the letterbox to pixels of the picture."""
     outer = np.asarray(network_size, np.float64)
     inner = np.asarray(letterbox_size(*picture_size, *network_size), np.float64)
     picture = np.asarray(picture_size, np.float64)
-    # The border is (outer - inner) / 2 here and was rounded down when the picture was pasted in: half a pixel apart
-    # where it is odd. Darknet has it so.
+    # Not rounded, as in Darknet, while `letterbox` rounds it down: they differ by half a pixel where it is odd.
     border = (outer - inner) / 2 / outer
     centres = (boxes[:, :2] - border) / (inner / outer) * picture
     sizes = boxes[:, 2:] * (outer / inner) * picture
@@ -128,29 +130,30 @@ def _without_letterbox(
         return np.concatenate((centres, sizes), axis=1).astype(np.float32)
 
 
-def _best_of_overlapping(
-    boxes: Float32Array, scores: Float32Array, box: IndexArray, label: IndexArray, nms: float
-) -> IndexArray:
-    """Of the pairs (box, label), the indices of those that no better box of their label overlaps."""
-    kept: list[int] = []
+def _non_maximum_suppression(boxes: Float32Array, scores: Float32Array, label: IndexArray, nms: float) -> IndexArray:
+    """Return the indices of the detections that no better one of their class overlaps, best first.
+
+    `boxes` (D, 4) by their centres; `scores` and `label` (D,). Not torchvision's `batched_nms`: it shifts classes apart
+    by the largest coordinate, which erases small boxes beside a huge one, and its import takes 160 MB and seconds.
+    """
+    order = np.argsort(-scores, kind="stable")
+    survives = np.zeros(len(order), bool)
     for one in np.unique(label):
-        waiting = np.flatnonzero(label == one)
-        waiting = waiting[np.argsort(-scores[box[waiting], one], kind="stable")]
-        while len(waiting):
-            best, waiting = waiting[0], waiting[1:]
-            kept.append(int(best))
-            if len(waiting):
-                waiting = waiting[~(_overlap(boxes[box[best]], boxes[box[waiting]]) > nms)]
-    return np.asarray(sorted(kept), np.int64)
+        remaining = order[label[order] == one]
+        while len(remaining):
+            best, remaining = remaining[0], remaining[1:]
+            survives[best] = True
+            remaining = remaining[~(_iou(boxes[best], boxes[remaining]) > nms)]
+    return order[survives[order]]
 
 
-def _overlap(one: Float32Array, others: Float32Array) -> Float32Array:
-    """Intersection over union of a box (4,) with each of (N, 4); boxes have their centres."""
+def _iou(one: Float32Array, others: Float32Array) -> Float32Array:
+    """Return the intersection over union of a box (4,) with each of (D, 4), given by their centres."""
     low = np.maximum(one[:2] - one[2:] / 2, others[:, :2] - others[:, 2:] / 2)
     high = np.minimum(one[:2] + one[2:] / 2, others[:, :2] + others[:, 2:] / 2)
-    sides = np.maximum(high - low, 0)  # (N, 2)
-    # An untrained network's boxes can be too large for their area: that is then no number, and overlaps nothing.
+    sides = np.maximum(high - low, 0)  # (D, 2)
+    # The area of an untrained network's box can overflow: its IoU is then NaN, which is over no threshold.
     with np.errstate(over="ignore", invalid="ignore"):
-        shared = sides[:, 0] * sides[:, 1]
-        overlap: Float32Array = shared / (one[2] * one[3] + others[:, 2] * others[:, 3] - shared)
-    return overlap
+        intersection = sides[:, 0] * sides[:, 1]
+        iou: Float32Array = intersection / (one[2] * one[3] + others[:, 2] * others[:, 3] - intersection)
+    return iou

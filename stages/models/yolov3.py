@@ -1,6 +1,6 @@
 """YOLOv3 and YOLOv3-tiny (Redmon and Farhadi, *YOLOv3: An Incremental Improvement*, 2018), layer by layer.
 
-The tables hold what yolov3.cfg and yolov3-tiny.cfg say; a row's place in its table is the layer's number there.
+The tables hold the layers of yolov3.cfg and yolov3-tiny.cfg; a row's index is the layer's number there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ YOLOV3_ANCHORS: tuple[Anchors, ...] = (
     ((30, 61), (62, 45), (59, 119)),
     ((10, 13), (16, 30), (33, 23)),
 )
-# The second layer has masks 1, 2, 3, as the published weights were trained: with the 0, 1, 2 of today's yolov3-tiny.cfg
-# its boxes come out at half their size, nested in those of the first layer (docs/detector.md has the measurement).
+# The second layer has masks 1, 2, 3, with which the published weights were trained: with the 0, 1, 2 of the current
+# yolov3-tiny.cfg its boxes have half their size, inside those of the first layer (measured in docs/detector.md).
 YOLOV3_TINY_ANCHORS: tuple[Anchors, ...] = (
     ((81, 82), (135, 169), (344, 319)),
     ((23, 27), (37, 58), (81, 82)),
@@ -57,13 +57,13 @@ def _detection(anchors: Anchors, classes: int) -> list[LayerSpec]:
 
 
 def _residuals(filters: int, count: int) -> list[LayerSpec]:
-    """A halving of the picture, then `count` residual blocks."""
+    """A convolution that halves height and width, then `count` residual blocks."""
     block = [_conv(filters // 2, 1), _conv(filters, 3), LayerSpec(Shortcut, (-1, -3))]
     return [_conv(filters, 3, stride=2), *block * count]
 
 
 def _pyramid(filters: int) -> list[LayerSpec]:
-    """The six convolutions in front of a detection: narrow, wide, three times."""
+    """The six convolutions before a detection: narrow and wide, three times."""
     return [_conv(filters, 1), _conv(2 * filters, 3)] * 3
 
 

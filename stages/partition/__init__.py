@@ -1,0 +1,1 @@
+"""Partitioning of networks into parts, and the weights of a part."""

@@ -1,4 +1,4 @@
-"""What crosses the cuts of a pipeline's network, in bytes: its parts are run once, on one example."""
+"""The bytes that cross each cut of a pipeline's network, measured by running its parts once on an example."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from brokers.config.schema import StageTable
 from brokers.errors import UsageError
 from stages.models.registry import ModelSpec, get_model_spec
 from stages.partition.part_loader import META_DEVICE
-from stages.partition.partition import Part, layer_names, partition
+from stages.partition.partition import layer_names, partition
 
 
 @dataclass(frozen=True, slots=True)
 class CutSize:
-    """What one stage sends to the next for one request, or for one micro-batch of a pipeline that trains."""
+    """What one stage sends to the next for one request, or for one micro-batch in training."""
 
     after: int  # layers
     sender: str
@@ -26,65 +26,37 @@ class CutSize:
     wire: str
     float32_bytes: int
     wire_bytes: int
-    tensors: dict[str, list[int]]  # the shape of each
-
-
-@dataclass(eq=False)
-class NoExampleInput(UsageError):
-    """A network of which nobody knows what it eats."""
-
-    key = "pipeline.model"
-
-    name: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"what crosses the cuts of model {self.name!r} cannot be computed: {self.problem}"
+    tensors: dict[str, list[int]]  # shapes by name
 
 
 def rows_per_message(pipeline: Pipeline) -> int:
-    """How many examples one message has."""
+    """Return the number of examples in one message: 1, or the largest micro-batch in training."""
     training = pipeline.training
     return -(-training.batch // training.micro_batches) if pipeline.is_training else 1
 
 
-def measure_cuts(pipeline: Pipeline) -> list[CutSize]:
-    """Return what crosses each cut, in order; none where there is no model.
+def measure_cuts(pipeline: Pipeline, *, every: bool = False) -> list[CutSize]:
+    """Return the sizes of the file's cuts, or of every possible cut as if it were the only one; empty without a model.
 
-    Raises `NoExampleInput` for a network with no known input shape, or that cannot compute one of it; and what
-    `get_model_spec` and `partition` raise.
+    Raises `UsageError` "NoExampleInput" if the model's input shape is unknown or does not work, and the errors of
+    `get_model_spec` and `partition`.
     """
-    table = pipeline.pipeline
-    if table.model is None or not table.cuts:
+    cuts = pipeline.pipeline.cuts
+    if pipeline.pipeline.model is None or not (cuts or every):
         return []
-    spec = _spec(pipeline)
-    served = [stage for stage in pipeline.stage if stage.executor is None]
-    given = list(_given(spec, table.cuts, pipeline.is_training, rows_per_message(pipeline)))
-    return [
-        _cut(after, sender, pipeline.next_stage(sender) or receiver, tensors)
-        for after, sender, receiver, tensors in zip(table.cuts, served, served[1:], given, strict=False)
-    ]
+    spec = _spec_with_input_shape(pipeline)
+    stages = [stage for stage in pipeline.stage if stage.executor is None]
+    links = [(stage, receiver) for stage in stages if (receiver := pipeline.next_stage(stage))]
+    if every:
+        # With all cuts at once each part passes on the values that later parts need, as it would with its cut alone.
+        with torch.random.fork_rng(devices=[]):
+            cuts = tuple(range(1, len(layer_names(spec.build().train(pipeline.is_training)))))
+        links = [(stages[0], stages[-1])] * len(cuts)
+    outputs = _run_parts(spec, cuts, pipeline.is_training, rows_per_message(pipeline))
+    return [_cut_size(after, *link, tensors) for after, link, tensors in zip(cuts, links, outputs, strict=False)]
 
 
-def measure_all_cuts(pipeline: Pipeline) -> list[CutSize]:
-    """Return what would cross each cut that the network can have, each as the only one: from its first stage on.
-
-    Raises as `measure_cuts` does.
-    """
-    if pipeline.pipeline.model is None:
-        return []
-    spec = _spec(pipeline)
-    with torch.random.fork_rng(devices=[]):
-        count = len(layer_names(spec.build().train(pipeline.is_training)))
-    cuts = tuple(range(1, count))
-    served = [stage for stage in pipeline.stage if stage.executor is None]
-    # A value that is used further on than the next part passes through it: all cuts at once carry what each would.
-    given = _given(spec, cuts, pipeline.is_training, rows_per_message(pipeline)) if cuts else ()
-    return [_cut(after, served[0], served[-1], tensors) for after, tensors in zip(cuts, given, strict=True)]
-
-
-def _spec(pipeline: Pipeline) -> ModelSpec:
-    """Raises `NoExampleInput` for a network with no known input shape."""
+def _spec_with_input_shape(pipeline: Pipeline) -> ModelSpec:
     table = pipeline.pipeline
     spec = get_model_spec(
         table.model or "",
@@ -95,35 +67,43 @@ def _spec(pipeline: Pipeline) -> ModelSpec:
         folder=str(pipeline.folder),
     )
     if spec.input_shape is None:
-        raise NoExampleInput(spec.name, "it does not say its input's shape: expected an attribute `input_shape`")
+        raise _example_error(spec, "its factory has no attribute `input_shape`")
     return spec
 
 
-def _given(spec: ModelSpec, cuts: tuple[int, ...], trains: bool, count: int) -> Iterator[dict[str, Tensor]]:
-    """Yield what each part gives for `count` empty examples."""
+def _run_parts(spec: ModelSpec, cuts: tuple[int, ...], training: bool, rows: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the outputs of each part but the last, for `rows` examples of zeros."""
     assert spec.input_shape is not None
-    shape = (count, *spec.input_shape[1:])
+    shape = (rows, *spec.input_shape[1:])
     with torch.random.fork_rng(devices=[]):
-        model = spec.build().train(trains)
-    parts: tuple[Part, ...] = partition(
-        model, cuts, {spec.input_name: torch.empty(spec.input_shape, device=META_DEVICE)}
-    )
+        model = spec.build().train(training)
+    parts = partition(model, cuts, {spec.input_name: torch.empty(spec.input_shape, device=META_DEVICE)})
     tensors = {spec.input_name: torch.zeros(shape)}
     for part in parts[:-1]:
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws random numbers
                 tensors = part(tensors)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise NoExampleInput(spec.name, f"it fails on an input of shape {list(shape)}: {error}") from error
+            raise _example_error(spec, f"an input of shape {list(shape)} fails: {error}") from error
         yield tensors
 
 
-def _cut(after: int, sender: StageTable, receiver: StageTable, tensors: dict[str, Tensor]) -> CutSize:
-    full = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    wire: torch.dtype = getattr(torch, sender.wire)
-    sent = sum(
-        tensor.numel() * (wire.itemsize if tensor.dtype is torch.float32 else tensor.element_size())
-        for tensor in tensors.values()
+def _example_error(spec: ModelSpec, problem: str) -> UsageError:
+    message = f"cannot measure the cuts of model {spec.name!r}: {problem}"
+    return UsageError("NoExampleInput", message, key="pipeline.model", model=spec.name)
+
+
+def _cut_size(after: int, sender: StageTable, receiver: StageTable, tensors: dict[str, Tensor]) -> CutSize:
+    wire_dtype: torch.dtype = getattr(torch, sender.wire)
+    return CutSize(
+        after=after,
+        sender=sender.name,
+        receiver=receiver.name,
+        wire=sender.wire,
+        float32_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        wire_bytes=sum(
+            tensor.numel() * (wire_dtype if tensor.dtype is torch.float32 else tensor.dtype).itemsize
+            for tensor in tensors.values()
+        ),
+        tensors={name: list(tensor.shape) for name, tensor in tensors.items()},
     )
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    return CutSize(after, sender.name, receiver.name, sender.wire, full, sent, shapes)

@@ -1,7 +1,7 @@
-"""A network as a list of layers: torch.fx follows its forward once, and each operation gets its name on the wire.
+"""A network as a list of layers: traced by torch.fx, with a wire name for each value.
 
-A network that torch.fx cannot follow (it branches on values) can still be cut between the children of an
-`nn.Sequential`, or of a list of modules: its graph is then written down by hand, one layer a child.
+A network that torch.fx cannot trace (its control flow depends on values) can be cut between the children of an
+`nn.Sequential` or of a list of modules; its graph then has one layer per child.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import fx, nn
 
-from stages.errors import CannotTrace
+from brokers.errors import UsageError
 
 LAYER_OPS = frozenset({"call_module", "call_function", "call_method"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TracedModel:
-    """A network and its graph. `names` holds what each input, and the result of each layer, is called on the wire."""
+    """A network and its graph; `wire_names` names the inputs and the result of each layer."""
 
     model: nn.Module
     graph: fx.Graph
@@ -33,7 +33,7 @@ class TracedModel:
 
     @property
     def layer_nodes(self) -> tuple[fx.Node, ...]:
-        """The nodes that compute something, in order: cut k comes after the first k of them."""
+        """The nodes that compute, in order: cut k comes after the first k of them."""
         return tuple(node for node in self.graph.nodes if node.op in LAYER_OPS)
 
     @property
@@ -42,29 +42,29 @@ class TracedModel:
 
 
 def trace(model: nn.Module | Sequence[nn.Module]) -> TracedModel:
-    """Follow the forward of a network in the mode it is in: what depends on `training` is fixed here.
+    """Trace the forward of a network in its present mode: branches on `training` are fixed.
 
-    Raises `CannotTrace` where torch.fx cannot follow and there are no children to cut between.
+    Raises `UsageError` "CannotTrace" if torch.fx fails and the network is no `nn.Sequential` or list.
     """
     module = model if isinstance(model, nn.Module) else nn.Sequential(*model)
     try:
         graph = _LayerTracer().trace(module)
-    except Exception as error:  # whatever the model's own forward does with a proxy: TraceError, TypeError, ...
+    except Exception as error:  # the model's own code, called with proxies, may raise anything
         if not isinstance(module, nn.Sequential):
-            raise CannotTrace(type(module).__name__, " ".join(str(error).split())) from error
-        graph = _chain(module)
+            raise _trace_error(module, " ".join(str(error).split())) from error
+        graph = _chain_graph(module)
     if not any(node.op == "placeholder" for node in graph.nodes):
-        raise CannotTrace(type(module).__name__, "its forward takes no argument without a default")
-    for node in reversed(graph.nodes):  # `out, _ = attention(x)`: the item that nobody reads may be None
+        raise _trace_error(module, "its forward has no argument without a default")
+    for node in reversed(graph.nodes):  # `out, _ = attention(x)`: the unused item may be None, which cannot cross
         if node.target is operator.getitem and not node.users:
             graph.erase_node(node)
-    return TracedModel(module, graph, _names(graph))
+    return TracedModel(module, graph, _wire_names(graph))
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one layer: torch's own are, except containers, and those that say so (`fx_leaf = True`).
+    """Return whether a module is one layer: torch's own except containers, and classes with `fx_leaf = True`.
 
-    A module of one's own with `fx_leaf` promises not to write into the tensors that it is given.
+    A class with `fx_leaf` promises not to modify its inputs in place.
     """
     if getattr(type(module), "fx_leaf", False):
         return True
@@ -78,7 +78,7 @@ class _LayerTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: object = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """Arguments with a default keep it: a proxy in place of `targets=None` would take the wrong branch."""
+        """Keep the defaults of arguments: a proxy for `targets=None` would take the wrong branch."""
         _, *parameters = inspect.signature(root_fn).parameters.values()  # the first is self
         required = [
             parameter.name
@@ -88,7 +88,16 @@ class _LayerTracer(fx.Tracer):
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in required)]
 
 
-def _chain(module: nn.Sequential) -> fx.Graph:
+def _trace_error(module: nn.Module, reason: str) -> UsageError:
+    name = type(module).__name__
+    message = (
+        f"torch.fx cannot trace {name}: {reason}; "
+        "return an nn.Sequential or a list of modules instead, which can be cut between its children"
+    )
+    return UsageError("CannotTrace", message, key="pipeline.model", model=name)
+
+
+def _chain_graph(module: nn.Sequential) -> fx.Graph:
     graph = fx.Graph()
     value = graph.placeholder("input")
     for name, _ in module.named_children():
@@ -97,18 +106,21 @@ def _chain(module: nn.Sequential) -> fx.Graph:
     return graph
 
 
-def _names(graph: fx.Graph) -> dict[fx.Node, str]:
-    """`features.0` for a module, `add_3` for a function; a module called again gets a number; one input is `input`."""
+def _wire_names(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Name inputs and layers: `features.0` for a module, `add_3` for a function, `input` for the only input.
+
+    The second call of a module gets the suffix `_1`, and so on.
+    """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     names = {node: node.name if len(inputs) > 1 else "input" for node in inputs}
-    taken = set(names.values())
+    used = set(names.values())
     for node in graph.nodes:
         if node.op in LAYER_OPS:
             base = name = str(node.target) if node.op == "call_module" else node.name
-            times = 0
-            while name in taken:
-                times += 1
-                name = f"{base}_{times}"
-            taken.add(name)
+            repeats = 0
+            while name in used:
+                repeats += 1
+                name = f"{base}_{repeats}"
+            used.add(name)
             names[node] = name
     return names

@@ -1,7 +1,7 @@
-"""In-place layers at the edge of a part: what they may write into is copied as it comes in; the giver's tensor stays.
+"""In-place operations at the boundary of a part: inputs that one may modify are copied when they arrive.
 
-A value that an in-place layer overwrites (`ReLU(inplace=True)`, `x += y`) belongs to whoever sent it once a cut lies in
-between. The search is careful, not clever: what may share memory is copied.
+A cut turns a value that the network overwrites (`ReLU(inplace=True)`, `x += y`) into an input, which belongs to the
+caller. The analysis is conservative: a value that may share memory with a modified one is copied.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ IN_PLACE_OPERATORS = frozenset(
 
 
 def copy_mutated_inputs(graph: fx.Graph, model: nn.Module) -> None:
-    """Let a part copy, as it comes in, whatever one of its in-place layers may reach through views and the like."""
-    reached: list[fx.Node] = []
+    """Make `unpack_value` copy each input of a part's graph that an in-place operation may modify."""
+    pending: list[fx.Node] = []
     for node in graph.nodes:
-        if _changes_input(node, model):
-            reached += node.all_input_nodes if node.op == "call_module" else node.all_input_nodes[:1]
-    seen: set[fx.Node] = set()
-    while reached:
-        node = reached.pop()
-        if node in seen:
+        if _mutates_input(node, model):
+            pending += node.all_input_nodes if node.op == "call_module" else node.all_input_nodes[:1]
+    visited: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if node.target is unpack_value:
             node.update_arg(2, True)
-        elif not _makes_new(node, model):
-            reached.extend(node.all_input_nodes)
+        elif not _allocates_result(node, model):
+            pending.extend(node.all_input_nodes)
 
 
-def _changes_input(node: fx.Node, model: nn.Module) -> bool:
-    """Whether a layer writes, or for all we know may write, into its first argument (a module: into any)."""
+def _mutates_input(node: fx.Node, model: nn.Module) -> bool:
+    """Return whether a layer modifies, or may modify, its first argument (a module: any argument)."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
         return not is_leaf(module) or bool(getattr(module, "inplace", False))
@@ -47,9 +47,9 @@ def _changes_input(node: fx.Node, model: nn.Module) -> bool:
     return by_name or node.target in IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace"))
 
 
-def _makes_new(node: fx.Node, model: nn.Module) -> bool:
-    """Whether a layer's result surely shares no memory with its inputs: convolutions, products, norms."""
+def _allocates_result(node: fx.Node, model: nn.Module) -> bool:
+    """Return whether a layer's result certainly shares no memory with its inputs: convolutions, products, norms."""
     if node.op != "call_module":
         return False
     module = model.get_submodule(str(node.target))
-    return is_leaf(module) and not _changes_input(node, model) and any(True for _ in module.parameters())
+    return is_leaf(module) and not _mutates_input(node, model) and any(True for _ in module.parameters())

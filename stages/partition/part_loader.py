@@ -1,107 +1,67 @@
-"""One part of a network with its weights: only this part takes memory, only its own tensors are read from a file."""
+"""A part of a network with its weights, of which a worker allocates and reads only its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stages.errors import BadWeights, PickledWeights, SharedWeights, WeightsDoNotFit
+from brokers.errors import UsageError
 from stages.models.registry import ModelSpec
 from stages.partition.fx_graph import trace
 from stages.partition.partition import Part, partition
 
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".pkl"})
-BATCHES_TRACKED_SUFFIX = (
-    ".num_batches_tracked"  # torch's own count in batch norms: no result depends on it, older files lack it
-)
+# A counter of batch norms, on which no result depends and which older files do not have.
+BATCHES_TRACKED_SUFFIX = ".num_batches_tracked"
 META_DEVICE = torch.device("meta")
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _WeightsFile:
-    """A weights file: the shapes of all that is in it, and a way to read some of it into memory of its own.
-
-    Views of the mapped file would do, but they start at any byte, where torch's kernels add up in another order: two
-    workers with the same weights would differ in their last bits.
-    """
-
-    shapes: Mapping[str, Shape]
-    read: Callable[[Sequence[str]], dict[str, Tensor]]
-
-
 def load_part(
-    spec: ModelSpec,
-    cuts: Sequence[int],
-    index: int,
-    weights: Path | None,
-    seed: int,
-    device: str | torch.device,
-    training: bool = False,
+    spec: ModelSpec, cuts: Sequence[int], index: int, weights: Path | None, seed: int, device: str | torch.device
 ) -> Part:
-    """Part `index` of the network, on `device`, for evaluation unless `training`.
+    """Return part `index` of the network on `device`, in evaluation mode.
 
-    Without a file the whole network gets the random weights of `seed`, so that all parts together are that network.
-    Raises what `partition` raises, `PickledWeights`, `WeightsDoNotFit`, and `BadWeights` for one that cannot be read.
+    Without a weights file the whole network is initialised from `seed`, so that all parts together are that network.
+    Raises `UsageError`: that of `partition`, "PickledWeights", "BadWeights" (unreadable) or "WeightsDoNotFit".
     """
     example = None if spec.input_shape is None else {spec.input_name: torch.empty(spec.input_shape, device=META_DEVICE)}
     if weights is None:
-        with torch.random.fork_rng(devices=[]):  # networks are built on the CPU: leave the generators of GPUs alone
-            torch.default_generator.manual_seed(seed)
-            model = spec.build()
-        return partition(model.train(training), cuts, example)[index].to(device)
-    _check_kind(weights)
-    model = _skeleton(spec).train(training)
+        return partition(_build_from_seed(spec, seed).eval(), cuts, example)[index].to(device)
+    model = _build_without_data(spec).eval()
     part = partition(model, cuts, example)[index]
-    contents = _fitting(model, weights)
-    expected = part.state_dict()
-    state = contents.read([name for name in expected if name in contents.shapes])
-    for name, tensor in expected.items():
-        loaded = state[name] if name in state else torch.zeros(tensor.shape, dtype=tensor.dtype)
-        state[name] = loaded.to(tensor.dtype)
-    part.load_state_dict(state, assign=True)
-    assert not _on_meta(part), "a part would be left without some of its numbers"
+    part.load_state_dict(_WeightsFile(weights, model).read(part.state_dict()), assign=True)
+    assert not any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
     return part.to(device)
 
 
 def load_trainable_part(
-    spec: ModelSpec,
-    cuts: Sequence[int],
-    index: int,
-    weights: Path | None,
-    seed: int,
-    device: str | torch.device,
+    spec: ModelSpec, cuts: Sequence[int], index: int, weights: Path | None, seed: int, device: str | torch.device
 ) -> tuple[Part, Part | None]:
-    """Part `index` of the network as it is trained, and as it is evaluated: two graphs over the same modules.
+    """Return part `index` of the network in training mode and in evaluation mode: two graphs over the same modules.
 
-    None for the second where the network in evaluation has no such cut. The network is built as it would be in one
-    piece, so that its weights are those that the uncut network begins with. Raises what `load_part` raises, and
-    `SharedWeights`.
+    The second is None if the network in evaluation mode cannot be cut at the same layers. The whole network is built
+    from `seed`, so that the parts begin with the weights of the unsplit network. Raises as `load_part` does, and
+    `UsageError` "SharedWeights".
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model = spec.build()
+    model = _build_from_seed(spec, seed)
     if weights is not None:
-        _check_kind(weights)
-        contents = _fitting(model, weights)
-        model.load_state_dict(contents.read(list(contents.shapes)), strict=False)
+        model.load_state_dict(_WeightsFile(weights, model).read(model.state_dict()))
     trained = trace(model.train())
     parts = partition(trained, cuts)
     _check_shared(parts)
     evaluated = trace(model.eval())
-    ends = [trained.layer_names[cut - 1] for cut in cuts]
-    same = set(ends) <= set(evaluated.layer_names)
-    evaluation = (
-        partition(evaluated, [evaluated.layer_names.index(name) + 1 for name in ends])[index].to(device)
-        if same
-        else None
-    )
+    cut_layers = [trained.layer_names[cut - 1] for cut in cuts]
+    evaluation = None
+    if set(cut_layers) <= set(evaluated.layer_names):
+        evaluated_cuts = [evaluated.layer_names.index(name) + 1 for name in cut_layers]
+        evaluation = partition(evaluated, evaluated_cuts)[index].to(device)
     return parts[index].to(device).train(), evaluation
 
 
@@ -111,76 +71,101 @@ def _check_shared(parts: Sequence[Part]) -> None:
         for name, parameter in part.named_parameters():
             first = owners.setdefault(id(parameter), index)
             if first != index:
-                raise SharedWeights(name, first, index)
+                message = (
+                    f"parameter {name!r} is used by parts {first} and {index} (from 0), and each would train a copy: "
+                    "cut where no parameter is shared"
+                )
+                raise UsageError(
+                    "SharedWeights", message, key="pipeline.cuts", parameter=name, first=first, second=index
+                )
 
 
-def _skeleton(spec: ModelSpec) -> nn.Module:
-    """The network without numbers; built in full where some are in no file, or are looked at while it is built."""
+def _build_from_seed(spec: ModelSpec, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # built on the CPU: the generators of GPUs are not used
+        torch.default_generator.manual_seed(seed)
+        return spec.build()
+
+
+def _build_without_data(spec: ModelSpec) -> nn.Module:
+    """Build the network on the meta device, or completely if it needs data that no weights file has."""
     try:
         with META_DEVICE:
             model = spec.build()
-    except (NotImplementedError, RuntimeError):  # it looked at a value, of which there is none on the meta device
+    except (NotImplementedError, RuntimeError):  # its constructor reads a value, which meta tensors do not have
         return spec.build()
-    kept = model.state_dict().keys()
-    in_no_file = any(name not in kept for name, _ in model.named_buffers())
-    return spec.build() if in_no_file or _has_bare_tensors(model) else model
+    saved = model.state_dict().keys()
+    unsaved_buffer = any(name not in saved for name, _ in model.named_buffers())
+    plain_tensor = any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+    return spec.build() if unsaved_buffer or plain_tensor else model
 
 
-def _has_bare_tensors(model: nn.Module) -> bool:
-    return any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+class _WeightsFile:
+    """An open weights file that fits `model`: every worker checks all of it, so that all raise the same error."""
+
+    def __init__(self, path: Path, model: nn.Module) -> None:
+        _check_kind(path)
+        open_file = _open_darknet if path.suffix == ".weights" else _open_safetensors
+        self._shapes, self._get = open_file(path, model)
+        expected_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in {**expected_shapes, **self._shapes}:
+            expected = expected_shapes.get(name)
+            actual = self._shapes.get(name)
+            if expected == actual or (actual is None and name.endswith(BATCHES_TRACKED_SUFFIX)):
+                continue
+            if expected is None:
+                problem = f"it has {name!r}, which the network has not"
+            else:
+                in_file = "the file has no such tensor" if actual is None else f"the file has {list(actual)}"
+                problem = f"expected {name!r} of shape {list(expected)}, {in_file}"
+            message = f"does not fit the network: {problem}"
+            raise _weights_error("WeightsDoNotFit", path, message, tensor=name, expected=expected, actual=actual)
+
+    def read(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of these names, with the dtypes of `state`.
+
+        They are copies: views of the mapped file would start at any byte, where torch's kernels add in another order,
+        and two workers with the same weights would differ in their last bits.
+        """
+        return {
+            name: (self._get(name).clone() if name in self._shapes else torch.zeros(tensor.shape)).to(tensor.dtype)
+            for name, tensor in state.items()
+        }
 
 
-def _on_meta(part: Part) -> bool:
-    return any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
+_OpenFile = tuple[dict[str, Shape], Callable[[str], Tensor]]  # the shapes of all tensors, and a reader of one
 
 
-def _fitting(model: nn.Module, weights: Path) -> _WeightsFile:
-    """What is in a file that fits the whole network. Raises `WeightsDoNotFit`, and what reading it raises."""
-    contents = _open_safetensors(weights) if weights.suffix != ".weights" else _darknet(model, weights)
-    _check_fit(weights, model.state_dict(), contents.shapes)
-    return contents
-
-
-def _check_kind(path: Path) -> None:
-    if path.suffix in PICKLE_SUFFIXES:
-        raise PickledWeights(str(path))
-    if path.suffix not in (".safetensors", ".weights"):
-        raise BadWeights(str(path), f"expected .safetensors or .weights, got {path.suffix or 'no ending'}")
-    if not path.is_file():
-        raise BadWeights(str(path), "there is no such file")
-
-
-def _check_fit(path: Path, expected: Mapping[str, Tensor], actual: Mapping[str, Shape]) -> None:
-    """The file is compared with the whole network, so that every worker says the same of a wrong one."""
-    for name, tensor in expected.items():
-        if actual.get(name) != tuple(tensor.shape) and not (
-            name not in actual and name.endswith(BATCHES_TRACKED_SUFFIX)
-        ):
-            raise WeightsDoNotFit(str(path), name, tuple(tensor.shape), actual.get(name))
-    for name, shape in actual.items():
-        if name not in expected:
-            raise WeightsDoNotFit(str(path), name, None, shape)
-
-
-def _open_safetensors(path: Path) -> _WeightsFile:
-    def read(names: Sequence[str]) -> dict[str, Tensor]:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in names}
-
+def _open_safetensors(path: Path, model: nn.Module) -> _OpenFile:
     try:
-        with safe_open(path, framework="pt") as file:
-            names: list[str] = list(file.keys())
-            return _WeightsFile({name: tuple(file.get_slice(name).get_shape()) for name in names}, read)
-    except (SafetensorError, OSError) as problem:
-        raise BadWeights(str(path), f"is no safetensors file: {problem}") from problem
+        file: Any = safe_open(path, framework="pt")  # its methods have no types
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, file.get_tensor  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _weights_error("BadWeights", path, f"is not a safetensors file: {error}") from error
 
 
-def _darknet(model: nn.Module, path: Path) -> _WeightsFile:
+def _open_darknet(path: Path, model: nn.Module) -> _OpenFile:
     from stages.models.darknet_layers import Darknet
     from stages.models.darknet_weights import darknet_state_dict
 
     if not isinstance(model, Darknet):
-        raise BadWeights(str(path), f"holds weights for Darknet's networks, the model is {type(model).__name__}")
+        problem = f"has weights of a Darknet network, the model is {type(model).__name__}"
+        raise _weights_error("BadWeights", path, problem)
     state = darknet_state_dict(model, path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return _WeightsFile(shapes, lambda names: {name: state[name].clone() for name in names})
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__
+
+
+def _check_kind(path: Path) -> None:
+    if path.suffix in PICKLE_SUFFIXES:
+        problem = (
+            "is a pickle, which can execute any code: convert it once, where you trust it, with "
+            "safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'NAME.safetensors')"
+        )
+        raise _weights_error("PickledWeights", path, problem)
+    if path.suffix not in (".safetensors", ".weights"):
+        raise _weights_error("BadWeights", path, f"is not .safetensors or .weights, but {path.suffix or 'no suffix'}")
+    if not path.is_file():
+        raise _weights_error("BadWeights", path, "does not exist")
+
+
+def _weights_error(code: str, path: Path, problem: str, **fields: object) -> UsageError:
+    return UsageError(code, f"{path} {problem}", key="pipeline.weights", path=str(path), **fields)

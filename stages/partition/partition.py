@@ -1,17 +1,17 @@
-"""Cutting a network into parts that compute, one after the other, what the whole computes.
+"""Partition a network into parts that, one after the other, compute what the whole network computes.
 
-1. Cut k comes after the first k layers. A value that is made before a cut and used after it crosses it; where the
-   user is further on than the next part, it passes through the parts between.
-2. Only tensors cross, under the name of the layer that made them: `features.10`. A tuple (a chunk, the state of an
-   LSTM) crosses item by item: `chunk[0]`, `chunk[1]`.
-3. Shapes, and numbers computed from shapes, do not cross: they would be wrong as soon as a stage batches several
-   requests. The receiving part computes them again, from a tensor that crosses anyway or from an empty one
-   that has the same shape (`relu:shape`, no bytes).
-4. A part never writes into what it is given: an input that some in-place layer might reach is copied first.
-5. State keeps the names of the uncut network, and the modules themselves: nothing is copied by cutting.
+1. Cut k comes after the first k layers. A value that is computed before a cut and used after it (a live value) crosses
+   the cut; it passes through all parts between its producer and its last user.
+2. Only tensors cross, named after the layer that computed them: `features.10`. Tuples (a chunk, the state of an LSTM)
+   cross item by item: `chunk[0]`, `chunk[1]`.
+3. Shapes, and numbers computed from shapes, do not cross: they would be wrong once a stage batches requests. The
+   receiving part computes them from a tensor that crosses anyway, or from one of the same shape without data
+   (`relu:shape`).
+4. A part never modifies its inputs: those that an in-place layer may modify are copied first.
+5. Parameters and buffers keep their names; the modules are those of the network, not copies.
 
-One thing is lost at a cut: two crossing values that share memory arrive as two. A network that changes one of them in
-place afterwards and reads it through the other must be cut elsewhere.
+Limitation: two live values that share memory arrive as two. A network that then modifies one in place and reads the
+change through the other must be cut elsewhere.
 """
 
 from __future__ import annotations
@@ -29,63 +29,76 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from stages.errors import CutsNotIncreasing, NoSuchCut
+from brokers.errors import UsageError
+from stages.partition.batch_analysis import find_batched_values
 from stages.partition.boundary import expand_shape_tensor, make_shape_tensor, pack_result, pack_values, unpack_value
 from stages.partition.fx_graph import TracedModel, trace
 from stages.partition.inplace_analysis import copy_mutated_inputs
 
-# What asks a tensor for its shape or kind only, and never for its values.
+# Methods and attributes that read the shape or dtype of a tensor, never its values.
 SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "is_floating_point"})
 SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda"})
 ARITHMETIC_MODULES = frozenset({operator.__name__, "_operator", builtins.__name__, math.__name__})
 SHAPE_SUFFIX = ":shape"
-FINGERPRINT_DIGITS = 16  # 64 bits: to notice a mistake; it is no defence
+FINGERPRINT_DIGITS = 16  # 64 bits: detects mistakes, not attacks
 
 
 class Part(nn.Module):
-    """One part of a cut network: a module from named tensors to named tensors.
+    """One part of a network: a module from named tensors to named tensors.
 
-    `takes` and `gives` are the names of the values that come in and go out. `batchable` says that the first dimension
-    of all of them is known to be the batch, so that requests may be put together there and results split again.
+    `input_names` and `output_names` are the names of the values (a tuple is one value). `batchable`: the first
+    dimension of all of them is known to be the batch, so that requests can be joined and results split there.
     """
 
     def __init__(
-        self, root: nn.Module, graph: fx.Graph, takes: tuple[str, ...], gives: tuple[str, ...], batchable: bool
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        input_names: tuple[str, ...],
+        output_names: tuple[str, ...],
+        batchable: bool,
     ) -> None:
         super().__init__()
-        self.graph, self.input_names, self.output_names, self.batchable = graph, takes, gives, batchable
+        self.graph = graph
+        self.input_names = input_names
+        self.output_names = output_names
+        self.batchable = batchable
         self.training = root.training
-        compiled = fx.GraphModule(root, graph)  # holds of root only what the graph uses
+        compiled = fx.GraphModule(root, graph)  # has only those modules of root that the graph uses
         self._compute = type(compiled).forward
         for name, child in compiled.named_children():
             self.add_module(name, child)
         for name, parameter in compiled.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        kept = root.state_dict().keys()
+        persistent = root.state_dict().keys()
         for name, buffer in compiled.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=name in kept)
+            self.register_buffer(name, buffer, persistent=name in persistent)
 
     def forward(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute this part. Raises `TensorMissing` when one of `takes` is not there."""
-        result: dict[str, Tensor] = self._compute(self, tensors)
-        return result
+        """Compute this part. Raises `WireError` "TensorMissing" if an input is missing."""
+        outputs: dict[str, Tensor] = self._compute(self, tensors)
+        return outputs
 
 
 @dataclass(slots=True, eq=False)
 class _Segment:
-    """What one part computes, and what it needs from the part before: values, and the shapes of values."""
+    """The nodes that one part computes, and the values, or only their shapes, that it needs from the part before."""
 
     nodes: set[fx.Node] = field(default_factory=set)
-    takes: set[fx.Node] = field(default_factory=set)
-    hollow: set[fx.Node] = field(default_factory=set)
+    inputs: set[fx.Node] = field(default_factory=set)
+    shape_inputs: set[fx.Node] = field(default_factory=set)
 
-    @property
-    def ends(self) -> set[fx.Node]:
-        return self.takes | self.hollow
+    def wire_inputs(self, traced: TracedModel) -> list[tuple[fx.Node, str]]:
+        """Return all inputs in the order in which the network computes them, with their names on the wire."""
+        return [
+            (node, traced.wire_names[node] + (SHAPE_SUFFIX if node in self.shape_inputs else ""))
+            for node in traced.graph.nodes
+            if node in self.inputs or node in self.shape_inputs
+        ]
 
 
 def layer_names(model: nn.Module | Sequence[nn.Module] | TracedModel) -> tuple[str, ...]:
-    """The names of the layers, in order: cut k (0 < k < len(layers)) comes after the first k of them."""
+    """Return the names of the layers, in order: cut k (0 < k < len(layers)) comes after the first k of them."""
     return _traced(model).layer_names
 
 
@@ -94,23 +107,25 @@ def partition(
     cuts: Sequence[int],
     example: Mapping[str, Tensor] | None = None,
 ) -> tuple[Part, ...]:
-    """Cut a network, in the mode (training or evaluation) it is in, into `len(cuts) + 1` parts.
+    """Partition a network, in its present mode (training or evaluation), into `len(cuts) + 1` parts.
 
-    `example` is one request; of it only shapes and dtypes matter, and a meta tensor does. It is how `batchable` is
-    found out: without one no part claims to be. Raises `CannotTrace`, `NoSuchCut` and `CutsNotIncreasing`.
+    `example` is one request, of which shapes and dtypes are used (it may be on the meta device) to find out which parts
+    are batchable; without it none is. Raises `UsageError` "CannotTrace", "NoSuchCut" or "CutsNotIncreasing".
     """
     traced = _traced(model)
-    _check(cuts, traced.layer_names)
-    segments = _segments(traced, cuts)
-    ends = set(traced.graph.output_node().all_input_nodes).union(*(segment.ends for segment in segments))
-    rows = _has_rows(traced, ends, example) if example is not None else set()
-    return tuple(_build(traced, segments, index, rows) for index in range(len(segments)))
+    _check_cuts(cuts, traced.layer_names)
+    segments = _find_live_values(traced, cuts)
+    boundary = set(traced.graph.output_node().all_input_nodes)
+    for segment in segments:
+        boundary |= segment.inputs | segment.shape_inputs
+    batched = find_batched_values(traced, boundary, example) if example is not None else set()
+    return tuple(_build_part(traced, segments, index, batched) for index in range(len(segments)))
 
 
 def fingerprint(part: Part, extra: str = "") -> str:
-    """A short digest of a part's state (names, dtypes, shapes, bytes) and its graph: equal parts, equal digests.
+    """Return a digest of a part's graph and state (names, dtypes, shapes, bytes): equal for equal parts.
 
-    `extra` is what else two workers of a stage must agree on.
+    `extra` is other text that the workers of a stage must agree on.
     """
     digest = hashlib.sha256(extra.encode())
     for node in part.graph.nodes:
@@ -125,144 +140,115 @@ def _traced(model: nn.Module | Sequence[nn.Module] | TracedModel) -> TracedModel
     return model if isinstance(model, TracedModel) else trace(model)
 
 
-def _check(cuts: Sequence[int], names: tuple[str, ...]) -> None:
+def _check_cuts(cuts: Sequence[int], names: tuple[str, ...]) -> None:
+    last = len(names) - 1
     for cut in cuts:
-        if not 0 < cut < len(names):
-            raise NoSuchCut(cut, names)
+        if last < 1:
+            message = f"cut {cut} does not exist: a network of {len(names)} layer cannot be cut"
+        elif not 0 < cut <= last:
+            nearest = min(max(cut, 1), last)
+            message = (
+                f"cut {cut} does not exist: the network has {len(names)} layers and cuts 1 to {last}; "
+                f"the nearest, {nearest}, is between {names[nearest - 1]!r} and {names[nearest]!r}"
+            )
+        else:
+            continue
+        raise UsageError("NoSuchCut", message, key="pipeline.cuts", cut=cut, layers=len(names))
     if any(later <= earlier for earlier, later in pairwise(cuts)):
-        raise CutsNotIncreasing(tuple(cuts))
+        message = f"cuts {list(cuts)} must be in increasing order, each once"
+        raise UsageError("CutsNotIncreasing", message, key="pipeline.cuts", cuts=tuple(cuts))
 
 
-def _segments(traced: TracedModel, cuts: Sequence[int]) -> list[_Segment]:
-    """Live values at every cut, found from the last part to the first."""
-    place = {node: bisect_right(cuts, index) for index, node in enumerate(traced.layer_nodes)}
-    place[traced.graph.output_node()] = len(cuts)
-    shapes = _shape_nodes(traced.graph)
+def _find_live_values(traced: TracedModel, cuts: Sequence[int]) -> list[_Segment]:
+    """Backward live-variable analysis over the segments between cuts."""
+    segment_index = {node: bisect_right(cuts, position) for position, node in enumerate(traced.layer_nodes)}
+    segment_index[traced.graph.output_node()] = len(cuts)
+    shape_nodes = _find_shape_nodes(traced.graph)
     segments = [_Segment() for _ in range(len(cuts) + 1)]
-    for node, index in place.items():
+    for node, index in segment_index.items():
         segments[index].nodes.add(node)
     for segment, later in zip(reversed(segments), [_Segment(), *reversed(segments)], strict=False):
         for node in list(segment.nodes):
-            _have_inputs(node, segment, shapes)
-        segment.takes |= later.takes - segment.nodes
-        segment.hollow |= later.hollow - segment.nodes
-        segment.hollow -= segment.takes
-    segments[0].takes |= segments[0].hollow  # the source sends its inputs whole
-    segments[0].hollow = set()
+            _add_inputs(node, segment, shape_nodes)
+        segment.inputs |= later.inputs - segment.nodes
+        segment.shape_inputs |= later.shape_inputs - segment.nodes
+        segment.shape_inputs -= segment.inputs
+    segments[0].inputs |= segments[0].shape_inputs  # the source sends its inputs complete
+    segments[0].shape_inputs = set()
     return segments
 
 
-def _have_inputs(node: fx.Node, segment: _Segment, shapes: set[fx.Node]) -> None:
-    """Have what a node reads in its part: from the part before, or made here where it is state or only about shapes."""
+def _add_inputs(node: fx.Node, segment: _Segment, shape_nodes: set[fx.Node]) -> None:
+    """Add what a node reads to its segment: as an input, or computed here if it is state or depends only on shapes."""
     for argument in node.all_input_nodes:
         if argument in segment.nodes:
             continue
         if argument.op == "get_attr":
             segment.nodes.add(argument)
-        elif argument in shapes:
+        elif argument in shape_nodes:
             segment.nodes.add(argument)
-            _have_inputs(argument, segment, shapes)
-        elif node in shapes:
-            segment.hollow.add(argument)
+            _add_inputs(argument, segment, shape_nodes)
+        elif node in shape_nodes:
+            segment.shape_inputs.add(argument)
         else:
-            segment.takes.add(argument)
+            segment.inputs.add(argument)
 
 
-def _shape_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values are shapes, sizes, kinds, or numbers made of such only."""
-    found: set[fx.Node] = set()
+def _find_shape_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose values are shapes or dtypes, or are computed only from those."""
+    shape_nodes: set[fx.Node] = set()
     for node in graph.nodes:
-        asks = (node.op == "call_method" and node.target in SHAPE_METHODS) or (
+        is_query = (node.op == "call_method" and node.target in SHAPE_METHODS) or (
             node.op == "call_function" and node.target is getattr and node.args[1] in SHAPE_ATTRIBUTES
         )
-        counts = node.op == "call_function" and getattr(node.target, "__module__", None) in ARITHMETIC_MODULES
+        is_arithmetic = node.op == "call_function" and getattr(node.target, "__module__", None) in ARITHMETIC_MODULES
         inputs = node.all_input_nodes
-        if asks or (counts and inputs and all(argument in found for argument in inputs)):
-            found.add(node)
-    return found
+        if is_query or (is_arithmetic and inputs and all(argument in shape_nodes for argument in inputs)):
+            shape_nodes.add(node)
+    return shape_nodes
 
 
-def _build(traced: TracedModel, segments: list[_Segment], index: int, rows: set[fx.Node]) -> Part:
-    """Write the graph of one part: receive, compute in the order of the whole, send."""
+def _build_part(traced: TracedModel, segments: list[_Segment], index: int, batched: set[fx.Node]) -> Part:
+    """Build the graph of one part: unpack the inputs, compute in the network's order, pack the outputs."""
     segment = segments[index]
-    later = segments[index + 1] if index + 1 < len(segments) else None
+    inputs = segment.wire_inputs(traced)
     graph = fx.Graph()
     tensors = graph.placeholder("tensors")
-    values: dict[fx.Node, fx.Node] = {}  # a node of the whole -> the node of this part that has its value
-    shapes: dict[fx.Node, fx.Node] = {}  # ... that has it hollow
-    for node, name in _named(traced, segment):
+    values: dict[fx.Node, fx.Node] = {}  # by node of the network: its value in this part
+    shapes: dict[fx.Node, fx.Node] = {}  # by node of the network: its shape tensor in this part
+    for node, name in inputs:
         values[node] = graph.call_function(unpack_value, (tensors, name, False))
-        if node in segment.hollow:
+        if node in segment.shape_inputs:
             shapes[node] = values[node]
             values[node] = graph.call_function(expand_shape_tensor, (shapes[node],))
     for node in traced.graph.nodes:
         if node in segment.nodes and node.op != "output":
             values[node] = graph.node_copy(node, values.__getitem__)
-    if later is None:
-        result = traced.graph.output_node().args[0]
-        gives = _answer_names(result)
-        graph.output(graph.call_function(pack_result, (fx.map_arg(result, values.__getitem__),)))
-    else:
-        leaving = _named(traced, later)
-        gives = tuple(name for _, name in leaving)
-        for node, _ in leaving:
-            if node in later.hollow and node not in shapes:
+    boundary = {node for node, _ in inputs}
+    if index + 1 < len(segments):
+        later = segments[index + 1]
+        outputs = later.wire_inputs(traced)
+        output_names = tuple(name for _, name in outputs)
+        boundary |= {node for node, _ in outputs}
+        for node, _ in outputs:
+            if node in later.shape_inputs and node not in shapes:
                 shapes[node] = graph.call_function(make_shape_tensor, (values[node],))
-        leave = [shapes[node] if node in later.hollow else values[node] for node, _ in leaving]
-        graph.output(graph.call_function(pack_values, (gives, *leave)))
+        packed = [shapes[node] if node in later.shape_inputs else values[node] for node, _ in outputs]
+        graph.output(graph.call_function(pack_values, (output_names, *packed)))
+    else:
+        output = traced.graph.output_node()
+        result = output.args[0]
+        output_names = _result_names(result)
+        boundary |= set(output.all_input_nodes)
+        graph.output(graph.call_function(pack_result, (fx.map_arg(result, values.__getitem__),)))
     copy_mutated_inputs(graph, traced.model)
-    ends = later.ends if later is not None else set(traced.graph.output_node().all_input_nodes)
-    takes = tuple(name for _, name in _named(traced, segment))
-    return Part(traced.model, graph, takes, gives, batchable=rows >= ends | segment.ends)
+    return Part(traced.model, graph, tuple(name for _, name in inputs), output_names, batchable=batched >= boundary)
 
 
-def _named(traced: TracedModel, segment: _Segment) -> list[tuple[fx.Node, str]]:
-    """What a part takes, in the order in which the network makes it, with the names it has on the wire."""
-    return [
-        (node, traced.wire_names[node] + (SHAPE_SUFFIX if node in segment.hollow else ""))
-        for node in traced.graph.nodes
-        if node in segment.ends
-    ]
-
-
-def _answer_names(result: Any) -> tuple[str, ...]:
+def _result_names(result: Any) -> tuple[str, ...]:
+    """Return the names that `pack_result` uses."""
     if isinstance(result, Mapping):
         return tuple(str(key) for key, value in result.items() if value is not None)
     if isinstance(result, tuple | list):
         return tuple(str(index) for index, value in enumerate(result) if value is not None)
     return ("output",)
-
-
-def _has_rows(traced: TracedModel, nodes: set[fx.Node], example: Mapping[str, Tensor]) -> set[fx.Node]:
-    """The nodes whose first dimension is the batch: the network is run on meta tensors, with 2 rows and then with 3.
-
-    A network that cannot be run on meta tensors (it looks at values), or on this example, has none.
-    """
-    if any(traced.wire_names[node] not in example for node in traced.input_nodes):
-        return set()
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in traced.graph.nodes:
-        if node.op != "output":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    wanted = list(nodes)
-    graph.output(tuple(copies[node] for node in wanted))
-    network = fx.GraphModule(traced.model, graph)
-    state = {name: tensor.to("meta") for name, tensor in (*network.named_parameters(), *network.named_buffers())}
-    for rows in (2, 3):
-        inputs = tuple(
-            tensor.new_empty((rows, *tensor.shape[1:]), device="meta")
-            for tensor in (example[traced.wire_names[node]] for node in traced.input_nodes)
-        )
-        try:
-            results = torch.func.functional_call(network, state, inputs)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-            return set()
-        nodes = nodes - {node for node, value in zip(wanted, results, strict=True) if not _rows(value, rows)}
-    return nodes
-
-
-def _rows(value: Any, count: int) -> bool:
-    if isinstance(value, tuple | list):
-        return all(_rows(item, count) for item in value if item is not None)
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count

@@ -10,11 +10,11 @@ import torch
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import BadPayload
+from brokers.process.image_decode import RgbImage, decode_picture
 from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, BinaryContent, Content
 from brokers.protocol.safetensors_codec import to_numpy, to_torch
 from stages.errors import BadDevice
 from stages.executor import Node, TaskContext, TaskExecutor, Tensors
-from stages.models.image_preprocess import RgbImage, decode_image
 from stages.models.registry import get_model_spec
 from stages.partition.boundary import value_name
 from stages.partition.part_loader import load_part
@@ -117,7 +117,7 @@ class ModelExecutor(TaskExecutor):
     def _decode(self, blob: BinaryContent) -> RgbImage:
         if blob.content_type == JSON:
             raise BadPayload(JSON, f"stage {self._stage.name!r} takes pictures (JPEG, PNG) or tensors, no readings")
-        return decode_image(blob.data, blob.content_type)
+        return decode_picture(blob.data, blob.content_type)
 
     def _fit(self, picture: RgbImage, task: TaskContext) -> Tensors:
         """The network's input for a picture, uint8 (H, W, 3); its size goes along, to speak of its pixels later."""

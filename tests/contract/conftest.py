@@ -1,37 +1,39 @@
-"""Every transport that must keep the contract: within the process, over the embedded broker, over two Mosquittos."""
+"""The brokers on which every transport contract is tested: in memory, embedded, Mosquitto with and without a limit."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
-from brokers.server import mosquitto_conf as mosquitto
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from tests.support.brokers.broker_kinds import BrokerUnderTest, InMemoryBrokerUnderTest, LocalBrokerUnderTest
+from tests.support.environment.external_programs import require_dependency
 
-# What Mosquitto 2.1 and later allow by default.
-SMALL_PACKETS_BYTES = 2_000_000
-
-
-def require_mosquitto() -> None:
-    """Skip a test that needs Mosquitto where it is not installed; in CI that is a failure, not a green skip."""
-    if mosquitto.find_mosquitto() is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("Mosquitto is not installed, and CI must test with it")
-        pytest.skip("Mosquitto is not installed (Debian: apt-get install mosquitto)")
+KINDS = ["memory", "embedded", "mosquitto", "mosquitto-2MB"]
+SMALL_PACKETS_BYTES = 2_000_000  # the default limit of Mosquitto 2.1 and later
 
 
-@pytest.fixture(params=["memory", "embedded", "mosquitto", "mosquitto-2MB"])
-def broker(request: pytest.FixtureRequest) -> Iterator[BrokerUnderTest]:
-    if request.param == "memory":
+def _run(kind: str) -> Iterator[BrokerUnderTest]:
+    if kind == "memory":
         yield InMemoryBrokerUnderTest()
         return
-    if request.param == "embedded":
-        pytest.importorskip("iotcore", reason="the embedded broker has no wheel for this machine")
-        made = LocalBrokerUnderTest("embedded")
-    else:
-        require_mosquitto()
-        made = LocalBrokerUnderTest("mosquitto", SMALL_PACKETS_BYTES if request.param == "mosquitto-2MB" else None)
-    yield made
-    made.stop()
+    require_dependency("iotcore" if kind == "embedded" else "mosquitto")
+    broker = LocalBrokerUnderTest(
+        "embedded" if kind == "embedded" else "mosquitto",
+        SMALL_PACKETS_BYTES if kind == "mosquitto-2MB" else MAX_REMAINING_BYTES,
+    )
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(params=KINDS)
+def broker(request: pytest.FixtureRequest) -> Iterator[BrokerUnderTest]:
+    """A broker for one test, which may stop it."""
+    yield from _run(request.param)
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def shared_broker(request: pytest.FixtureRequest) -> Iterator[BrokerUnderTest]:
+    """A broker for the tests of a module, which leave nothing behind on it."""
+    yield from _run(request.param)

@@ -1,4 +1,4 @@
-"""Which InfluxDB telemetry goes to and comes from, as the environment says: SPARSE_INFLUX_URL and its companions."""
+"""The InfluxDB for telemetry, configured by the environment: SPARSE_INFLUX_URL and its companions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from brokers.errors import BadFile
-from monitor.errors import BadSetting
+from brokers.errors import BadFile, UsageError
 
 URL_VARIABLE = "SPARSE_INFLUX_URL"
 ORG_VARIABLE = "SPARSE_INFLUX_ORG"
@@ -18,14 +17,15 @@ TOKEN_FILE_VARIABLE = "SPARSE_INFLUX_TOKEN_FILE"
 CA_VARIABLE = "SPARSE_INFLUX_CA"
 SPOOL_VARIABLE = "SPARSE_INFLUX_SPOOL"
 
-_TOKEN_LIMIT_BYTES = 4096  # more would not pass as a header; a larger file is some other file
+_TOKEN_LIMIT_BYTES = 4096  # a longer one does not fit into an HTTP header
+_EXPECTED_URL = "expected http://HOST:PORT or https://HOST:PORT"
 
 
 @dataclass(frozen=True, slots=True)
 class InfluxTarget:
-    """A bucket of a server. `ca`: a PEM file of who may vouch for a server with https, in place of the system's own."""
+    """A bucket of a server. `ca_file` (PEM) replaces the system's certificate authorities for https."""
 
-    url: str  # without a slash at its end
+    url: str  # without a trailing slash
     org: str = "sparse"
     bucket: str = "sparse"
     token: str = field(default="", repr=False)
@@ -36,90 +36,90 @@ class InfluxTarget:
 
 
 def influx_target(environment: Mapping[str, str]) -> InfluxTarget | None:
-    """What SPARSE_INFLUX_URL, _ORG, _BUCKET, _TOKEN_FILE or _TOKEN, and _CA say; None where there is no URL.
+    """The target that the environment names; None without SPARSE_INFLUX_URL.
 
-    Reads the files that it names, and nothing else. Raises `BadSetting`, which names the variable.
+    Reads the files that it names. Raises `UsageError` with the field `variable`; no message contains a token.
     """
-    given = {
-        name: value
-        for name in (URL_VARIABLE, ORG_VARIABLE, BUCKET_VARIABLE, TOKEN_VARIABLE, TOKEN_FILE_VARIABLE, CA_VARIABLE)
-        if (value := environment.get(name))
-    }
-    if URL_VARIABLE not in given:
+    url = environment.get(URL_VARIABLE)
+    if not url:
         return None
-    url = _checked_url(given[URL_VARIABLE])
     return InfluxTarget(
-        url, _name(given, ORG_VARIABLE), _name(given, BUCKET_VARIABLE), _token(given), _authority(given)
+        _checked_url(url),
+        _printable(environment, ORG_VARIABLE),
+        _printable(environment, BUCKET_VARIABLE),
+        _token(environment),
+        _ca_file(environment),
     )
 
 
 def spool_folder(environment: Mapping[str, str]) -> Path:
-    """Where points wait for the server: SPARSE_INFLUX_SPOOL, else below the user's folder for what programs keep."""
-    if named := environment.get(SPOOL_VARIABLE):
-        return Path(named).expanduser()
-    if state := environment.get("XDG_STATE_HOME"):
-        return Path(state) / "sparse" / "influx-spool"
+    """The folder in which points wait for the server: SPARSE_INFLUX_SPOOL, or one in the user's state folder."""
+    if folder := environment.get(SPOOL_VARIABLE):
+        return Path(folder).expanduser()
+    if state_home := environment.get("XDG_STATE_HOME"):
+        return Path(state_home) / "sparse" / "influx-spool"
     return Path("~/.local/state/sparse/influx-spool").expanduser()
 
 
-def _checked_url(text: str) -> str:
-    expected = "expected http://HOST:PORT or https://HOST:PORT"
+def _setting_error(variable: str, problem: str) -> UsageError:
+    return UsageError("BadSetting", f"{variable}: {problem}", variable=variable)
+
+
+def _checked_url(url: str) -> str:
     try:
-        parts = urlsplit(text)
-        parts.port  # noqa: B018  # it is read when it is asked for, and may be no number
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - parsed when it is read
     except ValueError as error:
-        raise BadSetting(URL_VARIABLE, f"{error}; {expected}") from None
+        raise _setting_error(URL_VARIABLE, f"{error}; {_EXPECTED_URL}") from None
     if parts.username is not None or parts.password is not None:
-        raise BadSetting(
-            URL_VARIABLE, f"no user and no password belong there: {TOKEN_FILE_VARIABLE} names a file with the token"
-        )
+        problem = f"the URL must not contain a user or password: put the token into a file, {TOKEN_FILE_VARIABLE}"
+        raise _setting_error(URL_VARIABLE, problem)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise BadSetting(URL_VARIABLE, f"it is no address of a server; {expected}")
-    if parts.query or parts.fragment or not text.isprintable() or " " in text:
-        raise BadSetting(URL_VARIABLE, f"it has more than an address; {expected}")
-    return text.rstrip("/")
+        raise _setting_error(URL_VARIABLE, f"not the address of a server; {_EXPECTED_URL}")
+    if parts.query or parts.fragment or not url.isprintable() or " " in url:
+        raise _setting_error(URL_VARIABLE, f"more than an address; {_EXPECTED_URL}")
+    return url.rstrip("/")
 
 
-def _name(given: Mapping[str, str], variable: str) -> str:
-    name = given.get(variable, "sparse")
+def _printable(environment: Mapping[str, str], variable: str) -> str:
+    name = environment.get(variable) or "sparse"
     if not name.isprintable():
-        raise BadSetting(variable, f"{name!r} is no name")
+        raise _setting_error(variable, f"{name!r} has characters that cannot be printed")
     return name
 
 
-def _authority(given: Mapping[str, str]) -> Path | None:
-    if CA_VARIABLE not in given:
+def _ca_file(environment: Mapping[str, str]) -> Path | None:
+    if not (value := environment.get(CA_VARIABLE)):
         return None
-    # Only here: few need it, and what reads certificates takes its time to import.
-    from brokers.mqtt.tls_files import read_certificate
+    from brokers.mqtt.tls_files import read_certificate  # slow to import, and rarely needed
 
-    path = Path(given[CA_VARIABLE]).expanduser()
+    path = Path(value).expanduser()
     try:
         read_certificate(path)
     except BadFile as error:
-        raise BadSetting(CA_VARIABLE, str(error)) from None
+        raise _setting_error(CA_VARIABLE, str(error)) from None
     return path
 
 
-def _token(given: Mapping[str, str]) -> str:
-    if TOKEN_VARIABLE in given and TOKEN_FILE_VARIABLE in given:
-        raise BadSetting(TOKEN_VARIABLE, f"{TOKEN_FILE_VARIABLE} is there, too: expected one of them")
-    variable = TOKEN_FILE_VARIABLE if TOKEN_FILE_VARIABLE in given else TOKEN_VARIABLE
-    token = given.get(TOKEN_VARIABLE, "")
-    if TOKEN_FILE_VARIABLE in given:
-        token = _file_text(Path(given[TOKEN_FILE_VARIABLE]).expanduser()).strip()
+def _token(environment: Mapping[str, str]) -> str:
+    token = environment.get(TOKEN_VARIABLE) or ""
+    variable = TOKEN_VARIABLE
+    if file := environment.get(TOKEN_FILE_VARIABLE):
+        if token:
+            raise _setting_error(TOKEN_VARIABLE, f"set this or {TOKEN_FILE_VARIABLE}, not both")
+        variable = TOKEN_FILE_VARIABLE
+        token = _read_text(Path(file).expanduser()).strip()
         if not token:
-            raise BadSetting(TOKEN_FILE_VARIABLE, f"{given[TOKEN_FILE_VARIABLE]} is empty: expected a token")
-    # It goes into a header of HTTP.
-    if not (token.isascii() and token.isprintable()):
-        raise BadSetting(variable, "the token has characters that no token has: expected one line of printable ASCII")
+            raise _setting_error(variable, f"{file} is empty: expected a token")
+    if not (token.isascii() and token.isprintable()):  # it becomes an HTTP header
+        raise _setting_error(variable, "not a token: expected one line of printable ASCII characters")
     return token
 
 
-def _file_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         with path.open(encoding="utf-8") as file:
             return file.read(_TOKEN_LIMIT_BYTES)
     except (OSError, ValueError) as error:
-        reason = error.strerror or str(error) if isinstance(error, OSError) else "it is no text"
-        raise BadSetting(TOKEN_FILE_VARIABLE, f"{path} cannot be read: {reason.lower()}") from None
+        reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else "not a text file"
+        raise _setting_error(TOKEN_FILE_VARIABLE, f"cannot read {path}: {reason}") from None

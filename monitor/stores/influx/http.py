@@ -1,40 +1,44 @@
-"""The line to an InfluxDB: what it is asked, and what it means. The only file that imports `influxdb_client`."""
+"""InfluxDB's HTTP API and line protocol, through influxdb_client: the only file that imports it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import urllib3
 from influxdb_client.client.influxdb_client import InfluxDBClient
+from influxdb_client.client.write.point import Point
 from influxdb_client.rest import ApiException
 from influxdb_client.service.write_service import WriteService
 
+from monitor.points.points import FieldValue, TelemetryPoint
+from monitor.points.schema import MEASUREMENTS, FieldType
 from monitor.stores.influx.config import InfluxTarget
 
 CONNECT_TIMEOUT_S = 3.0
-READ_TIMEOUT_S = 10.0  # between two bytes of an answer
-_ROWS = 10_000  # of one piece of an answer: what InfluxDB itself suggests
-_SHOWN_CHARACTERS = 200  # of what a server says
-_PIECE_BYTES = 1 << 16
+READ_TIMEOUT_S = 10.0  # between two bytes of a response
+_QUERY_CHUNK_ROWS = 10_000  # InfluxDB's default
+_STREAM_CHUNK_BYTES = 1 << 16
+_SERVER_TEXT_LIMIT = 200  # characters of a server's message that are shown
 
 
 class InfluxErrorKind(Enum):
-    """Who has to act."""
+    """The reaction to a failed request."""
 
-    RETRYABLE = "it is not there, or has too much to do: try again"
-    MISCONFIGURED = "a token, an address, a bucket: a person has to mend it, and then it goes on"
-    REJECTED = "these very bytes will never be taken"
+    RETRYABLE = "the server is unreachable or overloaded: retry with back-off"
+    MISCONFIGURED = "a wrong token, address or bucket: retry slowly until the user has corrected it"
+    REJECTED = "the server will never accept this request: drop it"
 
 
 @dataclass(eq=False)
 class InfluxError(Exception):
-    """A request that did not succeed: what that means, and one line that says why, without any secret.
+    """A request that failed; `problem` is one line without secrets.
 
-    `dropped`: of the points that were sent, how many the server says it did not keep; None where it does not say.
+    `dropped_points`: how many of the points the server did not store; None where it does not say.
     """
 
     kind: InfluxErrorKind
@@ -46,22 +50,22 @@ class InfluxError(Exception):
 
 
 class InfluxClient:
-    """Speaks with the server of a target. Nothing is sent before the first call. One thread at a time."""
+    """A client of one target; it connects on first use. Used by one thread at a time."""
 
     def __init__(self, target: InfluxTarget) -> None:
         self._target = target
         self._client = InfluxDBClient(
             target.url,
-            token=target.token,  # empty: no such header
+            token=target.token,  # an empty one sends no header
             org=target.org,
             timeout=(1000 * CONNECT_TIMEOUT_S, 1000 * READ_TIMEOUT_S),
             ssl_ca_cert=str(target.ca_file) if target.ca_file else None,
-            retries=False,  # when to try again is for those to say who call
+            retries=False,  # callers retry
         )
         self._writes = WriteService(self._client.api_client)
 
     def write(self, body: bytes, *, encoding: str = "gzip") -> None:
-        """Send lines; raises `InfluxError`."""
+        """Send lines of the line protocol. Raises `InfluxError`."""
         try:
             _, status, _ = self._writes.post_write_with_http_info(
                 self._target.org,
@@ -72,115 +76,189 @@ class InfluxClient:
                 content_type="text/plain; charset=utf-8",
             )
         except ApiException as error:
-            raise self._trouble(error) from None
+            raise self._response_error(error) from None
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
-            raise InfluxError(InfluxErrorKind.RETRYABLE, _reason(error)) from None
-        if status != 204:  # a page for people, say: whoever answers has kept nothing
-            raise InfluxError(
-                InfluxErrorKind.MISCONFIGURED,
-                f"it answers {status} to a write, where InfluxDB answers 204: wrong address?",
-            )
+            raise InfluxError(InfluxErrorKind.RETRYABLE, _network_problem(error)) from None
+        if status != 204:  # another web server's page: nothing was stored
+            problem = f"the server answered {status} to a write, InfluxDB answers 204: check the address"
+            raise InfluxError(InfluxErrorKind.MISCONFIGURED, problem)
 
     def query(self, query: str) -> Iterator[dict[str, Any]]:
-        """The pieces of the answer to a query in InfluxQL, as they come; raises `InfluxError`, also between two pieces."""
-        asked = [("db", self._target.bucket), ("epoch", "ns"), ("chunked", "true"), ("chunk_size", _ROWS), ("q", query)]
+        """The JSON objects of the answer to an InfluxQL query as they arrive.
+
+        Versions 1, 2 and 3 all answer InfluxQL. Raises `InfluxError`, also after the first objects.
+        """
+        parameters = [
+            ("db", self._target.bucket),
+            ("epoch", "ns"),
+            ("chunked", "true"),
+            ("chunk_size", _QUERY_CHUNK_ROWS),
+            ("q", query),
+        ]
         try:
             response = self._client.api_client.call_api(
-                "/query", "GET", query_params=asked, _preload_content=False, _return_http_data_only=True
+                "/query", "GET", query_params=parameters, _preload_content=False, _return_http_data_only=True
             )
             try:
-                yield from _documents(response.stream(_PIECE_BYTES))
+                yield from _json_lines(response.stream(_STREAM_CHUNK_BYTES))
             finally:
                 response.release_conn()
         except ApiException as error:
-            raise self._trouble(error) from None
+            raise self._response_error(error) from None
         except (urllib3.exceptions.HTTPError, OSError, UnicodeError) as error:
-            raise InfluxError(InfluxErrorKind.RETRYABLE, _reason(error)) from None
+            raise InfluxError(InfluxErrorKind.RETRYABLE, _network_problem(error)) from None
 
     def close(self) -> None:
-        """Leave the server. May be called twice."""
+        """Close the connection. May be called twice."""
         self._client.close()
 
-    def _trouble(self, error: ApiException) -> InfluxError:
-        status, said = error.status or 0, self._said(error)
-        told = f"{said.text} ({status})" if said.text else f"it answers {status}"
+    def _response_error(self, error: ApiException) -> InfluxError:
+        """The error for a response: its status decides the reaction, unless another web server sent it."""
+        status = error.status or 0
+        text, is_html = self._message(error)
+        shown = text[:_SERVER_TEXT_LIMIT]
+        message = f"{shown} ({status})" if shown else f"the server answered {status}"
+        kind = InfluxErrorKind.MISCONFIGURED
         match status:
+            case 401 if self._target.token:
+                return InfluxError(kind, "the token is not accepted (401)")
             case 401:
-                there = "the token is not accepted" if self._target.token else "it wants a token, and none is given"
-                return InfluxError(InfluxErrorKind.MISCONFIGURED, f"{there} (401)")
+                return InfluxError(kind, "a token is required (401): set SPARSE_INFLUX_TOKEN_FILE")
             case 403:
-                return InfluxError(InfluxErrorKind.MISCONFIGURED, f"the token does not allow it: {told}")
+                return InfluxError(kind, f"the token does not permit this: {message}")
+            case 404 if any(word in text for word in ("bucket", "database", "organization")):
+                return InfluxError(kind, message)
             case 404:
-                known = any(word in said.text for word in ("bucket", "database", "organization"))
-                return InfluxError(
-                    InfluxErrorKind.MISCONFIGURED, told if known else f"no InfluxDB 1.8 or later is there: {told}"
-                )
-            case 400 | 413 | 422 if not said.page:
-                return InfluxError(InfluxErrorKind.REJECTED, told, said.dropped)
+                return InfluxError(kind, f"not an InfluxDB 1.8 or later: {message}")
+            case 400 | 413 | 422 if not is_html:
+                _, separator, count = text.rpartition("dropped=")
+                dropped = int(count) if separator and count.isdecimal() else 0
+                return InfluxError(InfluxErrorKind.REJECTED, message, dropped or None)
             case 0 | 429:
-                return InfluxError(InfluxErrorKind.RETRYABLE, said.text or "no answer")
+                return InfluxError(InfluxErrorKind.RETRYABLE, shown or "no answer")
             case _ if status >= 500:
-                return InfluxError(InfluxErrorKind.RETRYABLE, told)
-            case _:  # a proxy's page, or its way to another address
-                return InfluxError(
-                    InfluxErrorKind.MISCONFIGURED,
-                    f"no InfluxDB is there: it answers {status} {error.reason or ''}".rstrip(),
-                )
+                return InfluxError(InfluxErrorKind.RETRYABLE, message)
+        return InfluxError(kind, f"not an InfluxDB: the server answered {status} {error.reason or ''}".rstrip())
 
-    def _said(self, error: ApiException) -> _ErrorResponse:
+    def _message(self, error: ApiException) -> tuple[str, bool]:
+        """The server's message in one line without the token, and whether it was an HTML page instead."""
         body = error.body or (error.reason if not error.status else "") or ""
         text = body.decode("utf-8", "replace") if isinstance(body, bytes) else str(body)
         if text.lstrip().startswith("<"):
-            return _ErrorResponse("", page=True)
+            return "", True
         try:
-            found = json.loads(text)
-            text = str(found.get("message") or found.get("error") or "")
+            document = json.loads(text)
+            text = str(document.get("message") or document.get("error") or "")
         except (ValueError, AttributeError):
-            pass
-        _, found_dropped, count = text.rpartition("dropped=")
-        dropped = int(count) if found_dropped and count.isdecimal() and int(count) else None
+            pass  # plain text
         if self._target.token:
             text = text.replace(self._target.token, "...")
-        return _ErrorResponse(" ".join(text.split())[:_SHOWN_CHARACTERS], dropped)
+        return " ".join(text.split()), False
 
 
-@dataclass(frozen=True, slots=True)
-class _ErrorResponse:
-    """What a server says to a request that it does not grant. `page`: it is for a browser, so no InfluxDB said it."""
-
-    text: str
-    dropped: int | None = None
-    page: bool = False
-
-
-def _documents(pieces: Iterator[bytes]) -> Iterator[dict[str, Any]]:
-    """JSON objects, each on a line of its own."""
+def _json_lines(chunks: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    """JSON objects, one on each line."""
     rest = b""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from (_document(line) for line in lines if line.strip())
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (_json_object(line) for line in lines if line.strip())
     if rest.strip():
-        yield _document(rest)
+        yield _json_object(rest)
 
 
-def _document(line: bytes) -> dict[str, Any]:
+def _json_object(line: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        document = json.loads(line)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise InfluxError(InfluxErrorKind.MISCONFIGURED, "its answer to a query is no JSON: wrong address?")
-    return found
+        document = None
+    if not isinstance(document, dict):
+        raise InfluxError(InfluxErrorKind.MISCONFIGURED, "the answer to a query is not JSON: check the address")
+    return document
 
 
-def _reason(error: Exception) -> str:
-    """The last and plainest cause of an error of the network."""
+def _network_problem(error: Exception) -> str:
+    """One line for the root cause of a network error."""
     cause: BaseException = error
     while (deeper := cause.__cause__ or cause.__context__) is not None:
         cause = deeper
     if isinstance(cause, OSError) and not isinstance(cause, TimeoutError) and cause.strerror:
-        return f"it cannot be reached: {cause.strerror.lower()}"
-    # A refused connection is one of urllib3's timeouts, too: so that comes second.
+        return f"cannot be reached: {cause.strerror.lower()}"
+    # Tested second: urllib3 has a refused connection among its timeouts.
     if isinstance(cause, TimeoutError) or isinstance(error, urllib3.exceptions.TimeoutError):
         return "no answer in time"
-    return " ".join(str(cause).split())[:_SHOWN_CHARACTERS] or type(error).__name__
+    return " ".join(str(cause).split())[:_SERVER_TEXT_LIMIT] or type(error).__name__
+
+
+# Line protocol --------------------------------------------------------------------------------------------------------
+
+_SERIES_LIMIT = 4096  # whose last times are remembered
+_OVERLAP_NS = 1_000_000  # points of a series that are out of order by less are written in the order of arrival
+_INT_LIMIT = 1 << 63
+_CONTROL_TO_SPACE = dict.fromkeys((*range(0x20), 0x7F), " ")
+_TAG_REPLACEMENTS = {**_CONTROL_TO_SPACE, ord("\\"): "/"}
+
+
+def sanitize_tag(value: str) -> str:
+    """A tag value that every parser of the line protocol reads alike.
+
+    A newline would end the point, and parsers disagree about backslashes in tags: they become a space and a slash.
+    """
+    return value.translate(_TAG_REPLACEMENTS)
+
+
+def sanitize_text(value: str) -> str:
+    """A text value on one line: control characters become spaces."""
+    return value.translate(_CONTROL_TO_SPACE)
+
+
+class LineEncoder:
+    """Encodes points as lines of the line protocol, with the types of `monitor.points.schema`.
+
+    InfluxDB merges points of one series (measurement and tags) with equal times. Their times are therefore made unique:
+    a point that is not later than the previous one of its series gets the next nanosecond.
+    """
+
+    def __init__(self) -> None:
+        self._last_ns: OrderedDict[tuple[str, ...], int] = OrderedDict()  # time of each series' last point
+
+    def encode(self, points: Iterable[TelemetryPoint]) -> list[str]:
+        """One line for each point that has a value. Raises `KeyError` for a measurement that is not in the schema."""
+        return [line for point in points if (line := _encode(point, self._unique_time(point)))]
+
+    def _unique_time(self, point: TelemetryPoint) -> int:
+        series = (point.measurement, *(point.tags.get(tag, "") for tag in MEASUREMENTS[point.measurement].tags))
+        time_ns = point.time_ns
+        last_ns = self._last_ns.pop(series, 0)
+        if 0 <= last_ns - time_ns < _OVERLAP_NS:
+            time_ns = last_ns + 1
+        self._last_ns[series] = time_ns
+        if len(self._last_ns) > _SERIES_LIMIT:
+            self._last_ns.popitem(last=False)
+        return time_ns
+
+
+def _encode(point: TelemetryPoint, time_ns: int) -> str:
+    """The line of a point; empty if no field has a value. Tags and fields that are not in the schema are left out."""
+    measurement = MEASUREMENTS[point.measurement]
+    line = Point(point.measurement).time(time_ns)
+    for tag in measurement.tags:
+        line.tag(tag, sanitize_tag(point.tags.get(tag, "")))
+    for field in measurement.fields:
+        line.field(field.name, _typed(field.type, point.fields.get(field.name)))
+    return str(line.to_line_protocol())
+
+
+def _typed(kind: FieldType, value: FieldValue) -> FieldValue:
+    """A value in its field's type, which InfluxDB does not allow to change: 0 of a float field is 0.0."""
+    if value is None:
+        return None
+    match kind:
+        case "float":
+            return float(value)
+        case "int":
+            number = int(value)
+            return number if -_INT_LIMIT <= number < _INT_LIMIT else None
+        case "bool":
+            return bool(value)
+        case "text":
+            return sanitize_text(str(value))

@@ -1,42 +1,40 @@
-"""Batches of points that wait on disk for a server: a folder of numbered files, bounded in bytes; the oldest give way.
+"""Batches of points on disk that wait for a server: a folder of numbered files, bounded in bytes.
 
-Each file is one batch of lines, gzip, as it will be sent: `000000000017-5000.lp.gz` is batch 17, of 5000 points. A file
-has its name only when it is whole, so what a killed process leaves behind can be sent by the next one. It is not
-forced to the disk: while the server is there it is gone again before the system would have written it, which spares
-flash memory; a power cut may cost what was written last.
+Each file is one batch of gzipped lines, as it will be sent: `000000000017-5000.lp.gz` is batch 17 with 5000 points.
+Files are written atomically, so a later process can send what a killed one left. They are not flushed to the disk:
+while the server is up they are deleted before the system writes them, which spares flash memory. A power failure may
+lose the newest batches.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import re
 import threading
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from brokers.process.files import file_lock, write_atomic
 from monitor.errors import BadStore
 
 log = logging.getLogger(__name__)
 
-# A point takes about 60 bytes (`python -m tests.bench.stores` measures it): 5,000 a second for more than ten minutes.
+# About 60 bytes a point (`python -m tests.bench.stores`): more than ten minutes of 5,000 points a second.
 SPOOL_LIMIT_BYTES = 256 << 20
-_BLOCK_BYTES = 4096  # what the smallest file takes of a disk
-_NAME = re.compile(r"(\d{12,})-(\d+)\.lp\.gz")
-_LOCK = "lock"
-_HALF = ".half"
+_BLOCK_BYTES = 4096  # disk space of the smallest file
+_FILE_NAME = re.compile(r"(\d{12,})-(\d+)\.lp\.gz")
 
 
 @dataclass(frozen=True, slots=True)
 class SpooledBatch:
-    """One file. `found`: it was there when the spool was opened, and may be broken by a power cut."""
+    """One file. `recovered`: a previous process wrote it, and a power failure may have damaged it."""
 
     number: int
     point_count: int
-    size_bytes: int  # of the disk
+    size_bytes: int  # on disk
     recovered: bool = False
 
     @property
@@ -45,81 +43,70 @@ class SpooledBatch:
 
 
 class Spool:
-    """The batches of one folder, for one process at a time; several threads may use it.
+    """A queue of batches in one folder; one process at a time, several threads.
 
-    Raises `BadStore` for a folder that cannot be written, or that another process uses.
+    The reader takes the oldest batch, then calls `ack` or `release`. A full spool drops the oldest batches. Raises
+    `BadStore` for a folder that cannot be written or that another process uses.
     """
 
     def __init__(self, folder: Path, limit_bytes: int = SPOOL_LIMIT_BYTES) -> None:
-        self.folder, self.limit_bytes = folder, limit_bytes
-        self.dropped = 0  # points for which there was no room, or whose file was lost
-        self._guard = threading.Lock()
-        self._in_hand: SpooledBatch | None = None
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self.dropped = 0  # points of batches that were dropped or lost
+        self._mutex = threading.Lock()
+        self._taken: SpooledBatch | None = None
+        self._lock = ExitStack()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock.enter_context(file_lock(folder / "lock", wait=False))
+            self._batches = deque(self._recover())
         except OSError as error:
-            raise BadStore(str(folder), f"points cannot wait there: {_reason(error)}") from None
-        try:
-            self._waiting = deque(self._take_over())
-        except OSError as error:
-            os.close(self._lock)
-            busy = isinstance(error, BlockingIOError)
-            problem = "another monitor uses it" if busy else f"points cannot wait there: {_reason(error)}"
+            self._lock.close()
+            in_use = isinstance(error, BlockingIOError)
+            problem = "another monitor uses it" if in_use else f"cannot write there: {_reason(error)}"
             raise BadStore(str(folder), problem) from None
-        self._points = sum(batch.point_count for batch in self._waiting)
-        self._bytes = sum(batch.size_bytes for batch in self._waiting)
-        self._next = 1 + max((batch.number for batch in self._waiting), default=0)
-        with self._guard:
-            self._make_room(0)
+        self._size_bytes = sum(batch.size_bytes for batch in self._batches)
+        self.point_count = sum(batch.point_count for batch in self._batches)  # points that wait
+        self._next_number = 1 + max((batch.number for batch in self._batches), default=0)
+        with self._mutex:
+            self._drop_oldest(needed_bytes=0)
 
-    def _take_over(self) -> list[SpooledBatch]:
-        """What a former process left, in order; raises `OSError` where we may not write."""
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = []
-        for path in self.folder.iterdir():
-            if path.name.endswith(_HALF):
-                path.unlink()
-            elif match := _NAME.fullmatch(path.name):
-                found.append(SpooledBatch(int(match[1]), int(match[2]), _on_disk(path.stat().st_size), recovered=True))
-        probe = self.folder / f"probe{_HALF}"
-        probe.write_bytes(b"")
+    def _recover(self) -> list[SpooledBatch]:
+        """The batches of a previous process in order; raises `OSError` for a folder that cannot be written."""
+        probe = self.folder / "probe"
+        write_atomic(probe, b"")
         probe.unlink()
-        return sorted(found, key=lambda batch: batch.number)
+        batches = []
+        for path in self.folder.iterdir():
+            if path.suffix == ".part":  # of an atomic write that did not finish
+                path.unlink()
+            elif match := _FILE_NAME.fullmatch(path.name):
+                size_bytes = _disk_bytes(path.stat().st_size)
+                batches.append(SpooledBatch(int(match[1]), int(match[2]), size_bytes, recovered=True))
+        return sorted(batches, key=lambda batch: batch.number)
 
-    @property
-    def point_count(self) -> int:
-        """Points that wait."""
-        return self._points
-
-    def put(self, data: bytes, points: int) -> None:
-        """Add a batch; the oldest give way where there is no room. Raises `OSError`, and then nothing was added."""
-        size_bytes = _on_disk(len(data))
-        with self._guard:
+    def put(self, data: bytes, point_count: int) -> None:
+        """Append a batch, or drop it if it exceeds the spool. Raises `OSError`; then nothing was added."""
+        size_bytes = _disk_bytes(len(data))
+        with self._mutex:
             if size_bytes > self.limit_bytes:
-                self.dropped += points
+                self.dropped += point_count
                 return
-            batch = SpooledBatch(self._next, points, size_bytes)
-            half = self.folder / f"{batch.name}{_HALF}"
-            self._make_room(size_bytes)
-            try:
-                half.write_bytes(data)
-                half.rename(self.folder / batch.name)
-            except OSError:
-                half.unlink(missing_ok=True)
-                raise
-            self._next += 1
-            self._waiting.append(batch)
-            self._points += points
-            self._bytes += size_bytes
+            self._drop_oldest(needed_bytes=size_bytes)
+            batch = SpooledBatch(self._next_number, point_count, size_bytes)
+            write_atomic(self.folder / batch.name, data)
+            self._next_number += 1
+            self._batches.append(batch)
+            self.point_count += point_count
+            self._size_bytes += size_bytes
 
     def take(self) -> tuple[SpooledBatch, bytes] | None:
-        """The oldest batch, which stays in hand, and so in the folder, until it is `done` or `give_back`."""
+        """The oldest batch, which stays in the spool until `ack`; None if the spool is empty."""
         while True:
-            with self._guard:
-                if not self._waiting:
+            with self._mutex:
+                if not self._batches:
                     return None
-                batch = self._in_hand = self._waiting[0]
+                batch = self._taken = self._batches[0]
             try:
                 return batch, (self.folder / batch.name).read_bytes()
             except OSError as error:
@@ -127,45 +114,43 @@ class Spool:
                 self.ack(lost=batch.point_count)
 
     def release(self) -> None:
-        """What is in hand waits again."""
-        with self._guard:
-            self._in_hand = None
+        """Keep the taken batch for another attempt."""
+        with self._mutex:
+            self._taken = None
 
     def ack(self, lost: int = 0) -> None:
-        """What is in hand can go; `lost` of its points count as dropped."""
-        with self._guard:
-            batch, self._in_hand = self._in_hand, None
+        """Remove the taken batch; `lost` of its points count as dropped."""
+        with self._mutex:
+            batch = self._taken
+            self._taken = None
             if batch is not None:
                 self.dropped += lost
                 self._remove(batch)
 
     def close(self) -> None:
-        """Another process may have the folder. May be called twice."""
-        with self._guard:
-            if self._lock >= 0:
-                os.close(self._lock)
-                self._lock = -1
+        """Unlock the folder. May be called twice."""
+        self._lock.close()
 
-    def _make_room(self, size_bytes: int) -> None:
-        while self._bytes + size_bytes > self.limit_bytes:
-            # The batch in hand may be with the server by now: to drop it would be to count what is not lost.
-            oldest = next((batch for batch in islice(self._waiting, 2) if batch is not self._in_hand), None)
+    def _drop_oldest(self, needed_bytes: int) -> None:
+        while self._size_bytes + needed_bytes > self.limit_bytes:
+            # Not the taken batch: the server may have it already, and it would be counted as lost.
+            oldest = next((batch for batch in islice(self._batches, 2) if batch is not self._taken), None)
             if oldest is None:
                 return
             self.dropped += oldest.point_count
             self._remove(oldest)
 
     def _remove(self, batch: SpooledBatch) -> None:
-        self._waiting.remove(batch)  # the first, or the second: found at once
-        self._points -= batch.point_count
-        self._bytes -= batch.size_bytes
+        self._batches.remove(batch)  # the first or the second
+        self.point_count -= batch.point_count
+        self._size_bytes -= batch.size_bytes
         try:
             (self.folder / batch.name).unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s cannot be removed: %s", batch.name, _reason(error))
 
 
-def _on_disk(size_bytes: int) -> int:
+def _disk_bytes(size_bytes: int) -> int:
     return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
 
 

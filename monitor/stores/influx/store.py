@@ -1,4 +1,4 @@
-"""Telemetry in InfluxDB: points wait on disk, and a thread sends them in order, whatever the server does meanwhile."""
+"""Writes telemetry to InfluxDB: points are spooled to disk, and a thread sends them in order."""
 
 from __future__ import annotations
 
@@ -11,37 +11,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from brokers.process.backoff import Backoff
 from monitor.errors import BadStore
 from monitor.points.points import TelemetryPoint
 from monitor.stores.influx.config import InfluxTarget
-from monitor.stores.influx.http import InfluxClient, InfluxError, InfluxErrorKind
+from monitor.stores.influx.http import InfluxClient, InfluxError, InfluxErrorKind, LineEncoder
 from monitor.stores.influx.spool import SPOOL_LIMIT_BYTES, Spool, SpooledBatch
-from monitor.stores.line_protocol import LineEncoder
 
 log = logging.getLogger(__name__)
 
-_BATCH_POINTS = 5000  # what InfluxDB's documentation finds best
-# Higher levels save a tenth of the bytes, and take three times as long.
-_LEVEL = 1
+_BATCH_POINTS = 5000  # recommended by InfluxDB's documentation
+_GZIP_LEVEL = 1  # higher levels save a tenth of the bytes and take three times as long
 
 
 @dataclass(frozen=True, slots=True)
 class InfluxTimings:
-    """How long is waited, in seconds."""
+    """Waiting times, in seconds."""
 
-    flush_interval_s: float = 1.0  # a point waits in memory at most: what a killed monitor loses
-    initial_backoff_s: float = 0.5  # before the second attempt; doubled with each
+    flush_interval_s: float = 1.0  # the longest time a point is in memory only: what a killed monitor loses
+    initial_backoff_s: float = 0.5
     max_backoff_s: float = 30.0
-    misconfigured_retry_s: float = 60.0  # where a person has to mend something first
-    close_timeout_s: float = 3.0  # for the rest, at the end
+    misconfigured_retry_s: float = 60.0  # the user has to correct something first
+    close_timeout_s: float = 3.0  # for sending the rest on close
 
 
 class InfluxStore:
-    """Writes points to a server, sooner or later; those that wait are files in `folder`.
+    """A store that never waits for the network; batches wait as files in `folder`.
 
-    `write` never waits for the network. A server that is away, or has another token or no such bucket, loses nothing
-    until `limit_bytes` of points wait; then the oldest go, and are counted in `dropped`. Raises `BadStore` for a folder
-    that cannot be written. One thread at a time, beside its own.
+    While the server is down, or refuses the token or bucket, nothing is lost until `limit_bytes` of points wait; then
+    the oldest are dropped and counted. Raises `BadStore` for a folder that cannot be written. Used by one thread at a
+    time beside its own.
     """
 
     def __init__(
@@ -53,162 +52,148 @@ class InfluxStore:
         timings: InfluxTimings | None = None,
     ) -> None:
         self.target = target
-        self._waits = timings or InfluxTimings()
+        self._timings = timings or InfluxTimings()
         self._spool = Spool(folder, limit_bytes)
-        self._http = InfluxClient(target)
-        self._lines = LineEncoder()
-        self._guard = threading.Lock()  # of the three below
-        self._fresh: list[str] = []
-        self._fresh_since_s = 0.0
-        self._unkept = 0  # points that the disk did not take
-        self._told: set[str] = set()  # of what happens again and again, what was said once
-        self._trouble: str | None = None
-        self._more, self._leaving = threading.Event(), threading.Event()
-        self._end_s = float("inf")
+        self._client = InfluxClient(target)
+        self._encoder = LineEncoder()
+        self._mutex = threading.Lock()  # guards the next three
+        self._lines: list[str] = []  # not yet spooled
+        self._oldest_line_s = 0.0
+        self._unspooled = 0  # points lost because the disk did not accept them
+        self._problem = ""  # the last failure that was logged; empty while batches are accepted
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._deadline_s = float("inf")
         self._thread = threading.Thread(target=self._run, name="influx-sender", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """Points that the server has not taken yet."""
-        with self._guard:  # none is on its way from memory to disk
-            return self._spool.point_count + len(self._fresh)
+        """Points that the server has not accepted yet."""
+        with self._mutex:  # otherwise points on their way from memory to the spool could be missed
+            return self._spool.point_count + len(self._lines)
 
     @property
     def dropped(self) -> int:
-        """Points that are lost: there was no room for them, or the server refused them for good."""
-        return self._spool.dropped + self._unkept
+        """Points lost: the spool or the disk was full, or the server rejected them."""
+        return self._spool.dropped + self._unspooled
 
     def check(self) -> None:
-        """Raises `BadStore` where a token, a bucket or an address is wrong; a server that is away is no mistake."""
-        http = InfluxClient(self.target)
+        """Raise `BadStore` if the token, bucket or address is wrong; a server that is down is not an error."""
+        client = InfluxClient(self.target)
         try:
-            http.write(b"", encoding="identity")
-        except InfluxError as trouble:
-            # InfluxDB 2 wants points; but it says so only to one who may write them.
-            if trouble.kind is InfluxErrorKind.MISCONFIGURED:
-                raise BadStore(str(self.target), trouble.problem) from None
+            client.write(b"", encoding="identity")
+        except InfluxError as error:
+            # InfluxDB 2 rejects an empty body, but only after it has checked the token and the bucket.
+            if error.kind is InfluxErrorKind.MISCONFIGURED:
+                raise BadStore(str(self.target), error.problem) from None
         finally:
-            http.close()
+            client.close()
 
-    def write(self, points: Sequence[TelemetryPoint]) -> None:
-        """Take them; what has no value at all is no point. Raises `BadStore` after `close`."""
-        if self._leaving.is_set():
-            raise BadStore(str(self.target), "it is closed")
-        with self._guard:
-            if not self._fresh:
-                self._fresh_since_s = time.monotonic()
-            self._fresh += self._lines.encode(points)
-            full = len(self._fresh) >= _BATCH_POINTS
+    def write(self, items: Sequence[TelemetryPoint]) -> None:
+        """Accept points; those without any value are left out. Raises `BadStore` after `close`."""
+        if self._closing.is_set():
+            raise BadStore(str(self.target), "the store is closed")
+        with self._mutex:
+            if not self._lines:
+                self._oldest_line_s = time.monotonic()
+            self._lines += self._encoder.encode(items)
+            full = len(self._lines) >= _BATCH_POINTS
         self._flush(force=full)
 
     def close(self) -> None:
-        """Send what can be sent in a few seconds; the rest stays on disk for the next one. May be called twice."""
-        if not self._leaving.is_set():
+        """Send what can be sent within `close_timeout_s`; the rest stays in the spool. May be called twice."""
+        if not self._closing.is_set():
             self._flush(force=True)
-            self._end_s = time.monotonic() + self._waits.close_timeout_s
-            self._leaving.set()
-            self._more.set()
-        # A request that hangs ends by its own limit, and the thread with it: nobody waits here for that.
-        self._thread.join(self._waits.close_timeout_s + 1.0)
+            self._deadline_s = time.monotonic() + self._timings.close_timeout_s
+            self._closing.set()
+            self._wake.set()
+        # A request that hangs ends by its own timeout, and the thread with it.
+        self._thread.join(self._timings.close_timeout_s + 1.0)
 
-    # Into the spool -----------------------------------------------------------------------------------------------
+    # Memory to spool ----------------------------------------------------------------------------------------------
 
     def _flush(self, *, force: bool = False) -> None:
-        with self._guard:
-            old = time.monotonic() - self._fresh_since_s >= self._waits.flush_interval_s
-            while self._fresh and (force or old):
-                lines, self._fresh = self._fresh[:_BATCH_POINTS], self._fresh[_BATCH_POINTS:]
-                self._keep(lines)
+        with self._mutex:
+            due = force or time.monotonic() - self._oldest_line_s >= self._timings.flush_interval_s
+            while self._lines and due:
+                batch = self._lines[:_BATCH_POINTS]
+                self._lines = self._lines[_BATCH_POINTS:]
+                try:
+                    self._spool.put(gzip.compress("\n".join([*batch, ""]).encode(), _GZIP_LEVEL), len(batch))
+                except OSError as error:
+                    self._unspooled += len(batch)
+                    reason = error.strerror or str(error)
+                    self._warn_on_change(f"points are lost: cannot write to {self._spool.folder}: {reason}")
+                self._wake.set()
 
-    def _keep(self, lines: list[str]) -> None:
-        try:
-            self._spool.put(gzip.compress("\n".join([*lines, ""]).encode(), _LEVEL), len(lines))
-        except OSError as error:
-            self._unkept += len(lines)
-            self._once("disk", "points are lost: %s cannot be written: %s", self._spool.folder, error.strerror or error)
-        self._more.set()
-
-    # Out of it ----------------------------------------------------------------------------------------------------
+    # Spool to server ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        backoff = Backoff(self._timings.initial_backoff_s, self._timings.max_backoff_s)
         try:
-            wait_s = self._waits.initial_backoff_s
-            while not self._over():
+            while time.monotonic() < self._deadline_s:
                 self._flush()
-                held = self._spool.take()
-                if held is None:
-                    if self._leaving.is_set():
+                taken = self._spool.take()
+                if taken is None:
+                    if self._closing.is_set():
                         return
-                    self._more.wait(self._waits.flush_interval_s)
-                    self._more.clear()
+                    self._wake.wait(self._timings.flush_interval_s)
+                    self._wake.clear()
                     continue
-                trouble = self._send(*held)
-                if trouble is None:
-                    wait_s = self._waits.initial_backoff_s
-                elif self._leaving.is_set():
+                failure = self._send(*taken)
+                if failure is None:
+                    backoff.reset()
+                elif self._closing.is_set():
                     return
+                elif failure is InfluxErrorKind.MISCONFIGURED:
+                    self._pause(self._timings.misconfigured_retry_s)
                 else:
-                    self._pause(
-                        self._waits.misconfigured_retry_s if trouble.kind is InfluxErrorKind.MISCONFIGURED else wait_s
-                    )
-                    wait_s = min(2 * wait_s, self._waits.max_backoff_s)
+                    self._pause(backoff.next_s())
         finally:
-            self._http.close()
+            self._client.close()
             self._spool.close()
 
-    def _over(self) -> bool:
-        return time.monotonic() >= self._end_s
-
     def _pause(self, seconds: float) -> None:
+        """Wait, with memory flushed to the spool meanwhile; `close` ends the wait."""
         end_s = time.monotonic() + seconds
-        while (left_s := end_s - time.monotonic()) > 0 and not self._leaving.wait(
-            min(left_s, self._waits.flush_interval_s)
-        ):
+        while (remaining_s := end_s - time.monotonic()) > 0:
+            if self._closing.wait(min(remaining_s, self._timings.flush_interval_s)):
+                return
             self._flush()
 
-    def _send(self, batch: SpooledBatch, data: bytes) -> InfluxError | None:
-        """The trouble after which this batch has to wait; None when it is done with, kept or not."""
-        if batch.recovered and not _whole(data):
-            log.warning("lost %d points: %s is broken", batch.point_count, self._spool.folder / batch.name)
+    def _send(self, batch: SpooledBatch, data: bytes) -> InfluxErrorKind | None:
+        """Send a batch; the kind of failure if it must be sent again, None if it is done with."""
+        if batch.recovered and not _is_complete(data):
+            log.warning("lost %d points: %s is damaged", batch.point_count, self._spool.folder / batch.name)
             self._spool.ack(lost=batch.point_count)
             return None
         try:
-            self._http.write(data)
-        except InfluxError as trouble:
-            if trouble.kind is InfluxErrorKind.REJECTED:
-                self._refused(batch, trouble)
-                return None
-            self._spool.release()
-            self._say(trouble)
-            return trouble
+            self._client.write(data)
+        except InfluxError as error:
+            if error.kind is not InfluxErrorKind.REJECTED:
+                self._spool.release()
+                self._warn_on_change(f"{error.problem}; points wait in {self._spool.folder}")
+                return error.kind
+            lost = batch.point_count
+            if error.dropped_points is not None:
+                lost = min(error.dropped_points, lost)
+            self._spool.ack(lost=lost)
+            self._warn_on_change(f"the server rejects points: {error.problem}")
+            return None
         self._spool.ack()
-        if self._trouble is not None:
-            log.info("telemetry in %s: it takes points again; %d wait", self.target, self.waiting)
-            self._trouble = None
+        if self._problem:
+            log.info("telemetry in %s: points are accepted again; %d wait", self.target, self.waiting)
+            self._problem = ""
         return None
 
-    def _refused(self, batch: SpooledBatch, trouble: InfluxError) -> None:
-        lost = batch.point_count if trouble.dropped_points is None else min(trouble.dropped_points, batch.point_count)
-        self._spool.ack(lost=lost)
-        self._once(
-            trouble.problem[:20],
-            "telemetry in %s: %d points of %d are refused for good: %s",
-            *(self.target, lost, batch.point_count, trouble.problem),
-        )
-
-    def _say(self, trouble: InfluxError) -> None:
-        if trouble.problem != self._trouble:
-            self._trouble = trouble.problem
-            log.warning("telemetry in %s: %s; points wait in %s", self.target, trouble.problem, self._spool.folder)
-
-    def _once(self, key: str, message: str, *values: object) -> None:
-        if key not in self._told:
-            self._told.add(key)
-            log.warning(message, *values)
+    def _warn_on_change(self, problem: str) -> None:
+        if problem != self._problem:
+            self._problem = problem
+            log.warning("telemetry in %s: %s", self.target, problem)
 
 
-def _whole(data: bytes) -> bool:
+def _is_complete(data: bytes) -> bool:
     try:
         gzip.decompress(data)
     except (OSError, EOFError, zlib.error):

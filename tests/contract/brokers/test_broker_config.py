@@ -1,4 +1,4 @@
-"""`sparse broker config`: real Mosquittos take what it prints, and their bridges carry what has to cross."""
+"""`sparse broker config`: Mosquittos run with what it prints, and their bridges forward what must cross sites."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from brokers.commands.config import command
-from brokers.errors import BadFile
+from brokers.cli import main
+from brokers.errors import BrokerUnreachable
 from brokers.mqtt.client import MqttTransport
 from brokers.protocol.transport import Delivery, Properties
-from tests.contract.conftest import require_mosquitto
-from tests.support.brokers.broker_kinds import run_async
+from tests.support.brokers.broker_kinds import WAIT_S, DeliveryQueue, async_test
 from tests.support.brokers.ports import free_port
-from tests.support.environment.checkout import ROOT
 from tests.support.environment.external_programs import require_dependency
-from tests.support.pipelines.processes import ProcessSandbox, process_sandbox
 
 STREET = """
 [pipeline]
@@ -30,92 +27,96 @@ site = "cloud"
 [source]
 site = "device"
 """
-SITES = ("device", "cloudlet", "cloud")
+LINKS = {"device": "cloudlet", "cloudlet": "cloud", "cloud": None}
+SECURE = {site: f"mqtts://{site}.example" for site in LINKS}
 
 
-def sites(**broker: str) -> str:
-    links = {"device": "cloudlet", "cloudlet": "cloud"}
-    tables = []
-    for name in SITES:
-        lines = ["[[site]]", f'name = "{name}"', f'broker = "{broker[name]}"']
-        tables.append("\n".join([*lines, *([f'links = [{{ to = "{links[name]}" }}]'] if name in links else [])]))
-    return "\n".join(tables)
+def write_pipeline(folder: Path, addresses: dict[str, str], link_settings: str = "") -> Path:
+    """Write a pipeline file of three sites, each with a link to the next."""
+    tables = [STREET]
+    for site, address in addresses.items():
+        links = f'links = [{{ to = "{LINKS[site]}"{link_settings} }}]\n' if LINKS[site] else ""
+        tables.append(f'[[site]]\nname = "{site}"\nbroker = "{address}"\n{links}')
+    path = folder / "street.toml"
+    path.write_text("\n".join(tables))
+    return path
 
 
-def printed(path: Path, site: str, capsys: pytest.CaptureFixture[str], **options: object) -> str:
-    given = {
-        "certs": Path("/c"),
-        "access": Path("/a"),
-        "passwords": None,
-        "data": Path("/d"),
-        "open_": False,
-        **options,
-    }
-    assert command(path, site, **given) == 0  # type: ignore[arg-type]
-    return capsys.readouterr().out
+def print_config(capsys: pytest.CaptureFixture[str], path: Path, site: str, *options: str) -> list[str]:
+    """Return the lines of the configuration that the command prints."""
+    capsys.readouterr()
+    paths = ("--certs", "/c", "--access", "/a", "--data", "/d")
+    assert main(["broker", "config", str(path), site, *paths, *options]) == 0
+    return capsys.readouterr().out.splitlines()
 
 
-def test_three_mosquittos_take_the_printed_files_and_messages_cross_both_ways(
+def print_error(capsys: pytest.CaptureFixture[str], path: Path, site: str) -> str:
+    """Return the line of the error; nothing else is printed."""
+    capsys.readouterr()
+    assert main(["broker", "config", str(path), site]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == ""
+    return line
+
+
+def test_three_mosquittos_forward_messages_in_both_directions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    require_mosquitto()
-    addresses = {name: f"mqtt://127.0.0.1:{free_port()}" for name in SITES}
-    path = tmp_path / "street.toml"
-    path.write_text(STREET + sites(**addresses))
+    mosquitto = require_dependency("mosquitto")
+    addresses = {site: f"mqtt://127.0.0.1:{free_port()}" for site in LINKS}
+    path = write_pipeline(tmp_path, addresses)
     with ExitStack() as stack:
-        for name in reversed(SITES):
-            conf = tmp_path / f"{name}.conf"
-            (tmp_path / name).mkdir()
-            # As root it would become another user, who may not write here.
-            conf.write_text(printed(path, name, capsys, data=tmp_path / name) + "user root\n")
-            log = stack.enter_context((tmp_path / f"{name}.log").open("w"))
-            broker = subprocess.Popen([require_dependency("mosquitto"), "-c", conf], stderr=log)
-            stack.callback(broker.wait, 10)
+        for site in reversed(LINKS):
+            data = tmp_path / site
+            data.mkdir()
+            lines = print_config(capsys, path, site, "--data", str(data))
+            conf = tmp_path / f"{site}.conf"
+            conf.write_text("\n".join([*lines, "user root", ""]))  # else root's drops its rights to the test's folder
+            log = stack.enter_context((tmp_path / f"{site}.log").open("w"))
+            broker = stack.enter_context(subprocess.Popen([mosquitto, "-c", conf], stderr=log))
             stack.callback(broker.terminate)
-        run_async(_cross(addresses))
-    logs = [line for name in SITES for line in (tmp_path / f"{name}.log").read_text().splitlines()]
-    # A bridge may be there before the broker that it leads to.
-    told = [line for line in logs if "Error creating bridge" not in line]
-    assert [line for line in told if "rror" in line or "eprecated" in line] == []
+        exchange_messages(addresses["device"], addresses["cloud"])
+    logs = [line for site in LINKS for line in (tmp_path / f"{site}.log").read_text().splitlines()]
+    # A bridge may start before the broker that it connects to.
+    problems = [line for line in logs if "rror" in line or "eprecated" in line]
+    assert [line for line in problems if "Error creating bridge" not in line] == []
 
 
-async def _cross(addresses: dict[str, str]) -> None:
-    device, cloud = MqttTransport(addresses["device"]), MqttTransport(addresses["cloud"])
-    for each in (device, cloud):
-        for _ in range(100):
-            try:
-                await each.connect()
-                break
-            except Exception:  # noqa: BLE001 - the brokers are coming up
-                await asyncio.sleep(0.05)
-    heard: asyncio.Queue[tuple[str, Delivery]] = asyncio.Queue()
-    await cloud.subscribe("sparse/cloud/#", lambda found: heard.put_nowait(("cloud", found)), qos=1)
-    await device.subscribe("sparse/#", lambda found: heard.put_nowait(("device", found)), qos=1)
-    said = Properties("application/json", b"id", "sparse/device/source/s/inbox", 30, (("kind", "task"),))
-    # The bridges may not stand yet: presence is retained, so it comes when they do.
-    await cloud.publish("sparse/cloud/street/smooth/up/w", b"here", qos=1, retain=True)
-    async with asyncio.timeout(20):
-        while (await heard.get())[0] != "device":
-            pass
-        await device.publish("sparse/cloud/street/smooth/in/w", b"work", said)
+async def connect_when_up(address: str) -> MqttTransport:
+    async with asyncio.timeout(WAIT_S):
         while True:
-            where, found = await heard.get()
-            if where == "cloud" and bytes(found.payload) == b"work":
-                break
-    properties = found.properties
-    assert (properties.correlation_data, properties.response_topic) == (said.correlation_data, said.response_topic)
-    assert (properties.content_type, properties.user_properties) == (said.content_type, said.user_properties)
+            transport = MqttTransport(address)
+            try:
+                await transport.connect()
+                return transport
+            except BrokerUnreachable:
+                await asyncio.sleep(0.02)
+
+
+@async_test
+async def exchange_messages(device_address: str, cloud_address: str) -> None:
+    device, cloud = await connect_when_up(device_address), await connect_when_up(cloud_address)
+    at_device, at_cloud = DeliveryQueue(), DeliveryQueue()
+    await cloud.subscribe("sparse/cloud/+/+/in/+", at_cloud, qos=1)
+    await device.subscribe("sparse/#", at_device, qos=1)
+    properties = Properties("application/json", b"id", "sparse/device/source/s/inbox", 30, (("kind", "task"),))
+    # Retained, so it arrives when the bridges are up.
+    await cloud.publish("sparse/cloud/street/smooth/up/w", b"here", qos=1, retain=True)
+    await at_device.next()
+    await device.publish("sparse/cloud/street/smooth/in/w", b"work", properties)
+    delivery: Delivery = await at_cloud.next()
+    assert bytes(delivery.payload) == b"work"
+    received = delivery.properties
+    assert (received.correlation_data, received.response_topic) == (b"id", properties.response_topic)
+    assert (received.content_type, received.user_properties) == (properties.content_type, properties.user_properties)
     await device.close()
     await cloud.close()
 
 
-def test_a_locked_site_has_tls_on_both_sides_and_an_access_list(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "street.toml"
-    path.write_text(STREET + sites(**{name: f"mqtts://{name}.example" for name in SITES}))
-    conf = printed(path, "cloudlet", capsys).splitlines()
-    for line in (
+def test_secure_site_has_tls_and_an_access_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_pipeline(tmp_path, SECURE)
+    assert set(print_config(capsys, path, "cloudlet")) >= {
         "listener 8883",
         "cafile /c/ca.crt",
         "certfile /c/tls.crt",
@@ -133,68 +134,51 @@ def test_a_locked_site_has_tls_on_both_sides_and_an_access_list(
         "bridge_certfile /c/tls.crt",
         "bridge_keyfile /c/tls.key",
         "queue_qos0_messages true",
-    ):
-        assert line in conf
-    by_password = printed(path, "cloud", capsys, passwords=Path("/p")).splitlines()
-    assert "password_file /p" in by_password
-    assert "require_certificate true" not in by_password
+    }
+    with_passwords = print_config(capsys, path, "cloud", "--passwords", "/p")
+    assert "password_file /p" in with_passwords
+    assert "require_certificate true" not in with_passwords
 
 
-def test_a_site_without_locks_is_told_to_have_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_site_without_tls_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_pipeline(tmp_path, {site: f"mqtt://127.0.0.1:{port}" for port, site in enumerate(LINKS, start=1)})
+    assert main(["broker", "config", str(path), "device"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mqtt://127.0.0.1:1" in line
+
+
+def test_password_of_a_bridge_is_read_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_pipeline(tmp_path, SECURE, ', user = "fog", password_file = "password"')
+    password = tmp_path / "password"
+    password.write_bytes(b"two words\r\n")
+    lines = print_config(capsys, path, "cloudlet")
+    assert "remote_username fog" in lines
+    assert "remote_password two words" in lines
+    for content in (b" spaced\n", b"\n"):
+        password.write_bytes(content)
+        assert str(password) in print_error(capsys, path, "cloudlet")
+
+
+@pytest.mark.parametrize(
+    ("broker", "site", "problem"),
+    [
+        ("mqtts://c", "clod", "did you mean 'cloud'?"),
+        ("mqtt://c", "cloud", "site.cloud.broker: mqtt://c:1883"),
+        ("", "cloud", "site.cloud.broker: is missing"),
+        ("", "device", "site.cloud.broker: is missing"),
+        ("mqtts://d:8883", "device", "sites 'device' and 'cloud' share mqtts://d:8883"),
+        ("mqtt+unix:///run/x", "device", "Unix socket"),
+    ],
+)
+def test_mistake_in_the_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], broker: str, site: str, problem: str
+) -> None:
     path = tmp_path / "street.toml"
-    path.write_text(
-        STREET + sites(device="mqtt://127.0.0.1:1", cloudlet="mqtt://127.0.0.1:2", cloud="mqtt://127.0.0.1:3")
-    )
-    given = {"certs": Path("/c"), "access": Path("/a"), "passwords": None, "data": Path("/d"), "open_": False}
-    assert command(path, "device", **given) == 0  # type: ignore[arg-type]
-    assert capsys.readouterr().err.startswith("no access control: any client that reaches mqtt://127.0.0.1:1 ")
-
-
-def test_a_bridges_password_comes_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "street.toml"
-    text = STREET + sites(**{name: f"mqtts://{name}.example" for name in SITES})
-    link = 'links = [{ to = "cloud", user = "fog", password_file = "cloud.pw" }]'
-    path.write_text(text.replace('links = [{ to = "cloud" }]', link))
-    (tmp_path / "cloud.pw").write_bytes(b"two words\r\n")
-    conf = printed(path, "cloudlet", capsys).splitlines()
-    assert "remote_username fog" in conf
-    assert "remote_password two words" in conf
-    for bad, problem in (
-        (b" spaced\n", "begins or ends with a space"),
-        (b"\n", "expected a password in its first line"),
-    ):
-        (tmp_path / "cloud.pw").write_bytes(bad)
-        with pytest.raises(BadFile, match=problem):
-            printed(path, "cloudlet", capsys)
-
-
-MISTAKES = {
-    "a site that there is not": (
-        ("mqtts://c", "clod"),
-        "no site 'clod' (did you mean 'cloud'?): expected one of device, cloud",
-    ),
-    "an open door": (("mqtt://c", "cloud"), "site.cloud.broker: mqtt://c:1883 has no access control"),
-    "no address": (("", "cloud"), "site.cloud.broker: is missing: expected 'mqtts://HOST'"),
-    "a bridge to a site of no address": (("", "device"), "site.cloud.broker: is missing"),
-    "a bridge to itself": (("mqtts://d:8883", "device"), "sites 'device' and 'cloud' share mqtts://d:8883"),
-    "a bridge to a Unix socket": (("mqtt+unix:///run/x", "device"), "a bridge cannot use a Unix socket"),
-}
-
-
-@pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_one_line_and_nothing_is_printed(tmp_path: Path, case: str) -> None:
-    (address, site), expected = MISTAKES[case]
-    path = tmp_path / "street.toml"
-    broker = f'broker = "{address}"\n' if address else ""
+    address = f'broker = "{broker}"\n' if broker else ""
     path.write_text(
         f'{STREET}[[site]]\nname = "device"\nbroker = "mqtts://d"\nlinks = [{{ to = "cloud" }}]\n'
-        f'[[site]]\nname = "cloud"\n{broker}'
+        f'[[site]]\nname = "cloud"\n{address}'
     )
-    box: ProcessSandbox
-    with process_sandbox(tmp_path) as box:
-        said = box.start_sparse("broker", "config", path, site).wait()
-    assert (said.returncode, said.stdout) == (2, "")
-    assert said.stderr.startswith(f"sparse: {path}: ")
-    assert expected in said.stderr
-    assert len(said.stderr.splitlines()) == 1
-    assert str(ROOT) not in said.stderr.replace(str(path), "")
+    line = print_error(capsys, path, site)
+    assert line.startswith(f"sparse: {path}: ")
+    assert problem in line

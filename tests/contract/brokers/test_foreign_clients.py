@@ -23,7 +23,6 @@ from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
 from stages.executor import FunctionExecutor
 from stages.worker.worker import InferenceWorker
-from tests.contract.conftest import require_mosquitto
 from tests.support.brokers.broker_kinds import DeliveryQueue, run_async
 from tests.support.brokers.foreign_client import (
     ForeignClient,
@@ -31,6 +30,7 @@ from tests.support.brokers.foreign_client import (
     encode_tensor_body,
     random_request_id,
 )
+from tests.support.environment.external_programs import require_dependency
 from tests.support.environment.protocol_document import column_code_spans, tables
 
 TASKS = "sparse/local/room/smooth/tasks"
@@ -45,7 +45,7 @@ def double(x: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    require_mosquitto()
+    require_dependency("mosquitto")
     with start_broker(kind="mosquitto") as broker:
         yield broker.address
 

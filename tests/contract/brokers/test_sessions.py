@@ -1,275 +1,250 @@
-"""What a broker keeps for a client that is away, and for one that is not done with it."""
+"""Sessions: what a broker keeps for a client that is away, or that has not acknowledged a publication yet."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
-from brokers.mqtt import client as mqtt
-from brokers.mqtt import socket_loop as pump
+from brokers.mqtt import client, connection, socket_loop
 from brokers.mqtt.client import MqttTransport
 from brokers.protocol.transport import Delivery, Transport
 from brokers.server.local_broker import LocalBroker, start_broker
-from tests.contract.conftest import require_mosquitto
-from tests.support.brokers.broker_kinds import WAIT_S, BrokerUnderTest, DeliveryQueue, LocalBrokerUnderTest, run_async
+from tests.support.brokers.broker_kinds import (
+    WAIT_S,
+    BrokerUnderTest,
+    DeliveryQueue,
+    LocalBrokerUnderTest,
+    async_test,
+)
+from tests.support.environment.external_programs import require_dependency
 
 
-async def listening(place: BrokerUnderTest, inbox: DeliveryQueue, session: str = "mine") -> Transport:
-    line = place.transport(session)
-    await line.subscribe("t/+", inbox, qos=1, manual_ack=True)
-    await line.connect()
-    return line
+@pytest.fixture
+def session() -> str:
+    return f"session-{secrets.token_hex(4)}"
 
 
-async def said_to(place: BrokerUnderTest, *numbers: int) -> None:
-    line = place.transport()
-    await line.connect()
+@pytest.fixture
+def mosquitto() -> Iterator[LocalBrokerUnderTest]:
+    """Only Mosquitto marks what it redelivers."""
+    require_dependency("mosquitto")
+    broker = LocalBrokerUnderTest("mosquitto")
+    yield broker
+    broker.stop()
+
+
+async def subscribed(broker: BrokerUnderTest, queue: DeliveryQueue, session: str) -> Transport:
+    """Return a connected transport that acknowledges by hand."""
+    transport = broker.transport(session)
+    await transport.subscribe("t/+", queue, qos=1, manual_ack=True)
+    await transport.connect()
+    return transport
+
+
+async def publish_numbers(broker: BrokerUnderTest, *numbers: int) -> None:
+    transport = broker.transport()
+    await transport.connect()
     for number in numbers:
-        await line.publish("t/a", str(number).encode(), qos=1)
-    await line.close()
+        await transport.publish("t/a", str(number).encode(), qos=1)
+    await transport.close()
 
 
-async def settled(delivery: Delivery) -> int:
-    assert delivery.ack is not None
-    delivery.ack()
+def number_of(delivery: Delivery) -> int:
     return int(bytes(delivery.payload))
 
 
-async def numbers(inbox: DeliveryQueue, count: int) -> list[int]:
-    return [int(bytes((await inbox.next()).payload)) for _ in range(count)]
+def ack(delivery: Delivery) -> int:
+    """Acknowledge a delivery; return its number."""
+    assert delivery.ack is not None
+    delivery.ack()
+    return number_of(delivery)
 
 
-def test_what_is_not_settled_comes_again_and_before_what_came_meanwhile(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        first, second = DeliveryQueue(), DeliveryQueue()
-        line = await listening(place, first)
-        await said_to(place, *range(5))
-        came = [await first.next() for _ in range(5)]
-        assert [await settled(each) for each in came[:2]] == [0, 1]
-        await settled(came[3])  # out of its turn: told only after the one before it
-        await line.close()
-        await said_to(place, 5, 6)
-        line = await listening(place, second)
-        assert [await settled(await second.next()) for _ in range(5)] == [2, 3, 4, 5, 6]
-        await second.assert_empty()
-        await line.close()
+def reconnected_event(transport: Transport) -> asyncio.Event:
+    event = asyncio.Event()
 
-    run_async(test())
+    async def set_event() -> None:
+        event.set()
+
+    transport.on_reconnect(set_event)
+    return event
 
 
-def test_what_is_settled_does_not_come_again(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        first, second = DeliveryQueue(), DeliveryQueue()
-        line = await listening(place, first)
-        await said_to(place, *range(20))
-        came = [await first.next() for _ in range(20)]
-        for each in reversed(came):
-            await settled(each)
-        await line.close()
-        line = await listening(place, second)
-        await said_to(place, 20)
-        assert await numbers(second, 1) == [20]
-        await line.close()
-
-    run_async(test())
-
-
-def test_without_a_session_nothing_is_kept(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        first, second = DeliveryQueue(), DeliveryQueue()
-        line = await listening(place, first, session="")
-        await said_to(place, 0)
-        assert await numbers(first, 1) == [0]
-        await line.close()
-        await said_to(place, 1)
-        line = await listening(place, second, session="")
-        await second.assert_empty()
-        await line.close()
-
-    run_async(test())
+@async_test
+async def test_unacknowledged_publications_are_redelivered_first(shared_broker: BrokerUnderTest, session: str) -> None:
+    first, second = DeliveryQueue(), DeliveryQueue()
+    transport = await subscribed(shared_broker, first, session)
+    await publish_numbers(shared_broker, *range(5))
+    deliveries = [await first.next() for _ in range(5)]
+    assert [ack(each) for each in deliveries[:2]] == [0, 1]
+    ack(deliveries[3])  # out of order: sent only after that of the one before it
+    await transport.close()
+    await publish_numbers(shared_broker, 5, 6)
+    transport = await subscribed(shared_broker, second, session)
+    assert [ack(await second.next()) for _ in range(5)] == [2, 3, 4, 5, 6]
+    await publish_numbers(shared_broker, 7)
+    assert ack(await second.next()) == 7
+    await transport.close()
 
 
-def test_what_is_sent_without_confirmation_has_nothing_to_settle(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        inbox = DeliveryQueue()
-        line = await listening(place, inbox)
-        await line.publish("t/a", b"0")
-        if (await inbox.next()).ack is not None:  # rumqttd raises it to the QoS of the subscription
-            assert isinstance(place, LocalBrokerUnderTest)
-            assert place.local_broker.kind == "embedded"
-        await line.close()
-
-    run_async(test())
-
-
-def test_a_handler_that_fails_has_settled(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        second, broken_once = DeliveryQueue(), asyncio.Event()
-
-        def broken(delivery: Delivery) -> None:
-            broken_once.set()
-            raise KeyError("mine")
-
-        line = place.transport("mine")
-        await line.subscribe("t/+", broken, qos=1, manual_ack=True)
-        await line.connect()
-        await said_to(place, 0)
-        await asyncio.wait_for(broken_once.wait(), WAIT_S)
-        await line.close()
-        line = await listening(place, second)
-        await second.assert_empty()
-        await line.close()
-
-    run_async(test())
+@async_test
+async def test_acknowledged_publications_are_not_redelivered(shared_broker: BrokerUnderTest, session: str) -> None:
+    first, second = DeliveryQueue(), DeliveryQueue()
+    transport = await subscribed(shared_broker, first, session)
+    await publish_numbers(shared_broker, *range(20))
+    for delivery in reversed([await first.next() for _ in range(20)]):
+        ack(delivery)
+    await transport.close()
+    transport = await subscribed(shared_broker, second, session)
+    await publish_numbers(shared_broker, 20)
+    assert number_of(await second.next()) == 20
+    await transport.close()
 
 
-def test_a_broker_that_forgets_a_session_is_gone_on_with(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        inbox, again = DeliveryQueue(), asyncio.Event()
-
-        async def back() -> None:
-            again.set()
-
-        line = await listening(place, inbox)
-        line.on_reconnect(back)
-        await said_to(place, 0)
-        before = await inbox.next()
-        await asyncio.to_thread(place.stop)
-        place.start()
-        await asyncio.wait_for(again.wait(), 20)
-        await settled(before)
-        await said_to(place, 1)
-        assert await settled(await inbox.next()) == 1
-        await inbox.assert_empty()
-        await line.close()
-
-    run_async(test())
+@async_test
+async def test_without_session_nothing_is_kept(shared_broker: BrokerUnderTest) -> None:
+    first, second = DeliveryQueue(), DeliveryQueue()
+    transport = await subscribed(shared_broker, first, "")
+    await publish_numbers(shared_broker, 0)
+    assert number_of(await first.next()) == 0
+    await transport.close()
+    await publish_numbers(shared_broker, 1)
+    transport = await subscribed(shared_broker, second, "")
+    await publish_numbers(shared_broker, 2)
+    assert number_of(await second.next()) == 2
+    await transport.close()
 
 
-# What Mosquitto does beyond this: it marks what it sends again -----------------------------------------------------
+@async_test
+async def test_qos_0_delivery_has_no_acknowledgement(shared_broker: BrokerUnderTest, session: str) -> None:
+    queue = DeliveryQueue()
+    transport = await subscribed(shared_broker, queue, session)
+    await transport.publish("t/a", b"0")
+    if (await queue.next()).ack is not None:  # rumqttd raises it to the QoS of the subscription
+        assert isinstance(shared_broker, LocalBrokerUnderTest)
+        assert shared_broker.local_broker.kind == "embedded"
+    await transport.close()
 
 
-@contextmanager
-def mosquitto_place() -> Iterator[LocalBrokerUnderTest]:
-    require_mosquitto()
-    made = LocalBrokerUnderTest("mosquitto")
-    try:
-        yield made
-    finally:
-        made.stop()
+@async_test
+async def test_failing_handler_acknowledges(shared_broker: BrokerUnderTest, session: str) -> None:
+    called, queue = asyncio.Event(), DeliveryQueue()
+
+    def failing(delivery: Delivery) -> None:
+        called.set()
+        raise KeyError("a bug in the handler")
+
+    transport = shared_broker.transport(session)
+    await transport.subscribe("t/+", failing, qos=1, manual_ack=True)
+    await transport.connect()
+    await publish_numbers(shared_broker, 0)
+    await asyncio.wait_for(called.wait(), WAIT_S)
+    await transport.close()
+    transport = await subscribed(shared_broker, queue, session)
+    await publish_numbers(shared_broker, 1)
+    assert ack(await queue.next()) == 1
+    await transport.close()
 
 
-def cut(line: Transport) -> None:
-    """Break the connection that stands, as a network does."""
-    assert isinstance(line, MqttTransport)
-    assert line._connection is not None
-    line._connection._pump._socket.shutdown(socket.SHUT_RDWR)
+@async_test
+async def test_lost_session_does_not_stop_deliveries(broker: BrokerUnderTest, session: str) -> None:
+    queue = DeliveryQueue()
+    transport = await subscribed(broker, queue, session)
+    reconnected = reconnected_event(transport)
+    await publish_numbers(broker, 0)
+    before = await queue.next()
+    await asyncio.to_thread(broker.stop)
+    broker.start()
+    await asyncio.wait_for(reconnected.wait(), WAIT_S)
+    ack(before)
+    await publish_numbers(broker, 1, 2)
+    assert [ack(await queue.next()) for _ in range(2)] == [1, 2]
+    await transport.close()
 
 
-def test_what_is_in_hand_when_a_connection_breaks_is_not_handed_out_twice() -> None:
-    async def test(place: LocalBrokerUnderTest) -> None:
-        inbox, again = DeliveryQueue(), asyncio.Event()
-
-        async def back() -> None:
-            again.set()
-
-        line = await listening(place, inbox)
-        line.on_reconnect(back)
-        await said_to(place, *range(10))
-        came = [await inbox.next() for _ in range(10)]
-        await settled(came[4])
-        cut(line)
-        await asyncio.wait_for(again.wait(), 20)
-        await said_to(place, 10)
-        came.append(await inbox.next())
-        await inbox.assert_empty(0)
-        assert [await settled(each) for each in came if each is not came[4]] == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]
-        assert not any(each.redelivered for each in came)
-        await line.close()
-        second = DeliveryQueue()
-        line = await listening(place, second)
-        await second.assert_empty()
-        await line.close()
-
-    with mosquitto_place() as place:
-        run_async(test(place))
+@async_test
+async def test_pending_deliveries_are_not_repeated_on_a_new_connection(
+    mosquitto: LocalBrokerUnderTest, session: str
+) -> None:
+    queue, second = DeliveryQueue(), DeliveryQueue()
+    transport = await subscribed(mosquitto, queue, session)
+    reconnected = reconnected_event(transport)
+    await publish_numbers(mosquitto, *range(10))
+    deliveries = [await queue.next() for _ in range(10)]
+    ack(deliveries[4])
+    assert isinstance(transport, MqttTransport)
+    assert transport._connection is not None
+    transport._connection._packets._socket.shutdown(socket.SHUT_RDWR)  # as when a network fails
+    await asyncio.wait_for(reconnected.wait(), WAIT_S)
+    await publish_numbers(mosquitto, 10)
+    deliveries.append(await queue.next())
+    await queue.assert_empty(0)
+    assert [ack(each) for each in deliveries if each is not deliveries[4]] == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert not any(each.redelivered for each in deliveries)
+    await transport.close()
+    transport = await subscribed(mosquitto, second, session)
+    await publish_numbers(mosquitto, 11)
+    assert ack(await second.next()) == 11
+    await transport.close()
 
 
-def test_what_another_of_the_name_had_in_hand_is_marked() -> None:
-    async def test(place: LocalBrokerUnderTest) -> None:
-        first, second = DeliveryQueue(), DeliveryQueue()
-        line = await listening(place, first)
-        await said_to(place, 0)
-        await first.next()
-        await line.close()
-        await said_to(place, 1)
-        line = await listening(place, second)
-        assert [(await second.next()).redelivered for _ in range(2)] == [True, False]
-        await line.close()
-
-    with mosquitto_place() as place:
-        run_async(test(place))
+@async_test
+async def test_pending_deliveries_of_an_earlier_client_are_marked(
+    mosquitto: LocalBrokerUnderTest, session: str
+) -> None:
+    first, second = DeliveryQueue(), DeliveryQueue()
+    transport = await subscribed(mosquitto, first, session)
+    await publish_numbers(mosquitto, 0)
+    await first.next()
+    await transport.close()
+    await publish_numbers(mosquitto, 1)
+    transport = await subscribed(mosquitto, second, session)
+    assert [(await second.next()).redelivered for _ in range(2)] == [True, False]
+    await transport.close()
 
 
 @pytest.fixture(params=["mosquitto", "embedded"])
-def either(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
-    if request.param == "embedded":
-        pytest.importorskip("iotcore")
-    else:
-        require_mosquitto()
-    with start_broker(kind=request.param) as found:
-        yield found
+def local_broker(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
+    require_dependency("iotcore" if request.param == "embedded" else "mosquitto")
+    with start_broker(kind=request.param) as broker:
+        yield broker
 
 
-def test_no_more_is_read_than_can_be_held_and_the_connection_lives(
-    either: LocalBroker, monkeypatch: pytest.MonkeyPatch
+@async_test
+async def test_unacknowledged_deliveries_are_bounded(
+    local_broker: LocalBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both brokers send more than a Receive Maximum once there is a backlog; and who reads nothing hears no ping."""
-    monkeypatch.setattr(mqtt, "RECEIVE_MAXIMUM", 8)
-    monkeypatch.setattr(pump, "TICK_S", 0.4)
-    payload_bytes, count = 1 << 19, 100
-    most = 8 + -(-pump.READ_BUDGET_BYTES // payload_bytes) + 1  # what one turn of the loop may read at once
+    """Both brokers exceed the Receive Maximum once they have a backlog."""
+    limit, payload_bytes, count = 8, 1 << 19, 60
+    for module in (client, connection):
+        monkeypatch.setattr(module, "RECEIVE_MAXIMUM", limit)
+    most = limit + -(-socket_loop.READ_BUDGET_BYTES // payload_bytes) + 1  # with those of the last read
+    queue, pending = DeliveryQueue(), 0
 
-    async def test() -> None:
-        inbox, held, ended = DeliveryQueue(), 0, []
+    def on_delivery(delivery: Delivery) -> None:
+        nonlocal pending
+        pending += 1
+        queue(delivery)
 
-        def take(delivery: Delivery) -> None:
-            nonlocal held
-            held += 1
-            inbox(delivery)
-
-        line = MqttTransport(either.address, client_id="mine", session_expiry_s=600)
-        await line.subscribe("t", take, qos=1, manual_ack=True)
-        await line.connect()
-        assert line._connection is not None
-        line._connection.lost.add_done_callback(lambda _: ended.append(True))
-        sender = MqttTransport(either.address)
-        await sender.connect()
-        for number in range(count):
-            await sender.publish("t", [number.to_bytes(4, "big"), bytes(payload_bytes)], qos=1)
-        first = await inbox.next()
-        await asyncio.sleep(pump.TICK_S * 1.5 * pump.DEAD_AFTER_TICKS)
-        found = []
-        for each in [first, *[await inbox.next() for _ in range(7)]]:
-            assert each.ack is not None
-            assert held <= most
-            found.append(int.from_bytes(each.payload[:4], "big"))
-            each.ack()
-            held -= 1
-        while len(found) < count:
-            each = await inbox.next()
-            assert held <= most
-            assert each.ack is not None
-            found.append(int.from_bytes(each.payload[:4], "big"))
-            each.ack()
-            held -= 1
-        assert found == list(range(count))
-        assert not ended
-        await line.close()
-        await sender.close()
-
-    run_async(test())
+    receiver = MqttTransport(local_broker.address, client_id="receiver", session_expiry_s=600)
+    await receiver.subscribe("t", on_delivery, qos=1, manual_ack=True)
+    await receiver.connect()
+    first_connection = receiver._connection
+    sender = MqttTransport(local_broker.address)
+    await sender.connect()
+    for number in range(count):
+        await sender.publish("t", [number.to_bytes(4, "big"), bytes(payload_bytes)], qos=1)
+    for number in range(count):
+        delivery = await queue.next()
+        assert pending <= most
+        assert int.from_bytes(delivery.payload[:4], "big") == number
+        assert delivery.ack is not None
+        delivery.ack()
+        pending -= 1
+    assert receiver._connection is first_connection
+    await receiver.close()
+    await sender.close()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
 
 from brokers.errors import Disconnected, TooLarge
 from brokers.protocol.transport import Delivery, Properties, Transport, Will
-from tests.support.brokers.broker_kinds import BrokerUnderTest, DeliveryQueue, run_async
+from tests.support.brokers.broker_kinds import WAIT_S, BrokerUnderTest, DeliveryQueue, async_test
 
 ALL_PROPERTIES = Properties(
     content_type="application/vnd.safetensors",
@@ -21,320 +23,283 @@ ALL_PROPERTIES = Properties(
 )
 
 
-async def connected(place: BrokerUnderTest) -> Transport:
-    transport = place.transport()
+@asynccontextmanager
+async def connected(broker: BrokerUnderTest) -> AsyncIterator[Transport]:
+    transport = broker.transport()
     await transport.connect()
-    return transport
+    try:
+        yield transport
+    finally:
+        await transport.close()
 
 
-def test_a_publication_arrives_with_its_payload_and_all_its_properties(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line, inbox = await connected(place), DeliveryQueue()
-        await line.subscribe("t/+", inbox)
+async def next_payload(queue: DeliveryQueue) -> bytes:
+    return bytes((await queue.next()).payload)
+
+
+async def until_disconnected(transport: Transport) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while transport.is_connected:  # noqa: ASYNC110 - a transport has no event for it
+            await asyncio.sleep(0.01)
+
+
+@async_test
+async def test_publication_arrives_with_payload_and_all_properties(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as transport:
+        queue = DeliveryQueue()
+        await transport.subscribe("t/+", queue)
         for qos in (0, 1):
-            await line.publish("t/a", [b"one, ", bytearray(b""), memoryview(b"two")], ALL_PROPERTIES, qos=qos)
-            came = await inbox.next()
-            assert (came.topic, bytes(came.payload), came.retain) == ("t/a", b"one, two", False)
-            # A broker counts a message's expiry down while it holds it (MQTT 5.0 section 3.3.2.3.3).
-            assert came.properties.expiry_s in (59, 60)
-            assert came.properties.user_properties == ALL_PROPERTIES.user_properties
-            assert came.properties.correlation_data == ALL_PROPERTIES.correlation_data
-            assert came.properties.content_type == ALL_PROPERTIES.content_type
-            assert came.properties.response_topic == ALL_PROPERTIES.response_topic
-        await line.close()
-
-    run_async(test())
+            await transport.publish("t/a", [b"one, ", bytearray(b""), memoryview(b"two")], ALL_PROPERTIES, qos=qos)
+            delivery = await queue.next()
+            assert (delivery.topic, bytes(delivery.payload), delivery.retain) == ("t/a", b"one, two", False)
+            properties = delivery.properties
+            assert properties.expiry_s in (59, 60)  # brokers count it down: MQTT 5.0 section 3.3.2.3.3
+            assert properties.user_properties == ALL_PROPERTIES.user_properties
+            assert properties.correlation_data == ALL_PROPERTIES.correlation_data
+            assert properties.content_type == ALL_PROPERTIES.content_type
+            assert properties.response_topic == ALL_PROPERTIES.response_topic
 
 
-def test_an_empty_payload_is_a_publication_too(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line, inbox = await connected(place), DeliveryQueue()
-        await line.subscribe("t", inbox)
-        await line.publish("t", b"", ALL_PROPERTIES)
-        assert (await inbox.next()).payload.nbytes == 0
-        await line.publish("t")
-        assert (await inbox.next()).properties == Properties()
-        await line.close()
-
-    run_async(test())
+@async_test
+async def test_empty_payload_is_delivered(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as transport:
+        queue = DeliveryQueue()
+        await transport.subscribe("t", queue)
+        await transport.publish("t", b"", ALL_PROPERTIES)
+        assert await next_payload(queue) == b""
+        await transport.publish("t")
+        assert (await queue.next()).properties == Properties()
 
 
-def test_the_order_of_a_topic_is_kept_whatever_the_sizes(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        sender, receiver, inbox = await connected(place), await connected(place), DeliveryQueue()
-        await receiver.subscribe("t", inbox)
+@async_test
+async def test_publications_of_all_sizes_stay_in_order(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as sender, connected(shared_broker) as receiver:
+        queue = DeliveryQueue()
+        await receiver.subscribe("t", queue)
         sizes = [1, 70_000, 0, 16_384, 3, 300_000, 20, 131_072] * 10
         for number, size in enumerate(sizes):
             await sender.publish("t", [number.to_bytes(4, "big"), bytes(size)])
         for number, size in enumerate(sizes):
-            payload = (await inbox.next()).payload
+            payload = (await queue.next()).payload
             assert (int.from_bytes(payload[:4], "big"), payload.nbytes) == (number, size + 4)
-        await sender.close()
-        await receiver.close()
-
-    run_async(test())
 
 
-def test_publications_of_many_tasks_at_once_do_not_mix(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        sender, receiver, inbox = await connected(place), await connected(place), DeliveryQueue()
-        await receiver.subscribe("t/+", inbox)
+@async_test
+async def test_concurrent_publications_do_not_mix(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as sender, connected(shared_broker) as receiver:
+        queue = DeliveryQueue()
+        await receiver.subscribe("t/+", queue)
         async with asyncio.TaskGroup() as group:
             for number in range(16):
                 group.create_task(sender.publish(f"t/{number}", [bytes([number]) * 400_000] * 4, qos=number % 2))
         for _ in range(16):
-            came = await inbox.next()
-            assert came.payload == bytes([int(came.topic[2:])]) * 1_600_000
-        await sender.close()
-        await receiver.close()
-
-    run_async(test())
+            delivery = await queue.next()
+            assert delivery.payload == bytes([int(delivery.topic[2:])]) * 1_600_000
 
 
-def test_a_retained_publication_waits_for_subscribers_until_it_is_cleared(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line, first, second = await connected(place), DeliveryQueue(), DeliveryQueue()
-        await line.publish("up/w1", b"here", ALL_PROPERTIES, qos=1, retain=True)
-        await line.subscribe("up/+", first)
-        came = await first.next()
-        assert (bytes(came.payload), came.retain) == (b"here", True)
-        assert came.properties.user_properties == ALL_PROPERTIES.user_properties
-        await line.publish("up/w1", b"", qos=1, retain=True)
-        assert (await first.next()).payload.nbytes == 0
-        await line.unsubscribe("up/+")
-        await line.subscribe("up/+", second)
-        await second.assert_empty()
-        await line.close()
-
-    run_async(test())
-
-
-def test_the_will_of_a_killed_client_is_published(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line, inbox = await connected(place), DeliveryQueue()
-        await line.subscribe("up/#", inbox)
-        await place.kill_client_with_will(Will("up/w1", b"gone"))
-        assert bytes((await inbox.next()).payload) == b"gone"
-        await line.close()
-
-    run_async(test())
+@async_test
+async def test_retained_publication_is_delivered_until_cleared(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as transport:
+        first, second = DeliveryQueue(), DeliveryQueue()
+        await transport.publish("up/w1", b"here", ALL_PROPERTIES, qos=1, retain=True)
+        await transport.subscribe("up/+", first)
+        delivery = await first.next()
+        assert (bytes(delivery.payload), delivery.retain) == (b"here", True)
+        assert delivery.properties.user_properties == ALL_PROPERTIES.user_properties
+        await transport.publish("up/w1", b"", qos=1, retain=True)
+        assert await next_payload(first) == b""
+        await transport.unsubscribe("up/+")
+        await transport.subscribe("up/+", second)
+        await transport.publish("up/w2", b"next")
+        assert await next_payload(second) == b"next"
 
 
-def test_the_will_of_a_client_that_closed_is_not_published(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line, inbox = await connected(place), DeliveryQueue()
-        await line.subscribe("up/#", inbox)
-        leaver = place.transport()
-        await leaver.subscribe("noise", DeliveryQueue())
-        await leaver.connect(will=Will("up/w1", b"gone"))
-        # Bytes that it never reads must not turn its goodbye into a reset.
-        await line.publish("noise", bytes(1_500_000))
-        await leaver.close()
-        await inbox.assert_empty()
-        await line.close()
-
-    run_async(test())
+@async_test
+async def test_will_of_a_killed_client_is_published(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as transport:
+        queue = DeliveryQueue()
+        await transport.subscribe("killed/#", queue)
+        await shared_broker.kill_client_with_will(Will("killed/w1", b"gone"))
+        assert await next_payload(queue) == b"gone"
 
 
-def test_a_shared_subscription_gives_each_publication_to_one_member(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        sender, members, inbox = await connected(place), [await connected(place) for _ in range(2)], DeliveryQueue()
-        counts = [0, 0]
+@async_test
+async def test_will_of_a_closed_client_is_not_published(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as transport:
+        queue = DeliveryQueue()
+        await transport.subscribe("up/#", queue)
+        leaving = shared_broker.transport()
+        await leaving.subscribe("noise", DeliveryQueue())
+        await leaving.connect(will=Will("up/w1", b"gone"))
+        await transport.publish("noise", bytes(1_500_000))  # unread bytes must not turn the DISCONNECT into a reset
+        await leaving.close()
+        await transport.publish("up/w2", b"next")
+        assert await next_payload(queue) == b"next"
 
-        def handler(member: int) -> None:
-            counts[member] += 1
 
-        for number, member in enumerate(members):
-
-            def take(delivery: Delivery, number: int = number) -> None:
-                handler(number)
-                inbox(delivery)
-
-            await member.subscribe("$share/workers/tasks", take)
+@async_test
+async def test_shared_subscription_delivers_to_one_member_each(shared_broker: BrokerUnderTest) -> None:
+    async with (
+        connected(shared_broker) as sender,
+        connected(shared_broker) as first,
+        connected(shared_broker) as second,
+    ):
+        queues = [DeliveryQueue(), DeliveryQueue()]
+        for member, queue in zip((first, second), queues, strict=True):
+            await member.subscribe("$share/workers/tasks", queue)
+            await member.subscribe("end", queue)
         for number in range(20):
             await sender.publish("tasks", bytes([number]), qos=1)
-        assert sorted([(await inbox.next()).payload[0] for _ in range(20)]) == list(range(20))
-        await inbox.assert_empty()
-        assert min(counts) >= 5
-        for line in (sender, *members):
-            await line.close()
+        await sender.publish("end", b"end", qos=1)
+        numbers: list[list[int]] = [[], []]
+        for received, queue in zip(numbers, queues, strict=True):
+            while (payload := await next_payload(queue)) != b"end":
+                received.append(payload[0])
+        assert sorted(numbers[0] + numbers[1]) == list(range(20))
+        assert min(map(len, numbers)) >= 5
 
-    run_async(test())
 
+@async_test
+async def test_payload_is_received_in_the_provided_buffer(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as transport:
+        queue, whole = DeliveryQueue(), memoryview(bytearray(500_000))
+        calls: list[tuple[str, str, int]] = []
 
-def test_a_payload_is_written_where_the_placer_says(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line, inbox = await connected(place), DeliveryQueue()
-        whole = memoryview(bytearray(500_000))
-        asked: list[tuple[str, str, int]] = []
-
-        def placer(topic: str, properties: Properties, length: int) -> memoryview | None:
-            asked.append((topic, properties.content_type, length))
+        def provide(topic: str, properties: Properties, length: int) -> memoryview | None:
+            calls.append((topic, properties.content_type, length))
             offset = int(properties.user_properties[0][1])
             return None if offset < 0 else whole[offset : offset + length]
 
-        await line.subscribe("t", inbox, buffer_provider=placer)
-        for offset, size in ((100, 300_000), (300_100, 5), (300_105, 100_000), (-1, 7)):
-            await line.publish("t", b"x" * size, Properties("c", user_properties=(("offset", str(offset)),)))
-        for size in (300_000, 5, 100_000, 7):
-            came = await inbox.next()
-            assert (came.payload.nbytes, came.payload.obj is whole.obj) == (size, size != 7)
-        assert asked == [("t", "c", 300_000), ("t", "c", 5), ("t", "c", 100_000), ("t", "c", 7)]
+        await transport.subscribe("t", queue, buffer_provider=provide)
+        pieces = ((100, 300_000), (300_100, 5), (300_105, 100_000), (-1, 7))
+        for offset, size in pieces:
+            await transport.publish("t", b"x" * size, Properties("c", user_properties=(("offset", str(offset)),)))
+        for offset, size in pieces:
+            payload = (await queue.next()).payload
+            assert (payload.nbytes, payload.obj is whole.obj) == (size, offset >= 0)
+        assert calls == [("t", "c", size) for _, size in pieces]
         assert bytes(whole) == bytes(100) + b"x" * 400_005 + bytes(99_895)
-        await line.close()
-
-    run_async(test())
 
 
-def test_a_tensor_of_64_mib_passes_in_chunks(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        sender, receiver, inbox = await connected(place), await connected(place), DeliveryQueue()
-        chunk_bytes, total = 512 << 10, 64 << 20
-        tensor = np.random.default_rng(0).integers(0, 255, total, np.uint8)
-        came = np.zeros(total, np.uint8)
+@async_test
+async def test_failing_buffer_provider_costs_a_new_buffer_only(shared_broker: BrokerUnderTest) -> None:
+    def failing(topic: str, properties: Properties, length: int) -> memoryview | None:
+        raise KeyError("a bug in the provider")
 
-        def placer(topic: str, properties: Properties, length: int) -> memoryview:
-            offset = int(properties.user_properties[0][1])
-            return came.data[offset : offset + length]
+    async with connected(shared_broker) as transport:
+        queue, payload = DeliveryQueue(), os.urandom(300_000)
+        await transport.subscribe("t", queue, buffer_provider=failing)
+        for _ in range(3):
+            await transport.publish("t", payload)
+        for _ in range(3):
+            assert await next_payload(queue) == payload
 
-        await receiver.subscribe("t", inbox, buffer_provider=placer)
+
+@async_test
+async def test_64_mib_pass_in_chunks(shared_broker: BrokerUnderTest) -> None:
+    chunk_bytes, total = 512 << 10, 64 << 20
+    tensor = np.random.default_rng(0).integers(0, 255, total, np.uint8)
+    received = np.zeros(total, np.uint8)
+
+    def provide(topic: str, properties: Properties, length: int) -> memoryview:
+        offset = int(properties.user_properties[0][1])
+        return received.data[offset : offset + length]
+
+    async with connected(shared_broker) as sender, connected(shared_broker) as receiver:
+        queue = DeliveryQueue()
+        await receiver.subscribe("t", queue, buffer_provider=provide)
         for offset in range(0, total, chunk_bytes):
             properties = Properties(user_properties=(("offset", str(offset)),))
             await sender.publish("t", tensor.data[offset : offset + chunk_bytes], properties)
         for _ in range(0, total, chunk_bytes):
-            await inbox.next()
-        assert np.array_equal(came, tensor)
-        await sender.close()
-        await receiver.close()
-
-    run_async(test())
+            await queue.next()
+        assert np.array_equal(received, tensor)
 
 
-def test_a_packet_over_the_limit_is_refused_before_a_byte_is_sent(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line, inbox = await connected(place), DeliveryQueue()
-        await line.subscribe("t", inbox)
-        limit = line.limits.max_packet_bytes
+@async_test
+async def test_packet_over_the_limit_raises_before_anything_is_sent(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as transport:
+        queue, limit = DeliveryQueue(), transport.limits.max_packet_bytes
+        await transport.subscribe("t", queue)
         for qos in (0, 1):
             with pytest.raises(TooLarge) as caught:
-                await line.publish("t", np.zeros(limit, np.uint8).data, qos=qos)
-            assert str(limit) in str(caught.value)
-            assert str(caught.value.fields["actual_bytes"]) in str(caught.value)
-        await line.publish("t", b"still here")
-        assert bytes((await inbox.next()).payload) == b"still here"
-        await line.close()
-
-    run_async(test())
+                await transport.publish("t", np.zeros(limit, np.uint8).data, qos=qos)
+            assert caught.value.fields["limit_bytes"] == limit
+            assert caught.value.fields["actual_bytes"] > limit
+        await transport.publish("t", b"next")
+        assert await next_payload(queue) == b"next"
 
 
-def test_after_a_restart_of_the_broker_all_goes_on_by_itself(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line, inbox, again = place.transport(), DeliveryQueue(), asyncio.Event()
+@async_test
+async def test_broker_restart_is_survived(broker: BrokerUnderTest) -> None:
+    transport, queue, reconnected = broker.transport(), DeliveryQueue(), asyncio.Event()
 
-        async def back() -> None:
-            await line.publish("t/back", b"back", qos=1)  # as presence does
-            again.set()
+    async def publish_again() -> None:
+        await transport.publish("t/callback", b"", qos=1)  # as presence does
+        reconnected.set()
 
-        line.on_reconnect(back)
-        await line.subscribe("t/#", inbox, qos=1)
-        connected = [line.is_connected]
-        await line.connect()
-        connected.append(line.is_connected)
-        await asyncio.to_thread(place.stop)
-        waiting = asyncio.create_task(line.publish("t/waited", b"waited", qos=1))
-        await asyncio.sleep(0.3)
-        assert not waiting.done()
-        connected.append(line.is_connected)
-        place.start()
-        await asyncio.wait_for(again.wait(), 20)
-        assert [*connected, line.is_connected] == [False, True, False, True]
-        await waiting
-        assert {(await inbox.next()).topic for _ in range(2)} == {"t/back", "t/waited"}
-        await line.close()
-
-    run_async(test())
+    transport.on_reconnect(publish_again)
+    await transport.subscribe("t/#", queue, qos=1)
+    connected_before = transport.is_connected
+    await transport.connect()
+    assert (connected_before, transport.is_connected) == (False, True)
+    await asyncio.to_thread(broker.stop)
+    await until_disconnected(transport)
+    waiting = asyncio.create_task(transport.publish("t/waiting", b"", qos=1))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    broker.start()
+    await asyncio.wait_for(reconnected.wait(), WAIT_S)
+    assert transport.is_connected
+    await waiting
+    assert {(await queue.next()).topic for _ in range(2)} == {"t/callback", "t/waiting"}
+    await transport.close()
 
 
-def test_a_handler_or_callback_that_fails_does_not_end_the_line(
-    place: BrokerUnderTest, caplog: pytest.LogCaptureFixture
+def test_failing_handler_is_logged_without_the_payload(
+    shared_broker: BrokerUnderTest, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def failing(delivery: Delivery) -> None:
+        raise KeyError("a bug in the handler")
+
+    @async_test
     async def test() -> None:
-        line, inbox = await connected(place), DeliveryQueue()
+        async with connected(shared_broker) as transport:
+            queue = DeliveryQueue()
+            await transport.subscribe("broken", failing)
+            await transport.subscribe("t", queue)
+            await transport.publish("broken", b"secret", qos=1)
+            await transport.publish("t", b"next")
+            assert await next_payload(queue) == b"next"
 
-        def broken(delivery: Delivery) -> None:
-            raise KeyError("mine")
-
-        await line.subscribe("broken", broken)
-        await line.subscribe("t", inbox)
-        await line.publish("broken", b"secret", qos=1)
-        await line.publish("t", b"fine")
-        assert bytes((await inbox.next()).payload) == b"fine"
-        await line.close()
-
-    run_async(test())
+    test()
     assert "KeyError" in caplog.text
     assert "secret" not in caplog.text
 
 
-def test_what_was_unsubscribed_does_not_come(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line, first, second = await connected(place), DeliveryQueue(), DeliveryQueue()
-        await line.subscribe("a", first)
-        await line.subscribe("b", second)
-        await line.unsubscribe("a")
-        await line.publish("a", b"1")
-        await line.publish("b", b"2")
-        await second.next()
-        await first.assert_empty(0.05)
-        await line.close()
-
-    run_async(test())
+@async_test
+async def test_unsubscribed_topic_is_not_delivered(shared_broker: BrokerUnderTest) -> None:
+    async with connected(shared_broker) as transport:
+        first, second = DeliveryQueue(), DeliveryQueue()
+        await transport.subscribe("a", first)
+        await transport.subscribe("b", second)
+        await transport.unsubscribe("a")
+        await transport.publish("a", b"1")
+        await transport.publish("b", b"2")
+        assert await next_payload(second) == b"2"
+        await first.assert_empty(0)
 
 
-def test_a_filter_has_one_handler(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line = await connected(place)
-        await line.subscribe("a", DeliveryQueue())
-        with pytest.raises(ValueError, match="subscribed already"):
-            await line.subscribe("a", DeliveryQueue())
-        await line.close()
-
-    run_async(test())
-
-
-def test_closing_twice_is_closing_once_and_whoever_waits_is_told(place: BrokerUnderTest) -> None:
-    async def test() -> None:
-        line = await connected(place)
-        await line.subscribe("t", DeliveryQueue())
-        await asyncio.to_thread(place.stop)
-        await asyncio.sleep(0.1)
-        waiting = asyncio.create_task(line.publish("t", b"never", qos=1))
-        await asyncio.sleep(0.1)
-        await asyncio.gather(line.close(), line.close())
-        await line.close()
+@async_test
+async def test_close_ends_waiting_publications_and_may_be_repeated(broker: BrokerUnderTest) -> None:
+    async with connected(broker) as transport:
+        await transport.subscribe("t", DeliveryQueue())
+        await asyncio.to_thread(broker.stop)
+        await until_disconnected(transport)
+        waiting = asyncio.create_task(transport.publish("t", b"x", qos=1))
+        await asyncio.sleep(0)
+        await asyncio.gather(transport.close(), transport.close())
         with pytest.raises(Disconnected):
             await waiting
         with pytest.raises(Disconnected):
-            await line.publish("t", b"late")
-
-    run_async(test(), 10)
-
-
-def test_a_placer_that_raises_costs_nothing_but_a_copy(place: BrokerUnderTest) -> None:
-    """What it could not place goes to a fresh buffer, and what follows is read as before."""
-
-    def broken(topic: str, properties: Properties, length: int) -> memoryview | None:
-        raise KeyError("a mistake of whoever placed it")
-
-    async def test() -> None:
-        line, inbox = place.transport(), DeliveryQueue()
-        await line.connect()
-        await line.subscribe("t", inbox, buffer_provider=broken)
-        payload = os.urandom(300_000)
-        for _ in range(3):
-            await line.publish("t", payload)
-        for _ in range(3):
-            assert (await inbox.next()).payload == payload
-        await line.close()
-
-    run_async(test())
+            await transport.publish("t", b"x")

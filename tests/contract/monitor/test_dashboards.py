@@ -12,7 +12,7 @@ from deploy.dashboards.chronograf import RUN_NAMES_QUERY as CHRONOGRAFS_RUNS
 from deploy.dashboards.grafana import RUN_NAMES_QUERY as GRAFANAS_RUNS
 from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.points.schema import MEASUREMENTS
-from monitor.stores.line_protocol import LineEncoder
+from monitor.stores.influx.http import LineEncoder
 from tests.support.monitor.dashboards import (
     chronograf_queries,
     fill_chronograf_variables,

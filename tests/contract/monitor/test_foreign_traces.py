@@ -23,9 +23,9 @@ from sources.inputs.ingress import IngressGateway
 from sources.inputs.sample_buffer import SampleBuffer
 from stages.executor import FunctionExecutor
 from stages.worker.worker import InferenceWorker
-from tests.contract.conftest import require_mosquitto
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.foreign_client import ForeignClient
+from tests.support.environment.external_programs import require_dependency
 from tests.support.monitor.fake_monitor import FakeMonitor, monitor_socket_path
 from tests.support.pipelines.processes import eventually
 
@@ -42,7 +42,7 @@ def double(x: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", name="address")
 def _address() -> Iterator[str]:
-    require_mosquitto()
+    require_dependency("mosquitto")
     with start_broker(kind="mosquitto") as broker:
         yield broker.address
 

@@ -1,7 +1,7 @@
-"""The same on an InfluxDB 2: at an address that the environment names, or in a container where its image can be had.
+"""The store's contract with an InfluxDB 2: a server that the environment names, or a container.
 
-SPARSE_TEST_INFLUX2_URL, _ORG, _BUCKET and _TOKEN name a bucket that the tests may fill. It is no part of Debian, so a
-build server without it skips these tests, and says why.
+SPARSE_TEST_INFLUX2_URL, _ORG, _BUCKET and _TOKEN name a bucket that the tests may fill. Debian has no package of
+InfluxDB 2: without either the tests are skipped.
 """
 
 from __future__ import annotations
@@ -27,45 +27,47 @@ from tests.contract.monitor.test_stores import NOW_NS, full_point
 from tests.support.pipelines.processes import eventually
 
 IMAGE = "influxdb:2.7"
-_PULL_S = 60
+_PULL_TIMEOUT_S = 60
 
 
 @pytest.fixture(scope="module")
 def target() -> Iterator[InfluxTarget]:
-    named = {name: os.environ.get(f"SPARSE_TEST_INFLUX2_{name}", "") for name in ("URL", "ORG", "BUCKET", "TOKEN")}
-    if named["URL"]:
-        yield InfluxTarget(
-            named["URL"].rstrip("/"), named["ORG"] or "sparse", named["BUCKET"] or "sparse", named["TOKEN"]
-        )
+    setting = {name: os.environ.get(f"SPARSE_TEST_INFLUX2_{name}", "") for name in ("URL", "ORG", "BUCKET", "TOKEN")}
+    if setting["URL"]:
+        org, bucket = setting["ORG"] or "sparse", setting["BUCKET"] or "sparse"
+        yield InfluxTarget(setting["URL"].rstrip("/"), org, bucket, setting["TOKEN"])
         return
-    if problem := _no_image():
-        pytest.skip(f"no InfluxDB 2: SPARSE_TEST_INFLUX2_URL names none, and {problem}")
+    if problem := _image_problem():
+        pytest.skip(f"no InfluxDB 2: SPARSE_TEST_INFLUX2_URL is not set, and {problem}")
     from testcontainers.influxdb2 import InfluxDb2Container
 
+    token = "a-token-for-tests"
     container = InfluxDb2Container(
         IMAGE, init_mode="setup", username="sparse", password="for-tests-only", org_name="sparse", bucket="sparse",
-        admin_token="a-token-for-tests",
+        admin_token=token,
     )  # fmt: skip
     with container:
-        yield InfluxTarget(container.get_url(), token="a-token-for-tests")
+        yield InfluxTarget(container.get_url(), token=token)
 
 
-def _no_image() -> str:
-    """Why a container cannot be started; empty where it can."""
+def _image_problem() -> str:
+    """Why a container cannot be started; empty if it can."""
     docker = shutil.which("docker")
     if docker is None:
-        return "there is no docker"
+        return "docker is not installed"
     for command in (["image", "inspect", IMAGE], ["pull", "--quiet", IMAGE]):
         try:
-            done = subprocess.run([docker, *command], capture_output=True, text=True, timeout=_PULL_S, check=False)
+            done = subprocess.run(
+                [docker, *command], capture_output=True, text=True, timeout=_PULL_TIMEOUT_S, check=False
+            )
         except subprocess.TimeoutExpired:
-            return f"{IMAGE} cannot be had within {_PULL_S} s"
+            return f"{IMAGE} was not pulled within {_PULL_TIMEOUT_S} s"
         if done.returncode == 0:
             return ""
-    return f"{IMAGE} cannot be had: {(done.stderr.strip().splitlines() or ['docker said nothing'])[-1]}"
+    return f"{IMAGE} cannot be pulled: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
 
 
-def test_every_measurement_comes_back_as_it_went_in(target: InfluxTarget, tmp_path: Path) -> None:
+def test_every_measurement_is_read_back(target: InfluxTarget, tmp_path: Path) -> None:
     run = uuid.uuid4().hex
     shift_ns = time.time_ns() % 1_000_000_000
     points = {
@@ -75,7 +77,7 @@ def test_every_measurement_comes_back_as_it_went_in(target: InfluxTarget, tmp_pa
     store = InfluxStore(target, tmp_path / "spool")
     store.check()
     store.write([point for each in points.values() for point in each])
-    eventually("all points to be taken", lambda: not store.waiting)
+    eventually("all points to be accepted", lambda: not store.waiting)
     store.close()
     assert store.dropped == 0
     reader = InfluxReader(target)
@@ -84,7 +86,7 @@ def test_every_measurement_comes_back_as_it_went_in(target: InfluxTarget, tmp_pa
     assert run in reader.runs()
 
 
-def test_a_wrong_token_and_a_bucket_that_is_not_there_are_one_line(target: InfluxTarget, tmp_path: Path) -> None:
+def test_wrong_token_and_missing_bucket_raise_bad_store(target: InfluxTarget, tmp_path: Path) -> None:
     for wrong, problem in [
         (replace(target, token="wrong"), "the token is not accepted"),
         (replace(target, bucket=uuid.uuid4().hex), "not found"),

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from brokers.mqtt.client import RECEIVE_MAXIMUM, MqttTransport
+from brokers.mqtt.client import MqttTransport
+from brokers.mqtt.connection import RECEIVE_MAXIMUM
 from brokers.protocol.topics import ingress_topic, results_topic
 from brokers.protocol.transport import Delivery
 from brokers.server.local_broker import LocalBroker, start_broker

@@ -12,7 +12,7 @@ from tests.support.brokers.ports import free_port
 from tests.support.brokers.presence import wait_for_workers
 from tests.support.environment.external_programs import require_dependency
 from tests.support.monitor.http_client import fetch_metrics, fetch_stages, http_get
-from tests.support.monitor.prometheus_text import select_series, series_value
+from tests.support.monitor.prometheus_series import select_series, series_value
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
 from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
 

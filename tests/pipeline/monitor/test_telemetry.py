@@ -14,7 +14,7 @@ import pytest
 from brokers.server.local_broker import LocalBroker
 from tests.support.brokers.ports import free_port
 from tests.support.monitor.http_client import fetch_metrics, http_get
-from tests.support.monitor.prometheus_text import series_value
+from tests.support.monitor.prometheus_series import series_value
 from tests.support.monitor.telemetry_file import finished_request_ids, read_points
 from tests.support.monitor.unix_client import encode_event, encode_task_event, send_datagrams, short_temp_folder
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
@@ -227,8 +227,8 @@ def test_a_socket_of_a_living_monitor_is_one_line_and_it_lives_on(sandbox: Proce
             said = sandbox.start_sparse("monitor", "--port", str(free_port()), *words, environment=environment).wait()
             assert (said.returncode, said.stdout) == (2, "")
             assert said.stderr == (
-                f"sparse: {socket}: a monitor that runs listens on this socket: stop it, or choose another with "
-                "--socket (and SPARSE_MONITOR for those who send)\n"
+                f"sparse: {socket}: another monitor uses this socket: stop it, or choose another with "
+                "--socket (and SPARSE_MONITOR for the senders)\n"
             )
         send_datagrams(socket, encode_task_event(1))
         eventually("the event", lambda: series_value(fetch_metrics(port), "sparse_monitor_events_total") == 1)
@@ -239,7 +239,7 @@ def test_a_socket_of_a_living_monitor_is_one_line_and_it_lives_on(sandbox: Proce
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--socket", "/dev/null/events"), "sparse: /dev/null/events: events cannot be heard there: file exists"),
+        (("--socket", "/dev/null/events"), "sparse: /dev/null/events: cannot receive events there: file exists"),
         (("--store", "pyproject.toml"), "sparse: telemetry in pyproject.toml: file is not a database"),
         (("--every", "0"), "sparse: monitor: Invalid value for '--every'"),
         (("--limit", "0"), "sparse: monitor: Invalid value for '--limit'"),

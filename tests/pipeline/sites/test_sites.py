@@ -57,8 +57,8 @@ def local_leaks(wire: PacketCapture, near: set[str], far: set[str]) -> list[str]
 
 
 def assert_only_what_had_to_cross(heard: dict[str, PacketCapture], near: set[str], far: set[str]) -> None:
-    assert local_leaks(heard["there"], near, far) == []
-    assert local_leaks(heard["back"], far, near) == []
+    assert local_leaks(heard["outbound"], near, far) == []
+    assert local_leaks(heard["inbound"], far, near) == []
     for wire in heard.values():
         about_requests = [each for each in wire.publishes if not PRESENCE.fullmatch(each.topic)]
         twice = [
@@ -82,16 +82,16 @@ def test_a_pipeline_over_three_sites_sends_over_each_link_what_has_to_cross_it_a
         assert_only_what_had_to_cross(heard_far, {"device", "cloudlet"}, {"cloud"})
     assert (summary["results"], summary["lost"], summary["retries"]) == (REQUESTS, 0, 0)
 
-    activations = [each for each in heard_far["there"].publishes if each.properties.get("kind") == b"activation"]
+    activations = [each for each in heard_far["outbound"].publishes if each.properties.get("kind") == b"activation"]
     assert {each.topic for each in activations} == {"sparse/cloud/far/tail/in/tail-1"}
     content_bytes = summary["stages"]["body"]["bytes_out"]
     crossed_bytes = sum(each.payload_bytes for each in activations)
     assert content_bytes <= crossed_bytes < 1.01 * content_bytes, "the bodies, and their headers, and nothing twice"
     # Every byte is accounted for: activations, what is said of them and of who is up, and MQTT's own handshakes.
     # The bridge had greeted before we listened.
-    assert 0 <= far.byte_counts.outbound - heard_far["there"].total_bytes < 1000
+    assert 0 <= far.byte_counts.outbound - heard_far["outbound"].total_bytes < 1000
     assert far.byte_counts.outbound < 1.02 * crossed_bytes + 2000 * summary["elapsed_s"] + 50_000
-    results = [each for each in heard_far["back"].publishes if each.properties.get("kind") == b"result"]
+    results = [each for each in heard_far["inbound"].publishes if each.properties.get("kind") == b"result"]
     assert len(results) == REQUESTS
     assert {each.topic.split("/")[1] for each in results} == {"device"}
     sandbox.assert_nothing_left()

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import wraps
 from typing import Any, Protocol
 
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.protocol.transport import Delivery, Transport, Will
 from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
 
@@ -69,7 +71,7 @@ class InMemoryBrokerUnderTest:
 
 
 class LocalBrokerUnderTest:
-    def __init__(self, kind: BrokerKind, max_packet_bytes: int | None = None) -> None:
+    def __init__(self, kind: BrokerKind, max_packet_bytes: int = MAX_REMAINING_BYTES) -> None:
         self._kind: BrokerKind = kind
         self._max_packet_bytes = max_packet_bytes
         self.local_broker: LocalBroker = start_broker(kind=kind, max_packet_bytes=max_packet_bytes)
@@ -134,6 +136,16 @@ def run_async(coroutine: Coroutine[Any, Any, None], timeout_s: float = 60.0) -> 
 
     asyncio.run(guarded())
     assert unseen == []
+
+
+def async_test(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Make a test of a coroutine function, whose arguments are fixtures, by `run_async`."""
+
+    @wraps(function)
+    def test(*args: Any, **kwargs: Any) -> None:
+        run_async(function(*args, **kwargs))
+
+    return test
 
 
 def has_exited(pid: int, within_s: float = 5.0) -> bool:

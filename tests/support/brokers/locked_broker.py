@@ -15,9 +15,9 @@ from brokers.config.bridge_rules import Bridge
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.socket_connect import TlsConfig
-from brokers.mqtt.tls_files import read_ca, utc_now
+from brokers.mqtt.tls_files import utc_now
 from brokers.security.acl import render_acl
-from brokers.security.cert_store import ensure_certificates
+from brokers.security.cert_store import ensure_certificates, read_ca
 from brokers.security.dev_ca import CertificateKeyPair, Identity, issue_certificate, pipeline_identities
 from brokers.security.principals import all_sites, broker_username
 from brokers.server import mosquitto_conf as mosquitto
@@ -60,11 +60,6 @@ class SecureBroker:
         return MqttTransport(self.address, tls=tls_from_folder(self.certs / name))
 
 
-def load_ca(certs: Path) -> CertificateKeyPair:
-    """The authority in a folder of certificates."""
-    return CertificateKeyPair(*read_ca(certs / "authority" / "ca.crt", certs / "authority" / "ca.key"))
-
-
 def forge_credentials(
     certs: Path,
     name: str,
@@ -76,7 +71,7 @@ def forge_credentials(
 ) -> Path:
     """Credentials that `sparse certs` would not make: of any name, authority and time; their folder."""
     begin = utc_now() + timedelta(days=valid_from_days)
-    pair = issue_certificate(ca or load_ca(certs), Identity(name, hosts), begin, valid_days)
+    pair = issue_certificate(ca or read_ca(certs, utc_now()), Identity(name, hosts), begin, valid_days)
     folder = certs / f"forged-{len(list(certs.iterdir()))}"
     folder.mkdir()
     (folder / "tls.crt").write_bytes(pair.certificate_pem)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from brokers.errors import SparseError
 from stages.models.darknet_layers import NORM_MOMENTUM, Convolutional, Darknet
+from stages.models.yolo_postprocess import Detections
 from stages.partition.weight_files import find_weights
 from tests.support.environment.external_programs import require_dependency
 
@@ -89,6 +91,22 @@ def opencv_forward(cfg: Path, weights: Path, blob: FloatArray, layers: list[str]
     return [np.asarray(output, np.float32) for output in network.forward(layers)]
 
 
+ReferenceDetection = tuple[float, int, tuple[float, float, float, float]]  # score, class, (left, top, width, height)
+
+
+def assert_same_detections(actual: Detections, expected: Sequence[ReferenceDetection]) -> None:
+    """Compare one to one, in any order: classes exactly, scores to 1e-3, boxes to 1e-3 or a twentieth of a pixel."""
+    assert len(actual) == len(expected)
+    left = list(expected)
+    for score, label, box in zip(actual.scores.tolist(), actual.classes.tolist(), actual.boxes.tolist(), strict=True):
+        alike = [one for one in left if one[1] == label and abs(one[0] - score) < 1e-3]
+        nearest = min(alike, key=lambda one: np.abs(np.subtract(one[2], box)).max(), default=left[0])
+        assert label == nearest[1]
+        assert score == pytest.approx(nearest[0], abs=1e-3)
+        assert box == pytest.approx(nearest[2], rel=1e-3, abs=0.05)
+        left.remove(nearest)
+
+
 class _Box(ctypes.Structure):
     _fields_ = [("x", ctypes.c_float), ("y", ctypes.c_float), ("w", ctypes.c_float), ("h", ctypes.c_float)]
 
@@ -141,7 +159,7 @@ class DarknetLibrary:
 
     def detect(
         self, network: int, picture: npt.NDArray[np.uint8], threshold: float, nms: float
-    ) -> list[tuple[float, int, tuple[float, float, float, float]]]:
+    ) -> list[ReferenceDetection]:
         """(score, class, (left, top, width, height) in pixels), best first, by the steps of `detector test`."""
         image, _alive = _image(picture)
         self._library.network_predict_image(network, image)

@@ -137,15 +137,15 @@ def write_run_folder(points: Sequence[TelemetryPoint], folder: Path) -> Path:
 def make_manifest(suites: Mapping[str, Sequence[str]], warm_up: int = 0, **sweep_settings: Any) -> dict[str, Any]:
     """A benchmark's, of suites by name and the folders of their runs; `about`: what each point of a sweep is."""
     return {
-        "command": ["sparse", "bench", *suites], "mode": "run", "begun": "2026-01-02T03:04:05+00:00",
-        "ended": "2026-01-02T03:14:05+00:00", "warm_up": warm_up, "requests": 200, "repeats": 3,
+        "command": ["sparse", "bench", *suites], "mode": "run", "started_at": "2026-01-02T03:04:05+00:00",
+        "ended_at": "2026-01-02T03:14:05+00:00", "warm_up": warm_up, "requests": 200, "repeats": 3,
         "versions": {"python": "3.11.2", "torch": "2.7.0"}, "revision": {"commit": "0123abc", "dirty": False},
         "hardware": {"cpu": "made up", "cores": 4, "memory_bytes": 8_000_000_000, "gpus": []},
         "suites": [
             {
                 "name": name, "path": "swept.toml" if sweep_settings else f"{name}.toml",
-                "text": f'[pipeline]\nname = "{name}"\n', "changed": {},
-                "about": sweep_settings.get(name, {}), "kind": "inference", "seed": 0, "runs": list(runs),
+                "pipeline_text": f'[pipeline]\nname = "{name}"\n', "overrides": {},
+                "sweep_point": sweep_settings.get(name, {}), "kind": "inference", "seed": 0, "runs": list(runs),
                 "links": [{"site": "device", "to": "cloud", "delay_ms": 8.0, "rate_mbit": 50.0, "emulated": True}],
             }
             for name, runs in suites.items()

@@ -20,7 +20,7 @@ class IngressPipeline:
         require_dependency("iotcore")
         self._box, self.port = sandbox, free_port()
         self.command = sandbox.start_sparse("run", path, "--broker", "embedded", "--port", str(self.port), *words)
-        eventually("the gateway", lambda: "Ctrl-C ends it" in self.read_stderr())
+        eventually("the gateway", lambda: "Ctrl-C" in self.read_stderr())
         self._reader = self.start_client("mosquitto_sub -V 5 -t 'sparse/local/results/#'")
         # MQTT does not say who else has subscribed: ask until the gateway and the reader are both there.
         eventually("an answer", self._greeted)

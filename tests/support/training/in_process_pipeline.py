@@ -43,7 +43,7 @@ def kill_client(hub: MemoryBroker, transport: MemoryTransport) -> None:
     """End a client as when its process is killed: it says nothing more, and its broker tells."""
     hub.kill_client(transport)
     transport._closed = True
-    transport._standing.set()
+    transport._changed.set()
 
 
 class InProcessWorker:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stages.models.registry import ModelSpec
+
 
 def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and statistic its own numbers, of a size at which values neither vanish nor explode.
@@ -33,3 +35,9 @@ def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
         if name.endswith("num_batches_tracked"):
             tensor.zero_()
     return model
+
+
+def state_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a model's state, without allocating it."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in spec.build().state_dict().items()}

@@ -1,4 +1,4 @@
-"""Which topic matches which filter: the examples of MQTT 5.0 section 4.7."""
+"""Topic filters, by the examples of MQTT 5.0 section 4.7."""
 
 from __future__ import annotations
 
@@ -30,21 +30,28 @@ from brokers.mqtt.topic_filters import Subscription, Subscriptions, filter_match
         ("$share/g/a/+", "b/b", False),
     ],
 )
-def test_a_filter_matches_as_the_specification_says(topic_filter: str, topic: str, expected: bool) -> None:
+def test_filter_matches_as_specified(topic_filter: str, topic: str, expected: bool) -> None:
     assert filter_matches(topic_filter, topic) is expected
 
 
-def test_a_shared_filter_names_its_group() -> None:
+def test_shared_filter_is_split_into_group_and_filter() -> None:
     assert split_shared_filter("$share/workers/a/b") == ("workers", "a/b")
     assert split_shared_filter("a/b") == ("", "a/b")
 
 
-def test_a_change_of_subscriptions_is_seen_for_topics_that_were_asked_for_before() -> None:
-    table = Subscriptions()
-    assert table.matching("a") == ()
+def test_changed_subscriptions_replace_cached_matches() -> None:
+    subscriptions = Subscriptions()
+    assert subscriptions.matching("a") == ()
     wide, exact = Subscription("+", print), Subscription("a", print)
-    table.add(wide)
-    table.add(exact)
-    assert table.matching("a") == (wide, exact)
-    table.remove("+")
-    assert table.matching("a") == (exact,)
+    subscriptions.add(wide)
+    subscriptions.add(exact)
+    assert subscriptions.matching("a") == (wide, exact)
+    subscriptions.remove("+")
+    assert subscriptions.matching("a") == (exact,)
+
+
+def test_second_handler_for_a_filter_raises_value_error() -> None:
+    subscriptions = Subscriptions()
+    subscriptions.add(Subscription("a", print))
+    with pytest.raises(ValueError, match="subscribed already"):
+        subscriptions.add(Subscription("a", print))

@@ -1,9 +1,9 @@
-"""YOLOv3 and YOLOv3-tiny compute what Darknet's networks compute, layer by layer in Darknet's numbering."""
+"""YOLOv3 and YOLOv3-tiny have the layers of their .cfg files and compute what OpenCV and Darknet compute."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from brokers.process.image_decode import decode_picture
 from stages.models.darknet_layers import (
     Convolutional,
     Darknet,
-    LayerSpec,
     MaxPool,
     RouteLayer,
     Shortcut,
@@ -22,10 +22,14 @@ from stages.models.darknet_layers import (
     Yolo,
 )
 from stages.models.darknet_weights import load_darknet_weights, save_darknet_weights
-from stages.models.image_preprocess import decode_image, letterbox
+from stages.models.image_preprocess import letterbox
+from stages.models.yolo_postprocess import postprocess_detections
 from stages.models.yolov3 import yolov3, yolov3_tiny
+from stages.partition.partition import layer_names
 from tests.support.environment.darknet_reference import (
+    DarknetLibrary,
     FloatArray,
+    assert_same_detections,
     darknet_file,
     init_stable_weights,
     opencv_forward,
@@ -33,7 +37,7 @@ from tests.support.environment.darknet_reference import (
     write_resized_cfg,
 )
 
-KINDS = {
+LAYER_CLASSES: dict[str, type[nn.Module]] = {
     "convolutional": Convolutional,
     "maxpool": MaxPool,
     "route": RouteLayer,
@@ -41,96 +45,90 @@ KINDS = {
     "upsample": Upsample,
     "yolo": Yolo,
 }
-NETWORKS = [("yolov3", yolov3), ("yolov3-tiny", yolov3_tiny)]
-Make = Callable[[], Darknet]
+Factory = Callable[[], Darknet]
 
 
-class LayerTracer(torch.fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return bool(getattr(m, "fx_leaf", False)) or super().is_leaf_module(m, module_qualified_name)
-
-
-def on_meta(make: Make) -> Darknet:
+def on_meta(factory: Factory) -> Darknet:
     with torch.device("meta"):
-        return make()
+        return factory()
 
 
-def sections(cfg: Path) -> list[tuple[str, dict[str, str]]]:
+def cfg_layers(cfg: Path) -> list[tuple[str, dict[str, str]]]:
     """The layers of a .cfg file: (kind, settings)."""
-    found: list[tuple[str, dict[str, str]]] = []
+    sections: list[tuple[str, dict[str, str]]] = []
     for line in cfg.read_text().splitlines():
         if header := re.match(r"\[(\w+)\]", line):
-            found.append((header[1], {}))
+            sections.append((header[1], {}))
         elif setting := re.match(r"(\w+)\s*=\s*(.+)", line):
-            found[-1][1][setting[1]] = setting[2].strip()
-    return found[1:]  # the first is [net]
+            sections[-1][1][setting[1]] = setting[2].strip()
+    return sections[1:]  # the first is [net]
 
 
-def numbers(text: str) -> list[int]:
+def integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-@pytest.mark.parametrize(("name", "make"), NETWORKS)
-def test_each_layer_is_what_the_cfg_file_says(name: str, make: Make) -> None:
-    model = on_meta(make)
-    layers = sections(darknet_file(f"cfg/{name}.cfg"))
+@pytest.mark.parametrize(("name", "factory"), [("yolov3", yolov3), ("yolov3-tiny", yolov3_tiny)])
+def test_layers_equal_those_of_the_cfg_file(name: str, factory: Factory) -> None:
+    model = on_meta(factory)
+    layers = cfg_layers(darknet_file(f"cfg/{name}.cfg"))
     assert len(model.layers) == len(layers)
-    for index, (layer, (kind, setting)) in enumerate(zip(model.layers, layers, strict=True)):
-        assert type(layer) is KINDS[kind], index
+    for index, (layer, (kind, settings)) in enumerate(zip(model.layers, layers, strict=True)):
+        assert type(layer) is LAYER_CLASSES[kind], index
         sources = [-1]
         if kind == "route":
-            sources = numbers(setting["layers"])
+            sources = integers(settings["layers"])
         elif kind == "shortcut":
-            sources = [-1, int(setting["from"])]
+            sources = [-1, int(settings["from"])]
         assert model.sources[index] == tuple(s if s >= 0 else index + s for s in sources), index
         if isinstance(layer, Convolutional):
-            size = int(setting["size"])
+            size = int(settings["size"])
             conv = layer.conv
-            assert conv.out_channels == int(setting["filters"]), index
+            assert conv.out_channels == int(settings["filters"]), index
             assert conv.kernel_size == (size, size), index
-            assert conv.stride == (int(setting["stride"]),) * 2, index
-            assert (layer.norm is not None) == (setting.get("batch_normalize") == "1"), index
-            assert (layer.norm is not None) == (setting["activation"] == "leaky"), index
+            assert conv.stride == (int(settings["stride"]),) * 2, index
+            assert (layer.norm is not None) == (settings.get("batch_normalize") == "1"), index
+            assert (layer.norm is not None) == (settings["activation"] == "leaky"), index
         elif isinstance(layer, MaxPool):
-            assert (layer.size, layer.stride) == (int(setting["size"]), int(setting["stride"])), index
+            assert (layer.size, layer.stride) == (int(settings["size"]), int(settings["stride"])), index
         elif isinstance(layer, Upsample):
-            assert layer.stride == int(setting["stride"]), index
+            assert layer.stride == int(settings["stride"]), index
         elif isinstance(layer, Yolo):
-            flat = numbers(setting["anchors"])
+            flat = integers(settings["anchors"])
             pairs = list(zip(flat[::2], flat[1::2], strict=True))
-            masks = numbers(setting["mask"])
-            if make is yolov3_tiny and masks == [0, 1, 2]:
+            masks = integers(settings["mask"])
+            if factory is yolov3_tiny and masks == [0, 1, 2]:
                 masks = [1, 2, 3]  # as the published weights were trained: see YOLOV3_TINY_ANCHORS
             assert layer.anchors == tuple(pairs[mask] for mask in masks), index
 
 
-@pytest.mark.parametrize(("make", "count", "detections"), [(yolov3, 107, 3), (yolov3_tiny, 24, 2)])
-def test_a_trace_has_one_node_for_each_layer_in_darknets_numbering(make: Make, count: int, detections: int) -> None:
-    model = on_meta(make)
-    nodes = [node for node in LayerTracer().trace(model).nodes if node.op not in ("placeholder", "output")]
-    assert [node.target for node in nodes] == [f"layers.{index}" for index in range(count)]
+@pytest.mark.parametrize(("factory", "count", "detections"), [(yolov3, 107, 3), (yolov3_tiny, 24, 2)])
+def test_trace_has_one_node_per_layer_in_darknets_numbering(factory: Factory, count: int, detections: int) -> None:
+    model = on_meta(factory)
+    assert layer_names(model) == tuple(f"layers.{index}" for index in range(count))
     assert sum(isinstance(layer, Yolo) for layer in model.layers) == len(model.anchors) == detections
 
 
-def test_a_model_on_the_meta_device_has_no_state_elsewhere() -> None:
+def test_meta_model_has_no_state_elsewhere() -> None:
     model = on_meta(yolov3_tiny)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
-    others = [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
-    assert others == []
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    assert not any(isinstance(value, torch.Tensor) for value in attributes)
 
 
-@pytest.mark.parametrize(("make", "shapes"), [
-    (yolov3_tiny, [(2, 3, 85, 3, 2), (2, 3, 85, 6, 4)]),
-    (yolov3, [(2, 3, 85, 3, 2), (2, 3, 85, 6, 4), (2, 3, 85, 12, 8)]),
-])  # fmt: skip
-def test_any_batch_and_any_multiple_of_32_gives_one_output_for_each_detection_layer(
-    make: Make, shapes: list[tuple[int, ...]]
-) -> None:
+@pytest.mark.parametrize(
+    ("factory", "shapes"),
+    [
+        (yolov3_tiny, [(2, 3, 85, 3, 2), (2, 3, 85, 6, 4)]),
+        (yolov3, [(2, 3, 85, 3, 2), (2, 3, 85, 6, 4), (2, 3, 85, 12, 8)]),
+    ],
+)
+def test_output_shapes_follow_batch_and_input_size(factory: Factory, shapes: list[tuple[int, ...]]) -> None:
     images = torch.empty(2, 3, 96, 64, device="meta")
-    assert [tuple(output.shape) for output in on_meta(make).eval()(images)] == shapes
+    assert [tuple(output.shape) for output in on_meta(factory).eval()(images)] == shapes
 
 
-def test_pictures_in_one_batch_do_not_touch_each_other() -> None:
+def test_pictures_of_one_batch_are_independent() -> None:
     model = yolov3_tiny()
     init_stable_weights(model, seed=1)
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))
@@ -141,104 +139,71 @@ def test_pictures_in_one_batch_do_not_touch_each_other() -> None:
         torch.testing.assert_close(output, torch.cat([one[layer] for one in alone]), rtol=1e-4, atol=1e-5)
 
 
-def test_every_parameter_learns() -> None:
+def test_every_parameter_has_a_gradient() -> None:
     model = yolov3_tiny()
     init_stable_weights(model, seed=1)
     model.train()
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     sum(output.square().sum() for output in model(images)).backward()
-    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert dead == []
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
 
 
-def test_outputs_pass_the_logistic_except_width_and_height() -> None:
-    x = torch.randn(2, 3 * 7, 4, 5, generator=torch.Generator().manual_seed(3)) * 3
-    y = Yolo(((1, 1), (2, 2), (3, 3)), classes=2)(x)
-    assert y.shape == (2, 3, 7, 4, 5)
-    raw = x.numpy().reshape(2, 3, 7, 4, 5)
-    expected = 1 / (1 + np.exp(-raw))
-    expected[:, :, 2:4] = raw[:, :, 2:4]
-    np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5)
+# References ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_window_of_a_pool_that_moves_one_pixel_ends_at_the_edge() -> None:
-    x = torch.tensor([[[[-5.0, -1.0], [-3.0, -4.0]]]])
-    assert MaxPool(2, 1)(x).tolist() == [[[[-1.0, -1.0], [-3.0, -4.0]]]]
-
-
-def test_the_last_windows_of_a_pool_over_an_odd_side_are_cut_off_by_the_edge() -> None:
-    x = torch.arange(9.0).reshape(1, 1, 3, 3)
-    assert MaxPool(2, 2)(x).tolist() == [[[[4.0, 5.0], [7.0, 8.0]]]]
-
-
-def test_a_layer_that_several_layers_read_is_held_until_the_last_of_them() -> None:
-    rows = [
-        LayerSpec(Convolutional, filters=4),
-        LayerSpec(Convolutional, filters=4),
-        LayerSpec(Shortcut, (-1, 0)),
-        LayerSpec(RouteLayer, (0, 2)),
-    ]
-    model = Darknet(
-        [*rows, LayerSpec(Convolutional, filters=6, linear=True), LayerSpec(Yolo, anchors=((1, 1),))], classes=1
-    )
-    init_stable_weights(model, seed=4)
-    images = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(5))
-    with torch.inference_mode():
-        first = model.layers[0](images)
-        routed = torch.cat((first, model.layers[1](first) + first), dim=1)
-        expected = model.layers[5](model.layers[4](routed))
-        assert torch.equal(model(images)[0], expected)
-
-
-def assert_same_outputs(model: Darknet, blob: FloatArray, raw: list[FloatArray]) -> None:
-    """`raw` is what the reference says in front of each detection layer; the logistic of it is compared as well."""
+def assert_same_outputs(model: Darknet, images: FloatArray, expected: list[FloatArray]) -> None:
+    """Compare the inputs of the detection layers with `expected`, and their outputs with its logistic."""
     inputs: list[torch.Tensor] = []
     yolos = [layer for layer in model.layers if isinstance(layer, Yolo)]
     hooks = [yolo.register_forward_pre_hook(lambda _, x: inputs.append(x[0])) for yolo in yolos]
     with torch.inference_mode():
-        outputs = model(torch.from_numpy(blob))
+        outputs = model(torch.from_numpy(images))
     for hook in hooks:
         hook.remove()
-    for yolo, ours, output, theirs in zip(yolos, inputs, outputs, raw, strict=True):
-        assert_close(ours.numpy(), theirs)
-        activated: FloatArray = theirs.reshape(theirs.shape[0], len(yolo.anchors), -1, *theirs.shape[2:])
+    for yolo, actual, output, reference in zip(yolos, inputs, outputs, expected, strict=True):
+        assert_close(actual.numpy(), reference)
+        activated: FloatArray = reference.reshape(reference.shape[0], len(yolo.anchors), -1, *reference.shape[2:])
         sizes = activated[:, :, 2:4].copy()
         activated = (1 / (1 + np.exp(-activated))).astype(np.float32)
         activated[:, :, 2:4] = sizes
         assert_close(output.numpy(), activated)
 
 
-def assert_close(ours: FloatArray, theirs: FloatArray) -> None:
-    """To 1e-3 of the typical number of the layer: single ones pass through zero."""
-    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * np.abs(theirs).mean())
+def assert_close(actual: FloatArray, expected: FloatArray) -> None:
+    """To 1e-3 of the layer's mean magnitude: single values pass through zero."""
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).mean())
 
 
-def test_tiny_with_its_trained_weights_agrees_with_opencv() -> None:
+def test_tiny_with_published_weights_equals_opencv() -> None:
     weights = pretrained_weights("yolov3-tiny")
-    blob = letterbox(decode_image(darknet_file("data/dog.jpg").read_bytes()), 416, 416).numpy()
+    images = letterbox(decode_picture(darknet_file("data/dog.jpg").read_bytes()), 416, 416).numpy()
     model = yolov3_tiny().eval()
     load_darknet_weights(model, weights)
-    raw = opencv_forward(darknet_file("cfg/yolov3-tiny.cfg"), weights, blob, ["conv_15", "conv_22"])
-    assert_same_outputs(model, blob, raw)
+    expected = opencv_forward(darknet_file("cfg/yolov3-tiny.cfg"), weights, images, ["conv_15", "conv_22"])
+    assert_same_outputs(model, images, expected)
 
 
-@pytest.fixture
-def random_yolov3(tmp_path: Path) -> Iterator[tuple[Darknet, Path]]:
+def test_full_yolov3_equals_opencv_and_darknet_with_our_weights_file(tmp_path: Path) -> None:
     model = yolov3()
-    init_stable_weights(model, seed=6)
-    path = tmp_path / "random.weights"
-    save_darknet_weights(model, path)
-    yield model, path
-    path.unlink()  # 248 MB, which pytest would keep
+    init_stable_weights(model, seed=8)
+    weights = tmp_path / "random.weights"
+    save_darknet_weights(model, weights)
+    cfg = write_resized_cfg("yolov3", 96, tmp_path)
+    picture = decode_picture(darknet_file("data/dog.jpg").read_bytes())
+    images = letterbox(picture, 96, 96)
 
-
-def test_full_yolov3_agrees_with_opencv_that_reads_the_weights_we_wrote(
-    random_yolov3: tuple[Darknet, Path], tmp_path: Path
-) -> None:
-    model, weights = random_yolov3
-    blob = letterbox(decode_image(darknet_file("data/dog.jpg").read_bytes()), 96, 96).numpy()
-    raw = opencv_forward(write_resized_cfg("yolov3", 96, tmp_path), weights, blob, ["conv_81", "conv_93", "conv_105"])
-    for layer in raw:  # neither dead nor exploded, or agreement would mean nothing
+    expected = opencv_forward(cfg, weights, images.numpy(), ["conv_81", "conv_93", "conv_105"])
+    for layer in expected:  # vanishing or exploding signals would make the comparison meaningless
         assert 0.1 < layer.std() < 10
-        assert layer.std(axis=(2, 3)).min() > 1e-3, "a channel is the same for every place in the picture"
-    assert_same_outputs(model, blob, raw)
+        assert layer.std(axis=(2, 3)).min() > 1e-3, "a channel is constant"
+    assert_same_outputs(model, images.numpy(), expected)
+
+    darknet = DarknetLibrary()
+    detections = darknet.detect(darknet.load_network(cfg, weights), picture, 0.6, 0.45)
+    weights.unlink()  # 248 MB, which pytest would keep
+    assert len(detections) > 50  # of three sizes and many classes
+    with torch.inference_mode():
+        outputs = model(images)
+    size = (picture.shape[1], picture.shape[0])
+    assert_same_detections(postprocess_detections(outputs, (96, 96), size, 0.6), detections)

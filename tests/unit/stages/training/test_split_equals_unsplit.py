@@ -23,7 +23,7 @@ from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.training import LABELS_TENSOR, MicroBatch
 from sources.training.export_weights import MODEL_FILE, write_weights
-from stages.models.vgg import small_vgg
+from stages.models.vgg import SmallVgg
 from stages.partition.fx_graph import trace
 from stages.training.checkpoints import Checkpoint, CheckpointStore
 from stages.training.errors import BadGradient, BadLabels, NotFinite, UnknownForward
@@ -58,7 +58,7 @@ class Net:
 
 
 NETS = {
-    "vgg11": Net("vgg11-small", lambda: small_vgg("vgg11-small"), (3, 32, 32), 10),
+    "vgg11": Net("vgg11-small", lambda: SmallVgg("vgg11-small"), (3, 32, 32), 10),
     "resnet18": Net(
         "torchvision:resnet18",
         lambda: torchvision.models.resnet18(num_classes=6),

@@ -1,0 +1,178 @@
+"""Sending with a bounded queue, and keep-alive, on a socket whose peer is in the hands of the test."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+
+from brokers.mqtt.publish_packet import PublishHeader
+from brokers.mqtt.socket_loop import (
+    DEAD_AFTER_TICKS,
+    PING_AFTER_TICKS,
+    QUEUE_LIMIT_BYTES,
+    ConnectionLost,
+    PacketSocket,
+)
+from tests.support.brokers.broker_kinds import WAIT_S, run_async
+
+PINGREQ, PINGRESP = b"\xc0\x00", b"\xd0\x00"
+
+
+class IgnoringHandler:
+    def get_buffer(self, header: PublishHeader) -> memoryview | None:
+        return None
+
+    def on_publish(self, header: PublishHeader, payload: memoryview) -> None: ...
+
+    def on_packet(self, data: bytes) -> None: ...
+
+
+class Ticks:
+    """Replaces the sleep between two checks of the keep-alive task, so that the test decides when it checks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, packets: PacketSocket) -> None:
+        self._packets = packets
+        self._sleep = asyncio.sleep
+        self._ticks: asyncio.Queue[None] = asyncio.Queue()
+        self._checks = 0
+        monkeypatch.setattr(asyncio, "sleep", self._wait)
+        packets.start_watchdog("keep-alive")
+
+    async def _wait(self, _: float) -> None:
+        self._checks += 1
+        await self._ticks.get()
+
+    async def advance(self, count: int) -> None:
+        """Have the task check `count` times."""
+        for _ in range(count):
+            self._ticks.put_nowait(None)
+            await self.until(partial(self._has_checked_since, max(1, self._checks)))
+
+    def _has_checked_since(self, checks: int) -> bool:
+        return self._checks > checks or self._packets.lost.done()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                await self._sleep(0.001)
+
+
+@asynccontextmanager
+async def packet_socket() -> AsyncIterator[tuple[PacketSocket, socket.socket]]:
+    """A started packet socket over TCP, with small kernel buffers, and the non-blocking socket of its peer."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.socket()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        ours.connect(server.getsockname())
+        peer, _ = server.accept()
+    with ours, peer:
+        ours.setblocking(False)
+        peer.setblocking(False)
+        packets = PacketSocket(ours, IgnoringHandler(), 1 << 20)
+        packets.start()
+        try:
+            yield packets, peer
+        finally:
+            packets.close("the test is over")
+            await packets.stop_watchdog()
+
+
+def has_received(packets: PacketSocket, count: int) -> bool:
+    return packets._reader.received_bytes == count
+
+
+async def receive(peer: socket.socket) -> bytes:
+    return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(peer, 1 << 20), WAIT_S)
+
+
+def test_quiet_broker_is_pinged_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with packet_socket() as (packets, peer):
+            ticks = Ticks(monkeypatch, packets)
+            await ticks.advance(PING_AFTER_TICKS)
+            assert await receive(peer) == PINGREQ
+            await ticks.advance(DEAD_AFTER_TICKS - PING_AFTER_TICKS - 1)
+            assert not packets.lost.done()
+            await ticks.advance(1)
+            assert "silent" in packets.lost.result()
+
+    run_async(test())
+
+
+def test_broker_that_answers_pings_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with packet_socket() as (packets, peer):
+            ticks = Ticks(monkeypatch, packets)
+            for received_bytes in (2, 4, 6):
+                await ticks.advance(PING_AFTER_TICKS)
+                assert await receive(peer) == PINGREQ
+                peer.send(PINGRESP)
+                await ticks.until(partial(has_received, packets, received_bytes))
+                await ticks.advance(1)
+            assert not packets.lost.done()
+
+    run_async(test())
+
+
+def test_silence_does_not_count_while_reading_is_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with packet_socket() as (packets, peer):
+            ticks = Ticks(monkeypatch, packets)
+            packets.set_reading_paused(True)
+            await ticks.advance(3 * DEAD_AFTER_TICKS)
+            assert not packets.lost.done()
+            assert (await receive(peer)).startswith(PINGREQ)
+
+    run_async(test())
+
+
+def test_slow_transfer_counts_as_activity(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with packet_socket() as (packets, peer):
+            ticks = Ticks(monkeypatch, packets)
+            packets.push((memoryview(bytes(8 << 20)),))
+            for _ in range(2 * DEAD_AFTER_TICKS):
+                sent_bytes = packets._writer.sent_bytes
+                while packets._writer.sent_bytes == sent_bytes:  # the peer's kernel has acknowledged earlier bytes
+                    await receive(peer)
+                await ticks.advance(1)
+            assert not packets.lost.done()
+            await ticks.advance(2 * DEAD_AFTER_TICKS)  # the peer reads no more
+            assert "silent" in packets.lost.result()
+
+    run_async(test())
+
+
+def test_cancelled_senders_leave_a_bounded_queue() -> None:
+    async def test() -> None:
+        async with packet_socket() as (packets, _):
+            frame = memoryview(bytes(200_000))
+            senders = [asyncio.create_task(packets.send((frame,))) for _ in range(60)]
+            for _ in range(3):
+                await asyncio.sleep(0)
+            for sender in senders:
+                sender.cancel()
+            await asyncio.wait(senders)
+            writer = packets._writer
+            assert writer.accepted_bytes - writer.sent_bytes <= QUEUE_LIMIT_BYTES + len(frame)
+            assert writer.accepted_bytes < 30 * len(frame)
+
+    run_async(test())
+
+
+def test_waiting_senders_raise_when_the_connection_ends() -> None:
+    async def test() -> None:
+        async with packet_socket() as (packets, _):
+            senders = [asyncio.create_task(packets.send((memoryview(bytes(4 << 20)),))) for _ in range(3)]
+            await asyncio.sleep(0)
+            packets.close("cable cut")
+            results = await asyncio.gather(*senders, return_exceptions=True)
+            assert [(type(result), str(result)) for result in results] == [(ConnectionLost, "cable cut")] * 3
+
+    run_async(test())

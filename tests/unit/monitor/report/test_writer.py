@@ -1,0 +1,68 @@
+"""A report replaces an older one in its folder, and no other files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from brokers.errors import UsageError
+from monitor.report.inputs import ReportInputs
+from monitor.report.writer import write_report
+from tests.unit.monitor.report.report_runs import FOUR_REQUESTS, make_run
+
+
+@pytest.fixture(autouse=True)
+def _fast_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images without rendering, which test_plots.py and tests/pipeline/monitor/test_report.py do."""
+    monkeypatch.setattr("monitor.report.writer.draw_figure", lambda *_: None)
+    monkeypatch.setattr("monitor.report.writer.render_image", lambda *_: b"<svg></svg>")
+
+
+def write(folder: Path) -> dict[str, object]:
+    return write_report(folder, ReportInputs([make_run("a", FOUR_REQUESTS)], ["b: no telemetry"]), lambda _: None)
+
+
+def test_report_has_a_page_images_and_data(tmp_path: Path) -> None:
+    result = write(tmp_path / "report")
+    files = {str(path.relative_to(tmp_path / "report")) for path in (tmp_path / "report").rglob("*.*")}
+    names = ("completion", "latency", "where")
+    images = {f"figures/{name}.{kind}" for name in names for kind in ("svg", "pdf", "png")}
+    tables = {f"data/{name}.csv" for name in (*names, "latency-percentiles", "summary")}
+    assert files == {"index.html", *images, *tables}
+    assert result["page"] == str(tmp_path / "report" / "index.html")
+    assert result["figures"] == ["completion", "where", "latency"]
+    assert result["skipped"] == ["b: no telemetry"]
+
+
+def test_older_report_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path)
+    old = tmp_path / "figures" / "sweep.pdf"
+    old.touch()
+    write(tmp_path)
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("files", [["mine.txt"], ["index.html", "figures/gpu.png"], ["figures/note.txt"]])
+def test_folder_with_other_files_is_refused(tmp_path: Path, files: list[str]) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError) as caught:
+        write(tmp_path)
+    assert (caught.value.code, caught.value.fields["path"]) == ("BadFolder", str(tmp_path))
+    assert all((tmp_path / name).read_text() == "mine" for name in files)
+
+
+def test_report_with_an_added_file_is_refused(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "data" / "note.txt").touch()
+    with pytest.raises(UsageError):
+        write(tmp_path)
+
+
+def test_unwritable_folder_raises_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError) as caught:
+        write(tmp_path / "file" / "report")
+    assert caught.value.code == "BadFolder"
