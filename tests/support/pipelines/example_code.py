@@ -31,11 +31,11 @@ def add_one(values: Any, **others: Any) -> Tensors:
 
 def add_padding(values: Any) -> Tensors:
     """What crosses a cut is much larger than what came in: 800 kB."""
-    return {"values": values, "ballast": np.full(200_000, float(values), np.float32)}
+    return {"values": values, "padding": np.full(200_000, float(values), np.float32)}
 
 
 def strip_padding(values: Any, padding: Any) -> Tensors:
-    assert np.all(padding == np.float32(values - 1)), "the ballast is another request's"
+    assert np.all(padding == np.float32(values - 1)), "the padding is another request's"
     return {"values": values}
 
 
