@@ -1,7 +1,7 @@
 """`Transport` within one process, without sockets: for tests, and for pipelines in one process.
 
-The broker object keeps retained messages, wills, sessions and shared subscriptions (round robin). Publications are
-delivered in order on the next iteration of the loop, as copies: no receiver sees a buffer of the sender.
+The broker object keeps retained messages, wills and shared subscriptions (round robin), but no sessions. Publications
+are delivered in order on the next iteration of the loop, as copies: no receiver sees a buffer of the sender.
 """
 
 from __future__ import annotations
@@ -10,40 +10,13 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 
 from brokers.errors import BrokerUnreachable, Disconnected, TooLarge
 from brokers.mqtt.callbacks import ReconnectCallback, call_handler, provide_buffer, run_reconnect_callbacks
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, encode_publish_header
 from brokers.mqtt.topic_filters import Subscription, Subscriptions, filter_matches, split_shared_filter
 from brokers.protocol.transport import BrokerLimits, Buffer, BufferProvider, Delivery, Handler, Properties, Will
-
-
-@dataclass(eq=False, slots=True)
-class _Pending:
-    """A publication that a session keeps until it is acknowledged."""
-
-    delivery: Delivery
-    acked: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class _Session:
-    """Subscriptions and pending publications of a client, connected or not."""
-
-    filters: dict[str, int] = field(default_factory=dict)  # topic filter -> QoS
-    pending: list[_Pending] = field(default_factory=list)
-    client: MemoryTransport | None = None
-
-    def accepts(self, topic: str) -> bool:
-        return any(qos and filter_matches(topic_filter, topic) for topic_filter, qos in self.filters.items())
-
-    def ack(self, publication: _Pending) -> None:
-        """Acknowledge in order, as MQTT does: those before it must be acknowledged too."""
-        publication.acked = True
-        while self.pending and self.pending[0].acked:
-            self.pending.pop(0)
 
 
 class MemoryBroker:
@@ -56,19 +29,17 @@ class MemoryBroker:
         self._clients: list[MemoryTransport] = []
         self._retained: dict[str, Delivery] = {}
         self._turns: dict[str, itertools.count[int]] = {}  # shared filter -> index of the next member
-        self._sessions: dict[str, _Session] = {}
 
     def stop(self) -> None:
         """Go down like a killed broker: no wills, nothing kept. Clients wait until `start`."""
         self.is_up = False
         self._retained.clear()
         self._turns.clear()
-        self._sessions.clear()
 
     def start(self) -> None:
         """Come up again; clients that were connected reconnect."""
         self.is_up = True
-        for client in self._clients:
+        for client in tuple(self._clients):
             client.on_broker_restart()
 
     def kill_client(self, client: MemoryTransport) -> None:
@@ -80,15 +51,10 @@ class MemoryBroker:
     def attach(self, client: MemoryTransport) -> None:
         if client not in self._clients:
             self._clients.append(client)
-        if client.session_name:
-            client.session = self._sessions.setdefault(client.session_name, _Session())
-            client.session.client = client
 
     def detach(self, client: MemoryTransport) -> None:
         with contextlib.suppress(ValueError):
             self._clients.remove(client)
-        if client.session is not None and client.session.client is client:
-            client.session.client = None
 
     def route(self, publication: Delivery, qos: int = 1) -> None:
         """Deliver a publication to its subscribers, and retain it if it asks for that (MQTT 5.0 section 3.3.1.3)."""
@@ -98,9 +64,6 @@ class MemoryBroker:
         elif publication.retain:
             self._retained.pop(publication.topic, None)
         live = replace(publication, retain=False)
-        for session in self._sessions.values():
-            if qos and session.client is None and session.accepts(publication.topic):
-                session.pending.append(_Pending(live))
         groups: dict[str, list[tuple[MemoryTransport, Subscription]]] = {}
         for client in self._clients:
             for subscription in client.matching(publication.topic):
@@ -123,12 +86,10 @@ class MemoryBroker:
 
 
 class MemoryTransport:
-    """A `Transport` to a `MemoryBroker`; with a `session_name` it resumes the session of that name."""
+    """A `Transport` to a `MemoryBroker`."""
 
-    def __init__(self, broker: MemoryBroker, *, session_name: str = "") -> None:
+    def __init__(self, broker: MemoryBroker) -> None:
         self._broker = broker
-        self.session_name = session_name
-        self.session: _Session | None = None
         self.will: Will | None = None
         self._subscriptions = Subscriptions()
         self._callbacks: list[ReconnectCallback] = []
@@ -156,7 +117,7 @@ class MemoryTransport:
         self._connected = True
         self._broker.attach(self)
         self._changed.set()
-        self._resume()
+        self._request_retained()
 
     async def subscribe(
         self,
@@ -171,12 +132,10 @@ class MemoryTransport:
         self._subscriptions.add(subscription)
         if self._connected:
             await self._wait_connected()
-            self._activate(subscription)
+            self._broker.send_retained(self, subscription)
 
     async def unsubscribe(self, topic_filter: str) -> None:
         self._subscriptions.remove(topic_filter)
-        if self.session is not None:
-            self.session.filters.pop(topic_filter, None)
 
     async def publish(
         self,
@@ -215,15 +174,13 @@ class MemoryTransport:
         return self._subscriptions.matching(topic)
 
     def receive(self, delivery: Delivery, subscription: Subscription, qos: int) -> None:
-        """Deliver on the next iteration of the loop; a session keeps a QoS 1 publication until it is acknowledged."""
-        pending = _Pending(replace(delivery, redelivered=True)) if qos and subscription.qos else None
-        if pending is not None and self.session is not None:
-            self.session.pending.append(pending)
-        asyncio.get_running_loop().call_soon(self._deliver, delivery, subscription, pending)
+        """Deliver on the next iteration of the loop. At QoS 1 a handler may acknowledge, which has no effect."""
+        if qos and subscription.qos and subscription.manual_ack:
+            delivery = replace(delivery, ack=lambda: None)
+        asyncio.get_running_loop().call_soon(self._deliver, delivery, subscription)
 
     def on_broker_restart(self) -> None:
-        self._broker.attach(self)
-        self._resume()
+        self._request_retained()
         self._changed.set()
         callbacks = run_reconnect_callbacks(self._callbacks, self.address)
         task = asyncio.create_task(callbacks, name=f"reconnected to {self.address}")
@@ -232,20 +189,9 @@ class MemoryTransport:
 
     # Internal ---------------------------------------------------------------------------------------------------------
 
-    def _resume(self) -> None:
-        """Deliver what the session kept, then what is retained."""
-        for pending in tuple(self.session.pending) if self.session is not None else ():
-            delivery = pending.delivery
-            pending.delivery = replace(delivery, redelivered=True)
-            for subscription in self._subscriptions.matching(delivery.topic):
-                asyncio.get_running_loop().call_soon(self._deliver, delivery, subscription, pending)
+    def _request_retained(self) -> None:
         for subscription in self._subscriptions:
-            self._activate(subscription)
-
-    def _activate(self, subscription: Subscription) -> None:
-        if self.session is not None:
-            self.session.filters[subscription.topic_filter] = subscription.qos
-        self._broker.send_retained(self, subscription)
+            self._broker.send_retained(self, subscription)
 
     async def _wait_connected(self) -> None:
         while not self._closed and not (self._connected and self._broker.is_up):
@@ -254,18 +200,11 @@ class MemoryTransport:
         if self._closed:
             raise Disconnected(self.address, "it was closed")
 
-    def _deliver(self, delivery: Delivery, subscription: Subscription, pending: _Pending | None) -> None:
+    def _deliver(self, delivery: Delivery, subscription: Subscription) -> None:
         if self._closed or subscription.topic_filter not in self._subscriptions:
             return
         length = delivery.payload.nbytes
         buffer = provide_buffer((subscription,), delivery.topic, delivery.properties, length) if length else None
         payload = memoryview(bytearray(length)) if buffer is None else buffer
         payload[:] = delivery.payload
-        ack = partial(self._ack, pending) if pending is not None else None
-        call_handler(subscription, replace(delivery, payload=payload, ack=ack if subscription.manual_ack else None))
-        if ack is not None and not subscription.manual_ack:
-            ack()
-
-    def _ack(self, pending: _Pending) -> None:
-        if self.session is not None:
-            self.session.ack(pending)
+        call_handler(subscription, replace(delivery, payload=payload))

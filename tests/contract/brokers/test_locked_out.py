@@ -22,8 +22,8 @@ from brokers.mqtt.tls_files import utc_now
 from brokers.security.cert_store import ensure_certificates
 from brokers.security.dev_ca import Identity, create_ca
 from sources.client.offloader import Offloader
-from tests.contract.brokers.test_mqtt_client import failed_connect, reconnected_event
-from tests.support.brokers.broker_kinds import WAIT_S, async_test, run_async
+from tests.contract.brokers.test_mqtt_client import failed_connect
+from tests.support.brokers.broker_kinds import WAIT_S, async_test, reconnected_event, run_async
 from tests.support.brokers.locked_broker import (
     SecureBroker,
     forge_credentials,

@@ -21,7 +21,7 @@ from brokers.mqtt.tls_files import utc_now
 from brokers.protocol.broker_url import BrokerAddress
 from brokers.security.dev_ca import Identity, create_ca, issue_certificate
 from brokers.server.local_broker import LocalBroker, start_broker
-from tests.support.brokers.broker_kinds import WAIT_S, DeliveryQueue, run_async
+from tests.support.brokers.broker_kinds import WAIT_S, DeliveryQueue, reconnected_event, run_async
 from tests.support.brokers.mosquitto import start_mosquitto
 from tests.support.brokers.ports import free_port
 from tests.support.environment.external_programs import require_dependency
@@ -61,17 +61,6 @@ async def failed_connect(address: str, timeout_s: float = WAIT_S, tls: TlsConfig
         await MqttTransport(address, tls=tls).connect(timeout_s=timeout_s)
     assert "\n" not in str(caught.value)
     return caught.value
-
-
-def reconnected_event(transport: MqttTransport) -> asyncio.Event:
-    """Return an event that is set after each reconnection."""
-    event = asyncio.Event()
-
-    async def set_event() -> None:
-        event.set()
-
-    transport.on_reconnect(set_event)
-    return event
 
 
 def test_closed_port_is_unreachable() -> None:

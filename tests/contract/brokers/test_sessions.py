@@ -12,15 +12,26 @@ import pytest
 from brokers.mqtt import client, connection, socket_loop
 from brokers.mqtt.client import MqttTransport
 from brokers.protocol.transport import Delivery, Transport
-from brokers.server.local_broker import LocalBroker, start_broker
+from brokers.server.local_broker import BrokerKind
 from tests.support.brokers.broker_kinds import (
     WAIT_S,
     BrokerUnderTest,
     DeliveryQueue,
     LocalBrokerUnderTest,
     async_test,
+    reconnected_event,
 )
 from tests.support.environment.external_programs import require_dependency
+
+
+@pytest.fixture(scope="module", params=["embedded", "mosquitto"])
+def local_broker(request: pytest.FixtureRequest) -> Iterator[LocalBrokerUnderTest]:
+    """A broker with sessions, which tests may stop and start again."""
+    kind: BrokerKind = request.param
+    require_dependency("iotcore" if kind == "embedded" else kind)
+    broker = LocalBrokerUnderTest(kind)
+    yield broker
+    broker.stop()
 
 
 @pytest.fixture
@@ -64,104 +75,95 @@ def ack(delivery: Delivery) -> int:
     return number_of(delivery)
 
 
-def reconnected_event(transport: Transport) -> asyncio.Event:
-    event = asyncio.Event()
-
-    async def set_event() -> None:
-        event.set()
-
-    transport.on_reconnect(set_event)
-    return event
-
-
 @async_test
-async def test_unacknowledged_publications_are_redelivered_first(shared_broker: BrokerUnderTest, session: str) -> None:
+async def test_unacknowledged_publications_are_redelivered_first(
+    local_broker: LocalBrokerUnderTest, session: str
+) -> None:
     first, second = DeliveryQueue(), DeliveryQueue()
-    transport = await subscribed(shared_broker, first, session)
-    await publish_numbers(shared_broker, *range(5))
+    transport = await subscribed(local_broker, first, session)
+    await publish_numbers(local_broker, *range(5))
     deliveries = [await first.next() for _ in range(5)]
     assert [ack(each) for each in deliveries[:2]] == [0, 1]
     ack(deliveries[3])  # out of order: sent only after that of the one before it
     await transport.close()
-    await publish_numbers(shared_broker, 5, 6)
-    transport = await subscribed(shared_broker, second, session)
+    await publish_numbers(local_broker, 5, 6)
+    transport = await subscribed(local_broker, second, session)
     assert [ack(await second.next()) for _ in range(5)] == [2, 3, 4, 5, 6]
-    await publish_numbers(shared_broker, 7)
+    await publish_numbers(local_broker, 7)
     assert ack(await second.next()) == 7
     await transport.close()
 
 
 @async_test
-async def test_acknowledged_publications_are_not_redelivered(shared_broker: BrokerUnderTest, session: str) -> None:
+async def test_acknowledged_publications_are_not_redelivered(local_broker: LocalBrokerUnderTest, session: str) -> None:
     first, second = DeliveryQueue(), DeliveryQueue()
-    transport = await subscribed(shared_broker, first, session)
-    await publish_numbers(shared_broker, *range(20))
+    transport = await subscribed(local_broker, first, session)
+    await publish_numbers(local_broker, *range(20))
     for delivery in reversed([await first.next() for _ in range(20)]):
         ack(delivery)
     await transport.close()
-    transport = await subscribed(shared_broker, second, session)
-    await publish_numbers(shared_broker, 20)
+    transport = await subscribed(local_broker, second, session)
+    await publish_numbers(local_broker, 20)
     assert number_of(await second.next()) == 20
     await transport.close()
 
 
 @async_test
-async def test_without_session_nothing_is_kept(shared_broker: BrokerUnderTest) -> None:
+async def test_without_session_nothing_is_kept(local_broker: LocalBrokerUnderTest) -> None:
     first, second = DeliveryQueue(), DeliveryQueue()
-    transport = await subscribed(shared_broker, first, "")
-    await publish_numbers(shared_broker, 0)
+    transport = await subscribed(local_broker, first, "")
+    await publish_numbers(local_broker, 0)
     assert number_of(await first.next()) == 0
     await transport.close()
-    await publish_numbers(shared_broker, 1)
-    transport = await subscribed(shared_broker, second, "")
-    await publish_numbers(shared_broker, 2)
+    await publish_numbers(local_broker, 1)
+    transport = await subscribed(local_broker, second, "")
+    await publish_numbers(local_broker, 2)
     assert number_of(await second.next()) == 2
     await transport.close()
 
 
 @async_test
-async def test_qos_0_delivery_has_no_acknowledgement(shared_broker: BrokerUnderTest, session: str) -> None:
+async def test_qos_0_delivery_has_no_acknowledgement(local_broker: LocalBrokerUnderTest, session: str) -> None:
     queue = DeliveryQueue()
-    transport = await subscribed(shared_broker, queue, session)
+    transport = await subscribed(local_broker, queue, session)
     await transport.publish("t/a", b"0")
     if (await queue.next()).ack is not None:  # rumqttd raises it to the QoS of the subscription
-        assert isinstance(shared_broker, LocalBrokerUnderTest)
-        assert shared_broker.local_broker.kind == "embedded"
+        assert local_broker.local_broker.kind == "embedded"
     await transport.close()
 
 
 @async_test
-async def test_failing_handler_acknowledges(shared_broker: BrokerUnderTest, session: str) -> None:
+async def test_failing_handler_acknowledges(local_broker: LocalBrokerUnderTest, session: str) -> None:
     called, queue = asyncio.Event(), DeliveryQueue()
 
     def failing(delivery: Delivery) -> None:
         called.set()
         raise KeyError("a bug in the handler")
 
-    transport = shared_broker.transport(session)
+    transport = local_broker.transport(session)
     await transport.subscribe("t/+", failing, qos=1, manual_ack=True)
     await transport.connect()
-    await publish_numbers(shared_broker, 0)
+    await publish_numbers(local_broker, 0)
     await asyncio.wait_for(called.wait(), WAIT_S)
     await transport.close()
-    transport = await subscribed(shared_broker, queue, session)
-    await publish_numbers(shared_broker, 1)
+    transport = await subscribed(local_broker, queue, session)
+    await publish_numbers(local_broker, 1)
     assert ack(await queue.next()) == 1
     await transport.close()
 
 
 @async_test
-async def test_lost_session_does_not_stop_deliveries(broker: BrokerUnderTest, session: str) -> None:
+async def test_lost_session_does_not_stop_deliveries(local_broker: LocalBrokerUnderTest, session: str) -> None:
     queue = DeliveryQueue()
-    transport = await subscribed(broker, queue, session)
+    transport = await subscribed(local_broker, queue, session)
     reconnected = reconnected_event(transport)
-    await publish_numbers(broker, 0)
+    await publish_numbers(local_broker, 0)
     before = await queue.next()
-    await asyncio.to_thread(broker.stop)
-    broker.start()
+    await asyncio.to_thread(local_broker.stop)
+    local_broker.start()
     await asyncio.wait_for(reconnected.wait(), WAIT_S)
     ack(before)
-    await publish_numbers(broker, 1, 2)
+    await publish_numbers(local_broker, 1, 2)
     assert [ack(await queue.next()) for _ in range(2)] == [1, 2]
     await transport.close()
 
@@ -207,34 +209,27 @@ async def test_pending_deliveries_of_an_earlier_client_are_marked(
     await transport.close()
 
 
-@pytest.fixture(params=["mosquitto", "embedded"])
-def local_broker(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
-    require_dependency("iotcore" if request.param == "embedded" else "mosquitto")
-    with start_broker(kind=request.param) as broker:
-        yield broker
-
-
 @async_test
 async def test_unacknowledged_deliveries_are_bounded(
-    local_broker: LocalBroker, monkeypatch: pytest.MonkeyPatch
+    local_broker: LocalBrokerUnderTest, session: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both brokers exceed the Receive Maximum once they have a backlog."""
     limit, payload_bytes, count = 8, 1 << 19, 60
     for module in (client, connection):
         monkeypatch.setattr(module, "RECEIVE_MAXIMUM", limit)
     most = limit + -(-socket_loop.READ_BUDGET_BYTES // payload_bytes) + 1  # with those of the last read
-    queue, pending = DeliveryQueue(), 0
+    queue, pending, address = DeliveryQueue(), 0, local_broker.local_broker.address
 
     def on_delivery(delivery: Delivery) -> None:
         nonlocal pending
         pending += 1
         queue(delivery)
 
-    receiver = MqttTransport(local_broker.address, client_id="receiver", session_expiry_s=600)
+    receiver = MqttTransport(address, client_id=session, session_expiry_s=600)
     await receiver.subscribe("t", on_delivery, qos=1, manual_ack=True)
     await receiver.connect()
     first_connection = receiver._connection
-    sender = MqttTransport(local_broker.address)
+    sender = MqttTransport(address)
     await sender.connect()
     for number in range(count):
         await sender.publish("t", [number.to_bytes(4, "big"), bytes(payload_bytes)], qos=1)

@@ -55,7 +55,8 @@ class InMemoryBrokerUnderTest:
         self._hub = MemoryBroker(max_packet_bytes=100_000_000)
 
     def transport(self, session: str = "") -> Transport:
-        return MemoryTransport(self._hub, session_name=session)
+        assert not session, "it has none"
+        return MemoryTransport(self._hub)
 
     async def kill_client_with_will(self, will: Will) -> None:
         doomed = MemoryTransport(self._hub)
@@ -112,6 +113,17 @@ class DeliveryQueue:
         except TimeoutError:
             return
         raise AssertionError(f"{delivery.topic} came with {bytes(delivery.payload[:100])!r}")
+
+
+def reconnected_event(transport: Transport) -> asyncio.Event:
+    """Return an event that is set after each reconnection."""
+    event = asyncio.Event()
+
+    async def set_event() -> None:
+        event.set()
+
+    transport.on_reconnect(set_event)
+    return event
 
 
 async def kill_client_process(address: str, will: Will) -> None:
