@@ -1,4 +1,4 @@
-"""`sparse broker doctor` and `sparse cuts` as they are typed: what they print, how they end, what is left."""
+"""`sparse broker doctor` as it is typed: its output, its exit status, and the processes it leaves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 from brokers.doctor.probe_client import BrokerProbe
 from tests.support.brokers.mosquitto import start_mosquitto
 from tests.support.brokers.ports import free_port
-from tests.support.environment.checkout import ROOT
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 from tests.support.pipelines.processes import ProcessSandbox
 
@@ -115,11 +114,3 @@ def test_the_address_of_the_environment_is_used_and_its_password_is_not_shown(
     assert said.returncode == 1
     assert "'ann'" in said.stderr
     assert "secret" not in said.stdout + said.stderr
-
-
-def test_cuts_are_listed_with_what_crosses_them(sandbox: ProcessSandbox) -> None:
-    said = sandbox.start_sparse("cuts", ROOT / "examples" / "street.toml").wait()
-    assert (said.returncode, said.stderr) == (0, "")
-    assert said.stdout.splitlines()[0] == "after 8: head to body, 346,112 bytes as float32: layers.7 1x128x26x26"
-    nothing = sandbox.start_sparse("cuts", ROOT / "examples" / "sensor.toml").wait()
-    assert (nothing.returncode, "no network" in nothing.stdout) == (0, True)
