@@ -15,7 +15,6 @@ from collections.abc import Generator
 from http import HTTPStatus
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -26,7 +25,7 @@ from brokers.errors import PortTaken, UsageError
 from brokers.protocol.transport import Transport
 from monitor.daemon.autoscaling import stage_metrics
 from monitor.daemon.collector import TelemetryCollector
-from monitor.daemon.prometheus import MonitorCollector, render_metrics
+from monitor.daemon.prometheus import CONTENT_TYPE, MonitorCollector, render_metrics
 from monitor.presence.presence_table import PresenceTable
 
 REQUEST_LIMIT_BYTES = 8192  # of the request line and headers: a scraper's have some hundred bytes
@@ -91,7 +90,7 @@ class HttpServer:
     # Pages: coroutines, since Starlette runs plain functions in other threads -----------------------------------------
 
     async def _metrics(self, request: Request) -> Response:
-        return Response(render_metrics(self._metrics_collector), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(render_metrics(self._metrics_collector), media_type=CONTENT_TYPE)
 
     async def _stages(self, request: Request) -> Response:
         # Without the broker the numbers are unknown: zeros would make an autoscaler remove busy workers.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -20,6 +20,7 @@ from brokers.dispatch.presence import SourceRecord, WorkerRecord
 from monitor.points.points import TelemetryPoint
 from monitor.presence.presence_table import PresenceTable, StageKey, stage_key
 
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # of `render_metrics`
 # The workers and sources with metrics of their own, oldest first: a client that invents records can fill neither the
 # page nor its reader's memory. `sparse_workers` counts all.
 WORKERS_SHOWN = 1024
