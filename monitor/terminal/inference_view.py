@@ -1,4 +1,4 @@
-"""The live view of a pipeline that infers: how fast results come, and what was found."""
+"""The live view of an inference pipeline: rate, latency, and the latest results."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ from monitor.terminal.live import LiveView
 
 
 class InferenceView(LiveView):
-    """Draws a scoreboard."""
+    """Draws `InferenceStats`."""
 
-    def __init__(self, pipeline: Pipeline, broker: str, board: InferenceStats, console: Console | None = None) -> None:
-        super().__init__(pipeline, broker, board, console)
-        self._board = board
+    def __init__(self, pipeline: Pipeline, broker: str, stats: InferenceStats, console: Console | None = None) -> None:
+        super().__init__(pipeline, broker, stats, console)
+        self._stats = stats
 
     def _progress_text(self, now_s: float) -> str:
-        board = self._board
-        return f"{board.results} results  {board.rate(now_s):.1f}/s  {board.latency_ms(50):.0f} ms"
+        stats = self._stats
+        return f"{stats.results} results  {stats.rate(now_s):.1f}/s  {stats.latency_ms(50):.0f} ms"
 
     def _latest_text(self) -> str:
-        return f"  last: {self._board.recent_results[-1].text}" if self._board.recent_results else ""
+        return f"  last: {self._stats.recent_results[-1].text}" if self._stats.recent_results else ""
 
     def _header(self, now_s: float) -> Sequence[RenderableType]:
-        board = self._board
-        head = Table.grid(padding=(0, 3))
-        head.add_row(
-            Text(f"{board.rate(now_s):5.1f} frames/s", style="bold green"),
-            Text(f"latency {board.latency_ms(50):.0f} ms, p95 {board.latency_ms(95):.0f} ms"),
-            Text(f"{board.results} results"),
-            *([] if board.sources else self._counts()),  # what a source says of itself comes sooner, and says why
+        stats = self._stats
+        header = Table.grid(padding=(0, 2))
+        header.add_row(
+            Text(f"{stats.rate(now_s):5.1f} frames/s", style="bold green"),
+            Text(f"latency {stats.latency_ms(50):.0f} ms, p95 {stats.latency_ms(95):.0f} ms"),
+            Text(f"{stats.results} results"),
+            *([] if stats.sources else self._counts()),  # a source's own record has them earlier, and with reasons
         )
-        return [head]
+        return [header]
 
     def _footer(self) -> Sequence[RenderableType]:
-        finds = Table.grid(padding=(0, 2))
-        for find in list(self._board.recent_results):
-            finds.add_row(
-                Text(f"{find.source} {find.index}", style="dim"), Text(find.text, overflow="ellipsis", no_wrap=True)
-            )
-        return [finds]
+        results = Table.grid(padding=(0, 2))
+        for result in list(self._stats.recent_results):
+            sample = Text(f"{result.source} {result.index}", style="dim")
+            results.add_row(sample, Text(result.text, overflow="ellipsis", no_wrap=True))
+        return [results]
 
     def _counts(self) -> list[Text]:
-        dropped, failed = self._board.dropped, self._board.failures.total()
+        dropped, failed = self._stats.dropped, self._stats.failures.total()
         return [
             Text(f"{dropped} dropped", style="yellow" if dropped else "dim"),
             Text(f"{failed} failed", style="red" if failed else "dim"),

@@ -1,11 +1,12 @@
-"""Workers and sources as tables for a person. Text in them is from the network: never markup, never control codes.
+"""The tables of `sparse status`. Text in them comes from the network, and is never markup or control codes.
 
-On a terminal a stage is a heading, so that the table fits; in a file or a pipe each line says all of one worker.
+On a terminal the stages are headings, so that a table fits into 80 columns; in a file each line is complete.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -24,13 +25,22 @@ STATE_STYLES = {
     "stopped": "dim",
     "-": "dim",
 }
-_GIVE_WAY = ("node", "model")  # where there is no room for all: they tell little of how the work fares
-_NAME_WIDTHS = {True: 20, False: 32}  # at most, of a worker or a stage; the former where columns stand close together
+_WORKER_PROBLEMS = ("problems",)
+_SOURCE_PROBLEMS = ("dropped", "retried", "failed", "duplicates")
+_SHRINKING = ("node", "model")  # columns that are cut where the terminal is too narrow for all
+_NAME_WIDTHS = {True: 20, False: 32}  # limits, by whether columns are close together
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
 
+class _Row(NamedTuple):
+    place: tuple[str, ...]  # site, pipeline and, for a worker, stage
+    name: str
+    cells: list[Text | str]
+    problems: dict[str, str]  # by column, only those that occurred
+
+
 def format_age(seconds: float | None) -> str:
-    """`12 s`, `3 min`, `5 h`, `2 d`; `?` where nobody says."""
+    """`12 s`, `3 min`, `5 h` or `2 d`; `?` if it is unknown."""
     if seconds is None:
         return "?"
     for unit_s, unit in ((_DAY_S, "d"), (_HOUR_S, "h"), (_MINUTE_S, "min")):
@@ -46,92 +56,79 @@ def workers_table(
     headings: bool = False,
     column_gap: int = 2,
 ) -> RenderableType:
-    """A row for each worker (and whether it is lost), and for each stage of `pipeline` that has none.
+    """A row for each worker (its record, and whether it is lost) and for each stage of `pipeline` without workers.
 
-    With headings, what went wrong is in lines below, where a narrow terminal has room for it.
+    With headings, problems are in lines below the table.
     """
-    rows = [((birth.site, birth.pipeline, birth.stage), birth.worker, _worker(birth, lost)) for birth, lost in workers]
-    served = {where for where, _, _ in rows}
-    for stage in pipeline.stage if pipeline else ():
-        where = (stage.site, pipeline.name if pipeline else "", stage.name)
-        if where not in served:
-            rows.append((where, "none up", []))
+    rows = [
+        _Row(
+            (record.site, record.pipeline, record.stage), record.worker, _worker_cells(record, lost), _failures(record)
+        )
+        for record, lost in workers
+    ]
+    if pipeline is not None:
+        served = {row.place for row in rows}
+        places = [(stage.site, pipeline.name, stage.name) for stage in pipeline.stage]
+        rows += [_Row(place, "none up", [], {}) for place in places if place not in served]
     if not rows:
         return Text("no worker is up")
-    words = ("worker", "node", "device", "model", "state")
-    numbers = ("age", "queue", "waits ms", "tasks/s", "ms/task", "done")
-    table = _table(("site", "pipeline", "stage"), words, numbers, headings=headings, gap=column_gap)
-    troubles = [(birth.worker, _troubles_of_worker(birth)) for birth, _ in workers]
-    if not headings:
-        table.add_column("troubles")
-        for (_, _, cells), (_, said) in zip(rows, troubles, strict=False):  # a stage without a worker comes after these
-            cells.append(_said(said or "-"))
-    _fill(table, rows, headings=headings)
-    if not headings:
-        return table
-    return Group(table, *(Text(f"  {name}  {said}", style="yellow") for name, said in troubles if said))
+    texts = ("worker", "node", "device", "model", "state")
+    numbers = ("age", "queue", "wait ms", "tasks/s", "ms/task", "done")
+    table = _make_table(("site", "pipeline", "stage"), texts, numbers, headings, column_gap)
+    return _fill(table, rows, _WORKER_PROBLEMS, headings)
 
 
 def sources_table(
     sources: Sequence[tuple[SourceRecord, bool]], *, headings: bool = False, column_gap: int = 2
 ) -> RenderableType:
-    """A row for each source (and whether it is lost); with headings, what went wrong is in lines below."""
+    """A row for each source (its record, and whether it is lost); with headings, problems are in lines below."""
     if not sources:
         return Text("no source is up")
-    rows = [((birth.site, birth.pipeline), birth.source, _source(birth, lost)) for birth, lost in sources]
-    words = ("source", "node", "state")
-    numbers = ("age", "in flight", "results/s", "p50 ms", "p99 ms", "results")
-    table = _table(("site", "pipeline"), words, numbers, headings=headings, gap=column_gap)
-    troubles = [(birth.source, source_problems(birth)) for birth, _ in sources]
-    if not headings:
-        for column in ("dropped", "retried", "failed", "duplicates"):
-            table.add_column(column)
-        for (_, _, cells), (_, found) in zip(rows, troubles, strict=True):
-            cells += [_said(found.get(what) or "-") for what in ("dropped", "retried", "failed", "duplicates")]
-    _fill(table, rows, headings=headings)
-    if not headings:
-        return table
-    lines = [
-        Text.assemble(
-            f"  {name}  ", *((f"{what} {said}  ", STATE_STYLES.get(what, "yellow")) for what, said in found.items())
-        )
-        for name, found in troubles
-        if found
+    rows = [
+        _Row((record.site, record.pipeline), record.source, _source_cells(record, lost), _source_problems(record))
+        for record, lost in sources
     ]
-    return Group(table, *lines)
+    numbers = ("age", "in flight", "results/s", "p50 ms", "p99 ms", "results")
+    table = _make_table(("site", "pipeline"), ("source", "node", "state"), numbers, headings, column_gap)
+    return _fill(table, rows, _SOURCE_PROBLEMS, headings)
 
 
-def source_problems(birth: SourceRecord) -> dict[str, str]:
-    """What was dropped, retried and failed, each with its reasons, and how many twins; without what never happened."""
-    load = birth.load
-    found = {
+def untrusted_text(text: str, style: str = "") -> Text:
+    """Text from the network in a cell, which is cut where there is no room for it."""
+    return Text(sanitize_text(text) or "-", style, no_wrap=True, overflow="ellipsis")
+
+
+def _failures(record: WorkerRecord) -> dict[str, str]:
+    load = record.load
+    counts = {
+        "failed": load.failed,
+        "malformed": load.malformed,
+        "rejected": load.rejected,
+        "expired": load.expired,
+    }
+    text = format_counts({name: count for name, count in counts.items() if count})
+    return {"problems": text} if text else {}
+
+
+def _source_problems(record: SourceRecord) -> dict[str, str]:
+    load = record.load
+    problems = {
         "dropped": format_counts(load.dropped),
-        "retries_by_reason": format_counts(load.retries),
+        "retried": format_counts(load.retries),
         "failed": format_counts(load.failed),
         "duplicates": str(load.duplicates or ""),
     }
-    return {what: said for what, said in found.items() if said}
+    return {name: text for name, text in problems.items() if text}
 
 
-def _troubles_of_worker(birth: WorkerRecord) -> str:
-    load = birth.load
-    troubles = {
-        "failed": load.failed,
-        "malformed": load.malformed,
-        "turned away": load.rejected,
-        "expired": load.expired,
-    }
-    return format_counts({what: count for what, count in troubles.items() if count})
-
-
-def _worker(birth: WorkerRecord, lost: bool) -> list[Text | str]:
-    load = birth.load
+def _worker_cells(record: WorkerRecord, lost: bool) -> list[Text | str]:
+    load = record.load
     return [
-        untrusted_text(birth.node),
-        untrusted_text(birth.device),
-        untrusted_text(birth.fingerprint),
-        _said("lost" if lost else birth.state),
-        format_age(birth.up_s),
+        untrusted_text(record.node),
+        untrusted_text(record.device),
+        untrusted_text(record.fingerprint),
+        _styled("lost" if lost else record.state),
+        format_age(record.up_s),
         str(load.queue),
         f"{load.queue_ms:.0f}",
         f"{load.rate:.1f}",
@@ -140,12 +137,12 @@ def _worker(birth: WorkerRecord, lost: bool) -> list[Text | str]:
     ]
 
 
-def _source(birth: SourceRecord, lost: bool) -> list[Text | str]:
-    load = birth.load
+def _source_cells(record: SourceRecord, lost: bool) -> list[Text | str]:
+    load = record.load
     return [
-        untrusted_text(birth.node),
-        _said("lost" if lost else birth.state),
-        format_age(birth.up_s),
+        untrusted_text(record.node),
+        _styled("lost" if lost else record.state),
+        format_age(record.up_s),
         f"{load.in_flight}/{load.window}",
         f"{load.rate:.1f}",
         f"{load.latency_ms.p50:.0f}",
@@ -154,33 +151,47 @@ def _source(birth: SourceRecord, lost: bool) -> list[Text | str]:
     ]
 
 
-def _table(where: Sequence[str], words: Sequence[str], numbers: Sequence[str], *, headings: bool, gap: int) -> Table:
-    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
-    for column in words if headings else (*where, *words):
-        table.add_column(column, no_wrap=column not in _GIVE_WAY)
+def _make_table(
+    place: Sequence[str], texts: Sequence[str], numbers: Sequence[str], headings: bool, column_gap: int
+) -> Table:
+    table = Table(box=None, padding=(0, column_gap, 0, 0), pad_edge=False, header_style="dim")
+    for column in texts if headings else (*place, *texts):
+        table.add_column(column, no_wrap=column not in _SHRINKING)
     if headings:
-        table.columns[0].max_width = _NAME_WIDTHS[gap < 2]
+        table.columns[0].max_width = _NAME_WIDTHS[column_gap < 2]
     for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)  # figures are shown whole; names give way
+        table.add_column(column, justify="right", no_wrap=True)  # numbers are never cut
     return table
 
 
-def _fill(table: Table, rows: Sequence[tuple[tuple[str, ...], str, Sequence[Text | str]]], *, headings: bool) -> None:
-    before: tuple[str, ...] = ()
-    for where, name, cells in rows:
-        if headings and where != before:
-            table.add_row(Text(" ".join(where), style="bold", no_wrap=True, overflow="ellipsis"))
-        before = where
-        shown = Text(
-            f"  {name}" if headings else name, style=STATE_STYLES.get(name, ""), no_wrap=True, overflow="ellipsis"
-        )
-        table.add_row(*([] if headings else where), shown, *cells)
+def _fill(table: Table, rows: Sequence[_Row], problem_columns: Sequence[str], headings: bool) -> RenderableType:
+    """Add the rows: below headings, with the problems in lines after the table; or complete, with all columns."""
+    if not headings:
+        for column in problem_columns:
+            table.add_column(column)
+        for row in rows:
+            problems = [_styled(row.problems.get(column, "-")) for column in problem_columns] if row.cells else []
+            table.add_row(*row.place, _name(row.name), *row.cells, *problems)
+        return table
+    previous: tuple[str, ...] = ()
+    lines = []
+    for row in rows:
+        if row.place != previous:
+            table.add_row(Text(" ".join(row.place), style="bold", no_wrap=True, overflow="ellipsis"))
+        previous = row.place
+        table.add_row(_name(row.name, indent="  "), *row.cells)
+        if row.problems:
+            line = Text(f"  {row.name}  ")
+            for column, text in row.problems.items():
+                label = "" if column in _WORKER_PROBLEMS else f"{column} "
+                line.append(f"{label}{text}  ", STATE_STYLES.get(column, "yellow"))
+            lines.append(line)
+    return Group(table, *lines)
 
 
-def untrusted_text(text: str, style: str = "") -> Text:
-    """What may be of any length gives way to what may not."""
-    return Text(sanitize_text(text) or "-", style, no_wrap=True, overflow="ellipsis")
+def _name(name: str, indent: str = "") -> Text:
+    return Text(f"{indent}{name}", style=STATE_STYLES.get(name, ""), no_wrap=True, overflow="ellipsis")
 
 
-def _said(word: str) -> Text:
-    return Text(word, style=STATE_STYLES.get(word, ""))
+def _styled(text: str) -> Text:
+    return Text(text, style=STATE_STYLES.get(text, ""))

@@ -1,4 +1,4 @@
-"""The live view of a pipeline that trains: how far it is, how long it will take, how loss and accuracy go."""
+"""The live view of a training pipeline: progress, time left, loss and accuracy."""
 
 from __future__ import annotations
 
@@ -17,137 +17,135 @@ from monitor.terminal.live import LiveView, join_texts
 
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _MINUTE_S, _HOUR_S = 60, 3600
-# What stands beside the loss's course, and beside the evaluations.
-_NUMBERS_WIDTH, _CELL_WIDTH = 66, 10
-_LONGEST_TREND = 40
+_NUMBERS_WIDTH = 66  # of the line with the sparkline, without it
+_LONGEST_SPARKLINE = 40
+_EVALUATION_WIDTH = 10
 
 
 class TrainingView(LiveView):
-    """Draws a training board."""
+    """Draws `TrainingStats`."""
 
-    def __init__(self, pipeline: Pipeline, broker: str, board: TrainingStats, console: Console | None = None) -> None:
-        super().__init__(pipeline, broker, board, console)
-        self._board = board
+    def __init__(self, pipeline: Pipeline, broker: str, stats: TrainingStats, console: Console | None = None) -> None:
+        super().__init__(pipeline, broker, stats, console)
+        self._stats = stats
 
     @property
-    def _main(self) -> TrainingProgress | None:
-        return self._board.progress_of(self._pipeline.source.name)
+    def _progress(self) -> TrainingProgress | None:
+        return self._stats.progress_of(self._pipeline.source.name)
 
     def _progress_text(self, now_s: float) -> str:
-        course = self._main
-        if course is None or course.latest_step is None:
+        progress = self._progress
+        if progress is None or progress.latest_step is None:
             return "no step yet"
-        latest, accuracy = course.latest_step, course.accuracy
-        said = [
-            f"step {course.completed_steps}/{latest.steps}",
-            f"epoch {min(latest.epoch + 1, latest.epochs)}/{latest.epochs}",
-            f"loss {_short(course.loss)}",
+        step, accuracy = progress.latest_step, progress.accuracy
+        remaining = format_remaining(progress.remaining_s(now_s))
+        parts = [
+            f"step {progress.completed_steps}/{step.steps}",
+            f"epoch {min(step.epoch + 1, step.epochs)}/{step.epochs}",
+            f"loss {_format_loss(progress.loss)}",
             *([f"accuracy {accuracy:.1%}"] if accuracy is not None else []),
-            *([f"test {_score(course)}"] if course.evaluations else []),
-            f"{course.rows_per_s(now_s):.0f} rows/s",
-            *([left] if (left := format_remaining(course.remaining_s(now_s))) else []),
+            *([f"test {_format_evaluation(progress)}"] if progress.evaluations else []),
+            f"{progress.rows_per_s(now_s):.0f} rows/s",
+            *([remaining] if remaining else []),
         ]
-        return "  ".join(said)
+        return "  ".join(parts)
 
     def _latest_text(self) -> str:
-        course = self._main
-        return f"  {_reason(course.failure)}" if course is not None and course.failure else ""
+        progress = self._progress
+        return f"  {_format_failure(progress.failure)}" if progress is not None and progress.failure else ""
 
     def _header(self, now_s: float) -> Sequence[RenderableType]:
-        course = self._main
-        if course is None or course.latest_step is None:
-            return [Text("no step yet", style="dim"), *self._woes(course, now_s)]
-        progress = Table.grid(padding=(0, 3), expand=True)
-        progress.add_column(ratio=1, min_width=10)
-        several = len(self._board.progress_by_source) > 1
-        for name, each in self._board.progress_by_source.items():
+        progress = self._progress
+        if progress is None or progress.latest_step is None:
+            return [Text("no step yet", style="dim"), *self._warnings(progress, now_s)]
+        bars = Table.grid(padding=(0, 3), expand=True)
+        bars.add_column(ratio=1, min_width=10)
+        sources = self._stats.progress_by_source
+        for source, each in sources.items():
             if each.latest_step is not None:
-                progress.add_row(
-                    *_progress(each, now_s), *([Text(sanitize_text(name), style="dim")] if several else [])
-                )
-        return [progress, self._numbers(course, now_s), *self._woes(course, now_s)]
+                name = [Text(sanitize_text(source), style="dim")] if len(sources) > 1 else []
+                bars.add_row(*_bar(each, now_s), *name)
+        return [bars, self._numbers(progress, now_s), *self._warnings(progress, now_s)]
 
-    def _numbers(self, course: TrainingProgress, now_s: float) -> Text:
-        width = max(8, min(_LONGEST_TREND, self._console.width - _NUMBERS_WIDTH))
-        accuracy = course.accuracy
+    def _numbers(self, progress: TrainingProgress, now_s: float) -> Text:
+        width = max(8, min(_LONGEST_SPARKLINE, self._console.width - _NUMBERS_WIDTH))
+        levels = _ASCII_LEVELS if self._console.options.ascii_only else _LEVELS
+        trend = sparkline(progress.loss_history.values(width), levels)
+        accuracy = progress.accuracy
         return join_texts(
             [
-                Text.assemble(("loss ", "dim"), (_short(course.loss), "bold"), " ", self._trend(course, width)),
+                Text.assemble(("loss ", "dim"), (_format_loss(progress.loss), "bold"), " ", (trend, "cyan")),
                 *([] if accuracy is None else [Text.assemble(("accuracy ", "dim"), (f"{accuracy:.1%}", "bold"))]),
-                Text(f"{course.rows_per_s(now_s):.0f} rows/s", style="bold green"),
-                Text(f"{course.step_ms:.0f} ms/step"),
+                Text(f"{progress.rows_per_s(now_s):.0f} rows/s", style="bold green"),
+                Text(f"{progress.step_ms:.0f} ms/step"),
             ]
         )
 
-    def _trend(self, course: TrainingProgress, width: int) -> tuple[str, str]:
-        levels = _ASCII_LEVELS if self._console.options.ascii_only else _LEVELS
-        return sparkline(course.loss_history.values(width), levels), "cyan"
-
-    def _woes(self, course: TrainingProgress | None, now_s: float) -> list[Text]:
-        """What keeps training from going on, and what recoveries cost; no line while all goes well."""
-        if course is None:
+    def _warnings(self, progress: TrainingProgress | None, now_s: float) -> list[Text]:
+        """A line for a failure, or for a stall and the cost of rollbacks; no line while all is well."""
+        if progress is None:
             return []
-        if course.failure is not None:
-            return [Text(_reason(course.failure), style="red")]
-        found = []
-        if self.status == "running" and (stalled_s := course.stalled_s(now_s)):
-            found.append(Text(f"no step for {stalled_s:.0f} s", style="yellow"))
-        if course.rollbacks:
-            found.append(Text(f"recoveries {course.rollbacks}, steps again {course.repeated_steps}", style="yellow"))
-        return [join_texts(found)] if found else []
+        if progress.failure is not None:
+            return [Text(_format_failure(progress.failure), style="red")]
+        warnings = []
+        if self.status == "running" and (stalled_s := progress.stalled_s(now_s)):
+            warnings.append(Text(f"no step for {stalled_s:.0f} s", style="yellow"))
+        if progress.rollbacks:
+            text = f"rollbacks {progress.rollbacks}, steps repeated {progress.repeated_steps}"
+            warnings.append(Text(text, style="yellow"))
+        return [join_texts(warnings)] if warnings else []
 
     def _footer(self) -> Sequence[RenderableType]:
-        """The last evaluations side by side, the best one marked."""
-        course = self._main
-        shown = list(course.evaluations)[-max(1, self._console.width // _CELL_WIDTH - 2) :] if course else []
-        if course is None or not shown:
+        """The latest evaluations side by side, with the best one marked."""
+        progress = self._progress
+        if progress is None or not progress.evaluations:
             return [Text("no evaluation yet", style="dim")]
+        shown = list(progress.evaluations)[-max(1, self._console.width // _EVALUATION_WIDTH - 2) :]
         table = Table.grid(padding=(0, 2))
         table.add_row(Text("test", style="dim"), *(Text(f"epoch {each.epoch + 1}", style="dim") for each in shown))
-        table.add_row(Text("loss", style="dim"), *(_short(each.loss) for each in shown))
+        table.add_row(Text("loss", style="dim"), *(_format_loss(each.loss) for each in shown))
         if any(each.accuracy is not None for each in shown):
+            best = progress.best_evaluation
             cells = [
-                Text(
-                    "-" if each.accuracy is None else f"{each.accuracy:.1%}",
-                    "bold green" if each is course.best_evaluation else "",
-                )
+                Text("-" if each.accuracy is None else f"{each.accuracy:.1%}", "bold green" if each is best else "")
                 for each in shown
             ]
             table.add_row(Text("accuracy", style="dim"), *cells)
         return [table]
 
 
-def _progress(course: TrainingProgress, now_s: float) -> list[RenderableType]:
-    assert course.latest_step is not None
-    latest = course.latest_step
-    share = min(1.0, course.completed_steps / latest.steps) if latest.steps else 1.0
+def _bar(progress: TrainingProgress, now_s: float) -> list[RenderableType]:
+    assert progress.latest_step is not None
+    step = progress.latest_step
+    share = min(1.0, progress.completed_steps / step.steps) if step.steps else 1.0
     return [
         ProgressBar(total=1.0, completed=share),
-        Text(f"{int(100 * share)}%", style="bold"),  # not 100 before the end
-        Text(f"step {course.completed_steps}/{latest.steps}"),
-        Text(f"epoch {min(latest.epoch + 1, latest.epochs)}/{latest.epochs}"),
-        Text(format_remaining(course.remaining_s(now_s)), style="dim"),
+        Text(f"{int(100 * share)}%", style="bold"),  # rounded down: 100% only at the end
+        Text(f"step {progress.completed_steps}/{step.steps}"),
+        Text(f"epoch {min(step.epoch + 1, step.epochs)}/{step.epochs}"),
+        Text(format_remaining(progress.remaining_s(now_s)), style="dim"),
     ]
 
 
-def _score(course: TrainingProgress) -> str:
-    last = course.evaluations[-1]
-    return f"loss {_short(last.loss)}" if last.accuracy is None else f"{last.accuracy:.1%}"
+def _format_evaluation(progress: TrainingProgress) -> str:
+    latest = progress.evaluations[-1]
+    return f"loss {_format_loss(latest.loss)}" if latest.accuracy is None else f"{latest.accuracy:.1%}"
 
 
-def _short(loss: float | None) -> str:
+def _format_loss(loss: float | None) -> str:
     if loss is None:
         return "-"
     return f"{loss:.4f}" if abs(loss) < 1000 else f"{loss:.3g}"
 
 
-def _reason(failed: TrainingFailureEvent) -> str:
-    where = "".join(f", {what} {name}" for what, name in (("stage", failed.stage), ("worker", failed.worker)) if name)
-    return sanitize_text(f"{failed.error}: {failed.reason}{where}")
+def _format_failure(failure: TrainingFailureEvent) -> str:
+    places = (("stage", failure.stage), ("worker", failure.worker))
+    where = "".join(f", {kind} {name}" for kind, name in places if name)
+    return sanitize_text(f"{failure.error}: {failure.reason}{where}")
 
 
 def format_remaining(seconds: float | None) -> str:
-    """`42 s left`, `3 min 20 s left`, `2 h 5 min left`; nothing where nobody knows, or nothing is left."""
+    """`42 s left`, `3 min 20 s left` or `2 h 5 min left`; empty if it is unknown or 0."""
     if not seconds:
         return ""
     whole = round(seconds)
@@ -157,7 +155,7 @@ def format_remaining(seconds: float | None) -> str:
 
 
 def sparkline(values: Sequence[float], levels: str = _LEVELS) -> str:
-    """A letter a value, the lowest to the highest; one that stays what it is lies low."""
+    """One character for each value, scaled from the lowest value to the highest."""
     low, high = min(values, default=0.0), max(values, default=0.0)
     scale = (len(levels) - 1) / (high - low) if high > low else 0.0
     return "".join(levels[round((value - low) * scale)] for value in values)
