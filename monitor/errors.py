@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from brokers.errors import SparseError, UsageError
 
 
@@ -30,13 +28,3 @@ def extra_missing(feature: str, extra: str) -> UsageError:
     """The error for a feature whose packages come with an optional extra of the distribution."""
     message = f"{feature} needs more packages: pip install 'sparse-mqtt[{extra}]'"
     return UsageError("ExtraMissing", message, feature=feature, extra=extra)
-
-
-@dataclass(eq=False)
-class MonitorBrokerUnreachable(SparseError):
-    """The broker that a daemon shall watch does not answer: no mistake of a person, it may come up later."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason

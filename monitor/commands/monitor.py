@@ -14,7 +14,7 @@ import typer
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline, resolve_broker_address
 from brokers.config.schema import LOCAL_SITE
-from brokers.errors import BrokerUnreachable, no_broker_error
+from brokers.errors import BrokerUnreachable, SparseError, no_broker_error
 from brokers.mqtt.client_identity import create_transport
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.broker_url import parse_address
@@ -23,7 +23,6 @@ from brokers.telemetry.schema import TelemetryEvent
 from monitor.daemon.collector import SAMPLE_INTERVAL_S, TelemetryCollector
 from monitor.daemon.daemon import Daemon
 from monitor.daemon.unix_listener import UnixListener
-from monitor.errors import MonitorBrokerUnreachable
 from monitor.stores.batch_writer import BatchWriter
 from monitor.stores.factory import create_writers
 
@@ -108,7 +107,8 @@ async def _serve(wanted: _MonitorOptions) -> int:
         print(_first_line(wanted, telemetry), file=sys.stderr)  # noqa: T201 - for a person
         await daemon.run(leaving)
     except BrokerUnreachable as error:
-        raise MonitorBrokerUnreachable(str(error)) from error
+        # The broker may come up later: exit status 1, not that of a user's mistake.
+        raise SparseError(error.code, str(error)) from error
     finally:
         await daemon.stop()
     return EXIT_INTERRUPTED if leaving.interrupted else 0
