@@ -1,4 +1,4 @@
-"""The dashboards of deploy/ before a real InfluxDB: every panel has lines, and they say what was written."""
+"""The dashboards of deploy/ with a real InfluxDB: each query of each panel has the right answer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from deploy.dashboards.chronograf import RUN_NAMES_QUERY as CHRONOGRAFS_RUNS
-from deploy.dashboards.grafana import RUN_NAMES_QUERY as GRAFANAS_RUNS
+from deploy.dashboards import chronograf, grafana
 from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.points.schema import MEASUREMENTS
 from monitor.stores.influx.http import LineEncoder
@@ -27,14 +26,14 @@ Series = dict[str, Any]
 
 
 def point(measurement: str, at_s: float, tags: dict[str, str], /, **fields: FieldValue) -> TelemetryPoint:
-    """All fields that are not given are 1, or "x": a panel that asks for another field than it should shows."""
+    """Other fields are 1 or "x", so that a panel which reads the wrong field shows a wrong value."""
     known = {field.name: "x" if field.type == "text" else 1 for field in MEASUREMENTS[measurement].fields}
-    here = {"node": "box", "site": "local", "pipeline": "street", **tags}
-    return TelemetryPoint(measurement, round(at_s * 1e9), here, {**known, **fields})
+    all_tags = {"node": "box", "site": "local", "pipeline": "street", **tags}
+    return TelemetryPoint(measurement, round(at_s * 1e9), all_tags, {**known, **fields})
 
 
 def second(run: str, number: int, scale: int) -> Iterator[TelemetryPoint]:
-    """What one second of a run leaves: four requests, over two stages, and everything else once."""
+    """The points of one second of a run: four requests through two stages, and one of each other measurement."""
     at_s = BEGIN_S + number + 0.25
     own = {"run": run, "source": "camera"}
     for quarter in range(4):
@@ -48,7 +47,7 @@ def second(run: str, number: int, scale: int) -> Iterator[TelemetryPoint]:
             yield point("task", moment_s, tags, **spent)
     for stage in STAGES:
         for worker in (1, 2):
-            load = {"queue": 3, "busy": 0.5, "failed": number, "rejected": 2 * number, "expired": 0, "refused": 7}
+            load = {"queue": 3, "busy": 0.5, "failed": number, "rejected": 2 * number, "expired": 0, "malformed": 7}
             yield point("stage", at_s, {"run": run, "stage": stage, "worker": f"{stage}-{worker}"}, **load)
     yield point("source", at_s, own, retries=5 + 3 * number, dropped=number * scale, failed=0)
     yield point("step", at_s, own, rows=64, loss=2.5 * scale, accuracy=0.75, step_ms=250.0)
@@ -68,35 +67,35 @@ def second(run: str, number: int, scale: int) -> Iterator[TelemetryPoint]:
 
 @pytest.fixture(scope="module", name="database")
 def _database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InfluxServer]:
-    """With two runs at the same time, so that whatever shows both is found out."""
-    found = InfluxServer(tmp_path_factory.mktemp("influx"))
-    with start_servers(found):
+    """Has two runs at the same time, so that a query which mixes them has a wrong answer."""
+    server = InfluxServer(tmp_path_factory.mktemp("influx"))
+    with start_servers(server):
         points = [
             each for run, scale in (("r1", 1), ("r2", 100)) for s in range(SECONDS) for each in second(run, s, scale)
         ]
         body = "\n".join(LineEncoder().encode(points)).encode()
-        with urllib.request.urlopen(f"{found.url}/write?db={BUCKET}", data=body, timeout=30):
-            yield found
+        with urllib.request.urlopen(f"{server.url}/write?db={BUCKET}", data=body, timeout=30):
+            yield server
 
 
-def lines(database: InfluxServer, queries: list[str], fills_in: Any) -> list[Series]:
-    """What a panel shows of the first run."""
-    # A millisecond less: Grafana's span has its end in it.
+def panel_series(database: InfluxServer, queries: list[str], fill_variables: Any) -> list[Series]:
+    """The series that a panel shows of the first run."""
+    # A millisecond less: Grafana's time range includes its end.
     begin_ms, end_ms = BEGIN_S * 1000, (BEGIN_S + SECONDS) * 1000 - 1
-    found = []
+    series = []
     for query in queries:
-        found += database.query(fills_in(query, "r1", begin_ms, end_ms, EVERY_S))
-    return found
+        series += database.query(fill_variables(query, "r1", begin_ms, end_ms, EVERY_S))
+    return series
 
 
-def shown(database: InfluxServer, title: str, column: str, **tags: str) -> list[float]:
-    """Every point that a line of a panel goes through, in both dashboards."""
+def panel_values(database: InfluxServer, title: str, column: str, **tags: str) -> list[float]:
+    """The values of one line of a panel, which are equal in both dashboards."""
     both = []
-    for panels, fills_in in (
+    for panels, fill_variables in (
         (chronograf_queries(), fill_chronograf_variables),
         (grafana_queries(), fill_grafana_variables),
     ):
-        for series in lines(database, panels[title], fills_in):
+        for series in panel_series(database, panels[title], fill_variables):
             if column in series["columns"] and tags.items() <= series.get("tags", {}).items():
                 place = series["columns"].index(column)
                 both.append([row[place] for row in series["values"] if row[place] is not None])
@@ -106,14 +105,14 @@ def shown(database: InfluxServer, title: str, column: str, **tags: str) -> list[
 
 
 @pytest.mark.parametrize("title", list(chronograf_queries()))
-def test_each_panel_has_lines_and_both_dashboards_have_the_same(database: InfluxServer, title: str) -> None:
-    ours = lines(database, chronograf_queries()[title], fill_chronograf_variables)
-    assert ours == lines(database, grafana_queries()[title], fill_grafana_variables)
-    for series in ours:
+def test_panel_has_values_equal_in_both_dashboards(database: InfluxServer, title: str) -> None:
+    series_of_panel = panel_series(database, chronograf_queries()[title], fill_chronograf_variables)
+    assert series_of_panel == panel_series(database, grafana_queries()[title], fill_grafana_variables)
+    for series in series_of_panel:
         for place, column in enumerate(series["columns"]):
             assert any(row[place] is not None for row in series["values"]), f"{column} has no value"
-    asked = chronograf_queries()[title]
-    assert len({series["name"] for series in ours}) >= len(asked), "a query without an answer"
+    queries = chronograf_queries()[title]
+    assert len({series["name"] for series in series_of_panel}) >= len(queries), "a query without an answer"
 
 
 @pytest.mark.parametrize(
@@ -147,16 +146,15 @@ def test_each_panel_has_lines_and_both_dashboards_have_the_same(database: Influx
         ("Rows trained", "rows", {}, 64.0),
     ],
 )
-def test_a_panel_shows_what_was_written(
+def test_panel_shows_written_values(
     database: InfluxServer, title: str, column: str, tags: dict[str, str], value: float
 ) -> None:
-    found = shown(database, title, column, **tags)
-    # The first of what is a difference is one of nothing.
-    assert len(found) >= SECONDS // EVERY_S - 1
-    assert found == pytest.approx([value] * len(found))
+    values = panel_values(database, title, column, **tags)
+    assert len(values) >= SECONDS // EVERY_S - 1  # a difference has no first value
+    assert values == pytest.approx([value] * len(values))
 
 
-@pytest.mark.parametrize("query", [CHRONOGRAFS_RUNS, GRAFANAS_RUNS])
-def test_the_runs_to_pick_from_are_all_there_are(database: InfluxServer, query: str) -> None:
-    found = {value for series in database.query(query) for _, value in series["values"]}
-    assert found == {"r1", "r2"}
+@pytest.mark.parametrize("query", [chronograf.RUN_NAMES_QUERY, grafana.RUN_NAMES_QUERY])
+def test_all_runs_can_be_selected(database: InfluxServer, query: str) -> None:
+    runs = {value for series in database.query(query) for _, value in series["values"]}
+    assert runs == {"r1", "r2"}

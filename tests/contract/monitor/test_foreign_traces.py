@@ -1,4 +1,4 @@
-"""A trace through Mosquitto: what a client of any language begins goes through all stages, as a chain of parents."""
+"""Distributed traces through Mosquitto: a client's trace continues through all stages as a chain of parents."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from tests.support.pipelines.processes import eventually
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = f"00-{TRACE}-{SPAN}-01"
 STAGES = ("first", "second", "third")
-DOOR = "sparse/local/room/first/tasks"
-ANSWERS = "answers/stranger"
+TASKS_TOPIC = "sparse/local/room/first/tasks"
+RESULTS_TOPIC = "results/foreign"
 
 
 def double(x: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
@@ -49,10 +49,10 @@ def _address() -> Iterator[str]:
 
 @pytest.fixture(name="monitor")
 def _monitor(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMonitor]:
-    """A socket that plays the monitor."""
-    with monitor_socket_path() as path, FakeMonitor(path) as found:
+    """Receives the events of all workers and sources."""
+    with monitor_socket_path() as path, FakeMonitor(path) as fake:
         monkeypatch.setenv("SPARSE_MONITOR", str(path))
-        yield found
+        yield fake
 
 
 @pytest.fixture(name="pipeline")
@@ -65,12 +65,12 @@ def _pipeline(tmp_path: Path) -> Pipeline:
 
 @asynccontextmanager
 async def serving(address: str, pipeline: Pipeline, monitor: FakeMonitor) -> AsyncIterator[None]:
-    """A worker at each stage, which tells what it does."""
+    """A worker for each stage that sends its events to the monitor."""
     with ExitStack() as clients:
         workers = []
         for stage in pipeline.stage:
-            names = {"stage": stage.name, "worker": stage.name}
-            events = clients.enter_context(EventClient(monitor.path, "stage", stage.name, {}, names))
+            labels = {"stage": stage.name, "worker": stage.name}
+            events = clients.enter_context(EventClient(monitor.path, "stage", stage.name, {}, labels))
             workers.append(
                 InferenceWorker(
                     MqttTransport(address), pipeline, stage, FunctionExecutor(double), stage.name, "cpu", events
@@ -89,15 +89,15 @@ async def serving(address: str, pipeline: Pipeline, monitor: FakeMonitor) -> Asy
                 await worker.stop()
 
 
-def tasks(monitor: FakeMonitor, count: int) -> list[list[TaskProcessed]]:
-    """What the workers said of so many requests: for each, its tasks by stage."""
+def task_events(monitor: FakeMonitor, count: int) -> list[list[TaskProcessed]]:
+    """The workers' events for `count` requests: for each request, its tasks by stage."""
 
-    def found() -> list[TaskProcessed]:
+    def received() -> list[TaskProcessed]:
         return [event for event in monitor.events if isinstance(event, TaskProcessed)]
 
-    eventually("all tasks", lambda: len(found()) == count * len(STAGES))
-    requests = dict.fromkeys(task.request for task in found())
-    by_stage = {(task.request, task.stage): task for task in found()}
+    eventually("all tasks", lambda: len(received()) == count * len(STAGES))
+    requests = dict.fromkeys(task.request for task in received())
+    by_stage = {(task.request, task.stage): task for task in received()}
     return [[by_stage[request, stage] for stage in STAGES] for request in requests]
 
 
@@ -107,47 +107,45 @@ def assert_chain(chain: list[TaskProcessed], trace: str, parent: str) -> None:
     assert len({parent, *(task.span for task in chain)}) == len(chain) + 1
 
 
-def test_a_foreign_client_is_the_parent_of_what_is_done_for_it(
-    address: str, pipeline: Pipeline, monitor: FakeMonitor
-) -> None:
-    def ask(user: dict[str, str]) -> None:
-        with ForeignClient(address, [(ANSWERS, 1)]) as me:
-            me.publish(DOOR, b'{"x": 1}', response_topic=ANSWERS, user_properties=user)
-            assert json.loads(me.receive().payload)["values"] == {"x": 8.0}
+def test_client_is_the_parent_of_its_tasks(address: str, pipeline: Pipeline, monitor: FakeMonitor) -> None:
+    def send_task(user: dict[str, str]) -> None:
+        with ForeignClient(address, [(RESULTS_TOPIC, 1)]) as client:
+            client.publish(TASKS_TOPIC, b'{"x": 1}', response_topic=RESULTS_TOPIC, user_properties=user)
+            assert json.loads(client.receive().payload)["values"] == {"x": 8.0}
 
-    async def whole() -> None:
+    async def test() -> None:
         async with serving(address, pipeline, monitor):
             for user in ({"traceparent": PARENT}, {"traceparent": PARENT.upper()}, {}):
-                await asyncio.to_thread(ask, user)
+                await asyncio.to_thread(send_task, user)
 
-    run_async(whole())
-    traced, broken, bare = tasks(monitor, 3)
+    run_async(test())
+    traced, invalid, untraced = task_events(monitor, 3)
     assert_chain(traced, TRACE, SPAN)
-    for chain in (broken, bare):  # a trace of its own, as good as with none
+    for chain in (invalid, untraced):  # they have the request id as their trace
         assert_chain(chain, chain[0].request, "")
 
 
-def test_a_camera_is_the_parent_of_the_request_that_its_frame_becomes(
+def test_publisher_of_a_frame_is_the_parent_of_its_request(
     address: str, pipeline: Pipeline, monitor: FakeMonitor
 ) -> None:
-    def publish() -> None:
-        with ForeignClient(address, [("sparse/local/results/door", 1)]) as me:
-            me.publish("sparse/local/ingress/door", b'{"x": 1}', user_properties={"traceparent": PARENT})
-            assert json.loads(me.receive().payload)["values"] == {"x": 8.0}
+    def publish_frame() -> None:
+        with ForeignClient(address, [("sparse/local/results/door", 1)]) as client:
+            client.publish("sparse/local/ingress/door", b'{"x": 1}', user_properties={"traceparent": PARENT})
+            assert json.loads(client.receive().payload)["values"] == {"x": 8.0}
 
-    async def whole() -> None:
+    async def test() -> None:
         async with serving(address, pipeline, monitor), Offloader(pipeline, broker=address) as offloader:
-            intake = SampleBuffer("all")
-            feed = InferenceRun(offloader, intake)
-            gateway = IngressGateway(offloader.channel.transport, "local", intake, feed.reject)
+            samples = SampleBuffer("all")
+            run = InferenceRun(offloader, samples)
+            gateway = IngressGateway(offloader.channel.transport, "local", samples, run.reject)
             await gateway.start()
-            feeding = asyncio.create_task(feed.run(), name="feed")
-            await asyncio.to_thread(publish)
+            running = asyncio.create_task(run.run(), name="run")
+            await asyncio.to_thread(publish_frame)
             await gateway.drain()
-            await feeding
+            await running
 
-    run_async(whole())
-    [chain] = tasks(monitor, 1)
+    run_async(test())
+    [chain] = task_events(monitor, 1)
     [done] = [event for event in monitor.events if isinstance(event, RequestDone)]
     assert (done.trace, done.parent) == (TRACE, SPAN)
     assert_chain(chain, TRACE, done.span)

@@ -1,4 +1,4 @@
-"""The examples of docs/telemetry.md, run: what it sends is an event, and what it asks is answered."""
+"""The examples of docs/telemetry.md: the programs send events, and the queries have answers."""
 
 from __future__ import annotations
 
@@ -36,68 +36,74 @@ INFLUXQL = [line for block in code_blocks("sql", "InfluxQL") for line in block.s
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InfluxServer]:
-    with start_influx(tmp_path_factory.mktemp("influx")) as found:
-        store = InfluxStore(found.target, tmp_path_factory.mktemp("spool"))
+    with start_influx(tmp_path_factory.mktemp("influx")) as running:
+        store = InfluxStore(running.target, tmp_path_factory.mktemp("spool"))
         store.write(POINTS)
-        eventually("all points to be taken", lambda: not store.waiting)
+        eventually("all points to be accepted", lambda: not store.waiting)
         store.close()
         assert store.dropped == 0
-        yield found
+        yield running
 
 
-def sent(command: list[str], folder: Path) -> TelemetryEvent:
-    """The event that a program sends to the monitor's socket."""
-    place = folder / "monitor.sock"
+def sent_event(command: list[str], folder: Path) -> TelemetryEvent:
+    """The event that a command sends to the monitor's socket."""
+    path = folder / "monitor.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as monitor:
-        monitor.bind(str(place))
+        monitor.bind(str(path))
         monitor.settimeout(30)
-        subprocess.run(command, env={"SPARSE_MONITOR": str(place), "PATH": "/usr/bin:/bin"}, check=True, timeout=60)
+        subprocess.run(command, env={"SPARSE_MONITOR": str(path), "PATH": "/usr/bin:/bin"}, check=True, timeout=60)
         lines = monitor.recv(1 << 17).splitlines()
     assert len(lines) == 1
     return event_from_json(lines[0])
 
 
-def test_the_example_in_python_sends_an_event(tmp_path: Path) -> None:
+def test_python_example_sends_an_event(tmp_path: Path) -> None:
     [example] = code_blocks("python", "Sending an event")
-    assert isinstance(sent([sys.executable, "-c", example], tmp_path), TaskProcessed)
+    assert isinstance(sent_event([sys.executable, "-c", example], tmp_path), TaskProcessed)
 
 
-def test_the_example_in_a_shell_sends_an_event(tmp_path: Path) -> None:
+def test_shell_example_sends_an_event(tmp_path: Path) -> None:
     require_dependency("socat")
     [example] = code_blocks("sh", "Sending an event")
-    event = sent(["sh", "-c", example], tmp_path)
+    event = sent_event(["sh", "-c", example], tmp_path)
     assert isinstance(event, ProcessStarted)
     assert event.pid > 0
 
 
 @pytest.mark.parametrize("query", code_blocks("sql", "SQLite"))
-def test_a_query_of_the_file_is_answered(query: str, tmp_path: Path) -> None:
+def test_sqlite_query_has_an_answer(query: str, tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "telemetry.sqlite")
     store.write(POINTS)
     with closing(sqlite3.connect(store.path)) as file:
-        found = file.execute(query).fetchall()
+        rows = file.execute(query).fetchall()
     store.close()
-    assert found
-    assert all(value is not None for row in found for value in row)
+    assert rows
+    assert all(value is not None for row in rows for value in row)
 
 
 @pytest.mark.parametrize("query", INFLUXQL)
-def test_a_query_in_influxql_is_answered(server: InfluxServer, query: str) -> None:
-    found = server.query(query)
-    assert found
-    assert all(value is not None for series in found for row in series["values"] for value in row)
+def test_influxql_query_has_an_answer(server: InfluxServer, query: str) -> None:
+    answer = server.query(query)
+    assert answer
+    assert all(value is not None for series in answer for row in series["values"] for value in row)
 
 
-def test_the_query_from_a_shell_is_answered(server: InfluxServer, tmp_path: Path) -> None:
+def test_query_from_a_shell_has_an_answer(server: InfluxServer, tmp_path: Path) -> None:
     [example] = code_blocks("sh", "InfluxQL")
     token = tmp_path / "token"
     token.write_text(server.target.token + "\n")
-    named = {"SPARSE_INFLUX_URL": server.target.url, "SPARSE_INFLUX_TOKEN_FILE": str(token), "PATH": "/usr/bin:/bin"}
+    environment = {
+        "SPARSE_INFLUX_URL": server.target.url,
+        "SPARSE_INFLUX_TOKEN_FILE": str(token),
+        "PATH": "/usr/bin:/bin",
+    }
     require_dependency("curl")
-    answer = subprocess.run(["sh", "-c", example], env=named, capture_output=True, text=True, check=True, timeout=60)
+    answer = subprocess.run(
+        ["sh", "-c", example], env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
     assert re.search(r'"values":\[\[.*,10\]\]', answer.stdout)
 
 
-def test_there_are_examples() -> None:
+def test_number_of_examples() -> None:
     assert len(code_blocks("sql", "SQLite")) == 4
     assert len(INFLUXQL) == 5
