@@ -46,7 +46,7 @@ def test_report_has_a_line_per_certificate(file: Path, tmp_path: Path, capsys: p
     [
         ("--host", "cloud", "--host cloud: not a site and a host name: expected SITE=NAME"),
         ("--host", "clout=x", "did you mean 'cloud'?"),
-        ("--host", "cloud=a b", "is not a site and a name"),
+        ("--host", "cloud=a b", "--host cloud=a b: "),
         ("--host", f"cloud={'x' * 64}.example", "xxx"),
         ("--node", "viewr", "did you mean 'viewer'?"),
         ("--days", "0", "greater than or equal to 1"),
