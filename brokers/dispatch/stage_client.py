@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from brokers.dispatch.channel import MessageChannel
+from brokers.dispatch.presence import WorkerRecord
 from brokers.dispatch.priority_waiters import PriorityWaiters
 from brokers.dispatch.worker_pool import LEASE_S, Dispatcher, LostTask
 from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S, PresenceEvent, PresenceListener
@@ -72,10 +73,11 @@ class StageClient:
 
         Raises `NoWorker` if none had credit for `timeout_s`, `TooLarge` for a task that the worker does not accept.
         """
-        worker = await self._wait_for_worker(task, timeout_s, avoid)
-        limit_bytes = self._dispatcher.max_message_bytes(worker)
-        if limit_bytes is not None and task.content.nbytes > limit_bytes:
-            raise TooLarge(f"request {task.request_id.hex()} to worker {worker!r}", limit_bytes, task.content.nbytes)
+        record = await self._wait_for_worker(task, timeout_s, avoid)
+        worker = record.worker
+        if task.content.nbytes > record.max_message_bytes:
+            what = f"request {task.request_id.hex()} to worker {worker!r}"
+            raise TooLarge(what, record.max_message_bytes, task.content.nbytes)
         sent = LostTask(task.request_id, task.attempt, task.reply_to, self.topics.stage, worker)
         self._dispatcher.task_sent(sent, time.monotonic())
         try:
@@ -91,15 +93,15 @@ class StageClient:
         self._waiters.notify()
         self._isolated_waiters.notify_all()
 
-    async def _wait_for_worker(self, task: Task, timeout_s: float, avoid: frozenset[str]) -> str:
+    async def _wait_for_worker(self, task: Task, timeout_s: float, avoid: frozenset[str]) -> WorkerRecord:
         begin_s = time.monotonic()
         isolate = task.request_id if task.attempt >= ISOLATE_FROM_ATTEMPT else None
         waiters = self._waiters if isolate is None else self._isolated_waiters
         try:
             while not self._closed:
                 now_s = time.monotonic()
-                if worker := self._dispatcher.pick(now_s, avoid, isolate):
-                    return worker
+                if record := self._dispatcher.pick(now_s, avoid, isolate):
+                    return record
                 if now_s - begin_s > _LOG_WAIT_AFTER_S:
                     self._log_wait()
                 left_s = begin_s + timeout_s - now_s

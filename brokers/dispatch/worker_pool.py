@@ -117,7 +117,9 @@ class Dispatcher:
             del self._tasks[task.request]
         return lost
 
-    def pick(self, now_s: float, avoid: frozenset[str] = frozenset(), isolate: bytes | None = None) -> str | None:
+    def pick(
+        self, now_s: float, avoid: frozenset[str] = frozenset(), isolate: bytes | None = None
+    ) -> WorkerRecord | None:
         """The worker with credit that would finish one more task first; None if no worker has credit.
 
         A worker in `avoid` is picked only if there is no other. `isolate` is a request that must have a worker to
@@ -129,7 +131,7 @@ class Dispatcher:
         up = self._workers_of_one_model()
         if isolate is None:
             picked = _first_to_finish([worker for worker in up if worker.has_credit], avoid, now_s)
-            return picked.record.worker if picked else None
+            return picked.record if picked else None
         reserved = next((worker for worker in up if worker.reserved_for == isolate), None)
         if reserved is None:
             self.cancel_reservation(isolate)  # of a worker that is no longer up
@@ -137,17 +139,13 @@ class Dispatcher:
             if reserved is None:
                 return None
             reserved.reserved_for = isolate
-        return None if reserved.assigned else reserved.record.worker
+        return None if reserved.assigned else reserved.record
 
     def cancel_reservation(self, request: bytes) -> None:
         """Free the worker that was reserved for a request."""
         for worker in self._workers.values():
             if worker.reserved_for == request:
                 worker.reserved_for = None
-
-    def max_message_bytes(self, worker: str) -> int | None:
-        """The largest message that this worker accepts; None for an unknown worker."""
-        return self._workers[worker].record.max_message_bytes if worker in self._workers else None
 
     def task_sent(self, task: LostTask, now_s: float) -> None:
         """A task is about to be sent: it uses one credit of its worker until `task_done`, or until its lease ends."""

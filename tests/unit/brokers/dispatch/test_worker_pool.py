@@ -29,6 +29,14 @@ def send(dispatcher: Dispatcher, worker: str, request: bytes, now_s: float = 0.0
     return task
 
 
+def pick(
+    dispatcher: Dispatcher, now_s: float, avoid: frozenset[str] = frozenset(), isolate: bytes | None = None
+) -> str | None:
+    """The id of the worker that is picked."""
+    record = dispatcher.pick(now_s, avoid, isolate)
+    return record.worker if record else None
+
+
 def requests(tasks: Iterable[LostTask]) -> set[bytes]:
     return {task.request for task in tasks}
 
@@ -37,17 +45,17 @@ def requests(tasks: Iterable[LostTask]) -> set[bytes]:
 
 
 def test_no_worker_is_picked_from_an_empty_pool() -> None:
-    assert Dispatcher().pick(0.0) is None
+    assert pick(Dispatcher(), 0.0) is None
 
 
 def test_worker_gets_no_more_than_its_capacity() -> None:
     dispatcher = make_dispatcher(make_worker_record(capacity=2))
     for request in (A, B):
-        assert dispatcher.pick(0.0) == "w"
+        assert pick(dispatcher, 0.0) == "w"
         send(dispatcher, "w", request)
-    assert dispatcher.pick(0.0) is None
+    assert pick(dispatcher, 0.0) is None
     dispatcher.task_done("w", A)
-    assert dispatcher.pick(0.0) == "w"
+    assert pick(dispatcher, 0.0) == "w"
 
 
 def test_duplicate_done_returns_one_credit() -> None:
@@ -57,7 +65,7 @@ def test_duplicate_done_returns_one_credit() -> None:
     for _ in range(2):
         dispatcher.task_done("w", A)
     send(dispatcher, "w", C)
-    assert dispatcher.pick(0.0) is None
+    assert pick(dispatcher, 0.0) is None
 
 
 def test_worker_that_would_finish_first_is_picked() -> None:
@@ -66,7 +74,7 @@ def test_worker_that_would_finish_first_is_picked() -> None:
     )
     picked = []
     for number in range(5):
-        worker = dispatcher.pick(0.0)
+        worker = pick(dispatcher, 0.0)
         assert worker is not None
         picked.append(worker)
         send(dispatcher, worker, bytes([number]) * 16)
@@ -77,18 +85,18 @@ def test_worker_that_would_finish_first_is_picked() -> None:
 def test_workers_without_a_reported_time_take_turns() -> None:
     dispatcher = make_dispatcher(make_worker_record("a", task_ms=0.0), make_worker_record("b", task_ms=0.0))
     send(dispatcher, "a", A)
-    assert dispatcher.pick(0.0) == "b"
+    assert pick(dispatcher, 0.0) == "b"
     send(dispatcher, "b", B)
-    assert dispatcher.pick(0.0) == "a"
+    assert pick(dispatcher, 0.0) == "a"
 
 
 def test_avoided_worker_is_picked_only_without_alternative() -> None:
     dispatcher = make_dispatcher(
         make_worker_record("a", capacity=1), make_worker_record("b", capacity=1, task_ms=999.0)
     )
-    assert dispatcher.pick(0.0, frozenset({"a"})) == "b"
+    assert pick(dispatcher, 0.0, frozenset({"a"})) == "b"
     send(dispatcher, "b", A)
-    assert dispatcher.pick(0.0, frozenset({"a"})) == "a"
+    assert pick(dispatcher, 0.0, frozenset({"a"})) == "a"
 
 
 @pytest.mark.parametrize("state", ["standby", "draining", "stopped"])
@@ -96,7 +104,7 @@ def test_worker_that_is_not_up_gets_no_task_and_keeps_its_own(state: str) -> Non
     dispatcher = make_dispatcher(make_worker_record())
     send(dispatcher, "w", A)
     dispatcher.update(make_worker_record(state=state), 0.0)
-    assert dispatcher.pick(0.0) is None
+    assert pick(dispatcher, 0.0) is None
     assert len(dispatcher) == 0
     assert requests(dispatcher.remove("w")) == {A}
 
@@ -104,8 +112,8 @@ def test_worker_that_is_not_up_gets_no_task_and_keeps_its_own(state: str) -> Non
 def test_credit_is_free_again_after_the_lease() -> None:
     dispatcher = make_dispatcher(make_worker_record(capacity=1), lease_s=5.0)
     send(dispatcher, "w", A)
-    assert dispatcher.pick(5.0) is None
-    assert dispatcher.pick(5.1) == "w"
+    assert pick(dispatcher, 5.0) is None
+    assert pick(dispatcher, 5.1) == "w"
     assert dispatcher.remove("w") == []
 
 
@@ -113,9 +121,9 @@ def test_changed_capacity_counts_from_the_next_record() -> None:
     dispatcher = make_dispatcher(make_worker_record(capacity=1))
     send(dispatcher, "w", A)
     dispatcher.update(make_worker_record(capacity=2), 0.0)
-    assert dispatcher.pick(0.0) == "w"
+    assert pick(dispatcher, 0.0) == "w"
     send(dispatcher, "w", B)
-    assert dispatcher.pick(0.0) is None
+    assert pick(dispatcher, 0.0) is None
 
 
 def test_idle_worker_with_a_slow_first_task_is_tried_again() -> None:
@@ -123,13 +131,13 @@ def test_idle_worker_with_a_slow_first_task_is_tried_again() -> None:
         make_worker_record("cold", task_ms=200.0), make_worker_record("warm", capacity=3, task_ms=50.0)
     )
     send(dispatcher, "warm", A)
-    assert dispatcher.pick(0.0) == "warm"  # 100 ms there, 200 ms at the other
+    assert pick(dispatcher, 0.0) == "warm"  # 100 ms there, 200 ms at the other
     later_s = 2 * ESTIMATE_HALF_LIFE_S
     send(dispatcher, "warm", A, later_s)  # busy all the time
-    assert dispatcher.pick(later_s) == "cold"
+    assert pick(dispatcher, later_s) == "cold"
     send(dispatcher, "cold", B, later_s)
     dispatcher.task_done("cold", B)
-    assert dispatcher.pick(later_s) == "warm"
+    assert pick(dispatcher, later_s) == "warm"
 
 
 def test_worker_with_an_overdue_task_gets_no_more() -> None:
@@ -137,17 +145,17 @@ def test_worker_with_an_overdue_task_gets_no_more() -> None:
         make_worker_record("hangs", capacity=9, task_ms=10.0), make_worker_record("works", capacity=9, task_ms=30.0)
     )
     send(dispatcher, "hangs", A)
-    assert dispatcher.pick(0.005) == "hangs"
-    assert dispatcher.pick(0.1) == "works"
+    assert pick(dispatcher, 0.005) == "hangs"
+    assert pick(dispatcher, 0.1) == "works"
 
 
 def test_worker_with_another_model_gets_no_task_while_the_first_is_up() -> None:
     dispatcher = make_dispatcher(make_worker_record("b", capacity=1), make_worker_record("a", fingerprint="other"))
-    assert dispatcher.pick(0.0) == "b"
+    assert pick(dispatcher, 0.0) == "b"
     send(dispatcher, "b", A)
-    assert dispatcher.pick(0.0) is None
+    assert pick(dispatcher, 0.0) is None
     dispatcher.remove("b")
-    assert dispatcher.pick(0.0) == "a"
+    assert pick(dispatcher, 0.0) == "a"
 
 
 # Tasks that are lost ------------------------------------------------------------------------------------------------
@@ -160,7 +168,7 @@ def test_removed_worker_returns_its_unfinished_tasks_once() -> None:
     dispatcher.task_done("w", B)
     assert dispatcher.remove("w") == [task]
     assert dispatcher.remove("w") == []
-    assert dispatcher.pick(0.0) == "other"
+    assert pick(dispatcher, 0.0) == "other"
 
 
 def test_loss_of_an_earlier_attempts_worker_is_not_reported() -> None:
@@ -185,8 +193,7 @@ def test_unknown_workers_change_nothing() -> None:
     dispatcher.task_done("unknown", A)
     dispatcher.task_done("w", A)
     assert dispatcher.remove("unknown") == []
-    assert dispatcher.max_message_bytes("unknown") is None
-    assert dispatcher.pick(0.0) == "w"
+    assert pick(dispatcher, 0.0) == "w"
 
 
 @given(st.lists(st.tuples(st.sampled_from(["send", "done", "lost", "up"]), st.integers(0, 2), st.integers(0, 5))))
@@ -203,7 +210,7 @@ def test_no_order_of_events_oversubscribes_a_worker_or_loses_a_task(events: list
         elif event == "done":
             dispatcher.task_done(worker, request)
             assigned.get(worker, set()).discard(request)
-        elif picked := dispatcher.pick(0.0):
+        elif picked := pick(dispatcher, 0.0):
             assert len(assigned[picked]) < 2
             request = bytes([int(picked[1:]), request_number]) * 8  # one request is at one worker at a time
             send(dispatcher, picked, request)
@@ -218,40 +225,40 @@ def test_no_order_of_events_oversubscribes_a_worker_or_loses_a_task(events: list
 def test_isolated_request_gets_an_empty_worker_to_itself() -> None:
     dispatcher = make_dispatcher(make_worker_record("a", capacity=3), make_worker_record("b", capacity=3))
     send(dispatcher, "a", A)
-    assert dispatcher.pick(0.0, isolate=B) == "b"
+    assert pick(dispatcher, 0.0, isolate=B) == "b"
     send(dispatcher, "b", B)
     for _ in range(2):
-        assert dispatcher.pick(0.0) == "a"
+        assert pick(dispatcher, 0.0) == "a"
         send(dispatcher, "a", C)
     dispatcher.task_done("b", B)
-    assert dispatcher.pick(0.0) == "b"
+    assert pick(dispatcher, 0.0) == "b"
 
 
 def test_worker_is_reserved_until_it_is_empty() -> None:
     dispatcher = make_dispatcher(make_worker_record("a", capacity=3))
     send(dispatcher, "a", A)
-    assert dispatcher.pick(0.0, isolate=B) is None
-    assert dispatcher.pick(0.0) is None  # though it has credit for two more
+    assert pick(dispatcher, 0.0, isolate=B) is None
+    assert pick(dispatcher, 0.0) is None  # though it has credit for two more
     dispatcher.task_done("a", A)
-    assert dispatcher.pick(0.0) is None
-    assert dispatcher.pick(0.0, isolate=B) == "a"
+    assert pick(dispatcher, 0.0) is None
+    assert pick(dispatcher, 0.0, isolate=B) == "a"
 
 
 def test_cancelled_reservation_frees_the_worker() -> None:
     dispatcher = make_dispatcher(make_worker_record("a"))
-    dispatcher.pick(0.0, isolate=B)
+    pick(dispatcher, 0.0, isolate=B)
     dispatcher.cancel_reservation(B)
-    assert dispatcher.pick(0.0) == "a"
+    assert pick(dispatcher, 0.0) == "a"
 
 
 def test_reserved_worker_that_drains_is_replaced() -> None:
     dispatcher = make_dispatcher(make_worker_record("a"), make_worker_record("b"))
     send(dispatcher, "a", A)
     send(dispatcher, "b", C)
-    assert dispatcher.pick(0.0, isolate=B) is None
+    assert pick(dispatcher, 0.0, isolate=B) is None
     dispatcher.update(make_worker_record("a", state="draining"), 0.0)
     dispatcher.task_done("b", C)
-    assert dispatcher.pick(0.0, isolate=B) == "b"
+    assert pick(dispatcher, 0.0, isolate=B) == "b"
 
 
 # Gaps ---------------------------------------------------------------------------------------------------------------
@@ -266,15 +273,15 @@ def test_credit_is_free_after_a_gap() -> None:
     dispatcher = make_dispatcher(make_worker_record(capacity=1))
     send(dispatcher, "w", A)
     dispatcher.update(make_worker_record(capacity=1), 1.0)
-    assert dispatcher.pick(1.0) is None
+    assert pick(dispatcher, 1.0) is None
     dispatcher.update(make_worker_record(capacity=1), 5.0, gap=True)
-    assert dispatcher.pick(5.0) == "w"
+    assert pick(dispatcher, 5.0) == "w"
 
 
 def test_task_sent_before_a_gap_is_lost_with_its_worker() -> None:
     """Otherwise a request that blocks its worker before it kills it would never be blamed."""
     dispatcher = make_dispatcher(make_worker_record())
-    assert dispatcher.pick(0.0, isolate=A) == "w"
+    assert pick(dispatcher, 0.0, isolate=A) == "w"
     task = send(dispatcher, "w", A)
     dispatcher.update(make_worker_record(), 4.0, gap=True)
     assert dispatcher.remove("w") == [task]
@@ -294,7 +301,7 @@ def test_worker_with_repeated_gaps_is_not_given_every_request() -> None:
     dispatcher, sent = make_dispatcher(make_worker_record(capacity=3)), 0
     for number in range(10):
         dispatcher.update(load(queue=max(0, sent - 1)), float(number), gap=True)
-        while dispatcher.pick(float(number)):
+        while pick(dispatcher, float(number)):
             send(dispatcher, "w", bytes([sent]) * 16, float(number))
             sent += 1
     assert sent <= 4, "its capacity, and the batch that it may have finished"
