@@ -16,7 +16,6 @@ is called. The conventions:
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import logging
 import os
@@ -26,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
 
-from brokers.errors import SparseError, UsageError
+from brokers.errors import SparseError, UsageError, did_you_mean
 from brokers.process.log_rate_limit import RateLimitFilter
 
 ENTRY_POINT_GROUP = "sparse.commands"
@@ -75,9 +74,8 @@ def _run(argv: Sequence[str]) -> int:
     if arguments and f"{name} {arguments[0]}" in commands:
         name = f"{name} {arguments.pop(0)}"
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(commands)}"
-        raise UsageError("UnknownCommand", f"there is no command {name!r}; {hint}", name=name)
+        hint = did_you_mean(name, list(commands)) or f": expected one of {', '.join(commands)}"
+        raise UsageError("UnknownCommand", f"no command {name!r}{hint}", name=name)
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RateLimitFilter())
     level = _LOG_LEVELS[min(verbosity, len(_LOG_LEVELS) - 1)]

@@ -1,8 +1,8 @@
 """The topics that a bridge between the brokers of two sites forwards, as Mosquitto's rules.
 
 The site in a topic is that of its reader. So a bridge forwards, in each direction, the messages for the sites on the
-other side. Presence goes the opposite way, since the reader of a presence record is the sender of tasks. No topic matches
-rules of both directions, so a retained record is never sent back to where it came from.
+other side. Presence goes the opposite way, since the reader of a presence record is the sender of tasks. No topic
+matches rules of both directions, so a retained record is never sent back to where it came from.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pipeline file: read from TOML, validated as a whole, and frozen. Each mistake is one line: file, key, expectation."""
+"""The pipeline file: read from TOML, validated as a whole, frozen. A mistake is one line: file, key, expectation."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ The rules:
  1. An entry belongs to a topic. A record counts only on the topic of the worker or source that it names.
  2. The first record makes an entry: event `appeared`. A further record of the same process is `updated`.
  3. An empty payload removes the entry: `lost`, reason "removed".
- 4. After PRESENCE_TIMEOUT_S without a record the process is frozen or cut off: `lost`, reason "silent". The entry stays,
-    marked `is_lost`, until its next record (`appeared`), or until FORGET_AFTER_S.
+ 4. After PRESENCE_TIMEOUT_S without a record the process is frozen or cut off: `lost`, reason "silent". The entry
+    stays, marked `is_lost`, until its next record (`appeared`), or until FORGET_AFTER_S.
  5. A record with another process id or instance is from a new process: `lost`, reason "restarted", then `appeared`.
  6. `gap` replaces `updated` when messages to or from the process may have been lost: more than PRESENCE_GAP_S since its
     previous record (a bridge between two sites was down), or another `reconnects` count (it had lost its broker).

@@ -46,7 +46,7 @@ class ReceivedPublish:
 
 @dataclass(eq=False)
 class ProbeClient:
-    """One connected client. Methods raise `ConnectionLost` once the broker has disconnected it, and `OperationRefused`."""
+    """One connected client; methods raise `ConnectionLost` once it is disconnected, and `OperationRefused`."""
 
     connection: Connection
     tls_info: tuple[str, datetime | None] | None  # TLS version, and the end of the broker's certificate

@@ -1,7 +1,7 @@
 """Measures messages of one size between two clients: the round trip, and the rate in each direction.
 
-Messages are sent as Sparse sends them: at QoS 0, in chunks that fit the broker, a few in flight at once. Both clients are
-in this process; two processes with a core each may be somewhat faster.
+Messages are sent as Sparse sends them: at QoS 0, in chunks that fit the broker, a few in flight at once. Both clients
+are in this process; two processes with a core each may be somewhat faster.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class MessagePath:
             await self.sender.publish(self.topic, chunk)
 
     async def receive(self, size_bytes: int) -> None:
-        """Return when a message of this size has arrived; raise `RequestError` ("MessageLost") if part of it does not."""
+        """Return when a message of this size has arrived; raise `RequestError` ("MessageLost") if part is lost."""
         missing_bytes = size_bytes
         while missing_bytes > 0:
             message = await self.reader.receive(_CHUNK_TIMEOUT_S)

@@ -40,7 +40,10 @@ FIX_SHARED_SUBSCRIPTION = "Mosquitto has them by default; else: enable shared su
 FIX_SESSION = "Mosquitto: no persistent_client_expiration, max_queued_messages 1000; else: keep sessions for 24 h"
 FIX_WILL = "Mosquitto: allow the client to write there in its acl_file; else: allow last wills"
 FIX_PROPERTIES = "forward the MQTT 5 properties unchanged: no gateway or plugin in between may use MQTT 3.1.1"
-FIX_BRIDGE_LOOP = "Mosquitto: one bridge between two sites, and no topic line with `both`; `sparse broker config` prints the right ones"
+FIX_BRIDGE_LOOP = (
+    "Mosquitto: one bridge between two sites, and no topic line with `both`; `sparse broker config` prints the "
+    "right ones"
+)
 
 
 def unreachable_result(address: str, reason: str, tls_failed: bool) -> CheckResult:
@@ -209,7 +212,7 @@ def burst_result(sent: int, received: Sequence[int], chunk_bytes: int) -> CheckR
 
 
 def session_result(session_present: bool, sent: int, received: int, expiry_s: int | None) -> CheckResult:
-    """`received` of the messages for a disconnected client were delivered later; `expiry_s` as the broker granted it."""
+    """`received` messages for a disconnected client were delivered later; `expiry_s`: as granted by the broker."""
     need = 'an ingress with keep = "all" needs it'
     if not session_present:
         return warn("session", f"not kept when its client disconnects; {need}", FIX_SESSION)

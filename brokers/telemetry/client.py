@@ -51,7 +51,7 @@ _ABSENT_ERRNOS = frozenset(
 
 
 def socket_path(environment: Mapping[str, str]) -> Path:
-    """The monitor's socket: SPARSE_MONITOR, else in XDG_RUNTIME_DIR, else in a folder of the user in the temporary one."""
+    """The monitor's socket: SPARSE_MONITOR, else in XDG_RUNTIME_DIR, else in a temporary folder of the user."""
     if path := environment.get(SOCKET_VARIABLE):
         return Path(path)
     if folder := environment.get("XDG_RUNTIME_DIR"):

@@ -158,7 +158,7 @@ _ADAPTER: TypeAdapter[TelemetryEvent] = TypeAdapter(Annotated[TelemetryEvent, Fi
 
 
 def event_from_json(line: bytes) -> TelemetryEvent:
-    """Parse one line; raises `BadPayload`, whose message names the place and the mistake and quotes no received text."""
+    """Parse one line; raises `BadPayload`, whose message names place and mistake but quotes no received text."""
     try:
         return _ADAPTER.validate_json(line)
     except ValidationError as error:

@@ -103,7 +103,7 @@ def format_counts(counts: Mapping[str, int]) -> str:
 
 
 def summarize_result(result: dict[str, Any]) -> str:
-    """`2 person 0.91 0.80, car 0.75`: the objects by label, the likeliest class, or the values; empty if there are none."""
+    """`2 person 0.91 0.80, car 0.75`: the objects by label, the likeliest class, or the values; may be empty."""
     if classes := result.get("classes"):
         return f"{classes[0]['label']} {classes[0]['score']:.2f}"
     scores_by_label: dict[str, list[float]] = {}

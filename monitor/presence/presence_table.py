@@ -1,7 +1,7 @@
 """The workers and sources at a broker, from their presence records: for the live view, and for the daemon.
 
-`WorkerRegistry` reads the records and decides which count. A daemon keeps the table for months, in sight of every client
-that may publish there, so this module adds:
+`WorkerRegistry` reads the records and decides which count. A daemon keeps the table for months, and any client may
+publish to it, so this module adds:
 
 * The texts of a record are cut, and lists that no reader of the table needs are dropped.
 * A stage is remembered for an hour after its last worker: an autoscaler goes on asking, and must be answered 0.

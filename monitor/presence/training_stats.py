@@ -19,7 +19,7 @@ from monitor.presence.training_events import (
     TrainingFailureEvent,
 )
 
-# Sources that train one pipeline: more than any deployment has, and a bound on the memory that a client can make us use.
+# Sources that train one pipeline: more than any deployment has, and a bound on memory.
 SOURCES_LIMIT = 16
 _EVALUATIONS_KEPT = 12
 _NOTICES_KEPT = 32
@@ -123,7 +123,7 @@ class TrainingProgress:
         return _mean([step.step_ms for _, step in self._recent]) if self._recent else 0.0
 
     def rows_per_s(self, now_s: float) -> float:
-        """Rows per second of the steps in the last RATE_WINDOW_S, or of the last step; pauses between steps do not count."""
+        """Rows per second of the steps in the last RATE_WINDOW_S, or of the last step; without pauses between steps."""
         recent = [step for time_s, step in self._recent if now_s - time_s <= RATE_WINDOW_S]
         recent = recent or [step for _, step in list(self._recent)[-1:]]
         total_ms = sum(step.step_ms for step in recent)

@@ -122,7 +122,7 @@ def test_help_of_a_command_shows_options_and_example(sparse: Console) -> None:
 
 
 def test_unknown_command_suggests_the_nearest(sparse: Console) -> None:
-    assert sparse.run("gret") == (2, "", "sparse: there is no command 'gret'; did you mean 'greet'?\n")
+    assert sparse.run("gret") == (2, "", "sparse: no command 'gret' (did you mean 'greet'?)\n")
 
 
 def test_missing_module_of_a_command_is_named(sparse: Console) -> None:

@@ -169,7 +169,7 @@ IN_SOURCE = {
     '[[site]]\nname = "c"\nbroker = "u:secret@x"': "site.c.broker: broker address 'x': ",
     '[[site]]\nname = "c"\n[[site]]\nname = "c"': "site.c: expected one site of this name, got 2",
     f'[[site]]\nname = "{"s" * 65}"': "site.0.name: site 'sss",
-    'site = "c"\n[[site]]\nname = "c"': "site.local: no links connect it with 'c', the site of the source: expected links",
+    'site = "c"\n[[site]]\nname = "c"': "site.local: no links connect it with 'c', the site of the source",
     '[[site]]\nname = "local"\nlinks = [{ to = "moon" }]': "site.local.links: no site 'moon'",
     '[[site]]\nname = "local"\nlinks = [{ to = "local" }]': "site.local.links: the link to 'local' makes a loop",
     '[[site]]\nname = "c"\nlinks = [{ to = "d", delay = 1 }]': "site.c.links.d.delay: unknown key (did you mean",
@@ -246,7 +246,7 @@ links = [{ to = "local" }]
 name = "local"
 [training]
 labels = "stay\"""",
-        "training.labels: 'stay' needs the last stage at the site of the source: expected site = 'local' in stage 'tail'",
+        "training.labels: 'stay' needs the last stage at the site of the source: expected site = 'local'",
     ),
 ]
 
