@@ -5,24 +5,30 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def atomic_path(
+    path: Path, *, durable: bool = False, before_rename: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on an exception it is removed.
 
     Readers see the old file or the complete new one. `durable`: the data is flushed to the disk before the rename, and
-    the directory after it, so that the file also survives a loss of power.
+    the directory after it, so that the file also survives a loss of power. `before_rename` is called after that flush,
+    which may take seconds, and directly before the rename; it may raise to keep the old file.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write the same file
+    # Two processes may write the same file; in containers that share a folder they may have the same process id.
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield partial
         if durable:
             _flush(partial)
+        before_rename()
         partial.replace(path)
         if durable:
             _flush(path.parent)

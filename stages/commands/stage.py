@@ -23,10 +23,10 @@ from stages.executor import TaskExecutor, load_executor
 
 if TYPE_CHECKING:
     from brokers.protocol.transport import Transport
-    from stages.training.worker import TrainingWorker
-    from stages.worker.worker import InferenceWorker
+    from stages.worker.inference_worker import InferenceWorker
+    from stages.worker.stage_worker import StageWorker
 
-    WorkerFactory = Callable[[Transport], InferenceWorker | TrainingWorker]
+    WorkerFactory = Callable[[Transport], StageWorker]
 
 
 def command(
@@ -90,7 +90,7 @@ def _worker(pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int,
     executor, device = make_executor(pipeline, stage, threads)
 
     def make(transport: Transport) -> InferenceWorker:
-        from stages.worker.worker import InferenceWorker
+        from stages.worker.inference_worker import InferenceWorker
 
         return InferenceWorker(transport, pipeline, stage, executor, worker_id, device, events)
 
@@ -106,8 +106,8 @@ def _trainer(
     events: EventClient,
 ) -> WorkerFactory:
     from stages.training.malloc_tuning import tune_malloc
-    from stages.training.membership import make_training_worker
     from stages.training.part_trainer import PartTrainer
+    from stages.training.training_worker import TrainingWorker
     from stages.worker.model_executor import resolve_device
 
     tune_malloc()
@@ -116,9 +116,7 @@ def _trainer(
     stated = pipeline.training.checkpoints
     folder = checkpoints or (pipeline.folder / stated if stated else Path("checkpoints") / pipeline.name)
     folder = folder / stage.name
-    return lambda transport: make_training_worker(
-        transport, pipeline, stage, learner, worker_id, device, folder, events
-    )
+    return lambda transport: TrainingWorker(transport, pipeline, stage, learner, worker_id, device, folder, events)
 
 
 def _transport(address: str, client_id: str) -> Transport:
@@ -145,17 +143,12 @@ async def _serve(make: WorkerFactory, transport: Transport, with_parent: bool) -
     return EXIT_INTERRUPTED if leaving.interrupted else 0
 
 
-async def _work(worker: InferenceWorker | TrainingWorker, leaving: ShutdownEvent) -> None:
-    """Serve until told to leave, or until another worker objects: raises `WorkerTwin`."""
-    serving = asyncio.create_task(worker.run(), name="serve")
-    left = asyncio.create_task(leaving.wait(), name="leaving")
-    objection = asyncio.create_task(worker.wait_for_conflict(), name="objection")
-    await asyncio.wait({serving, left, objection}, return_when=asyncio.FIRST_COMPLETED)
-    left.cancel()
-    if objection.done():  # what it has in hand is sent again to those that stay
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
-        objection.result()
-    objection.cancel()
-    await worker.drain()
-    await serving
+async def _work(worker: StageWorker, shutdown: ShutdownEvent) -> None:
+    """Run the worker until the process is asked to exit. Raises the error of a worker that ends by itself."""
+    running = asyncio.create_task(worker.run(), name="run")
+    waiting = asyncio.create_task(shutdown.wait(), name="shutdown")
+    await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not running.done():
+        await worker.drain()
+    await running

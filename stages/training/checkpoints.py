@@ -1,14 +1,13 @@
-"""Versions of a part on disk: one safetensors file each, whole or not there, and the last two of them.
+"""Checkpoints of one stage: one safetensors file for each version, written atomically; the newest two are kept.
 
-A file holds the parameters and buffers under `model/NAME`, and what the optimizer keeps of each parameter under
-`optimizer/NAME/KEY`. There is no random state to keep: what a random layer draws follows from the source's seed, the
-step and the micro-batch (`brokers.protocol.training.micro_batch_seed`).
+A file holds parameters and buffers as `model/NAME` and the optimizer's state as `optimizer/NAME/KEY`. It holds no random
+state: the seed of a micro-batch follows from the source's seed, the step and the index
+(`brokers.protocol.training.micro_batch_seed`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -21,32 +20,42 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from brokers.errors import SparseError, UsageError
+from brokers.process.files import atomic_path
 from brokers.protocol.training import SourceProgress
-from stages.training.errors import CannotCheckpoint, ForeignCheckpoint, StaleWriter
 
-# Two: should a worker die while some have written the newest and others have not, all have the one before.
+# When a worker dies after some stages have written the newest version and others have not, all have the one before it.
 CHECKPOINTS_TO_KEEP = 2
-_PROGRESS = TypeAdapter(dict[str, SourceProgress])
-# Another worker of the stage may be writing: it is done, or dead, after so long. (safetensors begins with a `.tmp`.)
+# Another worker of the stage may be writing a temporary file; one that is older was left by a process that was killed.
 _ABANDONED_S = 600.0
-_NAME = re.compile(r"version-(\d{12})\.safetensors")
+_TEMPORARY_FILES = (".version-*.part", ".tmp*")  # ours, and those of safetensors
+_FILE_NAME = re.compile(r"version-(\d{12})\.safetensors")
+_PROGRESS = TypeAdapter(dict[str, SourceProgress])
+
+
+class ForeignCheckpoint(UsageError):
+    """A checkpoint of another model, cut or training recipe, or a file that cannot be read."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        message = f"{path} is not a checkpoint of this stage: {problem}; name another folder, or move it away"
+        super().__init__(type(self).__name__, message, key="training.checkpoints", path=str(path))
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A version of a part: its number, its tensors, how many steps of which source are in it, and of which term."""
+    """A version of a part: its tensors, the progress of each source in it, and the term in which it was written."""
 
     version: int
     tensors: Mapping[str, torch.Tensor]
     progress: Mapping[str, SourceProgress] = field(default_factory=dict)
-    term: int = 0  # in which it is written
+    term: int = 0
 
 
 class CheckpointStore:
-    """The checkpoints of one stage in one folder. `fingerprint` tells the part and its recipe from others.
+    """The checkpoints of one stage in one folder; `fingerprint` identifies the part and its training recipe.
 
-    Workers of one stage may share the folder. One that was frozen, and whose place another has taken, may wake in the
-    middle of writing or removing: it gives up where it finds a checkpoint of a later term than its own.
+    Workers of one stage may share the folder. A worker that was frozen and replaced may resume in the middle of a write
+    or a deletion: it stops when it finds a checkpoint of a later term (fencing by term).
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -55,120 +64,106 @@ class CheckpointStore:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """What there is, the newest last. Raises `ForeignCheckpoint`."""
+        """The versions in the folder, the newest last. Raises `ForeignCheckpoint` if the folder cannot be read."""
         try:
-            found = [_NAME.fullmatch(path.name) for path in self._folder.iterdir()] if self._folder.is_dir() else []
-        except FileNotFoundError:  # gone since it was there
+            names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
+        except FileNotFoundError:  # removed since `is_dir`
             return ()
-        except OSError as problem:
-            raise ForeignCheckpoint(str(self._folder), f"it cannot be read ({problem})") from problem
-        return tuple(sorted(int(match[1]) for match in found if match))
+        except OSError as error:
+            raise ForeignCheckpoint(self._folder, f"it cannot be read ({error})") from error
+        return tuple(sorted(int(match[1]) for match in map(_FILE_NAME.fullmatch, names) if match))
 
     @property
     def term(self) -> int:
-        """The newest term in which one was written; 0: none was."""
-        return max((self._term_of(number) for number in self.versions), default=0)
+        """The latest term in which one of the checkpoints was written; 0 if there are none."""
+        return max((self._read_term(version) for version in self.versions), default=0)
 
     def check(self) -> None:
-        """Raise `ForeignCheckpoint` if what is there is another part's. What a killed worker left half written goes."""
-        for partial in (*self._folder.glob("version-*.part"), *self._folder.glob(".tmp*")):
+        """Raise `ForeignCheckpoint` if the folder holds another part's; remove abandoned temporary files."""
+        for temporary in (path for pattern in _TEMPORARY_FILES for path in self._folder.glob(pattern)):
             with suppress(OSError):
-                if time.time() - partial.stat().st_mtime > _ABANDONED_S:
-                    partial.unlink()
-        for number in self.versions:
-            path = self._path(number)
+                if time.time() - temporary.stat().st_mtime > _ABANDONED_S:
+                    temporary.unlink()
+        for version in self.versions:
+            path = self._path(version)
             try:
-                self._metadata(path)
+                self._read_metadata(path)
             except ForeignCheckpoint:
-                if path.exists():  # else the worker that trains has let go of it meanwhile
+                if path.exists():  # otherwise the worker that trains has just deleted it
                     raise
 
-    def save(self, version: Checkpoint) -> None:
-        """Write one, and let go of those that are too old.
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write `checkpoint`, and delete all but the newest two.
 
-        Raises `CannotCheckpoint` or `StaleWriter`; what is there stays as it is then.
+        Raises `SparseError` with the code "CannotCheckpoint" (a full disk, for example) or "StaleWriter" (a later term
+        has written here); the folder then stays as it was.
         """
-        path = self._path(version.version)
-        partial = path.with_suffix(f".{version.term}.part")  # one of another term may be writing the same version
+        path = self._path(checkpoint.version)
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
         metadata = {
             "fingerprint": self._fingerprint,
-            "version": str(version.version),
-            "term": str(version.term),
-            "progress": json.dumps({name: item.model_dump() for name, item in version.progress.items()}),
+            "version": str(checkpoint.version),
+            "term": str(checkpoint.term),
+            "progress": json.dumps({name: item.model_dump() for name, item in checkpoint.progress.items()}),
         }
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in version.tensors.items()}, partial, metadata)
-            _fsync(partial)
-            self._check_place(version.term)
-            partial.replace(path)
-            _fsync(self._folder)
-        except (OSError, SafetensorError) as problem:
-            raise CannotCheckpoint(str(path), str(problem)) from problem
-        finally:
-            with suppress(OSError):  # it is there only if something went wrong
-                partial.unlink()
-        with suppress(OSError):  # one that cannot be taken away does no harm; the new one is there
-            for old in self.versions[:-CHECKPOINTS_TO_KEEP]:
-                self._path(old).unlink(missing_ok=True)
+            with atomic_path(path, durable=True, before_rename=lambda: self._check_term(checkpoint.term)) as temporary:
+                save_file(tensors, temporary, metadata)
+        except (OSError, SafetensorError) as error:
+            message = f"cannot write checkpoint {path}: {error}; the earlier checkpoints are intact"
+            raise SparseError("CannotCheckpoint", message, path=str(path)) from error
+        with suppress(OSError):  # an old checkpoint that stays does no harm
+            for version in self.versions[:-CHECKPOINTS_TO_KEEP]:
+                self._path(version).unlink(missing_ok=True)
 
-    def load(self, number: int) -> Checkpoint:
-        """Read one. Raises `ForeignCheckpoint`."""
-        path = self._path(number)
-        metadata = self._metadata(path)
+    def load(self, version: int) -> Checkpoint:
+        """Read one checkpoint. Raises `ForeignCheckpoint`."""
+        path = self._path(version)
+        metadata = self._read_metadata(path)
         try:
             progress = _PROGRESS.validate_json(metadata.get("progress", "{}"))
             with safe_open(path, framework="pt") as file:
-                # Memory of their own: a view of the file begins at any byte, where kernels add up in another order.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-        except ValidationError as problem:
-            raise ForeignCheckpoint(str(path), "its progress is none") from problem
-        except (SafetensorError, OSError) as problem:
-            raise ForeignCheckpoint(str(path), f"it cannot be read ({problem})") from problem
-        return Checkpoint(number, tensors, progress)
+                # Cloned: a view of the file may start at an odd address, where kernels add up in another order.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except ValidationError as error:
+            raise ForeignCheckpoint(path, "its progress is malformed") from error
+        except (SafetensorError, OSError) as error:
+            raise ForeignCheckpoint(path, f"it cannot be read ({error})") from error
+        return Checkpoint(version, tensors, progress)
 
-    def delete_after(self, number: int, term: int) -> None:
-        """Let go of what is newer than this version: it was given up in this term, and its number will be used again.
+    def delete_after(self, version: int, term: int) -> None:
+        """Delete all newer versions: they were rolled back in `term`, and their numbers will be used again.
 
-        Raises `StaleWriter`.
+        Raises `SparseError` with the code "StaleWriter".
         """
         for newer in self.versions:
-            if newer > number:
-                self._check_place(term)
+            if newer > version:
+                self._check_term(term)
                 self._path(newer).unlink(missing_ok=True)
 
-    def _check_place(self, term: int) -> None:
-        """Raise `StaleWriter` if another worker has written here in a later term."""
-        if (later := self.term) > term:
-            raise StaleWriter(str(self._folder), term, later)
+    def _check_term(self, term: int) -> None:
+        if (latest := self.term) > term:
+            message = f"another worker has written to {self._folder} in term {latest}, this worker is in term {term}"
+            raise SparseError("StaleWriter", message, path=str(self._folder), expected_term=latest, actual_term=term)
 
-    def _term_of(self, number: int) -> int:
-        """The term in which one was written; 0 where that cannot be told."""
+    def _read_term(self, version: int) -> int:
+        """The term in which a version was written; 0 if it is unknown."""
         try:
-            return int(self._metadata(self._path(number)).get("term", "0"))
+            return int(self._read_metadata(self._path(version)).get("term", "0"))
         except (ForeignCheckpoint, ValueError):
             return 0
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"version-{number:012d}.safetensors"
+    def _path(self, version: int) -> Path:
+        return self._folder / f"version-{version:012d}.safetensors"
 
-    def _metadata(self, path: Path) -> dict[str, str]:
+    def _read_metadata(self, path: Path) -> dict[str, str]:
         try:
             with safe_open(path, framework="pt") as file:
-                found: dict[str, str] = file.metadata() or {}
-        except (SafetensorError, OSError) as problem:
-            raise ForeignCheckpoint(str(path), f"it cannot be read ({problem})") from problem
-        if (made := found.get("fingerprint")) != self._fingerprint:
-            raise ForeignCheckpoint(
-                str(path), f"expected the part {self._fingerprint!r}, it is of {made!r}: another model, cut or recipe"
-            )
-        return found
-
-
-def _fsync(path: Path) -> None:
-    """Have what was written survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+                metadata: dict[str, str] = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ForeignCheckpoint(path, f"it cannot be read ({error})") from error
+        if (actual := metadata.get("fingerprint")) != self._fingerprint:
+            problem = f"expected part {self._fingerprint!r}, found {actual!r}: another model, cut or training recipe"
+            raise ForeignCheckpoint(path, problem)
+        return metadata

@@ -1,216 +1,286 @@
-"""Who trains what, from which version, and when that must be settled anew: the first stage's worker decides. Pure.
+"""The coordinator of a training pipeline: decides which workers train, from which version, and when to start over.
 
-1. *Waiting* until every stage has a worker that is heard live. Of several, one is in the crew; the others stand by.
-2. *Halting*: a new term begins. Each of the crew lets go of its step, and says which version it has in memory and which
-   on disk.
-3. *Restoring*: all go to the newest version that all have.
-4. *Open*: sources may train, until one of the crew is lost, was cut off for a while, or leaves; until a source gives up
-   its step, dies in the middle of it, or is not heard of for a lease. Then it begins again.
+Every worker of the first stage runs a coordinator; one of them leads. A leader works in terms (as in Raft), each a period
+in which the same workers train:
 
-Terms only grow, and everything says to which it belongs: what a worker that was frozen still says changes nothing.
+1. *waiting* until every stage has a live worker. One worker of each stage becomes a member, the others stand by.
+2. *quiescing*: a new term begins. Each member discards its step and reports its versions, in memory and on disk.
+3. *restoring*: all members go to the newest version that all of them have.
+4. *training*: sources may train, until a member is lost, was disconnected or leaves, or until a source aborts its step,
+   is lost in the middle of it, or makes no progress for a lease. Then it starts over.
+
+Term numbers only grow, and every message carries its term, so messages of a worker that was frozen have no effect.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 from brokers.dispatch.presence import WorkerRecord
-from brokers.dispatch.worker_pool import LEASE_S
-from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.protocol.training import TrainingStatus
 
-# What could not be settled is tried again so much later.
-RETRY_DELAY_S = 2.0
+log = logging.getLogger(__name__)
 
-CoordinatorPhase = Literal["waiting", "halting", "restoring", "open"]
+# Delay before the next term when no common version was found or a member could not restore it.
+RETRY_DELAY_S = 2.0
+# Workers renew their records each second: after this time all live ones are known.
+LISTEN_S = 1.3
+# `tick` is called each second. After such a gap this process was frozen. Half of PRESENCE_TIMEOUT_S, after which the
+# others elect another leader.
+FROZEN_S = 5.0
+_TEXT_MAX_CHARS = 400  # of a text in `TrainingStatus`
+
+CoordinatorPhase = Literal["waiting", "quiescing", "restoring", "training"]
+# What identifies a process and its connection; when it changes, messages to the worker may have been lost.
+_ProcessKey = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorCommand:
-    """What the crew is to do now: `quiesce`, or `restore` to a version."""
+    """A command to all members: `quiesce`, or `restore` a version.
+
+    Memory counts as a version only at members that were restored in `restored_term`.
+    """
 
     verb: Literal["quiesce", "restore"]
     term: int
     members: dict[str, str]
     version: int = 0
-    restored_term: int = 0  # memory counts as a version only of who was told so in this term
+    restored_term: int = 0
 
 
 @dataclass(slots=True)
 class _Candidate:
-    birth: WorkerRecord
-    heard_s: float
-    alive: bool  # it has renewed its record since we listen: a retained one may have outlived its worker
+    record: WorkerRecord
+    is_live: bool  # False for a retained record, which may have outlived its worker
 
     @property
-    def standing(self) -> TrainingStatus:
-        return self.birth.training or TrainingStatus()
+    def status(self) -> TrainingStatus:
+        return self.record.training or TrainingStatus()
 
     @property
-    def life(self) -> tuple[str, int, int]:
-        """What changes when messages to it may have been lost."""
-        return self.birth.instance, self.birth.pid, self.standing.disconnects
+    def process_key(self) -> _ProcessKey:
+        return self.record.instance, self.record.pid, self.status.disconnects
 
 
 @dataclass(slots=True, eq=False)
 class Coordinator:
-    """The crew of one pipeline, as the worker `own` of its first stage sees it. Times are monotonic seconds."""
+    """The coordinator in worker `own_worker` of the first of `stages`. Times are monotonic seconds.
+
+    `members` maps stages to workers, `term_reason` says why the current term began, `problem` why none can.
+    """
 
     own_worker: str
     stages: tuple[str, ...]
-    lease_s: float = LEASE_S
+    lease_s: float
+    is_leader: bool = False
     phase: CoordinatorPhase = "waiting"
     term: int = 0
     problem: str = ""
     term_reason: str = "the pipeline begins"
     members: dict[str, str] = field(default_factory=dict)
-    _candidates: dict[tuple[str, str], _Candidate] = field(default_factory=dict)  # (stage, worker)
-    _lives: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # of the crew, as the term began
-    _halted: dict[str, TrainingStatus] = field(default_factory=dict)  # by stage
-    _restored: set[str] = field(default_factory=set)
-    _again_s: float = 0.0  # not before
-    _since_s: float = 0.0  # the term, or its restoring, began
+    _candidates: dict[tuple[str, str], _Candidate] = field(default_factory=dict)  # by stage and worker
+    _process_keys: dict[str, _ProcessKey] = field(default_factory=dict)  # of the members when the term began
+    _quiesced: dict[str, TrainingStatus] = field(default_factory=dict)  # by stage
+    _restored: set[str] = field(default_factory=set)  # stages
+    _last_tick_s: float = float("-inf")
+    _listen_until_s: float = 0.0
+    _retry_s: float = 0.0  # no new term before this
+    _phase_begin_s: float = 0.0
+    _progress_s: float = 0.0  # the last progress of a step
 
-    # Heard --------------------------------------------------------------------------------------------------------
+    # Events -----------------------------------------------------------------------------------------------------------
 
-    def on_presence(
-        self, stage: str, worker: str, birth: WorkerRecord | None, now_s: float, *, retained: bool = False
-    ) -> None:
-        """A worker's record, or None when it is gone."""
-        if birth is None or birth.state == "stopped" or birth.training is None:
-            self._candidates.pop((stage, worker), None)
-            return
-        before = self._candidates.get((stage, worker))
-        alive = not retained or (before is not None and before.alive)
-        self._candidates[stage, worker] = _Candidate(birth, now_s, alive)
+    def on_worker(self, record: WorkerRecord, *, is_live: bool = True) -> None:
+        """A worker has published its presence record; `is_live` is False for a retained one."""
+        key = (record.stage, record.worker)
+        if record.state == "stopped" or record.training is None:
+            self._candidates.pop(key, None)
+        else:
+            self._candidates[key] = _Candidate(record, is_live)
 
-    def on_quiesced(self, stage: str, worker: str, term: int, standing: TrainingStatus) -> None:
-        """One of the crew has let go of its step."""
-        if self.phase == "halting" and term == self.term and self.members.get(stage) == worker:
-            self._halted[stage] = standing
+    def on_worker_lost(self, stage: str, worker: str) -> None:
+        """A worker has left, died, or been silent for too long."""
+        self._candidates.pop((stage, worker), None)
+
+    def on_quiesced(self, stage: str, worker: str, term: int, status: TrainingStatus) -> None:
+        """A member has discarded its step."""
+        if self.phase == "quiescing" and term == self.term and self.members.get(stage) == worker:
+            self._quiesced[stage] = status
 
     def on_restored(self, stage: str, worker: str, term: int, now_s: float, problem: str = "") -> None:
-        """One of the crew has the version, or why it cannot."""
+        """A member has restored the version, or reports the `problem` that prevented it."""
         if self.phase == "restoring" and term == self.term and self.members.get(stage) == worker:
             if problem:
                 self._stop(f"stage {stage!r}, worker {worker!r}: {problem}", now_s)
             else:
                 self._restored.add(stage)
 
-    def end_term(self, why: str) -> None:
-        """The step in hand, or the connection, is lost: settle it anew."""
+    def on_progress(self, now_s: float) -> None:
+        """An operation of a step has been run."""
+        self._progress_s = now_s
+
+    def end_term(self, reason: str) -> None:
+        """End the current term: a step or the connection is lost."""
         if self.phase != "waiting":
-            self.phase, self.term_reason = "waiting", why
+            self.phase = "waiting"
+            self.term_reason = reason
 
-    # Who leads ----------------------------------------------------------------------------------------------------
+    # Decisions --------------------------------------------------------------------------------------------------------
 
-    def is_leader(self, now_s: float, *, was_leader: bool) -> bool:
-        """Whether this worker is the one of the first stage that conducts; `leading`: it has done so until now."""
-        self._forget_silent(now_s)
+    def tick(
+        self, now_s: float, unix_ms: int, sources: Collection[str] = (), lost_sources: Collection[str] = ()
+    ) -> list[CoordinatorCommand]:
+        """Return the commands that follow from all events so far; to be called after each of them, and each second.
+
+        `sources`: those with a step in the queue of this worker; `lost_sources`: those that have left or are silent.
+        """
+        if now_s - self._last_tick_s > FROZEN_S:
+            self._listen_until_s = now_s + LISTEN_S
+        self._last_tick_s = now_s
+        if now_s < self._listen_until_s:
+            return []
+        self._elect_leader()
+        if not self.is_leader:
+            return []
+        self._check_steps(now_s, sources, lost_sources)
+        commands = []
+        while command := self._next_command(now_s, unix_ms):
+            commands.append(command)
+        return commands
+
+    def _elect_leader(self) -> None:
+        was_leader = self.is_leader
         others = [
-            member
-            for (stage, worker), member in self._candidates.items()
+            candidate
+            for (stage, worker), candidate in self._candidates.items()
             if stage == self.stages[0] and worker != self.own_worker
         ]
-        # One that is leaving leads until it has gone: it finishes its step.
-        rivals = [member for member in others if member.birth.state != "standby"]
+        # A draining leader finishes its step: it leads until it has left.
+        rivals = [candidate for candidate in others if candidate.record.state != "standby"]
         if was_leader:
-            return all((member.standing.term, member.birth.worker) < (self.term, self.own_worker) for member in rivals)
-        return not rivals and all(self.own_worker < member.birth.worker for member in others)
+            own_rank = (self.term, self.own_worker)
+            self.is_leader = all((rival.status.term, rival.record.worker) < own_rank for rival in rivals)
+        else:
+            self.is_leader = not rivals and all(self.own_worker < other.record.worker for other in others)
+        if self.is_leader != was_leader:
+            log.info("worker %s is %s the coordinator", self.own_worker, "now" if self.is_leader else "no longer")
+            self.end_term("the coordinator has changed")
 
-    # Decide -------------------------------------------------------------------------------------------------------
+    def _check_steps(self, now_s: float, sources: Collection[str], lost_sources: Collection[str]) -> None:
+        if self.phase != "training" or not sources:
+            self._progress_s = now_s
+        elif lost := sorted(set(sources) & set(lost_sources)):
+            self.end_term(f"source {lost[0]} was lost in the middle of a step")
+        elif now_s - self._progress_s > self.lease_s:
+            self.end_term(f"a step made no progress for {self.lease_s:g} s")
 
-    def next_command(self, now_s: float, unix_ms: int) -> CoordinatorCommand | None:
-        """What the crew is to do, if that has changed; to be asked after whatever was heard, and each second."""
-        self._forget_silent(now_s)
-        if self.phase in ("halting", "restoring") and now_s - self._since_s > self.lease_s:
+    def _next_command(self, now_s: float, unix_ms: int) -> CoordinatorCommand | None:
+        if self.phase in ("quiescing", "restoring") and now_s - self._phase_begin_s > self.lease_s:
             self.end_term(f"not all stages have answered within {self.lease_s:g} s")
-        if self.phase != "waiting" and (trouble := self._trouble()):
-            self.end_term(trouble)
+        if self.phase != "waiting" and (reason := self._find_lost_member()):
+            self.end_term(reason)
         match self.phase:
-            case "waiting" if now_s >= self._again_s:
-                return self._begin(now_s, unix_ms)
-            case "halting" if len(self._halted) == len(self.stages):
+            case "waiting" if now_s >= self._retry_s:
+                return self._begin_term(now_s, unix_ms)
+            case "quiescing" if len(self._quiesced) == len(self.stages):
                 return self._restore(now_s)
             case "restoring" if len(self._restored) == len(self.stages):
-                self.phase, self.problem = "open", ""
+                self.phase = "training"
+                self.problem = ""
+                log.info("term %d begins: %s", self.term, self.term_reason)
         return None
 
-    def _forget_silent(self, now_s: float) -> None:
-        for key, member in list(self._candidates.items()):
-            if now_s - member.heard_s > PRESENCE_TIMEOUT_S and key != (self.stages[0], self.own_worker):
-                del self._candidates[key]
-
-    def _trouble(self) -> str:
+    def _find_lost_member(self) -> str:
+        """Return why a member may have missed messages; empty if none has."""
         for stage, worker in self.members.items():
-            member = self._candidates.get((stage, worker))
-            if member is None:
+            candidate = self._candidates.get((stage, worker))
+            if candidate is None:
                 return f"worker {worker} of stage {stage} is gone"
-            if member.life != self._lives[stage]:
-                same = member.life[:2] == self._lives[stage][:2]
-                return f"worker {worker} of stage {stage} {'was cut off for a while' if same else 'began anew'}"
+            if candidate.process_key != self._process_keys[stage]:
+                is_same_process = candidate.process_key[:2] == self._process_keys[stage][:2]
+                return f"worker {worker} of stage {stage} {'was disconnected' if is_same_process else 'has restarted'}"
         return ""
 
-    def _begin(self, now_s: float, unix_ms: int) -> CoordinatorCommand | None:
-        crew: dict[str, str] = {}
+    def _begin_term(self, now_s: float, unix_ms: int) -> CoordinatorCommand | None:
+        members = {}
         for stage in self.stages:
-            fitting = [
-                member
-                for (name, _), member in self._candidates.items()
-                if name == stage and member.alive and member.birth.state in ("up", "standby")
-            ]
-            if stage == self.stages[0]:
-                fitting = [member for member in fitting if member.birth.worker == self.own_worker]
-            if not fitting:
+            worker = self._choose_member(stage)
+            if worker is None:
                 return None
-            crew[stage] = max(fitting, key=lambda member: self._fitness(stage, member)).birth.worker
-        known = [member.standing.term for member in self._candidates.values()]
-        self.term = max(unix_ms, self.term + 1, *(term + 1 for term in known))
-        self.members, self.phase, self._since_s = crew, "halting", now_s
-        self._lives = {stage: self._candidates[stage, worker].life for stage, worker in crew.items()}
-        self._halted.clear()
+            members[stage] = worker
+        self.term = max(unix_ms, self.term + 1, *(item.status.term + 1 for item in self._candidates.values()))
+        self.members = members
+        self.phase = "quiescing"
+        self._phase_begin_s = now_s
+        self._process_keys = {stage: self._candidates[stage, name].process_key for stage, name in members.items()}
+        self._quiesced.clear()
         self._restored.clear()
-        return CoordinatorCommand("quiesce", self.term, dict(crew))
+        return CoordinatorCommand("quiesce", self.term, dict(members))
 
-    def _fitness(self, stage: str, member: _Candidate) -> tuple[object, ...]:
-        """Who was in the crew stays there; else who has the newest version; else the first by name."""
-        standing = member.standing
-        newest = max(standing.checkpoints, default=0)
-        name = tuple(-ord(letter) for letter in member.birth.worker)
-        return self.members.get(stage) == member.birth.worker, newest, name
+    def _choose_member(self, stage: str) -> str | None:
+        """Choose a worker: the former member, else the one with the newest checkpoint, else the first by name."""
+        workers = {
+            worker: max(candidate.status.checkpoints, default=0)
+            for (name, worker), candidate in self._candidates.items()
+            if name == stage and candidate.is_live and candidate.record.state in ("up", "standby")
+        }
+        if stage == self.stages[0]:  # the leader is the member of its own stage
+            workers = {worker: newest for worker, newest in workers.items() if worker == self.own_worker}
+        former = self.members.get(stage)
+        return min(workers, key=lambda worker: (worker != former, -workers[worker], worker), default=None)
 
     def _restore(self, now_s: float) -> CoordinatorCommand | None:
-        found = {stage: {0, *standing.checkpoints} for stage, standing in self._halted.items()}
-        # Who missed a term may have in memory what the others have given up, and done otherwise since.
-        latest = max(standing.restored_term for standing in self._halted.values())
-        for stage, standing in self._halted.items():
-            if standing.version is not None and standing.restored_term == latest:
-                found[stage].add(standing.version)
-        version = max(set.intersection(*found.values()))
-        for stage, standing in self._halted.items():
-            # With two checkpoints here, every stage has written the older one: whoever lacks it has lost it.
-            if len(standing.checkpoints) > 1 and version < standing.checkpoints[-2]:
+        available = {stage: {0, *status.checkpoints} for stage, status in self._quiesced.items()}
+        # A member that missed a term may have in memory a version that the others rolled back and trained again.
+        restored_term = max(status.restored_term for status in self._quiesced.values())
+        for stage, status in self._quiesced.items():
+            if status.version is not None and status.restored_term == restored_term:
+                available[stage].add(status.version)
+        version = max(set.intersection(*available.values()))
+        for stage, status in self._quiesced.items():
+            # A stage with two checkpoints proves that all stages had written the older one.
+            if len(status.checkpoints) > 1 and version < status.checkpoints[-2]:
                 lacking = ", ".join(
-                    f"stage {other!r} has {_numbers(self._halted[other].checkpoints)}"
+                    f"stage {other!r} has {_format_versions(self._quiesced[other].checkpoints)}"
                     for other in self.stages
-                    if standing.checkpoints[-2] not in found[other]
+                    if status.checkpoints[-2] not in available[other]
                 )
-                self._stop(
-                    f"no version is on all stages: stage {stage!r} has checkpoints of {_numbers(standing.checkpoints)}, "
-                    f"{lacking}; "
-                    "start that stage where its checkpoints are, or move all of them away to begin anew",
-                    now_s,
+                problem = (
+                    f"no version is on all stages: stage {stage!r} has checkpoints of "
+                    f"{_format_versions(status.checkpoints)}, {lacking}; start that stage with the folder of its "
+                    "checkpoints, or move the checkpoints of all stages away to start from the beginning"
                 )
+                self._stop(problem, now_s)
                 return None
-        self.phase, self._since_s = "restoring", now_s
-        return CoordinatorCommand("restore", self.term, dict(self.members), version, latest)
+        self.phase = "restoring"
+        self._phase_begin_s = now_s
+        return CoordinatorCommand("restore", self.term, dict(self.members), version, restored_term)
 
     def _stop(self, problem: str, now_s: float) -> None:
-        """Nothing can be trained until something changes; the sources are told."""
-        self.phase, self.problem, self.term_reason = "waiting", problem, problem
-        self._again_s = now_s + RETRY_DELAY_S
+        """Wait for a change before the next term; sources read the problem in the presence record."""
+        self.phase = "waiting"
+        self.problem = problem
+        self.term_reason = problem
+        self._retry_s = now_s + RETRY_DELAY_S
+
+    # Status -----------------------------------------------------------------------------------------------------------
+
+    def extend_status(self, status: TrainingStatus) -> TrainingStatus:
+        """Add the term and its members to the status of this worker, if it leads: sources train with these."""
+        if not self.is_leader:
+            return status
+        change = {
+            "term": self.term,
+            "members": self.members if self.phase == "training" else {},
+            "problem": self.problem[:_TEXT_MAX_CHARS],
+            "term_reason": self.term_reason[:_TEXT_MAX_CHARS],
+        }
+        return status.model_copy(update=change)
 
 
-def _numbers(versions: tuple[int, ...]) -> str:
+def _format_versions(versions: tuple[int, ...]) -> str:
     return " and ".join(map(str, versions)) or "none"

@@ -1,4 +1,4 @@
-"""What a part is trained by: the optimizer and the loss, by name or from a user's own module."""
+"""The optimizer and the loss of a training pipeline: by name, or from a module of the user."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from brokers.config.schema import TrainingTable
+from brokers.errors import UsageError
 from brokers.process.import_string import CannotLoad, describe_exception, import_string
-from stages.training.errors import BadTrainingConfig
 
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-# (outputs (B, ...), labels (B, ...)) -> a scalar, the mean over the rows.
+# (outputs (B, ...), labels (B, ...)) -> a scalar, the mean over the B rows.
 LossFunction = Callable[[Any, Tensor], Tensor]
 LOSSES: Mapping[str, LossFunction] = {
     "cross_entropy": nn.functional.cross_entropy,
@@ -28,35 +28,40 @@ LOSSES: Mapping[str, LossFunction] = {
 def make_optimizer(
     table: TrainingTable, parameters: Iterable[nn.Parameter], folder: str
 ) -> torch.optim.Optimizer | None:
-    """The optimizer of these parameters; None where there are none. Raises `BadTrainingConfig`."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    make: Any = OPTIMIZERS.get(table.optimizer) or _own("training.optimizer", table.optimizer, OPTIMIZERS, folder)
+    """Build the optimizer of the parameters that require gradients; None if there are none.
+
+    Raises `UsageError` with the code "BadTrainingConfig".
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    factory: Any = OPTIMIZERS.get(table.optimizer) or _import("training.optimizer", table.optimizer, OPTIMIZERS, folder)
     try:
-        # Made even where there is nothing to train, so that a wrong setting is told by every stage.
-        optimizer = make(trained or [nn.Parameter(torch.zeros(1))], lr=table.lr, **table.settings)
-    except Exception as error:  # a user's own class may raise anything
-        raise BadTrainingConfig(table.optimizer, describe_exception(error, folder), "training.settings") from error
+        # Built for a part without parameters too, so that every stage reports a wrong setting.
+        optimizer = factory(trainable or [nn.Parameter(torch.zeros(1))], lr=table.lr, **table.settings)
+    except Exception as error:  # a class of the user may raise anything
+        raise _config_error("training.settings", table.optimizer, describe_exception(error, folder)) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
-        kind = type(optimizer).__name__
-        raise BadTrainingConfig(
-            table.optimizer, f"expected a torch.optim.Optimizer, it made a {kind}", "training.optimizer"
-        )
-    return optimizer if trained else None
+        problem = f"expected a torch.optim.Optimizer, it returned a {type(optimizer).__name__}"
+        raise _config_error("training.optimizer", table.optimizer, problem)
+    return optimizer if trainable else None
 
 
 def find_loss(table: TrainingTable, folder: str) -> LossFunction:
-    """The loss by that name. Raises `BadTrainingConfig`."""
-    loss: LossFunction = LOSSES.get(table.loss) or _own("training.loss", table.loss, LOSSES, folder)
+    """Return the loss function that `table` names. Raises `UsageError` with the code "BadTrainingConfig"."""
+    loss: LossFunction = LOSSES.get(table.loss) or _import("training.loss", table.loss, LOSSES, folder)
     return loss
 
 
-def _own(key: str, name: str, known: Mapping[str, Any], folder: str) -> Any:
+def _import(key: str, name: str, known: Mapping[str, Any], folder: str) -> Any:
     if ":" not in name:
-        raise BadTrainingConfig(name, f"is not known: there are {', '.join(known)}, package.module:NAME", key)
+        raise _config_error(key, name, f"expected {', '.join(known)} or package.module:NAME")
     try:
-        found = import_string(name, folder)
+        target = import_string(name, folder)
     except CannotLoad as error:
-        raise BadTrainingConfig(name, error.problem, key) from error
-    if not callable(found):
-        raise BadTrainingConfig(name, f"expected something to call, found {type(found).__name__}", key)
-    return found
+        raise _config_error(key, name, error.problem) from error
+    if not callable(target):
+        raise _config_error(key, name, f"expected a callable, found {type(target).__name__}")
+    return target
+
+
+def _config_error(key: str, name: str, problem: str) -> UsageError:
+    return UsageError("BadTrainingConfig", f"{name!r}: {problem}", key=key, name=name)

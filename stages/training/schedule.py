@@ -1,11 +1,11 @@
-"""In which order a stage does the forwards and backwards of a step: by name, and always the same. Pure.
+"""Pipeline schedules: the fixed order in which a stage runs the forwards and backwards of a step.
 
-Backwards are in the order of the micro-batches in both, so that gradients add up in the order in which the uncut
-network adds them up, to the last bit.
+Backwards run in the order of the micro-batches in both schedules, so that gradients accumulate in the order of the
+unsplit network, to the last bit.
 
-    gpipe   all forwards, then all backwards: a stage keeps as many forwards as a step has micro-batches
-    1f1b    a stage that is n-th from the end keeps n forwards at most: it begins with these, then does a backward and a
-            forward in turns (PipeDream-Flush, as in Megatron-LM)
+* gpipe (Huang et al., 2019): all forwards, then all backwards; a stage saves one forward per micro-batch of the step.
+* 1f1b (PipeDream-Flush, as in Megatron-LM): the n-th stage from the end begins with n forwards, then alternates one
+  backward and one forward; it saves at most n forwards.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Literal
 from brokers.protocol.training import StepMode
 
 ScheduleName = Literal["1f1b", "gpipe"]
-ScheduledOp = tuple[Literal["forward", "backward"], int]
+ScheduledOp = tuple[Literal["forward", "backward"], int]  # the operation and the index of its micro-batch
 
 
 def operations(
     name: ScheduleName, stage: int, stages: int, count: int, mode: StepMode = "train"
 ) -> tuple[ScheduledOp, ...]:
-    """The operations of stage `stage` (from 0) of `stages` in a step of `count` micro-batches."""
+    """Return the operations of stage number `stage` (from 0) of `stages`, in a step of `count` micro-batches."""
     if mode == "evaluate":
         return tuple(("forward", index) for index in range(count))
-    ahead = count if name == "gpipe" else min(count, stages - stage)
-    ops: list[ScheduledOp] = [("forward", index) for index in range(ahead)]
+    warmup = count if name == "gpipe" else min(count, stages - stage)
+    ops: list[ScheduledOp] = [("forward", index) for index in range(warmup)]
     for index in range(count):
         ops.append(("backward", index))
-        if ahead + index < count:
-            ops.append(("forward", ahead + index))
+        if warmup + index < count:
+            ops.append(("forward", warmup + index))
     return tuple(ops)

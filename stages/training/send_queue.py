@@ -1,4 +1,4 @@
-"""What a worker sends while it computes: one message after the other, in the order in which they were given."""
+"""Queue of outgoing messages: they are sent in order, in the background, while the worker computes."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from brokers.protocol.messages import Message
 
 log = logging.getLogger(__name__)
 
-# How long the last words may take when the worker leaves.
-_LAST_S = 2.0
+_FLUSH_TIMEOUT_S = 2.0
 
 
 class SendQueue:
-    """A queue of messages in front of a line. It holds what one step has to say, no more: that is bounded elsewhere."""
+    """Sends messages through one channel. Its length is bounded by the messages of one step."""
 
-    def __init__(self, line: MessageChannel) -> None:
-        self._line = line
-        self._letters: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
-        self._carrying: asyncio.Task[None] | None = None
+    def __init__(self, channel: MessageChannel) -> None:
+        self._channel = channel
+        self._queue: asyncio.Queue[tuple[str, Message]] = asyncio.Queue()
+        self._sending: asyncio.Task[None] | None = None
 
     def open(self) -> None:
-        self._carrying = asyncio.create_task(self._carry(), name="post")
+        """Start to send."""
+        self._sending = asyncio.create_task(self._send_all(), name="send-queue")
 
     def send(self, topic: str, message: Message) -> None:
-        """Have it sent; what cannot go is logged, and missed by whoever waits for it."""
-        self._letters.put_nowait((topic, message))
+        """Queue a message. A message that cannot be sent is logged; its receiver notices that it is missing."""
+        self._queue.put_nowait((topic, message))
 
     async def close(self) -> None:
-        """Send what is left, if that is soon done, and end."""
-        carrying, self._carrying = self._carrying, None
-        if carrying is None:
+        """Send the queued messages, for at most two seconds, and end."""
+        if self._sending is None:
             return
         try:
-            async with asyncio.timeout(_LAST_S):
-                await self._letters.join()
+            async with asyncio.timeout(_FLUSH_TIMEOUT_S):
+                await self._queue.join()
         except TimeoutError:
-            log.warning("%d messages could not be sent", self._letters.qsize())
-        carrying.cancel()
-        await asyncio.gather(carrying, return_exceptions=True)
+            log.warning("%d messages could not be sent", self._queue.qsize())
+        self._sending.cancel()
+        await asyncio.gather(self._sending, return_exceptions=True)
+        self._sending = None
 
-    async def _carry(self) -> None:
+    async def _send_all(self) -> None:
         while True:
-            topic, message = await self._letters.get()
+            topic, message = await self._queue.get()
             try:
-                await self._line.send(topic, message)
+                await self._channel.send(topic, message)
             except SparseError as error:
-                log.warning("could not send a %s: %s", type(message).__name__.lower(), error)
+                log.warning("could not send a %s: %s", type(message).__name__, error)
             finally:
-                self._letters.task_done()
+                self._queue.task_done()

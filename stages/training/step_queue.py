@@ -1,22 +1,23 @@
-"""What a stage has to do next: the steps that have come to it, and how far it is with the first of them. Pure.
+"""The steps that a stage has received, and the operation that it can run next.
 
-* Steps are done one after the other, in the order in which their first micro-batch came, and never mixed.
-* Within a step the order of operations is that of its schedule, whatever the order in which messages come: gradients
-  add up in one order only.
-* A step that is trained ends with its commit, one that is evaluated with its last forward. One that failed stays
-  until the term ends.
+* Steps run one after the other, in the order in which their first micro-batches arrived; they are never interleaved.
+* Operations of a step run in the order of the schedule, whatever the order of messages: gradients accumulate in one
+  order only.
+* A training step ends with its commit, an evaluation with its last forward. A failed step blocks the queue until the
+  term ends.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from pydantic import ValidationError
 
 from brokers.errors import WireError
-from brokers.protocol.messages import Gradient, StepMessage, Task
+from brokers.protocol.messages import Gradient, StepMessage, Task, TensorContent
 from brokers.protocol.safetensors_codec import TensorView
 from brokers.protocol.topics import NAME_PATTERN
 from brokers.protocol.training import (
@@ -26,38 +27,35 @@ from brokers.protocol.training import (
     MicroBatch,
     SourceProgress,
 )
-from stages.training.errors import BadStep, StaleTerm, UnknownForward, WorkerOnStandby
 from stages.training.schedule import ScheduledOp, ScheduleName, operations
 
-# Steps that wait for their turn: each source has one, or two.
+# Each source has one or two steps in the queue.
 STEPS_LIMIT = 128
 STEPS_LIMIT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Do the forward of a micro-batch."""
+    """Run the forward of a micro-batch; `labels` if they arrived in a message of their own."""
 
     micro_batch: MicroBatch
     task: Task
-    labels: TensorView | None = None  # where they came by themselves
+    labels: TensorView | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """Do its backward; `gradient` is None at the last stage, which has the loss."""
+    """Run the backward of a micro-batch; `gradient` is None at the last stage, which has the loss."""
 
     micro_batch: MicroBatch
-    request_id: bytes
     gradient: Gradient | None
-    task: Task  # its content has been let go of
+    task: Task
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Make the step a version, with the learning rate `lr`; `progress` is how far its source is then."""
+    """Make the step a version with the learning rate `lr`; `progress` is that of its source afterwards."""
 
-    number: int
     message: StepMessage
     source: str
     lr: float
@@ -68,217 +66,256 @@ StepOperation = Forward | Backward | Commit
 
 
 @dataclass(slots=True, eq=False)
-class _QueuedStep:
-    """One step."""
-
+class _Step:
     first: MicroBatch
     source: str
-    reply: str
     ops: tuple[ScheduledOp, ...]
-    done: int = 0
+    completed_ops: int = 0
     failed: bool = False
     commit: Commit | None = None
+    # By the index of the micro-batch: forwards to run, forwards that were run, gradients to apply.
     waiting: dict[int, tuple[MicroBatch, Task]] = field(default_factory=dict)
     begun: dict[int, tuple[MicroBatch, Task]] = field(default_factory=dict)
     gradients: dict[int, Gradient] = field(default_factory=dict)
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether all its operations but the commit have been run."""
+        return self.completed_ops == len(self.ops) and not self.failed
+
 
 class StepQueue:
-    """The steps of one stage, `stage` (from 0) of `stages`. `awaits_labels`: they come by themselves."""
+    """The steps of stage number `stage` (from 0) of `stages`; with `awaits_labels`, labels arrive in separate messages.
+
+    `duplicates` counts the micro-batches that arrived a second time.
+    """
 
     def __init__(self, schedule: ScheduleName, stage: int, stages: int, *, awaits_labels: bool = False) -> None:
         self.term = 0
-        self.duplicates = 0
         self.is_standby = True
-        self._schedule, self._stage, self._stages = schedule, stage, stages
+        self.duplicates = 0
+        self._schedule = schedule
+        self._stage = stage
+        self._stages = stages
         self._is_last = stage == stages - 1
         self._awaits_labels = awaits_labels
-        self._steps: dict[str, _QueuedStep] = {}
-        self._labels: dict[bytes, TensorView] = {}
-        self._over: dict[str, None] = {}  # the latest steps of this term that have ended, the oldest first
+        self._steps: dict[str, _Step] = {}
+        self._labels: dict[bytes, TensorView] = {}  # by request id
+        self._finished: dict[str, None] = {}  # ids of the latest finished steps of this term, the oldest first
 
     def __len__(self) -> int:
-        """Micro-batches that wait."""
+        """Micro-batches that wait for their forward."""
         return sum(len(step.waiting) for step in self._steps.values())
 
     def begin_term(self, term: int) -> None:
-        """Whatever was in hand has been given up."""
+        """Discard all steps, and accept those of `term`."""
         self.term = term
         self.is_standby = False
         self._steps.clear()
         self._labels.clear()
-        self._over.clear()
+        self._finished.clear()
 
     def stand_by(self, term: int) -> None:
-        """The same, and nothing of this term is done here: who has not heard of it yet may still send some of it."""
+        """Discard all steps, and refuse those of `term`: sources that do not know yet may still send some."""
         self.begin_term(term)
         self.is_standby = True
 
     @property
     def has_uncommitted_work(self) -> bool:
-        """Whether something has been done for the step in hand that is no version yet."""
-        return any(step.done and not step.failed for step in self._steps.values())
+        """Whether operations have been run for a step that is not committed yet."""
+        return any(step.completed_ops and not step.failed for step in self._steps.values())
 
     @property
     def current_source(self) -> str:
-        """Whose step is in hand; empty when there is none."""
+        """The source of the step in progress; empty if there is none."""
         return next((step.source for step in self._steps.values()), "")
 
     @property
     def sources(self) -> set[str]:
-        """Whose steps are in hand, or wait."""
+        """The sources of all queued steps."""
         return {step.source for step in self._steps.values()}
 
-    # In ---------------------------------------------------------------------------------------------------------
+    # Incoming messages ------------------------------------------------------------------------------------------------
 
-    def add_task(self, task: Task, micro: MicroBatch) -> str | None:
-        """A micro-batch came; if there is no room, why. Raises `StaleTerm`, `WorkerOnStandby` or `BadStep`."""
-        self._check_term(micro.term)
-        step = self._steps.get(micro.step)
-        if micro.step in self._over or (step and micro.index in step.begun):
+    def add_task(self, task: Task, micro_batch: MicroBatch) -> str | None:
+        """Queue a micro-batch. Returns None, or the reason why there is no room.
+
+        Raises `WireError` with the code "StaleTerm", "WorkerOnStandby" or "BadStep".
+        """
+        self._check_term(micro_batch.term)
+        step = self._steps.get(micro_batch.step)
+        index = micro_batch.index
+        if micro_batch.step in self._finished or (step and index in step.begun):
             self.duplicates += 1
             return None
-        tensors = getattr(task.content, "tensors", {})
+        tensors = task.content.tensors if isinstance(task.content, TensorContent) else {}
         if self._awaits_labels and set(tensors) == {LABELS_TENSOR}:
             if len(self._labels) >= STEPS_LIMIT * MICRO_BATCH_LIMIT:
-                return f"labels of {len(self._labels)} micro-batches wait already"
+                return f"the queue is full: labels of {len(self._labels)} micro-batches"
             self._labels[task.request_id] = tensors[LABELS_TENSOR]
             return None
         if step is None:
             if len(self._steps) >= STEPS_LIMIT or self._nbytes + task.content.nbytes > STEPS_LIMIT_BYTES:
-                return f"{len(self._steps)} steps wait already"
-            ops = operations(self._schedule, self._stage, self._stages, micro.count, micro.mode)
-            step = self._steps[micro.step] = _QueuedStep(micro, task.source, task.reply_to.topic, ops)
-        _check_alike(step.first, micro)
-        if micro.index in step.waiting:
+                return f"the queue is full: {len(self._steps)} steps"
+            ops = operations(self._schedule, self._stage, self._stages, micro_batch.count, micro_batch.mode)
+            step = self._steps[micro_batch.step] = _Step(micro_batch, task.source, ops)
+        _check_same_step(step.first, micro_batch)
+        if index in step.waiting:
             self.duplicates += 1
         else:
-            step.waiting[micro.index] = micro, task
+            step.waiting[index] = (micro_batch, task)
         return None
 
     def add_gradient(self, gradient: Gradient) -> None:
-        """A gradient came. Raises `UnknownForward` where no forward of the step in hand waits for it."""
+        """Queue a gradient. Raises `WireError` "UnknownForward" if no forward of a queued step waits for it."""
         for step in self._steps.values():
             for index, (_, task) in step.begun.items():
                 if task.request_id == gradient.request_id and not self._is_last:
-                    if index in step.gradients or ("backward", index) in step.ops[: step.done]:
+                    if index in step.gradients or ("backward", index) in step.ops[: step.completed_ops]:
                         break
                     step.gradients[index] = gradient
                     return
-        raise UnknownForward(gradient.request_id.hex())
+        raise unknown_forward_error(gradient.request_id)
 
-    def add_commit(self, word: StepMessage) -> None:
-        """The source wants its step to become a version. Raises `StaleTerm`, `WorkerOnStandby` or `BadStep`."""
-        self._check_term(word.term)
-        step = self._steps.get(word.request_id.hex())
-        if step is None or step.failed or step.done < len(step.ops):
-            raise BadStep(f"step {word.request_id.hex()} cannot be committed: it is not prepared here")
-        step.commit = _checked_commit(step, word)
+    def add_commit(self, message: StepMessage) -> None:
+        """Accept the commit of the current step.
 
-    def rejection(self, order: StepMessage) -> WireError | None:
-        """Why an order is not for this worker: of a former term, or to go back where another worker does."""
-        if order.term < self.term:
-            return StaleTerm(self.term, order.term)
-        return WorkerOnStandby(order.term) if order.verb == "restore" and self.is_standby else None
+        Raises `WireError` with the code "StaleTerm", "WorkerOnStandby" or "BadStep".
+        """
+        self._check_term(message.term)
+        step = self._steps.get(message.request_id.hex())
+        if step is None or not step.is_prepared:
+            raise _step_error(f"step {message.request_id.hex()} cannot be committed: it is not prepared here")
+        step.commit = _parse_commit(step, message)
+
+    def check_command(self, command: StepMessage) -> None:
+        """Raise `WireError` "StaleTerm" or "WorkerOnStandby" for a coordinator's command that is not for this worker."""
+        if command.term < self.term:
+            raise _stale_term_error(self.term, command.term)
+        if command.verb == "restore" and self.is_standby:
+            raise _standby_error(command.term)
 
     def _check_term(self, term: int) -> None:
         if term != self.term:
-            raise StaleTerm(self.term, term)
+            raise _stale_term_error(self.term, term)
         if self.is_standby:
-            raise WorkerOnStandby(term)
+            raise _standby_error(term)
 
-    # What to do -------------------------------------------------------------------------------------------------
+    # Operations -------------------------------------------------------------------------------------------------------
 
     def next_operation(self) -> StepOperation | None:
-        """What can be done now; None while a message is missing for it."""
-        if not self._steps:
+        """Return the next operation in order; None while a message that it needs is missing."""
+        step = next(iter(self._steps.values()), None)
+        if step is None or step.failed:
             return None
-        step = next(iter(self._steps.values()))
-        if step.failed:
-            return None
-        if step.done == len(step.ops):
+        if step.is_prepared:
             return step.commit
-        kind, index = step.ops[step.done]
-        return self._forward(step, index) if kind == "forward" else self._backward(step, index)
+        kind, index = step.ops[step.completed_ops]
+        return self._next_forward(step, index) if kind == "forward" else self._next_backward(step, index)
 
-    def _forward(self, step: _QueuedStep, index: int) -> Forward | None:
+    def _next_forward(self, step: _Step, index: int) -> Forward | None:
         if index not in step.waiting:
             return None
-        micro, task = step.waiting[index]
+        micro_batch, task = step.waiting[index]
         if not self._awaits_labels:
-            return Forward(micro, task)
+            return Forward(micro_batch, task)
         labels = self._labels.get(task.request_id)
-        return None if labels is None else Forward(micro, task, labels)
+        return None if labels is None else Forward(micro_batch, task, labels)
 
-    def _backward(self, step: _QueuedStep, index: int) -> Backward | None:
-        micro, task = step.begun[index]
-        if self._is_last:
-            return Backward(micro, task.request_id, None, task)
+    def _next_backward(self, step: _Step, index: int) -> Backward | None:
+        micro_batch, task = step.begun[index]
         gradient = step.gradients.get(index)
-        return None if gradient is None else Backward(micro, task.request_id, gradient, task)
+        if gradient is None and not self._is_last:
+            return None
+        return Backward(micro_batch, gradient, task)
 
-    def mark_done(self, work: StepOperation) -> bool:
-        """It has been done; whether its step is prepared by that, and waits for its commit."""
-        step = self._step_of(work)
+    def mark_done(self, operation: StepOperation) -> bool:
+        """Record that an operation has been run. Returns whether its step is now prepared for the commit."""
+        step = self._find_step(operation)
         if step is None:
             return False
-        match work:
-            case Forward():
-                index = work.micro_batch.index
-                micro, task = step.waiting.pop(index)
-                step.begun[index] = micro, task
+        match operation:
+            case Forward(micro_batch=micro_batch, task=task):
+                del step.waiting[micro_batch.index]
+                # Without its tensors: the backward needs the saved forward only.
+                step.begun[micro_batch.index] = (micro_batch, replace(task, content=TensorContent({})))
                 self._labels.pop(task.request_id, None)
-            case Backward():
-                step.gradients.pop(work.micro_batch.index, None)
+            case Backward(micro_batch=micro_batch):
+                step.gradients.pop(micro_batch.index, None)
             case Commit():
-                self._end(step)
+                self._finish(step)
                 return False
-        step.done += 1
-        if step.done < len(step.ops):
+        step.completed_ops += 1
+        if step.is_prepared and step.first.mode == "evaluate":
+            self._finish(step)
             return False
-        if step.first.mode == "evaluate":
-            self._end(step)
-            return False
-        return True
+        return step.is_prepared
 
-    def mark_failed(self, work: StepOperation) -> None:
-        """It cannot be done: nothing more is, until the term ends."""
-        if step := self._step_of(work):
+    def mark_failed(self, operation: StepOperation) -> None:
+        """Record that an operation failed: no further operation is returned until the term ends."""
+        if step := self._find_step(operation):
             step.failed = True
 
-    def _step_of(self, work: StepOperation) -> _QueuedStep | None:
-        """The step; None when it was given up while a part of it was being done."""
-        return self._steps.get(work.message.request_id.hex() if isinstance(work, Commit) else work.micro_batch.step)
+    def _find_step(self, operation: StepOperation) -> _Step | None:
+        """The step of an operation; None if it was discarded while the operation ran."""
+        if isinstance(operation, Commit):
+            return self._steps.get(operation.message.request_id.hex())
+        return self._steps.get(operation.micro_batch.step)
 
-    def _end(self, step: _QueuedStep) -> None:
+    def _finish(self, step: _Step) -> None:
         del self._steps[step.first.step]
-        self._over[step.first.step] = None
-        if len(self._over) > STEPS_LIMIT:
-            del self._over[next(iter(self._over))]
+        self._finished[step.first.step] = None
+        if len(self._finished) > STEPS_LIMIT:
+            del self._finished[next(iter(self._finished))]
 
     @property
     def _nbytes(self) -> int:
         return sum(task.content.nbytes for step in self._steps.values() for _, task in step.waiting.values())
 
 
-def _checked_commit(step: _QueuedStep, word: StepMessage) -> Commit:
-    """What the word says to do. Raises `BadStep`: a weight that has changed could not be accounted for afterwards."""
-    details, number = word.details, step.first.number
-    source, lr = details.get("source"), details.get("lr")
+def _parse_commit(step: _Step, message: StepMessage) -> Commit:
+    """Validate the details of a commit before a weight changes. Raises `WireError` "BadStep"."""
+    details: Mapping[str, object] = message.details
+    source = details.get("source")
+    lr = details.get("lr")
     if source != step.source or not re.fullmatch(NAME_PATTERN, step.source):
-        raise BadStep(f"its commit says source {source!r}: expected the name in its tasks, which say {step.source!r}")
+        raise _step_error(f"source of a commit must be the name in its tasks, {step.source!r}, is {source!r}")
     if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 <= lr <= sys.float_info.max:
-        raise BadStep(f"its commit says lr {lr!r}: expected a number from 0")
+        raise _step_error(f"lr of a commit must be a finite number from 0, is {lr!r}")
     try:
-        progress = SourceProgress(steps=number + 1, settings=details.get("settings", {}))
-    except ValidationError as problem:
-        why = f"up to 32 strings, numbers, booleans or nulls, and no more than {SETTINGS_LIMIT_CHARACTERS} characters as JSON"
-        raise BadStep(f"its commit says settings that are not {why}") from problem
-    return Commit(number, word, step.source, float(lr), progress)
+        progress = SourceProgress.model_validate(
+            {"steps": step.first.number + 1, "settings": details.get("settings", {})}
+        )
+    except ValidationError as error:
+        limits = f"at most 32 strings, numbers, booleans or nulls, and {SETTINGS_LIMIT_CHARACTERS} characters as JSON"
+        raise _step_error(f"settings of a commit must be {limits}") from error
+    return Commit(message, step.source, float(lr), progress)
 
 
-def _check_alike(first: MicroBatch, other: MicroBatch) -> None:
+def _check_same_step(first: MicroBatch, other: MicroBatch) -> None:
     for name in ("count", "rows", "number", "mode"):
-        expected, actual = getattr(first, name), getattr(other, name)
+        expected = getattr(first, name)
+        actual = getattr(other, name)
         if expected != actual:
-            raise BadStep(f"micro-batch {other.index} says {name} {actual}, the first one of its step {expected}")
+            raise _step_error(
+                f"{name} of micro-batch {other.index} is {actual}, of the first one of its step {expected}"
+            )
+
+
+def unknown_forward_error(request: bytes) -> WireError:
+    """Return the error for a gradient without a saved forward."""
+    message = f"no saved forward of request {request.hex()}: the gradient is late, a duplicate, or for another worker"
+    return WireError("UnknownForward", message, request=request.hex())
+
+
+def _step_error(problem: str) -> WireError:
+    return WireError("BadStep", problem)
+
+
+def _stale_term_error(expected: int, actual: int) -> WireError:
+    message = f"the message is of term {actual}, this worker is in term {expected}"
+    return WireError("StaleTerm", message, retry=True, expected_term=expected, actual_term=actual)
+
+
+def _standby_error(term: int) -> WireError:
+    return WireError("WorkerOnStandby", f"another worker trains this stage in term {term}", retry=True, term=term)

@@ -1,7 +1,6 @@
-"""What a worker that trains tells the monitor of its node: each operation, and each micro-batch that it is done with.
+"""Durations and sizes of training operations: sums of a step for its source, events for the monitor of the node.
 
-A micro-batch that is trained is done with after its backward; one of an evaluation, which is inference to who counts
-phases, after its forward.
+A trained micro-batch is finished after its backward; one of an evaluation, which counts as inference, after its forward.
 """
 
 from __future__ import annotations
@@ -13,18 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from brokers.errors import error_code
-from brokers.protocol.messages import Task
+from brokers.protocol.messages import Task, TensorContent
 from brokers.protocol.traceparent import TraceContext, start_span
 from brokers.protocol.training import LABELS_TENSOR
 from brokers.telemetry.client import EventClient
 from brokers.telemetry.schema import BatchPhase
 from stages.training.step_queue import Backward, Commit, Forward, StepOperation
-from stages.training.step_timing import StepTimings
 
 
 @dataclass(slots=True, eq=False)
 class _OpenMicroBatch:
-    """A micro-batch, and the sums of what was done for it so far."""
+    """A micro-batch that is not finished; `sums` are those of its operations so far."""
 
     rows: int
     trace: TraceContext
@@ -32,30 +30,57 @@ class _OpenMicroBatch:
 
 
 class TrainingTelemetry:
-    """Of one worker; `times` is where the durations and sizes of its operations are added up."""
+    """Sums by name (milliseconds and bytes) of the current step and its micro-batches, at one worker."""
 
-    def __init__(self, events: EventClient | None, times: StepTimings) -> None:
-        self._events, self._times = events or EventClient(), times
-        self._begun: dict[bytes, _OpenMicroBatch] = {}
-        self._trained: list[int] = []  # the rows of each micro-batch since the last update
+    def __init__(self, events: EventClient | None) -> None:
+        self._events = events or EventClient()
+        self._step_sums: Counter[str] = Counter()
+        self._micro_batches: dict[bytes, _OpenMicroBatch] = {}  # by request id
+        self._current: _OpenMicroBatch | None = None  # the micro-batch of the operation in progress
+        self._trained_rows: list[int] = []  # of each micro-batch since the last commit
 
     def reset(self) -> None:
-        """The step in hand is given up."""
-        self._begun.clear()
-        self._trained.clear()
+        """Discard the current step."""
+        self._step_sums.clear()
+        self._micro_batches.clear()
+        self._trained_rows.clear()
+
+    def pop_step_sums(self) -> dict[str, float]:
+        """Return the sums of the step so far, and start again at 0."""
+        sums: dict[str, float] = {name: round(value, 3) for name, value in self._step_sums.items()}
+        self._step_sums.clear()
+        return sums
 
     def trace_context(self, task: Task) -> TraceContext:
-        """The span of what is done here for a micro-batch whose forward has begun."""
-        return self._begun[task.request_id].trace
+        """Return the span of a micro-batch whose forward has begun."""
+        return self._micro_batches[task.request_id].trace
+
+    def add(self, name: str, amount: float) -> None:
+        """Add to a sum of the step and of the micro-batch of the operation in progress."""
+        self._step_sums[name] += amount  # type: ignore[assignment]  # a Counter adds floats as well
+        if self._current is not None:
+            self._current.sums[name] += amount  # type: ignore[assignment]
 
     @contextmanager
-    def record_operation(self, work: StepOperation) -> Iterator[None]:
-        """Tell of an operation, which is the block: how long it took, and what it failed of."""
-        if isinstance(work, Forward):
-            self._begun[work.task.request_id] = _OpenMicroBatch(
-                _rows(work), start_span(work.task.request_id, work.task.trace)
-            )
-        begin_s, before, error = time.monotonic(), self._times.sums(), ""
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the duration of the block."""
+        begin_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, 1000 * (time.monotonic() - begin_s))
+
+    @contextmanager
+    def record_operation(self, operation: StepOperation) -> Iterator[None]:
+        """Report the block as one operation: its duration, and the code of the error that it raises."""
+        if isinstance(operation, Forward):
+            task = operation.task
+            trace = start_span(task.request_id, task.trace)
+            self._micro_batches[task.request_id] = _OpenMicroBatch(_count_rows(operation), trace)
+        if not isinstance(operation, Commit):
+            self._current = self._micro_batches.get(operation.task.request_id)
+        begin_s = time.monotonic()
+        error = ""
         try:
             yield
         except BaseException as problem:
@@ -63,36 +88,32 @@ class TrainingTelemetry:
             raise
         finally:
             busy_ms = 1000 * (time.monotonic() - begin_s)
-            if isinstance(work, Commit):
-                self._committed(busy_ms)
-            else:
-                self._operated(work, busy_ms, self._times.sums() - before, error)
+            if isinstance(operation, Commit):
+                self._emit_batch("update", len(self._trained_rows), sum(self._trained_rows), busy_ms)
+                self._trained_rows.clear()
+            elif self._current is not None:
+                self._finish_operation(operation, self._current, busy_ms, error)
+            self._current = None
 
-    def _committed(self, busy_ms: float) -> None:
-        self._batch("update", len(self._trained), sum(self._trained), busy_ms)
-        self._trained.clear()
-
-    def _operated(self, work: Forward | Backward, busy_ms: float, spent: Counter[str], error: str) -> None:
-        begun = self._begun.get(work.task.request_id)
-        if begun is None:  # it was given up meanwhile
-            return
-        begun.sums += spent
-        phase: BatchPhase = "backward" if isinstance(work, Backward) else "forward"
-        if work.micro_batch.mode == "evaluate":
+    def _finish_operation(
+        self, operation: Forward | Backward, micro_batch: _OpenMicroBatch, busy_ms: float, error: str
+    ) -> None:
+        phase: BatchPhase = "backward" if isinstance(operation, Backward) else "forward"
+        if operation.micro_batch.mode == "evaluate":
             phase = "inference"
-        self._batch(phase, 1, begun.rows, busy_ms)
+        self._emit_batch(phase, 1, micro_batch.rows, busy_ms)
         if phase == "forward" and not error:
             return
-        del self._begun[work.task.request_id]
+        del self._micro_batches[operation.task.request_id]
         if phase == "backward":
-            self._trained.append(begun.rows)
-        self._task(work.task, begun, error)
+            self._trained_rows.append(micro_batch.rows)
+        self._emit_task(operation.task, micro_batch, error)
 
-    def _batch(self, phase: BatchPhase, tasks: int, rows: int, busy_ms: float) -> None:
+    def _emit_batch(self, phase: BatchPhase, tasks: int, rows: int, busy_ms: float) -> None:
         self._events.emit("batch_processed", phase=phase, tasks=tasks, rows=rows, busy_ms=round(busy_ms, 3))
 
-    def _task(self, task: Task, begun: _OpenMicroBatch, error: str) -> None:
-        sums: Counter[str] = begun.sums
+    def _emit_task(self, task: Task, micro_batch: _OpenMicroBatch, error: str) -> None:
+        sums: Counter[str] = micro_batch.sums
         self._events.emit(
             "task_processed",
             request=task.request_id,
@@ -102,15 +123,15 @@ class TrainingTelemetry:
             bytes_in=sums["bytes_in"],
             bytes_out=sums["bytes_out"],
             error=error,
-            trace=begun.trace.trace_id,
-            span=begun.trace.span_id,
+            trace=micro_batch.trace.trace_id,
+            span=micro_batch.trace.span_id,
             parent=task.trace.span_id if task.trace else "",
         )
 
 
-def _rows(work: Forward) -> int:
-    """Samples of a micro-batch: as many as it has labels, wherever they come from."""
-    tensors = getattr(work.task.content, "tensors", {})
-    labels = work.labels or tensors.get(LABELS_TENSOR)
+def _count_rows(operation: Forward) -> int:
+    """Count the rows of a micro-batch: as many as it has labels."""
+    tensors = operation.task.content.tensors if isinstance(operation.task.content, TensorContent) else {}
+    labels = operation.labels or tensors.get(LABELS_TENSOR)
     shape = labels.shape if labels else next((tensor.shape for tensor in tensors.values()), ())
     return int(shape[0]) if shape else 0

@@ -1,6 +1,6 @@
-"""What a worker's compute thread does with its tasks: prepare, batch, execute, split, finish, and time each part.
+"""The work of a worker's compute thread: prepare tasks, execute them in batches, finish and time each one.
 
-No network and no queue: tasks in, outcomes out.
+There is no network and no queue here: tasks go in and come out with their outputs or errors.
 """
 
 from __future__ import annotations
@@ -20,175 +20,152 @@ from stages.worker.batching import group_compatible, join_requests, split_output
 
 log = logging.getLogger(__name__)
 
-# A library that calls sys.exit in a task ends that task, and not the worker.
-_ANYTHING = (Exception, SystemExit)
-
-
-@dataclass(eq=False)
-class NoOutput(SparseError):
-    """An executor that returned None without having passed on each of the requests it was called for."""
-
-    stage: str
-    requests: int
-
-    def __str__(self) -> str:
-        if self.requests > 1:
-            hint = f"for {self.requests} requests at once: one that calls node.dispatch must not be batchable"
-        else:
-            hint = "and passed nothing on: return a dict, or call node.dispatch once before"
-        return f"the executor of stage {self.stage!r} gave None {hint}"
+# An executor may raise anything. A library that calls sys.exit ends its task, not the worker.
+_EXECUTOR_ERRORS = (Exception, SystemExit)
 
 
 @dataclass(slots=True, eq=False)
 class QueuedTask:
-    """A task in a worker's hands, and when it came (monotonic seconds). `trace` is the span of what is done here."""
+    """A task at this worker, since `arrived_s` (monotonic seconds); once it has run, with its `outputs` or `error`.
+
+    `outputs` is None if the executor dispatched the request itself; then `next_stage` is where it goes. `trace` is the
+    span of the work here.
+    """
 
     task: Task
     arrived_s: float
     context: TaskContext
-    inputs: Tensors = field(default_factory=dict)
-    queue_ms: float = 0.0
-    decode_ms: float = 0.0
     trace: TraceContext = field(init=False)
+    inputs: Tensors = field(default_factory=dict)
+    hop: Hop = field(init=False)
+    outputs: TensorContent | None = None
+    next_stage: str | None = None
+    error: Exception | SystemExit | None = None
 
     def __post_init__(self) -> None:
         self.trace = start_span(self.task.request_id, self.task.trace)
+        self.hop = Hop("", "")
 
     def remaining_ms(self, now_s: float) -> float | None:
-        """What is left of the deadline; None where there is none."""
+        """Return the time until the deadline; None without one."""
         if self.task.deadline_ms is None:
             return None
         return self.task.deadline_ms - 1000 * (now_s - self.arrived_s)
 
     def is_expired(self, now_s: float) -> bool:
-        left_ms = self.remaining_ms(now_s)
-        return left_ms is not None and left_ms <= 0
+        remaining_ms = self.remaining_ms(now_s)
+        return remaining_ms is not None and remaining_ms <= 0
 
     def deadline_error(self, stage: str) -> DeadlinePassed:
-        """What is told of it then."""
         return DeadlinePassed(self.task.request_id.hex(), self.task.deadline_ms or 0.0, f"stage {stage!r}")
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
-    """A body to pass on; None when the executor has passed the request on itself."""
-
-    queued: QueuedTask
-    body: TensorContent | None
-    hop: Hop
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    queued: QueuedTask
-    error: Exception | SystemExit
-
-
-TaskOutcome = Completed | Failed
-
-
-@dataclass(frozen=True, slots=True)
 class ExecutedBatch:
-    """Tasks that went into one call of the executor, and how long they kept the worker busy in all."""
+    """One call of the executor: how many tasks it was for, and how long they kept the worker busy."""
 
     tasks: int
     busy_ms: float
 
 
 class BatchRunner:
-    """An executor, and the arithmetic of batches and durations around it. Runs in one thread."""
+    """Runs an executor on batches of tasks. All calls are in one thread."""
 
     def __init__(self, executor: TaskExecutor, stage: str, worker: str) -> None:
-        self.batches: list[ExecutedBatch] = []  # of the latest `work`
-        self.executor = executor
-        self.stage = stage
-        self.worker = worker
+        self._executor = executor
+        self._stage = stage
+        self._worker = worker
 
-    def run(self, jobs: Sequence[QueuedTask]) -> list[TaskOutcome]:
-        """The outcome of each job; an executor's exception fails the jobs it was called for, and no others."""
-        self.batches = []
-        outcomes: list[TaskOutcome] = []
-        ready: list[QueuedTask] = []
-        for job in jobs:
-            try:
-                self._prepare(job)
-                if self.executor.batchable and len(jobs) > 1:
-                    _check_named(job.inputs)  # before it is laid beside others
-                ready.append(job)
-            except _ANYTHING as error:  # an executor may raise what it likes; the sender is told
-                outcomes.append(self._failed(job, error))
-        for group in self._groups(ready):
+    def run(self, tasks: Sequence[QueuedTask]) -> list[ExecutedBatch]:
+        """Set `outputs` or `error`, and the hop, of each task; an error of the executor fails the tasks of its call."""
+        ready = [queued for queued in tasks if self._prepare(queued, is_batch=len(tasks) > 1)]
+        batches = []
+        for group in self._group(ready):
             begin_s = time.monotonic()
-            outcomes += self._execute(group)
-            busy_ms = sum(job.decode_ms for job in group) + 1000 * (time.monotonic() - begin_s)
-            self.batches.append(ExecutedBatch(len(group), busy_ms))
-        return outcomes
+            self._execute(group)
+            busy_ms = sum(queued.hop.decode_ms for queued in group) + _ms_since(begin_s)
+            batches.append(ExecutedBatch(len(group), busy_ms))
+        return batches
 
-    def _groups(self, jobs: list[QueuedTask]) -> list[list[QueuedTask]]:
-        """What goes into one call. Where nothing is batched, what was prepared may be anything: it is not looked at."""
-        if len(jobs) < 2 or not self.executor.batchable:
-            return [[job] for job in jobs]
-        return [[jobs[index] for index in group] for group in group_compatible([job.inputs for job in jobs])]
+    def _group(self, tasks: list[QueuedTask]) -> list[list[QueuedTask]]:
+        if len(tasks) < 2 or not self._executor.batchable:
+            return [[queued] for queued in tasks]  # prepared inputs may be anything: they are not inspected
+        return [[tasks[index] for index in group] for group in group_compatible([queued.inputs for queued in tasks])]
 
-    def _prepare(self, job: QueuedTask) -> None:
+    def _prepare(self, queued: QueuedTask, *, is_batch: bool) -> bool:
         begin_s = time.monotonic()
-        if job.is_expired(begin_s):
-            raise job.deadline_error(self.stage)
-        job.queue_ms = 1000 * (begin_s - job.arrived_s)
-        job.inputs = self.executor.prepare(job.task.content, job.context)
-        job.decode_ms = 1000 * (time.monotonic() - begin_s)
+        queue_ms = 1000 * (begin_s - queued.arrived_s)
+        try:
+            if queued.is_expired(begin_s):
+                raise queued.deadline_error(self._stage)
+            queued.inputs = self._executor.prepare(queued.task.content, queued.context)
+            if is_batch and self._executor.batchable:
+                _check_dict(queued.inputs, "prepare() of a batchable executor must return a dict of named arrays")
+        except _EXECUTOR_ERRORS as error:
+            self._fail(queued, error)
+        queued.hop = Hop(self._stage, self._worker, round(queue_ms, 3), round(_ms_since(begin_s), 3))
+        return queued.error is None
 
-    def _execute(self, jobs: list[QueuedTask]) -> list[TaskOutcome]:
+    def _execute(self, tasks: list[QueuedTask]) -> None:
         begin_s = time.monotonic()
         try:
-            tensors, rows = join_requests([job.inputs for job in jobs])
-            given = self.executor.execute(tensors, jobs[0].context)
-            if given is None and len(jobs) > 1:
-                raise NoOutput(self.stage, len(jobs))
-            answers = [None] if given is None else split_outputs(_checked(given), rows)
-        except _ANYTHING as error:
-            return [self._failed(job, error) for job in jobs]
-        compute_ms = 1000 * (time.monotonic() - begin_s)
-        return [self._finish(job, answer, compute_ms, len(jobs)) for job, answer in zip(jobs, answers, strict=True)]
+            inputs, rows = join_requests([queued.inputs for queued in tasks])
+            outputs = self._executor.execute(inputs, tasks[0].context)
+            if outputs is None and len(tasks) > 1:
+                raise no_output_error(self._stage, len(tasks))
+            if outputs is not None:
+                _check_dict(outputs, "execute() must return a dict of named arrays, or None")
+            split = [None] if outputs is None else split_outputs(outputs, rows)
+        except _EXECUTOR_ERRORS as error:
+            for queued in tasks:
+                self._fail(queued, error)
+            return
+        compute_ms = _ms_since(begin_s)
+        for queued, task_outputs in zip(tasks, split, strict=True):
+            self._finish(queued, task_outputs, compute_ms, len(tasks))
 
-    def _finish(self, job: QueuedTask, answer: Tensors | None, compute_ms: float, batch: int) -> TaskOutcome:
+    def _finish(self, queued: QueuedTask, outputs: Tensors | None, compute_ms: float, batch: int) -> None:
         begin_s = time.monotonic()
-        job.inputs = {}
-        body = None
+        queued.inputs = {}
         try:
-            if answer is not None:
-                finished = self.executor.finish(answer, job.context)
-                body = TensorContent(
-                    {name: from_array(value) for name, value in finished.items()}, job.context.metadata
-                )
-        except _ANYTHING as error:
-            return self._failed(job, error)
-        hop = Hop(
-            stage=self.stage,
-            worker=self.worker,
-            queue_ms=round(job.queue_ms, 3),
-            decode_ms=round(job.decode_ms, 3),
+            if outputs is not None:
+                finished = self._executor.finish(outputs, queued.context)
+                tensors = {name: from_array(value) for name, value in finished.items()}
+                queued.outputs = TensorContent(tensors, queued.context.metadata)
+        except _EXECUTOR_ERRORS as error:
+            self._fail(queued, error)
+            return
+        queued.hop = Hop(
+            stage=self._stage,
+            worker=self._worker,
+            queue_ms=queued.hop.queue_ms,
+            decode_ms=queued.hop.decode_ms,
             compute_ms=round(compute_ms, 3),
-            encode_ms=round(1000 * (time.monotonic() - begin_s), 3),
-            bytes_in=job.task.content.nbytes,
-            bytes_out=body.nbytes if body else 0,
+            encode_ms=round(_ms_since(begin_s), 3),
+            bytes_in=queued.task.content.nbytes,
+            bytes_out=queued.outputs.nbytes if queued.outputs else 0,
             batch=batch,
         )
-        return Completed(job, body, hop)
 
-    def _failed(self, job: QueuedTask, error: Exception | SystemExit) -> Failed:
+    def _fail(self, queued: QueuedTask, error: Exception | SystemExit) -> None:
         if not isinstance(error, SparseError):
-            log.error("stage %s failed a task", self.stage, exc_info=error)
-        return Failed(job, error)
+            log.error("stage %s failed a task", self._stage, exc_info=error)
+        queued.error = error
 
 
-def _checked(given: object) -> Tensors:
-    if not isinstance(given, dict):
-        raise TypeError(f"execute must return a dict of named arrays, or None, returned {type(given).__name__}")
-    return given
+def no_output_error(stage: str, requests: int) -> SparseError:
+    """Return the error for an executor that returned None without dispatching the request."""
+    if requests > 1:
+        hint = f"for a batch of {requests} requests: an executor that calls node.dispatch() must not be batchable"
+    else:
+        hint = "without calling node.dispatch(): return a dict, or dispatch the request first"
+    return SparseError("NoOutput", f"stage {stage!r}: execute() returned None {hint}", stage=stage, requests=requests)
 
 
-def _check_named(prepared: object) -> None:
-    if not isinstance(prepared, dict):
-        kind = type(prepared).__name__
-        raise TypeError(f"prepare of a batchable executor must return a dict of named arrays, returned {kind}")
+def _check_dict(value: object, rule: str) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{rule}, it returned {type(value).__name__}")
+
+
+def _ms_since(begin_s: float) -> float:
+    return 1000 * (time.monotonic() - begin_s)

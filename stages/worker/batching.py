@@ -1,30 +1,30 @@
-"""Several requests in one call: which fit together, how they are joined, and how the answer is split. Pure."""
+"""Batching of requests: grouping those that fit into one call, joining their tensors, and splitting the outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from stages.errors import RowsDoNotMatch
+from brokers.errors import SparseError
 
 Tensors = dict[str, Any]
 
 
 def group_compatible(requests: Sequence[Tensors]) -> list[list[int]]:
-    """The indices of the requests, grouped by what fits into one call: same names, dtypes, and shapes but for rows."""
-    found: dict[Any, list[int]] = {}
+    """Group the indices of requests that fit into one call: same names, dtypes, and shapes except for dimension 0."""
+    groups: dict[Any, list[int]] = {}
     for index, tensors in enumerate(requests):
-        # Tensors without rows, or with different numbers of them, cannot be split again: such a request goes alone.
-        rows = {_rows(value) for value in tensors.values()}
+        # Tensors without rows, or with different numbers of rows, cannot be split again: such a request stays alone.
+        rows = {_count_rows(value) for value in tensors.values()}
         key: Any = index
         if len(rows) == 1 and None not in rows:
             key = tuple(sorted((name, str(value.dtype), tuple(value.shape[1:])) for name, value in tensors.items()))
-        found.setdefault(key, []).append(index)
-    return list(found.values())
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
 
 
 def join_requests(requests: Sequence[Tensors]) -> tuple[Tensors, list[int]]:
-    """One call for several requests, rows (dimension 0) one after the other; and the rows that each has."""
+    """Concatenate the tensors of several requests along dimension 0; return them with the rows of each request."""
     if len(requests) == 1:
         return requests[0], []
     rows = [len(next(iter(tensors.values()))) for tensors in requests]
@@ -32,22 +32,27 @@ def join_requests(requests: Sequence[Tensors]) -> tuple[Tensors, list[int]]:
 
 
 def split_outputs(tensors: Tensors, rows: Sequence[int]) -> list[Tensors]:
-    """The answer for each request; raises `RowsDoNotMatch` when the rows are not those that went in."""
+    """Split outputs into those of each request. Raises `SparseError` "RowsDoNotMatch" if rows were added or lost."""
     if not rows:
         return [tensors]
     total = sum(rows)
     for name, value in tensors.items():
-        if not value.ndim or len(value) != total:
-            raise RowsDoNotMatch(name, total, len(value) if value.ndim else 0)
-    answers = []
+        actual = len(value) if value.ndim else 0
+        if actual != total:
+            message = (
+                f"the executor returned {actual} rows in {name!r} for a batch of {total}: "
+                "an executor whose rows depend on each other must not be batchable"
+            )
+            raise SparseError("RowsDoNotMatch", message, tensor=name, expected_rows=total, actual_rows=actual)
+    outputs = []
     begin = 0
     for count in rows:
-        answers.append({name: value[begin : begin + count] for name, value in tensors.items()})
+        outputs.append({name: value[begin : begin + count] for name, value in tensors.items()})
         begin += count
-    return answers
+    return outputs
 
 
-def _rows(value: Any) -> int | None:
+def _count_rows(value: Any) -> int | None:
     shape = getattr(value, "shape", ())
     return int(shape[0]) if shape else None
 

@@ -1,107 +1,117 @@
-"""The other workers of a stage, as one that joins it hears them: whether it may come, and whether it may stay. Pure.
+"""Detection of conflicting workers: two of one id, or two of one stage with different models.
 
-Two that start at the same instant see no record of one another, and both join. So each goes on listening for a while,
-on probation, and exactly one of the two leaves: their clocks and the delays between them do not tell who was first, so
-of two on probation the one with the smaller name stays, by what both of their records say.
+A worker checks twice. Before it joins, it reads the records of its stage; a retained record may have outlived its
+worker, so only a record that is renewed prevents the worker from joining. Two workers that start at the same instant
+see no record of each other and both join, so each watches for CONFLICT_WATCH_S more. Neither clocks nor message delays
+tell which was first: of two that watch, the one with the smaller (id, instance) stays, a rule that both apply to the
+same two records.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from contextlib import suppress
 
 from brokers.dispatch.presence import WorkerRecord
-from brokers.errors import WireError
-from brokers.protocol.topics import last_level
-from brokers.protocol.transport import Delivery
-from stages.errors import WorkerConflict
+from brokers.dispatch.worker_registry import PresenceEntry, PresenceEvent, PresenceListener, WorkerRegistry
+from brokers.errors import SparseError, UsageError
+from brokers.protocol.topics import StageTopics
+from brokers.protocol.transport import Transport
+from stages.worker.worker_presence import WorkerPresence
 
-# Ample for every worker to be heard twice: they renew their records each second.
+# Three renewals of a record, which is published every second.
 CONFLICT_WATCH_S = 3.0
+# The broker sends retained records right after its SUBACK; ample on one machine and on a fog link.
+_RETAINED_WAIT_S = 0.1
+# Two renewals, on a busy machine.
+_RENEWAL_TIMEOUT_S = 2.5
 
 
-@dataclass(slots=True)
-class _Peer:
-    birth: WorkerRecord | None = None  # None: its record cannot be read
-    records: int = 0
+class DuplicateCheck:
+    """Checks one worker against the others of its stage, through their presence records."""
 
-    @property
-    def lives(self) -> bool:
-        """Whether it renews its record; a retained one alone may have outlived its worker."""
-        return self.records > 1
+    def __init__(self, transport: Transport, topics: StageTopics, presence: WorkerPresence) -> None:
+        self._topics = topics
+        self._presence = presence
+        self._listener = PresenceListener(transport, self._on_event)
+        self._malformed_records = 0  # on our own topic: by a worker of the same id and another version
+        self._must_leave = asyncio.Event()
+        self._conflict: UsageError | None = None
+
+    async def check(self) -> None:
+        """Raise `UsageError` "WorkerConflict" if a live worker conflicts with this one, which has not joined yet."""
+        await self._listener.subscribe(self._topics.peer_presence_filter)
+        await asyncio.sleep(_RETAINED_WAIT_S)
+        await self._listener.wait_for(lambda registry: not self._is_uncertain(registry), _RENEWAL_TIMEOUT_S)
+        own = self._presence.record
+        for entry in find_conflicts(own, self._listener.registry):
+            if entry.is_renewed:
+                raise conflict_error(own, entry.record)
+        if self._malformed_records > 1:
+            raise conflict_error(own, None)
+
+    def _is_uncertain(self, registry: WorkerRegistry) -> bool:
+        """Whether there are conflicting records, and none has been renewed yet."""
+        entries = find_conflicts(self._presence.record, registry)
+        is_known = any(entry.is_renewed for entry in entries) or self._malformed_records > 1
+        return bool(entries or self._malformed_records) and not is_known
+
+    async def watch(self) -> None:
+        """Watch for CONFLICT_WATCH_S after this worker has joined; raise `UsageError` "WorkerConflict" if it must leave."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CONFLICT_WATCH_S):
+                await self._must_leave.wait()
+        if self._conflict is not None:
+            raise self._conflict
+        with suppress(SparseError):
+            await self._listener.unsubscribe()
+
+    async def close(self) -> None:
+        await self._listener.close()
+
+    def _on_event(self, event: PresenceEvent) -> None:
+        own = self._presence.record
+        if event.kind == "rejected" and event.topic == own.topic:
+            self._malformed_records += 1
+        # Others judge by our published `up_s`: when it has passed CONFLICT_WATCH_S for them, this worker stays.
+        up_s = self._presence.up_s
+        other = event.worker
+        if up_s is None or up_s >= CONFLICT_WATCH_S or other is None or self._conflict is not None:
+            return
+        if event.kind not in ("appeared", "updated", "gap") or event.retained or other.instance == own.instance:
+            return
+        if must_leave(own, other):
+            self._conflict = conflict_error(own, other)
+            self._presence.revoke(keep_record=other.worker == own.worker)
+            self._must_leave.set()
 
 
-class PeerWorkers:
-    """What the presence topics of a stage say to one worker of it. `own` is its record."""
+def find_conflicts(own: WorkerRecord, registry: WorkerRegistry) -> list[PresenceEntry[WorkerRecord]]:
+    """Return the entries with our id or another model, ours first."""
+    entries = [entry for entry in registry.workers.values() if _is_conflict(own, entry.record)]
+    return sorted(entries, key=lambda entry: (entry.record.worker != own.worker, entry.record.worker))
 
-    def __init__(self, own: WorkerRecord) -> None:
-        self.changed = asyncio.Event()
-        self._own = own
-        self._peers: dict[str, _Peer] = {}
 
-    def on_presence(self, delivery: Delivery) -> WorkerRecord | None:
-        """Note a change; the record of another life, if this is one and a sign of life."""
-        name = last_level(delivery.topic)
-        birth: WorkerRecord | None = None
-        if delivery.payload.nbytes:
-            peer = self._peers.setdefault(name, _Peer())
-            # A retained record comes once more when the connection broke meanwhile.
-            peer.records = max(peer.records, 1) if delivery.retain else peer.records + 1
-            try:
-                birth = WorkerRecord.from_bytes(bytes(delivery.payload))
-            except WireError:
-                birth = None
-            peer.birth = birth
-        else:
-            self._peers.pop(name, None)
-        self.changed.set()
-        if birth is None or delivery.retain or birth.worker != name or birth.instance == self._own.instance:
-            return None
-        return birth
+def must_leave(own: WorkerRecord, other: WorkerRecord) -> bool:
+    """Whether the worker `own`, which still watches for conflicts, must leave because of another live worker."""
+    if other.state == "stopped" or not _is_conflict(own, other):
+        return False
+    other_watches = other.up_s is not None and other.up_s < CONFLICT_WATCH_S
+    return not other_watches or (own.worker, own.instance) > (other.worker, other.instance)
 
-    @property
-    def is_uncertain(self) -> bool:
-        """Whether it must still be heard if one lives that would object."""
-        others = [peer for _, peer in self._objectors()]
-        return bool(others) and not any(peer.lives for peer in others)
 
-    def find_conflict(self) -> WorkerConflict | None:
-        """Why the worker may not join; None if nobody lives who objects."""
-        for name, peer in self._objectors():
-            if peer.lives:
-                return self._twin(name, peer.birth)
-        return None
+def _is_conflict(own: WorkerRecord, other: WorkerRecord) -> bool:
+    return other.worker == own.worker or other.fingerprint != own.fingerprint
 
-    def conflict_with(self, other: WorkerRecord) -> WorkerConflict | None:
-        """Why the worker, which is up and on probation, must leave now that `other` is heard; None if it may stay."""
-        own = self._own
-        if other.state == "stopped" or (other.worker != own.worker and other.fingerprint == own.fingerprint):
-            return None
-        on_probation = other.up_s is not None and other.up_s < CONFLICT_WATCH_S
-        if on_probation and (own.worker, own.instance) < (other.worker, other.instance):
-            return None
-        return self._twin(other.worker, other)
 
-    def _objectors(self) -> list[tuple[str, _Peer]]:
-        """Those of the same id, and those with another model; the former first."""
-        own = self._own
-        same = [(name, peer) for name, peer in self._peers.items() if name == own.worker]
-        return same + [
-            (name, peer)
-            for name, peer in sorted(self._peers.items())
-            if name != own.worker and peer.birth is not None and peer.birth.fingerprint != own.fingerprint
-        ]
-
-    def _twin(self, name: str, other: WorkerRecord | None) -> WorkerConflict:
-        own = self._own
-        if name == own.worker:
-            place = f" (process {other.pid} on {other.node!r})" if other else ""
-            return WorkerConflict(
-                own.worker, f"another worker of this id{place} is up: stop it, or choose another with --worker"
-            )
-        assert other is not None
-        return WorkerConflict(
-            own.worker,
-            f"worker {other.worker!r} serves stage {other.stage!r} with the model {other.fingerprint!r}, "
-            f"this one has {own.fingerprint!r}: same weights and cuts for all, or another pipeline name",
+def conflict_error(own: WorkerRecord, other: WorkerRecord | None) -> UsageError:
+    """Return the error for a worker that cannot join; `other` is None if its record is malformed."""
+    if other is None or other.worker == own.worker:
+        place = f" (process {other.pid} on {other.node!r})" if other else ""
+        problem = f"another worker of this id{place} is up: stop it, or choose another id with --worker"
+    else:
+        problem = (
+            f"worker {other.worker!r} serves stage {other.stage!r} with the model {other.fingerprint!r}, this one has "
+            f"{own.fingerprint!r}: use the same weights and cuts for all workers, or another pipeline name"
         )
+    return UsageError("WorkerConflict", f"worker {own.worker!r} cannot join: {problem}", worker=own.worker)

@@ -1,4 +1,4 @@
-"""A part of a cut network as a `TaskExecutor`: pictures or tensors in, activations or findings out."""
+"""A part of a model as a `TaskExecutor`: pictures or tensors in, activations or detections out."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
-from brokers.errors import BadPayload
+from brokers.errors import BadPayload, UsageError
 from brokers.process.image_decode import RgbImage, decode_picture
 from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, BinaryContent, Content
 from brokers.protocol.safetensors_codec import to_numpy, to_torch
-from stages.errors import BadDevice
 from stages.executor import Node, TaskContext, TaskExecutor, Tensors
 from stages.models.registry import get_model_spec
 from stages.partition.boundary import value_name
@@ -21,28 +20,33 @@ from stages.partition.part_loader import load_part
 from stages.partition.partition import Part, fingerprint
 from stages.partition.weight_files import find_weights
 
-# The one tensor that is a decoded picture, uint8 (H, W, 3), red green blue; everything else is the network's own.
+# Name of the tensor that is a decoded picture, uint8 (H, W, 3), RGB; all other names are those of the network.
 PICTURE = "picture"
 
 
 def resolve_device(device: str) -> str:
-    """`auto` is the first GPU, or the CPU where there is none; a GPU that is asked for and missing is a `BadDevice`."""
+    """Return the torch device of a pipeline file; "auto" is the first GPU, or the CPU without one.
+
+    Raises `UsageError` "BadDevice" for a GPU that this machine does not have.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
-        index = int(device.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            raise BadDevice(device, torch.cuda.device_count())
+        available = torch.cuda.device_count()
+        if int(device.partition(":")[2] or 0) >= available:
+            message = f"device {device!r}: this machine has {available} CUDA devices; use 'auto' or 'cpu'"
+            raise UsageError("BadDevice", message, key="stage.device", device=device, available=available)
     return device
 
 
 class ModelExecutor(TaskExecutor):
-    """Serves one part of the pipeline's model."""
+    """Runs the part of the pipeline's model that belongs to `stage`."""
 
     framework = "torch"
 
     def __init__(self, pipeline: Pipeline, stage: StageTable, *, device: str, threads: int) -> None:
-        self._pipeline, self._stage = pipeline, stage
+        self._pipeline = pipeline
+        self._stage = stage
         self._device = torch.device(device)
         self._threads = threads
         table = pipeline.pipeline
@@ -55,7 +59,7 @@ class ModelExecutor(TaskExecutor):
             folder=str(pipeline.folder),
         )
         self._is_first = pipeline.stage[0] is stage
-        self._is_last = pipeline.part_index(stage) == len(pipeline.pipeline.cuts)
+        self._is_last = pipeline.part_index(stage) == len(table.cuts)
         self._wire_dtype: torch.dtype = getattr(torch, stage.wire)
         self._part: Part
 
@@ -63,88 +67,87 @@ class ModelExecutor(TaskExecutor):
         torch.set_num_threads(self._threads)
         table = self._pipeline.pipeline
         weights = find_pipeline_weights(table.weights, self._pipeline.folder)
-        # Whether rows may be batched is found by a run on meta tensors, which imports a second's worth of torch: only
-        # where the answer matters.
+        # Whether rows may be batched is determined by a run on meta tensors, which imports more of torch, for a second:
+        # only where batches are asked for.
         spec = self._spec if self._stage.max_batch > 1 else replace(self._spec, input_shape=None)
-        self._part = load_part(
-            spec, table.cuts, self._pipeline.part_index(self._stage), weights, table.seed, self._device
-        )
+        index = self._pipeline.part_index(self._stage)
+        self._part = load_part(spec, table.cuts, index, weights, table.seed, self._device)
         self.batchable = self._part.batchable
         self.fingerprint = fingerprint(self._part)
-        sees = self._spec.preprocess is not None and len(self._part.input_names) == 1
-        self.formats = (SAFETENSORS, JPEG, PNG) if sees and self._is_first else (SAFETENSORS,)
+        accepts_pictures = self._is_first and self._spec.preprocess is not None and len(self._part.input_names) == 1
+        self.formats = (SAFETENSORS, JPEG, PNG) if accepts_pictures else (SAFETENSORS,)
         if self._device.type == "cpu":
             # oneDNN's convolutions are 1.1 to 1.7 times faster with channels innermost (tests/bench/layout.py).
             self._part.to(memory_format=torch.channels_last)
 
     def prepare(self, content: Content, task: TaskContext) -> Tensors:
-        """The part's inputs: a picture is decoded and fitted, an activation is widened to float32 again."""
+        """Return the part's inputs: a picture is decoded and preprocessed, a half-precision activation widened."""
         if isinstance(content, BinaryContent):
-            return self._fit(self._decode(content), task)
+            if content.content_type == JSON:
+                problem = f"stage {self._stage.name!r} accepts pictures (JPEG, PNG) or tensors, not JSON"
+                raise BadPayload(JSON, problem)
+            return self._preprocess(decode_picture(content.data, content.content_type), task)
         task.metadata.update(content.metadata)
-        takes = self._part.input_names
-        if set(content.tensors) == {PICTURE} and PICTURE not in takes:
-            return self._fit(to_numpy(content.tensors[PICTURE], name=PICTURE), task)
+        names = self._part.input_names
+        if set(content.tensors) == {PICTURE} and PICTURE not in names:
+            return self._preprocess(to_numpy(content.tensors[PICTURE], name=PICTURE), task)
         tensors = {name: to_torch(tensor) for name, tensor in content.tensors.items()}
-        if {value_name(name) for name in tensors} != set(takes):
-            if not len(takes) == len(tensors) == 1:
-                raise BadPayload("tensors", f"stage {self._stage.name!r} takes {sorted(takes)}, got {sorted(tensors)}")
-            tensors = {takes[0]: next(iter(tensors.values()))}  # the only tensor needs no name
-        return {name: _widened(tensor) for name, tensor in tensors.items()}
+        if {value_name(name) for name in tensors} != set(names):
+            if not len(names) == len(tensors) == 1:
+                problem = f"stage {self._stage.name!r} expects {sorted(names)}, got {sorted(tensors)}"
+                raise BadPayload("tensors", problem)
+            tensors = {names[0]: next(iter(tensors.values()))}  # a single tensor needs no name
+        return {name: _widen(tensor) for name, tensor in tensors.items()}
 
     @torch.inference_mode()
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
-        """The forward of this part; on a GPU with pinned copies both ways and one wait, at the end."""
+        """Run the forward of the part; on a GPU with pinned copies both ways, and one synchronisation at the end."""
         if self._device.type == "cpu":
             return self._part(tensors)  # type: ignore[no-any-return]
-        moved = {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in tensors.items()}
-        given = {name: self._to_host(tensor) for name, tensor in self._part(moved).items()}
+        inputs = {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in tensors.items()}
+        outputs = {name: _copy_to_host(tensor) for name, tensor in self._part(inputs).items()}
         torch.cuda.current_stream(self._device).synchronize()
-        return given
+        return outputs
 
     @torch.inference_mode()
     def finish(self, tensors: Tensors, task: TaskContext) -> Tensors:
-        """Findings in pixels of the picture, if one came in; else the outputs as they are, in the wire's dtype."""
+        """Postprocess the last part's outputs, in pixels of the picture if there was one; narrow others for the wire."""
         if self._is_last and PICTURE in task.metadata and self._spec.postprocess is not None:
             width, _, height = task.metadata[PICTURE].partition("x")
-            found = self._spec.postprocess(tensors, (int(width), int(height)))
-            task.metadata.update(found.metadata)
-            return found.tensors
-        if self._is_last or self._wire_dtype is torch.float32:
+            content = self._spec.postprocess(tensors, (int(width), int(height)))
+            task.metadata.update(content.metadata)
+            return content.tensors
+        if self._is_last:
             return tensors
-        return {name: self._narrowed(tensor) for name, tensor in tensors.items()}
+        return {name: self._narrow(tensor) for name, tensor in tensors.items()}
 
-    def _decode(self, blob: BinaryContent) -> RgbImage:
-        if blob.content_type == JSON:
-            raise BadPayload(JSON, f"stage {self._stage.name!r} takes pictures (JPEG, PNG) or tensors, no readings")
-        return decode_picture(blob.data, blob.content_type)
-
-    def _fit(self, picture: RgbImage, task: TaskContext) -> Tensors:
-        """The network's input for a picture, uint8 (H, W, 3); its size goes along, to speak of its pixels later."""
+    def _preprocess(self, picture: RgbImage, task: TaskContext) -> Tensors:
+        """Convert a picture, uint8 (H, W, 3), to the network's input; its size travels on with the request."""
         if picture.dtype != "uint8" or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-            kind = f"{picture.dtype} {list(picture.shape)}"
-            raise BadPayload("tensors", f"a picture must be uint8 (height, width, 3), got {kind}")
+            actual = f"{picture.dtype} {list(picture.shape)}"
+            raise BadPayload("tensors", f"a picture must be uint8 (height, width, 3), got {actual}")
         if self._spec.preprocess is None or len(self._part.input_names) != 1:
-            raise BadPayload("picture", f"stage {self._stage.name!r} of {self._spec.name} does not take pictures")
+            raise BadPayload("picture", f"stage {self._stage.name!r} of {self._spec.name} does not accept pictures")
         height, width, _ = picture.shape
         task.metadata[PICTURE] = f"{width}x{height}"
         return {self._part.input_names[0]: self._spec.preprocess(picture)}
 
-    def _narrowed(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _narrow(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._wire_dtype) if tensor.dtype is torch.float32 else tensor
 
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
+
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
 
 
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def find_pipeline_weights(name: str | None, folder: Path) -> Path | None:
-    """The weights file: a path beside the pipeline file, else a registered name."""
+    """Return the weights file: one beside the pipeline file, else the one that is registered by this name."""
     if name is None:
         return None
-    beside = folder / name
-    return beside if beside.is_file() else find_weights(name)
+    file = folder / name
+    return file if file.is_file() else find_weights(name)

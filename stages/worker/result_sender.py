@@ -1,7 +1,7 @@
-"""What leaves a worker: its part of the work to the next stage, results and failures to whoever asked.
+"""Sends the results of a worker's tasks: activations to the next stage, results and failures to the requester.
 
-Everything here runs on the loop. Whatever stands in the way of an answer, the one who waits for it is told: a request
-that neither goes on nor fails would be in nobody's hands until its lease runs out.
+All of it runs on the event loop. Every task ends with a message: a request that is neither passed on nor failed would be
+noticed only when its lease ends.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from brokers.config.pipeline_file import Pipeline
@@ -20,229 +21,245 @@ from brokers.dispatch.stage_client import StageClient
 from brokers.dispatch.worker_pool import LostTask
 from brokers.errors import NoWorker, WireError, error_code
 from brokers.protocol.codec import EncodedMessage, make_failure_reply
-from brokers.protocol.messages import JSON, Activation, Failure, ReplyTo, Result, Task, TaskDone, TensorContent
+from brokers.protocol.messages import JSON, Activation, Failure, ReplyTo, Result, Task, TaskDone
 from brokers.protocol.result_json import content_to_dict, encode_json, timing_to_dict
 from brokers.protocol.transport import Properties
-from stages.worker.batch_runner import Completed, Failed, NoOutput, TaskOutcome
-from stages.worker.telemetry import InferenceTelemetry
+from brokers.telemetry.client import EventClient
+from stages.worker.batch_runner import QueuedTask, no_output_error
 
 log = logging.getLogger(__name__)
 
-# How long a task waits for room at the next stage before its owner is told to try again.
+# How long a task waits for credit at the next stage before its owner is asked to try again.
 CREDIT_TIMEOUT_S = 30.0
-# A failure's reason is one line, and goes into logs and onto results topics: of an exception's text so much.
+# The reason of a failure is one line in logs and on results topics; an exception's text may be of any length.
 REASON_MAX_CHARS = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where an executor has passed a request on to, and what."""
-
-    stage: str
-    body: TensorContent
-
-
 def failure_reason(error: BaseException) -> str:
-    """What an exception says of itself, in one line that is not endless: it may be of anybody's making."""
+    """Format an exception of any origin as one line of limited length."""
     try:
-        # What a KeyError says is the bare key.
-        said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-    except Exception as problem:  # noqa: BLE001 - whoever waits is told of the first mistake all the same
-        said = f"its own text could not be made: {type(problem).__name__}"
-    line = " ".join(said.split())
+        text = (
+            f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
+        )  # str() of a KeyError is the bare key
+    except Exception as problem:  # noqa: BLE001 - the requester gets the first error all the same
+        text = f"its message could not be formatted: {type(problem).__name__}"
+    line = " ".join(text.split())
     return line if len(line) <= REASON_MAX_CHARS else f"{line[:REASON_MAX_CHARS]}... ({len(line)} characters)"
 
 
 class ResultSender:
-    """Sends what one worker has to say."""
+    """The outgoing messages of one inference worker; counts `failed` and `rejected` tasks in `counters`."""
 
     def __init__(
-        self, line: MessageChannel, pipeline: Pipeline, stage: StageTable, worker: str, account: InferenceTelemetry
+        self,
+        channel: MessageChannel,
+        pipeline: Pipeline,
+        stage: StageTable,
+        worker: str,
+        counters: Counter[str],
+        events: EventClient,
     ) -> None:
-        self.failed = 0
-        self._account = account
-        self.rejected = 0
-        self._line, self._pipeline, self._stage, self._worker = line, pipeline, stage, worker
+        self._channel = channel
+        self._pipeline = pipeline
+        self._stage = stage
+        self._worker = worker
+        self._counters = counters
+        self._events = events
         self._inbox = pipeline.topics(stage).inbox(worker)
-        self._following = pipeline.next_stage(stage)
-        self._outboxes: dict[str, StageClient] = {}
-        self._errands: set[asyncio.Task[None]] = set()
+        self._next_stage = pipeline.next_stage(stage)
+        self._clients: dict[str, StageClient] = {}
+        self._sends: set[asyncio.Task[None]] = set()
 
-    # Life ---------------------------------------------------------------------------------------------------------
+    # Lifecycle --------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Begin to listen for the workers of the next stage."""
-        if self._following:
-            await self._outbox(self._following.name)
+        """Start to watch the workers of the next stage."""
+        if self._next_stage:
+            await self._client(self._next_stage.name)
 
-    def send_in_background(self, errand: Coroutine[Any, Any, None]) -> None:
-        """Have something sent by itself."""
-        task = asyncio.create_task(errand, name=f"errand-{self._stage.name}")
-        self._errands.add(task)
-        task.add_done_callback(self._ended)
+    def send_in_background(self, send: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine of this class as a task; its error is logged."""
+        task = asyncio.create_task(send, name=f"send-{self._stage.name}")
+        self._sends.add(task)
+        task.add_done_callback(self._on_sent)
 
     async def flush(self) -> None:
-        """Wait until everything has been sent; give up when nothing moves for longer than a task may wait for room."""
-        while self._errands:
-            done, stuck = await asyncio.wait(
-                self._errands, timeout=CREDIT_TIMEOUT_S + 1, return_when=asyncio.FIRST_COMPLETED
+        """Wait until everything is sent; give up if nothing is sent for longer than a task may wait for credit."""
+        while self._sends:
+            done, pending = await asyncio.wait(
+                self._sends, timeout=CREDIT_TIMEOUT_S + 1, return_when=asyncio.FIRST_COMPLETED
             )
             if not done:
-                log.warning("%d answers could not be sent", len(stuck))
+                log.warning("%d messages could not be sent", len(pending))
                 return
 
     async def close(self) -> None:
-        """Give up what has not been sent, and the listening for workers."""
-        for errand in self._errands:
-            errand.cancel()
-        for outbox in self._outboxes.values():
-            await outbox.close()
+        """Cancel what has not been sent, and stop watching workers."""
+        for send in self._sends:
+            send.cancel()
+        for client in self._clients.values():
+            await client.close()
 
-    def _ended(self, errand: asyncio.Task[None]) -> None:
-        self._errands.discard(errand)
-        if not errand.cancelled() and (error := errand.exception()):
-            log.warning("could not answer: %s", error)
+    def _on_sent(self, send: asyncio.Task[None]) -> None:
+        self._sends.discard(send)
+        if not send.cancelled() and (error := send.exception()):
+            log.warning("could not send a message: %s", error)
 
-    # On to the next stage, or back to the source -------------------------------------------------------------------
+    # Results of tasks -------------------------------------------------------------------------------------------------
 
-    async def deliver(self, outcome: TaskOutcome, detour: Route | None) -> None:
-        """Pass the work on, or tell that it failed; then say to whoever sent it that there is room again.
+    async def deliver(self, queued: QueuedTask) -> None:
+        """Send the outputs or the error of a task, then return its credit to its sender.
 
-        Not before: until the next worker has it, its sender must miss it should this process die.
+        In this order: until the next worker has the request, its sender must notice if this process dies.
         """
-        task, ended_ns = outcome.queued.task, self._account.now_ns()
+        ended_ns = self._events.now_ns()
         try:
-            error = await self._pass_on_or_tell(outcome, detour)
-            self._account.record_task(outcome, ended_ns, error, detour.body.nbytes if detour else None)
+            error = await self._send_outcome(queued)
+            self._emit_task(queued, ended_ns, error)
         finally:
-            await self.release_credit(task)
+            await self.release_credit(queued.task)
 
-    async def _pass_on_or_tell(self, outcome: TaskOutcome, detour: Route | None) -> str:
-        """What it failed of; empty when it is on its way."""
-        task = outcome.queued.task
-        if isinstance(outcome, Failed):
-            await self.send_failure(task, type(outcome.error).__name__, failure_reason(outcome.error))
-            return type(outcome.error).__name__
-        try:
-            await self._pass_on(outcome, detour)
-        except NoWorker as error:
-            await self.send_failure(task, error_code(error), str(error), retry=True)
-            return error_code(error)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the one who waits is told
-            # Too large, or an executor's own metadata that makes no JSON: another attempt would end as this one did.
-            log.warning("could not pass on what stage %s gave: %s", self._stage.name, failure_reason(error))
-            await self.send_failure(task, error_code(error), failure_reason(error))
-            return error_code(error)
-        return ""
+    async def _send_outcome(self, queued: QueuedTask) -> str:
+        """Send the outputs, or a failure; return the code of the error, empty on success."""
+        error: BaseException | None = queued.error
+        is_retry = False
+        if error is None:
+            try:
+                await self._send_outputs(queued)
+                return ""
+            except NoWorker as problem:
+                error = problem
+                is_retry = True
+            except Exception as problem:  # noqa: BLE001 - any error is reported to the requester
+                # Too large, or metadata of the executor that cannot be encoded: another attempt would fail as well.
+                log.warning("could not send the outputs of stage %s: %s", self._stage.name, failure_reason(problem))
+                error = problem
+        await self._send_failure(queued.task, error_code(error), failure_reason(error), retry=is_retry)
+        return error_code(error)
 
-    async def _pass_on(self, done: Completed, detour: Route | None) -> None:
-        task, body = done.queued.task, done.body
-        target = self._following.name if self._following else None
-        if body is None:
-            if detour is None:
-                raise NoOutput(self._stage.name, 1)
-            target, body = detour.stage, detour.body
-        hops = (*task.hops, replace(done.hop, bytes_out=body.nbytes))
+    async def _send_outputs(self, queued: QueuedTask) -> None:
+        task = queued.task
+        if queued.outputs is None:
+            raise no_output_error(self._stage.name, 1)
+        hops = (*task.hops, replace(queued.hop, bytes_out=queued.outputs.nbytes))
+        target = queued.next_stage or (self._next_stage.name if self._next_stage else None)
         if target is None:
-            await self._answer(
-                task.reply_to, Result(request_id=task.request_id, content=body, attempt=task.attempt, hops=hops)
-            )
+            result = Result(request_id=task.request_id, content=queued.outputs, attempt=task.attempt, hops=hops)
+            await self._reply(task.reply_to, result)
             return
-        left_ms = done.queued.remaining_ms(time.monotonic())
+        remaining_ms = queued.remaining_ms(time.monotonic())
         activation = Activation(
             request_id=task.request_id,
-            content=body,
+            content=queued.outputs,
             reply_to=task.reply_to,
             sender_inbox=self._inbox,
             source=task.source,
             attempt=task.attempt,
-            deadline_ms=None if left_ms is None else max(0.001, left_ms),
+            deadline_ms=None if remaining_ms is None else max(0.001, remaining_ms),
             priority=task.priority,
-            trace=done.queued.trace,
+            trace=queued.trace,
             hops=hops,
         )
-        outbox = await self._outbox(target)
-        await outbox.send(
-            activation, timeout_s=CREDIT_TIMEOUT_S if left_ms is None else min(CREDIT_TIMEOUT_S, left_ms / 1000)
+        timeout_s = CREDIT_TIMEOUT_S if remaining_ms is None else min(CREDIT_TIMEOUT_S, remaining_ms / 1000)
+        client = await self._client(target)
+        await client.send(activation, timeout_s=timeout_s)
+
+    async def _client(self, stage: str) -> StageClient:
+        if stage not in self._clients:
+            topics = self._pipeline.topics(self._pipeline.find_stage(stage))
+            lease_s = self._pipeline.pipeline.lease_s
+            self._clients[stage] = StageClient(self._channel, topics, self._on_lost, lease_s=lease_s)
+            await self._clients[stage].open()
+        return self._clients[stage]
+
+    def on_task_done(self, message: TaskDone) -> None:
+        """A worker of a later stage returns the credit of a request."""
+        for client in self._clients.values():
+            client.task_done(message.worker, message.request_id)
+
+    def _on_lost(self, lost: LostTask) -> None:
+        if lost.cause == "died":
+            reason = f"worker {lost.worker!r} of stage {lost.stage!r} died while it had this request"
+        else:
+            reason = f"the connection broke while worker {lost.worker!r} of stage {lost.stage!r} had this request"
+        failure = self._failure(lost.request, "WorkerLost", reason, lost.attempt, retry=True)
+        failure = replace(failure, stage=lost.stage, worker=lost.worker)
+        self.send_in_background(self._reply(lost.reply, failure))
+
+    def _emit_task(self, queued: QueuedTask, ended_ns: int, error: str) -> None:
+        task = queued.task
+        hop = queued.hop
+        self._events.emit(
+            "task_processed",
+            time_ns=ended_ns,
+            request=task.request_id,
+            queue_ms=hop.queue_ms,
+            decode_ms=hop.decode_ms,
+            compute_ms=hop.compute_ms,
+            encode_ms=hop.encode_ms,
+            bytes_in=task.content.nbytes,
+            bytes_out=queued.outputs.nbytes if queued.outputs else 0,
+            batch=hop.batch,
+            error=error,
+            trace=queued.trace.trace_id,
+            span=queued.trace.span_id,
+            parent=task.trace.span_id if task.trace else "",
         )
 
-    async def _outbox(self, stage: str) -> StageClient:
-        if stage not in self._outboxes:
-            topics = self._pipeline.topics(self._pipeline.find_stage(stage))
-            self._outboxes[stage] = StageClient(self._line, topics, self._lost, lease_s=self._pipeline.pipeline.lease_s)
-            await self._outboxes[stage].open()
-        return self._outboxes[stage]
+    # Refusals and replies ---------------------------------------------------------------------------------------------
 
-    def credit_released(self, control: TaskDone) -> None:
-        """A worker further on is done with a request of ours."""
-        for outbox in self._outboxes.values():
-            outbox.task_done(control.worker, control.request_id)
-
-    # Answers ------------------------------------------------------------------------------------------------------
-
-    async def send_failure(self, task: Task, error: str, reason: str, *, retry: bool = False) -> None:
-        """Answer a task with a failure of this stage."""
-        self.failed += 1
-        await self._answer(task.reply_to, self._failure(task.request_id, error, reason, task.attempt, retry))
-
-    async def reject(self, task: Task, error: str, reason: str) -> None:
-        """Answer a task that this worker does not take: another one may."""
-        self.rejected += 1
+    async def reject(self, task: Task, code: str, reason: str) -> None:
+        """Refuse a task that another worker may accept."""
+        self._counters["rejected"] += 1
         try:
-            await self.send_failure(task, error, reason, retry=True)
+            await self._send_failure(task, code, reason, retry=True)
         finally:
             await self.release_credit(task)
 
     async def reject_malformed(self, error: WireError, properties: Properties) -> None:
-        """Answer what could not be read, if it says whom to answer."""
-        if found := make_failure_reply(error, properties, self._stage.name, self._worker):
-            reply, failure = found
-            await self._answer(reply, failure)
-            # A foreign client has no sender that waits for room.
+        """Answer a message that could not be decoded, if it names a reply topic."""
+        if answer := make_failure_reply(error, properties, self._stage.name, self._worker):
+            reply, failure = answer
+            await self._reply(reply, failure)
+            # A foreign client does not count credits.
             if reply.accept != "json" or reply.topic != properties.response_topic:
-                await self._send_release(properties.response_topic, failure.request_id, failure.attempt)
+                await self._send_task_done(properties.response_topic, failure.request_id, failure.attempt)
 
     async def release_credit(self, task: Task) -> None:
-        """Tell whoever sent a task that it is done with here."""
-        await self._send_release(task.sender_inbox, task.request_id, task.attempt)
+        """Tell the sender of a task that it is done here."""
+        await self._send_task_done(task.sender_inbox, task.request_id, task.attempt)
 
-    async def _send_release(self, sender: str, request: bytes, attempt: int) -> None:
-        if sender:
-            await self._line.send(sender, TaskDone(request_id=request, worker=self._worker, attempt=attempt))
+    async def _send_task_done(self, sender_inbox: str, request: bytes, attempt: int) -> None:
+        if sender_inbox:
+            await self._channel.send(sender_inbox, TaskDone(request_id=request, worker=self._worker, attempt=attempt))
 
-    def _failure(self, request: bytes, error: str, reason: str, attempt: int, retry: bool) -> Failure:
+    async def _send_failure(self, task: Task, code: str, reason: str, *, retry: bool = False) -> None:
+        self._counters["failed"] += 1
+        await self._reply(task.reply_to, self._failure(task.request_id, code, reason, task.attempt, retry=retry))
+
+    def _failure(self, request: bytes, code: str, reason: str, attempt: int, *, retry: bool) -> Failure:
         return Failure(
             request_id=request,
             stage=self._stage.name,
             worker=self._worker,
-            error=error,
+            error=code,
             reason=reason,
             attempt=attempt,
             retry=retry,
         )
 
-    def _lost(self, lost: LostTask) -> None:
-        if lost.cause == "died":
-            reason = f"worker {lost.worker!r} of the next stage died with this request in hand"
-        else:
-            reason = f"the connection broke while this request was with worker {lost.worker!r} of the next stage"
-        failure = replace(
-            self._failure(lost.request, "WorkerLost", reason, lost.attempt, True), stage=lost.stage, worker=lost.worker
-        )
-        self.send_in_background(self._answer(lost.reply, failure))
-
-    async def _answer(self, reply: ReplyTo, message: Result | Failure) -> None:
+    async def _reply(self, reply: ReplyTo, message: Result | Failure) -> None:
         if reply.accept == "safetensors":
-            await self._line.send(reply.topic, message)
+            await self._channel.send(reply.topic, message)
             return
-        found: dict[str, Any]
         if isinstance(message, Failure):
-            found = message.as_dict()
+            answer: dict[str, Any] = message.as_dict()
         else:
-            found = {
+            answer = {
                 "request": message.request_id.hex(),
                 "pipeline": self._pipeline.name,
                 **content_to_dict(message.content),
+                "time": timing_to_dict(message.hops),
             }
-            found["time"] = timing_to_dict(message.hops)
-        await self._line.send_packet(reply.topic, EncodedMessage(Properties(JSON, reply.echo), (encode_json(found),)))
+        packet = EncodedMessage(Properties(JSON, reply.echo), (encode_json(answer),))
+        await self._channel.send_packet(reply.topic, packet)

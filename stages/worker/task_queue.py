@@ -1,9 +1,9 @@
-"""The tasks that wait for a worker's compute thread: in which order, how many, and for how long. Pure.
+"""Queue of the tasks that wait for a worker's compute thread.
 
-* The interactive go before the background ones; among equals, who came first.
-* So many tasks and so many bytes, and no more: whoever comes then is turned away. One task always has room.
-* A task whose deadline has passed is taken out at once: nobody waits for it, and its bytes are wanted.
-* A later attempt at a task that still waits takes its place: the sender could not know that it is here.
+* Interactive tasks come before background ones; within a priority the order is that of arrival.
+* The number of tasks and of bytes is limited; further tasks are refused. A single task is accepted whatever its size.
+* A task past its deadline is removed: its result is not awaited any more.
+* A later attempt at a queued task replaces it: the sender does not know that the earlier one is still here.
 """
 
 from __future__ import annotations
@@ -11,77 +11,78 @@ from __future__ import annotations
 from brokers.protocol.messages import PRIORITIES
 from stages.worker.batch_runner import QueuedTask
 
-# Beyond what senders were promised (capacity each), foreign clients may fill the queue up to here; then they are told.
+# Senders that respect a worker's capacity stay far below; foreign clients may fill the queue up to here.
 QUEUE_LIMIT = 256
 QUEUE_LIMIT_BYTES = 512 << 20
 
-
+# The request id and the number of stages it has passed: a request that visits a worker twice is two tasks.
 _Key = tuple[bytes, int]
 
 
-def _key(job: QueuedTask) -> _Key:
-    """The request, and how far it has come: one that passes this worker twice is two tasks."""
-    return job.task.request_id, len(job.task.hops)
+def _key(queued: QueuedTask) -> _Key:
+    return queued.task.request_id, len(queued.task.hops)
 
 
 class TaskQueue:
-    """A bounded queue of jobs."""
+    """Bounded priority queue of tasks; `nbytes` is the size of their contents."""
 
     def __init__(self, limit: int = QUEUE_LIMIT, limit_bytes: int = QUEUE_LIMIT_BYTES) -> None:
-        self._limit, self._limit_bytes = limit, limit_bytes
-        self._lines: dict[str, dict[_Key, QueuedTask]] = {priority: {} for priority in PRIORITIES}
         self.nbytes = 0
+        self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._queues: dict[str, dict[_Key, QueuedTask]] = {priority: {} for priority in PRIORITIES}
 
     def __len__(self) -> int:
-        return sum(len(line) for line in self._lines.values())
+        return sum(len(queue) for queue in self._queues.values())
 
-    def replace_duplicate(self, job: QueuedTask) -> QueuedTask | None:
-        """If another attempt at the same task waits, the later of the two waits on; the other one is returned."""
-        line, key = self._lines[job.task.priority], _key(job)
-        waiting = line.get(key)
-        if waiting is None or waiting.task.attempt >= job.task.attempt:
-            return waiting and job
-        line[key] = job
-        self.nbytes += job.task.content.nbytes - waiting.task.content.nbytes
-        return waiting
+    def replace_duplicate(self, queued: QueuedTask) -> QueuedTask | None:
+        """Keep the later of two attempts at a task, and return the other one; None if no other attempt is queued."""
+        queue = self._queues[queued.task.priority]
+        key = _key(queued)
+        present = queue.get(key)
+        if present is None or present.task.attempt >= queued.task.attempt:
+            return present and queued
+        queue[key] = queued
+        self.nbytes += queued.task.content.nbytes - present.task.content.nbytes
+        return present
 
-    def add(self, job: QueuedTask) -> str | None:
-        """Take a task in; if there is no room, why."""
+    def add(self, queued: QueuedTask) -> str | None:
+        """Append a task. Returns None, or the reason why there is no room."""
         if len(self) >= self._limit:
-            return f"{self._limit} tasks wait already"
-        if len(self) and self.nbytes + job.task.content.nbytes > self._limit_bytes:
-            return f"{self.nbytes} bytes wait already, at most {self._limit_bytes} may"
-        self._lines[job.task.priority][_key(job)] = job
-        self.nbytes += job.task.content.nbytes
+            return f"the queue is full: {self._limit} tasks"
+        if len(self) and self.nbytes + queued.task.content.nbytes > self._limit_bytes:
+            return f"the queue is full: {self.nbytes} of {self._limit_bytes} bytes"
+        self._queues[queued.task.priority][_key(queued)] = queued
+        self.nbytes += queued.task.content.nbytes
         return None
 
     def take(self, count: int) -> list[QueuedTask]:
-        """The next tasks, up to so many."""
+        """Remove and return the next tasks, at most `count`."""
         taken: list[QueuedTask] = []
-        for line in self._lines.values():
-            while line and len(taken) < count:
-                taken.append(self._remove(line, next(iter(line))))
+        for queue in self._queues.values():
+            while queue and len(taken) < count:
+                taken.append(self._remove(queue, next(iter(queue))))
         return taken
 
     def pop_expired(self, now_s: float) -> list[QueuedTask]:
-        """The tasks whose deadline has passed; they wait no more."""
-        found: list[QueuedTask] = []
-        for line in self._lines.values():
-            late = [key for key, job in line.items() if job.is_expired(now_s)]
-            found += [self._remove(line, key) for key in late]
-        return found
+        """Remove and return the tasks whose deadline has passed."""
+        expired: list[QueuedTask] = []
+        for queue in self._queues.values():
+            keys = [key for key, queued in queue.items() if queued.is_expired(now_s)]
+            expired += [self._remove(queue, key) for key in keys]
+        return expired
 
     @property
     def oldest_arrival_s(self) -> float | None:
-        """When the task came that has waited longest, by the clock of its arrival; None where none waits."""
-        return min((job.arrived_s for line in self._lines.values() for job in line.values()), default=None)
+        """The earliest arrival of a queued task (monotonic seconds); None if the queue is empty."""
+        return min((queued.arrived_s for queue in self._queues.values() for queued in queue.values()), default=None)
 
     @property
     def first(self) -> QueuedTask | None:
-        """The task whose turn is next."""
-        return next((job for line in self._lines.values() for job in line.values()), None)
+        """The next task."""
+        return next((queued for queue in self._queues.values() for queued in queue.values()), None)
 
-    def _remove(self, line: dict[_Key, QueuedTask], key: _Key) -> QueuedTask:
-        job = line.pop(key)
-        self.nbytes -= job.task.content.nbytes
-        return job
+    def _remove(self, queue: dict[_Key, QueuedTask], key: _Key) -> QueuedTask:
+        queued = queue.pop(key)
+        self.nbytes -= queued.task.content.nbytes
+        return queued

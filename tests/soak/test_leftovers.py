@@ -23,7 +23,7 @@ from brokers.mqtt.client import MqttTransport
 from brokers.server.local_broker import start_broker
 from sources.client.offloader import Offloader
 from stages.commands.stage import make_executor
-from stages.worker.worker import InferenceWorker
+from stages.worker.inference_worker import InferenceWorker
 from tests.soak.harness.resource_usage import count_reachable_objects
 from tests.support.monitor.fake_monitor import FakeMonitor, monitor_socket_path
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
@@ -104,7 +104,7 @@ def test_requests_that_were_answered_failed_or_late_leave_nothing_in_any_table(
 
     async def go(address: str) -> None:
         async with serving(pipeline, address) as workers, Offloader(pipeline, broker=address) as asks:
-            lines: list[MessageChannel] = [asks.channel, *(worker._channel for worker in workers)]
+            lines: list[MessageChannel] = [asks.channel, *(worker.channel for worker in workers)]
             for line in lines:
                 line._chunk_bytes = CHUNK_BYTES
             fates = await one_round(asks, values)

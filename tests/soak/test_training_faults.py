@@ -40,10 +40,10 @@ def test_stages_that_are_killed_at_random_moments_change_no_bit(
         lesson.kill("stage", killed[-1])
     summary = lesson.wait()
     assert summary["steps"] == STEPS
-    assert summary["rolled_back"] >= 1
+    assert summary["rollbacks"] >= 1
     assert_weights_equal(lesson.load_weights(), expected_weights(STEPS))
     print_line(
-        f"{len(killed)} kills in {STEPS} steps ({', '.join(killed)}): {summary['rolled_back']} times back, "
+        f"{len(killed)} kills in {STEPS} steps ({', '.join(killed)}): {summary['rollbacks']} times back, "
         f"{summary['repeated_steps']} steps done again, {summary['elapsed_s']:.0f} s; weights equal bit for bit"
     )
 
@@ -58,7 +58,7 @@ def test_a_broker_that_is_killed_while_a_network_is_trained_changes_no_bit(
         lesson.kill_broker()
     summary = lesson.wait()
     assert_weights_equal(lesson.load_weights(), expected_weights(30))
-    print_line(f"2 brokers killed in 30 steps: {summary['rolled_back']} times back, {summary['elapsed_s']:.0f} s")
+    print_line(f"2 brokers killed in 30 steps: {summary['rollbacks']} times back, {summary['elapsed_s']:.0f} s")
 
 
 def test_a_run_whose_source_is_killed_goes_on_with_resume_and_changes_no_bit(sandbox: ProcessSandbox) -> None:
@@ -100,7 +100,7 @@ def test_whatever_strangers_write_to_workers_that_train_and_their_source_changes
     summary = lesson.wait()
     assert sent > 200
     assert_weights_equal(lesson.load_weights(), expected_weights(STEPS))
-    print_line(f"{sent} hostile messages: {summary['rolled_back']} times back, weights equal bit for bit")
+    print_line(f"{sent} hostile messages: {summary['rollbacks']} times back, weights equal bit for bit")
 
 
 def _taught_among_strangers(sandbox: ProcessSandbox, path: Path, address: str) -> tuple[TrainingRunCommand, int]:
@@ -138,7 +138,7 @@ def test_a_frozen_worker_is_replaced_and_what_it_says_when_it_wakes_changes_noth
         frozen.resume()
         lesson.wait_for_step(lesson.last_step + 3)
     summary = lesson.wait()
-    assert summary["rolled_back"] >= 1
+    assert summary["rollbacks"] >= 1
     assert_weights_equal(lesson.load_weights(), expected_weights(STEPS))
 
 

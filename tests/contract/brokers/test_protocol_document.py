@@ -13,8 +13,7 @@ import torch
 import brokers.errors
 import brokers.protocol.messages
 import brokers.protocol.stage_timing
-import stages.errors
-import stages.training.errors  # all subclasses of SparseError that a stage raises
+import stages.training.step_executor  # all subclasses of SparseError that a stage raises
 from brokers.dispatch import channel, presence, worker_pool, worker_registry
 from brokers.dispatch.presence import LatencyPercentiles, SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
 from brokers.errors import WireError

@@ -22,7 +22,7 @@ from sources.inference.inference_run import InferenceRun
 from sources.inputs.ingress import IngressGateway
 from sources.inputs.sample_buffer import SampleBuffer
 from stages.executor import FunctionExecutor
-from stages.worker.worker import InferenceWorker
+from stages.worker.inference_worker import InferenceWorker
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.foreign_client import ForeignClient
 from tests.support.environment.external_programs import require_dependency

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from brokers.errors import Disconnected, RequestError, UsageError
+from brokers.errors import Disconnected, RequestError, SparseError, UsageError
 from brokers.protocol.messages import (
     Activation,
     Failure,
@@ -345,7 +345,7 @@ def test_a_task_that_is_no_micro_batch_is_refused_and_the_worker_lives(tmp_path:
             assert failure.error == "BadProperty"
             assert MICRO_BATCH_KEY in failure.reason
         await pupil.training.run()
-        assert all(worker.trainer.counters["refused"] == 1 for worker in room.workers)
+        assert all(worker.trainer.counters["malformed"] == 1 for worker in room.workers)
         await line.close()
 
     lesson(tmp_path, test, epochs=1)
@@ -475,7 +475,7 @@ def test_a_worker_that_drains_leaves_its_version_behind(tmp_path: Path) -> None:
         await room.wait_for("a step", lambda: pupil.training.completed_steps >= 2)
         leaving = room.active_worker(1)
         await leaving.drain()
-        assert leaving.part_trainer.version in leaving.trainer._executor._checkpoints.versions
+        assert leaving.part_trainer.version in leaving.trainer.executor.checkpoints.versions
         await room.add_worker(1, name="successor")
         await running
         assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * 12, {"it": StripedImages()}))
@@ -503,7 +503,7 @@ def test_saved_forwards_are_none_after_every_abort(tmp_path: Path) -> None:
 
         def restored(topic: str, message: Message) -> None:
             if isinstance(message, StepMessage) and message.verb == "quiesced":
-                saved.append(message.details["standing"]["saved"])
+                saved.append(message.details["status"]["pending_forwards"])
 
         room.on_message = restored
         pupil = await room.add_source()
@@ -623,7 +623,7 @@ def test_a_step_that_is_given_up_again_and_again_ends_the_run(tmp_path: Path, mo
     monkeypatch.setattr(training_module, "MAX_CONSECUTIVE_TERMS", 3)
 
     async def test(room: InProcessPipeline) -> None:
-        room.workers[1].trainer.step_queue.add_task = lambda task, micro: "no room"  # type: ignore[method-assign]
+        room.workers[1].trainer.step_queue.add_task = lambda task, micro_batch: "no room"  # type: ignore[method-assign]
         with raises_error(RequestError, "CannotTrain", match=r"step 0 was aborted 3 times: Busy at stage s1"):
             await room.train()
         assert len({event["version"] for event in room.sources[0].events}) <= 1
@@ -654,7 +654,7 @@ def test_a_lost_folder_of_checkpoints_is_told_and_nothing_is_rolled_back(
         ) as caught:
             await room.train(resume=True)
         assert "\n" not in str(caught.value)
-        assert room.workers[0].trainer._executor._checkpoints.versions == (4, 8)
+        assert room.workers[0].trainer.executor.checkpoints.versions == (4, 8)
         assert room.workers[0].part_trainer.version == 8
 
     lesson(tmp_path, test)
@@ -662,16 +662,14 @@ def test_a_lost_folder_of_checkpoints_is_told_and_nothing_is_rolled_back(
 
 def test_a_full_disk_is_told_and_the_run_goes_on_from_the_last_version_when_there_is_room(tmp_path: Path) -> None:
     async def test(room: InProcessPipeline) -> None:
-        from stages.training.errors import CannotCheckpoint
-
-        checkpoints = room.workers[1].trainer._executor._checkpoints
+        checkpoints = room.workers[1].trainer.executor.checkpoints
         save = checkpoints.save
 
-        def full(version: Any) -> None:
-            raise CannotCheckpoint("a/b", "the disk is full")
+        def full(checkpoint: Any) -> None:
+            raise SparseError("CannotCheckpoint", "cannot write a/b: the disk is full")
 
         checkpoints.save = full  # type: ignore[method-assign]
-        with pytest.raises(StepFailed, match=r"step 3 failed at stage 's1', worker .*: CannotCheckpoint: .*whole"):
+        with pytest.raises(StepFailed, match=r"step 3 failed at stage 's1', worker .*: CannotCheckpoint: .*full"):
             await room.train()
         checkpoints.save = save  # type: ignore[method-assign]
         await room.wait_for("a crew", lambda: room.sources[0].training.membership.term)
@@ -685,7 +683,7 @@ def test_one_source_more_than_a_record_can_name_is_told_and_the_workers_live(tmp
     async def test(room: InProcessPipeline) -> None:
         others = {f"source-{index}": SourceProgress(steps=1) for index in range(SOURCES_LIMIT)}
         for worker in room.workers:
-            worker.trainer._executor._progress = others
+            worker.trainer.executor.progress = others
         with pytest.raises(StepFailed, match=r"TooManySources: 64 sources have trained this pipeline"):
             await room.train()
         assert all(worker.is_running for worker in room.workers)
@@ -700,7 +698,7 @@ def test_memory_of_a_term_that_was_given_up_is_not_taken_for_the_version_of_the_
     async def test(room: InProcessPipeline) -> None:
         pupil = await room.train()
         frozen = room.active_worker(1)
-        frozen.trainer._executor._restored_term -= (
+        frozen.trainer.executor.restored_term -= (
             1  # the others have been told since, and have done other steps up to this
         )
         with torch.no_grad():
@@ -722,7 +720,7 @@ def test_a_worker_in_whose_place_another_trains_leaves_no_version_behind(tmp_pat
         former.part_trainer.version = 9  # of a step that the others have given up
         former.trainer.stand_by(former.trainer.step_queue.term + 1)
         await former.drain()
-        assert former.trainer._executor._checkpoints.versions == (4, 8)
+        assert former.trainer.executor.checkpoints.versions == (4, 8)
 
     lesson(tmp_path, test)
 
@@ -808,7 +806,7 @@ def test_a_step_that_is_in_hand_as_the_run_is_told_to_end_is_in_a_checkpoint_whe
         )
         await pupil.training.run()
         assert pupil.training.completed_steps == 3
-        assert {worker.trainer._executor._checkpoints.versions for worker in room.workers} == {(3,)}
+        assert {worker.trainer.executor.checkpoints.versions for worker in room.workers} == {(3,)}
 
     lesson(tmp_path, test)
 
@@ -819,7 +817,7 @@ def test_a_worker_that_cannot_tell_of_itself_any_more_ends(tmp_path: Path) -> No
             raise RuntimeError("a mistake of ours")
 
         mute = room.workers.pop()
-        mute.trainer.role.tick = look  # type: ignore[method-assign]
+        mute.trainer._tick = look  # type: ignore[method-assign]
         await room.wait_for("its end", lambda: not mute.is_running)
         with pytest.raises(RuntimeError, match="a mistake of ours"):
             await mute.close()
@@ -868,9 +866,9 @@ def test_a_checkpoint_that_a_former_worker_wrote_late_is_replaced_as_its_version
     async def test(room: InProcessPipeline) -> None:
         def write_late(event: Any) -> None:
             if event["event"] == "step" and event["step"] == 2:
-                execution = room.active_worker(1).trainer._executor
+                execution = room.active_worker(1).trainer.executor
                 tensors = {name: tensor + 1 for name, tensor in execution._part_trainer.checkpoint_tensors(2).items()}
-                execution._checkpoints.save(Checkpoint(4, tensors, execution._progress))
+                execution.checkpoints.save(Checkpoint(4, tensors, execution.progress))
 
         room.on_event = write_late
         pupil = await room.add_source()

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from brokers.dispatch import worker_registry
 from brokers.protocol.codec import decode
 from brokers.protocol.messages import Message, StepMessage
 from brokers.protocol.transport import Delivery
 from sources.training import membership as crew
-from stages.training import coordinator as conductor
-from stages.training import membership as roles
+from stages.training import coordinator
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.training.in_process_parts import assert_bitwise_equal
 from tests.support.training.in_process_pipeline import InProcessPipeline, InProcessWorker, shorten_intervals
@@ -27,9 +27,9 @@ STEPS = 4 * EPOCHS
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten_intervals(monkeypatch)
-    for module in (conductor, crew, roles):
-        monkeypatch.setattr(module, "SILENT_S", SILENT_S)
-    monkeypatch.setattr(roles, "_FROZEN_S", SILENT_S / 2)
+    monkeypatch.setattr(worker_registry, "PRESENCE_TIMEOUT_S", SILENT_S)
+    monkeypatch.setattr(crew, "PRESENCE_TIMEOUT_S", SILENT_S)
+    monkeypatch.setattr(coordinator, "FROZEN_S", SILENT_S / 2)
 
 
 class Freezer:

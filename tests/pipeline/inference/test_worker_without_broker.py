@@ -17,8 +17,8 @@ from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.transport import Buffer, Delivery, Properties
 from brokers.server.local_broker import BrokerKind, start_broker
 from stages.commands.stage import make_executor
-from stages.worker import worker as worker_module
-from stages.worker.worker import InferenceWorker
+from stages.worker import stage_worker
+from stages.worker.inference_worker import InferenceWorker
 from tests.pipeline.conftest import BROKER_KINDS
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.presence import wait_for_workers
@@ -75,7 +75,7 @@ def test_a_worker_is_told_to_leave_while_its_broker_is_gone(sandbox: ProcessSand
 def test_a_worker_whose_reports_are_refused_says_so_once_and_works_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(worker_module, "_REPORT_EVERY_S", 0.02)
+    monkeypatch.setattr(stage_worker, "REPORT_INTERVAL_S", 0.02)
     caplog.set_level(logging.WARNING)
 
     async def test() -> None:

@@ -25,12 +25,10 @@ from sources.client.source_presence import SourcePresence
 from sources.datasets.batches import Batches, split_micro_batches
 from sources.datasets.dataset import Dataset
 from sources.training.training_loop import TrainingEventDict, TrainingLoop
-from stages.training import membership as roles
-from stages.training import step_executor as execution
-from stages.training import worker as trainer
-from stages.training.membership import make_training_worker
+from stages.training import coordinator
 from stages.training.part_trainer import PartTrainer
-from stages.training.worker import TrainingWorker
+from stages.training.training_worker import TrainingWorker
+from stages.worker import stage_worker
 from tests.support.brokers.broker_kinds import WAIT_S
 from tests.support.training.in_process_parts import UnsplitTrainer
 from tests.support.training.striped_images import StripedImages
@@ -53,7 +51,7 @@ class InProcessWorker:
         self.transport = MemoryTransport(hub)
         self.stage = pipeline.stage[stage]
         self.part_trainer = PartTrainer(pipeline, self.stage, device="cpu", threads=1)
-        self.trainer: TrainingWorker = make_training_worker(
+        self.trainer = TrainingWorker(
             self.transport, pipeline, self.stage, self.part_trainer, name, "cpu", folder / self.stage.name
         )
         self._hub = hub
@@ -221,7 +219,7 @@ class InProcessPipeline:
         """Who trains now, as those who trained last know it."""
         found = [worker.trainer for worker in self.workers if worker.is_running]
         newest = max(found, key=lambda trainer: trainer.step_queue.term)
-        return dict(newest._executor.members)
+        return dict(newest.executor.members)
 
     def active_worker(self, stage: int) -> InProcessWorker:
         """The worker that trains a stage."""
@@ -250,7 +248,7 @@ class InProcessPipeline:
 
         In the thread that computes for all: what it still does would draw from the same generator.
         """
-        with vars(execution)["ThreadPoolExecutor"](1) as thread:
+        with vars(stage_worker)["ThreadPoolExecutor"](1) as thread:
             found: dict[str, Tensor] = thread.submit(self._plainly, order, datasets).result()
             return found
 
@@ -281,6 +279,6 @@ class _OneThread(ThreadPoolExecutor):
 def shorten_intervals(monkeypatch: Any) -> None:
     """Workers that report ten times a second: what takes them seconds is done in tenths. All compute in one thread."""
     one_thread = _OneThread(1, thread_name_prefix="compute")
-    monkeypatch.setattr(execution, "ThreadPoolExecutor", lambda *_, **__: one_thread)
-    monkeypatch.setattr(trainer, "REPORT_EVERY_S", 0.1)
-    monkeypatch.setattr(roles, "_LISTEN_S", 0.25)
+    monkeypatch.setattr(stage_worker, "ThreadPoolExecutor", lambda *_, **__: one_thread)
+    monkeypatch.setattr(stage_worker, "REPORT_INTERVAL_S", 0.1)
+    monkeypatch.setattr(coordinator, "LISTEN_S", 0.25)

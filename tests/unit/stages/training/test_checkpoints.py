@@ -1,300 +1,309 @@
-"""Versions on disk: whole or not there, the last two of them, and of this part alone."""
+"""`CheckpointStore`: atomic files, the newest two, of one part only."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from brokers.errors import UsageError
+from brokers.errors import SparseError
 from brokers.protocol.training import SourceProgress
-from stages.training.checkpoints import CHECKPOINTS_TO_KEEP, Checkpoint, CheckpointStore
-from stages.training.errors import CannotCheckpoint, ForeignCheckpoint, StaleWriter
-from tests.support.environment.checkout import ROOT
+from stages.training import checkpoints
+from stages.training.checkpoints import CHECKPOINTS_TO_KEEP, Checkpoint, CheckpointStore, ForeignCheckpoint
 from tests.support.environment.full_disk import full_disk
+from tests.support.errors import raises_error
 
 PROGRESS = {"digits": SourceProgress(steps=7, settings={"lr": 0.05, "limit": None, "shuffle": True, "kind": "digits"})}
 
 
-def version(number: int, size: int = 1000, term: int = 0) -> Checkpoint:
+def checkpoint(version: int, size: int = 1000, term: int = 0) -> Checkpoint:
     tensors = {
-        "model/weight": torch.arange(size, dtype=torch.float32) + number,
-        "optimizer/weight/step": torch.tensor(float(number)),
-        "model/count": torch.tensor(number),
+        "model/weight": torch.arange(size, dtype=torch.float32) + version,
+        "optimizer/weight/step": torch.tensor(float(version)),
+        "model/count": torch.tensor(version),
     }
-    return Checkpoint(number, tensors, PROGRESS, term)
+    return Checkpoint(version, tensors, PROGRESS, term)
 
 
-def checkpoints(folder: Path, fingerprint: str = "vgg11/0") -> CheckpointStore:
+def open_store(folder: Path, fingerprint: str = "vgg11/0") -> CheckpointStore:
     return CheckpointStore(folder, fingerprint)
 
 
-def named(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def name_of(number: int) -> str:
-    return f"version-{number:012d}.safetensors"
+def file_name(version: int) -> str:
+    return f"version-{version:012d}.safetensors"
 
 
-def assert_is(found: Checkpoint, number: int) -> None:
-    wanted = version(number)
-    assert found.version == number
-    assert found.progress == PROGRESS
-    assert found.tensors.keys() == wanted.tensors.keys()
-    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in wanted.tensors.items())
-    assert all(found.tensors[name].dtype == tensor.dtype for name, tensor in wanted.tensors.items())
+def assert_equals(actual: Checkpoint, version: int) -> None:
+    expected = checkpoint(version)
+    assert actual.version == version
+    assert actual.progress == PROGRESS
+    assert actual.tensors.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(actual.tensors[name], tensor)
+        assert actual.tensors[name].dtype == tensor.dtype
 
 
-def test_what_is_written_is_read_again_with_its_progress(tmp_path: Path) -> None:
-    checkpoints(tmp_path / "a" / "b").save(version(50))
-    assert_is(checkpoints(tmp_path / "a" / "b").load(50), 50)
+def test_saved_checkpoint_is_loaded_with_its_progress(tmp_path: Path) -> None:
+    open_store(tmp_path / "a" / "b").save(checkpoint(50))
+    assert_equals(open_store(tmp_path / "a" / "b").load(50), 50)
 
 
-def test_the_last_two_are_kept(tmp_path: Path) -> None:
-    made = checkpoints(tmp_path)
-    assert not made.versions
-    for number in (50, 100, 150, 1_000_000):
-        made.save(version(number))
+def test_newest_two_are_kept(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert not store.versions
+    for version in (50, 100, 150, 1_000_000):
+        store.save(checkpoint(version))
     assert CHECKPOINTS_TO_KEEP == 2
-    assert made.versions == (150, 1_000_000)
-    assert named(tmp_path) == [name_of(150), name_of(1_000_000)]
+    assert store.versions == (150, 1_000_000)
+    assert file_names(tmp_path) == [file_name(150), file_name(1_000_000)]
 
 
-def test_what_was_given_up_is_let_go_of(tmp_path: Path) -> None:
-    made = checkpoints(tmp_path)
-    made.save(version(50))
-    made.save(version(100))
-    made.delete_after(50, 0)
-    assert made.versions == (50,)
-    made.delete_after(0, 0)
-    assert not made.versions
+def test_rolled_back_versions_are_deleted(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.save(checkpoint(50))
+    store.save(checkpoint(100))
+    store.delete_after(50, 0)
+    assert store.versions == (50,)
+    store.delete_after(0, 0)
+    assert not store.versions
 
 
-def test_who_wakes_when_another_has_written_in_a_later_term_neither_writes_nor_removes_anything(tmp_path: Path) -> None:
-    frozen, its_heir = checkpoints(tmp_path), checkpoints(tmp_path)
-    frozen.save(version(50, term=7))
-    its_heir.delete_after(50, 9)
-    its_heir.save(version(100, term=9))
+def test_saving_a_version_again_replaces_it(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.save(Checkpoint(50, {"model/weight": torch.zeros(3)}, {}))
+    store.save(checkpoint(50))
+    assert_equals(store.load(50), 50)
+
+
+def test_other_files_are_ignored(tmp_path: Path) -> None:
+    for name in ("version-1.safetensors", f"{file_name(1)}.bak", "notes.txt", f".{file_name(2)}.7-ab.part"):
+        (tmp_path / name).write_text("x")
+    store = open_store(tmp_path)
+    store.check()
+    assert not store.versions
+    store.save(checkpoint(50))
+    assert len(file_names(tmp_path)) == 5
+
+
+def test_loaded_tensors_have_aligned_memory_of_their_own(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.save(checkpoint(50))
+    loaded = store.load(50)
+    (tmp_path / file_name(50)).unlink()
+    assert_equals(loaded, 50)
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in loaded.tensors.values())
+
+
+def test_file_is_readable_by_the_safetensors_library(tmp_path: Path) -> None:
+    open_store(tmp_path).save(checkpoint(50))
+    assert set(load_file(tmp_path / file_name(50))) == {"model/weight", "model/count", "optimizer/weight/step"}
+
+
+# Terms ----------------------------------------------------------------------------------------------------------------
+
+
+def test_worker_of_an_earlier_term_writes_and_deletes_nothing(tmp_path: Path) -> None:
+    frozen, successor = open_store(tmp_path), open_store(tmp_path)
+    frozen.save(checkpoint(50, term=7))
+    successor.save(checkpoint(100, term=9))
     assert frozen.term == 9
-    for number in (100, 150):
-        with pytest.raises(StaleWriter, match="in term 9, this one is of term 7"):
-            frozen.save(version(number, size=5, term=7))
-    with pytest.raises(StaleWriter):
+    for version in (100, 150):
+        with raises_error(SparseError, "StaleWriter") as caught:
+            frozen.save(checkpoint(version, size=5, term=7))
+        assert (caught.value.fields["expected_term"], caught.value.fields["actual_term"]) == (9, 7)
+    with raises_error(SparseError, "StaleWriter"):
         frozen.delete_after(50, 7)
-    assert named(tmp_path) == [name_of(50), name_of(100)]
-    assert_is(its_heir.load(100), 100)
-    its_heir.delete_after(50, 9)
-    assert its_heir.versions == (50,)
+    assert file_names(tmp_path) == [file_name(50), file_name(100)]
+    assert_equals(successor.load(100), 100)
+    successor.delete_after(50, 9)
+    assert successor.versions == (50,)
 
 
-def test_a_version_of_which_no_term_is_known_is_older_than_all(tmp_path: Path) -> None:
-    metadata = {"fingerprint": "vgg11/0", "version": "50"}  # as files were before terms were written
-    save_file({"w": torch.zeros(3)}, tmp_path / name_of(50), metadata)
-    made = checkpoints(tmp_path)
-    assert made.term == 0
-    made.save(version(100, term=1))
-    made.delete_after(0, 1)
-    assert not made.versions
+def test_term_is_checked_after_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is frozen while it flushes a large file finds out afterwards that it was replaced."""
+    frozen, successor = open_store(tmp_path), open_store(tmp_path)
+    fsync = os.fsync
+
+    def freeze(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        successor.save(checkpoint(50, term=2))
+
+    monkeypatch.setattr(os, "fsync", freeze)
+    with raises_error(SparseError, "StaleWriter"):
+        frozen.save(checkpoint(50, size=9, term=1))
+    assert_equals(open_store(tmp_path).load(50), 50)
+    assert file_names(tmp_path) == [file_name(50)]
 
 
-def test_a_version_that_goes_while_a_worker_starts_is_no_mistake(
+def test_checkpoint_without_a_term_is_older_than_all(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(3)}, tmp_path / file_name(50), {"fingerprint": "vgg11/0", "version": "50"})
+    store = open_store(tmp_path)
+    assert store.term == 0
+    store.save(checkpoint(100, term=1))
+    store.delete_after(0, 1)
+    assert not store.versions
+
+
+def test_version_that_another_worker_deletes_during_the_check_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = checkpoints(tmp_path)
-    made.save(version(50))
-    made.save(version(100))
-    monkeypatch.setattr(CheckpointStore, "versions", (1, 50, 100))  # as it was an instant ago
-    made.check()
-    assert made.term == 0
+    store = open_store(tmp_path)
+    store.save(checkpoint(50))
+    monkeypatch.setattr(CheckpointStore, "versions", (1, 50))  # as they were an instant ago
+    store.check()
+    assert store.term == 0
 
 
-def test_a_version_that_is_written_again_replaces_the_former_one(tmp_path: Path) -> None:
-    made = checkpoints(tmp_path)
-    made.save(Checkpoint(50, {"model/weight": torch.zeros(3)}, {}))
-    made.save(version(50))
-    assert_is(made.load(50), 50)
+# Foreign and damaged files --------------------------------------------------------------------------------------------
 
 
-def test_other_files_in_the_folder_are_not_ours(tmp_path: Path) -> None:
-    for name in ("version-1.safetensors", f"{name_of(1)}.bak", "notes.txt", "version-000000000002.part"):
-        (tmp_path / name).write_text("x")
-    made = checkpoints(tmp_path)
-    made.check()
-    assert not made.versions
-    made.save(version(50))
-    assert len(named(tmp_path)) == 5
-
-
-def test_what_is_read_has_memory_of_its_own(tmp_path: Path) -> None:
-    made = checkpoints(tmp_path)
-    made.save(version(50))
-    found = made.load(50)
-    (tmp_path / name_of(50)).unlink()
-    assert_is(found, 50)
-    assert all(tensor.data_ptr() % 16 == 0 for tensor in found.tensors.values())
-
-
-# Foreign --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_of_another_part_is_told_from_ours_in_one_line(tmp_path: Path) -> None:
-    checkpoints(tmp_path, "vgg11/0 cut 6").save(version(50))
-    ours = checkpoints(tmp_path, "vgg11/0 cut 9")
-    for ask in (ours.check, lambda: ours.load(50)):
+def test_checkpoint_of_another_part_is_refused(tmp_path: Path) -> None:
+    open_store(tmp_path, "vgg11/0 cut 6").save(checkpoint(50))
+    store = open_store(tmp_path, "vgg11/0 cut 9")
+    calls: list[Callable[[], object]] = [store.check, lambda: store.load(50)]
+    for call in calls:
         with pytest.raises(ForeignCheckpoint) as caught:
-            ask()
-        assert isinstance(caught.value, UsageError)
+            call()
+        assert (caught.value.key, caught.value.fields["path"]) == (
+            "training.checkpoints",
+            str(tmp_path / file_name(50)),
+        )
         text = str(caught.value)
-        assert "expected the part 'vgg11/0 cut 9', it is of 'vgg11/0 cut 6': another model, cut or recipe" in text
-        assert text.startswith(str(tmp_path))
+        assert "expected part 'vgg11/0 cut 9', found 'vgg11/0 cut 6': another model, cut or training recipe" in text
+        assert "name another folder, or move it away" in text
         assert "\n" not in text
 
 
-def test_weights_of_somebody_else_under_that_name_are_foreign(tmp_path: Path) -> None:
-    save_file({"w": torch.zeros(3)}, tmp_path / name_of(50))
-    with pytest.raises(ForeignCheckpoint, match="it is of None"):
-        checkpoints(tmp_path).check()
+def test_weights_file_under_the_name_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(3)}, tmp_path / file_name(50))
+    with pytest.raises(ForeignCheckpoint):
+        open_store(tmp_path).check()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.5, 0.999])
-def test_a_file_that_was_cut_off_is_told_in_one_line(tmp_path: Path, share: float) -> None:
-    made = checkpoints(tmp_path)
-    made.save(version(50))
-    path = tmp_path / name_of(50)
+def test_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
+    store = open_store(tmp_path)
+    store.save(checkpoint(50))
+    path = tmp_path / file_name(50)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ForeignCheckpoint, match="it cannot be read") as caught:
-        made.check()
+    with pytest.raises(ForeignCheckpoint) as caught:
+        store.check()
     assert "\n" not in str(caught.value)
-    assert "name another folder, or move it away" in str(caught.value)
     with pytest.raises(ForeignCheckpoint):
-        made.load(50)
+        store.load(50)
 
 
 @pytest.mark.parametrize("progress", ["{", "[]", '{"digits": 7}', '{"digits": {"steps": -1}}', '{"digits": {}}'])
-def test_progress_that_cannot_be_read_is_foreign(tmp_path: Path, progress: str) -> None:
-    metadata = {"fingerprint": "vgg11/0", "progress": progress}
-    save_file({"w": torch.zeros(3)}, tmp_path / name_of(50), metadata)
+def test_malformed_progress_is_refused(tmp_path: Path, progress: str) -> None:
+    save_file({"w": torch.zeros(3)}, tmp_path / file_name(50), {"fingerprint": "vgg11/0", "progress": progress})
     with pytest.raises(ForeignCheckpoint) as caught:
-        checkpoints(tmp_path).load(50)
+        open_store(tmp_path).load(50)
     assert "\n" not in str(caught.value)
 
 
-def test_a_version_that_is_not_there_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ForeignCheckpoint, match="cannot be read"):
-        checkpoints(tmp_path).load(50)
+def test_missing_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ForeignCheckpoint):
+        open_store(tmp_path).load(50)
+
+
+def test_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    open_store(tmp_path).save(checkpoint(50))
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(ForeignCheckpoint, match=r"Permission denied") as caught:
+        open_store(tmp_path).check()
+    assert "\n" not in str(caught.value)
 
 
 # Crashes and full disks -----------------------------------------------------------------------------------------------
 
-DIES = """\
-import os, pathlib, sys
-import torch
-from stages.training.checkpoints import CheckpointStore, Checkpoint
-made = Checkpoints(pathlib.Path(sys.argv[1]), "vgg11/0")
-die = lambda *_: os.kill(os.getpid(), 9)
-if sys.argv[2] == "rename":
-    pathlib.Path.replace = die
-else:
-    import stages.training.checkpoints as module
-    module.save_file = lambda tensors, path, metadata: (pathlib.Path(path).write_bytes(b"half"), die())
-made.save(Version(150, {"model/weight": torch.zeros(1000)}))
-"""
+
+@pytest.mark.parametrize("moment", ["write", "rename"])
+def test_earlier_checkpoints_are_intact_at_every_moment_of_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A process that is killed at this moment leaves exactly these files."""
+    store = open_store(tmp_path)
+    store.save(checkpoint(50))
+    store.save(checkpoint(100))
+    seen = []
+
+    def look() -> None:
+        other = open_store(tmp_path)
+        other.check()
+        assert_equals(other.load(100), 100)
+        seen.append(other.versions)
+
+    def write_half(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        path.write_bytes(b"half")
+        look()
+        save_file(tensors, path, metadata)
+
+    if moment == "write":
+        monkeypatch.setattr(checkpoints, "save_file", write_half)
+    else:
+        replace = Path.replace
+
+        def look_and_replace(path: Path, target: Path) -> None:
+            look()
+            replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", look_and_replace)
+    store.save(checkpoint(150))
+    assert seen == [(50, 100)]
+    assert file_names(tmp_path) == [file_name(100), file_name(150)]
 
 
-@pytest.mark.parametrize("where", ["write", "rename"])
-def test_a_crash_before_the_file_has_its_name_leaves_the_old_ones(tmp_path: Path, where: str) -> None:
-    made = checkpoints(tmp_path)
-    made.save(version(50))
-    made.save(version(100))
-    ended = subprocess.run([sys.executable, "-c", DIES, tmp_path, where], cwd=ROOT, timeout=90, check=False)
-    assert ended.returncode == -signal.SIGKILL
-    made.check()
-    assert made.versions == (50, 100)
-    assert_is(made.load(100), 100)
-    made.save(version(150))  # what the dead one left is no hindrance, and does not stay
-    assert made.versions == (100, 150)
-    assert named(tmp_path) == [name_of(100), name_of(150)]
-
-
-def test_what_was_left_half_written_long_ago_is_taken_away_at_the_start(tmp_path: Path) -> None:
-    made = checkpoints(tmp_path)
-    made.save(version(50))
-    long_ago, lately = ("version-000000000007.part", ".tmpAbCdEf"), ("version-000000000008.part", ".tmpGhIjKl")
-    for name in (*long_ago, *lately, "notes.txt"):
+def test_abandoned_temporary_files_are_removed_at_the_start(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.save(checkpoint(50))
+    abandoned = (f".{file_name(7)}.1-ab.part", ".tmpAbCdEf")
+    recent = (f".{file_name(8)}.1-ab.part", ".tmpGhIjKl")
+    for name in (*abandoned, *recent, "notes.txt"):
         (tmp_path / name).write_text("half")
-    for name in (*long_ago, "notes.txt", name_of(50)):
+    for name in (*abandoned, "notes.txt", file_name(50)):
         os.utime(tmp_path / name, (0, 0))
-    made.check()
-    assert named(tmp_path) == sorted((*lately, "notes.txt", name_of(50)))
+    store.check()
+    assert file_names(tmp_path) == sorted((*recent, "notes.txt", file_name(50)))
 
 
-def test_on_a_full_disk_the_old_ones_stay_and_nothing_half_written_is_left(tmp_path: Path) -> None:
-    made = checkpoints(tmp_path)
-    made.save(version(50))
-    made.save(version(100))
-    with full_disk(20_000), pytest.raises(CannotCheckpoint) as caught:
-        made.save(version(150, size=10_000))
-    assert named(tmp_path) == [name_of(50), name_of(100)]
-    for number in (50, 100):
-        assert_is(made.load(number), number)
+def test_full_disk_leaves_the_earlier_checkpoints_and_no_temporary_file(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.save(checkpoint(50))
+    store.save(checkpoint(100))
+    with full_disk(20_000), raises_error(SparseError, "CannotCheckpoint") as caught:
+        store.save(checkpoint(150, size=10_000))
+    assert file_names(tmp_path) == [file_name(50), file_name(100)]
+    for version in (50, 100):
+        assert_equals(store.load(version), version)
     text = str(caught.value)
-    assert text.startswith(f"no checkpoint at {tmp_path / name_of(150)}: ")
+    assert text.startswith(f"cannot write checkpoint {tmp_path / file_name(150)}: ")
     assert "File too large" in text
-    assert "those before it are whole" in text
+    assert text.endswith("; the earlier checkpoints are intact")
     assert "\n" not in text
-    made.save(version(150))
-    assert made.versions == (100, 150)
+    store.save(checkpoint(150))
+    assert store.versions == (100, 150)
 
 
-def test_a_file_that_cannot_have_its_name_is_told_and_does_not_stay(tmp_path: Path) -> None:
-    (tmp_path / name_of(150)).mkdir()
-    with pytest.raises(CannotCheckpoint, match="those before it are whole"):
-        checkpoints(tmp_path).save(version(150))
-    assert named(tmp_path) == [name_of(150)]
+def test_file_that_cannot_be_renamed_is_removed(tmp_path: Path) -> None:
+    (tmp_path / file_name(150)).mkdir()
+    with raises_error(SparseError, "CannotCheckpoint"):
+        open_store(tmp_path).save(checkpoint(150))
+    assert file_names(tmp_path) == [file_name(150)]
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_folder_that_cannot_be_created_is_an_error(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CannotCheckpoint, match=r"no checkpoint at .*file"):
-        checkpoints(tmp_path / "file").save(version(50))
-    with pytest.raises(CannotCheckpoint):
-        checkpoints(tmp_path / "file" / "below").save(version(50))
-
-
-def test_a_file_holds_what_any_reader_of_safetensors_finds(tmp_path: Path) -> None:
-    checkpoints(tmp_path).save(version(50))
-    found = load_file(tmp_path / name_of(50))
-    assert set(found) == {"model/weight", "model/count", "optimizer/weight/step"}
-
-
-def test_a_folder_that_cannot_be_read_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    checkpoints(tmp_path).save(version(50))
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(ForeignCheckpoint, match=r"it cannot be read .*Permission denied") as caught:
-        checkpoints(tmp_path).check()
-    assert "\n" not in str(caught.value)
-
-
-def test_who_wakes_does_not_take_what_its_successor_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    successor, sleeper = checkpoints(tmp_path), checkpoints(tmp_path)
-    successor.save(version(40, term=2))
-
-    def flush(_: Path) -> None:
-        monkeypatch.undo()
-        with pytest.raises(StaleWriter):
-            sleeper.save(version(50, size=9, term=1))
-
-    monkeypatch.setattr("stages.training.checkpoints._fsync", flush)
-    successor.save(version(50, term=2))
-    assert_is(checkpoints(tmp_path).load(50), 50)
-    assert named(tmp_path) == [name_of(40), name_of(50)]
+    with raises_error(SparseError, "CannotCheckpoint"):
+        open_store(tmp_path / folder).save(checkpoint(50))

@@ -1,4 +1,4 @@
-"""Who trains what, and from which version: what the first stage's worker decides from what it hears."""
+"""`Coordinator`: leadership, members, the common version, and what ends a term."""
 
 from __future__ import annotations
 
@@ -7,260 +7,292 @@ from typing import Any
 import pytest
 
 from brokers.dispatch.presence import WorkerRecord
-from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.protocol.training import TrainingStatus
-from stages.training.coordinator import RETRY_DELAY_S, Coordinator, CoordinatorCommand
+from stages.training.coordinator import FROZEN_S, LISTEN_S, RETRY_DELAY_S, Coordinator, CoordinatorCommand
+from tests.support.brokers.presence_records import make_worker_record
 
 STAGES = ("head", "body", "tail")
 UNIX_MS = 1_700_000_000_000
+LEASE_S = 60.0
 
 
-def birth(worker: str, state: str = "up", *, instance: str = "1", pid: int = 1, **standing: Any) -> WorkerRecord:
-    return WorkerRecord.model_validate(
-        {
-            "worker": worker, "stage": worker.partition("-")[0], "pipeline": "p", "site": "local", "node": "n",
-            "pid": pid, "instance": instance, "device": "cpu", "fingerprint": "f", "capacity": 1, "state": state,
-            "training": TrainingStatus(**standing),
-        }
-    )  # fmt: skip
+def record(worker: str, state: str = "up", *, instance: str = "1", pid: int = 1, **status: Any) -> WorkerRecord:
+    """The record of a worker whose id begins with the name of its stage."""
+    stage = worker.partition("-")[0]
+    training = TrainingStatus.model_validate(status)
+    return make_worker_record(worker, stage=stage, pid=pid, instance=instance, state=state, training=training)
 
 
-class World:
-    """A conductor, the workers around it, and a clock."""
+class Pipeline:
+    """A coordinator in the worker `own`, the workers that it knows, and a clock."""
 
-    def __init__(self, *workers: str, own: str = "head-1") -> None:
+    def __init__(self, *workers: str, own: str = "head-1", is_listening: bool = False) -> None:
         self.now_s = 100.0
-        self.conductor = Coordinator(own, STAGES)
+        self.coordinator = Coordinator(own, STAGES, LEASE_S)
         for worker in workers or ("head-1", "body-1", "tail-1"):
-            self.hear(worker)
+            self.publish(worker)
+        if not is_listening:
+            self.tick()
+            self.now_s += LISTEN_S
 
-    def hear(self, worker: str, *arguments: Any, retained: bool = False, **fields: Any) -> None:
-        record = birth(worker, *arguments, **fields)
-        self.conductor.on_presence(record.stage, worker, record, self.now_s, retained=retained)
+    def publish(self, worker: str, state: str = "up", *, is_live: bool = True, **fields: Any) -> None:
+        self.coordinator.on_worker(record(worker, state, **fields), is_live=is_live)
 
-    def die(self, worker: str) -> None:
-        self.conductor.on_presence(worker.partition("-")[0], worker, None, self.now_s)
+    def lose(self, worker: str) -> None:
+        self.coordinator.on_worker_lost(worker.partition("-")[0], worker)
 
-    def look(self) -> CoordinatorCommand | None:
-        return self.conductor.next_command(self.now_s, UNIX_MS)
+    def tick(self, **sources: Any) -> CoordinatorCommand | None:
+        commands = self.coordinator.tick(self.now_s, UNIX_MS, **sources)
+        assert len(commands) <= 1
+        return commands[0] if commands else None
 
-    def halted(self, order: CoordinatorCommand, **standings: TrainingStatus) -> None:
-        for stage, worker in order.members.items():
-            self.conductor.on_quiesced(stage, worker, order.term, standings.get(stage, TrainingStatus(version=0)))
+    def quiesce_all(self, command: CoordinatorCommand, **statuses: TrainingStatus) -> None:
+        for stage, worker in command.members.items():
+            self.coordinator.on_quiesced(stage, worker, command.term, statuses.get(stage, TrainingStatus(version=0)))
 
-    def restored(self, order: CoordinatorCommand, **problems: str) -> None:
-        for stage, worker in order.members.items():
-            self.conductor.on_restored(stage, worker, order.term, self.now_s, problems.get(stage, ""))
+    def restore_all(self, command: CoordinatorCommand, **problems: str) -> None:
+        for stage, worker in command.members.items():
+            self.coordinator.on_restored(stage, worker, command.term, self.now_s, problems.get(stage, ""))
 
-    def halt(self) -> CoordinatorCommand:
-        """The next order, which begins a term."""
-        order = self.look()
-        assert order is not None
-        assert order.verb == "quiesce"
-        assert self.look() is None  # it is told once
-        return order
+    def expect_quiesce(self) -> CoordinatorCommand:
+        command = self.tick()
+        assert command is not None
+        assert command.verb == "quiesce"
+        assert self.tick() is None  # a command is given once
+        return command
 
-    def open(self, **standings: TrainingStatus) -> CoordinatorCommand:
-        """From waiting to open; the order to restore."""
-        self.halted(self.halt(), **standings)
-        order = self.look()
-        assert order is not None
-        assert order.verb == "restore"
-        self.restored(order)
-        assert self.look() is None
-        assert self.conductor.phase == "open"
-        return order
+    def start_training(self, **statuses: TrainingStatus) -> CoordinatorCommand:
+        """Go through a term until sources may train; return the command to restore."""
+        self.quiesce_all(self.expect_quiesce(), **statuses)
+        command = self.tick()
+        assert command is not None
+        assert command.verb == "restore"
+        self.restore_all(command)
+        assert self.tick() is None
+        assert self.coordinator.phase == "training"
+        return command
 
+    def pass_time(self, seconds: float, **sources: Any) -> None:
+        """Tick each second, without a command."""
+        for _ in range(int(seconds)):
+            self.now_s += 1
+            assert self.tick(**sources) is None
 
-def kept(*versions: int, memory: int | None = None) -> TrainingStatus:
-    return TrainingStatus(checkpoints=versions, version=memory)
-
-
-# Who is in the crew ---------------------------------------------------------------------------------------------------
-
-
-def test_a_term_begins_when_every_stage_has_a_worker() -> None:
-    world = World("head-1", "body-1")
-    assert world.look() is None
-    world.hear("tail-1")
-    order = world.halt()
-    assert order == CoordinatorCommand("quiesce", UNIX_MS, {"head": "head-1", "body": "body-1", "tail": "tail-1"})
+    def is_leader(self) -> bool:
+        self.tick()
+        return self.coordinator.is_leader
 
 
-def test_a_retained_record_may_have_outlived_its_worker_and_is_in_no_crew() -> None:
-    world = World("head-1", "body-1")
-    world.hear("tail-1", retained=True)
-    assert world.look() is None
-    world.hear("tail-1")
-    assert world.halt().members["tail"] == "tail-1"
+def status(*checkpoints: int, memory: int | None = None) -> TrainingStatus:
+    return TrainingStatus(checkpoints=checkpoints, version=memory)
 
 
-def test_who_was_heard_live_stays_so_when_the_broker_gives_its_record_once_more() -> None:
-    world = World("head-1", "body-1")
-    world.hear("tail-1")
-    world.hear("tail-1", retained=True)
-    assert world.halt().members["tail"] == "tail-1"
+# Members --------------------------------------------------------------------------------------------------------------
+
+
+def test_term_begins_when_every_stage_has_a_worker() -> None:
+    pipeline = Pipeline("head-1", "body-1")
+    assert pipeline.tick() is None
+    pipeline.publish("tail-1")
+    assert pipeline.expect_quiesce() == CoordinatorCommand(
+        "quiesce", UNIX_MS, {"head": "head-1", "body": "body-1", "tail": "tail-1"}
+    )
+
+
+def test_worker_of_a_retained_record_is_no_member() -> None:
+    pipeline = Pipeline("head-1", "body-1")
+    pipeline.publish("tail-1", is_live=False)
+    assert pipeline.tick() is None
+    pipeline.publish("tail-1")
+    assert pipeline.expect_quiesce().members["tail"] == "tail-1"
 
 
 @pytest.mark.parametrize("state", ["draining", "stopped"])
-def test_who_is_leaving_is_in_no_new_crew(state: str) -> None:
-    world = World("head-1", "body-1", "tail-1", "tail-2")
-    world.hear("tail-1", state)
-    assert world.halt().members["tail"] == "tail-2"
+def test_leaving_worker_becomes_no_member(state: str) -> None:
+    pipeline = Pipeline("head-1", "body-1", "tail-2")
+    pipeline.publish("tail-1", state)
+    assert pipeline.expect_quiesce().members["tail"] == "tail-2"
 
 
-def test_who_drains_finishes_its_step_and_breaks_no_term() -> None:
-    world = World()
-    world.open()
-    world.hear("tail-1", "draining")
-    assert world.look() is None
-    assert world.conductor.phase == "open"
+def test_draining_member_finishes_its_step() -> None:
+    pipeline = Pipeline()
+    pipeline.start_training()
+    pipeline.publish("tail-1", "draining")
+    assert pipeline.tick() is None
+    assert pipeline.coordinator.phase == "training"
 
 
-def test_a_worker_that_does_not_train_is_in_no_crew() -> None:
-    world = World("head-1", "body-1")
-    record = birth("tail-1").model_copy(update={"training": None})
-    world.conductor.on_presence("tail", "tail-1", record, world.now_s)
-    assert world.look() is None
+def test_worker_without_a_training_status_is_no_member() -> None:
+    pipeline = Pipeline("head-1", "body-1")
+    pipeline.coordinator.on_worker(record("tail-1").model_copy(update={"training": None}))
+    assert pipeline.tick() is None
 
 
-def test_the_conductor_takes_itself_for_its_own_stage_and_nobody_else() -> None:
-    world = World("head-0", "head-1", "body-1", "tail-1")
-    assert world.halt().members["head"] == "head-1"
+def test_leader_is_the_member_of_the_first_stage() -> None:
+    pipeline = Pipeline("body-1", "tail-1")
+    pipeline.publish("head-0", "standby", checkpoints=(50,))
+    pipeline.publish("head-1", "standby")
+    pipeline.coordinator.is_leader = True
+    assert pipeline.expect_quiesce().members["head"] == "head-1"
 
 
-def test_who_was_in_the_crew_stays_in_it() -> None:
-    world = World("head-1", "body-1", "tail-2")
-    world.open()
-    world.hear("tail-1", "standby", kept=(500,))
-    world.conductor.end_term("because")
-    assert world.halt().members["tail"] == "tail-2"
+def test_former_member_is_preferred() -> None:
+    pipeline = Pipeline("head-1", "body-1", "tail-2")
+    pipeline.start_training()
+    pipeline.publish("tail-1", "standby", checkpoints=(500,))
+    pipeline.coordinator.end_term("a test")
+    assert pipeline.expect_quiesce().members["tail"] == "tail-2"
 
 
-def test_of_several_newcomers_the_one_with_the_newest_version_is_taken_and_else_the_first_by_name() -> None:
-    world = World("head-1", "body-1", "tail-3", "tail-2")
-    assert world.halt().members["tail"] == "tail-2"
-    world = World("head-1", "body-1", "tail-3", "tail-2")
-    world.hear("tail-3", kept=(50, 100))
-    assert world.halt().members["tail"] == "tail-3"
+def test_newest_checkpoint_then_name_decides_between_new_workers() -> None:
+    pipeline = Pipeline("head-1", "body-1", "tail-3", "tail-2", is_listening=True)
+    pipeline.tick()
+    pipeline.now_s += LISTEN_S
+    assert pipeline.expect_quiesce().members["tail"] == "tail-2"
+    pipeline = Pipeline("head-1", "body-1", "tail-3", "tail-2", is_listening=True)
+    pipeline.publish("tail-3", checkpoints=(50, 100))
+    pipeline.tick()
+    pipeline.now_s += LISTEN_S
+    assert pipeline.expect_quiesce().members["tail"] == "tail-3"
 
 
-# When a term ends -----------------------------------------------------------------------------------------------------
+# The end of a term ----------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_dies_ends_the_term_and_its_standby_is_in_the_next() -> None:
-    world = World()
-    first = world.open()
-    world.hear("tail-2", "standby")
-    assert world.look() is None
-    world.die("tail-1")
-    order = world.halt()
-    assert order.members == {"head": "head-1", "body": "body-1", "tail": "tail-2"}
-    assert order.term > first.term
-    assert world.conductor.term_reason == "worker tail-1 of stage tail is gone"
+def test_standby_replaces_a_lost_member() -> None:
+    pipeline = Pipeline()
+    first = pipeline.start_training()
+    pipeline.publish("tail-2", "standby")
+    assert pipeline.tick() is None
+    pipeline.lose("tail-1")
+    command = pipeline.expect_quiesce()
+    assert command.members == {"head": "head-1", "body": "body-1", "tail": "tail-2"}
+    assert command.term > first.term
+    assert pipeline.coordinator.term_reason == "worker tail-1 of stage tail is gone"
 
 
-def test_without_a_standby_nothing_is_told_until_there_is_one() -> None:
-    world = World()
-    world.open()
-    world.die("tail-1")
-    assert world.look() is None
-    assert world.conductor.phase == "waiting"
-    world.hear("tail-9")
-    assert world.halt().members["tail"] == "tail-9"
+def test_next_term_waits_for_a_replacement() -> None:
+    pipeline = Pipeline()
+    pipeline.start_training()
+    pipeline.lose("tail-1")
+    assert pipeline.tick() is None
+    assert pipeline.coordinator.phase == "waiting"
+    pipeline.publish("tail-9")
+    assert pipeline.expect_quiesce().members["tail"] == "tail-9"
 
 
 @pytest.mark.parametrize(
-    ("fields", "why"),
+    ("fields", "reason"),
     [
-        ({"instance": "2"}, "worker tail-1 of stage tail began anew"),
-        ({"pid": 2}, "worker tail-1 of stage tail began anew"),
-        ({"breaks": 1}, "worker tail-1 of stage tail was cut off for a while"),
+        ({"instance": "2"}, "worker tail-1 of stage tail has restarted"),
+        ({"pid": 2}, "worker tail-1 of stage tail has restarted"),
+        ({"disconnects": 1}, "worker tail-1 of stage tail was disconnected"),
     ],
 )
-def test_a_worker_that_may_have_missed_messages_ends_the_term(fields: dict[str, Any], why: str) -> None:
-    world = World()
-    first = world.open()
-    world.hear("tail-1", **fields)
-    assert world.halt().term > first.term
-    assert world.conductor.term_reason == why
+def test_member_that_may_have_missed_messages_ends_the_term(fields: dict[str, Any], reason: str) -> None:
+    pipeline = Pipeline()
+    first = pipeline.start_training()
+    pipeline.publish("tail-1", **fields)
+    assert pipeline.expect_quiesce().term > first.term
+    assert pipeline.coordinator.term_reason == reason
 
 
-def test_a_death_is_seen_in_every_phase() -> None:
-    world = World("head-1", "body-1", "tail-1", "tail-2")
-    halting = world.halt()
-    world.die("tail-1")
-    again = world.halt()
-    assert (again.members["tail"], again.term) == ("tail-2", halting.term + 1)
-    world.halted(again)
-    restoring = world.look()
-    assert restoring is not None
-    world.die("tail-2")
-    assert world.look() is None
-    assert world.conductor.phase == "waiting"
+def test_lost_member_ends_the_term_in_every_phase() -> None:
+    pipeline = Pipeline("head-1", "body-1", "tail-1", "tail-2")
+    first = pipeline.expect_quiesce()
+    pipeline.lose("tail-1")
+    second = pipeline.expect_quiesce()
+    assert (second.members["tail"], second.term) == ("tail-2", first.term + 1)
+    pipeline.quiesce_all(second)
+    assert pipeline.tick() is not None
+    pipeline.lose("tail-2")
+    assert pipeline.tick() is None
+    assert pipeline.coordinator.phase == "waiting"
 
 
-def test_a_worker_that_falls_silent_is_gone() -> None:
-    world = World()
-    world.open()
-    world.now_s += PRESENCE_TIMEOUT_S + 1
-    world.hear("head-1")
-    world.hear("body-1")
-    assert world.look() is None
-    assert world.conductor.term_reason == "worker tail-1 of stage tail is gone"
+def test_aborted_step_begins_a_term_with_the_same_members() -> None:
+    pipeline = Pipeline()
+    first = pipeline.start_training()
+    pipeline.coordinator.end_term("a source aborted its step")
+    command = pipeline.expect_quiesce()
+    assert (command.members, command.term) == (first.members, first.term + 1)
+    assert pipeline.coordinator.term_reason == "a source aborted its step"
 
 
-def test_a_step_that_is_given_up_begins_a_term_with_the_same_crew() -> None:
-    world = World()
-    first = world.open()
-    world.conductor.end_term("a source gave up its step")
-    order = world.halt()
-    assert (order.members, order.term) == (first.members, first.term + 1)
-    assert world.conductor.term_reason == "a source gave up its step"
+def test_first_reason_is_kept() -> None:
+    pipeline = Pipeline()
+    pipeline.start_training()
+    pipeline.coordinator.end_term("one")
+    pipeline.coordinator.end_term("other")
+    assert pipeline.coordinator.term_reason == "one"
 
 
-def test_the_first_reason_counts_while_nothing_has_been_settled() -> None:
-    world = World()
-    world.open()
-    world.conductor.end_term("one")
-    world.conductor.end_term("other")
-    assert world.conductor.term_reason == "one"
+def test_stage_that_does_not_answer_within_a_lease_ends_the_term() -> None:
+    pipeline = Pipeline()
+    first = pipeline.expect_quiesce()
+    pipeline.pass_time(LEASE_S - 1)
+    pipeline.now_s += 2
+    assert pipeline.expect_quiesce().term == first.term + 1
+    assert pipeline.coordinator.term_reason == "not all stages have answered within 60 s"
 
 
-# Terms only grow ------------------------------------------------------------------------------------------------------
+def test_source_that_is_lost_in_its_step_ends_the_term() -> None:
+    pipeline = Pipeline()
+    pipeline.start_training()
+    assert pipeline.tick(sources={"one"}, lost_sources=["other"]) is None
+    assert pipeline.tick(sources=set(), lost_sources=["one"]) is None
+    assert pipeline.tick(sources={"one"}, lost_sources=["one"]) is not None
+    assert pipeline.coordinator.term_reason == "source one was lost in the middle of a step"
 
 
-def test_a_term_is_above_all_that_anybody_knows_and_above_the_clock() -> None:
-    world = World()
-    world.hear("body-1", term=UNIX_MS + 500)
-    assert world.halt().term == UNIX_MS + 501
+def test_step_without_progress_for_a_lease_ends_the_term() -> None:
+    pipeline = Pipeline()
+    pipeline.start_training()
+    for _ in range(3):
+        pipeline.pass_time(LEASE_S - 1, sources={"one"})
+        pipeline.coordinator.on_progress(pipeline.now_s)
+    pipeline.pass_time(LEASE_S - 1, sources={"one"})
+    pipeline.now_s += 2
+    assert pipeline.tick(sources={"one"}) is not None
+    assert pipeline.coordinator.term_reason == "a step made no progress for 60 s"
+
+
+# Terms ----------------------------------------------------------------------------------------------------------------
+
+
+def test_term_is_above_all_known_terms_and_the_clock() -> None:
+    pipeline = Pipeline("head-1", "tail-1")
+    pipeline.publish("body-1", term=UNIX_MS + 500)
+    assert pipeline.expect_quiesce().term == UNIX_MS + 501
 
 
 def test_terms_grow_when_the_clock_stands_still_or_goes_back() -> None:
-    world = World()
+    pipeline = Pipeline("head-1", "body-1")
+    pipeline.publish("tail-1")
     terms = []
-    for clock in (UNIX_MS, UNIX_MS, UNIX_MS - 10_000, 0):
-        order = world.conductor.next_command(world.now_s, clock)
-        assert order is not None
-        terms.append(order.term)
-        world.conductor.end_term("again")
+    for unix_ms in (UNIX_MS, UNIX_MS, UNIX_MS - 10_000, 0):
+        [command] = pipeline.coordinator.tick(pipeline.now_s, unix_ms)
+        terms.append(command.term)
+        pipeline.coordinator.end_term("a test")
     assert terms == [UNIX_MS, UNIX_MS + 1, UNIX_MS + 2, UNIX_MS + 3]
 
 
 @pytest.mark.parametrize("other", ["term", "worker", "stage", "phase"])
-def test_what_is_said_of_another_term_or_by_a_stranger_changes_nothing(other: str) -> None:
-    world = World("head-1", "body-1", "tail-1", "tail-2")
-    order = world.halt()
-    stranger = "tail-2" if other == "worker" else "tail-1"
-    term = order.term - 1 if other == "term" else order.term
-    world.conductor.on_quiesced("head", "head-1", order.term, kept(memory=0))
-    world.conductor.on_quiesced("body", "body-1", order.term, kept(memory=0))
+def test_answer_of_another_term_or_worker_is_ignored(other: str) -> None:
+    pipeline = Pipeline("head-1", "body-1", "tail-1", "tail-2")
+    command = pipeline.expect_quiesce()
+    coordinator = pipeline.coordinator
+    coordinator.on_quiesced("head", "head-1", command.term, status(memory=0))
+    coordinator.on_quiesced("body", "body-1", command.term, status(memory=0))
     if other == "phase":
-        world.conductor.on_restored("tail", "tail-1", order.term, world.now_s)
+        coordinator.on_restored("tail", "tail-1", command.term, pipeline.now_s)
     else:
-        world.conductor.on_quiesced("nose" if other == "stage" else "tail", stranger, term, kept(memory=0))
-    assert world.look() is None
-    assert world.conductor.phase == "halting"
+        stage = "nose" if other == "stage" else "tail"
+        worker = "tail-2" if other == "worker" else "tail-1"
+        term = command.term - 1 if other == "term" else command.term
+        coordinator.on_quiesced(stage, worker, term, status(memory=0))
+    assert pipeline.tick() is None
+    assert coordinator.phase == "quiescing"
 
 
 # Versions -------------------------------------------------------------------------------------------------------------
@@ -269,131 +301,158 @@ def test_what_is_said_of_another_term_or_by_a_stranger_changes_nothing(other: st
 @pytest.mark.parametrize(
     ("head", "body", "tail", "version"),
     [
-        (kept(memory=0), kept(memory=0), kept(memory=0), 0),
-        (kept(50, memory=63), kept(50, memory=63), kept(50, memory=63), 63),
-        (kept(50, memory=63), kept(50, memory=63), kept(50), 50),
-        (kept(50, 100, memory=100), kept(50, memory=100), kept(50, 100), 100),
-        (kept(50, 100, memory=101), kept(50, 100, memory=100), kept(50, 100, memory=101), 100),
-        (kept(50, 100), kept(50, 100), kept(50), 50),
-        (kept(50), kept(50), kept(), 0),
-        (kept(50, memory=50), kept(memory=50), kept(memory=50), 50),
-        (kept(50, 100, memory=None), kept(50, 100, memory=None), kept(100, memory=None), 100),
+        (status(memory=0), status(memory=0), status(memory=0), 0),
+        (status(50, memory=63), status(50, memory=63), status(50, memory=63), 63),
+        (status(50, memory=63), status(50, memory=63), status(50), 50),
+        (status(50, 100, memory=100), status(50, memory=100), status(50, 100), 100),
+        (status(50, 100, memory=101), status(50, 100, memory=100), status(50, 100, memory=101), 100),
+        (status(50, 100), status(50, 100), status(50), 50),
+        (status(50), status(50), status(), 0),
+        (status(50, memory=50), status(memory=50), status(memory=50), 50),
+        (status(50, 100, memory=None), status(50, 100, memory=None), status(100, memory=None), 100),
     ],
 )
-def test_all_go_to_the_newest_version_that_all_have(
+def test_all_members_restore_the_newest_common_version(
     head: TrainingStatus, body: TrainingStatus, tail: TrainingStatus, version: int
 ) -> None:
-    assert World().open(head=head, body=body, tail=tail).version == version
+    assert Pipeline().start_training(head=head, body=body, tail=tail).version == version
 
 
-def test_memory_that_was_not_in_the_last_term_is_no_version_of_it() -> None:
-    # tail-1 was frozen at version 101; the others went back to 100, and on, with a standby that has died meanwhile.
-    world = World()
-    order = world.open(
-        head=TrainingStatus(checkpoints=(50, 100), version=101, restored_term=UNIX_MS - 1),
-        body=TrainingStatus(checkpoints=(50, 100), version=101, restored_term=UNIX_MS - 1),
-        tail=TrainingStatus(checkpoints=(50, 100), version=101, restored_term=UNIX_MS - 5000),
-    )
-    assert order.version == 100
+def test_memory_of_an_earlier_term_is_not_a_version() -> None:
+    # tail-1 was frozen at version 101. The others went back to 100, and trained on with a standby that has died since.
+    def member(restored_term: int) -> TrainingStatus:
+        return TrainingStatus(checkpoints=(50, 100), version=101, restored_term=restored_term)
+
+    command = Pipeline().start_training(head=member(UNIX_MS - 1), body=member(UNIX_MS - 1), tail=member(UNIX_MS - 5000))
+    assert (command.version, command.restored_term) == (100, UNIX_MS - 1)
 
 
-def test_a_checkpoint_folder_that_was_lost_is_told_in_one_line_and_nothing_is_rolled_back() -> None:
-    world = World()
-    world.halted(world.halt(), head=kept(50, 100), body=kept(50, 100, memory=None), tail=kept(memory=0))
-    assert world.look() is None
-    assert world.conductor.phase == "waiting"
-    problem = world.conductor.problem
+def test_lost_checkpoint_folder_is_a_problem_and_nothing_is_rolled_back() -> None:
+    pipeline = Pipeline()
+    statuses = {"head": status(50, 100), "body": status(50, 100), "tail": status(memory=0)}
+    pipeline.quiesce_all(pipeline.expect_quiesce(), **statuses)
+    assert pipeline.tick() is None
+    assert pipeline.coordinator.phase == "waiting"
+    problem = pipeline.coordinator.problem
     assert "stage 'head' has checkpoints of 50 and 100, stage 'tail' has none" in problem
-    assert "start that stage where its checkpoints are, or move all of them away" in problem
     assert "\n" not in problem
-    assert len(problem) <= 400  # what a record holds
+    assert pipeline.coordinator.extend_status(status()).problem == problem
+    assert pipeline.tick() is None  # not retried at once
+    pipeline.now_s += RETRY_DELAY_S
+    command = pipeline.start_training(head=status(50, 100), body=status(50, 100), tail=status(50, 100))
+    assert command.version == 100
+    assert pipeline.coordinator.problem == ""
 
 
-def test_a_folder_that_is_found_again_mends_it() -> None:
-    world = World()
-    world.halted(world.halt(), head=kept(50, 100), body=kept(50, 100), tail=kept(memory=0))
-    assert world.look() is None
-    assert world.look() is None  # not at once
-    world.now_s += RETRY_DELAY_S
-    order = world.open(head=kept(50, 100), body=kept(50, 100), tail=kept(50, 100))
-    assert order.version == 100
-    assert world.conductor.problem == ""
+def test_failed_restore_is_a_problem_and_is_retried() -> None:
+    pipeline = Pipeline()
+    pipeline.quiesce_all(pipeline.expect_quiesce())
+    command = pipeline.tick()
+    assert command is not None
+    pipeline.restore_all(command, tail="the disk is full")
+    assert pipeline.tick() is None
+    assert pipeline.coordinator.problem == "stage 'tail', worker 'tail-1': the disk is full"
+    pipeline.now_s += RETRY_DELAY_S
+    assert pipeline.start_training().term > command.term
+    assert pipeline.coordinator.problem == ""
 
 
-def test_a_version_that_cannot_be_restored_is_told_and_tried_again_later() -> None:
-    world = World()
-    world.halted(world.halt())
-    order = world.look()
-    assert order is not None
-    world.restored(order, tail="no checkpoint at x: the disk is full")
-    assert world.look() is None
-    assert world.conductor.problem == "stage 'tail', worker 'tail-1': no checkpoint at x: the disk is full"
-    world.now_s += RETRY_DELAY_S
-    assert world.open().term > order.term
-    assert world.conductor.problem == ""
+# The status of the leader ---------------------------------------------------------------------------------------------
 
 
-# Who leads ------------------------------------------------------------------------------------------------------------
+def test_leader_publishes_the_members_while_sources_may_train() -> None:
+    pipeline = Pipeline("body-1", "tail-1")
+    own = status(50)
+    assert pipeline.coordinator.extend_status(own) == own
+    pipeline.publish("head-1")
+    command = pipeline.expect_quiesce()
+    extended = pipeline.coordinator.extend_status(own)
+    assert (extended.term, extended.members, extended.checkpoints) == (command.term, {}, (50,))
+    pipeline.coordinator.end_term("a test")
+    pipeline.start_training()
+    extended = pipeline.coordinator.extend_status(own)
+    assert (extended.members, extended.term_reason) == (command.members, "a test")
 
 
-def leads(world: World, *, leading: bool) -> bool:
-    return world.conductor.is_leader(world.now_s, was_leader=leading)
+def test_long_texts_fit_the_record() -> None:
+    pipeline = Pipeline()
+    pipeline.quiesce_all(pipeline.expect_quiesce())
+    command = pipeline.tick()
+    assert command is not None
+    pipeline.restore_all(command, tail="x" * 1000)
+    extended = pipeline.coordinator.extend_status(status())
+    TrainingStatus.model_validate_json(extended.model_dump_json())
 
 
-def test_the_only_worker_of_the_first_stage_leads() -> None:
-    assert leads(World(), leading=False)
-    assert leads(World(), leading=True)
+# Leadership -----------------------------------------------------------------------------------------------------------
 
 
-def test_of_those_that_begin_together_the_first_by_name_leads() -> None:
-    for own, expected in (("head-1", True), ("head-2", False)):
-        world = World("body-1", "tail-1", own=own)
-        world.hear("head-1", "standby")
-        world.hear("head-2", "standby")
-        assert leads(world, leading=False) is expected
+def test_coordinator_listens_before_it_decides() -> None:
+    pipeline = Pipeline(is_listening=True)
+    assert not pipeline.is_leader()
+    pipeline.now_s += LISTEN_S - 0.01
+    assert not pipeline.is_leader()
+    pipeline.now_s += 0.01
+    assert pipeline.is_leader()
 
 
-def test_who_comes_later_leaves_the_lead_to_whoever_has_it() -> None:
-    world = World("body-1", "tail-1", own="head-1")
-    world.hear("head-2", "up", term=UNIX_MS)
-    assert not leads(world, leading=False)
-    world.die("head-2")
-    assert leads(world, leading=False)
+def test_frozen_coordinator_listens_again() -> None:
+    pipeline = Pipeline()
+    pipeline.start_training()
+    pipeline.now_s += FROZEN_S + 0.1
+    pipeline.lose("tail-1")
+    pipeline.publish("tail-2")
+    assert pipeline.tick() is None
+    assert pipeline.coordinator.phase == "training"
+    pipeline.publish("head-2", term=UNIX_MS + 9)  # has led meanwhile
+    pipeline.now_s += LISTEN_S
+    assert not pipeline.is_leader()
 
 
-def test_one_that_drains_leads_until_it_has_gone() -> None:
-    world = World("body-1", "tail-1", own="head-1")
-    world.hear("head-2", "draining")
-    assert not leads(world, leading=False)
-    world.hear("head-2", "stopped")
-    assert leads(world, leading=False)
+@pytest.mark.parametrize(("own", "leads"), [("head-1", True), ("head-2", False)])
+def test_first_worker_by_name_leads_if_none_does(own: str, leads: bool) -> None:
+    pipeline = Pipeline("body-1", "tail-1", own=own, is_listening=True)
+    for worker in ("head-1", "head-2"):
+        pipeline.publish(worker, "standby")
+    pipeline.tick()
+    pipeline.now_s += LISTEN_S
+    assert pipeline.is_leader() is leads
+
+
+@pytest.mark.parametrize("state", ["up", "draining"])
+def test_new_worker_does_not_lead_until_the_leader_has_left(state: str) -> None:
+    pipeline = Pipeline("body-1", "tail-1", "head-2", is_listening=True)
+    pipeline.publish("head-2", state, term=UNIX_MS)
+    pipeline.tick()
+    pipeline.now_s += LISTEN_S
+    assert not pipeline.is_leader()
+    pipeline.publish("head-2", "stopped")
+    assert pipeline.is_leader()
 
 
 @pytest.mark.parametrize(("terms", "leader"), [((7, 8), "head-2"), ((8, 7), "head-1"), ((7, 7), "head-2")])
-def test_of_two_leaders_one_stays(terms: tuple[int, int], leader: str) -> None:
-    found = []
+def test_of_two_leaders_the_one_with_the_greater_term_and_name_stays(terms: tuple[int, int], leader: str) -> None:
+    leaders = []
     for own, term in zip(("head-1", "head-2"), terms, strict=True):
-        world = World("body-1", "tail-1", own=own)
-        world.conductor.term = term
-        for worker, theirs in zip(("head-1", "head-2"), terms, strict=True):
-            world.hear(worker, "up", term=theirs)
-        if leads(world, leading=True):
-            found.append(own)
-    assert found == [leader]
+        pipeline = Pipeline("body-1", own=own)
+        assert pipeline.is_leader()
+        pipeline.coordinator.term = term
+        for worker, known_term in zip(("head-1", "head-2"), terms, strict=True):
+            pipeline.publish(worker, "up", term=known_term)
+        if pipeline.is_leader():
+            leaders.append(own)
+    assert leaders == [leader]
 
 
-@pytest.mark.parametrize("retained", [False, True], ids=["it froze", "its record outlived it"])
-def test_a_leader_that_has_fallen_silent_leads_no_more(retained: bool) -> None:
-    world = World("body-1", "tail-1", own="head-1")
-    world.hear("head-0", "up", term=UNIX_MS, retained=retained)
-    world.hear("head-1", "standby")
-    assert not leads(world, leading=False)
-    world.now_s += PRESENCE_TIMEOUT_S + 1
-    assert leads(world, leading=False)
+def test_coordinator_that_loses_the_lead_ends_its_term() -> None:
+    pipeline = Pipeline()
+    pipeline.start_training()
+    pipeline.publish("head-2", "up", term=UNIX_MS + 9)
+    assert not pipeline.is_leader()
+    assert pipeline.coordinator.phase == "waiting"
 
 
-def test_a_worker_of_another_stage_is_no_rival() -> None:
-    world = World("body-1", "tail-1", own="head-1")
-    record = birth("body-1").model_copy(update={"worker": "a"})
-    world.conductor.on_presence("body", "a", record, world.now_s)
-    assert leads(world, leading=False)
+def test_worker_of_another_stage_is_no_rival() -> None:
+    pipeline = Pipeline("body-1", "tail-1")
+    pipeline.coordinator.on_worker(record("body-1").model_copy(update={"worker": "a"}))
+    assert pipeline.is_leader()

@@ -1,4 +1,4 @@
-"""The compute thread's work, without a thread or a network: tasks in, outcomes out."""
+"""`BatchRunner`: batches, errors, durations, without a thread or a network."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from brokers.errors import DeadlinePassed
+from brokers.errors import DeadlinePassed, SparseError
 from brokers.protocol.messages import JSON, BinaryContent, Content, ReplyTo, Task, TensorContent
 from brokers.protocol.safetensors_codec import from_array, to_numpy
 from stages.executor import TaskContext, TaskExecutor, Tensors
-from stages.worker.batch_runner import BatchRunner, Completed, Failed, NoOutput, QueuedTask, TaskOutcome
-
-REQUESTS = [bytes([index]) * 16 for index in range(8)]
+from stages.worker.batch_runner import BatchRunner, QueuedTask
 
 
 class Doubler(TaskExecutor):
-    """Doubles; fails below zero; remembers the rows of each call."""
+    """Doubles "x"; fails on negative values; remembers the rows of each call."""
 
     batchable = True
 
@@ -32,144 +30,141 @@ class Doubler(TaskExecutor):
         return {"x": 2 * tensors["x"]}
 
 
-class Single(Doubler):
-    batchable = False
-
-
-def job(index: int, *values: float, deadline_ms: float | None = None, waited_s: float = 0.0) -> QueuedTask:
-    content = TensorContent({"x": from_array(np.array(values))}, {"number": str(index)})
-    return job_of(index, content, deadline_ms, waited_s)
-
-
-def job_of(
-    index: int, content: TensorContent | BinaryContent, deadline_ms: float | None = None, waited_s: float = 0.0
-) -> QueuedTask:
-    request = REQUESTS[index]
+def queued_task(content: Content, *, deadline_ms: float | None = None, waited_s: float = 0.0) -> QueuedTask:
+    request = b"." * 16
     task = Task(request_id=request, content=content, reply_to=ReplyTo("answers"), source="s", deadline_ms=deadline_ms)
     return QueuedTask(task, time.monotonic() - waited_s, TaskContext(request, "s", 1))
 
 
-def work(executor: TaskExecutor, *jobs: QueuedTask) -> dict[int, TaskOutcome]:
-    """The outcome of each job, by its number."""
-    outcomes = BatchRunner(executor, "stage", "worker").run(jobs)
-    assert len(outcomes) == len(jobs)
-    return {REQUESTS.index(outcome.queued.task.request_id): outcome for outcome in outcomes}
+def numbers(*values: float, dtype: Any = np.float64, **options: Any) -> QueuedTask:
+    return queued_task(TensorContent({"x": from_array(np.array(values, dtype))}, {"first": str(values[0])}), **options)
 
 
-def values(outcome: TaskOutcome) -> Any:
-    assert isinstance(outcome, Completed)
-    assert outcome.body is not None
-    return to_numpy(outcome.body.tensors["x"]).tolist()
+def run(executor: TaskExecutor, *tasks: QueuedTask) -> None:
+    BatchRunner(executor, "stage", "worker").run(tasks)
 
 
-def test_a_batch_is_one_call_and_each_job_gets_its_own_rows() -> None:
+def outputs(queued: QueuedTask) -> Any:
+    assert queued.error is None
+    assert queued.outputs is not None
+    return to_numpy(queued.outputs.tensors["x"]).tolist()
+
+
+def test_batch_is_one_call_and_is_split_by_rows() -> None:
     executor = Doubler()
-    outcomes = work(executor, job(0, 1.0), job(1, 2.0, 3.0), job(2, 4.0))
+    tasks = [numbers(1.0), numbers(2.0, 3.0), numbers(4.0)]
+    batches = BatchRunner(executor, "stage", "worker").run(tasks)
     assert executor.calls == [4]
-    assert [values(outcomes[index]) for index in range(3)] == [[2.0], [4.0, 6.0], [8.0]]
-    for index, outcome in outcomes.items():
-        assert isinstance(outcome, Completed)
-        assert outcome.hop.batch == 3
-        assert outcome.body is not None
-        assert outcome.body.metadata == {"number": str(index)}
+    assert [batch.tasks for batch in batches] == [3]
+    assert [outputs(queued) for queued in tasks] == [[2.0], [4.0, 6.0], [8.0]]
+    assert {queued.hop.batch for queued in tasks} == {3}
+    assert [queued.outputs and queued.outputs.metadata for queued in tasks] == [
+        {"first": "1.0"},
+        {"first": "2.0"},
+        {"first": "4.0"},
+    ]
 
 
-def test_without_the_promise_each_job_is_a_call() -> None:
-    executor = Single()
-    outcomes = work(executor, job(0, 1.0), job(1, 2.0))
-    assert executor.calls == [1, 1]
-    assert [values(outcomes[index]) for index in range(2)] == [[2.0], [4.0]]
-
-
-def test_an_exception_fails_the_jobs_of_its_call_and_no_others() -> None:
-    outcomes = work(
-        Doubler(), job(0, -1.0), job(1, 2.0), job_of(2, TensorContent({"x": from_array(np.array([5], np.float32))}))
-    )
-    for index in (0, 1):
-        failed = outcomes[index]
-        assert isinstance(failed, Failed)
-        assert str(failed.error) == "below zero"
-    assert values(outcomes[2]) == [10.0]  # another dtype, another call
-
-
-def test_what_cannot_be_prepared_fails_alone() -> None:
-    outcomes = work(Doubler(), job_of(0, BinaryContent(JSON, b"no numbers")), job(1, 2.0))
-    assert isinstance(outcomes[0], Failed)
-    assert values(outcomes[1]) == [4.0]
-
-
-def test_what_is_past_its_deadline_is_not_computed() -> None:
+def test_executor_that_is_not_batchable_gets_single_tasks() -> None:
     executor = Doubler()
-    outcomes = work(executor, job(0, 1.0, deadline_ms=100, waited_s=0.2), job(1, 2.0, deadline_ms=10_000))
-    late = outcomes[0]
-    assert isinstance(late, Failed)
-    assert isinstance(late.error, DeadlinePassed)
-    assert "stage 'stage'" in str(late.error)
+    executor.batchable = False
+    tasks = [numbers(1.0), numbers(2.0)]
+    run(executor, *tasks)
+    assert executor.calls == [1, 1]
+    assert [outputs(queued) for queued in tasks] == [[2.0], [4.0]]
+
+
+def test_error_fails_all_tasks_of_its_call_only() -> None:
+    failing, same_call, other_dtype = numbers(-1.0), numbers(2.0), numbers(5.0, dtype=np.float32)
+    run(Doubler(), failing, same_call, other_dtype)
+    assert [str(queued.error) for queued in (failing, same_call)] == ["below zero", "below zero"]
+    assert outputs(other_dtype) == [10.0]
+
+
+def test_task_that_cannot_be_prepared_fails_alone() -> None:
+    malformed, valid = queued_task(BinaryContent(JSON, b"no numbers")), numbers(2.0)
+    run(Doubler(), malformed, valid)
+    assert isinstance(malformed.error, SparseError)
+    assert outputs(valid) == [4.0]
+
+
+def test_expired_task_is_not_computed() -> None:
+    executor = Doubler()
+    expired, valid = numbers(1.0, deadline_ms=100, waited_s=0.2), numbers(2.0, deadline_ms=10_000)
+    run(executor, expired, valid)
+    assert isinstance(expired.error, DeadlinePassed)
+    assert expired.error.fields["where"] == "stage 'stage'"
     assert executor.calls == [1]
-    assert values(outcomes[1]) == [4.0]
+    assert outputs(valid) == [4.0]
 
 
-def test_the_hop_says_where_the_time_went() -> None:
-    class Sleeper(Doubler):
+def test_hop_has_the_duration_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+
+    class Slow(Doubler):
         def prepare(self, content: Any, task: TaskContext) -> Tensors:
-            time.sleep(0.02)
+            nonlocal now_s
+            now_s += 0.25
             return super().prepare(content, task)
 
         def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
-            time.sleep(0.04)
+            nonlocal now_s
+            now_s += 0.5
             return super().execute(tensors, task)
 
         def finish(self, tensors: Tensors, task: TaskContext) -> Tensors:
-            time.sleep(0.03)
+            nonlocal now_s
+            now_s += 2.0
             return tensors
 
-    outcome = work(Sleeper(), job(0, 1.0, waited_s=0.5))[0]
-    assert isinstance(outcome, Completed)
-    hop = outcome.hop
+    queued = numbers(1.0, waited_s=1.0)
+    [batch] = BatchRunner(Slow(), "stage", "worker").run([queued])
+    hop = queued.hop
     assert (hop.stage, hop.worker, hop.bytes_in, hop.bytes_out, hop.batch) == ("stage", "worker", 8, 8, 1)
-    assert 500 <= hop.queue_ms < 600
-    assert 20 <= hop.decode_ms < 120
-    assert 40 <= hop.compute_ms < 140
-    assert 30 <= hop.encode_ms < 130
+    assert (hop.queue_ms, hop.decode_ms, hop.compute_ms, hop.encode_ms) == (1000, 250, 500, 2000)
+    assert batch.busy_ms == 2750
 
 
-@pytest.mark.parametrize("given", [[1.0], np.array([1.0]), "text"])
-def test_an_executor_that_gives_no_dict_is_told_so(given: Any) -> None:
+@pytest.mark.parametrize("result", [[1.0], np.array([1.0]), "text"])
+def test_executor_must_return_a_dict(result: Any) -> None:
     class Wrong(TaskExecutor):
         def execute(self, tensors: Tensors, task: TaskContext) -> Any:
-            return given
+            return result
 
-    failed = work(Wrong(), job(0, 1.0))[0]
-    assert isinstance(failed, Failed)
-    assert "execute must return a dict of named arrays, or None" in str(failed.error)
+    queued = numbers(1.0)
+    run(Wrong(), queued)
+    assert isinstance(queued.error, TypeError)
+    assert "execute() must return a dict of named arrays, or None" in str(queued.error)
 
 
-def test_none_is_a_request_that_was_passed_on_and_never_a_batch_of_them() -> None:
-    class Gone(Doubler):
+def test_executor_may_return_none_for_a_single_task_only() -> None:
+    class Dispatching(Doubler):
         def execute(self, tensors: Tensors, task: TaskContext) -> Any:
             return None
 
-    alone = work(Gone(), job(0, 1.0))[0]
-    assert isinstance(alone, Completed)
-    assert alone.body is None
-    for outcome in work(Gone(), job(0, 1.0), job(1, 2.0)).values():
-        assert isinstance(outcome, Failed)
-        assert isinstance(outcome.error, NoOutput)
-        assert "must not be batchable" in str(outcome.error)
+    single = numbers(1.0)
+    run(Dispatching(), single)
+    assert (single.error, single.outputs) == (None, None)
+    batch = [numbers(1.0), numbers(2.0)]
+    run(Dispatching(), *batch)
+    for queued in batch:
+        assert isinstance(queued.error, SparseError)
+        assert (queued.error.code, queued.error.fields["requests"]) == ("NoOutput", 2)
 
 
-def test_what_no_wire_can_carry_fails_its_job() -> None:
+def test_outputs_that_cannot_be_encoded_fail_their_task() -> None:
     class Objects(TaskExecutor):
         def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
             return {"x": object()}
 
-    failed = work(Objects(), job(0, 1.0))[0]
-    assert isinstance(failed, Failed)
-    assert "object" in str(failed.error)
+    queued = numbers(1.0)
+    run(Objects(), queued)
+    assert "object" in str(queued.error)
 
 
-def test_what_an_executor_prepares_for_itself_may_be_anything() -> None:
-    class Anything(TaskExecutor):
+def test_executor_may_prepare_values_that_are_not_arrays() -> None:
+    class Text(TaskExecutor):
         batchable = True
 
         def prepare(self, content: Any, task: TaskContext) -> Tensors:
@@ -178,21 +173,18 @@ def test_what_an_executor_prepares_for_itself_may_be_anything() -> None:
         def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
             return {"x": float(len(tensors["x"]))}
 
-    outcomes = work(Anything(), job(0, 1.0), job(1, 1.0))
-    for outcome in outcomes.values():
-        assert values(outcome) == 32.0
+    tasks = [numbers(1.0), numbers(1.0)]
+    run(Text(), *tasks)
+    assert [outputs(queued) for queued in tasks] == [32.0, 32.0]
 
 
-def test_a_batchable_executor_that_prepares_no_arrays_fails_that_request_only() -> None:
-    class Forgetful(TaskExecutor):
-        batchable = True
-
+def test_batchable_executor_must_prepare_a_dict() -> None:
+    class Forgetful(Doubler):
         def prepare(self, content: Content, task: TaskContext) -> Any:
             prepared = super().prepare(content, task)
-            return None if task.metadata["number"] == "0" else prepared
+            return None if task.metadata["first"] == "0.0" else prepared
 
-        def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
-            return tensors
-
-    outcomes = work(Forgetful(), job(0, 1.0), job(1, 2.0))
-    assert sorted(type(outcome).__name__ for outcome in outcomes.values()) == ["Done", "Failed"]
+    tasks = [numbers(0.0), numbers(2.0)]
+    run(Forgetful(), *tasks)
+    assert isinstance(tasks[0].error, TypeError)
+    assert outputs(tasks[1]) == [4.0]

@@ -1,4 +1,4 @@
-"""What waits at a worker: in which order, how much of it, for how long, and each task once."""
+"""`TaskQueue`: order, limits, deadlines and duplicates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stages.worker.batch_runner import QueuedTask
 from stages.worker.task_queue import TaskQueue
 
 
-def job(
+def task(
     number: int,
     priority: Priority = "interactive",
     *,
@@ -17,84 +17,89 @@ def job(
     deadline_ms: float | None = None,
     nbytes: int = 1,
     arrived_s: float = 0.0,
+    hops: tuple[Hop, ...] = (),
 ) -> QueuedTask:
     request = bytes([number]) * 16
-    task = Task(
-        request_id=request, content=BinaryContent("image/jpeg", b"x" * nbytes), reply_to=ReplyTo("back"),
-        attempt=attempt, deadline_ms=deadline_ms, priority=priority,
-    )  # fmt: skip
-    return QueuedTask(task, arrived_s, TaskContext(request, "", attempt))
+    message = Task(
+        request_id=request,
+        content=BinaryContent("image/jpeg", b"x" * nbytes),
+        reply_to=ReplyTo("back"),
+        attempt=attempt,
+        deadline_ms=deadline_ms,
+        priority=priority,
+    )
+    object.__setattr__(message, "hops", hops)  # of an activation, which has tensors
+    return QueuedTask(message, arrived_s, TaskContext(request, "", attempt))
 
 
-def numbers(jobs: list[QueuedTask]) -> list[int]:
-    return [each.task.request_id[0] for each in jobs]
+def numbers(tasks: list[QueuedTask]) -> list[int]:
+    return [queued.task.request_id[0] for queued in tasks]
 
 
-def test_the_interactive_go_first_and_among_equals_who_came_first() -> None:
-    backlog = TaskQueue()
-    for number, priority in enumerate(("background", "interactive", "background", "interactive")):
-        assert backlog.add(job(number, priority)) is None  # type: ignore[arg-type]
-    first = backlog.first
-    assert first is not None
-    assert first.task.request_id[0] == 1
-    assert numbers(backlog.take(3)) == [1, 3, 0]
-    assert numbers(backlog.take(3)) == [2]
-    assert (len(backlog), backlog.nbytes, backlog.first) == (0, 0, None)
+def test_interactive_tasks_come_first_then_order_of_arrival() -> None:
+    queue = TaskQueue()
+    priorities: list[Priority] = ["background", "interactive", "background", "interactive"]
+    for number, priority in enumerate(priorities):
+        assert queue.add(task(number, priority)) is None
+    assert queue.first is not None
+    assert numbers([queue.first]) == [1]
+    assert numbers(queue.take(3)) == [1, 3, 0]
+    assert numbers(queue.take(3)) == [2]
+    assert (len(queue), queue.nbytes) == (0, 0)
+    assert queue.first is None
 
 
-def test_the_oldest_is_known_whatever_its_turn() -> None:
-    backlog = TaskQueue()
-    seen = [backlog.oldest_arrival_s]
-    for each in (job(0, "background", arrived_s=5.0), job(1, arrived_s=7.0), job(2, arrived_s=6.0)):
-        backlog.add(each)
-        seen.append(backlog.oldest_arrival_s)
+def test_oldest_arrival_is_that_of_any_priority() -> None:
+    queue = TaskQueue()
+    oldest = [queue.oldest_arrival_s]
+    for queued in (task(0, "background", arrived_s=5.0), task(1, arrived_s=7.0), task(2, arrived_s=6.0)):
+        queue.add(queued)
+        oldest.append(queue.oldest_arrival_s)
     for _ in range(3):
-        backlog.take(1)
-        seen.append(backlog.oldest_arrival_s)
-    assert seen == [None, 5.0, 5.0, 5.0, 5.0, 5.0, None]
+        queue.take(1)
+        oldest.append(queue.oldest_arrival_s)
+    assert oldest == [None, 5.0, 5.0, 5.0, 5.0, 5.0, None]
 
 
-def test_no_more_tasks_wait_than_may() -> None:
-    backlog = TaskQueue(limit=2)
-    assert [backlog.add(job(number)) for number in range(3)] == [None, None, "2 tasks wait already"]
-    assert numbers(backlog.take(9)) == [0, 1]
+def test_number_of_tasks_is_limited() -> None:
+    queue = TaskQueue(limit=2)
+    assert [queue.add(task(number)) for number in range(3)] == [None, None, "the queue is full: 2 tasks"]
+    assert numbers(queue.take(9)) == [0, 1]
 
 
-def test_no_more_bytes_wait_than_may_but_one_task_always_has_room() -> None:
-    backlog = TaskQueue(limit_bytes=100)
-    assert backlog.add(job(0, nbytes=500)) is None
-    assert backlog.add(job(1)) == "500 bytes wait already, at most 100 may"
-    backlog.take(1)
-    assert backlog.add(job(1, nbytes=100)) is None
-    assert backlog.add(job(2)) is not None
+def test_number_of_bytes_is_limited_except_for_a_single_task() -> None:
+    queue = TaskQueue(limit_bytes=100)
+    assert queue.add(task(0, nbytes=500)) is None
+    assert queue.add(task(1)) == "the queue is full: 500 of 100 bytes"
+    queue.take(1)
+    assert queue.add(task(1, nbytes=100)) is None
+    assert queue.add(task(2)) is not None
 
 
-def test_what_is_late_waits_no_more() -> None:
-    backlog = TaskQueue()
-    backlog.add(job(0, deadline_ms=50, nbytes=10))
-    backlog.add(job(1, deadline_ms=500))
-    backlog.add(job(2, "background", deadline_ms=50, nbytes=10))
-    backlog.add(job(3))
-    assert backlog.pop_expired(0.049) == []
-    assert numbers(backlog.pop_expired(0.05)) == [0, 2]
-    assert (numbers(backlog.take(9)), backlog.nbytes) == ([1, 3], 0)
+def test_expired_tasks_are_removed() -> None:
+    queue = TaskQueue()
+    queue.add(task(0, deadline_ms=50, nbytes=10))
+    queue.add(task(1, deadline_ms=500))
+    queue.add(task(2, "background", deadline_ms=50, nbytes=10))
+    queue.add(task(3))
+    assert queue.pop_expired(0.049) == []
+    assert numbers(queue.pop_expired(0.05)) == [0, 2]
+    assert (numbers(queue.take(9)), queue.nbytes) == ([1, 3], 0)
 
 
-def test_a_later_attempt_takes_the_place_of_the_one_that_waits_and_an_earlier_one_does_not() -> None:
-    backlog = TaskQueue()
-    first, second = job(0, nbytes=10), job(0, attempt=2, nbytes=20)
-    for each in (first, job(1)):
-        assert backlog.replace_duplicate(each) is None
-        backlog.add(each)
-    assert backlog.replace_duplicate(second) is first
-    assert backlog.nbytes == 21
-    assert backlog.replace_duplicate(first) is first
-    assert backlog.take(1) == [second]
+def test_later_attempt_replaces_the_queued_one() -> None:
+    queue = TaskQueue()
+    first, second = task(0, nbytes=10), task(0, attempt=2, nbytes=20)
+    for queued in (first, task(1)):
+        assert queue.replace_duplicate(queued) is None
+        queue.add(queued)
+    assert queue.replace_duplicate(second) is first
+    assert queue.nbytes == 21
+    assert queue.replace_duplicate(first) is first
+    assert queue.take(1) == [second]
 
 
-def test_a_request_that_passes_a_worker_twice_is_two_tasks() -> None:
-    backlog = TaskQueue()
-    backlog.add(job(0))
-    again = job(0)
-    object.__setattr__(again.task, "hops", (Hop("there", "w"),))
-    assert backlog.replace_duplicate(again) is None
+def test_request_that_visits_a_worker_twice_is_two_tasks() -> None:
+    queue = TaskQueue()
+    queue.add(task(0))
+    assert queue.replace_duplicate(task(0, hops=(Hop("elsewhere", "w"),))) is None

@@ -1,0 +1,185 @@
+"""The lifecycle that inference and training workers share: start, run, drain, stop.
+
+The event loop owns the network; computations run in one thread, so that they never block it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Literal, TypeVar
+
+from brokers.config.pipeline_file import Pipeline
+from brokers.config.schema import StageTable
+from brokers.dispatch.channel import MessageChannel
+from brokers.errors import SparseError
+from brokers.protocol.transport import Transport
+from stages.worker.duplicate_check import DuplicateCheck
+from stages.worker.worker_presence import WorkerPresence
+
+log = logging.getLogger(__name__)
+
+REPORT_INTERVAL_S = 1.0
+# How long a worker that drains or stops tries to tell a broker that may be gone for good.
+_FAREWELL_TIMEOUT_S = 2.0
+
+T = TypeVar("T")
+
+
+class StageWorker(ABC):
+    """One worker of one stage: an inbox, a compute thread, and a presence record that is renewed every second.
+
+    `counters` counts tasks ("failed", "rejected", "expired") and messages ("malformed", "unexpected").
+    """
+
+    def __init__(self, transport: Transport, pipeline: Pipeline, stage: StageTable, worker: str, device: str) -> None:
+        self.pipeline = pipeline.name
+        self.stage = stage.name
+        self.worker = worker
+        self.device = device
+        self.counters: Counter[str] = Counter()
+        self.channel = MessageChannel(transport)
+        self.topics = pipeline.topics(stage)
+        self.inbox = self.topics.inbox(worker)
+        self.presence = WorkerPresence(transport, pipeline, stage, worker, device)
+        self._duplicate_check = DuplicateCheck(transport, self.topics, self.presence)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{stage.name}")
+        self._is_draining = False
+        self._wake = asyncio.Event()  # set when `_work` may have something to do
+        self._report_requested = asyncio.Event()
+
+    # Lifecycle --------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the model, connect and join the stage.
+
+        Raises `UsageError` "WorkerConflict" if another worker prevents that, and the errors of loading and connecting.
+        """
+        self.presence.set_model(*await self._load())
+        await self.channel.open(will=self.presence.will)
+        await self._duplicate_check.check()
+        await self._subscribe()
+        self.channel.transport.on_reconnect(self._on_reconnect)
+        await self.report()
+
+    async def run(self) -> None:
+        """Work until `drain` is called and the accepted work is done; `start` must have returned.
+
+        Raises `UsageError` "WorkerConflict" if another worker joined at the same time and this one has to leave.
+        """
+        working = asyncio.create_task(self._work(), name="work")
+        reporting = asyncio.create_task(self._report_periodically(), name="report")
+        watching = asyncio.create_task(self._duplicate_check.watch(), name="duplicate-check")
+        tasks = (working, reporting, watching)
+        try:
+            pending: set[asyncio.Task[None]] = set(tasks)
+            while not working.done():
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # a worker that cannot report is lost to the others: it ends with the error
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(self) -> None:
+        """Accept no further work; `run` returns when the accepted work is done. May be called twice."""
+        if self._is_draining:
+            return
+        self.presence.state = "draining"
+        await self._try_to_announce("draining", self._announce_drain())
+        self._is_draining = True
+        self._wake.set()
+
+    async def stop(self) -> None:
+        """Leave the stage and release everything; `run` must have returned, or failed."""
+        await self._close()
+        await self._duplicate_check.close()
+        if self.channel.is_open:
+            await self._try_to_announce("stopped", self.presence.deregister())
+            await self.channel.close()
+        self._thread.shutdown()
+
+    async def _try_to_announce(self, state: str, announcement: Coroutine[Any, Any, None]) -> None:
+        try:
+            async with asyncio.timeout(_FAREWELL_TIMEOUT_S):
+                await announcement
+        except TimeoutError:
+            log.warning("worker %s could not announce that it is %s: no broker", self.worker, state)
+        except SparseError as error:
+            log.warning("worker %s could not announce that it is %s: %s", self.worker, state, error)
+
+    # What the kinds of workers differ in ------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def _load(self) -> tuple[str, tuple[str, ...]]:
+        """Load the model; return its fingerprint and the Content Types that it accepts."""
+
+    @abstractmethod
+    async def _subscribe(self) -> None:
+        """Subscribe to the inbox and other topics."""
+
+    @abstractmethod
+    async def _work(self) -> None:
+        """Work until `_is_draining` is set and the accepted work is done."""
+
+    @abstractmethod
+    async def report(self) -> None:
+        """Publish the presence record."""
+
+    @abstractmethod
+    async def _close(self) -> None:
+        """Stop sending, and release the model."""
+
+    @abstractmethod
+    def _tick(self) -> None:
+        """Do what is due every second."""
+
+    async def _announce_drain(self) -> None:
+        await self.report()
+
+    async def _on_reconnect(self) -> None:
+        await self.report()
+
+    # Helpers ----------------------------------------------------------------------------------------------------------
+
+    async def run_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in the compute thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def set_state(self, state: Literal["up", "standby"]) -> None:
+        """Set the state of the presence record, unless this worker drains."""
+        if self.presence.state != "draining":
+            self.presence.state = state
+
+    async def _wait_for_wake(self, timeout_s: float | None = None) -> None:
+        """Wait until `_wake` is set, which must be checked for reasons beforehand, or until the timeout."""
+        self._wake.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+
+    def report_soon(self) -> None:
+        """Publish the presence record now, and not only at the next second: other processes wait for a change."""
+        self._report_requested.set()
+
+    async def _report_periodically(self) -> None:
+        is_logged = False
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_INTERVAL_S):
+                    await self._report_requested.wait()
+            self._report_requested.clear()
+            self._tick()
+            try:
+                await self.report()
+                is_logged = False
+            except SparseError as error:  # a worker whose records are refused can still work
+                if not is_logged:
+                    log.warning("worker %s could not report: %s", self.worker, error)
+                is_logged = True
