@@ -1,4 +1,4 @@
-"""`sparse monitor [FILE]`: what happens on a node, and at its broker: kept, and shown over HTTP."""
+"""`sparse monitor [FILE]`: the telemetry daemon of a node."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import os
 import platform
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -27,57 +26,38 @@ from monitor.stores.batch_writer import BatchWriter
 from monitor.stores.factory import create_writers
 
 DEFAULT_PORT = 9100
-# Python lets a thread that computes go on for 5 ms while another waits: in that time a socket of ten datagrams is full.
-_SWITCH_S = 0.0005
-
-
-@dataclass(frozen=True, slots=True)
-class _MonitorOptions:
-    """What the command line asks for."""
-
-    address: str | None
-    pipeline: Pipeline | None
-    host: str
-    port: int
-    socket: Path | None
-    store: Path | None
-    limit_bytes: int
-    run: str
-    every_s: float
-    traces: str | None
-    with_parent: bool
+# By default Python lets a computing thread run for 5 ms, in which a socket that buffers ten datagrams overflows.
+_SWITCH_INTERVAL_S = 0.0005
 
 
 def command(
-    file: Annotated[Path | None, typer.Argument(help="Only this pipeline, at the broker it names.")] = None,
-    broker: Annotated[str | None, typer.Option(help="The broker's address, mqtt://HOST:PORT.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="Watch only this pipeline, at its broker.")] = None,
+    broker: Annotated[str | None, typer.Option(help="The broker's address: mqtt://HOST:PORT.")] = None,
     host: Annotated[
-        str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines read, with no lock.")
+        str, typer.Option(help="The HTTP address; 0.0.0.0 serves other machines too, without authentication.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = DEFAULT_PORT,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The HTTP port.")] = DEFAULT_PORT,
     socket: Annotated[
-        Path | None, typer.Option(help="Where events are heard; left out: SPARSE_MONITOR, else the usual place.")
+        Path | None, typer.Option(help="The Unix socket for events; default: SPARSE_MONITOR, or the node's usual one.")
     ] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Keep all that is heard and measured in this SQLite file; left out: in none.")
-    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Store all events and samples in this SQLite file.")] = None,
     limit: Annotated[
-        float, typer.Option(min=0.001, help="GB that the file may grow to; then its oldest points go.")
+        float, typer.Option(min=0.001, help="Maximum size of the file in GB; then the oldest points are deleted.")
     ] = 4.0,
-    run: Annotated[str | None, typer.Option(help="Of points that name no run; left out: SPARSE_RUN.")] = None,
+    run: Annotated[str | None, typer.Option(help="The run of events that name none; default: SPARSE_RUN.")] = None,
     every: Annotated[
-        float, typer.Option(min=0.05, max=3600.0, help="Seconds between two samples.")
+        float, typer.Option(min=0.05, max=3600.0, help="Seconds between two samples of the node.")
     ] = SAMPLE_INTERVAL_S,
     traces: Annotated[
         str | None, typer.Option(help="Send spans to the OpenTelemetry collector at this URL (OTLP over HTTP).")
     ] = None,
     with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> int:
-    """Keep what happens on this node and at its broker; show it over HTTP.
+    """Collect the telemetry of this node, and serve it over HTTP.
 
-    Processes of Sparse tell it what they do, on a Unix socket; it samples the node, and hears at the broker, if one is
-    named, who is up. /metrics is for Prometheus, /stages has a JSON object of figures for each stage, /health is 200
-    while the broker is connected.
+    Receives the events of Sparse's processes on a Unix socket, samples the node, and follows the presence records at
+    the broker, if there is one. /metrics is for Prometheus, /stages has figures per stage as JSON for autoscalers,
+    /health is 200 while the broker is connected.
 
     Example: sparse monitor --broker mqtt://127.0.0.1:1883 --port 9100 --store telemetry.sqlite
     """
@@ -86,63 +66,54 @@ def command(
     address = resolve_broker_address(pipeline, site, broker, from_parent=with_parent)
     if address is None and file is not None:
         raise no_broker_error(str(file), site)
-    name = os.environ.get(RUN_VARIABLE, "") if run is None else run
-    wanted = _MonitorOptions(
-        address, pipeline, host, port, socket, store, int(limit * 1e9), name, every, traces, with_parent
-    )
-    return asyncio.run(_serve(wanted))
-
-
-async def _serve(wanted: _MonitorOptions) -> int:
-    sys.setswitchinterval(_SWITCH_S)
-    leaving = ShutdownEvent()
-    leaving.install_signal_handlers()
-    if wanted.with_parent:
-        exit_with_parent(leaving)
-    transport = create_transport(wanted.address) if wanted.address else None
-    telemetry = _telemetry(wanted)
-    daemon = Daemon(transport, wanted.pipeline, telemetry)
-    try:
-        await daemon.start(None if wanted.with_parent else wanted.host, wanted.port, wait_for_broker=wanted.with_parent)
-        print(_first_line(wanted, telemetry), file=sys.stderr)  # noqa: T201 - for a person
-        await daemon.run(leaving)
-    except BrokerUnreachable as error:
-        # The broker may come up later: exit status 1, not that of a user's mistake.
-        raise SparseError(error.code, str(error)) from error
-    finally:
-        await daemon.stop()
-    return EXIT_INTERRUPTED if leaving.interrupted else 0
-
-
-def _telemetry(wanted: _MonitorOptions) -> TelemetryCollector:
     node = platform.node() or "node"
-    kept = create_writers(wanted.store, wanted.limit_bytes, os.environ, for_run=wanted.with_parent)
     spans: BatchWriter[TelemetryEvent] | None = None
-    if wanted.traces is not None:
-        from monitor.stores.otlp import TraceExporter  # an extra
+    if traces is not None:
+        from monitor.stores.otlp import TraceExporter  # needs an optional extra
 
-        spans = BatchWriter(TraceExporter(wanted.traces, node), "the collector of traces")
-    return TelemetryCollector(
+        spans = BatchWriter(TraceExporter(traces, node), "the trace collector")
+    telemetry = TelemetryCollector(
         node,
-        wanted.run,
-        kept,
-        listener=UnixListener(wanted.socket or socket_path(os.environ)),
-        # A socket that was asked for must be had; the usual one may be another monitor's.
-        listener_optional=wanted.socket is None and not os.environ.get(SOCKET_VARIABLE),
-        sample_interval_s=wanted.every_s,
+        os.environ.get(RUN_VARIABLE, "") if run is None else run,
+        create_writers(store, int(limit * 1e9), os.environ, for_run=with_parent),
+        listener=UnixListener(socket or socket_path(os.environ)),
+        # Another monitor may use the default socket; one that the user has named must be available.
+        listener_optional=socket is None and not os.environ.get(SOCKET_VARIABLE),
+        sample_interval_s=every,
         span_writer=spans,
     )
+    return asyncio.run(_serve(address, pipeline, telemetry, None if with_parent else host, port))
 
 
-def _first_line(wanted: _MonitorOptions, telemetry: TelemetryCollector) -> str:
-    watched = (
-        f"watching {parse_address(wanted.address)}" if wanted.address else "watching this node, no broker is named"
-    )
-    heard = f"events at {telemetry.socket_path}" if telemetry.socket_path else "no events"
+async def _serve(
+    address: str | None, pipeline: Pipeline | None, telemetry: TelemetryCollector, host: str | None, port: int
+) -> int:
+    """Run until a signal; without a `host` as the child of a run, which serves no HTTP and ends with its parent."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    shutdown = ShutdownEvent()
+    shutdown.install_signal_handlers()
+    is_child = host is None
+    if is_child:
+        exit_with_parent(shutdown)
+    daemon = Daemon(create_transport(address) if address else None, pipeline, telemetry)
+    try:
+        await daemon.start(host, port, wait_for_broker=is_child)
+        print(_first_line(address, telemetry, host, port), file=sys.stderr)  # noqa: T201 - for the user
+        await daemon.run(shutdown)
+    except BrokerUnreachable as error:  # no mistake of the user's here: exit with 1, so that a service restarts
+        raise SparseError("BrokerUnreachable", str(error), address=error.address) from error
+    finally:
+        await daemon.stop()
+    return EXIT_INTERRUPTED if shutdown.interrupted else 0
+
+
+def _first_line(address: str | None, telemetry: TelemetryCollector, host: str | None, port: int) -> str:
     stores = " and ".join(telemetry.store_names)
-    kept = f"kept in {stores}" if stores else "kept nowhere (--store FILE.sqlite keeps it)"
-    parts = [watched, heard, kept]
-    if not wanted.with_parent:
-        place = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
-        parts.append(f"http://{place}:{wanted.port}/metrics")
-    return "; ".join([*parts, "Ctrl-C ends it"])
+    parts = [
+        f"watching {parse_address(address)}" if address else "watching this node, without a broker",
+        f"events at {telemetry.socket_path}" if telemetry.socket_path else "no events",
+        f"stored in {stores}" if stores else "not stored (use --store FILE.sqlite)",
+    ]
+    if host is not None:
+        parts.append(f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics")
+    return "; ".join([*parts, "stop with Ctrl-C"])

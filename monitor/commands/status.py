@@ -1,4 +1,4 @@
-"""`sparse status [FILE]`: who is up, and how their work fares."""
+"""`sparse status [FILE]`: the workers and sources that are up, and their load."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from brokers.protocol.broker_url import parse_address
 from brokers.protocol.topics import all_presence_filter
 from monitor.terminal.status_tables import sources_table, workers_table
 
-# Retained records come right after the subscription; this waits out a slow link.
-_LISTEN_S = 0.3
-# All report every second: one of which only a retained record comes in this time is frozen, or its line is.
-_REPORT_WAIT_S = 2.0
-_WIDTH = 400
-# Below this width, which is what a terminal has that nobody has made larger, columns stand close together.
-_ROOMY = 100
+# How long retained records may take to arrive after the subscription, over a slow link.
+_RETAINED_WAIT_S = 0.3
+# Records are renewed every second; a process with only a retained record after this time is frozen or cut off.
+_RENEWAL_WAIT_S = 2.0
+_FILE_COLUMNS = 400
+# Narrower terminals have narrower gaps between columns.
+_WIDE_COLUMNS = 100
 
 
 def command(
-    file: Annotated[Path | None, typer.Argument(help="Only this pipeline, at the broker it names.")] = None,
-    broker: Annotated[str | None, typer.Option(help="The broker's address, mqtt://HOST:PORT.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object with all records.")] = False,
+    file: Annotated[Path | None, typer.Argument(help="Show only this pipeline, at its broker.")] = None,
+    broker: Annotated[str | None, typer.Option(help="The broker's address: mqtt://HOST:PORT.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all records as one JSON object.")] = False,
 ) -> int:
-    """Show who is up: sites, stages, workers, and how busy each is.
+    """Show which workers and sources are up, and how busy they are.
 
-    And sources: how fast results come, and what was sent again, dropped or given up, and why.
+    Workers by site, pipeline and stage; for sources also their result rate, and the requests that were retried, dropped
+    or failed, with the reasons.
 
     Example: sparse status --broker mqtt://127.0.0.1:1883
     """
@@ -50,22 +51,23 @@ def command(
     sources = [(entry.record, not entry.is_live) for entry in registry.sources.values()]
     sources.sort(key=lambda item: (item[0].site, item[0].pipeline, item[0].source))
     if json:
-        answer = {
-            "workers": [{**birth.model_dump(), "lost": lost} for birth, lost in workers],
-            "sources": [{**birth.model_dump(), "lost": lost} for birth, lost in sources],
+        document = {
+            "workers": [{**record.model_dump(), "lost": is_lost} for record, is_lost in workers],
+            "sources": [{**record.model_dump(), "lost": is_lost} for record, is_lost in sources],
         }
-        print(jsonlib.dumps(answer))  # noqa: T201 - the answer
+        print(jsonlib.dumps(document))  # noqa: T201 - the command's output
         return 0
     console = Console(highlight=False)
-    if not (headings := console.is_terminal):  # a file or a pipe has no width: let no column be cut
-        console.width = _WIDTH
-    gap = 1 if console.width < _ROOMY else 2
-    console.print(workers_table(workers, pipeline, headings=headings, column_gap=gap))
+    is_terminal = console.is_terminal
+    if not is_terminal:  # a file has no width: cut no column
+        console.width = _FILE_COLUMNS
+    gap = 1 if console.width < _WIDE_COLUMNS else 2
+    console.print(workers_table(workers, pipeline, headings=is_terminal, column_gap=gap))
     console.print()
-    console.print(sources_table(sources, headings=headings, column_gap=gap))
+    console.print(sources_table(sources, headings=is_terminal, column_gap=gap))
     if not workers and not sources and parse_address(address).is_tls:
-        # Behind locked doors any subscription is granted, and what may not be read does not come.
-        print("nothing was heard: is this identity one that may read presence, as `monitor` may?", file=sys.stderr)  # noqa: T201 - for a person
+        # With access control a broker accepts every subscription, and withholds what the client may not read.
+        print("no presence records: may this identity read them, as `monitor` may?", file=sys.stderr)  # noqa: T201 - for the user
     return 0
 
 
@@ -76,8 +78,8 @@ async def _listen(address: str, pipeline: str) -> WorkerRegistry:
     try:
         await transport.connect()
         await listener.subscribe(all_presence_filter(pipeline=pipeline))
-        await asyncio.sleep(_LISTEN_S)
-        await listener.wait_for(lambda registry: all(entry.is_live for entry in registry.entries()), _REPORT_WAIT_S)
+        await asyncio.sleep(_RETAINED_WAIT_S)
+        await listener.wait_for(lambda registry: all(entry.is_live for entry in registry.entries()), _RENEWAL_WAIT_S)
     finally:
         await listener.close()
         await transport.close()

@@ -147,7 +147,7 @@ def test_a_monitor_that_cannot_live_is_said_once_and_the_run_goes_on(
     run = start(sandbox, embedded_broker, SPARSE_INFLUX_URL="nonsense")
     finished(run)
     (line,) = [line for line in run.read_stderr().splitlines() if "telemetry" in line]
-    assert line.startswith("no more telemetry: the monitor ended: SPARSE_INFLUX_URL: it is no address of a server")
+    assert line.startswith("no telemetry from now on: the monitor exited: SPARSE_INFLUX_URL: not the address")
     sandbox.assert_nothing_left()
 
 
@@ -199,8 +199,8 @@ def test_a_monitor_without_a_broker_serves_its_node(sandbox: ProcessSandbox) -> 
         monitor = sandbox.start_sparse("monitor", "--store", file, "--port", str(port), *words)
         eventually("the monitor", lambda: http_get(port, "/health")[0] == 200)
         assert monitor.read_stderr() == (
-            f"watching this node, no broker is named; events at {socket}; kept in {file}; "
-            f"http://127.0.0.1:{port}/metrics; Ctrl-C ends it\n"
+            f"watching this node, without a broker; events at {socket}; stored in {file}; "
+            f"http://127.0.0.1:{port}/metrics; stop with Ctrl-C\n"
         )
         assert http_get(port, "/stages")[0] == 404
         send_datagrams(
