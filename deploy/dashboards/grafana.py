@@ -1,4 +1,4 @@
-"""A dashboard as Grafana reads it from a file: JSON of its own, panels on a grid of 24 columns. Pure."""
+"""The dashboard file of Grafana: JSON, with panels on a grid of 24 columns."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from deploy.dashboards.panels import SECTIONS, Dialect, Panel, PanelStyle, Panel
 
 DIALECT = Dialect("", "$timeFilter", "$__interval", "'$run'")
 RUN_NAMES_QUERY = 'SHOW TAG VALUES WITH KEY = "run"'
-DATASOURCE = {"type": "influxdb", "uid": "sparse"}  # as deploy/grafana/provisioning has it
-_SCHEMA = 39  # of the JSON; later versions of Grafana read it, too
-_ACROSS, _WIDTH, _HEIGHT = 3, 8, 8
-# Presence comes once a second, samples of a node twice: anything finer would be holes.
-_FINEST = "2s"
+DATASOURCE = {"type": "influxdb", "uid": "sparse"}  # as in deploy/grafana/provisioning
+_SCHEMA_VERSION = 39  # later versions of Grafana read it too
+_PER_ROW, _WIDTH, _HEIGHT = 3, 8, 8
+# Presence records come once per second and samples twice: a shorter interval would have gaps.
+_SHORTEST_INTERVAL = "2s"
 _UNITS: dict[PanelUnit, str] = {
     "": "short",
     "1/s": "suffix:/s",
@@ -32,53 +32,50 @@ _STYLES: dict[PanelStyle, dict[str, Any]] = {
 
 
 def build_dashboard() -> dict[str, Any]:
-    """The whole file."""
+    """The content of the file."""
     panels: list[dict[str, Any]] = []
     top = 0
     for title, section in SECTIONS.items():
-        place = {"x": 0, "y": top, "w": _ACROSS * _WIDTH, "h": 1}
-        panels.append({"id": len(panels) + 1, "type": "row", "title": title, "collapsed": False, "gridPos": place})
-        for number, panel in enumerate(section):
-            row, column = divmod(number, _ACROSS)
+        position = {"x": 0, "y": top, "w": _PER_ROW * _WIDTH, "h": 1}
+        panels.append({"id": len(panels) + 1, "type": "row", "title": title, "collapsed": False, "gridPos": position})
+        for index, panel in enumerate(section):
+            row, column = divmod(index, _PER_ROW)
             panels.append(_panel(panel, len(panels) + 1, column * _WIDTH, top + 1 + row * _HEIGHT))
         top = panels[-1]["gridPos"]["y"] + _HEIGHT
-    return {
-        "uid": "sparse",
-        "title": "Sparse",
-        "schemaVersion": _SCHEMA,
-        "editable": True,
-        "refresh": "5s",
-        "time": {"from": "now-15m", "to": "now"},
-        "timezone": "browser",
-        "templating": {"list": [_run()]},
-        "panels": panels,
-    }
-
-
-def _run() -> dict[str, Any]:
-    return {
+    run_variable = {
         "name": "run",
         "label": "run",
         "type": "query",
         "datasource": DATASOURCE,
         "query": RUN_NAMES_QUERY,
-        "refresh": 2,  # whenever another time is looked at
-        "sort": 2,  # Z first: of names that end in a date, the newest
+        "refresh": 2,  # when the time range changes
+        "sort": 2,  # descending: the newest first of names that end in a date
         "multi": False,
         "includeAll": False,
+    }
+    return {
+        "uid": "sparse",
+        "title": "Sparse",
+        "schemaVersion": _SCHEMA_VERSION,
+        "editable": True,
+        "refresh": "5s",
+        "time": {"from": "now-15m", "to": "now"},
+        "timezone": "browser",
+        "templating": {"list": [run_variable]},
+        "panels": panels,
     }
 
 
 def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
-    targets = [_target(query, "ABC"[place], len(panel.queries) > 1) for place, query in enumerate(panel.queries)]
-    custom = {**_STYLES[panel.kind], "lineWidth": 1, "showPoints": "auto", "spanNulls": panel.kind != "bars"}
+    targets = [_target(query, "ABC"[index], len(panel.queries) > 1) for index, query in enumerate(panel.queries)]
+    custom = {**_STYLES[panel.style], "lineWidth": 1, "showPoints": "auto", "spanNulls": panel.style != "bars"}
     return {
         "id": number,
         "type": "timeseries",
         "title": panel.title,
         "description": panel.note,
         "datasource": DATASOURCE,
-        "interval": _FINEST,
+        "interval": _SHORTEST_INTERVAL,
         "gridPos": {"x": x, "y": y, "w": _WIDTH, "h": _HEIGHT},
         "fieldConfig": {"defaults": {"unit": _UNITS[panel.unit], "min": 0, "custom": custom}, "overrides": []},
         "options": {
@@ -89,16 +86,16 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
     }
 
 
-def _target(query: Query, letter: str, with_others: bool) -> dict[str, Any]:
-    """One query, and how its lines are called: by their tags, and by what they are unless the panel's title says it."""
-    words = [f"$tag_{tag}" for tag in query.by]
-    if with_others or len(query.columns) > 1:
-        words.append("$col")
+def _target(query: Query, letter: str, is_one_of_several: bool) -> dict[str, Any]:
+    """One query. Its lines are named by their tags, and by their column if there are several."""
+    names = [f"$tag_{tag}" for tag in query.group_by]
+    if is_one_of_several or len(query.columns) > 1:
+        names.append("$col")
     return {
         "refId": letter,
         "datasource": DATASOURCE,
         "rawQuery": True,
-        "query": query.text(DIALECT),
-        "alias": " ".join(words),
+        "query": query.to_influxql(DIALECT),
+        "alias": " ".join(names),
         "resultFormat": "time_series",
     }

@@ -1,4 +1,4 @@
-"""The files of dashboards for Chronograf and Grafana: `python -m deploy.dashboards.write deploy` writes them."""
+"""Writes the dashboard files of Chronograf and Grafana: `python -m deploy.dashboards.write deploy`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from deploy.dashboards import chronograf, grafana
 
 
 def dashboard_files() -> dict[str, str]:
-    """Their contents, by their places below deploy/."""
-    found = {
-        "chronograf/sparse.dashboard": chronograf.dashboard(),
-        "grafana/dashboards/sparse.json": grafana.dashboard(),
+    """The contents of the files, by their paths below deploy/."""
+    dashboards = {
+        "chronograf/sparse.dashboard": chronograf.build_dashboard(),
+        "grafana/dashboards/sparse.json": grafana.build_dashboard(),
     }
-    return {place: json.dumps(content, indent=1) + "\n" for place, content in found.items()}
+    return {path: json.dumps(dashboard, indent=1) + "\n" for path, dashboard in dashboards.items()}
 
 
 def write_dashboards(folder: Path) -> None:
-    """Write them; raises `OSError`."""
-    for place, text in dashboard_files().items():
-        path = folder / place
+    """Write the files below `folder`. Raises `OSError`."""
+    for name, text in dashboard_files().items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
