@@ -1,0 +1,1 @@
+"""The commands `sparse stage` and `sparse cuts`."""
