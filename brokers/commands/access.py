@@ -17,7 +17,7 @@ def command(
     file: Annotated[Path, typer.Argument(help="The pipeline file.")],
     site: Annotated[str, typer.Argument(help="The site of the broker.")],
 ) -> int:
-    """Print the access list of a site's Mosquitto: the topics that each identity may read and write.
+    """Print the access list of a site's Mosquitto: the topics of each identity.
 
     The user names are those in the certificates of `sparse certs`, or of users with a password. The lists of several
     pipelines that share a broker may be concatenated.

@@ -39,7 +39,7 @@ def command(
         bool, typer.Option("--open", help="Allow mqtt:// addresses that other machines can reach.")
     ] = False,
 ) -> int:
-    """Print the mosquitto.conf of a site: its listener, limits, access control and bridges.
+    """Print the mosquitto.conf of a site: listener, access control and bridges.
 
     For Mosquitto 2.0 and later. The pipeline file has the broker addresses of the site and of those that it links to;
     mqtts:// means TLS with certificates on both sides, and an access list.
@@ -55,15 +55,7 @@ def command(
         raise BadFile(str(file), problem, key)
     if passwords is not None and not address.is_tls:
         raise BadFile(str(file), f"{address} would send passwords unencrypted: expected mqtts:// for --passwords", key)
-    security = ListenerSecurity(certs, access, passwords)
-    config = MosquittoConfig(
-        address.port,
-        address.host if _is_private(address) else "",
-        bridges=tuple(_make_bridge(pipeline, table, link, certs) for link in table.links),
-        accepts_bridges=any(link.to == site for other in pipeline.site for link in other.links),
-        security=security if address.is_tls else None,
-        persistence_location=data,
-    )
+    config = _make_config(pipeline, table, address, ListenerSecurity(certs, access, passwords), data)
     print(f"# Site {site} of pipeline {pipeline.name}, for Mosquitto 2.0 and later: made by `sparse broker config`.")  # noqa: T201 - the result
     print(render(config), end="")  # noqa: T201 - the result
     if config.security is None:
@@ -71,6 +63,19 @@ def command(
     if any(bridge.password for bridge in config.bridges):
         print("the output contains a password of a bridge: only the broker may read it", file=sys.stderr)  # noqa: T201 - a hint
     return 0
+
+
+def _make_config(
+    pipeline: Pipeline, site: SiteTable, address: BrokerAddress, security: ListenerSecurity, data: Path
+) -> MosquittoConfig:
+    return MosquittoConfig(
+        address.port,
+        address.host if _is_private(address) else "",
+        bridges=tuple(_make_bridge(pipeline, site, link, security.certs_folder) for link in site.links),
+        accepts_bridges=any(link.to == site.name for other in pipeline.site for link in other.links),
+        security=security if address.is_tls else None,
+        persistence_location=data,
+    )
 
 
 def _broker_address(pipeline: Pipeline, site: SiteTable) -> BrokerAddress:

@@ -38,7 +38,7 @@ def command(
     to: Annotated[str | None, typer.Option(help="The site of the second broker.")] = None,
     json: Annotated[bool, typer.Option("--json", help="End with one JSON object.")] = False,
 ) -> int:
-    """Check a broker: which features of Sparse work with it, how to fix the others, and its throughput.
+    """Check a broker: features that work with it, fixes for the others, throughput.
 
     Every feature is tried, on topics that no other client uses, and everything is removed again. Exit status: 0 if the
     broker is usable, with warnings or not; 1 if something will not work.
