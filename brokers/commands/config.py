@@ -47,30 +47,31 @@ def command(
     Example: sparse broker config street.toml cloud > mosquitto.conf
     """
     pipeline = load_pipeline(file)
-    table = pipeline.find_site(site)
-    address = _broker_address(pipeline, table)
-    key = f"site.{site}.broker"
-    if not address.is_tls and not open_ and not _is_private(address):
-        problem = f"{address} has no access control and other machines can reach it: expected mqtts://, or --open"
-        raise BadFile(str(file), problem, key)
-    if passwords is not None and not address.is_tls:
-        raise BadFile(str(file), f"{address} would send passwords unencrypted: expected mqtts:// for --passwords", key)
-    config = _make_config(pipeline, table, address, ListenerSecurity(certs, access, passwords), data)
+    security = ListenerSecurity(certs, access, passwords)
+    config = _make_config(pipeline, pipeline.find_site(site), security, data, allow_open=open_)
     print(f"# Site {site} of pipeline {pipeline.name}, for Mosquitto 2.0 and later: made by `sparse broker config`.")  # noqa: T201 - the result
     print(render(config), end="")  # noqa: T201 - the result
     if config.security is None:
-        print(f"no access control: any client that reaches {address} may do everything", file=sys.stderr)  # noqa: T201 - a hint
+        print(f"{pipeline.find_site(site).broker}: no access control, any client may do everything", file=sys.stderr)  # noqa: T201 - a hint
     if any(bridge.password for bridge in config.bridges):
         print("the output contains a password of a bridge: only the broker may read it", file=sys.stderr)  # noqa: T201 - a hint
     return 0
 
 
 def _make_config(
-    pipeline: Pipeline, site: SiteTable, address: BrokerAddress, security: ListenerSecurity, data: Path
+    pipeline: Pipeline, site: SiteTable, security: ListenerSecurity, data: Path, *, allow_open: bool
 ) -> MosquittoConfig:
+    address = _broker_address(pipeline, site)
+    is_private = _is_private(address)
+    key = f"site.{site.name}.broker"
+    if not address.is_tls and not allow_open and not is_private:
+        problem = f"{address} has no access control and other machines can reach it: expected mqtts://, or --open"
+        raise BadFile(pipeline.path, problem, key)
+    if security.password_file is not None and not address.is_tls:
+        raise BadFile(pipeline.path, f"{address} sends passwords unencrypted: expected mqtts:// for --passwords", key)
     return MosquittoConfig(
         address.port,
-        address.host if _is_private(address) else "",
+        address.host if is_private else "",
         bridges=tuple(_make_bridge(pipeline, site, link, security.certs_folder) for link in site.links),
         accepts_bridges=any(link.to == site.name for other in pipeline.site for link in other.links),
         security=security if address.is_tls else None,
