@@ -18,7 +18,7 @@ from brokers.protocol.messages import JSON
 from brokers.protocol.topics import NAME_PATTERN, StageTopics, source_presence_topic
 from brokers.protocol.training import TrainingStatus
 
-# A record has some hundred bytes. Readers keep the newest record of each topic, whoever published it.
+# A record has some hundred bytes. Readers keep the newest record of each topic, from any client that may publish.
 RECORD_LIMIT_BYTES = 65536
 # Message Expiry Interval of a record, which is renewed each second. A record that its last will could not clear at
 # every site, because a bridge was down, expires by itself.

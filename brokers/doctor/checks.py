@@ -1,4 +1,4 @@
-"""The checks at one broker: each tries one feature, whatever the broker announces, and returns the verdict.
+"""The checks at one broker: each tries one feature, even if the broker announces it, and returns the verdict.
 
 Every check has clients of its own, so that a disconnected one affects no other check, and a time limit.
 """
