@@ -89,9 +89,7 @@ class Offloader:
         self.failures_by_error: Counter[str] = Counter()
         # Samples that were dropped before they became requests, by reason; the owner of the input sets it.
         self.get_drop_counts: Callable[[], Mapping[str, int]] = dict
-        # Unique: the broker disconnects the older of two clients with one id.
-        client_id = f"source.{self.name}.{new_request_id()[:4].hex()}"
-        self.channel = MessageChannel(transport or create_transport(self._broker_address(broker), client_id=client_id))
+        self.channel = MessageChannel(transport or self._make_transport(broker))
         self._events = make_event_client(self.pipeline, self.name)
         self._inbox = source_inbox_topic(self.pipeline.source.site or LOCAL_SITE, self.name)
         self._lease_s = self.pipeline.pipeline.lease_s
@@ -111,11 +109,12 @@ class Offloader:
         self._presence = SourcePresence(self.channel, self.pipeline, self.name, self._load)
         self._recent = RecentResultStats()
 
-    def _broker_address(self, broker: str | None) -> str:
+    def _make_transport(self, broker: str | None) -> Transport:
         address = resolve_broker_address(self.pipeline, self.pipeline.source.site, broker)
         if address is None:
             raise no_broker_error(self.pipeline.path, self.pipeline.source.site)
-        return address
+        # Unique: the broker disconnects the older of two clients with one id.
+        return create_transport(address, client_id=f"source.{self.name}.{new_request_id()[:4].hex()}")
 
     def _workers_up(self, stage: str | None = None) -> list[WorkerRecord]:
         return self._first_stage.presence.registry.workers_up(time.monotonic(), stage)
@@ -170,8 +169,7 @@ class Offloader:
             await self._first_stage.presence.subscribe(
                 *(self.pipeline.topics(stage).presence_filter for stage in later_stages)
             )
-            await self._presence.announce()
-            self._presence.start()
+            await self._presence.start()
         except BaseException:
             await self._close()
             raise

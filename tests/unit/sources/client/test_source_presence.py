@@ -28,7 +28,7 @@ async def start_presence(
     channel = MessageChannel(transport)
     presence = SourcePresence(channel, PIPELINE, "cam", load)
     await channel.open(will=presence.will)
-    presence.start()
+    await presence.start()
     return channel, presence
 
 

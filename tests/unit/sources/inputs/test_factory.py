@@ -1,6 +1,5 @@
 """Sources and data sets from the settings of a pipeline file."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ import pytest
 
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
-from sources.inputs import demo_videos
 from sources.inputs.camera import Camera
-from sources.inputs.demo_videos import find_video
 from sources.inputs.factory import make_source
 from sources.inputs.images import ImageFolder
 from sources.inputs.sample import Sample
@@ -83,10 +80,3 @@ def test_wrong_setting_raises_usage_error(settings: dict[str, Any], code: str, t
     with raises_error(UsageError, code, match=text) as caught:
         make(settings, Path())
     assert "\n" not in str(caught.value)
-
-
-def test_video_street_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    video = write_video(tmp_path / "street.mp4", 3)
-    monkeypatch.setattr(demo_videos, "STREET_SHA256", hashlib.sha256(video.read_bytes()).hexdigest())
-    assert find_video("street", Path("elsewhere"), cache=tmp_path) == video
-    assert find_video("a.mp4", tmp_path) == tmp_path / "a.mp4"

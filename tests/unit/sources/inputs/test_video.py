@@ -1,5 +1,6 @@
 """Video files: every frame in order, at the rate that is asked for."""
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
 from brokers.process.image_decode import decode_picture
-from sources.inputs.video import VideoFile
+from sources.inputs import video as video_module
+from sources.inputs.video import VideoFile, find_video
 from tests.support.environment.clips import frame_number, video_bytes, wav_bytes, write_video
 from tests.support.errors import raises_error
 
@@ -88,3 +90,10 @@ def test_audio_file_raises_usage_error_with_its_streams(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(wav_bytes())
     with raises_error(UsageError, "NoVideoStream", match="only: audio"):
         video(tmp_path / "a.wav")
+
+
+def test_video_street_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "street.mp4", 3)
+    monkeypatch.setattr(video_module, "STREET_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert find_video("street", Path("elsewhere"), cache=tmp_path) == path
+    assert find_video("a.mp4", tmp_path) == tmp_path / "a.mp4"
