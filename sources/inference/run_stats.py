@@ -34,7 +34,7 @@ class InferenceRunStats:
     def record_result(self, latency_ms: float, hops: Sequence[Hop], now_s: float) -> None:
         self.results += 1
         self.end_s = now_s
-        self._latencies_ms.append(latency_ms)
+        self._latencies_ms.append(round(latency_ms, 3))  # as in telemetry, so that both have the same percentiles
         for hop in hops:
             byte_counts = {name: getattr(hop, name) for name in BYTE_COUNTS}
             self._stages.add(hop.stage, hop.worker, 1, {**hop.durations(), **byte_counts})
