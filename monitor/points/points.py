@@ -1,12 +1,15 @@
-"""Telemetry points, and the conversion of events and presence records to points (`monitor.points.schema`)."""
+"""Telemetry points, and the conversion of events and presence records to points.
+
+Tags and fields have the names of the event's or record's own fields: `monitor.points.schema` decides which are used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from brokers.dispatch.presence import SourceRecord, WorkerRecord
-from brokers.protocol.stage_timing import STAGE_DURATIONS
 from brokers.telemetry.schema import (
     BatchProcessed,
     EventsDropped,
@@ -18,13 +21,27 @@ from brokers.telemetry.schema import (
     TaskProcessed,
     TelemetryEvent,
 )
+from monitor.points.schema import MEASUREMENTS
 
 FieldValue = float | int | bool | str | None
+
+_MEASUREMENTS_OF_EVENTS = {
+    ProcessStarted: "life",
+    ProcessStopped: "life",
+    TaskProcessed: "task",
+    BatchProcessed: "batch",
+    RequestDone: "request",
+    StepDone: "step",
+    LinkTraffic: "link",
+    EventsDropped: "dropped_events",
+}
+# The tags and fields of each measurement.
+_NAMES = {name: (schema.tags, tuple(field.name for field in schema.fields)) for name, schema in MEASUREMENTS.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class TelemetryPoint:
-    """The values of one measurement at one time; a field that was not measured is None, never 0."""
+    """The values of one measurement at one time; a field that was not measured is None or missing, never 0."""
 
     measurement: str
     time_ns: int  # Unix time
@@ -32,57 +49,18 @@ class TelemetryPoint:
     fields: Mapping[str, FieldValue] = field(default_factory=dict)
 
 
-_TASK = (*STAGE_DURATIONS, "bytes_in", "bytes_out", "batch")
-_REQUEST = ("latency_ms", "network_ms", "attempts", "bytes_out", "request", "error")
-_STEP = ("step", "epoch", "rows", "step_ms", "loss", "accuracy")
-_WORKER_LOAD = ("queue", "queue_ms", "done", "failed", "malformed", "rejected", "expired", "busy", "rate", "task_ms")
-_SOURCE_LOAD = ("requests", "results", "in_flight", "waiting", "window", "rate", "duplicates")
-_SOURCE_COUNTS = ("dropped", "retries", "failed")  # by reason in the record, their sums in the point
-
-
 def event_to_points(event: TelemetryEvent, node: str, run: str = "") -> list[TelemetryPoint]:
     """The points of an event received on `node`; `run` is used for an event that names no run."""
-    tags = {"node": node, "run": event.run or run, "site": event.site, "pipeline": event.pipeline}
-    fields: dict[str, FieldValue]
-    match event:
-        case ProcessStarted() | ProcessStopped():
-            measurement = "life"
-            tags |= {"role": event.role, "name": event.name}
-            fields = _fields(event, ("event", "pid"))
-        case TaskProcessed():
-            measurement = "task"
-            tags |= {"stage": event.stage, "worker": event.worker}
-            fields = _fields(event, (*_TASK, "request", "error"))
-        case BatchProcessed():
-            measurement = "batch"
-            tags |= {"stage": event.stage, "worker": event.worker, "phase": event.phase}
-            fields = _fields(event, ("tasks", "rows", "busy_ms"))
-        case RequestDone():
-            measurement = "request"
-            tags["source"] = event.source
-            fields = _fields(event, _REQUEST)
-        case StepDone():
-            measurement = "step"
-            tags["source"] = event.source
-            fields = _fields(event, _STEP)
-        case LinkTraffic():
-            measurement = "link"
-            tags |= {"from": event.from_site, "to": event.to_site}
-            fields = _fields(event, ("bytes_out", "bytes_in"))
-        case EventsDropped():
-            measurement = "dropped_events"
-            fields = {"count": event.count}
-    points = [TelemetryPoint(measurement, event.time_ns, tags, fields)]
-    return points + _hop_points(event, tags) if isinstance(event, RequestDone) else points
-
-
-def _hop_points(event: RequestDone, tags: Mapping[str, str]) -> list[TelemetryPoint]:
-    points = []
-    for place, hop in enumerate(event.hops):
-        hop_tags = {**tags, "stage": hop.stage, "worker": hop.worker}
-        fields = _fields(hop, _TASK) | {"request": event.request, "place": place}
+    values = {**vars(event), "node": node, "run": event.run or run}
+    if isinstance(event, LinkTraffic):
+        values |= {"from": event.from_site, "to": event.to_site}
+    points = [_make_point(_MEASUREMENTS_OF_EVENTS[type(event)], event.time_ns, values)]
+    if isinstance(event, RequestDone):
         # One nanosecond apart: InfluxDB merges points of equal tags and time, here two visits to one worker.
-        points.append(TelemetryPoint("hop", event.time_ns + place, hop_tags, fields))
+        points += [
+            _make_point("hop", event.time_ns + place, {**values, **vars(hop), "place": place})
+            for place, hop in enumerate(event.hops)
+        ]
     return points
 
 
@@ -92,20 +70,20 @@ def presence_to_points(
     """A `stage` point for each worker's record and a `source` point for each source's."""
     points = []
     for record in records:
-        tags = {"node": record.node, "run": run, "site": record.site, "pipeline": record.pipeline}
+        values = {**vars(record), **vars(record.load), "run": run}
         if isinstance(record, WorkerRecord):
-            tags |= {"stage": record.stage, "worker": record.worker}
-            fields = {"state": record.state} | _fields(record.load, _WORKER_LOAD)
-            points.append(TelemetryPoint("stage", time_ns, tags, fields))
+            points.append(_make_point("stage", time_ns, values))
         else:
-            tags["source"] = record.source
-            latency_ms = record.load.latency_ms
-            fields = _fields(record.load, _SOURCE_LOAD)
-            fields |= {name: sum(getattr(record.load, name).values()) for name in _SOURCE_COUNTS}
-            fields |= {"latency_p50_ms": latency_ms.p50, "latency_p99_ms": latency_ms.p99}
-            points.append(TelemetryPoint("source", time_ns, tags, fields))
+            load = record.load
+            values |= {"latency_p50_ms": load.latency_ms.p50, "latency_p99_ms": load.latency_ms.p99}
+            counts = {"dropped": load.dropped, "retries": load.retries, "failed": load.failed}
+            values |= {name: sum(by_reason.values()) for name, by_reason in counts.items()}
+            points.append(_make_point("source", time_ns, values))
     return points
 
 
-def _fields(source: object, names: Iterable[str]) -> dict[str, FieldValue]:
-    return {name: getattr(source, name) for name in names}
+def _make_point(measurement: str, time_ns: int, values: Mapping[str, Any]) -> TelemetryPoint:
+    tags, fields = _NAMES[measurement]
+    return TelemetryPoint(
+        measurement, time_ns, {tag: values[tag] for tag in tags}, {name: values[name] for name in fields}
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from brokers.telemetry.schema import ProcessStarted, ProcessStopped, TelemetryEvent
 from monitor.points.points import TelemetryPoint
-from monitor.sensors.base import Sensor, UnavailableSensors, error_reason
+from monitor.sensors.base import Sensor
 from monitor.sensors.host import HostSensor
 from monitor.sensors.jetson import JetsonSensor
 from monitor.sensors.network import NetworkSensor
@@ -44,7 +44,6 @@ class NodeSensors:
     ) -> None:
         self._tags = {"node": node, "run": run}
         self._sensors = [*(default_sensors() if sensors is None else sensors), processes or ProcessSensor()]
-        self._missing = UnavailableSensors()
 
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """The points of all sensors at Unix time `time_ns` and monotonic time `now_s`; never raises."""
@@ -53,7 +52,7 @@ class NodeSensors:
             try:
                 points += sensor.sample(time_ns, now_s)
             except Exception as error:  # a bug in one sensor or driver must not cost the others' points
-                missing = self._missing.report_once(time_ns, sensor.name, error_reason(error))
+                missing = sensor.report_missing(time_ns, "", error)
                 if missing:  # the first of many: a sensor that fails does so in each sample
                     log.exception("the sensor %s failed", sensor.name)
                 points += missing

@@ -55,7 +55,7 @@ class EnergyPerSample:
         return self._runs[point.tags["run"]]
 
     def _add_energy(self, point: TelemetryPoint) -> None:
-        energy_j = point.fields["energy_j"]
+        energy_j = point.fields.get("energy_j")
         if energy_j is not None:
             totals = self._totals(point)
             totals.energy_j = (totals.energy_j or 0.0) + float(energy_j)

@@ -10,37 +10,33 @@ from typing import Any
 import psutil
 
 from monitor.points.points import FieldValue, TelemetryPoint
-from monitor.sensors.base import UnavailableSensors, error_reason
+from monitor.sensors.base import Sensor
 
-_FIELDS = ("cpu", "load", "memory_used_bytes", "memory_total_bytes")
 _IDLE = ("idle", "iowait")
 _INCLUDED = ("guest", "guest_nice")  # Linux counts these times in `user` and `nice` too
 
 
-class HostSensor:
+class HostSensor(Sensor):
     """The measurement `node`. `root` replaces `/` for the files of control groups."""
 
     name = "host"
 
     def __init__(self, root: Path = Path("/"), cpu_times: Callable[[], Any] = psutil.cpu_times) -> None:
+        super().__init__()
         self._cgroups = MemoryCgroups(root)
         self._cpu_times = cpu_times
         self._last: tuple[float, float] | None = None  # idle and total CPU seconds
-        self._missing = UnavailableSensors()
 
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """One point, and reports of values that cannot be read."""
-        fields: dict[str, FieldValue] = dict.fromkeys(_FIELDS)
+        fields: dict[str, FieldValue] = {}
         missing: list[TelemetryPoint] = []
         for name, read in (("cpu", self._cpu), ("load", _load), ("memory", self._memory)):
             try:
                 fields |= read()
             except (OSError, NotImplementedError, RuntimeError, psutil.Error) as error:
-                missing += self._missing.report_once(time_ns, f"{self.name}.{name}", error_reason(error))
+                missing += self.report_missing(time_ns, name, error)
         return [TelemetryPoint("node", time_ns, {}, fields), *missing]
-
-    def close(self) -> None:
-        """There is nothing to release."""
 
     def _cpu(self) -> dict[str, FieldValue]:
         # Not psutil.cpu_percent: its previous times are shared by all callers in the process.

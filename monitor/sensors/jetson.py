@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from monitor.points.points import FieldValue, TelemetryPoint
-from monitor.sensors.base import UnavailableSensors, error_reason
+from monitor.points.points import TelemetryPoint
+from monitor.sensors.base import Sensor
 from monitor.sensors.counters import EnergyIntegrator
 
 # Jetson Linux (L4T) uses the kernel's own driver from release 34 on, and NVIDIA's before, whose folder is named
@@ -35,7 +35,7 @@ class _Rail:
     integrator: EnergyIntegrator = field(default_factory=EnergyIntegrator)
 
 
-class JetsonSensor:
+class JetsonSensor(Sensor):
     """The measurements `power` and `gpu` of a Jetson; no points and no reports on other machines.
 
     Additive rails (`monitor.sensors.counters`) are `VDD_IN`, the module's input (`POM_5V_IN` on a Nano), whose parts
@@ -47,11 +47,11 @@ class JetsonSensor:
     name = "jetson"
 
     def __init__(self, root: Path = Path("/")) -> None:
+        super().__init__()
         self._root = root
         self._rails: list[_Rail] | None = None  # None: not yet searched
         self._load: Path | None = None
         self._model = ""
-        self._missing = UnavailableSensors()
 
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """The points, and reports of values that cannot be read."""
@@ -61,15 +61,12 @@ class JetsonSensor:
             try:
                 power_w = rail.read_w()
             except (OSError, ValueError) as error:
-                points += self._missing.report_once(time_ns, f"{self.name}.{rail.name}", error_reason(error))
+                points += self.report_missing(time_ns, rail.name, error)
             energy_j = rail.integrator.increase_j(power_w, now_s)
             if power_w is not None:
                 fields = {"power_w": power_w, "energy_j": energy_j}
                 points.append(TelemetryPoint("power", time_ns, {"rail": rail.name}, fields))
         return points + self._gpu(time_ns)
-
-    def close(self) -> None:
-        """There is nothing to release."""
 
     def _find(self, time_ns: int) -> list[TelemetryPoint]:
         self._rails = []
@@ -80,10 +77,10 @@ class JetsonSensor:
         self._model = _read_text(self._root / "proc/device-tree/model")
         missing: list[TelemetryPoint] = []
         if not self._rails:
-            missing += self._missing.report_once(time_ns, self.name, "there is no INA3221 in /sys/bus/i2c/drivers")
+            missing += self.report_missing(time_ns, "", "there is no INA3221 in /sys/bus/i2c/drivers")
         if self._load is None:
             reason = f"there is neither /{_LOADS[0]} nor a file for the load of another release"
-            missing += self._missing.report_once(time_ns, f"{self.name}.gpu", reason)
+            missing += self.report_missing(time_ns, "gpu", reason)
         return missing
 
     def _gpu(self, time_ns: int) -> list[TelemetryPoint]:
@@ -92,11 +89,9 @@ class JetsonSensor:
         try:
             use = int(self._load.read_text()) / 1000
         except (OSError, ValueError) as error:
-            return self._missing.report_once(time_ns, f"{self.name}.gpu", error_reason(error))
+            return self.report_missing(time_ns, "gpu", error)
         # The GPU shares the node's memory, and its power is part of a rail's.
-        fields: dict[str, FieldValue] = {"use": use, "memory_used_bytes": None, "memory_total_bytes": None}
-        fields |= {"temperature_c": None, "power_w": None, "energy_j": None}
-        return [TelemetryPoint("gpu", time_ns, {"gpu": "jetson", "model": self._model}, fields)]
+        return [TelemetryPoint("gpu", time_ns, {"gpu": "jetson", "model": self._model}, {"use": use})]
 
 
 def _is_jetson(root: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from monitor.points.points import FieldValue, TelemetryPoint
-from monitor.sensors.base import UnavailableSensors, error_reason
+from monitor.sensors.base import Sensor
 from monitor.sensors.counters import MonotonicCounter
 
 # Byte counters have 32 bits on some drivers, and restart when an interface is removed and added again.
@@ -29,7 +29,7 @@ class _Interface:
     errors: MonotonicCounter = field(default_factory=MonotonicCounter)  # a sum of four counters: a restart is unknown
 
 
-class NetworkSensor:
+class NetworkSensor(Sensor):
     """The measurement `interface`: a point for each interface that has ever carried a packet.
 
     An interface has its first point in its second sample: its counters may include traffic from before it was moved
@@ -39,10 +39,10 @@ class NetworkSensor:
     name = "network"
 
     def __init__(self, read: Callable[[], Mapping[str, Any]] = read_interface_counters) -> None:
+        super().__init__()
         self._read = read
         self._interfaces: dict[str, _Interface] = {}
         self._last_s = 0.0
-        self._missing = UnavailableSensors()
 
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """The points in the system's order; none for the first sample."""
@@ -50,7 +50,7 @@ class NetworkSensor:
             counters = self._read()
         except (OSError, RuntimeError, psutil.Error) as error:
             self._interfaces = {}
-            return self._missing.report_once(time_ns, self.name, error_reason(error))
+            return self.report_missing(time_ns, "", error)
         elapsed_s = now_s - self._last_s
         self._last_s = now_s
         known = self._interfaces
@@ -61,9 +61,6 @@ class NetworkSensor:
             if name in known and any((counts.bytes_recv, counts.bytes_sent, _error_count(counts))):
                 points.append(TelemetryPoint("interface", time_ns, {"interface": name}, fields))
         return points
-
-    def close(self) -> None:
-        """There is nothing to release."""
 
 
 def _error_count(counts: Any) -> int:

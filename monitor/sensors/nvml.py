@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from monitor.points.points import FieldValue, TelemetryPoint
-from monitor.sensors.base import UnavailableSensors
+from monitor.sensors.base import Sensor
 from monitor.sensors.counters import EnergyIntegrator, MonotonicCounter
 
 _CHIP_TEMPERATURE = 0  # NVML_TEMPERATURE_GPU
 _GPU_IS_LOST = 15  # NVML_ERROR_GPU_IS_LOST
 # NVML_ERROR_NOT_SUPPORTED, NVML_ERROR_NO_PERMISSION, NVML_ERROR_FUNCTION_NOT_FOUND: these do not go away.
 _PERMANENT = frozenset({3, 4, 13})
-_FIELDS = ("use", "memory_used_bytes", "memory_total_bytes", "temperature_c", "power_w", "energy_j")
 
 T = TypeVar("T")
 
@@ -56,7 +55,7 @@ class _Gpu:
     """One GPU; `reasons` says for each query that failed in the last sample why."""
 
     def __init__(self, nvml: Any, index: int) -> None:
-        self.name = f"gpu.{index}"
+        self.index = index
         self.reasons: dict[str, str] = {}
         self._nvml = nvml
         self._handle = nvml.nvmlDeviceGetHandleByIndex(index)
@@ -68,14 +67,14 @@ class _Gpu:
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """Its point, if any value can be read; raises `_GpuLostError`."""
         self.reasons = {}
-        fields: dict[str, FieldValue] = dict.fromkeys(_FIELDS)
+        fields: dict[str, FieldValue] = {}
         for name, query in _QUERIES.items():
             fields |= self._query(name, query) or {}
-        power_w = fields["power_w"]
-        fields["energy_j"] = self._energy_j(None if power_w is None else float(power_w), now_s)
-        if all(value is None for value in fields.values()):
-            return []
-        return [TelemetryPoint("gpu", time_ns, self._tags, fields)]
+        power_w = fields.get("power_w")
+        energy_j = self._energy_j(None if power_w is None else float(power_w), now_s)
+        if energy_j is not None:
+            fields["energy_j"] = energy_j
+        return [TelemetryPoint("gpu", time_ns, self._tags, fields)] if fields else []
 
     def _energy_j(self, power_w: float | None, now_s: float) -> float | None:
         """The GPU's own energy counter; where that is unknown, power integrated over time."""
@@ -100,7 +99,7 @@ class _Gpu:
             return None
 
 
-class GpuSensor:
+class GpuSensor(Sensor):
     """The measurement `gpu`; the tag `gpu` is NVML's index.
 
     Permanent failures are not retried: a node without a driver costs one attempt, and a GPU that is lost is skipped
@@ -110,10 +109,10 @@ class GpuSensor:
     name = "gpu"
 
     def __init__(self, load: Callable[[], Any] = load_nvml) -> None:
+        super().__init__()
         self._load = load
         self._nvml: Any = None
         self._gpus: list[_Gpu] | None = None  # None: not yet searched
-        self._missing = UnavailableSensors()
 
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """A point for each GPU with a readable value, and reports of values that cannot be read."""
@@ -126,10 +125,10 @@ class GpuSensor:
                 points += gpu.sample(time_ns, now_s)
             except _GpuLostError as error:
                 self._gpus.remove(gpu)
-                points += self._missing.report_once(time_ns, gpu.name, str(error))
+                points += self.report_missing(time_ns, str(gpu.index), str(error))
                 continue
             for name, reason in gpu.reasons.items():
-                points += self._missing.report_once(time_ns, f"{gpu.name}.{name}", reason)
+                points += self.report_missing(time_ns, f"{gpu.index}.{name}", reason)
         return points
 
     def close(self) -> None:
@@ -147,19 +146,19 @@ class GpuSensor:
         try:
             nvml = self._load()
         except ImportError as error:
-            return self._missing.report_once(time_ns, self.name, str(error))
+            return self.report_missing(time_ns, "", str(error))
         try:
             nvml.nvmlInit()
             self._nvml = nvml
             count = nvml.nvmlDeviceGetCount()
         except nvml.NVMLError as error:
-            return self._missing.report_once(time_ns, self.name, str(error))
+            return self.report_missing(time_ns, "", str(error))
         if not count:
-            return self._missing.report_once(time_ns, self.name, "NVML finds no GPU")
+            return self.report_missing(time_ns, "", "NVML finds no GPU")
         missing: list[TelemetryPoint] = []
         for index in range(count):
             try:
                 gpus.append(_Gpu(nvml, index))
             except nvml.NVMLError as error:
-                missing += self._missing.report_once(time_ns, f"gpu.{index}", str(error))
+                missing += self.report_missing(time_ns, str(index), str(error))
         return missing

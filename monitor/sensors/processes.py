@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import psutil
 
 from monitor.points.points import FieldValue, TelemetryPoint
+from monitor.sensors.base import Sensor
 
 PROCESSES_LIMIT = 256  # bounds what a hostile sender of events can make the monitor sample
 
@@ -43,7 +44,7 @@ class _SampledProcess:
         return {"cpu": cpu, "cpu_s": cpu_s, "memory_bytes": memory_bytes, "threads": threads, "pid": process.pid}
 
 
-class ProcessSensor:
+class ProcessSensor(Sensor):
     """The measurement `process`. `on_start` and `on_stop` may be called from another thread than `sample`.
 
     A process with several clients (two sources, say) is one process, which ends with the last of them. A pid that does
@@ -54,6 +55,7 @@ class ProcessSensor:
     name = "processes"
 
     def __init__(self) -> None:
+        super().__init__()
         self._monitor = _SampledProcess("monitor", "monitor", "", psutil.Process())
         self._processes: dict[int, _SampledProcess] = {}  # by pid
 
@@ -97,6 +99,3 @@ class ProcessSensor:
             points.append(TelemetryPoint("process", time_ns + same_tags[key], tags, fields))
             same_tags[key] += 1
         return points
-
-    def close(self) -> None:
-        """There is nothing to release."""

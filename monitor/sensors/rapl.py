@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from monitor.points.points import TelemetryPoint
-from monitor.sensors.base import UnavailableSensors, error_reason
+from monitor.sensors.base import Sensor
 from monitor.sensors.counters import MonotonicCounter
 
 # AMD's zones have these names too. `intel-rapl-mmio:*` is left out: it reads the same counters another way.
@@ -34,7 +34,7 @@ class _Zone:
         return [TelemetryPoint("power", time_ns, {"rail": self.rail}, fields)]
 
 
-class RaplSensor:
+class RaplSensor(Sensor):
     """The measurement `power`: a point for each zone, from the second sample on. `root` replaces `/`.
 
     Additive rails (`monitor.sensors.counters`) are `package-0` for each processor and `dram-0` for its memory, which
@@ -45,9 +45,9 @@ class RaplSensor:
     name = "rapl"
 
     def __init__(self, root: Path = Path("/")) -> None:
+        super().__init__()
         self._root = root
         self._zones: list[_Zone] | None = None  # None: not yet searched
-        self._missing = UnavailableSensors()
 
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         """The points, and reports of zones that cannot be read."""
@@ -55,20 +55,17 @@ class RaplSensor:
         if self._zones is None:
             self._zones = _find_zones(self._root)
             if not self._zones:
-                points += self._missing.report_once(time_ns, self.name, f"there is no /{_ZONES}")
+                points += self.report_missing(time_ns, "", f"there is no /{_ZONES}")
         for zone in list(self._zones):
             try:
                 points += zone.sample(time_ns, now_s)
             except PermissionError:
                 self._zones.remove(zone)
-                points += self._missing.report_once(time_ns, self.name, _ROOT_ONLY)
+                points += self.report_missing(time_ns, "", _ROOT_ONLY)
             except (OSError, ValueError) as error:
                 self._zones.remove(zone)
-                points += self._missing.report_once(time_ns, f"{self.name}.{zone.rail}", error_reason(error))
+                points += self.report_missing(time_ns, zone.rail, error)
         return points
-
-    def close(self) -> None:
-        """There is nothing to release."""
 
 
 def _find_zones(root: Path) -> list[_Zone]:

@@ -5,8 +5,8 @@ On a terminal the stages are headings, so that a table fits into 80 columns; in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -24,6 +24,29 @@ STATE_STYLES = {
     "standby": "dim",
     "stopped": "dim",
     "-": "dim",
+}
+_Value = Callable[[Any], str]  # the text of a cell, from a record
+_WORKER_TEXTS: Mapping[str, _Value] = {
+    "node": lambda record: record.node,
+    "device": lambda record: record.device,
+    "model": lambda record: record.fingerprint,
+}
+_WORKER_NUMBERS: Mapping[str, _Value] = {
+    "age": lambda record: format_age(record.up_s),
+    "queue": lambda record: str(record.load.queue),
+    "wait ms": lambda record: f"{record.load.queue_ms:.0f}",
+    "tasks/s": lambda record: f"{record.load.rate:.1f}",
+    "ms/task": lambda record: f"{record.load.task_ms:.1f}",
+    "done": lambda record: str(record.load.done),
+}
+_SOURCE_TEXTS: Mapping[str, _Value] = {"node": lambda record: record.node}
+_SOURCE_NUMBERS: Mapping[str, _Value] = {
+    "age": lambda record: format_age(record.up_s),
+    "in flight": lambda record: f"{record.load.in_flight}/{record.load.window}",
+    "results/s": lambda record: f"{record.load.rate:.1f}",
+    "p50 ms": lambda record: f"{record.load.latency_ms.p50:.0f}",
+    "p99 ms": lambda record: f"{record.load.latency_ms.p99:.0f}",
+    "results": lambda record: str(record.load.results),
 }
 _WORKER_PROBLEMS = ("problems",)
 _SOURCE_PROBLEMS = ("dropped", "retried", "failed", "duplicates")
@@ -62,7 +85,10 @@ def workers_table(
     """
     rows = [
         _Row(
-            (record.site, record.pipeline, record.stage), record.worker, _worker_cells(record, lost), _failures(record)
+            (record.site, record.pipeline, record.stage),
+            record.worker,
+            _cells(record, lost, _WORKER_TEXTS, _WORKER_NUMBERS),
+            _worker_problems(record),
         )
         for record, lost in workers
     ]
@@ -72,9 +98,8 @@ def workers_table(
         rows += [_Row(place, "none up", [], {}) for place in places if place not in served]
     if not rows:
         return Text("no worker is up")
-    texts = ("worker", "node", "device", "model", "state")
-    numbers = ("age", "queue", "wait ms", "tasks/s", "ms/task", "done")
-    table = _make_table(("site", "pipeline", "stage"), texts, numbers, headings, column_gap)
+    place = ("site", "pipeline", "stage")
+    table = _make_table(place, ("worker", *_WORKER_TEXTS, "state"), _WORKER_NUMBERS, headings, column_gap)
     return _fill(table, rows, _WORKER_PROBLEMS, headings)
 
 
@@ -85,74 +110,54 @@ def sources_table(
     if not sources:
         return Text("no source is up")
     rows = [
-        _Row((record.site, record.pipeline), record.source, _source_cells(record, lost), _source_problems(record))
+        _Row(
+            (record.site, record.pipeline),
+            record.source,
+            _cells(record, lost, _SOURCE_TEXTS, _SOURCE_NUMBERS),
+            _source_problems(record),
+        )
         for record, lost in sources
     ]
-    numbers = ("age", "in flight", "results/s", "p50 ms", "p99 ms", "results")
-    table = _make_table(("site", "pipeline"), ("source", "node", "state"), numbers, headings, column_gap)
+    texts = ("source", *_SOURCE_TEXTS, "state")
+    table = _make_table(("site", "pipeline"), texts, _SOURCE_NUMBERS, headings, column_gap)
     return _fill(table, rows, _SOURCE_PROBLEMS, headings)
 
 
 def untrusted_text(text: str, style: str = "") -> Text:
-    """Text from the network in a cell, which is cut where there is no room for it."""
+    """Text from the network in a cell, cut where there is no room for it."""
     return Text(sanitize_text(text) or "-", style, no_wrap=True, overflow="ellipsis")
 
 
-def _failures(record: WorkerRecord) -> dict[str, str]:
-    load = record.load
-    counts = {
-        "failed": load.failed,
-        "malformed": load.malformed,
-        "rejected": load.rejected,
-        "expired": load.expired,
-    }
+def _worker_problems(record: WorkerRecord) -> dict[str, str]:
+    counts = {name: getattr(record.load, name) for name in ("failed", "malformed", "rejected", "expired")}
     text = format_counts({name: count for name, count in counts.items() if count})
     return {"problems": text} if text else {}
 
 
 def _source_problems(record: SourceRecord) -> dict[str, str]:
     load = record.load
-    problems = {
+    texts = {
         "dropped": format_counts(load.dropped),
         "retried": format_counts(load.retries),
         "failed": format_counts(load.failed),
         "duplicates": str(load.duplicates or ""),
     }
-    return {name: text for name, text in problems.items() if text}
+    return {name: text for name, text in texts.items() if text}
 
 
-def _worker_cells(record: WorkerRecord, lost: bool) -> list[Text | str]:
-    load = record.load
+def _cells(
+    record: WorkerRecord | SourceRecord, lost: bool, texts: Mapping[str, _Value], numbers: Mapping[str, _Value]
+) -> list[Text | str]:
+    state = _styled("lost" if lost else record.state)
     return [
-        untrusted_text(record.node),
-        untrusted_text(record.device),
-        untrusted_text(record.fingerprint),
-        _styled("lost" if lost else record.state),
-        format_age(record.up_s),
-        str(load.queue),
-        f"{load.queue_ms:.0f}",
-        f"{load.rate:.1f}",
-        f"{load.task_ms:.1f}",
-        str(load.done),
-    ]
-
-
-def _source_cells(record: SourceRecord, lost: bool) -> list[Text | str]:
-    load = record.load
-    return [
-        untrusted_text(record.node),
-        _styled("lost" if lost else record.state),
-        format_age(record.up_s),
-        f"{load.in_flight}/{load.window}",
-        f"{load.rate:.1f}",
-        f"{load.latency_ms.p50:.0f}",
-        f"{load.latency_ms.p99:.0f}",
-        str(load.results),
+        *(untrusted_text(value(record)) for value in texts.values()),
+        state,
+        *(value(record) for value in numbers.values()),
     ]
 
 
 def _make_table(
-    place: Sequence[str], texts: Sequence[str], numbers: Sequence[str], headings: bool, column_gap: int
+    place: Sequence[str], texts: Sequence[str], numbers: Iterable[str], headings: bool, column_gap: int
 ) -> Table:
     table = Table(box=None, padding=(0, column_gap, 0, 0), pad_edge=False, header_style="dim")
     for column in texts if headings else (*place, *texts):

@@ -166,7 +166,7 @@ def test_node_without_a_broker_has_no_other_metrics() -> None:
 def test_documentation_lists_all_series() -> None:
     load: dict[str, Any] = {"dropped": {"a": 1}, "retries": {"a": 1}, "failed": {"a": 1}}
     table = apply_records(PresenceTable(), worker_record(), source_record("cam", **load))
-    names = {name for name, _ in presence_series(table)} | {metric.name for metric in POINT_METRICS}
+    names = {name for name, _ in presence_series(table)} | set(POINT_METRICS)
     text = (ROOT / "docs" / "operations.md").read_text()
     section = text.partition("## Watching it from outside")[2].partition("\n## ")[0]
     assert set(re.findall(r"`(sparse_\w+)`", section)) == names

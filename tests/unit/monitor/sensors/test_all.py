@@ -10,7 +10,7 @@ import pytest
 from brokers.telemetry.schema import ProcessStarted, ProcessStopped
 from monitor.points.points import TelemetryPoint
 from monitor.sensors.all import NodeSensors, Sampler, default_sensors
-from monitor.sensors.base import UnavailableSensors
+from monitor.sensors.base import Sensor
 from monitor.sensors.nvml import GpuSensor
 from monitor.sensors.processes import ProcessSensor
 from tests.support.monitor.cgroup_folders import GIB, write_cgroup_v2, write_proc_self_cgroup
@@ -18,20 +18,18 @@ from tests.support.monitor.points import assert_matches_schema, missing_reasons,
 from tests.support.monitor.recorded_nvml import RecordedNvml
 
 
-class FailingSensor:
+class FailingSensor(Sensor):
     """A sensor with a bug."""
 
     name = "failing"
 
     def __init__(self) -> None:
+        super().__init__()
         self.call_count = 0
 
     def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
         self.call_count += 1
         raise ZeroDivisionError("float division by zero")
-
-    def close(self) -> None:
-        """There is nothing to release."""
 
 
 def test_this_machine_is_sampled_and_missing_values_are_reported_once() -> None:
@@ -95,8 +93,8 @@ def test_failing_sensor_is_reported_once_and_others_are_sampled(caplog: pytest.L
 
 
 def test_number_of_reports_is_bounded() -> None:
-    missing = UnavailableSensors()
-    points = [point for number in range(1000) for point in missing.report_once(1, "gpu", f"reason {number}")]
+    sensor = FailingSensor()
+    points = [point for number in range(1000) for point in sensor.report_missing(1, "", f"reason {number}")]
     assert len(points) < 1000
 
 
