@@ -23,28 +23,20 @@ def load_nvml() -> Any:
     return importlib.import_module("pynvml")
 
 
-def _use(nvml: Any, handle: Any) -> dict[str, FieldValue]:
-    return {"use": nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100}
-
-
 def _memory(nvml: Any, handle: Any) -> dict[str, FieldValue]:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     return {"memory_used_bytes": memory.used, "memory_total_bytes": memory.total}
 
 
-def _temperature(nvml: Any, handle: Any) -> dict[str, FieldValue]:
-    return {"temperature_c": float(nvml.nvmlDeviceGetTemperature(handle, _CHIP_TEMPERATURE))}
-
-
-def _power(nvml: Any, handle: Any) -> dict[str, FieldValue]:
-    return {"power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000}
-
-
-def _energy_mj(nvml: Any, handle: Any) -> int:
-    return int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
-
-
-_QUERIES = {"use": _use, "memory": _memory, "temperature_c": _temperature, "power_w": _power}
+# The fields of each query, by its name in reports of missing values.
+_QUERIES: dict[str, Callable[[Any, Any], dict[str, FieldValue]]] = {
+    "use": lambda nvml, handle: {"use": nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100},
+    "memory": _memory,
+    "temperature_c": lambda nvml, handle: {
+        "temperature_c": float(nvml.nvmlDeviceGetTemperature(handle, _CHIP_TEMPERATURE))
+    },
+    "power_w": lambda nvml, handle: {"power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000},
+}
 
 
 class _GpuLostError(Exception):
@@ -78,7 +70,8 @@ class _Gpu:
 
     def _energy_j(self, power_w: float | None, now_s: float) -> float | None:
         """The GPU's own energy counter; where that is unknown, power integrated over time."""
-        counted_mj = self._counter.increase(self._query("energy_j", _energy_mj))
+        energy_mj = self._query("energy_j", lambda nvml, handle: int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)))
+        counted_mj = self._counter.increase(energy_mj)
         integrated_j = self._integrator.increase_j(power_w, now_s)
         if power_w is not None:
             self.reasons.pop("energy_j", None)

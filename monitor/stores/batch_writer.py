@@ -34,7 +34,6 @@ class BatchWriter(Generic[T]):
 
     def __init__(self, store: Sink[T], name: str, queue_limit: int = QUEUE_LIMIT) -> None:
         self.name = name
-        self.written = 0
         self._store = store
         self._queue_limit = queue_limit
         self._queue: deque[T] = deque()
@@ -115,7 +114,6 @@ class BatchWriter(Generic[T]):
                 log.exception("%s cannot store %d points: dropped", self.name, len(batch))
                 self._dropped += len(batch)
             else:
-                self.written += len(batch)
                 self._problem = ""
             with self._mutex:
                 for _ in batch:

@@ -6,6 +6,7 @@ import re
 
 from brokers.telemetry import client as event_client
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
+from monitor.stores import batch_writer
 from monitor.stores.influx import config as influx_target
 from monitor.stores.influx.config import InfluxTarget
 from monitor.stores.influx.spool import SPOOL_LIMIT_BYTES
@@ -42,7 +43,7 @@ def test_the_numbers_are_those_of_the_code() -> None:
     waits = InfluxTimings()
     assert f"at most {DATAGRAM_LIMIT_BYTES}\nbytes" in TEXT
     assert f"one file for each second or each {_BATCH_POINTS} points" in TEXT
-    assert waits.flush_interval_s == 1.0
+    assert batch_writer._INTERVAL_S == 1.0
     assert f"The spool is bounded: {SPOOL_LIMIT_BYTES >> 20} MiB" in TEXT
     assert f"after {waits.initial_backoff_s:g} s, 1 s, 2 s, up to {waits.max_backoff_s:g} s" in TEXT
     assert waits.misconfigured_retry_s == 60.0

@@ -28,7 +28,6 @@ _GZIP_LEVEL = 1  # higher levels save a tenth of the bytes and take three times 
 class InfluxTimings:
     """Waiting times, in seconds."""
 
-    flush_interval_s: float = 1.0  # the longest time a point is in memory only: what a killed monitor loses
     initial_backoff_s: float = 0.5
     max_backoff_s: float = 30.0
     misconfigured_retry_s: float = 60.0  # the user has to correct something first
@@ -36,11 +35,11 @@ class InfluxTimings:
 
 
 class InfluxStore:
-    """A store that never waits for the network; batches wait as files in `folder`.
+    """A store that never waits for the network: each write becomes files in `folder`, which a thread sends.
 
     While the server is down, or refuses the token or bucket, nothing is lost until `limit_bytes` of points wait; then
     the oldest are dropped and counted. Raises `BadStore` for a folder that cannot be written. Used by one thread at a
-    time beside its own.
+    time beside its own; a `BatchWriter` makes writes large enough.
     """
 
     def __init__(
@@ -56,9 +55,6 @@ class InfluxStore:
         self._spool = Spool(folder, limit_bytes)
         self._client = InfluxClient(target)
         self._encoder = LineEncoder()
-        self._mutex = threading.Lock()  # guards the next three
-        self._lines: list[str] = []  # not yet spooled
-        self._oldest_line_s = 0.0
         self._unspooled = 0  # points lost because the disk did not accept them
         self._problem = ""  # the last failure that was logged; empty while batches are accepted
         self._wake = threading.Event()
@@ -70,8 +66,7 @@ class InfluxStore:
     @property
     def waiting(self) -> int:
         """Points that the server has not accepted yet."""
-        with self._mutex:  # otherwise points on their way from memory to the spool could be missed
-            return self._spool.point_count + len(self._lines)
+        return self._spool.point_count
 
     @property
     def dropped(self) -> int:
@@ -91,55 +86,39 @@ class InfluxStore:
             client.close()
 
     def write(self, items: Sequence[TelemetryPoint]) -> None:
-        """Accept points; those without any value are left out. Raises `BadStore` after `close`."""
+        """Spool points; those without any value are left out. Raises `BadStore` after `close`."""
         if self._closing.is_set():
             raise BadStore(str(self.target), "the store is closed")
-        with self._mutex:
-            if not self._lines:
-                self._oldest_line_s = time.monotonic()
-            self._lines += self._encoder.encode(items)
-            full = len(self._lines) >= _BATCH_POINTS
-        self._flush(force=full)
+        lines = self._encoder.encode(items)
+        for begin in range(0, len(lines), _BATCH_POINTS):
+            batch = lines[begin : begin + _BATCH_POINTS]
+            try:
+                self._spool.put(gzip.compress("\n".join([*batch, ""]).encode(), _GZIP_LEVEL), len(batch))
+            except OSError as error:
+                self._unspooled += len(batch)
+                reason = error.strerror or str(error)
+                self._warn_on_change(f"points are lost: cannot write to {self._spool.folder}: {reason}")
+        self._wake.set()
 
     def close(self) -> None:
         """Send what can be sent within `close_timeout_s`; the rest stays in the spool. May be called twice."""
         if not self._closing.is_set():
-            self._flush(force=True)
             self._deadline_s = time.monotonic() + self._timings.close_timeout_s
             self._closing.set()
             self._wake.set()
         # A request that hangs ends by its own timeout, and the thread with it.
         self._thread.join(self._timings.close_timeout_s + 1.0)
 
-    # Memory to spool ----------------------------------------------------------------------------------------------
-
-    def _flush(self, *, force: bool = False) -> None:
-        with self._mutex:
-            due = force or time.monotonic() - self._oldest_line_s >= self._timings.flush_interval_s
-            while self._lines and due:
-                batch = self._lines[:_BATCH_POINTS]
-                self._lines = self._lines[_BATCH_POINTS:]
-                try:
-                    self._spool.put(gzip.compress("\n".join([*batch, ""]).encode(), _GZIP_LEVEL), len(batch))
-                except OSError as error:
-                    self._unspooled += len(batch)
-                    reason = error.strerror or str(error)
-                    self._warn_on_change(f"points are lost: cannot write to {self._spool.folder}: {reason}")
-                self._wake.set()
-
-    # Spool to server ----------------------------------------------------------------------------------------------
-
     def _run(self) -> None:
         backoff = Backoff(self._timings.initial_backoff_s, self._timings.max_backoff_s)
         try:
             while time.monotonic() < self._deadline_s:
-                self._flush()
+                self._wake.clear()
                 taken = self._spool.take()
                 if taken is None:
                     if self._closing.is_set():
                         return
-                    self._wake.wait(self._timings.flush_interval_s)
-                    self._wake.clear()
+                    self._wake.wait()
                     continue
                 failure = self._send(*taken)
                 if failure is None:
@@ -147,20 +126,12 @@ class InfluxStore:
                 elif self._closing.is_set():
                     return
                 elif failure is InfluxErrorKind.MISCONFIGURED:
-                    self._pause(self._timings.misconfigured_retry_s)
+                    self._closing.wait(self._timings.misconfigured_retry_s)
                 else:
-                    self._pause(backoff.next_s())
+                    self._closing.wait(backoff.next_s())
         finally:
             self._client.close()
             self._spool.close()
-
-    def _pause(self, seconds: float) -> None:
-        """Wait, with memory flushed to the spool meanwhile; `close` ends the wait."""
-        end_s = time.monotonic() + seconds
-        while (remaining_s := end_s - time.monotonic()) > 0:
-            if self._closing.wait(min(remaining_s, self._timings.flush_interval_s)):
-                return
-            self._flush()
 
     def _send(self, batch: SpooledBatch, data: bytes) -> InfluxErrorKind | None:
         """Send a batch; the kind of failure if it must be sent again, None if it is done with."""

@@ -16,13 +16,12 @@ from monitor.points.schema import MEASUREMENTS, Measurement
 from monitor.stores.base import StoreReader
 from monitor.stores.influx.http import sanitize_tag, sanitize_text
 from monitor.stores.influx.reader import InfluxReader
-from monitor.stores.influx.store import InfluxStore, InfluxTimings
+from monitor.stores.influx.store import InfluxStore
 from monitor.stores.sqlite import SqliteReader, SqliteStore
 from tests.support.monitor.influx_servers import BUCKET, InfluxServer, start_influx
 from tests.support.pipelines.processes import eventually
 
 NOW_NS = time.time_ns() // 1_000_000_000 * 1_000_000_000
-SHORT_TIMINGS = InfluxTimings(flush_interval_s=0.02)
 AWKWARD = [
     "a b",
     "a,b",
@@ -61,7 +60,7 @@ def write_all(request: pytest.FixtureRequest, tmp_path: Path) -> WriteAll:
         server: InfluxServer = request.getfixturevalue("server")
         server.query(f'DROP DATABASE "{BUCKET}"')
         server.query(f'CREATE DATABASE "{BUCKET}"')
-        store = InfluxStore(server.target, tmp_path / "spool", timings=SHORT_TIMINGS)
+        store = InfluxStore(server.target, tmp_path / "spool")
         store.write(points)
         eventually("all points to be accepted", lambda: not store.waiting)
         store.close()
