@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,20 +60,13 @@ class BenchCase:
                 table.pop(last, None)
             else:
                 table[last] = deepcopy(value)
-        for table, key in _path_entries(tables):
+        entries = [(tables.get(table, {}), key) for table, key in _PATH_KEYS]
+        entries += [(link, "password_file") for site in tables.get("site", ()) for link in site.get("links", ())]
+        for table, key in entries:
             value = table.get(key)
             if isinstance(value, str) and (path := self.pipeline.folder / value).exists():  # else a registered name
                 table[key] = str(path.absolute())
         return tomli_w.dumps(tables)
-
-
-def _path_entries(tables: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The tables and keys that may hold a path."""
-    for table, key in _PATH_KEYS:
-        if table in tables:
-            yield tables[table], key
-    for site in tables.get("site", ()):
-        yield from ((link, "password_file") for link in site.get("links", ()))
 
 
 def case_from_suite(suite: Suite, requests: int | None, warm_up: int) -> BenchCase:

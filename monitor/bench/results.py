@@ -65,34 +65,34 @@ def spreads_by_case(results: Sequence[RunResult]) -> dict[str, dict[str, MedianR
 
 def results_to_json(results: Sequence[RunResult]) -> dict[str, Any]:
     """The content of results.json."""
-    suites = {}
+    suites: dict[str, Any] = {}
     for case, spreads in spreads_by_case(results).items():
-        runs = [result for result in results if result.case == case]
-        succeeded = [result.metrics for result in runs if result.metrics]
+        metrics = [result.metrics for result in results if result.case == case]
+        succeeded = [each for each in metrics if each]
         suites[case] = {
-            "runs": len(runs),
-            "failed_runs": len(runs) - len(succeeded),
+            "runs": len(metrics),
+            "failed_runs": len(metrics) - len(succeeded),
             "kind": succeeded[0].kind if succeeded else None,
             "metrics": {
                 name: {"median": spread.median, "min": spread.minimum, "max": spread.maximum}
                 for name, spread in spreads.items()
             },
         }
-    return {"suites": suites, "runs": {result.name: _run_to_json(result) for result in results}}
-
-
-def _run_to_json(result: RunResult) -> dict[str, Any]:
-    metrics = result.metrics
-    if metrics is None:
-        return {"suite": result.case, "error": result.error}
-    return {
-        "suite": result.case,
-        "kind": metrics.kind,
-        "warm_up": metrics.warm_up,
-        **flatten_metrics(metrics),
-        "energy_j": None if metrics.energy_j is None else sum(metrics.energy_j.values()),
-        "energy_missing": metrics.energy_missing_reason or None,
-    }
+    runs: dict[str, Any] = {}
+    for result in results:
+        if result.metrics is None:
+            runs[result.name] = {"suite": result.case, "error": result.error}
+            continue
+        energy_j = result.metrics.energy_j
+        runs[result.name] = {
+            "suite": result.case,
+            "kind": result.metrics.kind,
+            "warm_up": result.metrics.warm_up,
+            **flatten_metrics(result.metrics),
+            "energy_j": None if energy_j is None else sum(energy_j.values()),
+            "energy_missing": result.metrics.energy_missing_reason or None,
+        }
+    return {"suites": suites, "runs": runs}
 
 
 def results_to_csv(results: Sequence[RunResult], sweep_points: Mapping[str, Mapping[str, Any]] | None = None) -> str:

@@ -17,8 +17,7 @@ from brokers.process.files import new_run_folder
 from brokers.process.shutdown import EXIT_INTERRUPTED
 from monitor.bench.case import BenchCase, case_from_suite
 from monitor.bench.results import results_to_json
-from monitor.bench.run import BenchPlan
-from monitor.bench.runner import BenchRunner
+from monitor.bench.runner import BenchPlan, BenchRunner
 from monitor.bench.suite import find_suites, packaged_suites
 from monitor.bench.table import LEGEND, comparison_table
 

@@ -14,8 +14,7 @@ from rich.console import Console
 
 from brokers.errors import UsageError
 from brokers.process.files import new_run_folder
-from monitor.bench.run import BenchPlan
-from monitor.bench.runner import BenchRunner
+from monitor.bench.runner import BenchPlan, BenchRunner
 from monitor.bench.suite import find_suites
 from monitor.bench.sweep import batch_cases, check_cuttable, cut_cases, find_best
 from monitor.commands.bench import (

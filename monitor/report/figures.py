@@ -13,7 +13,7 @@ from monitor.report.timeseries import bin_width_s
 # A distribution has a logarithmic axis if its maximum is more than this many times its median.
 _WIDE_RANGE = 20.0
 # All figures that a report may have, so that a new report can remove those of an old one in its folder.
-FIGURE_NAMES = (
+FIGURE_NAMES = [
     "completion",
     "where",
     "latency",
@@ -27,7 +27,7 @@ FIGURE_NAMES = (
     "sweep",
     "learning-step",
     "learning-time",
-)
+]
 
 
 def build_figures(runs: Sequence[ReportRun]) -> tuple[list[ReportFigure], list[ReportFigure]]:

@@ -13,7 +13,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from monitor.bench.manifest import Manifest
 from monitor.report.plot_style import BACKGROUND, FOREGROUND, GRIDLINE, IDLE_FILL, LINE_STYLES, MUTED
 from monitor.report.run import ReportRun
 from monitor.report.summary import SummaryColumn, SummaryRow
@@ -45,31 +44,6 @@ class PageContent:
     skipped: Sequence[str]
     created_at: str
 
-    @property
-    def pipelines(self) -> list[str]:
-        return list(dict.fromkeys(name for run in self.runs for name in run.pipelines))
-
-    @property
-    def manifests(self) -> list[Manifest]:
-        """The manifest of each benchmark once."""
-        return list({id(run.manifest): run.manifest for run in self.runs if run.manifest is not None}.values())
-
-    @property
-    def runs_without_manifest(self) -> dict[str, str]:
-        """The pipelines and nodes of each run that is part of no benchmark."""
-        return {
-            run.name: f"pipeline {', '.join(run.pipelines) or 'unknown'}; node {', '.join(run.nodes) or 'unknown'}"
-            for run in self.runs
-            if run.manifest is None
-        }
-
-    @property
-    def omitted_by_reason(self) -> dict[str, list[str]]:
-        titles: dict[str, list[str]] = {}
-        for figure in self.omitted:
-            titles.setdefault(figure.missing_reason, []).append(figure.title)
-        return titles
-
 
 def render_page(content: PageContent) -> str:
     """The HTML of the page. All texts are escaped: the names of runs and pipelines come from other machines."""
@@ -78,7 +52,20 @@ def render_page(content: PageContent) -> str:
         hidden = len(labels) - _MAX_TITLE_LABELS + 1
         labels = [*labels[: _MAX_TITLE_LABELS - 1], f"{hidden} more"]
     title = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
-    return _template().render(content=content, title=title, generator=GENERATOR, max_rows=_MAX_ROWS)
+    manifests = {id(run.manifest): run.manifest for run in content.runs if run.manifest is not None}  # each once
+    single_runs = {
+        run.name: f"pipeline {', '.join(run.pipelines) or 'unknown'}; node {', '.join(run.nodes) or 'unknown'}"
+        for run in content.runs
+        if run.manifest is None
+    }
+    return _template().render(
+        content=content,
+        title=title,
+        manifests=list(manifests.values()),
+        single_runs=single_runs,
+        generator=GENERATOR,
+        max_rows=_MAX_ROWS,
+    )
 
 
 @cache

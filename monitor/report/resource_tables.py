@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import median
 
 from monitor.analysis.counter_series import CounterSeries
 from monitor.analysis.measurement_window import number_or_zero
@@ -21,7 +20,7 @@ from monitor.report.timeseries import (
     binned_rates,
     counter_series,
 )
-from monitor.report.workload_tables import distribution_rows
+from monitor.report.workload_tables import bar_rows, distribution_rows
 from monitor.sensors.counters import is_additive
 
 _KILO, _MEGA = 1e3, 1e6
@@ -193,23 +192,13 @@ def _per_sample(
     parts_of: Callable[[ReportRun], Mapping[str, float]],
     first_parts: Sequence[str] = (),
 ) -> DataTable:
-    """One bar per group of runs: the median of each part, in the same order in every bar, and of the runs' sums."""
-    groups = {
-        label: [parts for run in repeats if (parts := parts_of(run))] for label, repeats in group_runs(runs).items()
-    }
-    order = sorted(
-        _keys(parts for group in groups.values() for parts in group), key=lambda part: _index(part, first_parts)
-    )
+    """One bar per group of runs, with the parts in the same order in every bar."""
+    groups = {label: [parts_of(run) for run in repeats] for label, repeats in group_runs(runs).items()}
+    names = _keys(parts for group in groups.values() for parts in group)
+    order = [(name,) for name in sorted(names, key=lambda name: _index(name, first_parts))]
     rows: list[Row] = []
     for label, group in groups.items():
-        rows += [
-            (label, part, median(parts.get(part, 0.0) for parts in group), None, None)
-            for part in order
-            if any(part in parts for parts in group)
-        ]
-        if group:
-            total = MedianRange.from_values([sum(parts.values()) for parts in group])
-            rows.append((label, TOTAL, total.median, *total.bounds))
+        rows += bar_rows((label,), [{(name,): parts[name] for name in parts} for parts in group], (TOTAL,), order)
     return DataTable(("run", "part", f"{unit}_per_sample", "low", "high"), tuple(rows))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Literal
 
 from brokers.protocol.stage_timing import STAGE_DURATIONS
@@ -86,60 +87,71 @@ def request_time_table(runs: Sequence[ReportRun]) -> DataTable:
     """Mean milliseconds of a request in each part of each stage, in their order, and in the network."""
     rows: list[Row] = []
     for label, repeats in group_runs(runs).items():
-        times = [time for run in repeats if (time := _request_times(run))]
-        for stage, part in dict.fromkeys(key for time in times for key in time):
-            middle = MedianRange.from_values([time.get((stage, part), 0.0) for time in times]).median
-            rows.append((label, stage, part, middle, None, None))
-        if times:
-            total = MedianRange.from_values([sum(time.values()) for time in times])
-            rows.append((label, "", TOTAL, total.median, *total.bounds))
+        rows += bar_rows((label,), [_request_times(run) for run in repeats], ("", TOTAL))
     return DataTable(("run", "stage", "part", "ms", "low", "high"), tuple(rows))
 
 
-def _request_times(run: ReportRun) -> dict[tuple[str, str], float]:
+def bar_rows(
+    bar: tuple[str, ...],
+    repeats: Sequence[Mapping[tuple[str, ...], float]],
+    total: tuple[str, ...],
+    parts: Sequence[tuple[str, ...]] | None = None,
+) -> list[Row]:
+    """The rows of a stacked bar: the median of each part over the repeats, and the median and range of their sums.
+
+    `bar`, the keys of the parts and `total` are the first cells of the rows; `parts` gives the order of the parts.
+    Repeats without parts are not counted.
+    """
+    measured = [repeat for repeat in repeats if repeat]
+    if not measured:
+        return []
+    keys = dict.fromkeys(key for repeat in measured for key in repeat)
+    rows: list[Row] = [
+        (*bar, *key, median(repeat.get(key, 0.0) for repeat in measured), None, None)
+        for key in (keys if parts is None else parts)
+        if key in keys
+    ]
+    spread = MedianRange.from_values([sum(repeat.values()) for repeat in measured])
+    return [*rows, (*bar, *total, spread.median, *spread.bounds)]
+
+
+def _request_times(run: ReportRun) -> dict[tuple[str, ...], float]:
     """The mean times by stage and part; the network has no stage."""
     stages, network_ms = run.metrics.stages, run.metrics.network_ms
     if not stages or network_ms is None:
         return {}
-    times = {
-        (stage, name.removesuffix("_ms")): getattr(time, name)
-        for stage, time in stages.items()
-        for name in STAGE_DURATIONS
-    }
+    times: dict[tuple[str, ...], float] = {}
+    for stage, time in stages.items():
+        times |= {(stage, name.removesuffix("_ms")): getattr(time, name) for name in STAGE_DURATIONS}
     return {**times, ("", NETWORK): network_ms}
 
 
 def step_time_table(runs: Sequence[ReportRun]) -> DataTable:
     """Mean milliseconds of a training step that the workers of a stage compute in each phase, and that they are idle."""
     rows: list[Row] = []
+    phases = [(phase,) for phase in (*TRAINING_PHASES, IDLE)]
     for label, repeats in group_runs(runs).items():
         times = [_step_times(run) for run in repeats]
         for stage in dict.fromkeys(stage for time in times for stage in time):
-            bar = f"{label}: {stage}"
-            for phase in (*TRAINING_PHASES, IDLE):
-                values = [time.get(stage, {}).get(phase, 0.0) for time in times]
-                rows.append((bar, phase, MedianRange.from_values(values).median, None, None))
-            total = MedianRange.from_values([sum(time.get(stage, {}).values()) for time in times])
-            rows.append((bar, TOTAL, total.median, *total.bounds))
+            rows += bar_rows((f"{label}: {stage}",), [time.get(stage, {}) for time in times], (TOTAL,), phases)
     return DataTable(("stage", "part", "ms", "low", "high"), tuple(rows))
 
 
-def _step_times(run: ReportRun) -> dict[str, dict[str, float]]:
+def _step_times(run: ReportRun) -> dict[str, dict[tuple[str, ...], float]]:
     """By stage and phase, the mean time per step and worker."""
     window = run.window
-    totals_ms: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    totals_ms: dict[str, dict[tuple[str, ...], float]] = defaultdict(lambda: defaultdict(float))
     workers: dict[str, set[str]] = defaultdict(set)
     for batch in run.points.get("batch", ()):
         if window.begin_ns < batch.time_ns <= window.end_ns and batch.tags.get("phase") in TRAINING_PHASES:
             stage = batch.tags.get("stage", "")
-            totals_ms[stage][batch.tags["phase"]] += number_or_zero(batch, "busy_ms")
+            totals_ms[stage][batch.tags["phase"],] += number_or_zero(batch, "busy_ms")
             workers[stage].add(batch.tags.get("worker", ""))
-    step_ms = run.metrics.latency_ms["mean"]
-    times: dict[str, dict[str, float]] = {}
+    times: dict[str, dict[tuple[str, ...], float]] = {}
     for stage, phases in totals_ms.items():
         step_count = len(window.succeeded) * len(workers[stage])
         busy = {phase: total / step_count for phase, total in phases.items()}
-        times[stage] = {**busy, IDLE: max(0.0, step_ms - sum(busy.values()))}
+        times[stage] = {**busy, (IDLE,): max(0.0, run.metrics.latency_ms["mean"] - sum(busy.values()))}
     return times
 
 
