@@ -94,7 +94,7 @@ def _rate(measurement: str, group_by: tuple[str, ...], **columns: str) -> Query:
 
 
 def _increase(counter: str) -> str:
-    """The increase of a counter; a reset, when a process restarts, is none."""
+    """The increase of a counter; 0 when a process has restarted."""
     return f'non_negative_difference(max("{counter}"))'
 
 

@@ -46,7 +46,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_revision(file: Path = _THIS_FILE) -> dict[str, Any] | None:
-    """The commit of the checkout that tracks `file`, and whether it has uncommitted changes; None without a checkout."""
+    """The commit of the checkout that tracks `file`, and whether it has uncommitted changes; None without one."""
     git = ("git", "-C", str(file.parent))
     if _output(*git, "ls-files", "--error-unmatch", file.name) is None:
         return None

@@ -1,7 +1,7 @@
 """The results of a benchmark as JSON and CSV: the metrics of each run, and their spread over the runs of each case.
 
-Metrics have flat names with units, such as `latency_ms.p50`, `stages.head.compute_ms` or `links.device - cloud.bytes_out`:
-the keys of results.json and the columns of results.csv.
+Metrics have flat names with units, such as `latency_ms.p50`, `stages.head.compute_ms` or
+`links.device - cloud.bytes_out`: the keys of results.json and the columns of results.csv.
 """
 
 from __future__ import annotations

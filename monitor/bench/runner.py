@@ -68,7 +68,7 @@ class BenchRunner:
         Raises `UsageError` ("BadFolder") for a folder that cannot be written or is not empty.
         """
         self._prepare_folder()
-        # Each run has a monitor and a name of its own, instead of those of the node.
+        # Each run has its own monitor and name, instead of those of the node.
         for variable in (SOCKET_VARIABLE, RUN_VARIABLE):
             os.environ.pop(variable, None)
         asyncio.run(self._run_all())

@@ -67,7 +67,7 @@ def check_cuttable(suite: Suite) -> None:
     stages = suite.pipeline.stage
     executors = sum(stage.executor is not None for stage in stages)
     if len(stages) != 2 or executors:
-        actual = f"{len(stages)}{f', {executors} of them with an executor of its own' if executors else ''}"
+        actual = f"{len(stages)}{f', {executors} of them with an executor' if executors else ''}"
         raise UsageError(
             "BadSweep", f"{suite.path}: a sweep of cuts needs a pipeline of one network in two stages, it has {actual}"
         )

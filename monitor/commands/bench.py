@@ -54,7 +54,7 @@ def command(
 ) -> int:
     """Measure and compare suites: deployments of one network.
 
-    Each run is a `sparse run` with its telemetry.sqlite in a folder of its own; the suites take turns. Beside the runs
+    Each run is a `sparse run` with its telemetry.sqlite in a separate folder; the suites take turns. Beside the runs
     are manifest.json (what was run, on which machine), results.json and results.csv; `sparse report FOLDER` plots them.
 
     Example: sparse bench detect-cloud detect-server --requests 100
@@ -78,7 +78,7 @@ def command(
 
 
 def print_results(bench: BenchRunner, label: str, json: bool, further: Mapping[str, Any] | None = None) -> int:
-    """Print the results, as JSON with the keys of `further`; returns the exit status. `label` names what is compared."""
+    """Print the results, or as JSON with the keys of `further`; returns the exit status."""
     results = bench.results
     if json:
         print(jsonlib.dumps({"folder": str(bench.folder), **results_to_json(results), **(further or {})}))  # noqa: T201 - the command's output

@@ -43,10 +43,10 @@ class RestartLimit:
 
 @dataclass(eq=False)
 class ChildProcess:
-    """One `sparse` subcommand in a process of its own, with its log in a file.
+    """One `sparse` subcommand in a separate process, with its log in a file.
 
-    It runs in its own session, so that a Ctrl-C in the terminal reaches only this process, which stops the children in
-    order. It exits by itself when the pipe to its standard input closes: also when this process is killed.
+    It has its own session, so that a Ctrl-C in the terminal reaches only us, who stop the children in order. It exits
+    when the pipe to its standard input closes, so also when we are killed.
     """
 
     name: str

@@ -107,12 +107,8 @@ class PipelineRun:
         status: int = EXIT_INTERRUPTED
         summary = None
         try:
-            self.monitor.start()
-            for worker in self._workers:
-                worker.start()
             with self._view:
-                await self._subscribe(transport)
-                await self._wait_for_workers()
+                await self._start(transport)
                 if not self._shutdown.is_set():
                     status, summary = await self._run_source()
         finally:
@@ -121,6 +117,14 @@ class PipelineRun:
         if self._shutdown.is_set():  # a service that is told to stop has not failed
             status = EXIT_INTERRUPTED if self._shutdown.interrupted else 0
         return status, summary
+
+    async def _start(self, transport: MqttTransport) -> None:
+        """Start the monitor and the workers, and wait until every stage has one, or for a shutdown."""
+        self.monitor.start()
+        for worker in self._workers:
+            worker.start()
+        await self._subscribe(transport)
+        await self._wait_for_workers()
 
     def _stop(self) -> None:
         """Stop the processes in the direction of the data, and last the monitor, which stores what they report."""
@@ -146,7 +150,7 @@ class PipelineRun:
         await transport.subscribe(results_topic(self._pipeline.source.site), on_result, qos=1)
 
     async def _wait_for_workers(self) -> None:
-        """Return when every stage has a worker, or at a shutdown. Raises `SparseError` when a worker exits."""
+        """Raises `SparseError` when a worker exits."""
         stages = {stage.name for stage in self._pipeline.stage}
         while not stages <= self._presence.stages_up() and not self._shutdown.is_set():
             exited = [worker for worker in self._workers if worker.exit_status is not None]
@@ -215,7 +219,7 @@ class PipelineRun:
 
 
 def create_live_view(pipeline: Pipeline, broker: str) -> tuple[PresenceTable, LiveView]:
-    """The statistics of a pipeline, by its kind, and the live view of them; `broker` is the view's name for the broker."""
+    """The statistics of a pipeline, by its kind, and their live view, which describes its brokers as `broker`."""
     if pipeline.is_training:
         training = TrainingStats(pipeline.name)
         return training, TrainingView(pipeline, broker, training)

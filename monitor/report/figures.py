@@ -102,7 +102,7 @@ def _stage_order(runs: Sequence[ReportRun]) -> str:
 def _step_time(runs: Sequence[ReportRun]) -> Iterable[ReportFigure]:
     caption = (
         "The mean time of a training step that the workers of each stage compute, by phase; the rest of the step they "
-        "are idle. Stages compute at the same time, so each has a bar of its own."
+        "are idle. Stages compute at the same time, so each has a separate bar."
     )
     table = workload_tables.step_time_table(runs)
     plot = StackedBars("ms", "ms per step", bar="stage")

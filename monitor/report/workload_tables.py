@@ -127,7 +127,7 @@ def _request_times(run: ReportRun) -> dict[tuple[str, ...], float]:
 
 
 def step_time_table(runs: Sequence[ReportRun]) -> DataTable:
-    """Mean milliseconds of a training step that the workers of a stage compute in each phase, and that they are idle."""
+    """Mean milliseconds of a training step that the workers of a stage spend in each phase, and idle."""
     rows: list[Row] = []
     phases = [(phase,) for phase in (*TRAINING_PHASES, IDLE)]
     for label, repeats in group_runs(runs).items():
