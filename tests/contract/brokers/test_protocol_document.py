@@ -195,7 +195,7 @@ def test_required_property_cannot_be_left_out(message: Task | TaskDone | StepMes
 def test_traceparent() -> None:
     text = dict(encode(dataclasses.replace(TASK, trace=TRACE)).properties.user_properties)["traceparent"]
     assert re.fullmatch("00-[0-9a-f]{32}-[0-9a-f]{16}-01", text)
-    assert f"{len(text)} characters in all" in section("Traces")
+    assert f"{len(text)} characters in all" in " ".join(section("Traces").split())
     assert text.split("-")[1] == TASK.request_id.hex()  # a source's trace id is the request id
     broken = (text.upper(), f"00-{'0' * 32}-{'1' * 16}-01", text + "-", text[:-1], "ff" + text[2:])
     assert [parse_traceparent(each) for each in broken] == [None] * len(broken)
@@ -207,7 +207,7 @@ def test_kinds() -> None:
 
 
 def test_content_types() -> None:
-    [form] = [row[3] for row in tables("Properties")[0] if row[0] == "Content Type"]
+    [form] = re.findall(r"^\* \*\*Content Type\*\* (.*?)^\* ", section("Properties"), re.MULTILINE | re.DOTALL)
     constants = {"SAFETENSORS", "JPEG", "PNG", "JSON"}
     assert {name for name in code_spans(form) if "/" in name} == {
         *(getattr(brokers.protocol.messages, name) for name in constants),
@@ -255,8 +255,9 @@ def test_source_record_fields() -> None:
 
 
 def test_conflict_watch_time() -> None:
-    assert f"for {CONFLICT_WATCH_S:g} s\nmore" in section("Two that join at once")
-    assert f"its `up_s` is {CONFLICT_WATCH_S:g} or more" in section("Two that join at once")
+    text = " ".join(section("Conflicting workers").split())
+    assert f"watches the records of its stage for {CONFLICT_WATCH_S:g} s more" in text
+    assert f"its `up_s` is {CONFLICT_WATCH_S:g} or more" in text
 
 
 def test_failure_fields() -> None:
@@ -318,25 +319,25 @@ LIMITS = {
     "safetensors header": safetensors_codec.HEADER_LIMIT_BYTES,
     "dimensions of a tensor": 32,
     "chunk, as sent": chunking.CHUNK_BYTES,
-    "head of a PUBLISH beside its chunk": channel.HEADER_RESERVE_BYTES,
-    "head of a chunk, as received": channel.CHUNK_HEADER_LIMIT_BYTES,
+    "reserve for the header of a PUBLISH, as sent": channel.HEADER_RESERVE_BYTES,
+    "header of a chunk, as received": channel.CHUNK_HEADER_LIMIT_BYTES,
     "message": chunking.MESSAGE_LIMIT_BYTES,
     "unfinished messages of a receiver, together": chunking.TOTAL_LIMIT_BYTES,
     "unfinished messages of a receiver": chunking.MESSAGE_COUNT_LIMIT,
-    "patience with a message whose chunks do not come": chunking.CHUNK_TIMEOUT_S,
-    "a word from a worker about a request": worker_pool.LEASE_S,
-    "a record of a worker": worker_registry.PRESENCE_TIMEOUT_S,
-    "a record, of a worker or a source": presence.RECORD_LIMIT_BYTES,
+    "timeout of an unfinished message": chunking.CHUNK_TIMEOUT_S,
+    "lease of a request": worker_pool.LEASE_S,
+    "presence timeout": worker_registry.PRESENCE_TIMEOUT_S,
+    "presence record": presence.RECORD_LIMIT_BYTES,
     "reasons in an object of counts": presence.REASON_LIMIT,
     "Response Topic": brokers.protocol.messages._TOPIC_BYTES,
     "levels of a Response Topic": brokers.protocol.messages._TOPIC_LEVELS,
-    "room at the next stage": result_sender.CREDIT_TIMEOUT_S,
+    "wait for credit at the next stage": result_sender.CREDIT_TIMEOUT_S,
     "deadline": brokers.protocol.messages.DEADLINE_LIMIT_MS,
-    "attempts that fail before the owner gives up": pending_request.RETRY_LIMIT,
+    "failures before the owner gives up": pending_request.RETRY_LIMIT,
     "queue of a worker": task_queue.QUEUE_LIMIT,
-    "values spelled out in JSON": result_json._VALUES_LIMIT,
+    "values of a tensor in JSON": result_json._VALUES_LIMIT,
     "micro-batches of a step": training.MICRO_BATCH_LIMIT,
-    "steps that wait at a worker": step_queue.STEPS_LIMIT,
+    "steps in the queue of a worker": step_queue.STEPS_LIMIT,
 }
 
 
