@@ -1,4 +1,4 @@
-"""The Python way in: one request, many at once, and one that fails. Two commands, in two terminals:
+"""The Python API: one request, many at once, one that fails, one that is late. Run in two terminals:
 
 sparse run examples/sensor.toml
 python examples/offload.py mqtt://127.0.0.1:1883
@@ -20,13 +20,13 @@ PIPELINE = Path(__file__).with_name("sensor.toml")
 
 async def main(broker: str) -> None:
     async with Offloader(PIPELINE, broker=broker) as offload:
-        found = await offload({"celsius": np.array(21.5)})
-        print(f"one: {found['celsius']} degrees, alarm: {found['alarm']}")
+        result = await offload({"celsius": np.array(21.5)})
+        print(f"one: {result['celsius']} degrees, alarm: {result['alarm']}")
 
-        # As many as the window takes are on their way at a time; the others wait here.
-        warming = [offload({"celsius": np.array(celsius)}) for celsius in np.linspace(22.0, 40.0, 50)]
-        answers = await asyncio.gather(*warming)
-        print(f"many: {len(answers)} answers, the last is {answers[-1]['celsius']} degrees")
+        # The in-flight window bounds how many are sent at a time; the others wait here.
+        requests = [offload({"celsius": np.array(celsius)}) for celsius in np.linspace(22.0, 40.0, 50)]
+        results = await asyncio.gather(*requests)
+        print(f"many: {len(results)} results, the last is {results[-1]['celsius']} degrees")
 
         try:
             await offload({"fahrenheit": np.array(70.7)})

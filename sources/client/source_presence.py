@@ -20,7 +20,6 @@ from brokers.dispatch.presence import RECORD_EXPIRY_S, LatencyPercentiles, Sourc
 from brokers.mqtt.connect_errors import OperationRefused
 from brokers.process.liveness_file import LivenessFile
 from brokers.process.log_rate_limit import LogThrottle
-from brokers.protocol.topics import source_presence_topic
 from brokers.protocol.transport import Properties, Will
 from brokers.telemetry.percentiles import percentiles
 
@@ -84,7 +83,6 @@ class SourcePresence:
             pid=os.getpid(),
             instance=secrets.token_hex(8),
         )
-        self._topic = source_presence_topic(pipeline.source.site, pipeline.name, topic_name)
         self._begin_s = time.monotonic()
         self._reporter: asyncio.Task[None] | None = None
         self._report_now = asyncio.Event()
@@ -93,7 +91,7 @@ class SourcePresence:
     @property
     def will(self) -> Will:
         """The last will: an empty retained message, which clears the record."""
-        return Will(self._topic, b"", retain=True)
+        return Will(self._record.topic, b"", retain=True)
 
     async def start(self) -> None:
         """Publish the record, then renew it each second and after each reconnection. The channel must be open.
@@ -159,4 +157,4 @@ class SourcePresence:
 
     async def _publish(self, record: bytes) -> None:
         properties = Properties(expiry_s=RECORD_EXPIRY_S)
-        await self._channel.transport.publish(self._topic, record, properties, qos=1, retain=True)
+        await self._channel.transport.publish(self._record.topic, record, properties, qos=1, retain=True)

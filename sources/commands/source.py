@@ -18,7 +18,7 @@ from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_
 from brokers.protocol.topics import validate_name
 from sources.inference.run_folder import InferenceRunFolder
 from sources.inference.source_process import run_inference
-from sources.inputs.factory import make_source
+from sources.inputs.factory import make_dataset, make_source
 
 _DEFAULT_FRAMES_PER_S = 10.0  # of the clip, for sources without a frame rate
 
@@ -49,6 +49,7 @@ def command(
     shutdown = ShutdownEvent()
     with add_error_context(pipeline):
         if pipeline.is_training:
+            name = validate_name("source", name or pipeline.source.name)
             running = _train(pipeline, address, name, folder, resume, pictures, shutdown)
         else:
             running = _infer(pipeline, address, folder, pictures, shutdown)
@@ -72,34 +73,30 @@ async def _run_until_shutdown(
     return await running
 
 
-def _infer(
+async def _infer(
     pipeline: Pipeline, address: str, folder: Path, pictures: bool, shutdown: asyncio.Event
-) -> Coroutine[Any, Any, dict[str, Any]]:
-    source = None
-    if pipeline.source.kind != "ingress":
-        source = make_source(pipeline.source, pipeline.folder)
+) -> dict[str, Any]:
+    source = None if pipeline.source.kind == "ingress" else make_source(pipeline.source, pipeline.folder)
     frames_per_s = getattr(source, "frames_per_s", _DEFAULT_FRAMES_PER_S)
     run_folder = InferenceRunFolder(folder, title=pipeline.name, frames_per_s=frames_per_s, pictures=pictures)
-    return run_inference(pipeline, address, source, run_folder, shutdown)
+    return await run_inference(pipeline, address, source, run_folder, shutdown)
 
 
-def _train(
+async def _train(
     pipeline: Pipeline,
     address: str,
-    name: str | None,
+    name: str,
     folder: Path,
     resume: bool,
     pictures: bool,
     shutdown: asyncio.Event,
-) -> Coroutine[Any, Any, dict[str, Any]]:
-    from sources.inputs.factory import make_dataset
+) -> dict[str, Any]:
     from sources.training.run_folder import TrainingRunFolder
     from sources.training.training_run import TrainingRun
 
-    name = validate_name("source", name or pipeline.source.name)
     dataset = make_dataset(pipeline.source, pipeline.folder)
     run_folder = TrainingRunFolder(folder, pipeline.name, pictures)
-    return TrainingRun(pipeline, address, name, dataset, run_folder, resume=resume).run(shutdown)
+    return await TrainingRun(pipeline, address, name, dataset, run_folder, resume=resume).run(shutdown)
 
 
 def _summary_line(pipeline: Pipeline, summary: dict[str, Any]) -> str:

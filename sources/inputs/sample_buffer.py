@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Literal
 
 from sources.inputs.sample import Sample
@@ -23,36 +24,38 @@ class SampleBuffer:
         self._queue: OrderedDict[object, Sample] = OrderedDict()
         self._droppable = 0
         self._droppable_bytes = 0
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
         self._closed = False
 
     async def put(self, sample: Sample) -> None:
         """Add a sample of a source that can wait: with `keep="all"`, wait until the buffer is empty."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._queue or self._closed or self.keeps_latest)
-            self._add(sample)
-            self._changed.notify_all()
+        await self._wait_until(lambda: not self._queue or self._closed or self.keeps_latest)
+        self.put_nowait(sample)
 
     def put_nowait(self, sample: Sample) -> None:
         """Add a sample of a source that cannot wait; samples it displaces are dropped and counted."""
         self._add(sample)
-        self._wake()
+        self._changed.set()
 
     async def get(self) -> Sample | None:
         """The next sample; None once the buffer is closed and empty."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._queue or self._closed)
-            if not self._queue:
-                return None
-            _, sample = self._queue.popitem(last=False)
-            self._count(sample, -1)
-            self._changed.notify_all()
-            return sample
+        await self._wait_until(lambda: bool(self._queue) or self._closed)
+        if not self._queue:
+            return None
+        _, sample = self._queue.popitem(last=False)
+        self._count(sample, -1)
+        self._changed.set()
+        return sample
 
     def close(self) -> None:
         """Add no more samples; those in the buffer can still be taken."""
         self._closed = True
-        self._wake()
+        self._changed.set()
+
+    async def _wait_until(self, predicate: Callable[[], bool]) -> None:
+        while not predicate():
+            self._changed.clear()
+            await self._changed.wait()
 
     def _add(self, sample: Sample) -> None:
         key = sample.source if self.keeps_latest else (sample.source, sample.index)
@@ -71,10 +74,3 @@ class SampleBuffer:
         if sample.ack is None:
             self._droppable += change
             self._droppable_bytes += change * sample.nbytes
-
-    def _wake(self) -> None:
-        async def notify() -> None:
-            async with self._changed:
-                self._changed.notify_all()
-
-        self._notifying = asyncio.get_running_loop().create_task(notify(), name="sample-buffer-notify")

@@ -8,7 +8,7 @@ later ones, and each step counts once, as it was done the last time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -88,13 +88,6 @@ class TrainingHistory:
     stage_totals: StageTotals = field(default_factory=StageTotals)
     idle_ms: float = 0.0
     executed_steps: int = 0  # repeated steps count each time
-
-    @classmethod
-    def from_events(cls, events: Iterable[Mapping[str, Any]]) -> TrainingHistory:
-        history = cls()
-        for event in events:
-            history.add(event)
-        return history
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Apply the next event; unknown kinds are ignored."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad, SourceRecord
@@ -31,7 +33,9 @@ async def watch_presence(broker: BrokerUnderTest) -> tuple[MessageChannel, Deliv
     return channel, deliveries
 
 
-def test_record_is_renewed_and_cleared_on_stop(broker: BrokerUnderTest) -> None:
+def test_record_is_renewed_and_cleared_on_stop(broker: BrokerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sources.client.source_presence._REPORT_INTERVAL_S", 0.05)
+
     async def test() -> None:
         watcher, deliveries = await watch_presence(broker)
         channel = MessageChannel(broker.transport())

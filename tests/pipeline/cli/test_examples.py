@@ -54,7 +54,7 @@ def test_the_sensor_filter_and_the_python_way_in(sandbox: ProcessSandbox) -> Non
     one, many, *rest = said.stdout.splitlines()
     assert one == "one: 21.5 degrees, alarm: False"
     # A filter remembers: a request that had to be sent again, on a busy machine, counts twice in the hundredths.
-    assert re.fullmatch(r"many: 50 answers, the last is 39\.6\d degrees", many)
+    assert re.fullmatch(r"many: 50 results, the last is 39\.6\d degrees", many)
     assert rest == [
         f"failed: stage 'alarm' says payload of type tensors: {lacks}",
         "late: 0.01 ms are not enough",

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy
 
 from sources.training.history import MIN_CURVE_POINTS, Curve, CurvePoint, Rollback, TrainingHistory
-from tests.support.training.training_events import evaluation_event, rollback_event, run_events, step_event
+from tests.support.training.training_events import EventDict, evaluation_event, rollback_event, run_events, step_event
+
+
+def history_of(events: Iterable[EventDict]) -> TrainingHistory:
+    history = TrainingHistory()
+    for event in events:
+        history.add(event)
+    return history
 
 
 def test_repeated_step_counts_once_as_it_was_done_last() -> None:
-    history = TrainingHistory.from_events(
+    history = history_of(
         [
             step_event(1),
             step_event(2, loss=7.0),
@@ -28,14 +37,14 @@ def test_repeated_step_counts_once_as_it_was_done_last() -> None:
 
 
 def test_restart_at_an_earlier_step_is_a_rollback() -> None:
-    history = TrainingHistory.from_events([step_event(1), step_event(2), step_event(3), step_event(2), step_event(3)])
+    history = history_of([step_event(1), step_event(2), step_event(3), step_event(2), step_event(3)])
     assert [point.step for point in history.train_curve.plot_points] == [1, 2, 3]
     assert list(history.rollbacks) == [Rollback(1, 3, "restarted")]
 
 
 def test_rollbacks_do_not_change_the_curves() -> None:
-    undisturbed = TrainingHistory.from_events(run_events())
-    killed = TrainingHistory.from_events(run_events(rollbacks={17: 10, 33: 20}))
+    undisturbed = history_of(run_events())
+    killed = history_of(run_events(rollbacks={17: 10, 33: 20}))
     assert killed.train_curve.plot_points == undisturbed.train_curve.plot_points
     assert killed.test_curve.plot_points == undisturbed.test_curve.plot_points
 

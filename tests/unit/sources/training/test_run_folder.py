@@ -70,7 +70,10 @@ def test_finished_run_has_events_curves_and_summary(tmp_path: Path) -> None:
     ids=["empty", "undone-without-accuracy", "without-times", "many-rollbacks"],
 )
 def test_unusual_runs_can_be_plotted(tmp_path: Path, events: list[EventDict]) -> None:
-    plot_learning_curves(TrainingHistory.from_events(events), tmp_path / "a.png", "a $title$ of_mine")
+    history = TrainingHistory()
+    for event in events:
+        history.add(event)
+    plot_learning_curves(history, tmp_path / "a.png", "a $title$ of_mine")
     assert read_pixels(tmp_path / "a.png").std() > 1
 
 
