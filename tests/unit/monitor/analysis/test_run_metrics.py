@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from brokers.telemetry.percentiles import percentiles
 from monitor.analysis.run_metrics import LinkBytes, StageTime, compute_run_metrics
 from monitor.errors import NoSamples
 from monitor.points.points import TelemetryPoint
+from monitor.presence.inference_stats import InferenceStats
+from sources.inference.run_stats import InferenceRunStats
 from tests.unit.monitor.analysis.run_points import REQUESTS, make_point, make_request
 
 
@@ -33,11 +36,21 @@ def test_metrics_exclude_warm_up() -> None:
     assert (metrics.latency_ms["mean"], metrics.network_ms) == (350.0, 50.0)
 
 
-def test_percentiles_are_those_of_all_of_sparse() -> None:
+def test_percentiles_of_one_run_agree_in_live_view_summary_and_report() -> None:
+    """The live view's are those of the published results, summary.json's those of the source, ours the report's."""
     latencies_ms = [(37 * number) % 101 + 0.5 for number in range(1, 101)]
-    requests = [make_request(number, number, latency_ms) for number, latency_ms in enumerate(latencies_ms, start=1)]
+    live, source = InferenceStats("street"), InferenceRunStats()
+    requests = []
+    for number, latency_ms in enumerate(latencies_ms, start=1):
+        requests.append(make_request(number, number, latency_ms))
+        live.on_result(json.dumps({"latency_ms": latency_ms}).encode(), float(number))
+        source.record_request(number - 0.5)
+        source.record_result(latency_ms, (), float(number))
     metrics = compute_run_metrics({"request": requests})
-    assert {**metrics.latency_ms} == {"mean": metrics.latency_ms["mean"], **percentiles(latencies_ms)}
+    expected = {"p50": 50.5, "p95": 95.5, "p99": 99.5}
+    assert {name: metrics.latency_ms[name] for name in expected} == expected
+    assert source.summary()["latency_ms"] == expected
+    assert {name: live.latency_ms(float(name[1:])) for name in expected} == expected
 
 
 def test_stage_times_follow_path_of_measured_requests() -> None:
