@@ -1,6 +1,6 @@
-"""docs/telemetry.md: its code, and its tables, which `python -m tests.support.monitor.telemetry_document` writes afresh.
+"""The code blocks and tables of docs/telemetry.md.
 
-A table stands between `<!-- NAME: from the code -->` and `<!-- end -->`.
+`python -m tests.support.monitor.telemetry_document` updates the tables. A table is between `<!-- NAME: from the code -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -17,39 +17,25 @@ from tests.support.environment.checkout import ROOT
 
 DOCUMENT_PATH = ROOT / "docs" / "telemetry.md"
 
-# What the models do not say themselves, since their names say it to a programmer.
+# Descriptions of event fields that have none in the model: those of the points' fields, first measurement first.
 FIELD_DESCRIPTIONS = {
-    "event": "which one it is",
-    "site": "of the sender",
-    "pipeline": "its name",
+    **{field.name: field.description for known in reversed(MEASUREMENTS.values()) for field in reversed(known.fields)},
+    "site": "site of the sender",
+    "pipeline": "name of the pipeline",
     "role": ", ".join(f"`{role}`" for role in get_args(ProcessRole)),
-    "name": "of the process: a worker's id, a source's name",
-    "pid": "its process id; 0: unknown",
-    "stage": "its name",
-    "worker": "its id",
-    "source": "its name",
-    "request": "its id, in hex",
-    "queue_ms": "it waited for the worker",
-    "decode_ms": "its bytes were made tensors",
-    "compute_ms": "it was computed",
-    "encode_ms": "its result was made bytes",
-    "bytes_in": "of what came in",
-    "bytes_out": "of what went out",
-    "batch": "tasks that were computed together",
+    "name": "name of the process: a worker's id, a source's name",
+    "pid": "process id; 0: unknown",
+    "stage": "name of the stage",
+    "worker": "id of the worker",
+    "source": "name of the source",
     "phase": ", ".join(f"`{phase}`" for phase in get_args(BatchPhase)),
-    "attempts": "how often it was sent",
-    "hops": "what each stage did for it, in order; at most 64",
+    "hops": "the part of each stage, in order; at most 64",
     "trace": "W3C trace id, in hex",
-    "span": "W3C id of its span, in hex",
-    "parent": "and of the span that asked for it",
-    "step": "its number",
-    "epoch": "it is part of",
-    "step_ms": "it took",
-    "loss": "mean over its rows",
-    "accuracy": "of its rows, where the loss has one",
+    "span": "W3C id of the request's span, in hex",
+    "parent": "W3C id of the parent span, in hex",
+    "bytes_out": "size of the output message",
     "from_site": "name of a site",
     "to_site": "name of a site",
-    "count": "events that are lost",
 }
 _KINDS = (("str", "text"), ("int", "int"), ("float", "float"), ("Literal", "text"), ("tuple", "list of hops"))
 COMMON_FIELDS = ("time_ns", "run", "site", "pipeline")
@@ -80,7 +66,7 @@ def _rows(fields: dict[str, FieldInfo]) -> list[str]:
 
 
 def _events() -> str:
-    """Every event's own fields, after those that all have."""
+    """The fields of all events, then those of each event."""
     events = get_args(TelemetryEvent)
     head = ["| field | type | default | meaning |", "|---|---|---|---|"]
     parts = ["All events have", "", *head]
@@ -107,18 +93,18 @@ TABLE_WRITERS = {"events": _events, "measurements": _measurements}
 
 
 def update_tables(text: str) -> str:
-    """The page with its tables as the code has them."""
+    """The page with the tables of the code."""
     for name, made in TABLE_WRITERS.items():
         begin, end = f"<!-- {name}: from the code -->\n", "<!-- end -->"
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)
-        assert found, f"{DOCUMENT_PATH.name} has no place for {name}"
+        assert found, f"{DOCUMENT_PATH.name} has no table {name}"
         text = before + begin + made() + end + after
     return text
 
 
 def code_blocks(language: str, heading: str) -> list[str]:
-    """The code of one language under a heading of the page."""
+    """The code blocks of one language below a heading of the page."""
     text = DOCUMENT_PATH.read_text(encoding="utf-8")
     found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ [^\n]*$\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, f"no heading {heading!r}"
