@@ -1,6 +1,6 @@
-"""The code blocks and tables of docs/telemetry.md.
+"""The code blocks and tables of docs/telemetry.md; a table is between `<!-- NAME: from the code -->` and `<!-- end -->`.
 
-`python -m tests.support.monitor.telemetry_document` updates the tables. A table is between `<!-- NAME: from the code -->` and `<!-- end -->`.
+`python -m tests.support.monitor.telemetry_document` updates the tables.
 """
 
 from __future__ import annotations
