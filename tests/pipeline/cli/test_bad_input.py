@@ -31,7 +31,7 @@ def one_line(sandbox: ProcessSandbox, *words: str | Path) -> str:
     assert told.startswith("sparse: ")
     assert told.count("\n") == 1, said.stderr
     assert "Traceback" not in said.stderr
-    sandbox.assert_nothing_left(within_s=5)
+    sandbox.wait_until_nothing_left()
     return told.removeprefix("sparse: ").rstrip("\n")
 
 

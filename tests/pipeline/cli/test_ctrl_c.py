@@ -97,7 +97,7 @@ def test_a_ctrl_c_while_it_starts_leaves_nothing(sandbox: ProcessSandbox, moment
     said = run.wait()
     assert said.returncode == 130, said.stderr
     assert "Traceback" not in said.stderr
-    sandbox.assert_nothing_left(within_s=5)  # a broker that was just starting is ended by its guard
+    sandbox.wait_until_nothing_left()  # a broker that was just starting is ended by its guard
 
 
 def test_a_run_that_is_killed_takes_its_processes_with_it(sandbox: ProcessSandbox) -> None:
@@ -106,7 +106,7 @@ def test_a_run_that_is_killed_takes_its_processes_with_it(sandbox: ProcessSandbo
     assert len(sandbox.live_processes()) >= 5  # itself, the broker and its guard, two stages, the source
     run.process.kill()
     run.process.wait()
-    sandbox.assert_nothing_left(within_s=20)
+    sandbox.wait_until_nothing_left()
 
 
 def test_a_source_that_does_not_mind_being_closed_is_left_behind(sandbox: ProcessSandbox) -> None:
@@ -134,7 +134,7 @@ def test_a_process_in_the_foreground_ends_at_a_ctrl_c(sandbox: ProcessSandbox, c
     assert said.returncode == 130, said.stderr
     assert "Traceback" not in said.stderr
     assert broker.wait(signal.SIGINT).returncode == 130
-    sandbox.assert_nothing_left(within_s=5)
+    sandbox.wait_until_nothing_left()
 
 
 def test_a_service_that_is_told_to_end_has_done_what_it_should(
@@ -154,7 +154,7 @@ def test_a_service_that_is_told_to_end_has_done_what_it_should(
     eventually("the gateway", lambda: "publish pictures or readings" in gateway.read_stderr())
     assert worker.wait(signal.SIGTERM).returncode == 0
     assert gateway.wait(signal.SIGTERM).returncode == 0
-    sandbox.assert_nothing_left(within_s=5)
+    sandbox.wait_until_nothing_left()
 
 
 def test_a_broker_that_dies_says_so(sandbox: ProcessSandbox) -> None:
@@ -168,7 +168,7 @@ def test_a_broker_that_dies_says_so(sandbox: ProcessSandbox) -> None:
     assert said.stderr.splitlines()[-1].startswith(
         f"sparse: the embedded broker at mqtt://127.0.0.1:{port} ended by itself: "
     )
-    sandbox.assert_nothing_left(within_s=5)
+    sandbox.wait_until_nothing_left()
 
 
 def _listening(sandbox: ProcessSandbox, port: int) -> list[psutil.Process]:

@@ -110,7 +110,7 @@ def test_a_broker_of_the_runs_own_that_dies_is_started_again_and_nothing_is_lost
     assert said.returncode == 0, said.stderr
     assert f"the {kind} broker exited and was restarted" in said.stderr
     assert (said.json_output["results"], said.json_output["lost"], said.json_output["broker"]) == (300, 0, kind)
-    sandbox.assert_nothing_left(within_s=5)
+    sandbox.wait_until_nothing_left()
 
 
 def test_a_broker_that_cannot_be_had_back_is_one_clear_line(

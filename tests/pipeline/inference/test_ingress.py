@@ -314,4 +314,4 @@ def test_a_stopped_gateway_says_what_it_has_done(door: Door) -> None:
     results = (door.sandbox.folder / "out" / "results.jsonl").read_text().splitlines()
     assert len(results) == summary["requests"]
     door.reader.wait(signal.SIGTERM)
-    door.sandbox.assert_nothing_left(within_s=5)
+    door.sandbox.wait_until_nothing_left()

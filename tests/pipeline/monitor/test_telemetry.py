@@ -116,7 +116,7 @@ def test_a_monitor_that_stays_frozen_holds_up_nothing(sandbox: ProcessSandbox, e
     eventually("some results", lambda: len(results(out)) >= 20)
     monitor_of(sandbox).suspend()
     finished(run)
-    sandbox.assert_nothing_left(within_s=5)
+    sandbox.wait_until_nothing_left()
 
 
 def test_a_monitor_that_is_killed_is_started_again_and_what_it_had_kept_is_there(

@@ -72,7 +72,7 @@ def told(sandbox: ProcessSandbox, said: CommandResult, status: int) -> str:
     lines = [line for line in said.stderr.splitlines() if line.startswith("sparse: ")]
     assert len(lines) == 1, said.stderr
     assert said.stderr.splitlines()[-1] == lines[0]
-    sandbox.assert_nothing_left(within_s=10)
+    sandbox.wait_until_nothing_left()
     return lines[0].removeprefix("sparse: ")
 
 

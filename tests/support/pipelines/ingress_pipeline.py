@@ -60,7 +60,7 @@ class IngressPipeline:
         said = self.command.wait(signal.SIGINT)
         assert said.returncode == 130, said.stderr
         self._reader.wait(signal.SIGTERM)
-        self._box.assert_nothing_left(within_s=5)
+        self._box.wait_until_nothing_left()
         return said
 
     def _greeted(self) -> bool:

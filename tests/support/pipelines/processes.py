@@ -1,4 +1,4 @@
-"""Real processes for tests: started, waited for, and ended by their ids, all of them, however the test ends."""
+"""Processes of tests: started, waited for, and killed at the end of their test, however it ends."""
 
 from __future__ import annotations
 
@@ -7,42 +7,59 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
 from brokers.process.download_cache import cache_folder
 from tests.support.environment.checkout import ROOT
+from tests.support.pipelines import fork_server
+from tests.support.pipelines.fork_server import SANDBOX_VARIABLE, SPARSE_COMMAND, ForkedProcess
 
-# On a machine that does other things as well, starting a process that imports torch takes its time.
-PROCESS_TIMEOUT_S = 90.0
+# A deadline for events that a test waits for: generous, since the machine may be busy with other work.
+PROCESS_TIMEOUT_S = 120.0
 _POLL_S = 0.02
-_MARK = "SPARSE_TEST_MARK"
-_TORCHS_OWN = "torchinductor_"  # a cache that torch makes when it is imported, and means to keep
+_TORCH_CACHE_PREFIX = "torchinductor_"  # a folder that torch creates when it is imported, and keeps
 
 T = TypeVar("T")
 
 
 def eventually(description: str, poll: Callable[[], T], timeout_s: float = PROCESS_TIMEOUT_S) -> T:
-    """Return what `look` sees as soon as that is something; fail when it takes too long."""
-    end_s = time.monotonic() + timeout_s
-    while not (found := poll()):
-        assert time.monotonic() < end_s, f"waited {timeout_s:g} s for {description}"
+    """Return the first result of `poll` that is true; fail after `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    while not (result := poll()):
+        assert time.monotonic() < deadline_s, f"waited {timeout_s:g} s for {description}"
         time.sleep(_POLL_S)
-    return found
+    return result
+
+
+class Process(Protocol):
+    """What tests use of `subprocess.Popen`, and a forked process has as well."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command that has ended said."""
+    """Exit status and output of a command."""
 
     returncode: int
     stdout: str
@@ -50,39 +67,49 @@ class CommandResult:
 
     @property
     def json_output(self) -> dict[str, Any]:
-        """The one JSON object on its last line of standard output."""
-        found: dict[str, Any] = json.loads(self.stdout.strip().splitlines()[-1])
-        return found
+        """The JSON object on the last line of standard output."""
+        result: dict[str, Any] = json.loads(self.stdout.strip().splitlines()[-1])
+        return result
 
 
 class RunningCommand:
-    """A command that runs, in a session of its own, as in a terminal of its own."""
+    """A command that was started, in its own session as in a terminal of its own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], out: Path, err: Path) -> None:
-        self.process, self._out, self._err = process, out, err
+    def __init__(self, process: Process, stdout: Path, stderr: Path) -> None:
+        self.process = process
+        self._stdout = stdout
+        self._stderr = stderr
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def has_exited(self) -> bool:
+        return self.process.poll() is not None
+
     def read_stderr(self) -> str:
-        """What it has said so far to standard error."""
-        return self._err.read_text()
+        """Standard error so far."""
+        return self._stderr.read_text()
 
     def read_stdout(self) -> str:
-        """What it has written so far to standard output."""
-        return self._out.read_text()
+        """Standard output so far."""
+        return self._stdout.read_text()
 
     def wait(self, signal_number: int | None = None, timeout_s: float = PROCESS_TIMEOUT_S) -> CommandResult:
-        """Wait until it ends, by this signal if one is given."""
+        """Send a signal, if one is given, and wait for the exit."""
         if signal_number is not None:
             self.process.send_signal(signal_number)
         status = self.process.wait(timeout_s)
-        return CommandResult(status, self._out.read_text(), self._err.read_text())
+        return CommandResult(status, self.read_stdout(), self.read_stderr())
 
 
 class ProcessSandbox:
-    """Everything that one test starts. What it starts carries a mark in its environment, as do its own children."""
+    """The processes of one test and their descendants, which have the id of the sandbox in their environment.
+
+    `sparse` commands are forked from the fork server. Their own environment does not show in /proc, but the server
+    lists them, and they pass it on to the programs that they start.
+    """
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
@@ -90,89 +117,110 @@ class ProcessSandbox:
         self.temp_folder.mkdir(exist_ok=True)
         self.sandbox_id = uuid.uuid4().hex
         self.socket_folder = Path(tempfile.gettempdir()) / f"sparse-{self.sandbox_id[:12]}"
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: list[Process] = []
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("SPARSE_")},
-            # pytest makes warnings errors in this process; what users start has none of its settings.
             "SPARSE_CACHE": str(cache_folder()),
             "TMPDIR": str(self.temp_folder),
-            # Where no monitor of this machine listens. Short: a socket's path has some hundred bytes.
+            # No monitor of this machine listens there. Short: the path of a socket has at most 107 bytes.
             "XDG_RUNTIME_DIR": str(self.socket_folder),
-            _MARK: self.sandbox_id,
+            SANDBOX_VARIABLE: self.sandbox_id,
             **(environment or {}),
         }
 
     def start(self, *command: str | Path, environment: Mapping[str, str] | None = None) -> RunningCommand:
-        """Start any program; `environment` is beside what all have."""
-        out, err = (self.folder / f"said-{len(self._started)}.{end}" for end in ("out", "err"))
-        with out.open("wb") as stdout, err.open("wb") as stderr:
-            process = subprocess.Popen(
-                [str(word) for word in command],
-                cwd=ROOT,
-                env={**self._environment, **(environment or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=True,
+        """Start a program, with `environment` added to that of the sandbox."""
+        return self._start([str(word) for word in command], environment, forked=False)
+
+    def start_sparse(
+        self, *arguments: str | Path, environment: Mapping[str, str] | None = None, forked: bool = True
+    ) -> RunningCommand:
+        """Start a `sparse` command; `forked=False` starts the program itself, which takes seconds longer."""
+        command = [*SPARSE_COMMAND, *(str(word) for word in arguments)]
+        return self._start(command, environment, forked=forked and fork_server.is_available())
+
+    def run_sparse(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> CommandResult:
+        """Run a `sparse` command to its end."""
+        return self.start_sparse(*arguments, environment=environment).wait()
+
+    def _start(self, command: list[str], environment: Mapping[str, str] | None, *, forked: bool) -> RunningCommand:
+        paths = [self.folder / f"output-{len(self._started)}.{stream}" for stream in ("stdout", "stderr")]
+        with paths[0].open("wb") as stdout, paths[1].open("wb") as stderr:
+            options: dict[str, Any] = {
+                "cwd": ROOT,
+                "env": {**self._environment, **(environment or {})},
+                "stdin": subprocess.DEVNULL,
+                "stdout": stdout,
+                "stderr": stderr,
+                "start_new_session": True,
+            }
+            process: Process = (
+                ForkedProcess(command[len(SPARSE_COMMAND) :], **options)
+                if forked
+                else subprocess.Popen(command, **options)
             )
         self._started.append(process)
-        return RunningCommand(process, out, err)
-
-    def start_sparse(self, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> RunningCommand:
-        """Start `sparse`."""
-        return self.start(sys.executable, "-m", "brokers.cli", *arguments, environment=environment)
+        return RunningCommand(process, *paths)
 
     def live_processes(self) -> list[psutil.Process]:
-        """The processes that this test has started, directly or not, and that have not ended."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(_MARK) == self.sandbox_id and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:  # it has ended meanwhile, or is somebody else's
-                continue
-        return found
+        """The processes of this sandbox that have not exited."""
+        return [process for process, _ in self._live_commands()]
 
     def find_process(self, *words: str) -> psutil.Process | None:
         """The newest process whose command line has all these words."""
-        found = [process for process in self.live_processes() if set(words) <= set(_words(process))]
-        return max(found, key=lambda process: process.create_time(), default=None)
+        matches = [process for process, command in self._live_commands() if set(words) <= set(command)]
+        return max(matches, key=lambda process: process.create_time(), default=None)
 
-    def assert_nothing_left(self, within_s: float = 0.5) -> None:
-        """Assert that every process has ended, and left nothing in the folder for temporary files."""
-        end_s = time.monotonic() + within_s
-        while (alive := self.live_processes()) and time.monotonic() < end_s:
-            time.sleep(_POLL_S)
-        left = [" ".join(_words(process)) for process in alive]
-        left += [path.name for path in self.temp_folder.iterdir() if not path.name.startswith(_TORCHS_OWN)]
-        assert not left, f"left behind: {left}"
+    def _live_commands(self) -> list[tuple[psutil.Process, list[str]]]:
+        """The processes that have not exited, each with its command line."""
+        forked = fork_server.forked_processes(self.sandbox_id)
+        commands = []
+        for pid in psutil.pids():
+            if pid not in forked and not self._is_marked(pid):
+                continue
+            with suppress(psutil.Error):  # it has exited meanwhile
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    command = SPARSE_COMMAND + forked[pid] if pid in forked else process.cmdline()
+                    commands.append((process, command))
+        return commands
+
+    def _is_marked(self, pid: int) -> bool:
+        """Whether a process has the id of this sandbox in its environment, as of its start."""
+        try:
+            return self.sandbox_id.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:  # it has exited meanwhile, or belongs to another user
+            return False
+
+    def assert_nothing_left(self) -> None:
+        """Assert that no `sparse` command is running, and that brokers exit and temporary files are removed."""
+        running = [command for _, command in self._live_commands() if "brokers.cli" in command]
+        assert running == [], "a command that has exited left commands that it started"
+        self.wait_until_nothing_left()
+
+    def wait_until_nothing_left(self) -> None:
+        """Wait until all processes have exited; assert that the folder for temporary files is empty."""
+        eventually("all processes to exit", lambda: not self.live_processes())
+        names = [path.name for path in self.temp_folder.iterdir()]
+        assert [name for name in names if not name.startswith(_TORCH_CACHE_PREFIX)] == []
 
     def kill_all(self) -> None:
-        """Kill what is left, by its id."""
+        """Kill all processes of the sandbox that are left."""
         for started in self._started:
-            started.kill()  # for an instant after its start a process shows no environment, and so no mark
+            started.kill()  # just after its start a process may have no environment yet
         for process in self.live_processes():
-            try:
+            with suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)
-            except psutil.Error:
-                continue
         for started in self._started:
             started.wait(PROCESS_TIMEOUT_S)
         shutil.rmtree(self.socket_folder, ignore_errors=True)  # of monitors that were killed
 
 
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
 @contextmanager
 def process_sandbox(folder: Path, environment: Mapping[str, str] | None = None) -> Iterator[ProcessSandbox]:
-    """A machine whose processes all end with the test."""
-    found = ProcessSandbox(folder, environment)
+    """A sandbox whose processes are killed at the end of the block."""
+    sandbox = ProcessSandbox(folder, environment)
     try:
-        yield found
+        yield sandbox
     finally:
-        found.kill_all()
+        sandbox.kill_all()
