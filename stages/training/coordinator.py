@@ -1,7 +1,7 @@
 """The coordinator of a training pipeline: decides which workers train, from which version, and when to start over.
 
-Every worker of the first stage runs a coordinator; one of them leads. A leader works in terms (as in Raft), each a period
-in which the same workers train:
+Every worker of the first stage runs a coordinator; one of them leads. A leader works in terms (as in Raft). In each
+term the same workers train:
 
 1. *waiting* until every stage has a live worker. One worker of each stage becomes a member, the others stand by.
 2. *quiescing*: a new term begins. Each member discards its step and reports its versions, in memory and on disk.

@@ -124,12 +124,18 @@ class PartTrainer:
             self._initial_buffers = {name: buffer.clone() for name, buffer in part.named_buffers()}
         inputs = self._prepare_inputs(tensors, training)
         random = _RandomState(self._device, micro_batch.seed, random_state)
+        metrics = None
         with torch.set_grad_enabled(training):
             outputs = part(inputs)
             if self._is_last:
-                return self._evaluate_loss(micro_batch, request, inputs, outputs, labels)
+                loss, metrics = self._compute_loss(outputs, labels, micro_batch.number)
+                # The step's loss is the mean over its rows, for micro-batches of any sizes.
+                outputs = {"loss": loss * (metrics.rows / micro_batch.rows)}
         if training:
-            self._save_forward(request, inputs, outputs)
+            assert len(self.activations) < MICRO_BATCH_LIMIT  # the step queue runs one step at a time
+            self.activations[request] = SavedForward(_requiring_grad(inputs), _requiring_grad(outputs))
+        if metrics is not None:
+            return metrics
         results = {name: output.detach() for name, output in outputs.items()}
         if labels is not None:
             results[LABELS_TENSOR] = labels
@@ -151,14 +157,9 @@ class PartTrainer:
                 tensor.requires_grad_(tensor.is_floating_point())
         return inputs
 
-    def _evaluate_loss(
-        self,
-        micro_batch: MicroBatch,
-        request: bytes,
-        inputs: Mapping[str, Tensor],
-        outputs: Mapping[str, Tensor],
-        labels: Tensor | None,
-    ) -> MicroBatchMetrics:
+    def _compute_loss(
+        self, outputs: Mapping[str, Tensor], labels: Tensor | None, number: int
+    ) -> tuple[Tensor, MicroBatchMetrics]:
         if labels is None:
             raise _labels_error("the micro-batch has no labels, which the last stage needs for the loss")
         labels = labels.to(self._device)
@@ -167,18 +168,8 @@ class PartTrainer:
         loss = self._loss(output, labels)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise NotFinite(f"the loss is {value}", micro_batch.number)
-        if micro_batch.mode == "train":
-            # The step's loss is the mean over its rows, for micro-batches of any sizes.
-            self._save_forward(request, inputs, {"loss": loss * (len(labels) / micro_batch.rows)})
-        return MicroBatchMetrics(value, correct, len(labels))
-
-    def _save_forward(self, request: bytes, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        assert len(self.activations) < MICRO_BATCH_LIMIT  # the step queue runs one step at a time
-        self.activations[request] = SavedForward(
-            {name: tensor for name, tensor in inputs.items() if tensor.requires_grad},
-            {name: tensor for name, tensor in outputs.items() if tensor.requires_grad},
-        )
+            raise NotFinite(f"the loss is {value}", number)
+        return loss, MicroBatchMetrics(value, correct, len(labels))
 
     def backward(self, request: bytes, gradients: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Run the backward of a saved forward; return the gradients of its inputs, by name and of their shapes.
@@ -186,21 +177,21 @@ class PartTrainer:
         `gradients`: those of its outputs, by name and of their shapes; None at the last stage. Raises `WireError` with
         the code "UnknownForward" or "BadGradient".
         """
-        try:
-            saved = self.activations.pop(request)
-        except KeyError:
-            raise unknown_forward_error(request) from None
-        if gradients is None:
-            roots = list(saved.outputs.values())
-            root_gradients: list[Tensor | None] = [None] * len(roots)
-        else:
-            names = [name for name in saved.outputs if name in gradients]
-            for name in names:
-                _check_gradient_shape(name, saved.outputs[name], gradients[name])
-            roots = [saved.outputs[name] for name in names]
-            root_gradients = [gradients[name].clone().to(self._device) for name in names]
-        if roots:
-            torch.autograd.backward(roots, root_gradients)
+        if request not in self.activations:
+            raise unknown_forward_error(request)
+        saved = self.activations.pop(request)
+        outputs = saved.outputs
+        output_gradients = None
+        if gradients is not None:
+            outputs = {name: output for name, output in outputs.items() if name in gradients}
+            for name, output in outputs.items():
+                if gradients[name].shape != output.shape:
+                    expected, actual = tuple(output.shape), tuple(gradients[name].shape)
+                    message = f"the gradient of {name!r} must have shape {list(expected)}, it has {list(actual)}"
+                    raise WireError("BadGradient", message, name=name, expected=expected, actual=actual)
+            output_gradients = [gradients[name].clone().to(self._device) for name in outputs]
+        if outputs:
+            torch.autograd.backward(list(outputs.values()), output_gradients)
         return {name: tensor.grad for name, tensor in saved.inputs.items() if tensor.grad is not None}
 
     def commit(self, lr: float) -> int:
@@ -324,9 +315,5 @@ def _labels_error(problem: str) -> WireError:
     return WireError("BadLabels", problem)
 
 
-def _check_gradient_shape(name: str, output: Tensor, gradient: Tensor) -> None:
-    expected = tuple(output.shape)
-    actual = tuple(gradient.shape)
-    if expected != actual:
-        message = f"the gradient of {name!r} must have shape {list(expected)}, it has {list(actual)}"
-        raise WireError("BadGradient", message, name=name, expected=expected, actual=actual)
+def _requiring_grad(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}

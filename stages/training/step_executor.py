@@ -205,7 +205,7 @@ class StepExecutor:
         """Go to `version`, and have it on disk, as all stages do: older ones are not needed again.
 
         Memory counts as a version only if it was restored in `restored_term`: the other stages rolled back an earlier
-        version of the same number, and have trained differently since. Raises the errors of loading and saving a checkpoint.
+        version of the same number, and have trained differently since. Raises the errors of `CheckpointStore`.
         """
         if self._part_trainer.version != version or (version and self.restored_term != restored_term):
             checkpoint = None if version == 0 else await self._in_thread(self.checkpoints.load, version)

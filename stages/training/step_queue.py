@@ -85,15 +85,11 @@ class _Step:
 
 
 class StepQueue:
-    """The steps of stage number `stage` (from 0) of `stages`; with `awaits_labels`, labels arrive in separate messages.
-
-    `duplicates` counts the micro-batches that arrived a second time.
-    """
+    """The steps of stage `stage` (from 0) of `stages`; with `awaits_labels`, labels arrive in separate messages."""
 
     def __init__(self, schedule: ScheduleName, stage: int, stages: int, *, awaits_labels: bool = False) -> None:
         self.term = 0
         self.is_standby = True
-        self.duplicates = 0
         self._schedule = schedule
         self._stage = stage
         self._stages = stages
@@ -126,45 +122,32 @@ class StepQueue:
         return any(step.completed_ops and not step.failed for step in self._steps.values())
 
     @property
-    def current_source(self) -> str:
-        """The source of the step in progress; empty if there is none."""
-        return next((step.source for step in self._steps.values()), "")
-
-    @property
     def sources(self) -> set[str]:
         """The sources of all queued steps."""
         return {step.source for step in self._steps.values()}
 
     # Incoming messages ------------------------------------------------------------------------------------------------
 
-    def add_task(self, task: Task, micro_batch: MicroBatch) -> str | None:
-        """Queue a micro-batch. Returns None, or the reason why there is no room.
-
-        Raises `WireError` with the code "StaleTerm", "WorkerOnStandby" or "BadStep".
-        """
+    def add_task(self, task: Task, micro_batch: MicroBatch) -> None:
+        """Queue a micro-batch. Raises `WireError` "Busy", "StaleTerm", "WorkerOnStandby" or "BadStep"."""
         self._check_term(micro_batch.term)
         step = self._steps.get(micro_batch.step)
         index = micro_batch.index
         if micro_batch.step in self._finished or (step and index in step.begun):
-            self.duplicates += 1
-            return None
+            return  # a duplicate
         tensors = task.content.tensors if isinstance(task.content, TensorContent) else {}
         if self._awaits_labels and set(tensors) == {LABELS_TENSOR}:
             if len(self._labels) >= STEPS_LIMIT * MICRO_BATCH_LIMIT:
-                return f"the queue is full: labels of {len(self._labels)} micro-batches"
+                raise _busy_error(f"labels of {len(self._labels)} micro-batches")
             self._labels[task.request_id] = tensors[LABELS_TENSOR]
-            return None
+            return
         if step is None:
             if len(self._steps) >= STEPS_LIMIT or self._nbytes + task.content.nbytes > STEPS_LIMIT_BYTES:
-                return f"the queue is full: {len(self._steps)} steps"
+                raise _busy_error(f"{len(self._steps)} steps")
             ops = operations(self._schedule, self._stage, self._stages, micro_batch.count, micro_batch.mode)
             step = self._steps[micro_batch.step] = _Step(micro_batch, task.source, ops)
         _check_same_step(step.first, micro_batch)
-        if index in step.waiting:
-            self.duplicates += 1
-        else:
-            step.waiting[index] = (micro_batch, task)
-        return None
+        step.waiting.setdefault(index, (micro_batch, task))
 
     def add_gradient(self, gradient: Gradient) -> None:
         """Queue a gradient. Raises `WireError` "UnknownForward" if no forward of a queued step waits for it."""
@@ -178,10 +161,7 @@ class StepQueue:
         raise unknown_forward_error(gradient.request_id)
 
     def add_commit(self, message: StepMessage) -> None:
-        """Accept the commit of the current step.
-
-        Raises `WireError` with the code "StaleTerm", "WorkerOnStandby" or "BadStep".
-        """
+        """Accept the commit of the current step. Raises `WireError` "StaleTerm", "WorkerOnStandby" or "BadStep"."""
         self._check_term(message.term)
         step = self._steps.get(message.request_id.hex())
         if step is None or not step.is_prepared:
@@ -189,7 +169,7 @@ class StepQueue:
         step.commit = _parse_commit(step, message)
 
     def check_command(self, command: StepMessage) -> None:
-        """Raise `WireError` "StaleTerm" or "WorkerOnStandby" for a coordinator's command that is not for this worker."""
+        """Raise `WireError` "StaleTerm" or "WorkerOnStandby" if a coordinator's command is not for this worker."""
         if command.term < self.term:
             raise _stale_term_error(self.term, command.term)
         if command.verb == "restore" and self.is_standby:
@@ -211,23 +191,15 @@ class StepQueue:
         if step.is_prepared:
             return step.commit
         kind, index = step.ops[step.completed_ops]
-        return self._next_forward(step, index) if kind == "forward" else self._next_backward(step, index)
-
-    def _next_forward(self, step: _Step, index: int) -> Forward | None:
-        if index not in step.waiting:
-            return None
-        micro_batch, task = step.waiting[index]
-        if not self._awaits_labels:
-            return Forward(micro_batch, task)
-        labels = self._labels.get(task.request_id)
-        return None if labels is None else Forward(micro_batch, task, labels)
-
-    def _next_backward(self, step: _Step, index: int) -> Backward | None:
+        if kind == "forward":
+            if index not in step.waiting:
+                return None
+            micro_batch, task = step.waiting[index]
+            labels = self._labels.get(task.request_id)
+            return None if self._awaits_labels and labels is None else Forward(micro_batch, task, labels)
         micro_batch, task = step.begun[index]
         gradient = step.gradients.get(index)
-        if gradient is None and not self._is_last:
-            return None
-        return Backward(micro_batch, gradient, task)
+        return None if gradient is None and not self._is_last else Backward(micro_batch, gradient, task)
 
     def mark_done(self, operation: StepOperation) -> bool:
         """Record that an operation has been run. Returns whether its step is now prepared for the commit."""
@@ -306,6 +278,10 @@ def unknown_forward_error(request: bytes) -> WireError:
     """Return the error for a gradient without a saved forward."""
     message = f"no saved forward of request {request.hex()}: the gradient is late, a duplicate, or for another worker"
     return WireError("UnknownForward", message, request=request.hex())
+
+
+def _busy_error(contents: str) -> WireError:
+    return WireError("Busy", f"the queue is full: {contents}", retry=True)
 
 
 def _step_error(problem: str) -> WireError:

@@ -1,6 +1,7 @@
 """Durations and sizes of training operations: sums of a step for its source, events for the monitor of the node.
 
-A trained micro-batch is finished after its backward; one of an evaluation, which counts as inference, after its forward.
+A trained micro-batch is finished after its backward; one of an evaluation, which counts as inference, after its
+forward.
 """
 
 from __future__ import annotations

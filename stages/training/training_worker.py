@@ -126,7 +126,8 @@ class TrainingWorker(StageWorker):
         try:
             match message:
                 case Task():
-                    self._accept(message)
+                    metadata = getattr(message.content, "metadata", {})
+                    self.step_queue.add_task(message, MicroBatch.from_json(metadata.get(MICRO_BATCH_KEY)))
                 case Gradient():
                     self.step_queue.add_gradient(message)
                 case StepMessage(verb="commit"):
@@ -138,21 +139,10 @@ class TrainingWorker(StageWorker):
                 case _:
                     self.counters["unexpected"] += 1
         except WireError as error:
-            self.counters["malformed"] += 1
+            self.counters["rejected" if error.code == "Busy" else "malformed"] += 1
             log.info("refused a %s: %s", type(message).__name__, error)
-            self._refuse(message, error)
+            self._send_failure(message, error)
         self._wake.set()
-
-    def _accept(self, task: Task) -> None:
-        micro_batch = MicroBatch.from_json(getattr(task.content, "metadata", {}).get(MICRO_BATCH_KEY))
-        if reason := self.step_queue.add_task(task, micro_batch):
-            self.counters["rejected"] += 1
-            self._send_failure(task.reply_to.topic, task.request_id, "Busy", reason, retry=True)
-
-    def _refuse(self, message: Message, error: WireError) -> None:
-        topic = message.reply_to.topic if isinstance(message, Task) else getattr(message, "sender_inbox", "")
-        if topic:
-            self._send_failure(topic, message.request_id, error.code, str(error), retry=error.retry)
 
     def _on_malformed(self, error: WireError, properties: Properties) -> None:
         self.counters["malformed"] += 1
@@ -160,11 +150,20 @@ class TrainingWorker(StageWorker):
             reply, failure = answer
             self.send_queue.send(reply.topic, failure)
 
-    def _send_failure(self, topic: str, request: bytes, code: str, reason: str, *, retry: bool) -> None:
-        failure = Failure(
-            request_id=request, stage=self.stage, worker=self.worker, error=code, reason=reason, retry=retry
-        )
-        self.send_queue.send(topic, failure)
+    def _send_failure(self, message: Message, error: Exception) -> None:
+        """Report an error to the sender of a message, if it has an address."""
+        topic = message.reply_to.topic if isinstance(message, Task) else getattr(message, "sender_inbox", "")
+        if topic:
+            code = error_code(error)
+            failure = Failure(
+                request_id=message.request_id,
+                stage=self.stage,
+                worker=self.worker,
+                error=code,
+                reason=str(error) or code,
+                retry=isinstance(error, WireError) and error.retry,
+            )
+            self.send_queue.send(topic, failure)
 
     # Operations -------------------------------------------------------------------------------------------------------
 
@@ -179,7 +178,7 @@ class TrainingWorker(StageWorker):
                 log.error("stage %s failed in a step", self.stage, exc_info=error)
             self.counters["failed"] += 1
             self.step_queue.mark_failed(operation)
-            self._fail_operation(operation, error)
+            self._send_failure(operation.message if isinstance(operation, Commit) else operation.task, error)
         else:
             if self.step_queue.mark_done(operation) and not isinstance(operation, Commit):
                 self.executor.send_prepared(operation, term)
@@ -189,24 +188,13 @@ class TrainingWorker(StageWorker):
             if self.coordinator:
                 self.coordinator.on_progress(now_s)
 
-    def _fail_operation(self, operation: StepOperation, error: Exception) -> None:
-        code = error_code(error)
-        retry = isinstance(error, WireError) and error.retry
-        if isinstance(operation, Commit):
-            topic = operation.message.sender_inbox
-            request = operation.message.request_id
-        else:
-            topic = operation.task.reply_to.topic
-            request = operation.task.request_id
-        self._send_failure(topic, request, code, str(error) or code, retry=retry)
-
     # Commands ---------------------------------------------------------------------------------------------------------
 
     async def _handle_command(self, command: StepMessage) -> None:
         try:
             await self._obey(command)
         except WireError as error:
-            self._refuse(command, error)
+            self._send_failure(command, error)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             self.counters["malformed"] += 1
             log.warning("ignored a %s message with malformed details: %s", command.verb, error)

@@ -57,7 +57,7 @@ class DuplicateCheck:
         return bool(entries or self._malformed_records) and not is_known
 
     async def watch(self) -> None:
-        """Watch for CONFLICT_WATCH_S after this worker has joined; raise `UsageError` "WorkerConflict" if it must leave."""
+        """Watch for CONFLICT_WATCH_S after the worker has joined. Raises `UsageError` "WorkerConflict"."""
         with suppress(TimeoutError):
             async with asyncio.timeout(CONFLICT_WATCH_S):
                 await self._must_leave.wait()

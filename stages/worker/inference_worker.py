@@ -1,4 +1,4 @@
-"""The worker of an inference pipeline: a bounded queue of tasks, batches in the compute thread, results to the next stage.
+"""The worker of an inference pipeline: queues tasks, computes them in batches, and sends the results on.
 
 Every task ends with a message to its requester: a result, a failure, or, if this process dies, the last will, after
 which the requester sends the task again.
@@ -128,7 +128,7 @@ class InferenceWorker(StageWorker):
     # Batches ----------------------------------------------------------------------------------------------------------
 
     async def _acquire_unsent_slot(self) -> bool:
-        """Wait until the outputs of an earlier batch are sent; False if nothing can be sent while this worker drains."""
+        """Wait until the outputs of an earlier batch are sent; return False if that fails while this worker drains."""
         while True:
             try:
                 async with asyncio.timeout(CREDIT_TIMEOUT_S + 1):

@@ -111,7 +111,7 @@ class ModelExecutor(TaskExecutor):
 
     @torch.inference_mode()
     def finish(self, tensors: Tensors, task: TaskContext) -> Tensors:
-        """Postprocess the last part's outputs, in pixels of the picture if there was one; narrow others for the wire."""
+        """Postprocess the last part's outputs, in pixels of the picture if there was one; narrow other outputs."""
         if self._is_last and PICTURE in task.metadata and self._spec.postprocess is not None:
             width, _, height = task.metadata[PICTURE].partition("x")
             content = self._spec.postprocess(tensors, (int(width), int(height)))

@@ -1,7 +1,7 @@
 """Sends the results of a worker's tasks: activations to the next stage, results and failures to the requester.
 
-All of it runs on the event loop. Every task ends with a message: a request that is neither passed on nor failed would be
-noticed only when its lease ends.
+All of it runs on the event loop. Every task ends with a message: a request that is neither passed on nor failed would
+be noticed only when its lease ends.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ REASON_MAX_CHARS = 1000
 def failure_reason(error: BaseException) -> str:
     """Format an exception of any origin as one line of limited length."""
     try:
-        text = (
-            f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
-        )  # str() of a KeyError is the bare key
+        text = f"no key {error}" if isinstance(error, KeyError) else str(error)
     except Exception as problem:  # noqa: BLE001 - the requester gets the first error all the same
         text = f"its message could not be formatted: {type(problem).__name__}"
     line = " ".join(text.split())
@@ -193,10 +191,7 @@ class ResultSender:
             "task_processed",
             time_ns=ended_ns,
             request=task.request_id,
-            queue_ms=hop.queue_ms,
-            decode_ms=hop.decode_ms,
-            compute_ms=hop.compute_ms,
-            encode_ms=hop.encode_ms,
+            **hop.durations(),
             bytes_in=task.content.nbytes,
             bytes_out=queued.outputs.nbytes if queued.outputs else 0,
             batch=hop.batch,

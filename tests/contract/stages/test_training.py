@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from brokers.errors import Disconnected, RequestError, SparseError, UsageError
+from brokers.errors import Disconnected, RequestError, SparseError, UsageError, WireError
 from brokers.protocol.messages import (
     Activation,
     Failure,
@@ -623,7 +623,10 @@ def test_a_step_that_is_given_up_again_and_again_ends_the_run(tmp_path: Path, mo
     monkeypatch.setattr(training_module, "MAX_CONSECUTIVE_TERMS", 3)
 
     async def test(room: InProcessPipeline) -> None:
-        room.workers[1].trainer.step_queue.add_task = lambda task, micro_batch: "no room"  # type: ignore[method-assign]
+        def refuse(task: Task, micro_batch: MicroBatch) -> None:
+            raise WireError("Busy", "the queue is full", retry=True)
+
+        room.workers[1].trainer.step_queue.add_task = refuse  # type: ignore[method-assign]
         with raises_error(RequestError, "CannotTrain", match=r"step 0 was aborted 3 times: Busy at stage s1"):
             await room.train()
         assert len({event["version"] for event in room.sources[0].events}) <= 1

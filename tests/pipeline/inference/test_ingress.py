@@ -194,7 +194,7 @@ BAD: dict[str, tuple[bytes, str, str]] = {
     "half": (b"", "BadPayload", "image/jpeg"),  # filled in by the test
     "bytes": (b"\x00\x01\x02\x03", "BadPayload", "expected JPEG, PNG, safetensors or JSON"),
     "empty": (b"", "BadPayload", "expected JPEG, PNG, safetensors or JSON"),
-    "reading": (b'{"celsius": 21.5}', "BadPayload", "takes pictures"),
+    "reading": (b'{"celsius": 21.5}', "BadPayload", "accepts pictures"),
     "claim": (len(HUGE).to_bytes(8, "little") + HUGE, "Truncated", "100000000000 bytes"),
     "liar": (LIE, "", ""),
 }

@@ -102,7 +102,7 @@ def test_whatever_a_stage_raises_is_told_in_one_line_at_once_and_the_worker_live
     found = ask(served["raise_by_value"], broker, *(np.array(float(number)) for number in (1, 2, 3, 4, 5)))
     told = [(each.error, each.reason) for each in found[:4] if isinstance(each, RequestFailed)]
     assert len(told) == 4, found
-    assert told[0] == ("Speechless", "its own text could not be made: AttributeError")
+    assert told[0] == ("Speechless", "its message could not be formatted: AttributeError")
     assert told[1][0] == "ValueError"
     assert told[1][1].startswith("first second xxx")
     assert told[1][1].endswith("... (100013 characters)")

@@ -130,6 +130,6 @@ def test_a_tensor_of_the_wrong_shape_fails_its_request_alone(
     assert isinstance(shape, RequestFailed)
     assert (shape.stage, shape.error) == ("head", "RuntimeError")
     assert isinstance(names, RequestFailed)
-    assert "takes ['input'], got ['x', 'y']" in names.reason
+    assert "expects ['input'], got ['x', 'y']" in names.reason
     assert isinstance(picture, RequestFailed)
     assert picture.error == "BadPayload"

@@ -12,14 +12,19 @@ from tests.support.pipelines.processes import PROCESS_TIMEOUT_S
 # A process of its own, because the setting is global. It prints the page faults of allocating, filling and freeing
 # 64 MiB ten times, before and after.
 _PROGRAM = """
-import resource, torch
+import ctypes, resource
 from stages.training.malloc_tuning import tune_malloc
+
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
 
 def count_page_faults():
     for repetition in range(20):
         if repetition == 10:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(16 << 20)
+        address = ctypes.c_void_p(library.malloc(64 << 20))
+        ctypes.memset(address, 1, 64 << 20)
+        library.free(address)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 print(count_page_faults())

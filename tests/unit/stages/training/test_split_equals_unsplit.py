@@ -1,6 +1,6 @@
 """Split equals unsplit: a network that is trained in parts gets the weights of the unsplit network, bit for bit.
 
-The unsplit network is trained by plain torch: its model, its optimizer, its loss, in an ordinary loop. It shares only two
+The unsplit network is trained by plain torch: its model, its optimizer, its loss, in an ordinary loop. It shares two
 seeds with ours: that of the initial weights, and that of the random numbers of a micro-batch.
 """
 
