@@ -1,16 +1,21 @@
-"""A pipeline that trains, from its sources to its last stage, over one hub: whatever happens, the weights are right."""
+"""Training from the sources to the last stage, over an in-memory broker: the weights equal those of the unsplit network.
+
+Exactness holds for any cut and schedule, several sources, lost processes and connections, and hostile messages.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
+from brokers.dispatch.channel import MessageChannel
 from brokers.errors import Disconnected, RequestError, SparseError, UsageError, WireError
+from brokers.mqtt.in_memory import MemoryTransport
 from brokers.protocol.messages import (
     Activation,
     Failure,
@@ -19,6 +24,7 @@ from brokers.protocol.messages import (
     ReplyTo,
     Result,
     StepMessage,
+    StepVerb,
     Task,
     TensorContent,
     new_request_id,
@@ -26,859 +32,762 @@ from brokers.protocol.messages import (
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_KEY, SOURCES_LIMIT, MicroBatch, SourceProgress
 from sources.datasets.dataset import Dataset
-from sources.training import training_loop as training_module
+from sources.training import training_loop
 from sources.training.two_phase_step import StepFailed
 from stages.training.checkpoints import Checkpoint
-from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.channel_ends import MessageRecorder
 from tests.support.errors import raises_error
 from tests.support.training.in_process_parts import assert_bitwise_equal
 from tests.support.training.in_process_pipeline import (
     InProcessPipeline,
     InProcessSource,
-    InProcessWorker,
     kill_client,
+    run_with_pipeline,
     shorten_intervals,
 )
 from tests.support.training.striped_images import ExtraClassImages, StripedImages
 
-STEPS = 8  # of a whole run: 2 epochs of 96 rows in batches of 24
-Lesson = Callable[[InProcessPipeline], Awaitable[None]]
+STEPS = 8  # of a run: 2 epochs of 96 rows in batches of 24
+FOREIGN_INBOX = "foreign/inbox"
 
 
 @pytest.fixture(autouse=True)
-def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     shorten_intervals(monkeypatch)
 
 
-def lesson(folder: Path, test: Lesson, *stages: int, **training: Any) -> InProcessPipeline:
-    """Run a test in a classroom whose stages all have a worker."""
-    room = InProcessPipeline(folder, **training)
-
-    async def whole() -> None:
-        await room.start(*stages)
-        try:
-            await test(room)
-        finally:
-            await room.close()
-
-    run_async(whole())
-    return room
+async def assert_weights(pipeline: InProcessPipeline, source: InProcessSource, steps: int = STEPS) -> None:
+    """Assert that the weights are those of the unsplit network after so many steps of the source."""
+    expected = pipeline.train_unsplit([source.name] * steps, {source.name: source.dataset})
+    assert_bitwise_equal(await pipeline.weights(source), expected)
 
 
-# Equal to the plain loop ----------------------------------------------------------------------------------------------
+def abort_message(pipeline: InProcessPipeline) -> StepMessage:
+    """The message of a source that aborts its step."""
+    details = {"reason": "a test"}
+    return StepMessage(request_id=new_request_id(), verb="abort", term=pipeline.active_worker(0).term, details=details)
+
+
+# Equality with the unsplit network ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("cuts", [(), (5,), (4, 9), (1, 3, 6, 8)], ids=len)
-def test_a_run_ends_with_the_weights_of_the_plain_loop(tmp_path: Path, cuts: tuple[int, ...], schedule: str) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        room.on_event = lambda event: saved.append(room.saved_activations)
-        pupil = await room.train()
-        assert pupil.training.completed_steps == STEPS
-        assert [event["version"] for event in pupil.events_of_kind("step")] == list(range(1, STEPS + 1))
-        expected = room.train_unsplit(["pupil"] * STEPS, {"pupil": StripedImages()})
-        assert_bitwise_equal(await room.weights(pupil), expected)
-        assert room.sources_by_version() == ["pupil"] * STEPS
-        assert all(worker.trainer.counters == {} for worker in room.workers)
-
+def test_run_equals_the_unsplit_network(tmp_path: Path, cuts: tuple[int, ...], schedule: str) -> None:
     saved: list[int] = []
-    lesson(tmp_path, test, cuts=cuts, schedule=schedule)
+
+    async def test(pipeline: InProcessPipeline) -> None:
+        pipeline.on_event = lambda event: saved.append(pipeline.saved_activations)
+        source = await pipeline.train()
+        assert source.completed_steps == STEPS
+        assert [event["version"] for event in source.events_of_kind("step")] == list(range(1, STEPS + 1))
+        await assert_weights(pipeline, source)
+        assert pipeline.sources_by_version() == ["source"] * STEPS
+        assert all(worker.worker.counters == {} for worker in pipeline.workers)
+
+    run_with_pipeline(tmp_path, test, cuts=cuts, schedule=schedule)
     assert saved == [0] * STEPS
 
 
-def test_a_batch_that_does_not_divide_is_learned_as_it_is(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        pupil = await room.train(dataset=StripedImages(count=31))
-        assert [event["rows"] for event in pupil.events_of_kind("step")] == [24, 7, 24, 7]
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * 4, {"it": StripedImages(count=31)}))
+def test_batches_need_not_divide_evenly(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.train(dataset=StripedImages(count=31))
+        assert [event["rows"] for event in source.events_of_kind("step")] == [24, 7, 24, 7]
+        await assert_weights(pipeline, source, steps=4)
 
-    lesson(tmp_path, test, micro_batches=5)
+    run_with_pipeline(tmp_path, test, micro_batches=5)
+
+
+def stages_that_receive_labels(pipeline: InProcessPipeline) -> set[str]:
+    return {
+        topic.split("/")[3]
+        for topic, message in pipeline.messages
+        if isinstance(message, Task)
+        and isinstance(message.content, TensorContent)
+        and LABELS_TENSOR in message.content.tensors
+    }
 
 
 @pytest.mark.parametrize("cuts", [(), (5,), (4, 9)], ids=len)
-def test_labels_that_stay_go_to_the_last_stage_and_nowhere_else(tmp_path: Path, cuts: tuple[int, ...]) -> None:
-    def seen(topic: str, message: Message) -> None:
-        content = getattr(message, "content", None)
-        if isinstance(content, TensorContent) and LABELS_TENSOR in content.tensors:
-            readers.add(topic.rpartition("/")[0])
+def test_labels_that_stay_are_sent_to_the_last_stage_only(tmp_path: Path, cuts: tuple[int, ...]) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.train()
+        assert stages_that_receive_labels(pipeline) == {f"s{len(cuts)}"}
+        assert source.events_of_kind("evaluation")
+        await assert_weights(pipeline, source)
 
-    async def test(room: InProcessPipeline) -> None:
-        room.on_message = seen
-        pupil = await room.train()
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
-        assert pupil.events_of_kind("evaluation")
-
-    readers: set[str] = set()
-    lesson(tmp_path, test, cuts=cuts, labels="stay", evaluate_every=1)
-    assert readers == {f"sparse/local/lesson/s{len(cuts)}/in"}
+    run_with_pipeline(tmp_path, test, cuts=cuts, labels="stay", evaluate_every=1)
 
 
 def test_labels_that_travel_pass_every_stage(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        await room.train()
-        topics = {
-            topic.split("/")[3]
-            for topic, message in room.messages
-            if isinstance(message, Task)
-            and isinstance(message.content, TensorContent)
-            and LABELS_TENSOR in message.content.tensors
-        }
-        assert topics == {"s0", "s1", "s2"}
+    async def test(pipeline: InProcessPipeline) -> None:
+        await pipeline.train()
+        assert stages_that_receive_labels(pipeline) == {"s0", "s1", "s2"}
 
-    lesson(tmp_path, test, epochs=1)
+    run_with_pipeline(tmp_path, test, epochs=1)
 
 
-def test_an_evaluation_changes_nothing(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        pupil = await room.train()
-        evaluations = pupil.events_of_kind("evaluation")
+def test_evaluation_changes_nothing(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.train()
+        evaluations = source.events_of_kind("evaluation")
         assert [event["step"] for event in evaluations] == [4, 8]
         assert {event["rows"] for event in evaluations} == {32}
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
+        await assert_weights(pipeline, source)
 
-    lesson(tmp_path, test, evaluate_every=1)
-
-
-# Many sources ---------------------------------------------------------------------------------------------------------
+    run_with_pipeline(tmp_path, test, evaluate_every=1)
 
 
-def test_two_sources_at_once_give_one_of_the_serial_orders(tmp_path: Path) -> None:
+# Several sources ------------------------------------------------------------------------------------------------------
+
+
+def test_steps_of_two_sources_are_serial(tmp_path: Path) -> None:
     datasets: dict[str, Dataset] = {"one": StripedImages(seed=1), "other": StripedImages(seed=2)}
 
-    async def test(room: InProcessPipeline) -> None:
-        pupils = [await room.add_source(name, dataset) for name, dataset in datasets.items()]
-        await asyncio.gather(*(pupil.training.run() for pupil in pupils))
-        order = room.sources_by_version()
-        assert len(order) == 2 * STEPS
+    async def test(pipeline: InProcessPipeline) -> None:
+        sources = [await pipeline.add_source(name, dataset) for name, dataset in datasets.items()]
+        await asyncio.gather(*(source.training.run() for source in sources))
+        order = pipeline.sources_by_version()
         assert [order.count(name) for name in datasets] == [STEPS, STEPS]
-        assert order not in (sorted(order), sorted(order, reverse=True))  # they have taken turns
-        assert room.active_worker(0).part_trainer.version == 2 * STEPS
-        for pupil in pupils:
-            version = pupil.events_of_kind("step")[-1]["version"]
-            assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(order[:version], datasets))
+        assert order not in (sorted(order), sorted(order, reverse=True))  # they took turns
+        assert pipeline.active_worker(0).version == 2 * STEPS
+        for source in sources:
+            version = source.events_of_kind("step")[-1]["version"]
+            expected = pipeline.train_unsplit(order[:version], datasets)
+            assert_bitwise_equal(await pipeline.weights(source), expected)
 
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_who_ends_first_gets_the_weights_of_its_last_step_while_another_goes_on(tmp_path: Path) -> None:
+def test_source_gets_the_weights_of_its_last_step_while_another_trains(tmp_path: Path) -> None:
     datasets: dict[str, Dataset] = {"one": StripedImages(seed=1, count=48), "other": StripedImages(seed=2, count=960)}
 
-    async def test(room: InProcessPipeline) -> None:
-        short, long = [await room.add_source(name, dataset) for name, dataset in datasets.items()]
+    async def test(pipeline: InProcessPipeline) -> None:
+        short, long = [await pipeline.add_source(name, dataset) for name, dataset in datasets.items()]
         running = asyncio.create_task(long.training.run())
         await short.training.run()
         version = short.events_of_kind("step")[-1]["version"]
-        await room.wait_for(
-            "more steps of the other", lambda: (room.active_worker(0).part_trainer.version or 0) > version + 2
-        )
-        found = await room.weights(short)  # of a version that was: from disk
+        await pipeline.wait_for("later steps", lambda: (pipeline.active_worker(0).version or 0) > version + 2)
+        weights = await pipeline.weights(short)  # from a checkpoint
         assert not running.done()
-        assert_bitwise_equal(found, room.train_unsplit(room.sources_by_version()[:version], datasets))
-        short.training._version = 1  # which is on no disk any more: what there is now, then, but all of one version
-        found = await room.weights(short)
+        assert_bitwise_equal(weights, pipeline.train_unsplit(pipeline.sources_by_version()[:version], datasets))
+        short.training._version = 1  # which has been deleted: it gets the newest, of one version at all stages
+        weights = await pipeline.weights(short)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        version = int(found["norm.num_batches_tracked"]) // 3
+        version = int(weights["norm.num_batches_tracked"]) // 3
         assert version > 4
-        assert_bitwise_equal(found, room.train_unsplit(room.sources_by_version()[:version], datasets))
+        assert_bitwise_equal(weights, pipeline.train_unsplit(pipeline.sources_by_version()[:version], datasets))
 
-    lesson(tmp_path, test, checkpoint_every=20)
+    run_with_pipeline(tmp_path, test, checkpoint_every=20)
 
 
-def test_a_source_that_dies_in_the_middle_of_a_step_holds_up_nobody(tmp_path: Path) -> None:
+def test_source_that_dies_in_its_step_does_not_block_another(tmp_path: Path) -> None:
     datasets: dict[str, Dataset] = {"one": StripedImages(seed=1), "other": StripedImages(seed=2)}
+    killed: list[str] = []
 
-    async def test(room: InProcessPipeline) -> None:
-        one, other = [await room.add_source(name, dataset) for name, dataset in datasets.items()]
+    async def test(pipeline: InProcessPipeline) -> None:
+        one, other = [await pipeline.add_source(name, dataset) for name, dataset in datasets.items()]
         dying = asyncio.create_task(one.training.run())
 
-        def at_its_third_step(topic: str, message: Message) -> None:
-            if (
-                one.training.completed_steps >= 2
-                and isinstance(message, Activation)
-                and message.source == "one"
-                and not dead
-            ):
-                dead.append(one.name)
-                kill_client(room.hub, one.transport)
+        def kill_in_third_step(topic: str, message: Message) -> None:
+            if one.completed_steps >= 2 and isinstance(message, Activation) and message.source == "one" and not killed:
+                killed.append(one.name)
+                kill_client(pipeline.hub, one.transport)
 
-        room.on_message = at_its_third_step
+        pipeline.on_message = kill_in_third_step
         await other.training.run()
-        assert dead
-        order = room.sources_by_version()
+        assert killed
+        order = pipeline.sources_by_version()
         assert order.count("other") == STEPS
         assert 2 <= order.count("one") < STEPS
-        assert room.saved_activations == 0
-        assert_bitwise_equal(await room.weights(other), room.train_unsplit(order, datasets))
-        assert any("one" in event["why"] for event in other.events_of_kind("rolled_back"))
+        assert pipeline.saved_activations == 0
+        assert_bitwise_equal(await pipeline.weights(other), pipeline.train_unsplit(order, datasets))
+        assert any("source one was lost" in event["why"] for event in other.events_of_kind("rolled_back"))
         await one.transport.close()
         dying.cancel()
         await asyncio.gather(dying, return_exceptions=True)
 
-    dead: list[str] = []
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_a_source_that_was_killed_goes_on_from_where_the_pipeline_is(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        first = await room.add_source()
+def test_killed_source_resumes_at_the_version_of_the_pipeline(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        first = await pipeline.add_source()
         running = asyncio.create_task(first.training.run())
-        await room.wait_for("two steps", lambda: first.training.completed_steps >= 3)
-        kill_client(room.hub, first.transport)
+        await pipeline.wait_for_step(first, 3)
+        kill_client(pipeline.hub, first.transport)
         await first.transport.close()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        second = await room.train(resume=True)  # at once: the record of the pipeline may be a step behind
-        assert second.training.completed_steps == STEPS
-        assert_bitwise_equal(await room.weights(second), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
-        assert room.sources_by_version() == ["pupil"] * STEPS
+        second = await pipeline.train(resume=True)  # at once: the record of the pipeline may be a step old
+        assert second.completed_steps == STEPS
+        await assert_weights(pipeline, second)
+        assert pipeline.sources_by_version() == ["source"] * STEPS
 
-    lesson(tmp_path, test)
-
-
-# Late, twice, to the wrong worker -------------------------------------------------------------------------------------
+    run_with_pipeline(tmp_path, test)
 
 
-async def stranger(room: InProcessPipeline) -> tuple[Any, MessageRecorder]:
-    """Somebody who says what nobody asked for."""
-    from brokers.dispatch.channel import MessageChannel
-    from brokers.mqtt.in_memory import MemoryTransport
-
-    line, ear = MessageChannel(MemoryTransport(room.hub)), MessageRecorder()
-    await line.open()
-    await line.subscribe("stranger/inbox", ear.on_message, ear.on_malformed)
-    return line, ear
+# Stale, hostile and duplicate messages --------------------------------------------------------------------------------
 
 
-def foreign(term: int, **change: Any) -> Task:
+async def open_foreign_client(pipeline: InProcessPipeline) -> tuple[MessageChannel, MessageRecorder]:
+    channel = MessageChannel(MemoryTransport(pipeline.hub))
+    recorder = MessageRecorder()
+    await channel.open()
+    await channel.subscribe(FOREIGN_INBOX, recorder.on_message, recorder.on_malformed)
+    return channel, recorder
+
+
+def foreign_task(term: int, micro_batch: str = "", **change: Any) -> Task:
+    """A task of one row, for a micro-batch with these changes, or with this text in its place."""
     fields = {"step": new_request_id().hex(), "index": 0, "count": 1, "rows": 1, "number": 0, "seed": 0, **change}
-    micro = MicroBatch(term=term, **fields)
-    body = TensorContent({"input": from_array(StripedImages().train().inputs[:1])}, {MICRO_BATCH_KEY: micro.to_json()})
+    text = micro_batch or MicroBatch(term=term, **fields).to_json()
+    tensors = {"input": from_array(StripedImages().train().inputs[:1])}
+    content = TensorContent(tensors, {MICRO_BATCH_KEY: text})
     return Task(
-        request_id=new_request_id(), content=body, reply_to=ReplyTo("stranger/inbox"), sender_inbox="stranger/inbox"
+        request_id=new_request_id(), content=content, reply_to=ReplyTo(FOREIGN_INBOX), sender_inbox=FOREIGN_INBOX
     )
 
 
-def test_what_is_stale_or_foreign_changes_no_weight_and_is_told_by_its_own_error(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        line, ear = await stranger(room)
-        gradients: list[tuple[str, Gradient]] = []
-        room.on_message = lambda topic, message: (
-            gradients.append((topic, message)) if isinstance(message, Gradient) else None
-        )
-        pupil = await room.add_source()
-        running = asyncio.create_task(pupil.training.run())
-        await room.wait_for("a step", lambda: pupil.training.completed_steps >= 1)
-        inboxes = [worker.trainer.inbox for worker in room.workers]
-        term = room.workers[0].trainer.step_queue.term
-        nothing = TensorContent({})
-        for inbox in inboxes:
-            for topic, gradient in gradients[:3]:  # of former steps: to the right worker again, and to the wrong ones
-                assert topic in inboxes
-                late = Gradient(request_id=gradient.request_id, content=gradient.content, sender_inbox="stranger/inbox")
-                await line.send(inbox, late)
-            await line.send(
-                inbox, Gradient(request_id=new_request_id(), content=nothing, sender_inbox="stranger/inbox")
-            )
-            await line.send(inbox, foreign(term - 1))
-            for verb in ("commit", "quiesce", "restore", "prepared", "abort", "quiesced", "restored"):
-                word = StepMessage(request_id=new_request_id(), verb=verb, term=term - 1, sender_inbox="stranger/inbox")
-                await line.send(inbox, word)
-            await line.send(
-                inbox, StepMessage(request_id=new_request_id(), verb="commit", term=term, sender_inbox="stranger/inbox")
-            )
-            for crew in (7, ["s0"], None):
-                word = StepMessage(
-                    request_id=new_request_id(), verb="quiesce", term=term + 1, details={"members": crew}
-                )
-                await line.send(inbox, word)
-            version: Any
-            for version in ("x", None, [], -1, 7):
-                details = {"version": version, "restored_term": 0}
-                word = StepMessage(request_id=new_request_id(), verb="restore", term=term, details=details)
-                await line.send(inbox, word)
-                word = StepMessage(
-                    request_id=new_request_id(), verb="fetch_weights", term=term, details={"version": version}
-                )
-                await line.send(inbox, word)
-            await line.send(inbox, StepMessage(request_id=new_request_id(), verb="restore", term=term))
-            await line.send(inbox, Failure(request_id=new_request_id(), stage="s", worker="w", error="E", reason="r"))
-            await line.send(inbox, Result(request_id=new_request_id(), content=nothing))
+def step_message(verb: StepVerb, term: int, **details: Any) -> StepMessage:
+    return StepMessage(request_id=new_request_id(), verb=verb, term=term, details=details)
+
+
+def foreign_messages(term: int) -> list[Message]:
+    """Messages that no worker may act on."""
+    content = TensorContent({})
+    verbs: tuple[StepVerb, ...] = ("commit", "quiesce", "restore", "prepared", "abort", "quiesced", "restored")
+    messages: list[Message] = [
+        Gradient(request_id=new_request_id(), content=content, sender_inbox=FOREIGN_INBOX),
+        foreign_task(term - 1),
+        *(replace(step_message(verb, term - 1), sender_inbox=FOREIGN_INBOX) for verb in verbs),
+        replace(step_message("commit", term), sender_inbox=FOREIGN_INBOX),
+        *(step_message("quiesce", term + 1, members=members) for members in (7, ["s0"], None)),
+        step_message("restore", term),
+        Failure(request_id=new_request_id(), stage="s", worker="w", error="E", reason="r"),
+        Result(request_id=new_request_id(), content=content),
+    ]
+    versions: tuple[Any, ...] = ("x", None, [], -1, 7)
+    for version in versions:
+        messages.append(step_message("restore", term, version=version, restored_term=0))
+        messages.append(step_message("fetch_weights", term, version=version))
+    return messages
+
+
+def test_stale_and_foreign_messages_change_nothing(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        channel, recorder = await open_foreign_client(pipeline)
+        source = await pipeline.add_source()
+        running = asyncio.create_task(source.training.run())
+        await pipeline.wait_for_step(source, 1)
+        gradients = [message for _, message in pipeline.messages if isinstance(message, Gradient)][:3]
+        for worker in pipeline.workers:
+            for gradient in gradients:  # again, and to the wrong workers
+                await channel.send(worker.inbox, replace(gradient, sender_inbox=FOREIGN_INBOX))
+            for message in foreign_messages(pipeline.workers[0].term):
+                await channel.send(worker.inbox, message)
         await running
-        assert all(worker.is_running for worker in room.workers)
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
-        assert room.sources_by_version() == ["pupil"] * STEPS
-        told = set()
-        while not ear.messages.empty():
-            failure = ear.messages.get_nowait()
+        assert all(worker.is_running for worker in pipeline.workers)
+        await assert_weights(pipeline, source)
+        assert pipeline.sources_by_version() == ["source"] * STEPS
+        failures = set()
+        while not recorder.messages.empty():
+            failure = recorder.messages.get_nowait()
             if isinstance(failure, Failure):
-                told.add((failure.error, failure.retry))
-        assert told == {("UnknownForward", False), ("StaleTerm", True), ("BadStep", False)}
-        await line.close()
+                failures.add((failure.error, failure.retry))
+        assert failures == {("UnknownForward", False), ("StaleTerm", True), ("BadStep", False)}
+        await channel.close()
 
-    lesson(tmp_path, test)
-
-
-WHOLE = MicroBatch(step="a" * 32, term=0, index=0, count=1, rows=1, number=0, seed=0).to_json()
-HOSTILE_MICROS = ("", "null", "[]", "{}", WHOLE.replace("a" * 32, "z" * 32), WHOLE.replace('"count":1', '"count":"1"'))
+    run_with_pipeline(tmp_path, test)
 
 
-@pytest.mark.parametrize("text", HOSTILE_MICROS)
-def test_a_task_that_is_no_micro_batch_is_refused_and_the_worker_lives(tmp_path: Path, text: str) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        line, ear = await stranger(room)
-        pupil = await room.add_source()
-        task = foreign(0)
-        sent = Task(
-            request_id=task.request_id,
-            content=TensorContent(
-                task.content.tensors if isinstance(task.content, TensorContent) else {}, {MICRO_BATCH_KEY: text}
-            ),
-            reply_to=task.reply_to,
-            sender_inbox=task.sender_inbox,
-        )
-        for worker in room.workers:
-            await line.send(worker.trainer.inbox, sent)
-            failure = await ear.next_message()
-            assert isinstance(failure, Failure)
-            assert failure.error == "BadProperty"
-            assert MICRO_BATCH_KEY in failure.reason
-        await pupil.training.run()
-        assert all(worker.trainer.counters["malformed"] == 1 for worker in room.workers)
-        await line.close()
+def test_task_that_is_not_a_micro_batch_is_refused(tmp_path: Path) -> None:
+    valid = MicroBatch(step="a" * 32, term=0, index=0, count=1, rows=1, number=0, seed=0).to_json()
+    hostile = ("null", "[]", "{}", valid.replace("a" * 32, "z" * 32), valid.replace('"count":1', '"count":"1"'))
 
-    lesson(tmp_path, test, epochs=1)
+    async def test(pipeline: InProcessPipeline) -> None:
+        channel, recorder = await open_foreign_client(pipeline)
+        source = await pipeline.add_source()
+        for worker in pipeline.workers:
+            for text in hostile:
+                await channel.send(worker.inbox, foreign_task(0, text))
+                failure = await recorder.next_message()
+                assert isinstance(failure, Failure)
+                assert (failure.error, failure.retry) == ("BadProperty", False)
+                assert MICRO_BATCH_KEY in failure.reason
+        await source.training.run()
+        assert {worker.worker.counters["malformed"] for worker in pipeline.workers} == {len(hostile)}
+        await channel.close()
+
+    run_with_pipeline(tmp_path, test, epochs=1)
 
 
-@pytest.mark.parametrize("number", [0, 3, 5])
-def test_a_step_that_is_not_the_next_one_of_its_source_is_refused_and_may_be_tried_again(
-    tmp_path: Path, number: int
-) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        line, ear = await stranger(room)
-        await room.train()
-        head = room.active_worker(0)
-        late = foreign(head.trainer.step_queue.term, number=number)
-        task = Task(
-            request_id=late.request_id,
-            content=late.content,
-            reply_to=late.reply_to,
-            sender_inbox=late.sender_inbox,
-            source="pupil",
-        )
-        await line.send(head.trainer.inbox, task)
-        failure = await ear.next_message()
+def test_step_that_is_not_the_next_of_its_source_is_refused(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        channel, recorder = await open_foreign_client(pipeline)
+        await pipeline.train()
+        head = pipeline.active_worker(0)
+        task = replace(foreign_task(head.term, number=5), source="source")
+        await channel.send(head.inbox, task)
+        failure = await recorder.next_message()
         assert isinstance(failure, Failure)
         assert (failure.error, failure.retry) == ("StaleStep", True)
-        assert failure.reason == f"the next step of source 'pupil' is 4 (from 0), not {number}"
-        assert head.part_trainer.version == 4
-        await line.close()
+        assert failure.reason == "the next step of source 'source' is 4 (from 0), not 5"
+        assert head.version == 4
+        await channel.close()
 
-    lesson(tmp_path, test, epochs=1)
+    run_with_pipeline(tmp_path, test, epochs=1)
 
 
-def test_messages_that_come_twice_change_nothing(tmp_path: Path) -> None:
-    """Each message of a stage comes to it a second time, as a bridge may do that lost its connection."""
+def test_duplicate_messages_change_nothing(tmp_path: Path) -> None:
+    """Every message to a stage arrives twice, as it may over a bridge that was disconnected."""
 
-    async def test(room: InProcessPipeline) -> None:
-        line, _ = await stranger(room)
-        tasks: set[asyncio.Task[None]] = set()
+    async def test(pipeline: InProcessPipeline) -> None:
+        channel, _ = await open_foreign_client(pipeline)
+        sends: set[asyncio.Task[None]] = set()
         seen: set[tuple[str, bytes, type[Message], object]] = set()
 
-        def again(topic: str, message: Message) -> None:
+        def send_again(topic: str, message: Message) -> None:
             key = (topic, message.request_id, type(message), getattr(message, "verb", None))
             if topic.split("/")[-2] == "in" and key not in seen and not isinstance(message, Failure):
                 seen.add(key)
-                task = asyncio.create_task(line.send(topic, message))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                send = asyncio.create_task(channel.send(topic, message))
+                sends.add(send)
+                send.add_done_callback(sends.discard)
 
-        room.on_message = again
-        pupil = await room.train()
-        assert pupil.training.completed_steps == STEPS
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
-        assert room.sources_by_version() == ["pupil"] * STEPS
-        assert room.saved_activations == 0
-        await asyncio.gather(*tasks)
-        await line.close()
+        pipeline.on_message = send_again
+        source = await pipeline.train()
+        await assert_weights(pipeline, source)
+        assert pipeline.sources_by_version() == ["source"] * STEPS
+        assert pipeline.saved_activations == 0
+        await asyncio.gather(*sends)
+        await channel.close()
 
-    lesson(tmp_path, test)
-
-
-# Workers that die -----------------------------------------------------------------------------------------------------
+    run_with_pipeline(tmp_path, test)
 
 
-async def replace(room: InProcessPipeline, stage: int) -> InProcessWorker:
-    """Kill the worker that trains a stage, and start another where its checkpoints are."""
-    dead = room.active_worker(stage)
-    dead.kill()
-    await dead.close()
-    room.workers.remove(dead)
-    return await room.add_worker(stage, name=f"new{stage}-{len(room.messages)}")
+# Lost workers and connections -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_worker_that_dies_is_replaced_and_the_result_is_that_of_the_undisturbed_run(
-    tmp_path: Path, stage: int
-) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        pupil = await room.add_source()
-        running = asyncio.create_task(pupil.training.run())
+def test_killed_worker_is_replaced(tmp_path: Path, stage: int) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.add_source()
+        running = asyncio.create_task(source.training.run())
         for step in (2, 6, 9):
-            await room.wait_for_step(pupil, step)
-            await replace(room, stage)
+            await pipeline.wait_for_step(source, step)
+            await pipeline.replace_worker(stage)
         await running
-        assert pupil.training.completed_steps == 12
-        assert len(pupil.events_of_kind("rolled_back")) >= 3
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * 12, {"it": StripedImages()}))
-        assert room.saved_activations == 0
+        assert len(source.events_of_kind("rolled_back")) >= 3
+        await assert_weights(pipeline, source, steps=12)
+        assert pipeline.saved_activations == 0
 
-    lesson(tmp_path, test, epochs=3)
+    run_with_pipeline(tmp_path, test, epochs=3)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_standby_takes_over_at_once(tmp_path: Path, stage: int) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        await room.add_worker(stage, name="zz-standby")
-        pupil = await room.add_source()
-        running = asyncio.create_task(pupil.training.run())
-        await room.wait_for("a step", lambda: pupil.training.completed_steps >= 5)
-        first = room.active_worker(stage)
-        assert first.trainer.worker != "zz-standby"
-        first.kill()
+def test_standby_takes_over_from_a_killed_worker(tmp_path: Path, stage: int) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        await pipeline.add_worker(stage, "zz-standby")
+        source = await pipeline.add_source()
+        running = asyncio.create_task(source.training.run())
+        await pipeline.wait_for_step(source, 5)
+        active = pipeline.active_worker(stage)
+        assert active.name != "zz-standby"
+        kill_client(pipeline.hub, active.transport)
         await running
-        assert room.members[f"s{stage}"] == "zz-standby"
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
-        (back,) = pupil.events_of_kind("rolled_back")
-        assert back["waited_ms"] < 5000
+        assert pipeline.members[f"s{stage}"] == "zz-standby"
+        await assert_weights(pipeline, source)
+        assert len(source.events_of_kind("rolled_back")) == 1
 
-    lesson(tmp_path, test)
-
-
-def test_a_standby_never_trains_while_another_does(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        spare = await room.add_worker(1, name="a-standby")  # the first by name, and yet a newcomer
-        first = room.workers[1]
-        pupil = await room.train()
-        others = {worker.trainer.worker: worker.part_trainer.version for worker in (spare, first)}
-        assert sorted(others.values()) == [0, STEPS]  # type: ignore[type-var]
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
-
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_a_worker_that_drains_leaves_its_version_behind(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        pupil = await room.add_source()
-        running = asyncio.create_task(pupil.training.run())
-        await room.wait_for("a step", lambda: pupil.training.completed_steps >= 2)
-        leaving = room.active_worker(1)
+def test_standby_does_not_train(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        await pipeline.add_worker(1, "a-standby")  # the first by name, but not by time
+        source = await pipeline.train()
+        versions = [worker.version for worker in pipeline.workers if worker.stage.name == "s1"]
+        assert sorted(versions, key=str) == [0, STEPS]
+        await assert_weights(pipeline, source)
+
+    run_with_pipeline(tmp_path, test)
+
+
+def test_draining_worker_saves_its_version(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.add_source()
+        running = asyncio.create_task(source.training.run())
+        await pipeline.wait_for_step(source, 2)
+        leaving = pipeline.active_worker(1)
         await leaving.drain()
-        assert leaving.part_trainer.version in leaving.trainer.executor.checkpoints.versions
-        await room.add_worker(1, name="successor")
+        assert leaving.version in leaving.versions
+        await pipeline.add_worker(1, "successor")
         await running
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * 12, {"it": StripedImages()}))
+        await assert_weights(pipeline, source, steps=12)
 
-    lesson(tmp_path, test, epochs=3)
+    run_with_pipeline(tmp_path, test, epochs=3)
 
 
-def test_a_hub_that_restarts_costs_no_step(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        pupil = await room.add_source()
-        running = asyncio.create_task(pupil.training.run())
-        await room.wait_for("a step", lambda: pupil.training.completed_steps >= 2)
-        room.hub.stop()
+def test_broker_restart_loses_no_step(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.add_source()
+        running = asyncio.create_task(source.training.run())
+        await pipeline.wait_for_step(source, 2)
+        pipeline.hub.stop()
         await asyncio.sleep(0.2)
-        room.hub.start()
+        pipeline.hub.start()
         await running
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * 12, {"it": StripedImages()}))
+        await assert_weights(pipeline, source, steps=12)
 
-    lesson(tmp_path, test, epochs=3)
+    run_with_pipeline(tmp_path, test, epochs=3)
 
 
-def test_saved_forwards_are_none_after_every_abort(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        saved: list[int] = []
+def test_aborted_step_leaves_no_saved_forwards(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        pending: list[int] = []
 
-        def restored(topic: str, message: Message) -> None:
+        def record_status(topic: str, message: Message) -> None:
             if isinstance(message, StepMessage) and message.verb == "quiesced":
-                saved.append(message.details["status"]["pending_forwards"])
+                pending.append(message.details["status"]["pending_forwards"])
 
-        room.on_message = restored
-        pupil = await room.add_source()
-        running = asyncio.create_task(pupil.training.run())
+        pipeline.on_message = record_status
+        source = await pipeline.add_source()
+        running = asyncio.create_task(source.training.run())
         for step in (1, 3, 5):
-            await room.wait_for_step(pupil, step)
-            await room.wait_for_messages()
-            await give_up(room, pupil)
+            await pipeline.wait_for_step(source, step)
+            await pipeline.wait_for_messages(4)
+            await source.channel.send(pipeline.active_worker(0).inbox, abort_message(pipeline))
         await running
-        assert len(saved) >= 3 * 4
-        assert set(saved) == {0}
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
+        assert len(pending) >= 3 * 4
+        assert set(pending) == {0}
+        await assert_weights(pipeline, source)
 
-    lesson(tmp_path, test)
-
-
-async def give_up(room: InProcessPipeline, pupil: InProcessSource) -> None:
-    """Have the source give up its step, as it does when it hears nothing."""
-    crew = pupil.training.membership.term
-    assert crew is not None
-    word = StepMessage(request_id=new_request_id(), verb="abort", term=crew.term, details={"why": "a test"})
-    await pupil.channel.send(pupil.training.membership.coordinator_inbox(crew), word)
+    run_with_pipeline(tmp_path, test)
 
 
-# What ends a run ------------------------------------------------------------------------------------------------------
+def test_weights_are_fetched_after_a_disconnection(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.train()
+        pipeline.hub.stop()
+        await asyncio.sleep(0.2)
+        pipeline.hub.start()
+        await pipeline.wait_for("the disconnection", lambda: source.training.step_runner._connection_lost)
+        await assert_weights(pipeline, source)
+
+    run_with_pipeline(tmp_path, test)
 
 
-def fails(
-    folder: Path, error: type[Exception], match: str, dataset: Dataset | None = None, **training: Any
-) -> InProcessPipeline:
-    async def test(room: InProcessPipeline) -> None:
-        with pytest.raises(error, match=match) as caught:
-            await room.train(dataset=dataset)
+# Errors that end a run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dataset", "training", "message"),
+    [
+        (ExtraClassImages(count=24), {}, r"step 0 failed at stage 's2', worker 'w2-2': BadLabels: label 4 .*4 classes"),
+        (StripedImages(), {"lr": 1e38}, r"step [12] failed at stage 's2', .*: NotFinite: .*a lower learning rate"),
+    ],
+    ids=["labels", "loss"],
+)
+def test_failed_step_names_its_stage(tmp_path: Path, dataset: Dataset, training: dict[str, Any], message: str) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        with pytest.raises(StepFailed, match=message) as caught:
+            await pipeline.train(dataset=dataset)
         assert "\n" not in str(caught.value)
-        assert all(worker.is_running for worker in room.workers)
-        await room.wait_for("saved forwards to be let go of", lambda: room.saved_activations == 0)
+        assert all(worker.is_running for worker in pipeline.workers)
+        await pipeline.wait_for("the saved forwards to be discarded", lambda: pipeline.saved_activations == 0)
 
-    return lesson(folder, test, **training)
-
-
-def test_labels_out_of_range_are_told_with_the_stage_and_the_step(tmp_path: Path) -> None:
-    match = r"step 0 failed at stage 's2', worker 'w2-2': BadLabels: label 4 .* the network has 4 classes"
-    fails(tmp_path, StepFailed, match, ExtraClassImages(count=24))
+    run_with_pipeline(tmp_path, test, **training)
 
 
-def test_a_loss_that_is_no_number_is_told_with_the_stage_the_step_and_what_to_try(tmp_path: Path) -> None:
-    match = r"step [12] failed at stage 's2', .*: NotFinite: .*try a lower learning rate"
-    fails(tmp_path, StepFailed, match, lr=1e38)
+def test_weights_that_are_not_finite_are_rolled_back(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        await pipeline.train()
 
-
-def test_weights_that_are_no_numbers_any_more_are_in_no_checkpoint_and_all_go_back_to_the_last_one(
-    tmp_path: Path,
-) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        await room.train()
-
-        def burst(event: Any) -> None:
-            for parameter in room.workers[1].part_trainer._part.parameters():
+        def break_weights(event: Any) -> None:
+            for parameter in pipeline.workers[1].part_trainer._part.parameters():
                 parameter.data.fill_(float("inf"))
 
-        room.on_event = burst
-        other = await room.add_source("other", StripedImages(seed=1))
+        pipeline.on_event = break_weights
+        other = await pipeline.add_source("other", StripedImages(seed=1))
         with pytest.raises(StepFailed, match=r"step 1 failed at stage 's2', .*: NotFinite: the loss is nan"):
             await other.training.run()
-        await room.wait_for("the way back", lambda: [each.part_trainer.version for each in room.workers] == [4, 4, 4])
-        await room.wait_for("a crew", lambda: other.training.membership.term)
-        crew = other.training.membership.term
-        assert crew is not None
-        assert "parameter 'second.weight' is not finite" in crew.term_reason
-        assert_bitwise_equal(await room.weights(other), room.train_unsplit(["it"] * 4, {"it": StripedImages()}))
+        await pipeline.wait_for("the rollback", lambda: {worker.version for worker in pipeline.workers} == {4})
+        await pipeline.wait_for("a term", lambda: other.training.membership.term)
+        term = other.training.membership.term
+        assert term is not None
+        assert "parameter 'second.weight' is not finite" in term.term_reason
+        expected = pipeline.train_unsplit(["source"] * 4, {"source": StripedImages()})
+        assert_bitwise_equal(await pipeline.weights(other), expected)
 
-    lesson(tmp_path, test, epochs=1)
-
-
-def test_nobody_trains_is_told_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module, "MEMBERS_WAIT_S", 0.5)
-
-    async def test(room: InProcessPipeline) -> None:
-        with raises_error(
-            RequestError, "StagesMissing", match=r"not all up within 0\.5 s: `sparse status` shows which are"
-        ):
-            await room.train()
-
-    lesson(tmp_path, test, 0, 2)
+    run_with_pipeline(tmp_path, test, epochs=1)
 
 
-def test_a_second_run_of_the_same_name_goes_on_only_where_it_is_told_to(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        await room.train()
-        with raises_error(UsageError, "AlreadyTrained", match=r"'pupil' has trained \d steps .* --resume"):
-            await room.train()
-        again = await room.train(resume=True)
-        assert again.events_of_kind("step") == []
-        assert again.training.completed_steps == STEPS
-        assert len(again.events_of_kind("resumed")) == 1
-        other = await room.train("another")  # with another name it has done nothing yet
+def test_missing_stage_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_loop, "MEMBERS_WAIT_S", 0.5)
+
+    async def test(pipeline: InProcessPipeline) -> None:
+        with raises_error(RequestError, "StagesMissing"):
+            await pipeline.train()
+
+    run_with_pipeline(tmp_path, test, 0, 2)
+
+
+def test_source_of_a_used_name_must_resume(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        await pipeline.train()
+        with raises_error(UsageError, "AlreadyTrained"):
+            await pipeline.train()
+        resumed = await pipeline.train(resume=True)
+        assert resumed.events_of_kind("step") == []
+        assert resumed.completed_steps == STEPS
+        assert len(resumed.events_of_kind("resumed")) == 1
+        other = await pipeline.train("another")
         assert len(other.events_of_kind("step")) == STEPS
-        assert room.sources_by_version() == ["pupil"] * STEPS + ["another"] * STEPS
+        assert pipeline.sources_by_version() == ["source"] * STEPS + ["another"] * STEPS
 
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        await room.train()
-        before = room.pipeline
-        change = {"batch": 12, "lr": 0.5}
-        table = before.training.model_copy(update=change)
-        room.pipeline = before.model_copy(update={"training": table})
+def test_source_cannot_resume_with_other_settings_or_data(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        await pipeline.train()
+        file = pipeline.file
+        table = file.training.model_copy(update={"batch": 12, "lr": 0.5})
+        pipeline.file = file.model_copy(update={"training": table})
         with raises_error(UsageError, "SettingsChanged", match=r"batch was 24, is 12; lr was 0\.05, is 0\.5"):
-            await room.train(resume=True)
+            await pipeline.train(resume=True)
+        pipeline.file = file
+        with raises_error(UsageError, "SettingsChanged", match=r"rows was 96, is 120"):
+            await pipeline.train(dataset=StripedImages(count=120), resume=True)
+        settings = {"noise": 2, "colours": ["red"]}
+        source = file.source.model_copy(update={"settings": settings})
+        pipeline.file = file.model_copy(update={"source": source})
+        changed = r"""source\.settings was '{}', is '{"colours": \["red"\], "noise": 2}'"""
+        with raises_error(UsageError, "SettingsChanged", match=changed):
+            await pipeline.train(resume=True)
 
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test, epochs=1)
 
 
-def test_a_step_that_is_given_up_again_and_again_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module, "MAX_CONSECUTIVE_TERMS", 3)
+def test_source_of_other_stages_cannot_train(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        file = InProcessPipeline(tmp_path, cuts=(4,)).file
+        stages = [
+            stage.model_copy(update={"name": name}) for stage, name in zip(file.stage, ("s0", "end"), strict=True)
+        ]
+        pipeline.file = file.model_copy(update={"stage": stages})
+        with raises_error(
+            RequestError, "CannotTrain", match="its stages are s0, s1, s2, this file has s0, end"
+        ) as caught:
+            await pipeline.train()
+        assert "\n" not in str(caught.value)
 
-    async def test(room: InProcessPipeline) -> None:
+    run_with_pipeline(tmp_path, test)
+
+
+def test_step_that_is_aborted_repeatedly_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_loop, "MAX_CONSECUTIVE_TERMS", 3)
+
+    async def test(pipeline: InProcessPipeline) -> None:
         def refuse(task: Task, micro_batch: MicroBatch) -> None:
             raise WireError("Busy", "the queue is full", retry=True)
 
-        room.workers[1].trainer.step_queue.add_task = refuse  # type: ignore[method-assign]
+        pipeline.workers[1].worker.step_queue.add_task = refuse  # type: ignore[method-assign]
         with raises_error(RequestError, "CannotTrain", match=r"step 0 was aborted 3 times: Busy at stage s1"):
-            await room.train()
-        assert len({event["version"] for event in room.sources[0].events}) <= 1
-        halts = [
-            message for _, message in room.messages if isinstance(message, StepMessage) and message.verb == "quiesce"
+            await pipeline.train()
+        terms = [
+            message.term
+            for _, message in pipeline.messages
+            if isinstance(message, StepMessage) and message.verb == "quiesce"
         ]
-        terms = [word.term for word in halts]
         assert terms == sorted(terms)
-        assert len(set(terms)) == 4  # the beginning, and one for each time that it was given up
+        assert len(set(terms)) == 4  # the first one, and one after each abort
 
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_a_lost_folder_of_checkpoints_is_told_and_nothing_is_rolled_back(
+def test_lost_checkpoint_folder_is_an_error_and_rolls_nothing_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_module, "PROBLEM_WAIT_S", 0.3)
+    monkeypatch.setattr(training_loop, "PROBLEM_WAIT_S", 0.3)
 
-    async def test(room: InProcessPipeline) -> None:
-        await room.train()
-        dead = room.active_worker(1)
-        dead.kill()
-        await dead.close()
-        room.workers.remove(dead)
-        await room.add_worker(1, name="lost", folder=tmp_path / "elsewhere")
-        with raises_error(
-            RequestError, "CannotTrain", match=r"stage 's0' has checkpoints of 4 and 8, stage 's1' has none"
-        ) as caught:
-            await room.train(resume=True)
+    async def test(pipeline: InProcessPipeline) -> None:
+        await pipeline.train()
+        await pipeline.replace_worker(1, tmp_path / "elsewhere")
+        message = r"stage 's0' has checkpoints of 4 and 8, stage 's1' has none"
+        with raises_error(RequestError, "CannotTrain", match=message) as caught:
+            await pipeline.train(resume=True)
         assert "\n" not in str(caught.value)
-        assert room.workers[0].trainer.executor.checkpoints.versions == (4, 8)
-        assert room.workers[0].part_trainer.version == 8
+        assert pipeline.workers[0].versions == (4, 8)
+        assert pipeline.workers[0].version == 8
 
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on_from_the_last_version_when_there_is_room(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        checkpoints = room.workers[1].trainer.executor.checkpoints
+def test_run_resumes_after_a_full_disk(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        checkpoints = pipeline.workers[1].executor.checkpoints
         save = checkpoints.save
 
-        def full(checkpoint: Any) -> None:
-            raise SparseError("CannotCheckpoint", "cannot write a/b: the disk is full")
+        def fail(checkpoint: Any) -> None:
+            raise SparseError("CannotCheckpoint", "the disk is full")
 
-        checkpoints.save = full  # type: ignore[method-assign]
+        checkpoints.save = fail  # type: ignore[method-assign]
         with pytest.raises(StepFailed, match=r"step 3 failed at stage 's1', worker .*: CannotCheckpoint: .*full"):
-            await room.train()
+            await pipeline.train()
         checkpoints.save = save  # type: ignore[method-assign]
-        await room.wait_for("a crew", lambda: room.sources[0].training.membership.term)
-        pupil = await room.train(resume=True)
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
+        await pipeline.wait_for("a term", lambda: pipeline.sources[0].training.membership.term)
+        source = await pipeline.train(resume=True)
+        await assert_weights(pipeline, source)
 
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_one_source_more_than_a_record_can_name_is_told_and_the_workers_live(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        others = {f"source-{index}": SourceProgress(steps=1) for index in range(SOURCES_LIMIT)}
-        for worker in room.workers:
-            worker.trainer.executor.progress = others
+def test_number_of_sources_is_limited(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        for worker in pipeline.workers:
+            worker.executor.progress = {f"s-{index}": SourceProgress(steps=1) for index in range(SOURCES_LIMIT)}
         with pytest.raises(StepFailed, match=r"TooManySources: 64 sources have trained this pipeline"):
-            await room.train()
-        assert all(worker.is_running for worker in room.workers)
+            await pipeline.train()
+        assert all(worker.is_running for worker in pipeline.workers)
 
-    lesson(tmp_path, test)
-
-
-# A kill, a freeze or a break at an unlucky moment ---------------------------------------------------------------------
+    run_with_pipeline(tmp_path, test)
 
 
-def test_memory_of_a_term_that_was_given_up_is_not_taken_for_the_version_of_the_same_number(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        pupil = await room.train()
-        frozen = room.active_worker(1)
-        frozen.trainer.executor.restored_term -= (
-            1  # the others have been told since, and have done other steps up to this
-        )
+# A kill, a freeze or a disconnection at an unfavourable moment --------------------------------------------------------
+
+
+def test_memory_of_a_rolled_back_term_is_not_a_version(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.train()
+        frozen = pipeline.active_worker(1)
+        frozen.executor.restored_term -= 1  # the others have rolled back since, and trained up to this number again
         with torch.no_grad():
             for parameter in frozen.part_trainer._part.parameters():
                 parameter.add_(1.0)
-        term = frozen.trainer.step_queue.term
-        await replace(room, 2)
-        await room.wait_for("another term", lambda: (crew := pupil.training.membership.term) and crew.term > term)
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
+        term = frozen.term
+        await pipeline.replace_worker(2)
 
-    lesson(tmp_path, test)
+        def is_next_term() -> bool:
+            status = source.training.membership.term
+            return status is not None and status.term > term
+
+        await pipeline.wait_for("the next term", is_next_term)
+        await assert_weights(pipeline, source)
+
+    run_with_pipeline(tmp_path, test)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_worker_in_whose_place_another_trains_leaves_no_version_behind(tmp_path: Path, stage: int) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        await room.train()
-        former = room.active_worker(stage)
-        former.part_trainer.version = 9  # of a step that the others have given up
-        former.trainer.stand_by(former.trainer.step_queue.term + 1)
+def test_worker_on_standby_saves_no_version(tmp_path: Path, stage: int) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        await pipeline.train()
+        former = pipeline.active_worker(stage)
+        former.part_trainer.version = 9  # of a step that the others have rolled back
+        former.worker.stand_by(former.term + 1)
         await former.drain()
-        assert former.trainer.executor.checkpoints.versions == (4, 8)
+        assert former.versions == (4, 8)
 
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-@pytest.mark.parametrize("verb", ["task", "commit"])
-def test_a_source_that_has_not_heard_that_a_worker_stands_by_tries_its_step_again(
-    tmp_path: Path, verb: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kind", ["task", "commit"])
+def test_source_retries_a_step_that_a_worker_on_standby_refuses(
+    tmp_path: Path, kind: Literal["task", "commit"], caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        pupil = await room.add_source()
-        send, left = pupil.channel.send, [room.workers[0]]
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.add_source()
+        send = source.channel.send
+        former = pipeline.workers[0]
 
         async def send_too_late(topic: str, message: Message) -> None:
-            is_last = (
-                isinstance(message, StepMessage) and message.verb == "commit" and topic == room.workers[0].trainer.inbox
-            )
-            if (
-                left
-                and pupil.training.completed_steps == 2
-                and (is_last if verb == "commit" else isinstance(message, Task))
-            ):
-                former = left.pop()
-                former.trainer.stand_by(former.trainer.step_queue.term)
-                await room.wait_for("it", lambda: former.part_trainer.version is None)
+            is_commit = isinstance(message, StepMessage) and message.verb == "commit" and topic == former.inbox
+            is_late = is_commit if kind == "commit" else isinstance(message, Task)
+            if is_late and source.completed_steps == 2 and not source.events_of_kind("rolled_back"):
+                former.worker.stand_by(former.term)
+                await pipeline.wait_for("the standby", lambda: former.version is None)
             await send(topic, message)
 
-        pupil.channel.send = send_too_late  # type: ignore[method-assign]
-        await pupil.training.run()
-        assert len(pupil.events_of_kind("rolled_back")) == 1
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
+        source.channel.send = send_too_late  # type: ignore[method-assign]
+        await source.training.run()
+        assert len(source.events_of_kind("rolled_back")) == 1
+        await assert_weights(pipeline, source)
         assert "failed in a step" not in caplog.text
 
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_a_source_that_is_killed_between_two_commits_of_its_last_step_can_be_resumed(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        first = await room.add_source()
+def test_source_that_is_killed_between_two_commits_of_its_last_step_can_resume(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        first = await pipeline.add_source()
         send = first.channel.send
 
         async def send_one_commit(topic: str, message: Message) -> None:
             await send(topic, message)
-            if (
-                isinstance(message, StepMessage)
-                and message.verb == "commit"
-                and first.training.completed_steps == STEPS - 1
-            ):
-                await room.wait_for("it", lambda: any(worker.part_trainer.version == STEPS for worker in room.workers))
+            if isinstance(message, StepMessage) and message.verb == "commit" and first.completed_steps == STEPS - 1:
+                await pipeline.wait_for("a commit", lambda: any(each.version == STEPS for each in pipeline.workers))
                 await asyncio.sleep(0.2)
-                kill_client(room.hub, first.transport)
+                kill_client(pipeline.hub, first.transport)
 
         first.channel.send = send_one_commit  # type: ignore[method-assign]
         with pytest.raises(Disconnected):
             await first.training.run()
         await first.transport.close()
-        await asyncio.sleep(0.5)  # whatever the first stage has done is in its record
-        second = await room.train(resume=True)
-        assert second.training.completed_steps == STEPS
-        assert_bitwise_equal(await room.weights(second), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
+        await asyncio.sleep(0.5)  # until the version of the first stage is in its record
+        second = await pipeline.train(resume=True)
+        assert second.completed_steps == STEPS
+        await assert_weights(pipeline, second)
 
-    lesson(tmp_path, test)
-
-
-def test_weights_are_fetched_although_the_connection_broke_after_the_last_step(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        pupil = await room.train()
-        room.hub.stop()
-        await asyncio.sleep(0.2)
-        room.hub.start()
-        await room.wait_for("the news", lambda: pupil.training.step_runner._connection_lost)
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
-
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_a_step_that_is_in_hand_as_the_run_is_told_to_end_is_in_a_checkpoint_when_it_is_done(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        pupil = await room.add_source()
-        room.on_message = lambda topic, message: (
-            pupil.training.stop_requested.set()
-            if isinstance(message, Gradient) and pupil.training.completed_steps == 2
-            else None
-        )
-        await pupil.training.run()
-        assert pupil.training.completed_steps == 3
-        assert {worker.trainer.executor.checkpoints.versions for worker in room.workers} == {(3,)}
+def test_last_step_of_a_stopped_run_is_in_a_checkpoint(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        source = await pipeline.add_source()
 
-    lesson(tmp_path, test)
+        def stop_in_third_step(topic: str, message: Message) -> None:
+            if isinstance(message, Gradient) and source.completed_steps == 2:
+                source.training.stop_requested.set()
 
+        pipeline.on_message = stop_in_third_step
+        await source.training.run()
+        assert source.completed_steps == 3
+        assert {worker.versions for worker in pipeline.workers} == {(3,)}
 
-def test_a_worker_that_cannot_tell_of_itself_any_more_ends(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        def look() -> None:
-            raise RuntimeError("a mistake of ours")
-
-        mute = room.workers.pop()
-        mute.trainer._tick = look  # type: ignore[method-assign]
-        await room.wait_for("its end", lambda: not mute.is_running)
-        with pytest.raises(RuntimeError, match="a mistake of ours"):
-            await mute.close()
-        await mute.trainer.stop()
-
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)
 
 
-def test_a_source_whose_file_has_other_stages_is_told(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        other = InProcessPipeline(tmp_path, cuts=(4,))
-        room.pipeline = other.pipeline.model_copy(
-            update={
-                "stage": [
-                    stage.model_copy(update={"name": name})
-                    for stage, name in zip(other.pipeline.stage, ("s0", "end"), strict=True)
-                ]
-            }
-        )
-        with raises_error(
-            RequestError, "CannotTrain", match="its stages are s0, s1, s2, this file has s0, end"
-        ) as caught:
-            await room.train()
-        assert "\n" not in str(caught.value)
+def test_worker_that_cannot_report_ends(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        def fail() -> None:
+            raise RuntimeError("a bug")
 
-    lesson(tmp_path, test)
+        worker = pipeline.workers.pop()
+        worker.worker._tick = fail  # type: ignore[method-assign]
+        await pipeline.wait_for("the end of the worker", lambda: not worker.is_running)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await worker.close()
+        await worker.worker.stop()
+
+    run_with_pipeline(tmp_path, test)
 
 
-def test_a_run_is_not_gone_on_with_on_other_data(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
-        await room.train()
-        with raises_error(UsageError, "SettingsChanged", match=r"rows was 96, is 120"):
-            await room.train(dataset=StripedImages(count=120), resume=True)
-        table = room.pipeline.source
-        room.pipeline = room.pipeline.model_copy(
-            update={"source": table.model_copy(update={"settings": {"noise": 2, "colours": ["red"]}})}
-        )
-        changed = r"""source\.settings was '{}', is '{"colours": \["red"\], "noise": 2}'"""
-        with raises_error(UsageError, "SettingsChanged", match=changed):
-            await room.train(resume=True)
-
-    lesson(tmp_path, test)
-
-
-def test_a_checkpoint_that_a_former_worker_wrote_late_is_replaced_as_its_version_is_reached(tmp_path: Path) -> None:
-    async def test(room: InProcessPipeline) -> None:
+def test_rolled_back_checkpoint_of_a_frozen_worker_is_overwritten(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
         def write_late(event: Any) -> None:
             if event["event"] == "step" and event["step"] == 2:
-                execution = room.active_worker(1).trainer.executor
-                tensors = {name: tensor + 1 for name, tensor in execution._part_trainer.checkpoint_tensors(2).items()}
-                execution.checkpoints.save(Checkpoint(4, tensors, execution.progress))
+                worker = pipeline.active_worker(1)
+                tensors = {name: tensor + 1 for name, tensor in worker.part_trainer.checkpoint_tensors(2).items()}
+                worker.executor.checkpoints.save(Checkpoint(4, tensors, worker.executor.progress))
 
-        room.on_event = write_late
-        pupil = await room.add_source()
-        running = asyncio.create_task(pupil.training.run())
-        await room.wait_for_step(pupil, 5)
-        await replace(room, 1)
+        pipeline.on_event = write_late
+        source = await pipeline.add_source()
+        running = asyncio.create_task(source.training.run())
+        await pipeline.wait_for_step(source, 5)
+        await pipeline.replace_worker(1)
         await running
-        assert_bitwise_equal(await room.weights(pupil), room.train_unsplit(["it"] * STEPS, {"it": StripedImages()}))
+        await assert_weights(pipeline, source)
 
-    lesson(tmp_path, test)
+    run_with_pipeline(tmp_path, test)

@@ -1,9 +1,9 @@
-"""A pipeline that trains, within one process: real workers, real sources, a hub that a test may listen to and cut."""
+"""A training pipeline within one process: real workers and sources over an in-memory broker that a test controls."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,8 +28,8 @@ from sources.training.training_loop import TrainingEventDict, TrainingLoop
 from stages.training import coordinator
 from stages.training.part_trainer import PartTrainer
 from stages.training.training_worker import TrainingWorker
-from stages.worker import stage_worker
-from tests.support.brokers.broker_kinds import WAIT_S
+from stages.worker import duplicate_check, stage_worker
+from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.training.in_process_parts import UnsplitTrainer
 from tests.support.training.striped_images import StripedImages
 from tests.support.training.training_network import CUTS, MODEL, small_network
@@ -38,55 +38,71 @@ SEED = 3
 
 
 def kill_client(hub: MemoryBroker, transport: MemoryTransport) -> None:
-    """End a client as when its process is killed: it says nothing more, and its broker tells."""
+    """Disconnect a client without a goodbye, as if its process was killed: the broker publishes its last will."""
     hub.kill_client(transport)
     transport._closed = True
     transport._changed.set()
 
 
 class InProcessWorker:
-    """One worker of one stage."""
+    """One worker of one stage. `versions` are those of its checkpoints."""
 
     def __init__(self, hub: MemoryBroker, pipeline: Pipeline, stage: int, name: str, folder: Path) -> None:
         self.transport = MemoryTransport(hub)
         self.stage = pipeline.stage[stage]
         self.part_trainer = PartTrainer(pipeline, self.stage, device="cpu", threads=1)
-        self.trainer = TrainingWorker(
+        self.worker = TrainingWorker(
             self.transport, pipeline, self.stage, self.part_trainer, name, "cpu", folder / self.stage.name
         )
+        self.name = name
+        self.inbox = self.worker.inbox
+        self.executor = self.worker.executor
         self._hub = hub
         self._running: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        await self.trainer.start()
-        self._running = asyncio.create_task(self.trainer.run(), name=f"run {self.trainer.worker}")
+        await self.worker.start()
+        self._running = asyncio.create_task(self.worker.run(), name=f"run {self.name}")
 
     @property
     def is_running(self) -> bool:
         return self._running is not None and not self._running.done()
 
+    @property
+    def term(self) -> int:
+        return self.worker.step_queue.term
+
+    @property
+    def version(self) -> int | None:
+        """The version in memory."""
+        return self.part_trainer.version
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        return self.executor.checkpoints.versions
+
     async def drain(self) -> None:
-        await self.trainer.drain()
+        await self.worker.drain()
         assert self._running is not None
         await asyncio.wait_for(self._running, WAIT_S)
-        await self.trainer.stop()
+        await self.worker.stop()
 
-    def kill(self) -> None:
-        """As when its process is killed."""
+    async def kill(self) -> None:
         kill_client(self._hub, self.transport)
+        await self.close()
 
     async def close(self) -> None:
-        """Let go of what is left of it. Raises whatever ended it before."""
+        """Release everything. Raises the error that ended `run`, unless it is a `SparseError`."""
         await self.transport.close()
         assert self._running is not None
         self._running.cancel()
         with suppress(asyncio.CancelledError, SparseError):
             await self._running
-        await self.trainer.stop()
+        await self.worker.stop()
 
 
 class InProcessSource:
-    """A source: what `sparse source` does of a training run, without its files."""
+    """A source that trains as `sparse source` does, without files. `events` are those of its run."""
 
     def __init__(
         self,
@@ -97,188 +113,215 @@ class InProcessSource:
         resume: bool,
         on_event: Callable[[TrainingEventDict], None],
     ) -> None:
-        self.name, self.dataset = name, dataset
+        self.name = name
+        self.dataset = dataset
         self.events: list[TrainingEventDict] = []
         self.transport = MemoryTransport(hub)
         self.channel = MessageChannel(self.transport)
-        self._standing = SourcePresence(self.channel, pipeline, name, SourceLoad)
-        self._told = on_event
-        self.training = TrainingLoop(pipeline, dataset, name, self.channel, self._tell, resume=resume)
+        self._presence = SourcePresence(self.channel, pipeline, name, SourceLoad)
+        self._on_event = on_event
+        self.training = TrainingLoop(pipeline, dataset, name, self.channel, self._record, resume=resume)
 
-    def _tell(self, event: TrainingEventDict) -> None:
+    def _record(self, event: TrainingEventDict) -> None:
         self.events.append(event)
-        self._told(event)
+        self._on_event(event)
 
     async def start(self) -> None:
-        await self.channel.open(will=self._standing.will)
-        await self._standing.start()
+        await self.channel.open(will=self._presence.will)
+        await self._presence.start()
         await self.training.open()
 
     async def close(self) -> None:
-        await self._standing.stop()
+        await self._presence.stop()
         await self.training.close()
         await self.channel.close()
+
+    @property
+    def completed_steps(self) -> int:
+        return self.training.completed_steps
 
     def events_of_kind(self, kind: str) -> list[TrainingEventDict]:
         return [event for event in self.events if event["event"] == kind]
 
 
 class InProcessPipeline:
-    """A pipeline of three stages (or as many as it is told), its workers, its sources, and whoever listens."""
+    """A pipeline of three stages, or of those that `cuts` make; `training` are keys of its table of this name.
+
+    `messages` are all messages on the broker, in order; `on_message` and `on_event` are called for each of them and for
+    each event of a source.
+    """
 
     def __init__(self, folder: Path, *, cuts: Iterable[int] = CUTS, **training: Any) -> None:
         self.hub = MemoryBroker(max_packet_bytes=100_000_000)
         self.folder = folder
-        settings = {"batch": 24, "micro_batches": 3, "epochs": 2, "checkpoint_every": 4, "evaluate_every": 0}
-        self.pipeline = Pipeline.model_validate(
+        cuts = list(cuts)
+        table = {"name": "lesson", "kind": "training", "model": MODEL, "cuts": cuts, "seed": SEED, "lease_s": 20.0}
+        defaults = {"batch": 24, "micro_batches": 3, "epochs": 2, "checkpoint_every": 4, "evaluate_every": 0}
+        self.file = Pipeline.model_validate(
             {
                 "path": str(folder / "lesson.toml"),
-                "pipeline": {
-                    "name": "lesson", "kind": "training", "model": MODEL, "cuts": list(cuts), "seed": SEED,
-                    "lease_s": 20.0,
-                },
-                "stage": [{"name": f"s{index}"} for index in range(len(list(cuts)) + 1)],
-                "training": {**settings, "lr": 0.05, "settings": {"momentum": 0.9}, **training},
+                "pipeline": table,
+                "stage": [{"name": f"s{index}"} for index in range(len(cuts) + 1)],
+                "training": {**defaults, "lr": 0.05, "settings": {"momentum": 0.9}, **training},
             }
-        )  # fmt: skip
+        )
         self.workers: list[InProcessWorker] = []
         self.sources: list[InProcessSource] = []
-        self.messages: list[tuple[str, Message]] = []  # all that was said, in order
+        self.messages: list[tuple[str, Message]] = []
         self.on_message: Callable[[str, Message], None] = lambda topic, message: None
         self.on_event: Callable[[TrainingEventDict], None] = lambda event: None
-        self._ear = MemoryTransport(self.hub)
+        self._listener = MemoryTransport(self.hub)
 
     async def start(self, *stages: int) -> None:
-        """Listen, and start a worker for each stage."""
-        await self._ear.connect()
-        await self._ear.subscribe("sparse/#", self._hear)
-        for stage in stages or range(len(self.pipeline.stage)):
-            await self.add_worker(stage)
+        """Start a worker for each stage, or for those that are given."""
+        await self._listener.connect()
+        await self._listener.subscribe("sparse/#", self._on_delivery)
+        await asyncio.gather(*(self.add_worker(stage) for stage in stages or range(len(self.file.stage))))
 
     async def add_worker(self, stage: int, name: str = "", folder: Path | None = None) -> InProcessWorker:
-        made = InProcessWorker(
-            self.hub, self.pipeline, stage, name or f"w{stage}-{len(self.workers)}", folder or self.folder / "versions"
-        )
-        self.workers.append(made)
-        await made.start()
-        return made
+        name = name or f"w{stage}-{len(self.workers)}"
+        worker = InProcessWorker(self.hub, self.file, stage, name, folder or self.folder / "versions")
+        self.workers.append(worker)
+        await worker.start()
+        return worker
+
+    async def replace_worker(self, stage: int, folder: Path | None = None) -> InProcessWorker:
+        """Kill the worker that trains a stage, and start another with the same checkpoints, or those of `folder`."""
+        killed = self.active_worker(stage)
+        await killed.kill()
+        self.workers.remove(killed)
+        return await self.add_worker(stage, f"new{stage}-{len(self.messages)}", folder)
 
     async def add_source(
-        self, name: str = "pupil", dataset: Dataset | None = None, *, resume: bool = False
+        self, name: str = "source", dataset: Dataset | None = None, *, resume: bool = False
     ) -> InProcessSource:
-        made = InProcessSource(self.hub, self.pipeline, name, dataset or StripedImages(), resume, self._told)
-        self.sources.append(made)
-        await made.start()
-        return made
+        def on_event(event: TrainingEventDict) -> None:
+            self.on_event(event)  # as it is set then
+
+        source = InProcessSource(self.hub, self.file, name, dataset or StripedImages(), resume, on_event)
+        self.sources.append(source)
+        await source.start()
+        return source
 
     async def train(
-        self, name: str = "pupil", dataset: Dataset | None = None, *, resume: bool = False
+        self, name: str = "source", dataset: Dataset | None = None, *, resume: bool = False
     ) -> InProcessSource:
-        """A whole run of one source."""
-        made = await self.add_source(name, dataset, resume=resume)
-        await made.training.run()
-        return made
+        """Run a source to its end."""
+        source = await self.add_source(name, dataset, resume=resume)
+        await source.training.run()
+        return source
 
     async def close(self) -> None:
-        for pupil in self.sources:
-            await pupil.close()
+        for source in self.sources:
+            await source.close()
         for worker in self.workers:
             await worker.close()
-        await self._ear.close()
+        await self._listener.close()
 
-    def _hear(self, delivery: Delivery) -> None:
+    def _on_delivery(self, delivery: Delivery) -> None:
         with suppress(WireError):
             message = decode(delivery.properties, delivery.payload)
             if "sparse" in dict(delivery.properties.user_properties):
                 self.messages.append((delivery.topic, message))
                 self.on_message(delivery.topic, message)
 
-    def _told(self, event: TrainingEventDict) -> None:
-        self.on_event(event)
-
-    async def wait_for(self, description: str, poll: Callable[[], object]) -> None:
-        """Wait until something is so."""
+    async def wait_for(self, description: str, predicate: Callable[[], object]) -> None:
         try:
             async with asyncio.timeout(WAIT_S):
-                while not poll():  # noqa: ASYNC110 - it looks at what tells nobody
+                while not predicate():  # noqa: ASYNC110 - a predicate of any state, which has no event
                     await asyncio.sleep(0.01)
         except TimeoutError:
             raise AssertionError(f"waited {WAIT_S:g} s for {description}") from None
 
+    async def wait_for_messages(self, count: int) -> None:
+        expected = len(self.messages) + count
+        await self.wait_for("more messages", lambda: len(self.messages) >= expected)
+
     async def wait_for_step(self, source: InProcessSource, step: int) -> None:
-        await self.wait_for(f"step {step}", lambda: source.training.completed_steps >= step)
+        await self.wait_for(f"step {step}", lambda: source.completed_steps >= step)
 
-    async def wait_for_messages(self, count: int = 4) -> None:
-        wanted = len(self.messages) + count
-        await self.wait_for("more to be said", lambda: len(self.messages) >= wanted)
-
-    # What came of it ----------------------------------------------------------------------------------------------
+    # Results ----------------------------------------------------------------------------------------------------------
 
     @property
     def members(self) -> dict[str, str]:
-        """Who trains now, as those who trained last know it."""
-        found = [worker.trainer for worker in self.workers if worker.is_running]
-        newest = max(found, key=lambda trainer: trainer.step_queue.term)
+        """The worker of each stage in the newest term."""
+        newest = max((worker for worker in self.workers if worker.is_running), key=lambda worker: worker.term)
         return dict(newest.executor.members)
 
     def active_worker(self, stage: int) -> InProcessWorker:
         """The worker that trains a stage."""
         name = self.members[f"s{stage}"]
-        return next(worker for worker in self.workers if worker.trainer.worker == name)
+        return next(worker for worker in self.workers if worker.name == name)
 
     @property
     def saved_activations(self) -> int:
-        """Forwards that wait, at those who train."""
-        return sum(len(self.active_worker(stage).part_trainer.activations) for stage in range(len(self.pipeline.stage)))
+        """The saved forwards of all members."""
+        return sum(len(self.active_worker(stage).part_trainer.activations) for stage in range(len(self.file.stage)))
 
     async def weights(self, source: InProcessSource) -> dict[str, Tensor]:
-        bodies = await source.training.fetch_weights()
-        return {name: to_torch(tensor) for body in bodies.values() for name, tensor in body.tensors.items()}
+        contents = await source.training.fetch_weights()
+        return {name: to_torch(tensor) for content in contents.values() for name, tensor in content.tensors.items()}
 
     def sources_by_version(self) -> list[str]:
-        """Whose step each version is, from the first: a version that was done again is the last one that was done."""
-        found: dict[int, str] = {}
+        """The source whose step made each version, from the first; of a repeated version, the last source."""
+        sources: dict[int, str] = {}
         for topic, message in self.messages:
             if isinstance(message, StepMessage) and message.verb == "committed" and message.details["stage"] == "s0":
-                found[message.details["version"]] = topic.split("/")[3]
-        return [found[version] for version in sorted(found)]
+                sources[message.details["version"]] = topic.split("/")[3]
+        return [sources[version] for version in sorted(sources)]
 
     def train_unsplit(self, order: Iterable[str], datasets: Mapping[str, Dataset]) -> dict[str, Tensor]:
-        """The state of the uncut network in a plain loop, when sources do their steps in this order.
+        """Train the unsplit network in an ordinary loop, with the steps of sources in this order; return its state.
 
-        In the thread that computes for all: what it still does would draw from the same generator.
+        Runs in the compute thread of the workers, which may use torch's random generator at the same time.
         """
         with vars(stage_worker)["ThreadPoolExecutor"](1) as thread:
-            found: dict[str, Tensor] = thread.submit(self._plainly, order, datasets).result()
-            return found
+            state: dict[str, Tensor] = thread.submit(self._train_unsplit, order, datasets).result()
+            return state
 
-    def _plainly(self, order: Iterable[str], datasets: Mapping[str, Dataset]) -> dict[str, Tensor]:
-        table = self.pipeline.training
+    def _train_unsplit(self, order: Iterable[str], datasets: Mapping[str, Dataset]) -> dict[str, Tensor]:
+        table = self.file.training
         torch.manual_seed(SEED)
         model = small_network()
-        whole = UnsplitTrainer(model, torch.optim.SGD(model.parameters(), lr=table.lr, momentum=0.9), seed=SEED)
-        done = dict.fromkeys(datasets, 0)
+        trainer = UnsplitTrainer(model, torch.optim.SGD(model.parameters(), lr=table.lr, momentum=0.9), seed=SEED)
+        steps = dict.fromkeys(datasets, 0)
         batches = {name: Batches(dataset.train(), table.batch, SEED) for name, dataset in datasets.items()}
         for name in order:
-            inputs, labels = batches[name].batch(done[name])
-            pieces = split_micro_batches(inputs, labels, table.micro_batches)
-            whole.train_step(
-                done[name], [(torch.from_numpy(some), torch.from_numpy(theirs)) for some, theirs in pieces]
-            )
-            done[name] += 1
+            inputs, labels = batches[name].batch(steps[name])
+            micro_batches = split_micro_batches(inputs, labels, table.micro_batches)
+            trainer.train_step(steps[name], [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in micro_batches])
+            steps[name] += 1
         return model.state_dict()
 
 
-class _OneThread(ThreadPoolExecutor):
-    """The compute thread of all workers of this process: they share torch's generator, and what torch.fx patches."""
+PipelineTest = Callable[[InProcessPipeline], Awaitable[None]]
+
+
+def run_with_pipeline(folder: Path, test: PipelineTest, *stages: int, **training: Any) -> None:
+    """Run a coroutine with a pipeline whose stages all have a worker, or those of `stages`."""
+
+    async def run() -> None:
+        pipeline = InProcessPipeline(folder, **training)
+        await pipeline.start(*stages)
+        try:
+            await test(pipeline)
+        finally:
+            await pipeline.close()
+
+    run_async(run())
+
+
+class _SharedThread(ThreadPoolExecutor):
+    """One compute thread for all workers of this process: torch's random generator and torch.fx are not thread-safe."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Not before the process ends: the others compute on."""
+        """Continue: the thread is that of other workers too."""
 
 
 def shorten_intervals(monkeypatch: Any) -> None:
-    """Workers that report ten times a second: what takes them seconds is done in tenths. All compute in one thread."""
-    one_thread = _OneThread(1, thread_name_prefix="compute")
-    monkeypatch.setattr(stage_worker, "ThreadPoolExecutor", lambda *_, **__: one_thread)
+    """Make workers report ten times a second, and decide accordingly earlier; compute in one thread for all workers."""
+    thread = _SharedThread(1, thread_name_prefix="compute")
+    monkeypatch.setattr(stage_worker, "ThreadPoolExecutor", lambda *_, **__: thread)
     monkeypatch.setattr(stage_worker, "REPORT_INTERVAL_S", 0.1)
     monkeypatch.setattr(coordinator, "LISTEN_S", 0.25)
+    monkeypatch.setattr(duplicate_check, "_RETAINED_WAIT_S", 0.01)
