@@ -1,4 +1,4 @@
-"""The code blocks and tables of docs/telemetry.md; a table is between `<!-- NAME: from the code -->` and `<!-- end -->`.
+"""The code and tables of docs/telemetry.md; a table is between `<!-- NAME: from the code -->` and `<!-- end -->`.
 
 `python -m tests.support.monitor.telemetry_document` updates the tables.
 """
