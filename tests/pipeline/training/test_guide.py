@@ -46,7 +46,7 @@ def test_a_data_set_and_a_network_of_ones_own_are_trained_and_the_weights_fit_th
 
 
 def test_the_keys_of_the_page_are_those_of_the_code() -> None:
-    section = PAGE[PAGE.index("## The recipe") : PAGE.index("Models: ")]
+    section = PAGE[PAGE.index("## Settings") : PAGE.index("Models: ")]
     said = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
     assert said | {"lr_every", "lr_factor"} == set(TrainingTable.model_fields)
 
