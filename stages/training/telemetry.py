@@ -102,6 +102,7 @@ class TrainingTelemetry:
         phase: BatchPhase = "backward" if isinstance(operation, Backward) else "forward"
         if operation.micro_batch.mode == "evaluate":
             phase = "inference"
+            self._step_sums.clear()  # they would be added to those of the next step
         self._emit_batch(phase, 1, micro_batch.rows, busy_ms)
         if phase == "forward" and not error:
             return

@@ -98,12 +98,14 @@ class StageWorker(ABC):
 
     async def stop(self) -> None:
         """Leave the stage and release everything; `run` must have returned, or failed."""
-        await self._close()
-        await self._duplicate_check.close()
-        if self.channel.is_open:
-            await self._try_to_announce("stopped", self.presence.deregister())
-            await self.channel.close()
-        self._thread.shutdown()
+        try:
+            await self._close()
+        finally:
+            await self._duplicate_check.close()
+            if self.channel.is_open:
+                await self._try_to_announce("stopped", self.presence.deregister())
+                await self.channel.close()
+            self._thread.shutdown()
 
     async def _try_to_announce(self, state: str, announcement: Coroutine[Any, Any, None]) -> None:
         try:
@@ -158,7 +160,7 @@ class StageWorker(ABC):
             self.presence.state = state
 
     async def _wait_for_wake(self, timeout_s: float | None = None) -> None:
-        """Wait until `_wake` is set, which must be checked for reasons beforehand, or until the timeout."""
+        """Wait for the next change, or the timeout; call it right after looking for work, without an await between."""
         self._wake.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
