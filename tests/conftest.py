@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread for torch, no monitor of this machine, the fork server, and the option `--long`."""
+"""Settings of all tests: one thread for torch, no monitor of this machine, the fork server, and the option `--soak-factor`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ os.environ.pop("SPARSE_RUN", None)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--long", action="store_true", help="tests/soak in its long form, as docs/operations.md quotes it: make soak"
+        "--soak-factor", type=int, default=1, help="multiply the work of the slow sizes of tests/soak; see `make soak`"
     )
 
 

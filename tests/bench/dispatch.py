@@ -1,65 +1,74 @@
-"""What workers give together, dispatched our way and dealt by the broker: `python -m tests.bench.dispatch`.
+"""Dispatch: throughput of several workers by our dispatcher, and by a shared subscription of the broker.
 
-Stages that sleep, so that the machine's cores are not what limits them; real processes, one broker, answers counted at
-the source, with so many requests in flight throughout.
+    python -m tests.bench.dispatch
 
-* ours: an `Offloader`, which picks a worker for each request;
-* plain shared subscription: the very same workers, asked by a plain MQTT 5 client at the stage's front door, whole
-  messages with a Response Topic and Correlation Data at QoS 1; the broker deals them out.
+Worker processes of one stage that sleeps, so that the cores of the machine do not limit them, at one broker; results
+are counted at the client, with a fixed number of requests in flight for each worker.
 
-Three questions: do 1, 2, 4 and 8 equal workers give so many times what one gives; do one of 20 ms and one of 100 ms
-give the sum of what each can (60 a second); and how many requests never come back when one of that pair is killed with
-work in hand. "Of linear" is the share of what the sleeps alone would allow, "of n x one" that of what one worker gave
-in the same run.
+* offloader: an `Offloader`, which picks a worker for each request;
+* shared_subscription: the same workers, through the stage's shared task topic, by a plain MQTT 5 client: one message a
+  request at QoS 1, with Response Topic and Correlation Data. The broker deals the messages out in turns.
+
+Measured are 1, 2, 4 and 8 workers of 50 ms; one worker of 20 ms beside one of 100 ms (together 60/s); and how many
+requests are never answered when the worker of 100 ms is killed halfway. "of linear" is the share of what the sleeps
+alone would allow, "of n x one" the share of n times the throughput of one worker in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import quantiles
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from brokers.config.pipeline_file import load_pipeline
 from brokers.mqtt.client import MqttTransport
 from brokers.protocol.messages import TensorContent, new_request_id
 from brokers.protocol.safetensors_codec import from_numpy
 from brokers.protocol.transport import Delivery, Properties
-from brokers.server.local_broker import BrokerKind, start_broker
-from brokers.server.mosquitto_conf import find_mosquitto as find_mosquitto
-from monitor.launch.child_process import ChildProcess, terminate_all
-from sources.client.offloader import Offloader
+from brokers.server.local_broker import start_broker
+from brokers.telemetry.percentiles import percentiles
+from monitor.launch.child_process import ChildProcess
+from sources import Offloader
+from tests.bench.harness.output import add_broker_option, make_parser, print_json, print_table
+from tests.bench.harness.processes import running
 from tests.support.brokers.presence import wait_for_workers
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
 WORKER_COUNTS = (1, 2, 4, 8)
 EQUAL_TASK_S = 0.05
 UNEQUAL_TASK_S = {"fast": 0.02, "slow": 0.1}
-REQUESTS_PER_WORKER = 3  # requests in flight
-# Workers tell every second how long a task takes them; only then can a sender know that they are not equals.
+REQUESTS_PER_WORKER = 3  # in flight
+CLIENTS = ("offloader", "shared_subscription")
+# Workers report each second how long a task takes; before the first report a sender treats them as equal.
 WARM_UP_S = 3.0
-# When a plain client takes a request for lost: several times what the longest queue before it can take.
+# When the plain client gives up a request: several times what the longest queue can take.
 REQUEST_TIMEOUT_S = 10.0
+COLUMNS = {
+    "workers": ("workers", ""),
+    "client": ("client", ""),
+    "results/s": ("per_s", ".2f"),
+    "of linear": ("of_linear", ".3f"),
+    "of n x one": ("of_one", ".3f"),
+    "p50, ms": ("p50_ms", ".0f"),
+    "p95, ms": ("p95_ms", ".0f"),
+}
 
 SendRequest = Callable[[], Awaitable[str | None]]
 
 
 @dataclass(slots=True)
 class ResponseStats:
-    """What came in: the worker and the round trip in milliseconds of each, over so many seconds."""
+    """Results within `seconds`: their latencies in milliseconds, and how many each worker has returned."""
 
     seconds: float = 0.0
     latency_ms: list[float] = field(default_factory=list)
@@ -78,39 +87,42 @@ class ResponseStats:
             self.by_worker[worker] += 1
 
 
-class OffloaderClient:
-    """Asks through an `Offloader`."""
+# Clients ---------------------------------------------------------------------------------------------------------
 
-    def __init__(self, file: Path, address: str, window: int | None) -> None:
-        self.offloader = Offloader(file, broker=address, window=window)
+
+class OffloaderClient:
+    """Sends requests with an `Offloader`."""
+
+    def __init__(self, file: Path, address: str, window: int) -> None:
+        self._offloader = Offloader(file, broker=address, window=window)
         self._content = TensorContent({"values": from_numpy(np.array(1.0))})
 
     async def __aenter__(self) -> Self:
-        await self.offloader.__aenter__()
+        await self._offloader.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.offloader.__aexit__(kind, error, trace)
+        await self._offloader.__aexit__(kind, error, trace)
 
     async def request(self) -> str | None:
-        return (await self.offloader.request(self._content)).result.hops[0].worker
+        return (await self._offloader.request(self._content)).result.hops[0].worker
 
 
 class SharedSubscriptionClient:
-    """Asks as any MQTT client may: one message to the front door, one JSON object back."""
+    """Sends requests as any MQTT 5 client can: one JSON message to the shared task topic, one JSON object back."""
 
     def __init__(self, file: Path, address: str) -> None:
         pipeline = load_pipeline(file)
-        self._door = pipeline.topics(pipeline.stage[0]).shared_task_topic
-        self._answers = f"answers/{new_request_id().hex()}"
+        self._task_topic = pipeline.topics(pipeline.stage[0]).shared_task_topic
+        self._response_topic = f"responses/{new_request_id().hex()}"
         self._transport = MqttTransport(address)
-        self._waiting: dict[bytes, asyncio.Future[str]] = {}
+        self._pending: dict[bytes, asyncio.Future[str]] = {}
 
     async def __aenter__(self) -> Self:
         await self._transport.connect()
-        await self._transport.subscribe(self._answers, self._heard)
+        await self._transport.subscribe(self._response_topic, self._on_response)
         return self
 
     async def __aexit__(
@@ -119,211 +131,171 @@ class SharedSubscriptionClient:
         await self._transport.close()
 
     async def request(self) -> str | None:
+        """Return the worker of the result, or None if there is none in time."""
         request = new_request_id()
-        answer = self._waiting[request] = asyncio.get_running_loop().create_future()
-        properties = Properties("application/json", request, self._answers)
-        await self._transport.publish(self._door, b'{"values": 1.0}', properties, qos=1)
+        response = self._pending[request] = asyncio.get_running_loop().create_future()
+        properties = Properties("application/json", request, self._response_topic)
+        await self._transport.publish(self._task_topic, b'{"values": 1.0}', properties, qos=1)
         try:
-            return await asyncio.wait_for(answer, REQUEST_TIMEOUT_S)
+            return await asyncio.wait_for(response, REQUEST_TIMEOUT_S)
         except TimeoutError:
             return None
         finally:
-            del self._waiting[request]
+            del self._pending[request]
 
-    def _heard(self, delivery: Delivery) -> None:
-        if waiting := self._waiting.get(delivery.properties.correlation_data):
-            waiting.set_result(json.loads(bytes(delivery.payload))["time"]["stages"][0]["worker"])
+    def _on_response(self, delivery: Delivery) -> None:
+        if response := self._pending.get(delivery.properties.correlation_data):
+            response.set_result(json.loads(bytes(delivery.payload))["time"]["stages"][0]["worker"])
 
 
-async def measure_for_seconds(
-    request: SendRequest, concurrency: int, seconds: float, warm_up_s: float = WARM_UP_S
-) -> ResponseStats:
-    """What comes in within `seconds`, after the warm-up, while each asker has one request in flight at all times."""
-    begin_s = time.monotonic() + warm_up_s
+async def measure_for_seconds(request: SendRequest, concurrency: int, seconds: float) -> ResponseStats:
+    """The results within `seconds` after the warm-up, with `concurrency` requests in flight at all times."""
+    begin_s = time.monotonic() + WARM_UP_S
     end_s = begin_s + seconds
-    answers = ResponseStats(seconds)
+    stats = ResponseStats(seconds)
 
-    async def keep_asking() -> None:
-        while (asked_s := time.monotonic()) < end_s:
+    async def send() -> None:
+        while (sent_s := time.monotonic()) < end_s:
             worker = await request()
-            now_s = time.monotonic()
-            if begin_s <= now_s < end_s:
-                answers.record(worker, 1000 * (now_s - asked_s))
+            received_s = time.monotonic()
+            if begin_s <= received_s < end_s:
+                stats.record(worker, 1000 * (received_s - sent_s))
 
-    await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
-    return answers
+    await asyncio.gather(*(send() for _ in range(concurrency)))
+    return stats
 
 
 async def measure_requests(
-    request: SendRequest, concurrency: int, count: int, on_response: Callable[[int], None] = lambda done: None
+    request: SendRequest, concurrency: int, count: int, on_response: Callable[[int], None]
 ) -> ResponseStats:
-    """What comes in of `count` requests; `disturb` is called with how many have ended, as each does."""
-    begin_s = time.monotonic()
-    answers = ResponseStats()
-    left = iter(range(count))
+    """The results of `count` requests; `on_response` is called with the number of finished ones after each."""
+    stats = ResponseStats()
+    numbers = iter(range(count))
 
-    async def keep_asking() -> None:
-        for _ in left:
-            asked_s = time.monotonic()
+    async def send() -> None:
+        for _ in numbers:
+            sent_s = time.monotonic()
             worker = await request()
-            answers.record(worker, 1000 * (time.monotonic() - asked_s))
-            on_response(len(answers.latency_ms) + answers.lost)
+            stats.record(worker, 1000 * (time.monotonic() - sent_s))
+            on_response(len(stats.latency_ms) + stats.lost)
 
-    await asyncio.gather(*(keep_asking() for _ in range(concurrency)))
-    answers.seconds = time.monotonic() - begin_s
-    return answers
+    await asyncio.gather(*(send() for _ in range(concurrency)))
+    return stats
 
 
-# The workers ----------------------------------------------------------------------------------------------------------
+# Workers ---------------------------------------------------------------------------------------------------------
 
 
 def write_sleep_pipeline_file(folder: Path, seconds: float) -> Path:
-    """A pipeline of one stage that sleeps; all are one pipeline, so their workers serve one stage."""
-    place = folder / f"{1000 * seconds:g}ms"
-    place.mkdir(exist_ok=True)
-    return write_pipeline_file(place, [stage_table("nap", "SleepExecutor", settings={"seconds": seconds})])
+    """Write a pipeline file of one stage that sleeps; all have one name, so that their workers serve one stage."""
+    subfolder = folder / f"{1000 * seconds:g}ms"
+    subfolder.mkdir(exist_ok=True)
+    return write_pipeline_file(subfolder, [stage_table("sleep", "SleepExecutor", settings={"seconds": seconds})])
 
 
 @contextmanager
-def start_workers(folder: Path, address: str, seconds: dict[str, float]) -> Iterator[dict[str, ChildProcess]]:
-    """Workers of one stage, by their ids, each asleep for so long a task; up when this begins, gone when it ends."""
-    children = {
-        name: ChildProcess(
-            name,
-            ("stage", str(write_sleep_pipeline_file(folder, each_s)), "nap", "--broker", address, "--worker", name),
-            folder / f"{name}.log",
-        )
-        for name, each_s in seconds.items()
-    }
-    try:
-        for child in children.values():
-            child.start()
+def start_workers(folder: Path, address: str, task_s: Mapping[str, float]) -> Iterator[dict[str, ChildProcess]]:
+    """Workers of one stage by id, each with the seconds of a task; all are up when the block begins."""
+    children = {}
+    for name, seconds in task_s.items():
+        file = write_sleep_pipeline_file(folder, seconds)
+        arguments = ("stage", str(file), "sleep", "--broker", address, "--worker", name)
+        children[name] = ChildProcess(name, arguments, folder / f"{name}.log")
+    with running(*children.values()):
         wait_for_workers(address, lambda workers: len(workers) == len(children))
         yield children
-    finally:
-        terminate_all(list(children.values()))
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchBench:
-    """Where it runs, and for how long."""
+    """The place and the length of the measurements."""
 
     folder: Path
     address: str
     seconds: float
     per_worker: int
 
-    def compare(self, seconds: dict[str, float]) -> dict[str, ResponseStats]:
-        """Ours and plain, one after the other, with the same workers."""
-        with start_workers(self.folder, self.address, seconds):
-            return {name: asyncio.run(self._one(name, len(seconds))) for name in ("ours", "plain")}
+    def compare(self, task_s: Mapping[str, float]) -> dict[str, ResponseStats]:
+        """The results by each client in turn, with the same workers."""
+        window = self.per_worker * len(task_s)
 
-    async def _one(self, name: str, workers: int) -> ResponseStats:
-        window = self.per_worker * workers
-        async with self._asking(name, window) as asking:
-            return await measure_for_seconds(asking.request, window, self.seconds)
+        async def measure_client(name: str) -> ResponseStats:
+            async with self._client(name, window) as client:
+                return await measure_for_seconds(client.request, window, self.seconds)
 
-    def measure_worker_kill(self, name: str, count: int) -> ResponseStats:
-        """What comes back of `count` requests when the slow one of the unequal pair is killed midway."""
+        with start_workers(self.folder, self.address, task_s):
+            return {name: asyncio.run(measure_client(name)) for name in CLIENTS}
 
-        async def go() -> ResponseStats:
-            window = self.per_worker * len(UNEQUAL_TASK_S)
-            async with self._asking(name, window) as asking:
-                return await measure_requests(asking.request, window, count, disturb)
+    def count_lost(self, name: str, count: int) -> int:
+        """How many of `count` requests are never answered when the slow worker of the pair is killed halfway."""
+        window = self.per_worker * len(UNEQUAL_TASK_S)
 
-        def disturb(done: int) -> None:
-            if done == count // 2:
-                workers["slow"].process.kill()
+        async def measure_client(slow: ChildProcess) -> ResponseStats:
+            def kill_halfway(finished: int) -> None:
+                if finished == count // 2:
+                    slow.process.kill()
+
+            async with self._client(name, window) as client:
+                return await measure_requests(client.request, window, count, kill_halfway)
 
         with start_workers(self.folder, self.address, UNEQUAL_TASK_S) as workers:
-            return asyncio.run(go())
+            return asyncio.run(measure_client(workers["slow"])).lost
 
-    def _asking(self, name: str, window: int) -> OffloaderClient | SharedSubscriptionClient:
+    def _client(self, name: str, window: int) -> OffloaderClient | SharedSubscriptionClient:
         file = write_sleep_pipeline_file(self.folder, EQUAL_TASK_S)
-        return (
-            OffloaderClient(file, self.address, window)
-            if name == "ours"
-            else SharedSubscriptionClient(file, self.address)
-        )
+        if name == "offloader":
+            return OffloaderClient(file, self.address, window)
+        return SharedSubscriptionClient(file, self.address)
 
 
-# What it says ---------------------------------------------------------------------------------------------------------
-
-
-def table_row(
-    workers: str, client: str, answers: ResponseStats, linear_per_s: float, one_per_s: float | None
+def make_row(
+    workers: str, client: str, stats: ResponseStats, linear_per_s: float, one_per_s: float | None
 ) -> dict[str, Any]:
-    """One line of the table; `linear_per_s` is what the sleeps alone would allow, `one_per_s` n times one."""
-    latency_ms = quantiles(answers.latency_ms, n=20)
+    """A row of the table; `linear_per_s` is what the sleeps alone would allow, `one_per_s` n times one worker."""
+    latency_ms = percentiles(stats.latency_ms, (50, 95))
     return {
         "workers": workers,
-        "way": client,
-        "per_s": answers.per_s,
-        "of_linear": answers.per_s / linear_per_s,
-        "of_one": None if one_per_s is None else answers.per_s / one_per_s,
-        "p50_ms": latency_ms[9],
-        "p95_ms": latency_ms[18],
-        "by_worker": dict(sorted(answers.by_worker.items())),
+        "client": client,
+        "per_s": stats.per_s,
+        "of_linear": stats.per_s / linear_per_s,
+        "of_one": None if one_per_s is None else stats.per_s / one_per_s,
+        "p50_ms": latency_ms["p50"],
+        "p95_ms": latency_ms["p95"],
+        "by_worker": dict(sorted(stats.by_worker.items())),
     }
 
 
-def measure(bench: DispatchBench, counts: Sequence[int], kills: int) -> dict[str, Any]:
+def measure(bench: DispatchBench, counts: Sequence[int], requests: int) -> dict[str, Any]:
     rows = []
     one_per_s: dict[str, float] = {}
     for count in counts:
-        for way, answers in bench.compare({f"equal-{index}": EQUAL_TASK_S for index in range(count)}).items():
-            one_per_s.setdefault(way, answers.per_s / count)
-            rows.append(table_row(f"{count} of 50 ms", way, answers, count / EQUAL_TASK_S, count * one_per_s[way]))
-    pair_per_s = sum(1 / seconds for seconds in UNEQUAL_TASK_S.values())
-    for way, answers in bench.compare(UNEQUAL_TASK_S).items():
-        rows.append(table_row("20 ms and 100 ms", way, answers, pair_per_s, None))
-    lost = {way: bench.measure_worker_kill(way, kills).lost for way in ("ours", "plain")}
-    return {"per_worker": bench.per_worker, "rows": rows, "killed": {"requests": kills, "lost": lost}}
-
-
-def print_tables(found: dict[str, Any], kind: BrokerKind) -> None:
-    table = Table(title=f"Stages that sleep, {found['per_worker']} requests in flight for each worker, {kind}")
-    for column in ("workers", "way"):
-        table.add_column(column, no_wrap=True)
-    for column in ("/s", "of linear", "of n x one", "p50 ms", "p95 ms"):
-        table.add_column(column, justify="right")
-    ways = {"ours": "ours", "plain": "$share"}
-    for each in found["rows"]:
-        of_one = "" if each["of_one"] is None else f"{each['of_one']:.3f}"
-        figures = (f"{each['per_s']:.2f}", f"{each['of_linear']:.3f}", of_one)
-        table.add_row(
-            each["workers"], ways[each["way"]], *figures, *(f"{each[key]:.0f}" for key in ("p50_ms", "p95_ms"))
-        )
-    Console().print(table)
-    killed = found["killed"]
-    for way, lost in killed["lost"].items():
-        print(
-            f"{ways[way]}: the worker of 100 ms killed midway, {lost} of {killed['requests']} requests never answered"
-        )
+        for client, stats in bench.compare({f"equal-{index}": EQUAL_TASK_S for index in range(count)}).items():
+            one_per_s.setdefault(client, stats.per_s / count)
+            rows.append(make_row(f"{count} of 50 ms", client, stats, count / EQUAL_TASK_S, count * one_per_s[client]))
+    linear_per_s = sum(1 / seconds for seconds in UNEQUAL_TASK_S.values())
+    for client, stats in bench.compare(UNEQUAL_TASK_S).items():
+        rows.append(make_row("20 ms and 100 ms", client, stats, linear_per_s, None))
+    lost = {client: bench.count_lost(client, requests) for client in CLIENTS}
+    return {"per_worker": bench.per_worker, "rows": rows, "worker_killed": {"requests": requests, "lost": lost}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What workers give together: our dispatch, and shared subscriptions.")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of counting, for each line (default 10)")
-    parser.add_argument(
-        "--per-worker",
-        type=int,
-        default=REQUESTS_PER_WORKER,
-        help=f"requests in flight (default {REQUESTS_PER_WORKER})",
-    )
+    parser = make_parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=10.0, help="measured for each row (default 10)")
+    parser.add_argument("--per-worker", type=int, default=REQUESTS_PER_WORKER, help="requests in flight (default 3)")
     parser.add_argument("--workers", type=int, nargs="*", default=WORKER_COUNTS, help="equal ones (default 1 2 4 8)")
     parser.add_argument("--kills", type=int, default=200, help="requests of the run with a killed worker (default 200)")
-    parser.add_argument(
-        "--broker", choices=["mosquitto", "embedded"], default="mosquitto" if find_mosquitto() else "embedded"
-    )
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    add_broker_option(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, start_broker(kind=options.broker) as broker:
         bench = DispatchBench(Path(folder), broker.address, options.seconds, options.per_worker)
-        found = {"broker": broker.kind, **measure(bench, options.workers, options.kills)}
-    print_tables(found, broker.kind)
-    if options.json:
-        print(json.dumps(found))
+        result = {"broker": broker.kind, **measure(bench, options.workers, options.kills)}
+    title = f"Workers that sleep, {options.per_worker} requests in flight for each, {options.broker}"
+    print_table(title, COLUMNS, result["rows"])
+    killed = result["worker_killed"]
+    for client, lost in killed["lost"].items():
+        print(f"{client}: the worker of 100 ms killed, {lost} of {killed['requests']} requests never answered")
+    print_json(options, result)
 
 
 if __name__ == "__main__":

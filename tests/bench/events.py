@@ -1,16 +1,18 @@
-"""How many events a second a monitor takes without loss: `python -m tests.bench.events`.
+"""Event rate: how many telemetry events a second `sparse monitor` stores without loss.
 
-A real `sparse monitor` with a SQLite file, and processes that send as `brokers.telemetry.client` does: lines of
-`task_processed`, many in a datagram, a fixed number a second for some seconds. What counts is what is in the file at
-the end: each event of each sender, once. "as fast as they go" is what the same senders reach when they only wait for
-the socket: that is a burst, which waits in the monitor's memory. "kept /s" is up to the monitor's end, when all are in
-its file; "cores" is its processor time, of all its threads, over the time of sending.
+    python -m tests.bench.events
+
+A monitor with a SQLite file, and processes that send `task_processed` events as `brokers.telemetry.client` does: JSON
+lines, 256 in a datagram. Counted is what is in the file at the end: each event of each sender, once.
+
+* target/s: the rate of all senders together; "max" is as fast as the socket accepts: a burst that waits in the
+  monitor's memory;
+* stored/s: from the first event to the exit of the monitor, when all events are in its file;
+* cores: processor time of the monitor over the time of sending.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import signal
 import socket
@@ -23,138 +25,112 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-
-import psutil
-from rich.console import Console
-from rich.table import Table
+from typing import Any
 
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
 from monitor.stores.sqlite import TELEMETRY_FILE
+from tests.bench.harness.output import make_parser, print_json, print_table
+from tests.bench.harness.processes import WAIT_TIMEOUT_S, process_cpu_s, wait_until
 
 REQUIRED_PER_S = 20_000
-TARGET_PER_S = 22_000  # a sender that is late now and then still gives what is wanted
-# What our client takes from its queue at a time.
-EVENTS_PER_DATAGRAM = 256
-PROCESS_TIMEOUT_S = 60.0
+TARGET_PER_S = 22_000  # so that the required rate is reached even if a sender is late now and then
+EVENTS_PER_DATAGRAM = 256  # as our client takes them from its queue
+COLUMNS = {
+    "senders": ("senders", ""),
+    "target/s": ("target", ""),
+    "sent/s": ("sent_per_s", ".0f"),
+    f"of {REQUIRED_PER_S}/s": ("of_required", ".2f"),
+    "sent": ("sent", ""),
+    "stored": ("stored", ""),
+    "lost": ("lost", ""),
+    "stored/s": ("stored_per_s", ".0f"),
+    "cores": ("cpu_cores", ".2f"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class EventRateRow:
-    """What one run gave."""
+    """The result of one run."""
 
     senders: int
-    target_per_s: int  # 0: as fast as they go
+    target_per_s: int  # 0: as fast as the socket accepts
     sent_per_s: float
     sent: int
     stored: int
-    stored_per_s: float  # from the first that was sent to the monitor's end, when all are in its file
-    cpu_cores: float  # cores
+    stored_per_s: float
+    cpu_cores: float
 
-    @property
-    def of_required(self) -> float:
-        return self.sent_per_s / REQUIRED_PER_S
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "lost": self.sent - self.stored, "of_required": self.sent_per_s / REQUIRED_PER_S}
 
 
-def send(path: str, sender: int, count: int, per_s: float, begin: Barrier) -> None:
-    """Send events at a rate, or as fast as it goes; as a process of its own."""
+def send(path: str, sender: int, count: int, per_s: float, barrier: Barrier) -> None:
+    """Send events at a rate, or as fast as possible; runs in a process of its own."""
     lines = [
         b'{"event":"task_processed","time_ns":%d,"run":"bench","site":"local","pipeline":"street","stage":"body",'
         b'"worker":"w%d","request":"%032x","queue_ms":1.204,"decode_ms":0.187,"compute_ms":33.071,"encode_ms":0.412,'
         b'"bytes_in":346112,"bytes_out":1384448,"batch":1}\n' % (time.time_ns() + number, sender, number)
         for number in range(count)
     ]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * DATAGRAM_LIMIT_BYTES)
-        line.connect(path)
-        begin.wait()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as monitor:
+        monitor.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * DATAGRAM_LIMIT_BYTES)
+        monitor.connect(path)
+        barrier.wait()
         begin_s = time.monotonic()
         for first in range(0, count, EVENTS_PER_DATAGRAM):
             if per_s:
                 time.sleep(max(0.0, begin_s + first / per_s - time.monotonic()))
-            line.send(b"".join(lines[first : first + EVENTS_PER_DATAGRAM]))
+            monitor.send(b"".join(lines[first : first + EVENTS_PER_DATAGRAM]))
 
 
-def measure(senders: int, per_s: int, seconds: float) -> EventRateRow:
-    """One daemon, so many senders that give so much together."""
-    each = int((per_s or 2 * REQUIRED_PER_S) * seconds / senders)
+def measure(senders: int, target_per_s: int, seconds: float) -> EventRateRow:
+    """Run one monitor and so many senders that reach the target together."""
+    count = int((target_per_s or 2 * REQUIRED_PER_S) * seconds / senders)
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
-        path, file = Path(folder) / "events", Path(folder) / TELEMETRY_FILE
+        path = Path(folder) / "events"
+        file = Path(folder) / TELEMETRY_FILE
         command = ["monitor", "--socket", str(path), "--store", str(file), "--with-parent"]
-        daemon = subprocess.Popen(
+        monitor = subprocess.Popen(
             [sys.executable, "-m", "brokers.cli", *command], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         begin_s = time.monotonic()
         try:
-            wait_for_socket(path)
+            wait_until(path.exists, "the socket of the monitor")
             spawn = multiprocessing.get_context("spawn")
-            begin = spawn.Barrier(senders + 1)
+            barrier = spawn.Barrier(senders + 1)
             processes = [
-                spawn.Process(target=send, args=(str(path), number, each, per_s / senders, begin))
+                spawn.Process(target=send, args=(str(path), number, count, target_per_s / senders, barrier))
                 for number in range(senders)
             ]
             for process in processes:
                 process.start()
-            begin.wait()
-            begin_s, begin_cpu_s = time.monotonic(), process_cpu_s(daemon.pid)
+            barrier.wait()
+            begin_s = time.monotonic()
+            begin_cpu_s = process_cpu_s(monitor.pid)
             for process in processes:
                 process.join()
-            elapsed_s, used_s = time.monotonic() - begin_s, process_cpu_s(daemon.pid) - begin_cpu_s
+            send_s = time.monotonic() - begin_s
+            cpu_s = process_cpu_s(monitor.pid) - begin_cpu_s
         finally:
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait(PROCESS_TIMEOUT_S)
-            kept_s = time.monotonic() - begin_s
-            if daemon.stdin:
-                daemon.stdin.close()
+            monitor.send_signal(signal.SIGTERM)
+            monitor.wait(WAIT_TIMEOUT_S)
+            store_s = time.monotonic() - begin_s
+            if monitor.stdin:
+                monitor.stdin.close()
         with closing(sqlite3.connect(file)) as store:
-            (kept,) = store.execute("SELECT count(*) FROM (SELECT DISTINCT worker, request FROM task)").fetchone()
-    sent = senders * each
-    return EventRateRow(senders, per_s, sent / elapsed_s, sent, kept, kept / kept_s, used_s / elapsed_s)
-
-
-def wait_for_socket(path: Path) -> None:
-    """Wait until a daemon listens."""
-    end_s = time.monotonic() + PROCESS_TIMEOUT_S
-    while not path.exists():
-        if time.monotonic() > end_s:
-            raise TimeoutError(f"no monitor at {path}")
-        time.sleep(0.02)
-
-
-def process_cpu_s(pid: int) -> float:
-    """Processor time of a process so far."""
-    times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
+            (stored,) = store.execute("SELECT count(*) FROM (SELECT DISTINCT worker, request FROM task)").fetchone()
+    sent = senders * count
+    return EventRateRow(senders, target_per_s, sent / send_s, sent, stored, stored / store_s, cpu_s / send_s)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--json", action="store_true")
+    parser = make_parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of sending, for each row (default 5)")
     options = parser.parse_args()
-    rows = [measure(senders, per_s, options.seconds) for per_s in (TARGET_PER_S, 0) for senders in (1, 4)]
-    if options.json:
-        print(json.dumps([asdict(row) | {"of_wanted": row.of_required} for row in rows]))
-        return
-    table = Table(
-        title=f"events of {options.seconds:g} s into a monitor with SQLite, {EVENTS_PER_DATAGRAM} in a datagram"
-    )
-    for column in ("senders", "asked", "sent /s", f"of {REQUIRED_PER_S}/s", "sent", "kept", "lost", "kept /s", "cores"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        asked = str(row.target_per_s) if row.target_per_s else "as fast as they go"
-        lost = str(row.sent - row.stored)
-        rates = (f"{row.sent_per_s:.0f}", f"{row.of_required:.2f}")
-        table.add_row(
-            str(row.senders),
-            asked,
-            *rates,
-            str(row.sent),
-            str(row.stored),
-            lost,
-            f"{row.stored_per_s:.0f}",
-            f"{row.cpu_cores:.2f}",
-        )
-    Console().print(table)
+    rows = [measure(senders, target, options.seconds).to_json() for target in (TARGET_PER_S, 0) for senders in (1, 4)]
+    title = f"Events of {options.seconds:g} s to a monitor with SQLite, {EVENTS_PER_DATAGRAM} in a datagram"
+    print_table(title, COLUMNS, [{**row, "target": str(row["target_per_s"] or "max")} for row in rows])
+    print_json(options, {"rows": rows})
 
 
 if __name__ == "__main__":

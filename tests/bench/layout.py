@@ -1,7 +1,9 @@
-"""What channels-last costs or saves on this CPU, one thread: `python -m tests.bench.layout`.
+"""Memory layout of networks on a CPU: forward times channels first and channels last.
 
-Why `stages.worker.model_executor` lays a part out so: times of both layouts in turns, medians, and their ratio (below 1.0: it
-saves).
+    python -m tests.bench.layout
+
+One thread, batch 1, both layouts in turns, medians. `stages.worker.model_executor` uses channels last because of ratios
+below 1.0.
 """
 
 from __future__ import annotations
@@ -9,43 +11,48 @@ from __future__ import annotations
 import copy
 import time
 from statistics import median
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from stages.models.registry import get_model_spec
+from tests.bench.harness.output import make_parser, print_json, print_table
 
 NETWORKS = ("yolov3-tiny", "torchvision:vgg11", "torchvision:resnet18", "torchvision:mobilenet_v3_small")
-RUNS = 10
+WARM_UP = 2
+COLUMNS = {
+    "network": ("network", ""),
+    "channels first, ms": ("channels_first_ms", ".1f"),
+    "channels last, ms": ("channels_last_ms", ".1f"),
+    "ratio": ("ratio", ".2f"),
+}
 
 
-def measure(name: str) -> tuple[float, float]:
-    """Median forward times in milliseconds, batch 1: channels first, channels last."""
+def measure(name: str, runs: int) -> dict[str, Any]:
     spec = get_model_spec(name)
     assert spec.input_shape is not None
-    first = spec.build().eval()
-    last = copy.deepcopy(first).to(memory_format=torch.channels_last)
-    value = torch.rand(spec.input_shape)
-    times: tuple[list[float], list[float]] = ([], [])
+    channels_first = spec.build().eval()
+    channels_last = copy.deepcopy(channels_first).to(memory_format=torch.channels_last)
+    inputs = torch.rand(spec.input_shape)
+    times_ms: tuple[list[float], list[float]] = ([], [])
     with torch.inference_mode():
-        for _ in range(RUNS + 2):
-            for model, runs in zip((first, last), times, strict=True):
+        for _ in range(WARM_UP + runs):
+            for model, times in zip((channels_first, channels_last), times_ms, strict=True):
                 begin_s = time.perf_counter()
-                model(value)
-                runs.append(1000 * (time.perf_counter() - begin_s))
-    return median(times[0][2:]), median(times[1][2:])
+                model(inputs)
+                times.append(1000 * (time.perf_counter() - begin_s))
+    first_ms, last_ms = (median(times[WARM_UP:]) for times in times_ms)
+    return {"network": name, "channels_first_ms": first_ms, "channels_last_ms": last_ms, "ratio": last_ms / first_ms}
 
 
 def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--runs", type=int, default=10, help="of each layout (default 10)")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    table = Table(title="forward of the whole network, batch 1, one thread", title_justify="left")
-    for column in ("network", "channels first, ms", "channels last, ms", "ratio"):
-        table.add_column(column, justify="right" if column != "network" else "left")
-    for name in NETWORKS:
-        first_ms, last_ms = measure(name)
-        table.add_row(name, f"{first_ms:.1f}", f"{last_ms:.1f}", f"{last_ms / first_ms:.2f}")
-    Console().print(table)
+    rows = [measure(name, options.runs) for name in NETWORKS]
+    print_table("Forward pass of whole networks, batch 1, one thread", COLUMNS, rows)
+    print_json(options, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What takes long: the same tests have a short form in `make test` and a long one in `make soak`."""
+"""Endurance, faults and hostile clients: a short size of each test in `make test`, a slow one in `make test-slow`."""

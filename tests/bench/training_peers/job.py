@@ -1,4 +1,4 @@
-"""What the contestants of the training benchmark train: the same network, cut, batches, loss and optimizer for all."""
+"""The training job of the benchmark: one network, cut, data, loss and optimizer for all contestants."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
@@ -18,15 +18,14 @@ from stages.partition.part_loader import load_trainable_part
 from stages.partition.partition import Part
 from stages.training.schedule import ScheduleName
 
-SHAPE = (3, 32, 32)
+INPUT_SHAPE = (3, 32, 32)
 CLASSES = 10
-# Batches that are taken in turns.
-BATCH_COUNT = 4
+BATCH_COUNT = 4  # different batches, which are used in turns
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """So many steps after those of the warm-up, which do not count."""
+    """`steps` measured steps after `warm_up` steps that are left out."""
 
     cuts: tuple[int, ...]
     steps: int
@@ -37,33 +36,33 @@ class TrainingJob:
     lr: float = 0.01
     momentum: float = 0.9
     schedules: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
-    tune_malloc: bool = True  # torch's contestants have the allocator of our workers: stages/training/malloc_tuning.py
+    tune_malloc: bool = True  # whether PyTorch's processes use the allocator settings of our workers too
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> TrainingJob:
-        found: dict[str, Any] = json.loads(text)
-        return cls(**{**found, "cuts": tuple(found["cuts"]), "schedules": tuple(found["schedules"])})
+    def from_json(cls, text: str) -> Self:
+        fields = json.loads(text)
+        return cls(**{**fields, "cuts": tuple(fields["cuts"]), "schedules": tuple(fields["schedules"])})
 
     def examples(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The inputs (N, 3, 32, 32) and labels (N,) of all batches."""
-        random = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         count = BATCH_COUNT * self.batch
-        return random.random((count, *SHAPE), dtype=np.float32), random.integers(0, CLASSES, count)
+        return rng.random((count, *INPUT_SHAPE), dtype=np.float32), rng.integers(0, CLASSES, count)
 
     def batch_slice(self, step: int) -> slice:
-        """Those of a step, among the examples."""
+        """The examples of a step."""
         first = step % BATCH_COUNT * self.batch
         return slice(first, first + self.batch)
 
     def step_durations_s(self, ends_s: Sequence[float]) -> list[float]:
-        """What each step after the warm-up took, from when the steps ended."""
+        """The duration of each measured step, from the times at which all steps ended."""
         return [later - earlier for earlier, later in pairwise(ends_s[self.warm_up - 1 : self.warm_up + self.steps])]
 
     def build_part(self, index: int) -> Part:
-        """A part of the network, as one of our workers begins with it."""
+        """A part of the network, in the state in which our workers begin."""
         return load_trainable_part(get_model_spec(self.model), self.cuts, index, None, 0, "cpu")[0]
 
     def build_optimizer(self, part: nn.Module) -> torch.optim.Optimizer:

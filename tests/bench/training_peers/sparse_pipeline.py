@@ -1,4 +1,4 @@
-"""Ours in the training benchmark: a worker for each stage, in a process of its own, a broker, and a source here."""
+"""Sparse in the training benchmark: one worker process for each stage, a broker, and a source in this process."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from brokers.config.pipeline_file import load_pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.mqtt.client import MqttTransport
 from brokers.server.local_broker import BrokerKind, start_broker
-from monitor.launch.child_process import ChildProcess, terminate_all
 from sources.datasets.dataset import Dataset, Examples
 from sources.training.training_loop import TrainingEventDict, TrainingLoop
 from stages.training.schedule import ScheduleName
+from tests.bench.harness.processes import start_stages
 from tests.bench.training_peers.job import BATCH_COUNT, TrainingJob
 
 STAGE_TIME_KEYS = ("queue_ms", "decode_ms", "forward_ms", "backward_ms", "encode_ms", "commit_ms")
@@ -42,7 +42,7 @@ checkpoint_every = 1000000
 class RandomDataset(Dataset):
     """The examples of a job."""
 
-    name = "drawn"
+    name = "random"
     classes = tuple("0123456789")
 
     def __init__(self, job: TrainingJob) -> None:
@@ -56,11 +56,11 @@ class RandomDataset(Dataset):
 
 
 def run_sparse_pipeline(job: TrainingJob, schedule: ScheduleName, kind: BrokerKind, folder: Path) -> dict[str, Any]:
-    """`steps_s`, what each step took, the `losses`, and what the `stages` say of a step: medians, in milliseconds.
+    """`steps_s`, the duration of each step, `losses`, and `stages`: median milliseconds of a step by stage.
 
-    `folder` is empty.
+    `folder` must be empty.
     """
-    # The last step leaves a checkpoint behind: it is beyond those that count.
+    # The last step includes a checkpoint, so one more than the measured steps is needed.
     epochs = -(-(job.warm_up + job.steps + 1) // BATCH_COUNT)
     names = [f"stage-{index}" for index in range(len(job.cuts) + 1)]
     file = folder / "bench.toml"
@@ -68,47 +68,39 @@ def run_sparse_pipeline(job: TrainingJob, schedule: ScheduleName, kind: BrokerKi
     file.write_text(
         PIPELINE_TEMPLATE.format(job=job, cuts=list(job.cuts), stages=stages, epochs=epochs, schedule=schedule)
     )
-    with start_broker(kind=kind) as broker:
-        common = ("--broker", broker.address, "--checkpoints")
-        children = [
-            ChildProcess(name, ("stage", str(file), name, *common, str(folder / name)), folder / f"{name}.log")
-            for name in names
-        ]
-        try:
-            for child in children:
-                child.start()
-            events = asyncio.run(_train(job, file, broker.address))
-        finally:
-            terminate_all(children)
-    return _figures(job, events)
+    options = {name: ("--checkpoints", str(folder / name)) for name in names}
+    with start_broker(kind=kind) as broker, start_stages(file, broker.address, folder, options):
+        return _summarize(job, asyncio.run(_train(job, file, broker.address)))
 
 
 async def _train(job: TrainingJob, file: Path, address: str) -> list[tuple[float, TrainingEventDict]]:
-    """The events of the steps, with the time at which each was done."""
-    pipeline = load_pipeline(file)
+    """The events of the run, each with its time."""
     events: list[tuple[float, TrainingEventDict]] = []
-    line = MessageChannel(MqttTransport(address))
-    await line.open()
+
+    def on_event(event: TrainingEventDict) -> None:
+        events.append((time.monotonic(), event))
+
+    channel = MessageChannel(MqttTransport(address))
+    await channel.open()
     try:
-        tell = lambda event: events.append((time.monotonic(), event))  # noqa: E731
-        training = TrainingLoop(pipeline, RandomDataset(job), "bench", line, tell)
+        training = TrainingLoop(load_pipeline(file), RandomDataset(job), "bench", channel, on_event)
         await training.open()
         await training.run()
         await training.close()
     finally:
-        await line.close()
+        await channel.close()
     return events
 
 
-def _figures(job: TrainingJob, events: list[tuple[float, TrainingEventDict]]) -> dict[str, Any]:
-    if wrong := [event for _, event in events if event["event"] != "step"]:
-        raise RuntimeError(f"the run was disturbed: {wrong[0]}")
-    counted = [event for _, event in events[job.warm_up : job.warm_up + job.steps]]
+def _summarize(job: TrainingJob, events: list[tuple[float, TrainingEventDict]]) -> dict[str, Any]:
+    if unexpected := [event for _, event in events if event["event"] != "step"]:
+        raise RuntimeError(f"the run was disturbed: {unexpected[0]}")
+    measured = [event for _, event in events[job.warm_up : job.warm_up + job.steps]]
     return {
-        "steps_s": job.step_durations_s([at_s for at_s, _ in events]),
+        "steps_s": job.step_durations_s([time_s for time_s, _ in events]),
         "losses": [event["loss"] for _, event in events],
         "stages": [
-            {name: median(event["time"]["stages"][index][name] for event in counted) for name in STAGE_TIME_KEYS}
+            {key: median(event["time"]["stages"][index][key] for event in measured) for key in STAGE_TIME_KEYS}
             for index in range(len(job.cuts) + 1)
         ],
     }

@@ -146,7 +146,7 @@ def test_a_training_run_has_the_rights_that_it_uses_and_no_more(sandbox: Process
         end_well(running)
         people.nothing_was_refused()
         # Only a second source of this name would be heard there.
-        assert people.unused() == {("lesson.source", "read", "sparse/device/lesson/source/up/+")}
+        assert people.unused() == {("training.source", "read", "sparse/device/training/source/up/+")}
 
 
 def test_a_run_by_passwords_shows_them_to_nobody(sandbox: ProcessSandbox) -> None:

@@ -1,4 +1,4 @@
-"""A camera that is an MQTT client and no more, somebody who reads its results, and a stage that glances at frames."""
+"""An MQTT camera at the ingress that reads its own results, and a stage that returns the size of a frame."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import queue
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from paho.mqtt.client import Client, MQTTMessage
@@ -22,7 +22,7 @@ Tensors = dict[str, Any]
 
 
 class FrameSizeExecutor(TaskExecutor):
-    """Takes a frame as the bytes it came as, sleeps over it, and says how many they were."""
+    """Sleeps, then returns the number of bytes of an encoded frame."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -44,22 +44,23 @@ def jpeg_frame() -> bytes:
 
 
 class IngressCamera:
-    """Publishes frames under one name and hears of their results; its clock is the only one."""
+    """Publishes frames as source `name` of site `local`, and keeps its results with the times of both."""
 
     def __init__(self, port: int, name: str) -> None:
         self._topic = f"sparse/local/ingress/{name}"
         self.publish_times_s: list[float] = []
-        self.results: list[tuple[float, dict[str, Any]]] = []
-        self._heard: queue.Queue[None] = queue.Queue()
+        self.results: list[dict[str, Any]] = []
+        self._result_times_s: list[float] = []
+        subscribed: queue.Queue[None] = queue.Queue()
         self._client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
         self._client.on_message = self._on_message
-        self._client.on_subscribe = lambda *_: self._heard.put(None)
+        self._client.on_subscribe = lambda *_: subscribed.put(None)
         self._client.connect("127.0.0.1", port)
         self._client.loop_start()
         self._client.subscribe(f"sparse/local/results/{name}", qos=1)
-        self._heard.get(timeout=PROCESS_TIMEOUT_S)
+        subscribed.get(timeout=PROCESS_TIMEOUT_S)
 
-    def __enter__(self) -> IngressCamera:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -68,21 +69,35 @@ class IngressCamera:
         self._client.disconnect()
         self._client.loop_stop()
 
-    def publish(self, payload: bytes) -> IngressCamera:
-        self.publish_times_s.append(time.monotonic())
-        self._client.publish(self._topic, payload)
-        return self
+    @property
+    def last_index(self) -> int:
+        """The index of the newest result; -1 before the first."""
+        return int(self.results[-1]["index"]) if self.results else -1
 
-    def publish_frames(self, payload: bytes, every_s: float, count: int) -> None:
-        """Publish `count` frames, one every `every_s` seconds; one that is late makes no other late."""
+    def publish_frames(self, payload: bytes, count: int, every_s: float = 0.0) -> None:
+        """Publish `count` frames, one every `every_s` seconds, and wait until the broker has acknowledged the last.
+
+        A frame that is late does not delay the others.
+        """
         begin_s = time.monotonic()
         for index in range(count):
             time.sleep(max(0.0, begin_s + index * every_s - time.monotonic()))
-            self.publish(payload)
+            self.publish_times_s.append(time.monotonic())
+            publication = self._client.publish(self._topic, payload, qos=1)
+        publication.wait_for_publish(PROCESS_TIMEOUT_S)
+
+    def is_answered(self, payload: bytes) -> bool:
+        """Publish one more frame; return whether there is a result of any."""
+        self.publish_frames(payload, 1)
+        return bool(self.results)
 
     def latencies_ms(self) -> list[float]:
-        """How old each frame was, from the moment it was published, when its result arrived here."""
-        return [1000 * (came_s - self.publish_times_s[result["index"]]) for came_s, result in self.results]
+        """The time from the publication of each frame to its result here."""
+        return [
+            1000 * (received_s - self.publish_times_s[result["index"]])
+            for received_s, result in zip(self._result_times_s, self.results, strict=True)
+        ]
 
     def _on_message(self, client: Client, userdata: Any, message: MQTTMessage) -> None:
-        self.results.append((time.monotonic(), json.loads(message.payload)))
+        self._result_times_s.append(time.monotonic())
+        self.results.append(json.loads(message.payload))

@@ -1,4 +1,4 @@
-"""A town of real processes, and an attacker who may publish whatever it likes to each topic that they read."""
+"""A pipeline of real processes, and an attacker that publishes hostile messages to each topic that they read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import itertools
 import json
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import psutil
 
@@ -34,23 +35,23 @@ from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_f
 from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox, RunningCommand, eventually
 
 PIPELINE_TOPIC = "sparse/local/test"
+PIXELS_TOPIC = "sparse/local/pixels/pixels"
 VICTIM_INBOX = "sparse/local/source/victim/inbox"
-LOOK_STAGE_TOPIC = "sparse/local/look/look"
 PRESENCE_TOPICS = {
     f"{PIPELINE_TOPIC}/double/up/double-1",
     f"{PIPELINE_TOPIC}/last/up/last-1",
-    f"{LOOK_STAGE_TOPIC}/up/look-1",
+    f"{PIXELS_TOPIC}/up/pixels-1",
 }
-# Of one topic before a probe: what a broker holds for one reader (1000 messages) is never exceeded, nothing is dropped.
+# Messages to one topic before a probe: far below the 1000 that a broker queues for one reader, so none is dropped.
 BURST_SIZE = 50
-_PROBE_AGAIN_S = 5.0
+_PROBE_RETRY_S = 5.0
 
 
 class PixelCountExecutor(TaskExecutor):
-    """Says how many pixels a picture has."""
+    """Returns the number of pixels of a picture."""
 
     def start(self, node: Node) -> None:
-        import brokers.process.image_decode  # noqa: F401 - before the first task, since it takes a moment
+        import brokers.process.image_decode  # noqa: F401 - before the first task, since importing it takes long
 
     def prepare(self, content: Content, task: TaskContext) -> Tensors:
         from brokers.process.image_decode import decode_picture
@@ -63,7 +64,7 @@ class PixelCountExecutor(TaskExecutor):
 
 @dataclass
 class AttackedPipeline:
-    """`sparse run` of two stages behind the ingress, and one worker that looks at pictures."""
+    """`sparse run` of two stages behind the ingress, and one worker of another pipeline that decodes pictures."""
 
     broker: LocalBroker
     path: Path
@@ -76,116 +77,113 @@ class AttackedPipeline:
         return self.broker.address
 
     def processes(self) -> dict[str, psutil.Process]:
-        """All of it, by name; those that have ended are missing."""
-        words = {"run": ("run",), "source": ("source",), "double": ("stage", "double"), "last": ("stage", "last")}
-        found = {name: self.sandbox.find_process(*each, str(self.path)) for name, each in words.items()}
-        found["look"] = self.sandbox.find_process("stage", "look")
-        return {name: process for name, process in found.items() if process}
+        """Its processes by name, without those that have exited."""
+        arguments = {"run": ("run",), "source": ("source",), "double": ("stage", "double"), "last": ("stage", "last")}
+        processes = {name: self.sandbox.find_process(*each, str(self.path)) for name, each in arguments.items()}
+        processes["pixels"] = self.sandbox.find_process("stage", "pixels")
+        return {name: process for name, process in processes.items() if process}
 
     def read_logs(self) -> dict[str, str]:
-        """What each process has written to its log so far."""
+        """The log of each process so far."""
         logs = {path.stem: path.read_text() for path in (self.sandbox.folder / "out" / "logs").glob("*.log")}
-        return {"run": self.run_command.read_stderr(), "look": self.worker_command.read_stderr(), **logs}
+        return {"run": self.run_command.read_stderr(), "pixels": self.worker_command.read_stderr(), **logs}
 
 
 @contextmanager
 def start_attacked_pipeline(sandbox: ProcessSandbox, kind: BrokerKind) -> Iterator[AttackedPipeline]:
     require_dependency({"embedded": "iotcore"}.get(kind, kind))
     path = write_pipeline_file(sandbox.folder, [stage_table("double", "double"), stage_table("last", "add_one")])
-    look = write_pipeline_file(
+    pixels_path = write_pipeline_file(
         sandbox.folder,
-        [{"name": "look", "executor": "tests.soak.harness.hostile_clients:PixelCountExecutor"}],
-        name="look",
+        [{"name": "pixels", "executor": "tests.soak.harness.hostile_clients:PixelCountExecutor"}],
+        name="pixels",
     )
     with start_broker(kind=kind) as broker:
-        words = ("--broker", broker.address)
-        looker = sandbox.start_sparse("stage", look, "look", *words, "--worker", "look-1")
-        run = sandbox.start_sparse("run", path, *words, "--out", sandbox.folder / "out")
-        found = AttackedPipeline(broker, path, run, looker, sandbox)
-        eventually("the gateway", lambda: "Ctrl-C" in run.read_stderr())
+        options = ("--broker", broker.address)
+        worker = sandbox.start_sparse("stage", pixels_path, "pixels", *options, "--worker", "pixels-1")
+        run = sandbox.start_sparse("run", path, *options, "--out", sandbox.folder / "out")
+        eventually("the ingress gateway", lambda: "Ctrl-C" in run.read_stderr())
         wait_for_workers(broker.address, lambda workers: set(workers) >= PRESENCE_TOPICS)
-        yield found
+        yield AttackedPipeline(broker, path, run, worker, sandbox)
 
 
 @dataclass
 class Attacker:
-    """Publishes at quality of service 0, as fast as what it attacks can take it: probes print_line."""
+    """Publishes hostile messages at QoS 0. Probes after each round of bursts keep it at the speed of its target."""
 
     target: AttackedPipeline
     seed: int
-    sent: Counter[str] = field(default_factory=Counter)
+    sent: Counter[str] = field(default_factory=Counter)  # messages by kind of topic
     worker_records: dict[str, WorkerRecord] = field(default_factory=dict)
 
-    async def __aenter__(self) -> Attacker:
+    async def __aenter__(self) -> Self:
         self._mutator = MessageMutator(self.seed, generated_messages(300))
-        self._answers: dict[str, asyncio.Event] = {}
-        self._numbers = itertools.count()
-        self._inboxes = {VICTIM_INBOX}
-        self._flying: deque[bytes] = deque(maxlen=8)
+        self._probe_events: dict[str, asyncio.Event] = {}
+        self._probe_numbers = itertools.count()
+        self._source_inboxes = {VICTIM_INBOX}
+        self._victim_requests: deque[bytes] = deque(maxlen=8)  # ids of requests in flight
         self._transport = MqttTransport(self.target.address, client_id="attacker")
         await self._transport.connect()
-        await self._transport.subscribe("attacker/probe/+", self._answered)
-        await self._transport.subscribe("sparse/local/results/+", self._answered)
-        await self._transport.subscribe(all_presence_filter(), self._born, qos=1)
-        await self._transport.subscribe(f"{PIPELINE_TOPIC}/double/in/+", self._overheard)
+        await self._transport.subscribe("attacker/probe/+", self._on_probe_result)
+        await self._transport.subscribe("sparse/local/results/+", self._on_probe_result)
+        await self._transport.subscribe(all_presence_filter(), self._on_presence, qos=1)
+        await self._transport.subscribe(f"{PIPELINE_TOPIC}/double/in/+", self._on_task)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._transport.close()
 
-    def _answered(self, delivery: Delivery) -> None:
-        if event := self._answers.get(delivery.topic):
+    def _on_probe_result(self, delivery: Delivery) -> None:
+        if event := self._probe_events.get(delivery.topic):
             event.set()
 
-    def _born(self, delivery: Delivery) -> None:
+    def _on_presence(self, delivery: Delivery) -> None:
         if delivery.topic in PRESENCE_TOPICS and delivery.payload:
             try:
-                found = WorkerRecord.from_bytes(bytes(delivery.payload))
+                record = WorkerRecord.from_bytes(bytes(delivery.payload))
             except SparseError:
                 return
-            if found.fingerprint != "forged":
-                self.worker_records[delivery.topic] = found
+            if record.fingerprint != "forged":
+                self.worker_records[delivery.topic] = record
+
+    def _on_task(self, delivery: Delivery) -> None:
+        """Learn the inboxes of sources, and the ids of requests of the victim: only those are abused."""
+        address = delivery.properties.response_topic
+        if address == VICTIM_INBOX:
+            self._victim_requests.append(delivery.properties.correlation_data)
+        elif address.startswith("sparse/local/source/"):
+            self._source_inboxes.add(address)
 
     @property
     def rejected_count(self) -> int:
-        """Messages that workers say they have refused, or failed at."""
-        return sum(each.load.malformed + each.load.failed for each in self.worker_records.values())
+        """Messages that the workers have counted as malformed or failed."""
+        return sum(record.load.malformed + record.load.failed for record in self.worker_records.values())
 
     async def publish(self, topic: str, message: HostileMessage) -> None:
         await self._transport.publish(topic, message.payload, message.properties, retain=message.retain)
 
-    # One after the other ------------------------------------------------------------------------------------------
-
-    def _overheard(self, delivery: Delivery) -> None:
-        """A request is on its way: its identifier is known now. Only those of the victim are made use of."""
-        address = delivery.properties.response_topic
-        if address == VICTIM_INBOX:
-            self._flying.append(delivery.properties.correlation_data)
-        elif address.startswith("sparse/local/source/"):
-            self._inboxes.add(address)
+    # Rounds of bursts ---------------------------------------------------------------------------------------------
 
     async def attack(self) -> None:
-        """One burst to each topic that the system reads; return when all that answer have answered a probe."""
-        chance = self._mutator.rng
-        for kind, topic in self._targets():
-            for _ in range(BURST_SIZE):
-                message = self._message(kind)
-                if (
-                    topic in (VICTIM_INBOX, f"{PIPELINE_TOPIC}/double/in/double-1")
-                    and self._flying
-                    and chance.random() < 0.5
-                ):
-                    properties = replace(message.properties, correlation_data=chance.choice(self._flying))
-                    message = replace(message, properties=properties)
-                await self.publish(topic.replace("#", str(chance.randrange(10_000))), message)
-                self.sent[kind] += 1
+        """Publish one burst to each topic of the pipeline; return when every reader has answered a probe."""
+        rng = self._mutator.rng
+        for kind, topics in self._targets().items():
+            for topic in topics:
+                for _ in range(BURST_SIZE):
+                    message = self._next_message(kind)
+                    reads_victim = topic in (VICTIM_INBOX, f"{PIPELINE_TOPIC}/double/in/double-1")
+                    if reads_victim and self._victim_requests and rng.random() < 0.5:
+                        request = rng.choice(self._victim_requests)
+                        message = replace(message, properties=replace(message.properties, correlation_data=request))
+                    await self.publish(topic.replace("#", str(rng.randrange(10_000))), message)
+                    self.sent[kind] += 1
         await self.probe()
 
-    def _message(self, kind: str) -> HostileMessage:
-        """What goes to a topic of this kind: mostly what is read there, wrong in some way."""
-        message = self._mutator.next_message(self._addresses())
+    def _next_message(self, kind: str) -> HostileMessage:
+        """A message for a topic of this kind: mostly a mutation of a message that is valid there."""
+        message = self._mutator.next_message(self._response_topics())
         if kind == "presence" and self._mutator.rng.random() < 0.6:
-            # Not "up": whoever may forge that draws work to itself, which is another test.
+            # Not the state "up": a client that may forge it draws tasks to itself, which access lists must prevent.
             states = {"state": self._mutator.rng.choice(("draining", "stopped"))}
             worker = f"ghost-{self._mutator.rng.randrange(10_000)}"
             payload = forged_worker_record(
@@ -194,34 +192,29 @@ class Attacker:
             return HostileMessage(Properties(), payload)
         return message
 
-    def _targets(self) -> list[tuple[str, str]]:
-        """Kinds of topics, and topics; in each place of a # comes a number."""
-        doors = (f"{PIPELINE_TOPIC}/double/tasks", f"{PIPELINE_TOPIC}/last/tasks", f"{LOOK_STAGE_TOPIC}/tasks")
-        workers = (
-            f"{PIPELINE_TOPIC}/double/in/double-1",
-            f"{PIPELINE_TOPIC}/last/in/last-1",
-            f"{LOOK_STAGE_TOPIC}/in/look-1",
-            f"{PIPELINE_TOPIC}/last/in/x",
-        )
-        ghosts = (
-            f"{PIPELINE_TOPIC}/double/up/ghost-#",
-            f"{PIPELINE_TOPIC}/last/up/ghost-#",
-            f"{LOOK_STAGE_TOPIC}/up/#",
-            "sparse/local/other/x/up/#",
-        )
-        cameras = ("sparse/local/ingress/camera", f"sparse/local/ingress/{'s' * 200}#")
-        kinds: dict[str, Sequence[str]] = {
-            "door": doors,
-            "inbox": workers,
-            "source": sorted(self._inboxes),
-            "presence": ghosts,
-            "ingress": cameras,
+    def _targets(self) -> dict[str, list[str]]:
+        """Topics by kind; each "#" is replaced by a number."""
+        return {
+            "tasks": [f"{PIPELINE_TOPIC}/double/tasks", f"{PIPELINE_TOPIC}/last/tasks", f"{PIXELS_TOPIC}/tasks"],
+            "inbox": [
+                f"{PIPELINE_TOPIC}/double/in/double-1",
+                f"{PIPELINE_TOPIC}/last/in/last-1",
+                f"{PIXELS_TOPIC}/in/pixels-1",
+                f"{PIPELINE_TOPIC}/last/in/x",
+            ],
+            "source": sorted(self._source_inboxes),
+            "presence": [
+                f"{PIPELINE_TOPIC}/double/up/ghost-#",
+                f"{PIPELINE_TOPIC}/last/up/ghost-#",
+                f"{PIXELS_TOPIC}/up/#",
+                "sparse/local/other/x/up/#",
+            ],
+            "ingress": ["sparse/local/ingress/camera", f"sparse/local/ingress/{'s' * 200}#"],
+            "results": ["sparse/local/results/#"],
         }
-        kinds["results"] = ("sparse/local/results/#",)
-        return [(kind, topic) for kind, topics in kinds.items() for topic in topics]
 
-    def _addresses(self) -> list[str]:
-        """Where answers could do harm: the system's own topics."""
+    def _response_topics(self) -> list[str]:
+        """Topics of the pipeline itself, to which answers could do harm."""
         return [
             f"{PIPELINE_TOPIC}/double/tasks",
             f"{PIPELINE_TOPIC}/last/in/last-1",
@@ -232,32 +225,37 @@ class Attacker:
     # Probes -------------------------------------------------------------------------------------------------------
 
     async def probe(self) -> None:
-        """Return when everything that was sent before has been taken: a message behind it is answered."""
-        numbers, sight = b'{"values": 1}', small_image("PNG")
-        doors = [
+        """Return once every reader has processed all earlier messages: it has answered a valid one sent after them."""
+        numbers = b'{"values": 1}'
+        picture = small_image("PNG")
+        tasks = [
             (f"{PIPELINE_TOPIC}/double/in/double-1", numbers, JSON),
             (f"{PIPELINE_TOPIC}/last/in/last-1", numbers, JSON),
+            (f"{PIPELINE_TOPIC}/double/tasks", numbers, JSON),
+            (f"{PIPELINE_TOPIC}/last/tasks", numbers, JSON),
+            (f"{PIXELS_TOPIC}/in/pixels-1", picture, PNG),
+            (f"{PIXELS_TOPIC}/tasks", picture, PNG),
         ]
-        doors += [(f"{PIPELINE_TOPIC}/double/tasks", numbers, JSON), (f"{PIPELINE_TOPIC}/last/tasks", numbers, JSON)]
-        doors += [(f"{LOOK_STAGE_TOPIC}/in/look-1", sight, PNG), (f"{LOOK_STAGE_TOPIC}/tasks", sight, PNG)]
         probes = [
-            self._ask(topic, payload, kind, f"attacker/probe/{next(self._numbers)}") for topic, payload, kind in doors
+            self._probe(topic, payload, content_type, f"attacker/probe/{next(self._probe_numbers)}")
+            for topic, payload, content_type in tasks
         ]
-        probes.append(self._ask("sparse/local/ingress/probe", numbers, JSON, "sparse/local/results/probe"))
+        probes.append(self._probe("sparse/local/ingress/probe", numbers, JSON, "sparse/local/results/probe"))
         await asyncio.gather(*probes)
 
-    async def _ask(self, topic: str, payload: bytes, content_type: str, answer: str) -> None:
-        event = self._answers[answer] = asyncio.Event()
-        properties = Properties(content_type, response_topic=answer if answer.startswith("attacker") else "")
+    async def _probe(self, topic: str, payload: bytes, content_type: str, result_topic: str) -> None:
+        event = self._probe_events[result_topic] = asyncio.Event()
+        response_topic = result_topic if result_topic.startswith("attacker") else ""
+        properties = Properties(content_type, response_topic=response_topic)
         try:
             async with asyncio.timeout(PROCESS_TIMEOUT_S):
                 while not event.is_set():
                     await self._transport.publish(topic, payload, properties)
                     try:
-                        await asyncio.wait_for(event.wait(), _PROBE_AGAIN_S)
+                        await asyncio.wait_for(event.wait(), _PROBE_RETRY_S)
                     except TimeoutError:
                         continue
         except TimeoutError:
-            raise AssertionError(f"nobody answers at {topic}: {json.dumps(self.sent)}") from None
+            raise AssertionError(f"no answer to a probe at {topic}: {json.dumps(self.sent)}") from None
         finally:
-            del self._answers[answer]
+            del self._probe_events[result_topic]

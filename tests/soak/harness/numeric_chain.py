@@ -1,4 +1,4 @@
-"""A chain of three numeric stages and the source of its numbers: what comes out says whether everything went right."""
+"""A chain of three numeric stages and the sources of its numbers; each result can be computed from its index."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from stages.executor import TaskContext, TaskExecutor
 
 Tensors = dict[str, Any]
 
-# name -> (factor, offset): no two orders, no stage left out and none done twice give the same number.
+# name -> (factor, offset): another order, a missing stage and a repeated stage all give another number.
 STAGE_COEFFICIENTS = {"first": (2.0, 1.0), "second": (3.0, -7.0), "third": (5.0, 11.0)}
-# Every tenth request carries so much beside its number that it travels in several chunks.
+# Every tenth request has a second tensor, which needs several chunks.
 HEAVY_EVERY = 10
 HEAVY_VALUES = 160_000  # of 8 bytes: three chunks of 512 KiB
-# However a test ends, its workers do not wait for longer.
-GATE_TIMEOUT_S = 120.0
+# A worker whose gate is never opened ends by itself: the limit of one test.
+GATE_TIMEOUT_S = 300.0
 
 
 class AffineExecutor(TaskExecutor):
-    """Sleeps, as work that needs no core of this machine, then multiplies and adds."""
+    """Sleeps, then multiplies and adds: work that needs no processor time of this machine."""
 
     def __init__(self, factor: float, offset: float, seconds: float) -> None:
-        self._factor, self._offset, self._seconds = factor, offset, seconds
+        self._factor = factor
+        self._offset = offset
+        self._seconds = seconds
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
         time.sleep(self._seconds)
@@ -38,23 +40,32 @@ class AffineExecutor(TaskExecutor):
 
 
 class MinMaxExecutor(AffineExecutor):
-    """The last of the chain: of what is heavy, only its least and its greatest number come out."""
+    """The last stage: returns the minimum and maximum of each tensor."""
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
-        found = super().execute(tensors, task)
-        return {name: np.array([values.min(), values.max()]) for name, values in found.items()}
+        outputs = super().execute(tensors, task)
+        return {name: np.array([values.min(), values.max()]) for name, values in outputs.items()}
 
 
 class NumberSource(Source):
-    """Counts, one number every `every_s` seconds if there is room for it, until there is a file at `until`."""
+    """Counts up from 0, one number every `every_s` seconds, until the file `stop_file` exists.
 
-    def __init__(self, name: str, stop_file: str, every_s: float) -> None:
-        self.name, self._until, self._every_s = name, Path(stop_file), every_s
+    A `live` source drops numbers for which there is no slot. The count is written to `stop_file` at the end.
+    """
+
+    def __init__(self, name: str, stop_file: str, every_s: float, live: bool = False) -> None:
+        self.name = name
+        self.live = live
+        self._stop_file = Path(stop_file)
+        self._every_s = every_s
         self._closed = threading.Event()
 
     def samples(self) -> Iterator[Sample]:
         for index in itertools.count():
-            if self._closed.wait(self._every_s) or self._until.exists():
+            if self._stop_file.exists():
+                self._stop_file.write_text(str(index))
+                return
+            if self._closed.wait(self._every_s):
                 return
             payload = {"values": np.array(float(index))}
             if index % HEAVY_EVERY == 0:
@@ -66,7 +77,7 @@ class NumberSource(Source):
 
 
 def expected_result(index: int) -> Tensors:
-    """What is published for the request of this index."""
+    """The published result of the request with this index."""
     value = float(index)
     for factor, offset in STAGE_COEFFICIENTS.values():
         value = factor * value + offset
@@ -74,15 +85,16 @@ def expected_result(index: int) -> Tensors:
 
 
 class GatedExecutor(TaskExecutor):
-    """Writes a line for each task that it begins, and ends none before there is a file at `gate`."""
+    """Writes the request id of each task to `log_file` and finishes no task before the file `gate_file` exists."""
 
     def __init__(self, gate_file: str, log_file: str) -> None:
-        self._gate, self._diary = Path(gate_file), Path(log_file)
+        self._gate_file = Path(gate_file)
+        self._log_file = Path(log_file)
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
-        with self._diary.open("a", encoding="utf-8") as diary:
-            diary.write(f"{task.request_id.hex()}\n")
+        with self._log_file.open("a", encoding="utf-8") as log:
+            log.write(f"{task.request_id.hex()}\n")
         end_s = time.monotonic() + GATE_TIMEOUT_S
-        while not self._gate.exists() and time.monotonic() < end_s:
+        while not self._gate_file.exists() and time.monotonic() < end_s:
             time.sleep(0.02)
         return tensors

@@ -1,4 +1,4 @@
-"""What processes hold over time (memory, descriptors, threads), and what hangs on an object; how both have grown."""
+"""Memory, file descriptors and threads of processes over a run, and the objects that one object keeps alive."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import asyncio
 import gc
 import statistics
 import threading
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType, TracebackType
+from typing import Any, Self
 
 import psutil
 
 MIB = 1 << 20
 _TENTHS = 10
-# What belongs to the program, and what leads from one object to everything else.
-_NOT_HELD = (
+# The program itself, and objects from which everything else can be reached.
+_EXCLUDED_TYPES = (
     type,
     ModuleType,
     FunctionType,
@@ -31,7 +33,7 @@ _NOT_HELD = (
 
 @dataclass(frozen=True, slots=True)
 class ResourceSample:
-    """What one process held at one moment."""
+    """The resources of one process at one moment."""
 
     resident_bytes: int
     file_descriptors: int
@@ -40,58 +42,62 @@ class ResourceSample:
 
 @dataclass(frozen=True, slots=True)
 class ResourceTrend:
-    """What a process held in each tenth of the time after the warm-up: medians, so that one moment decides nothing."""
+    """The resources of a process over a run: the median of each tenth of the samples."""
 
     process: str
-    resident_bytes: tuple[float, ...]
-    file_descriptors: tuple[int, ...]
-    threads: tuple[int, ...]
+    resident_bytes: Sequence[float]
+    file_descriptors: Sequence[int]
+    threads: Sequence[int]
 
     @property
     def growth_bytes(self) -> float:
         """From the first tenth to the last."""
         return self.resident_bytes[-1] - self.resident_bytes[0]
 
+    def assert_bounded(self, limit_bytes: int, extra: int = 0) -> None:
+        """Assert that memory grew by at most `limit_bytes`, and that at most `extra` descriptors or threads were added.
+
+        A thread pool adds a thread, and a checkpoint that is being written a descriptor.
+        """
+        assert self.growth_bytes <= limit_bytes, str(self)
+        assert self.file_descriptors[-1] <= self.file_descriptors[0] + extra, str(self)
+        assert self.threads[-1] <= self.threads[0] + extra, str(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, trend: dict[str, Any]) -> Self:
+        return cls(**trend)
+
     def __str__(self) -> str:
         tenths = " ".join(f"{size / MIB:.1f}" for size in self.resident_bytes)
         return (
-            f"{self.process:>8}: MiB resident in each tenth {tenths} (grown {self.growth_bytes / MIB:+.2f}); "
+            f"{self.process:>8}: resident MiB by tenths {tenths} (growth {self.growth_bytes / MIB:+.2f}); "
             f"descriptors {self.file_descriptors[0]} -> {self.file_descriptors[-1]}, "
             f"threads {self.threads[0]} -> {self.threads[-1]}"
         )
 
 
-class ResourceWatcher:
-    """Looks at some processes, by name, `every_s` seconds, from a thread of its own, until the block ends."""
+class ResourceRecorder:
+    """Samples processes when it is told to: at counts of requests or steps, so that the machine's speed is irrelevant.
 
-    def __init__(self, processes: Mapping[str, int], every_s: float) -> None:
+    `processes` maps names to process ids.
+    """
+
+    def __init__(self, processes: Mapping[str, int]) -> None:
         self._processes = {name: psutil.Process(pid) for name, pid in processes.items()}
-        self._every_s = every_s
-        self._looks: list[dict[str, ResourceSample]] = []
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep_looking, name="watch")
+        self._samples: list[dict[str, ResourceSample]] = []
 
-    def __enter__(self) -> ResourceWatcher:
-        self._thread.start()
-        return self
+    def sample(self) -> None:
+        self._samples.append({name: sample_resources(process) for name, process in self._processes.items()})
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def trends(self, warm_up_fraction: float) -> list[ResourceTrend]:
-        """What came of each process; the first share `warm_up` of the time does not count, nor does its end."""
-        looks = self._looks[int(warm_up_fraction * len(self._looks)) :]
-        tenths = [looks[len(looks) * part // _TENTHS : len(looks) * (part + 1) // _TENTHS] for part in range(_TENTHS)]
-        assert all(tenths), f"{len(looks)} looks are too few"
+    def trends(self) -> list[ResourceTrend]:
+        """The trend of each process; at least ten samples are needed."""
+        count = len(self._samples)
+        assert count >= _TENTHS, f"{count} samples, at least {_TENTHS} are needed"
+        tenths = [self._samples[count * part // _TENTHS : count * (part + 1) // _TENTHS] for part in range(_TENTHS)]
         return [_trend(name, tenths) for name in self._processes]
-
-    def _keep_looking(self) -> None:
-        while not self._ended.wait(self._every_s):
-            try:
-                self._looks.append({name: sample_resources(process) for name, process in self._processes.items()})
-            except psutil.Error:  # one of them has ended, and with it what is to be seen
-                return
 
 
 def sample_resources(process: psutil.Process) -> ResourceSample:
@@ -100,28 +106,41 @@ def sample_resources(process: psutil.Process) -> ResourceSample:
 
 
 def _trend(name: str, tenths: Sequence[Sequence[Mapping[str, ResourceSample]]]) -> ResourceTrend:
-    looks = [[each[name] for each in tenth] for tenth in tenths]
+    samples = [[sample[name] for sample in tenth] for tenth in tenths]
     return ResourceTrend(
         process=name,
-        resident_bytes=tuple(statistics.median(each.resident_bytes for each in tenth) for tenth in looks),
-        file_descriptors=tuple(statistics.median_high(each.file_descriptors for each in tenth) for tenth in looks),
-        threads=tuple(statistics.median_high(each.threads for each in tenth) for tenth in looks),
+        resident_bytes=[statistics.median(each.resident_bytes for each in tenth) for tenth in samples],
+        file_descriptors=[statistics.median_high(each.file_descriptors for each in tenth) for tenth in samples],
+        threads=[statistics.median_high(each.threads for each in tenth) for tenth in samples],
     )
 
 
 def count_reachable_objects(*roots: object) -> int:
-    """How many objects hang on these, whichever way: a table that nobody clears shows, wherever it is.
+    """Count the objects that are reachable from `roots`: any table that is never cleared shows, by whatever name.
 
-    Not those of the program itself, nor what only an event loop or a thread knows of, nor what is in a deque of bounded
-    length, which forgets by itself.
+    Excluded are the program itself, event loops and threads, and the contents of deques of bounded length.
     """
+    gc.collect()
     seen: dict[int, object] = {}
-    found: list[object] = list(roots)
-    while found:
-        each = found.pop()
-        if id(each) in seen or isinstance(each, _NOT_HELD):
+    pending: list[object] = list(roots)
+    while pending:
+        candidate = pending.pop()
+        if id(candidate) in seen or isinstance(candidate, _EXCLUDED_TYPES):
             continue
-        seen[id(each)] = each
-        if not (isinstance(each, deque) and each.maxlen is not None):
-            found += gc.get_referents(each)
+        seen[id(candidate)] = candidate
+        if not (isinstance(candidate, deque) and candidate.maxlen is not None):
+            pending += gc.get_referents(candidate)
     return len(seen)
+
+
+async def settle(count: Callable[[], int], target: int | None = None, timeout_s: float = 60.0) -> int:
+    """Return the count once it is at most `target`, or (without one) no longer falls; after `timeout_s` as it is."""
+    end_s = time.monotonic() + timeout_s
+    lowest = count()
+    unchanged = 0
+    while time.monotonic() < end_s and (unchanged < 5 if target is None else lowest > target):
+        await asyncio.sleep(0.1)
+        current = count()
+        unchanged = unchanged + 1 if current >= lowest else 0
+        lowest = min(lowest, current)
+    return lowest
