@@ -43,10 +43,10 @@ def test_killed_stages_do_not_change_the_weights(
         run.kill("stage", killed[-1])
     summary = run.wait()
     assert summary["steps"] == steps
-    assert summary["rolled_back"] >= 1
+    assert summary["rollbacks"] >= 1
     assert_weights_equal(run.load_weights(), expected_weights(steps))
     print_line(
-        f"{len(killed)} kills in {steps} steps: {summary['rolled_back']} rollbacks, "
+        f"{len(killed)} kills in {steps} steps: {summary['rollbacks']} rollbacks, "
         f"{summary['repeated_steps']} steps repeated, {summary['elapsed_s']:.0f} s"
     )
 
@@ -61,7 +61,7 @@ def test_killed_broker_does_not_change_the_weights(
         run.kill_broker()
     summary = run.wait()
     assert_weights_equal(run.load_weights(), expected_weights(30))
-    print_line(f"2 brokers killed in 30 steps: {summary['rolled_back']} rollbacks, {summary['elapsed_s']:.0f} s")
+    print_line(f"2 brokers killed in 30 steps: {summary['rollbacks']} rollbacks, {summary['elapsed_s']:.0f} s")
 
 
 def test_run_with_killed_source_is_resumed_without_repeating_steps(sandbox: ProcessSandbox) -> None:
@@ -122,7 +122,7 @@ def test_hostile_messages_do_not_change_the_weights(
     summary = run.wait()
     assert sent > 0
     assert_weights_equal(run.load_weights(), expected_weights(STEPS))
-    print_line(f"{sent} hostile messages: {summary['rolled_back']} rollbacks")
+    print_line(f"{sent} hostile messages: {summary['rollbacks']} rollbacks")
 
 
 @pytest.mark.parametrize("stages", sizes(["head"], list(STAGES)))
@@ -138,7 +138,7 @@ def test_frozen_worker_is_replaced_and_ignored_when_it_continues(sandbox: Proces
         frozen.resume()
         run.wait_for_step(run.last_step + 3)
     summary = run.wait()
-    assert summary["rolled_back"] >= len(stages)
+    assert summary["rollbacks"] >= len(stages)
     assert_weights_equal(run.load_weights(), expected_weights(STEPS))
 
 
