@@ -1,4 +1,4 @@
-"""Print the lock: one `name==version` line for each package of a pip installation report, without our own."""
+"""Print requirements.lock from a pip installation report: one `name==version` line for each package but our own."""
 
 import json
 import re
@@ -8,13 +8,13 @@ from pathlib import Path
 
 def main() -> None:
     report = json.loads(Path(sys.argv[1]).read_text())
-    # Names as PyPA's specifications normalise them; a package's own spelling differs from release to release.
+    # Names are normalized as PyPA specifies: the spelling in the metadata differs between releases of a package.
     pins = {
         re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower(): item["metadata"]["version"]
         for item in report["install"]
     }
     pins.pop("sparse-mqtt")
-    print("# Made by `make lock`. Constraints: versions of whatever is installed, not a list of what to install.")
+    print("# Made by `make lock`. Constraints: the versions of packages if they are installed, not a list to install.")
     print("\n".join(f"{name}=={pins[name]}" for name in sorted(pins)))
 
 

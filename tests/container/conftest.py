@@ -1,4 +1,4 @@
-"""The image, built once, and the compose project, up once; all of it gone when the tests are done."""
+"""Fixtures of the container tests: the image, built once, and the compose project, started once for each file."""
 
 from __future__ import annotations
 
@@ -13,34 +13,31 @@ from tests.support.environment.external_programs import require_dependency
 from tests.support.environment.image import IMAGE_TAG, build_image
 from tests.support.pipelines.mqtt_camera import MqttCamera
 
-ENGINE_FIXTURES = {"image", "address"}  # the fixtures that need an engine; all others are made of them
-# What can be had without the images of InfluxDB, Chronograf and Grafana, which stand in a profile of their own.
+# All services but InfluxDB, Chronograf and Grafana, which are in a profile of their own and need further images.
 COMPOSE_SERVICES = ("broker", "gateway", "head", "body", "tail", "monitor")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Say once what is left out where no engine runs: of skips in a fixture pytest would list each."""
-    if isinstance(item, pytest.Function) and not ENGINE_FIXTURES.isdisjoint(item.fixturenames):
-        require_container_engine()
+    """Skip before any fixture is set up where no engine runs: pytest reports equal reasons in one line."""
+    require_container_engine()
 
 
 @pytest.fixture(scope="session", name="image")
 def _image() -> str:
-    """The image of this checkout; `.ci/run` has most of it in the engine's cache by now."""
+    """The tag of the image of this checkout; `.ci/run` has filled the engine's build cache."""
     build_image()
     return IMAGE_TAG
 
 
 @pytest.fixture(scope="session", name="photograph")
 def _photograph() -> Path:
-    """A dog, a bicycle and a car, with which the authors of the network show it."""
+    """Darknet's example picture: a dog, a bicycle and a car."""
     return require_dependency("darknet-files") / "data" / "dog.jpg"
 
 
 @pytest.fixture(scope="module", name="compose")
 def _compose(image: str) -> Iterator[ComposeProject]:
-    assert image
     compose = ComposeProject(f"sparse-test-{uuid.uuid4().hex[:8]}")
     try:
         compose.up(*COMPOSE_SERVICES)
@@ -49,8 +46,8 @@ def _compose(image: str) -> Iterator[ComposeProject]:
         compose("down", "--volumes", "--timeout", "1")
 
 
-@pytest.fixture(name="door")
+@pytest.fixture(name="camera")
 def _camera(compose: ComposeProject) -> Iterator[MqttCamera]:
-    door = MqttCamera(compose.broker_port)
-    yield door
-    door.close()
+    camera = MqttCamera(compose.broker_port)
+    yield camera
+    camera.close()
