@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread for torch, no monitor of this machine, the fork server, and the option `--soak-factor`."""
+"""Settings of all tests: one thread for torch, no monitor of this machine, the fork server, and `--soak-factor`."""
 
 from __future__ import annotations
 
