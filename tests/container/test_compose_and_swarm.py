@@ -131,7 +131,9 @@ def test_killed_container_loses_and_duplicates_no_request(
     assert len({result["request"] for result in results}) == PICTURES
     assert all("error" not in result for result in results)
     assert docker_inspect(victim)["State"]["ExitCode"] == 137
-    assert max(result["attempts"] for result in results) > 1, "the killed container held no task: the test shows nothing"
+    assert max(result["attempts"] for result in results) > 1, (
+        "the killed container held no task: the test shows nothing"
+    )
     camera.publish(photograph)
     assert camera.next_result()["index"] == first + PICTURES, "a request was answered twice"
 
