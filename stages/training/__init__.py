@@ -1,1 +1,1 @@
-"""Training one part of a network: exact, in steps that all stages take or none."""
+"""Exact training of one part of a network, in steps that all stages commit or none."""

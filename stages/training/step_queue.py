@@ -1,8 +1,8 @@
 """The steps that a stage has received, and the operation that it can run next.
 
 * Steps run one after the other, in the order in which their first micro-batches arrived; they are never interleaved.
-* Operations of a step run in the order of the schedule, whatever the order of messages: gradients accumulate in one
-  order only.
+* Operations of a step run in the order of the schedule, for any order of messages: gradients accumulate in one order
+  only.
 * A training step ends with its commit, an evaluation with its last forward. A failed step blocks the queue until the
   term ends.
 """

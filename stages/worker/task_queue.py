@@ -1,7 +1,7 @@
 """Queue of the tasks that wait for a worker's compute thread.
 
 * Interactive tasks come before background ones; within a priority the order is that of arrival.
-* The number of tasks and of bytes is limited; further tasks are refused. A single task is accepted whatever its size.
+* The number of tasks and of bytes is limited; further tasks are refused. A single task of any size is accepted.
 * A task past its deadline is removed: its result is not awaited any more.
 * A later attempt at a queued task replaces it: the sender does not know that the earlier one is still here.
 """

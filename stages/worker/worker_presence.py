@@ -18,7 +18,7 @@ from brokers.protocol.transport import Properties, Transport, Will
 
 # Weight of the newest task in the moving average of task times.
 _NEWEST_WEIGHT = 0.2
-# A worker reports every second, whatever its compute thread does: after a longer gap its process was frozen.
+# A worker reports every second, even while its compute thread is busy: after a longer gap its process was frozen.
 _FROZEN_S = 5.0
 _COUNTERS = ("failed", "malformed", "rejected", "expired")
 

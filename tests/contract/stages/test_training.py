@@ -1,4 +1,4 @@
-"""Training from the sources to the last stage, over an in-memory broker: the weights equal those of the unsplit network.
+"""Training from the sources to the last stage, over an in-memory broker: weights equal those of the unsplit network.
 
 Exactness holds for any cut and schedule, several sources, lost processes and connections, and hostile messages.
 """
