@@ -30,27 +30,32 @@ DEFAULT_PORT = 9100
 _SWITCH_INTERVAL_S = 0.0005
 
 
+StoreOption = Annotated[Path | None, typer.Option(help="Store all events and samples in this SQLite file.")]
+LimitOption = Annotated[
+    float, typer.Option(min=0.001, help="Maximum size of the file in GB; then the oldest points are deleted.")
+]
+SocketOption = Annotated[
+    Path | None, typer.Option(help="The Unix socket for events; default: SPARSE_MONITOR, or the node's usual one.")
+]
+EveryOption = Annotated[float, typer.Option(min=0.05, max=3600.0, help="Seconds between two samples of the node.")]
+TracesOption = Annotated[
+    str | None, typer.Option(help="Send spans to the OpenTelemetry collector at this URL (OTLP over HTTP).")
+]
+
+
 def command(
     file: Annotated[Path | None, typer.Argument(help="Watch only this pipeline, at its broker.")] = None,
     broker: Annotated[str | None, typer.Option(help="The broker's address: mqtt://HOST:PORT.")] = None,
     host: Annotated[
-        str, typer.Option(help="The HTTP address; 0.0.0.0 serves other machines too, without authentication.")
+        str, typer.Option(help="HTTP address; 0.0.0.0: open to all, without authentication.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The HTTP port.")] = DEFAULT_PORT,
-    socket: Annotated[
-        Path | None, typer.Option(help="The Unix socket for events; default: SPARSE_MONITOR, or the node's usual one.")
-    ] = None,
-    store: Annotated[Path | None, typer.Option(help="Store all events and samples in this SQLite file.")] = None,
-    limit: Annotated[
-        float, typer.Option(min=0.001, help="Maximum size of the file in GB; then the oldest points are deleted.")
-    ] = 4.0,
+    socket: SocketOption = None,
+    store: StoreOption = None,
+    limit: LimitOption = 4.0,
     run: Annotated[str | None, typer.Option(help="The run of events that name none; default: SPARSE_RUN.")] = None,
-    every: Annotated[
-        float, typer.Option(min=0.05, max=3600.0, help="Seconds between two samples of the node.")
-    ] = SAMPLE_INTERVAL_S,
-    traces: Annotated[
-        str | None, typer.Option(help="Send spans to the OpenTelemetry collector at this URL (OTLP over HTTP).")
-    ] = None,
+    every: EveryOption = SAMPLE_INTERVAL_S,
+    traces: TracesOption = None,
     with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> int:
     """Collect the telemetry of this node, and serve it over HTTP.
@@ -67,11 +72,6 @@ def command(
     if address is None and file is not None:
         raise no_broker_error(str(file), site)
     node = platform.node() or "node"
-    spans: BatchWriter[TelemetryEvent] | None = None
-    if traces is not None:
-        from monitor.stores.otlp import TraceExporter  # needs an optional extra
-
-        spans = BatchWriter(TraceExporter(traces, node), "the trace collector")
     telemetry = TelemetryCollector(
         node,
         os.environ.get(RUN_VARIABLE, "") if run is None else run,
@@ -80,9 +80,15 @@ def command(
         # Another monitor may use the default socket; one that the user has named must be available.
         listener_optional=socket is None and not os.environ.get(SOCKET_VARIABLE),
         sample_interval_s=every,
-        span_writer=spans,
+        span_writer=_span_writer(traces, node) if traces is not None else None,
     )
     return asyncio.run(_serve(address, pipeline, telemetry, None if with_parent else host, port))
+
+
+def _span_writer(url: str, node: str) -> BatchWriter[TelemetryEvent]:
+    from monitor.stores.otlp import TraceExporter  # needs an optional extra
+
+    return BatchWriter(TraceExporter(url, node), "the trace collector")
 
 
 async def _serve(
