@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from monitor.bench.results import flatten_metrics
-from monitor.presence.inference_stats import InferenceStats
 from monitor.report.workload_tables import (
     completion_table,
     latency_table,
@@ -17,7 +13,6 @@ from monitor.report.workload_tables import (
     step_time_table,
     sweep_table,
 )
-from sources.inference.run_stats import InferenceRunStats
 from tests.unit.monitor.report.report_runs import (
     FOUR_REQUESTS,
     make_point,
@@ -63,22 +58,6 @@ def test_percentiles_are_measured_values() -> None:
     table = percentiles_table([make_run("a", FOUR_REQUESTS)])
     assert table.columns == ("run", "mean_ms", "p50_ms", "p95_ms", "p99_ms")
     assert table.rows == (("a", 900.0, 800.0, 1400.0, 1400.0),)
-
-
-def test_percentiles_of_a_run_agree_everywhere() -> None:
-    """In summary.json, the live view, results.csv and the report."""
-    latencies_ms = [float(7 * number % 101) for number in range(1, 98)]
-    source, live = InferenceRunStats(), InferenceStats()
-    for latency_ms in latencies_ms:
-        source.record_result(latency_ms, (), 0.0)
-        live.on_result(json.dumps({"latency_ms": latency_ms}).encode(), 0.0)
-    run = make_run("a", [make_request(number, 200.0, each) for number, each in enumerate(latencies_ms)])
-    expected = source.summary()["latency_ms"]
-    assert {f"p{percent}": live.latency_ms(percent) for percent in (50, 95, 99)} == expected
-    results = flatten_metrics(run.metrics)
-    assert {name: results[f"latency_ms.{name}"] for name in expected} == expected
-    (row,) = percentiles_table([run]).rows
-    assert row[2:] == tuple(expected.values())
 
 
 def test_request_time_is_the_mean_of_successful_requests() -> None:
