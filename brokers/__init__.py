@@ -1,1 +1,1 @@
-"""The language between the processes of Sparse, and the line it travels on."""
+"""The protocol between the processes of Sparse, the MQTT client, dispatch, and configuration."""
