@@ -104,7 +104,8 @@ def test_an_executor_that_is_not_there(sandbox: ProcessSandbox) -> None:
 
 def test_an_executor_of_another_name(sandbox: ProcessSandbox) -> None:
     path = write_pipeline_file(sandbox.folder, [stage_table("double", "dubble")], counting_source_table(1))
-    expected = "executor 'tests.support.pipelines.example_code:dubble': module tests.support.pipelines.example_code has no dubble"
+    module = "tests.support.pipelines.example_code"
+    expected = f"executor '{module}:dubble': module {module} has no dubble"
     assert run(sandbox, path) == f"{path}: stage.executor: {expected}"
 
 
@@ -113,9 +114,9 @@ def test_settings_that_an_executor_does_not_take(sandbox: ProcessSandbox) -> Non
         sandbox.folder, [stage_table("slow", "SleepExecutor", settings={"second": 1})], counting_source_table(1)
     )
     said = run(sandbox, path)
-    assert said.startswith(
-        f"{path}: stage.executor: executor 'tests.support.pipelines.example_code:SleepExecutor': its settings do not match its constructor: "
-    )
+    executor = "tests.support.pipelines.example_code:SleepExecutor"
+    expected = f"executor '{executor}': its settings do not match its constructor: "
+    assert said.startswith(f"{path}: stage.executor: {expected}")
     assert "'second'" in said
 
 

@@ -19,7 +19,10 @@ from tests.support.pipelines.pipeline_files import counting_source_table, stage_
 from tests.support.pipelines.processes import ProcessSandbox, eventually
 
 # As the command, but for the time that the source gets to end.
-_IMPATIENT = "import sys, monitor.launch.run; monitor.launch.run.SOURCE_DRAIN_TIMEOUT_S = 1.0; from brokers.cli import main; sys.exit(main(sys.argv[1:]))"
+_IMPATIENT = (
+    "import sys, monitor.launch.run; monitor.launch.run.SOURCE_DRAIN_TIMEOUT_S = 1.0;"
+    " from brokers.cli import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def test_a_password_is_shown_to_nobody(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:

@@ -37,7 +37,8 @@ from tests.support.pipelines.processes import (
 )
 
 # The embedded broker speaks version 5 only; on Mosquitto the older one is tried, which has no properties.
-# What tests/unit/stages/models/test_yolo_postprocess.py has from the original Darknet for this photograph: score, and corners in pixels.
+# Reference of the original Darknet for this photograph, as in tests/unit/stages/models/test_yolo_postprocess.py:
+# score, and corners in pixels.
 DOG_SCORE = 0.564
 DOG_BOX = np.array([129.1, 186.7, 369.3, 517.5])  # left, top, right, bottom
 VERSIONS: dict[BrokerKind, str] = {"embedded": "5", "mosquitto": "311"}

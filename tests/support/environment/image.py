@@ -1,4 +1,4 @@
-"""The image of deploy/Dockerfile, built as a test needs it: `python3 -m tests.support.environment.image` does so by itself.
+"""Build the image of deploy/Dockerfile for tests; `python3 -m tests.support.environment.image` does so by itself.
 
 It needs no package, so that `.ci/run` can build the image while everything else is still being installed. What pip is
 set to use here, the build uses: a mirror of the package index, and a CPU build of PyTorch in a local folder, where

@@ -31,14 +31,15 @@ def step_event(number: int, *, steps: int = 40, epochs: int = 4, loss: float | N
 
 def evaluation_event(number: int, accuracy: float | None = 0.8, *, epoch: int = 0, loss: float = 0.5) -> EventDict:
     return {
-        **SOURCE_AND_PIPELINE, "event": "evaluation", "step": number, "epoch": epoch, "loss": loss, "accuracy": accuracy,
-        "rows": 360, "elapsed_ms": 140.0,
+        **SOURCE_AND_PIPELINE, "event": "evaluation", "step": number, "epoch": epoch, "loss": loss,
+        "accuracy": accuracy, "rows": 360, "elapsed_ms": 140.0,
     }  # fmt: skip
 
 
 def rollback_event(to_step: int, at_step: int, reason: str = "worker tail-1 is gone") -> EventDict:
     return {
-        **SOURCE_AND_PIPELINE, "event": "rolled_back", "step": to_step, "from_step": at_step, "version": to_step, "why": reason, "waited_ms": 900.0
+        **SOURCE_AND_PIPELINE, "event": "rolled_back", "step": to_step, "from_step": at_step, "version": to_step,
+        "why": reason, "waited_ms": 900.0,
     }  # fmt: skip
 
 
