@@ -15,6 +15,7 @@ from monitor.stores.sqlite import TELEMETRY_FILE
 from tests.support.monitor.telemetry_document import DOCUMENT_PATH, TABLE_WRITERS, update_tables
 
 TEXT = DOCUMENT_PATH.read_text(encoding="utf-8")
+PROSE = " ".join(TEXT.split())
 
 
 def test_the_tables_are_those_of_the_code() -> None:
@@ -41,16 +42,16 @@ def test_the_settings_are_those_of_the_code() -> None:
 
 def test_the_numbers_are_those_of_the_code() -> None:
     waits = InfluxTimings()
-    assert f"at most {DATAGRAM_LIMIT_BYTES}\nbytes" in TEXT
-    assert f"one file for each second or each {_BATCH_POINTS} points" in TEXT
+    assert f"at most {DATAGRAM_LIMIT_BYTES} bytes" in PROSE
+    assert f"one file for each second or each {_BATCH_POINTS} points" in PROSE
     assert batch_writer._INTERVAL_S == 1.0
-    assert f"The spool is bounded: {SPOOL_LIMIT_BYTES >> 20} MiB" in TEXT
-    assert f"after {waits.initial_backoff_s:g} s, 1 s, 2 s, up to {waits.max_backoff_s:g} s" in TEXT
+    assert f"The spool is bounded: {SPOOL_LIMIT_BYTES >> 20} MiB" in PROSE
+    assert f"after {waits.initial_backoff_s:g} s, 1 s, 2 s, up to {waits.max_backoff_s:g} s" in PROSE
     assert waits.misconfigured_retry_s == 60.0
     assert "tries again every minute" in TEXT
     assert f"`{TELEMETRY_FILE}`" in TEXT
 
 
 def test_the_spool_holds_what_the_page_says() -> None:
-    [minutes] = re.findall(r"at about 40 to\n60 bytes a point, which is 5000 points a second for (\d+) minutes", TEXT)
+    [minutes] = re.findall(r"at about 40 to 60 bytes a point, which is 5000 points a second for (\d+) minutes", PROSE)
     assert int(minutes) == SPOOL_LIMIT_BYTES // 60 // 5000 // 60

@@ -82,7 +82,7 @@ def _measurement(known: Measurement) -> list[str]:
     tags = ", ".join(f"`{tag}`" for tag in known.tags)
     rows = [f"| `{field.name}` | {field.type} | {field.unit} | {field.description} |" for field in known.fields]
     head = ["| field | type | unit | meaning |", "|---|---|---|---|"]
-    return [f"**`{known.name}`**: {known.description} Tags: {tags}.", "", *head, *rows, ""]
+    return [f"**`{known.name}`**: {known.description}", "", f"Tags: {tags}.", "", *head, *rows, ""]
 
 
 def _measurements() -> str:
