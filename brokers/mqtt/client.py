@@ -7,16 +7,16 @@ import contextlib
 import logging
 import random
 import secrets
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from brokers.errors import BrokerUnreachable, Disconnected, SparseError
-from brokers.mqtt.callbacks import ReconnectCallback, call_handler, provide_buffer, run_reconnect_callbacks
-from brokers.mqtt.connect_errors import AuthenticationFailed, connect_error
-from brokers.mqtt.connection import RECEIVE_MAXIMUM, Connection, ConnectOptions
+from brokers.mqtt.connect_errors import AuthenticationFailed
+from brokers.mqtt.connection import RECEIVE_MAXIMUM, Connection, ConnectOptions, open_connection
 from brokers.mqtt.publish_packet import PublishHeader
-from brokers.mqtt.socket_connect import TlsConfig, connect_socket
+from brokers.mqtt.socket_connect import TlsConfig
 from brokers.mqtt.socket_loop import ConnectionLost
 from brokers.mqtt.topic_filters import Subscription, Subscriptions
 from brokers.mqtt.unacked import Unacked
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 BACKOFF_S = (0.1, 5.0)  # first and longest delay between attempts to reconnect
 STABLE_S = 5.0  # a connection that lasted this long resets the back-off
 RECONNECT_TIMEOUT_S = 10.0
+
+ReconnectCallback = Callable[[], Awaitable[None]]
 
 
 class MqttTransport:
@@ -54,27 +56,25 @@ class MqttTransport:
         """
         if session_expiry_s and client_id is None:
             raise ValueError("a session needs a fixed client_id")
-        self._address = parse_address(address) if isinstance(address, str) else address
-        self._tls = tls
+        broker = parse_address(address) if isinstance(address, str) else address
         client_id = client_id or f"sparse-{secrets.token_hex(6)}"
-        self._options = ConnectOptions(client_id, session_expiry_s=session_expiry_s)
+        self._options = ConnectOptions(broker, tls, client_id, session_expiry_s=session_expiry_s)
         self._subscriptions = Subscriptions()
         self._unacked = Unacked(RECEIVE_MAXIMUM)
         self._orders_acks = bool(session_expiry_s)  # whether acknowledgements can be late, so that order matters
         self._callbacks: list[ReconnectCallback] = []
-        self._connection: Connection | None = None  # set while connected and subscribed
+        self._connection: Connection | None = None  # the newest that is or was subscribed
         self._changed = asyncio.Event()  # set and replaced when `_connection` or `_closing` changes
         self._keeper: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._limits = BrokerLimits(0)
 
     @property
     def address(self) -> str:
-        return str(self._address)
+        return str(self._options.address)
 
     @property
     def limits(self) -> BrokerLimits:
-        return self._limits
+        return BrokerLimits(0) if self._connection is None else self._connection.limits
 
     @property
     def is_connected(self) -> bool:
@@ -89,9 +89,9 @@ class MqttTransport:
         if self._keeper is not None or self._closing is not None:
             raise RuntimeError("a transport is connected once")
         self._options = replace(self._options, will=will)
-        connection = await self._open(timeout_s)
-        self._set_connection(connection)
-        self._keeper = asyncio.create_task(self._keep_connected(connection), name=f"connection to {self.address}")
+        self._connection = await self._open(timeout_s)
+        self._keeper = asyncio.create_task(self._keep_connected(self._connection), name=f"connection to {self.address}")
+        self._notify_changed()
 
     def on_reconnect(self, callback: ReconnectCallback) -> None:
         self._callbacks.append(callback)
@@ -102,13 +102,12 @@ class MqttTransport:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        connection = self._connection
-        self._set_connection(None)
+        self._notify_changed()
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait((self._keeper,))
-        if connection is not None:
-            await connection.close()
+        if self._connection is not None:
+            await self._connection.close()
 
     async def _keep_connected(self, connection: Connection) -> None:
         """Reconnect each time the connection is lost, until cancelled."""
@@ -117,17 +116,15 @@ class MqttTransport:
         connected_s = loop.time()
         while True:
             reason = await asyncio.shield(connection.lost)
-            self._set_connection(None)
-            await connection.abort(reason)
             if loop.time() - connected_s >= STABLE_S:
                 backoff.reset()
             elif connection.session_present:
                 reason += f"; does another client use the client id {self._options.client_id}?"
             log.warning("connection to %s lost: %s; reconnecting", self.address, reason)
-            connection = await self._reconnect(backoff)
+            self._connection = connection = await self._reconnect(backoff)
             log.warning("connected to %s again", self.address)
             connected_s = loop.time()
-            self._set_connection(connection)
+            self._notify_changed()
             await self._run_callbacks(connection)
 
     async def _reconnect(self, backoff: Backoff) -> Connection:
@@ -147,43 +144,37 @@ class MqttTransport:
 
     async def _open(self, timeout_s: float) -> Connection:
         """Connect and subscribe to everything; raise `BrokerUnreachable`, `OperationRefused` or `BadFile`."""
-        connection: Connection | None = None
-        try:
-            async with asyncio.timeout(timeout_s):
-                sock = await connect_socket(self._address, self._tls)
-                connection = Connection(
-                    sock, self._address, self._options, self._get_buffer, self._on_publish, self._on_connected
-                )
-                await connection.start()
-                for subscription in self._subscriptions:
-                    if connection.session_present:
-                        connection.resubscribe(subscription.topic_filter, subscription.qos)
-                    else:
-                        await connection.subscribe(subscription.topic_filter, subscription.qos)
-                return connection
-        except BaseException as error:
-            if connection is not None:
-                await connection.abort("connecting failed")
-            if isinstance(error, TimeoutError):
-                raise BrokerUnreachable(self.address, f"no answer within {timeout_s:g} s") from error
-            if isinstance(error, OSError | ConnectionLost):
-                raise connect_error(self._address, error) from error
-            raise
+
+        def create(sock: socket.socket) -> Connection:
+            return Connection(sock, self._options, self._get_buffer, self._on_publish, self._on_connected)
+
+        async def subscribe_all(connection: Connection) -> None:
+            for subscription in self._subscriptions:
+                if connection.session_present:
+                    connection.resubscribe(subscription.topic_filter, subscription.qos)
+                else:
+                    await connection.subscribe(subscription.topic_filter, subscription.qos)
+
+        return await open_connection(self._options, create, timeout_s, subscribe_all)
 
     async def _run_callbacks(self, connection: Connection) -> None:
         """Run the callbacks, but not beyond the end of the connection: they may wait for the next one."""
-        callbacks = run_reconnect_callbacks(self._callbacks, self.address)
-        task = asyncio.create_task(callbacks, name=f"reconnected to {self.address}")
+
+        async def run_all() -> None:
+            for callback in self._callbacks:
+                try:
+                    await callback()
+                except Exception:
+                    log.exception("a callback after the reconnection to %s failed", self.address)
+
+        task = asyncio.create_task(run_all(), name=f"reconnected to {self.address}")
         try:
             await asyncio.wait((task, connection.lost), return_when=asyncio.FIRST_COMPLETED)
         finally:
             task.cancel()
             await asyncio.wait((task,))
 
-    def _set_connection(self, connection: Connection | None) -> None:
-        self._connection = connection
-        if connection is not None:
-            self._limits = connection.limits
+    def _notify_changed(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -224,42 +215,34 @@ class MqttTransport:
         qos: int = 0,
         retain: bool = False,
     ) -> None:
-        buffers = (payload,) if isinstance(payload, bytes | bytearray | memoryview) else payload
-        pieces = [memoryview(buffer).cast("B") for buffer in buffers]
-        await self._run_connected(lambda current: current.publish(topic, pieces, properties, qos=qos, retain=retain))
+        await self._run_connected(lambda current: current.publish(topic, payload, properties, qos=qos, retain=retain))
 
     async def _run_connected(self, operation: Callable[[Connection], Awaitable[None]]) -> None:
         """Run an operation on the connection; repeat it on the next one if the connection ends before it is done."""
         while True:
-            connection = await self._wait_connected()
-            try:
-                await operation(connection)
-                return
-            except ConnectionLost:
-                await asyncio.wait((connection.lost,))
-
-    async def _wait_connected(self) -> Connection:
-        while True:
             if self._closing is not None:
                 raise Disconnected(self.address, "it was closed")
-            if self._connection is not None and not self._connection.lost.done():
-                return self._connection
-            await self._changed.wait()
+            if self._connection is None or self._connection.lost.done():
+                await self._changed.wait()
+                continue
+            with contextlib.suppress(ConnectionLost):
+                await operation(self._connection)
+                return
 
     # Calls from the connection ----------------------------------------------------------------------------------------
 
-    def _on_connected(self, connection: Connection, session_present: bool) -> None:
-        if self._keeper is not None and self._options.session_expiry_s and not session_present:
-            log.warning(
-                "%s no longer has the session %s; the publications it held are lost",
-                self.address,
-                self._options.client_id,
-            )
-        self._unacked.attach(connection, session_present)
+    def _on_connected(self, connection: Connection) -> None:
+        if self._keeper is not None and self._options.session_expiry_s and not connection.session_present:
+            message = "%s no longer has the session %s; the publications it held are lost"
+            log.warning(message, self.address, self._options.client_id)
+        self._unacked.attach(connection, connection.session_present)
 
     def _get_buffer(self, header: PublishHeader) -> memoryview | None:
-        subscriptions = self._subscriptions.matching(header.topic)
-        return provide_buffer(subscriptions, header.topic, header.properties, header.payload_bytes)
+        for subscription in self._subscriptions.matching(header.topic):
+            buffer = subscription.get_buffer(header.topic, header.properties, header.payload_bytes)
+            if buffer is not None:
+                return buffer
+        return None
 
     def _on_publish(self, header: PublishHeader, payload: memoryview) -> bool:
         """Call the handlers; return whether the connection is to acknowledge the publication at once."""
@@ -267,12 +250,12 @@ class MqttTransport:
         delivery = Delivery(header.topic, header.properties, payload, header.retain, header.dup)
         if not self._orders_acks or header.qos != 1:
             for subscription in subscriptions:
-                call_handler(subscription, delivery)
+                subscription.deliver(delivery)
             return True
         handlers = sum(subscription.manual_ack for subscription in subscriptions)
         publish = self._unacked.add(header, payload, handlers)
         if publish is not None:  # else it is redelivered, and still pending here
             ack = partial(self._unacked.ack, publish)
             for subscription in subscriptions:
-                call_handler(subscription, replace(delivery, ack=ack) if subscription.manual_ack else delivery)
+                subscription.deliver(replace(delivery, ack=ack) if subscription.manual_ack else delivery)
         return False

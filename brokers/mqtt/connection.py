@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
@@ -23,12 +23,13 @@ from paho.mqtt.properties import Properties as PahoProperties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from brokers.errors import TooLarge
-from brokers.mqtt.connect_errors import OperationRefused, connack_error, no_connack_error
+from brokers.errors import BrokerUnreachable, TooLarge
+from brokers.mqtt.connect_errors import OperationRefused, connack_error, connect_error, no_connack_error
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, PublishHeader, bad_packet, encode_publish_header
+from brokers.mqtt.socket_connect import TlsConfig, connect_socket
 from brokers.mqtt.socket_loop import ConnectionLost, PacketSocket
 from brokers.protocol.broker_url import BrokerAddress
-from brokers.protocol.transport import BrokerLimits, Properties, Will
+from brokers.protocol.transport import BrokerLimits, Buffer, Properties, Will
 
 KEEPALIVE_S = 20  # after 1.5 times this without a packet the broker publishes the will: section 3.1.2.10
 RECEIVE_MAXIMUM = 64  # QoS 1 publications from the broker that may be unacknowledged
@@ -53,8 +54,10 @@ _LIMITS: dict[str, tuple[str, Callable[[int], Any]]] = {
 
 @dataclass(frozen=True, slots=True)
 class ConnectOptions:
-    """Contents of the CONNECT packet."""
+    """The broker, and the contents of the CONNECT packet."""
 
+    address: BrokerAddress
+    tls: TlsConfig
     client_id: str
     will: Will | None = None
     session_expiry_s: int = 0  # how long the broker keeps the session after a disconnection; 0: clean start
@@ -115,18 +118,16 @@ class Connection:
     def __init__(
         self,
         sock: socket.socket,
-        address: BrokerAddress,
         options: ConnectOptions,
         get_buffer: Callable[[PublishHeader], memoryview | None],
         on_publish: Callable[[PublishHeader, memoryview], bool],
-        on_connected: Callable[[Connection, bool], None],
+        on_connected: Callable[[Connection], None],
     ) -> None:
         """Set up a connection on a connected socket; `start` sends CONNECT.
 
         `get_buffer` returns the buffer for a payload, `on_publish` whether to acknowledge the publication at once;
-        `on_connected` is called before any other callback, with whether the broker had kept the session.
+        `on_connected` is called before any other callback.
         """
-        self._address = address
         self._options = options
         self._packets = PacketSocket(sock, self, MAX_PACKET_BYTES)
         self.get_buffer = get_buffer
@@ -148,12 +149,13 @@ class Connection:
 
     async def start(self) -> None:
         """Send CONNECT and wait for CONNACK; raise `BrokerUnreachable`. The caller sets the time limit."""
+        address = self._options.address
         self._paho.on_connect = self._on_connect
         self._paho.on_subscribe = partial(self._on_suback, PacketTypes.SUBACK)
         self._paho.on_unsubscribe = partial(self._on_suback, PacketTypes.UNSUBACK)
         self._paho.on_disconnect = self._on_disconnect
-        if self._address.user is not None:
-            self._paho.username_pw_set(self._address.user, self._address.password)
+        if address.user is not None:
+            self._paho.username_pw_set(address.user, address.password)
         will = self._options.will
         if will is not None:
             self._paho.will_set(will.topic, will.payload, qos=1, retain=will.retain)
@@ -168,13 +170,13 @@ class Connection:
         self._paho.reconnect()
         await asyncio.wait((self._connack, self.lost), return_when=asyncio.FIRST_COMPLETED)
         if not self._connack.done():
-            raise no_connack_error(self._address, self._packets.error, self.lost.result())
+            raise no_connack_error(address, self._packets.error, self.lost.result())
         reason, broker_properties = self._connack.result()
         if reason.value >= _FAILURE:
-            raise connack_error(self._address, reason.value, str(reason))
+            raise connack_error(address, reason.value, str(reason))
         self.limits = parse_limits(broker_properties)
         self._in_flight = asyncio.Semaphore(min(self.limits.receive_maximum, FIRST_PACKET_ID - 1))
-        self._packets.start_watchdog(name=f"keep-alive {self._address}")
+        self._packets.start_keepalive()
 
     async def close(self) -> None:
         """Send what is queued and DISCONNECT, so that no will is published, then close: two seconds at most."""
@@ -185,22 +187,29 @@ class Connection:
                     self._paho.disconnect()
                     await self._packets.wait_sent()
             await self._packets.half_close(CLOSE_TIMEOUT_S)
-        await self.abort("it was closed")
+        self.abort("it was closed")
 
-    async def abort(self, reason: str) -> None:
+    def abort(self, reason: str) -> None:
         """Close at once, without DISCONNECT: the broker publishes the will."""
         self._packets.close(reason)
-        await self._packets.stop_watchdog()
 
     # Outgoing packets -------------------------------------------------------------------------------------------------
 
     async def publish(
-        self, topic: str, pieces: Sequence[memoryview], properties: Properties, *, qos: int = 0, retain: bool = False
+        self,
+        topic: str,
+        payload: Sequence[Buffer] | Buffer = b"",
+        properties: Properties = Properties(),
+        *,
+        qos: int = 0,
+        retain: bool = False,
     ) -> None:
         """Send one PUBLISH; return when it has been sent (QoS 0) or acknowledged (QoS 1).
 
         Raises `TooLarge` before a byte is sent, `OperationRefused` if the broker refuses it, `ConnectionLost`.
         """
+        buffers = (payload,) if isinstance(payload, bytes | bytearray | memoryview) else payload
+        pieces = [memoryview(buffer).cast("B") for buffer in buffers]
         if qos == 0:
             await self._send_publish(topic, pieces, properties, 0, retain, 0)
             return
@@ -281,7 +290,7 @@ class Connection:
         self._connack.set_result((reason, properties))
         if reason.value < _FAILURE:
             self.session_present = flags.session_present
-            self._connected_callback(self, self.session_present)
+            self._connected_callback(self)
 
     def _on_suback(
         self,
@@ -330,6 +339,37 @@ class Connection:
         assert packet_id is not None  # paho returns None only without a connection
         reason = await self._expect_ack(packet_type, packet_id)
         _raise_if_refused(operation, topic_filter, packet_type, reason)
+
+
+C = TypeVar("C", bound=Connection)
+
+
+async def open_connection(
+    options: ConnectOptions,
+    create: Callable[[socket.socket], C],
+    timeout_s: float,
+    set_up: Callable[[C], Awaitable[None]] | None = None,
+) -> C:
+    """Connect, create a connection on the socket, start it, and run `set_up`, all within `timeout_s`.
+
+    Raises `BrokerUnreachable`, and `BadFile` for TLS files.
+    """
+    connection: C | None = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            connection = create(await connect_socket(options.address, options.tls))
+            await connection.start()
+            if set_up is not None:
+                await set_up(connection)
+            return connection
+    except BaseException as error:
+        if connection is not None:
+            connection.abort("connecting failed")
+        if isinstance(error, TimeoutError):
+            raise BrokerUnreachable(str(options.address), f"no answer within {timeout_s:g} s") from error
+        if isinstance(error, OSError | ConnectionLost):
+            raise connect_error(options.address, error) from error
+        raise
 
 
 def _raise_if_refused(operation: str, topic: str, packet_type: int, reason: int) -> None:

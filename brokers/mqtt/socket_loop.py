@@ -43,12 +43,18 @@ class PacketSocket:
         self._paused = False
         self._send_lock = asyncio.Lock()  # fair: senders queue in order of arrival
         self._send_waiters: deque[tuple[int, asyncio.Future[None]]] = deque()  # (sent bytes to wait for, future)
-        self._watchdog: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._quiet_ticks = 0
+        self._received_bytes = 0  # at the last tick
+        self._acknowledged_bytes = 0
         self.lost: asyncio.Future[str] = self._loop.create_future()
         self.error: OSError | WireError | None = None  # what ended the connection, if it was an error
 
     def start(self) -> None:
         self._loop.add_reader(self._descriptor, self._on_readable)
+
+    def start_keepalive(self) -> None:
+        self._timer = self._loop.call_later(TICK_S, self._tick)
 
     def set_reading_paused(self, paused: bool) -> None:
         """Pause or resume reading. While paused, the peer's send buffer fills and the peer has to wait."""
@@ -108,20 +114,12 @@ class PacketSocket:
         self._loop.remove_reader(self._descriptor)
         self._loop.remove_writer(self._descriptor)
         self._socket.close()
+        if self._timer is not None:
+            self._timer.cancel()
         for _, future in self._send_waiters:
             if not future.done():
                 future.set_exception(ConnectionLost(reason))
         self._send_waiters.clear()
-
-    def start_watchdog(self, name: str) -> None:
-        """Start the keep-alive task."""
-        self._watchdog = asyncio.create_task(self._watch(), name=name)
-
-    async def stop_watchdog(self) -> None:
-        """Stop the keep-alive task and wait for its end; the connection must have ended."""
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-            await asyncio.wait((self._watchdog,))
 
     def _on_readable(self) -> None:
         if self._paused or self.lost.done():
@@ -169,27 +167,28 @@ class PacketSocket:
                 pass
         return None
 
-    async def _watch(self) -> None:
+    def _tick(self) -> None:
         """Ping a quiet broker; close the connection when it stays quiet.
 
         Activity is bytes that arrive, and bytes that the peer's kernel acknowledges while more of them wait: on a slow
         uplink a ping is queued behind megabytes. The very last bytes prove nothing, since a kernel acknowledges them
         for a program that hangs. While reading is paused the broker is pinged, but silence does not count.
         """
-        quiet, received, taken = 0, 0, 0
-        while not self.lost.done():
-            await asyncio.sleep(TICK_S)
-            waiting = self._writer.accepted_bytes - self._writer.sent_bytes + _unacknowledged_bytes(self._socket)
-            acknowledged = self._writer.accepted_bytes - waiting
-            active = self._reader.received_bytes > received or (waiting and acknowledged > taken)
-            received = self._reader.received_bytes
-            taken = acknowledged
-            quiet = 0 if active or (self._paused and quiet >= PING_AFTER_TICKS) else quiet + 1
-            if quiet >= DEAD_AFTER_TICKS:
-                self.close(f"the broker has been silent for {quiet * TICK_S:g} s")
-            elif quiet == PING_AFTER_TICKS:
-                with contextlib.suppress(ConnectionLost):
-                    self.push((_PINGREQ,))
+        self.start_keepalive()
+        waiting = self._writer.accepted_bytes - self._writer.sent_bytes + _unacknowledged_bytes(self._socket)
+        acknowledged = self._writer.accepted_bytes - waiting
+        received = self._reader.received_bytes
+        active = received > self._received_bytes or (waiting and acknowledged > self._acknowledged_bytes)
+        self._received_bytes = received
+        self._acknowledged_bytes = acknowledged
+        if active or (self._paused and self._quiet_ticks >= PING_AFTER_TICKS):
+            self._quiet_ticks = 0
+        else:
+            self._quiet_ticks += 1
+        if self._quiet_ticks >= DEAD_AFTER_TICKS:
+            self.close(f"the broker has been silent for {self._quiet_ticks * TICK_S:g} s")
+        elif self._quiet_ticks == PING_AFTER_TICKS:
+            self.push((_PINGREQ,))
 
 
 def _unacknowledged_bytes(sock: socket.socket) -> int:

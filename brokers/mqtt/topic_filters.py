@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from brokers.protocol.transport import BufferProvider, Handler
+from brokers.protocol.transport import BufferProvider, Delivery, Handler, Properties
+
+log = logging.getLogger(__name__)
 
 MATCH_CACHE_SIZE = 4096  # topics whose matches are cached; real processes see tens of topics
 
 
 @dataclass(frozen=True, slots=True)
 class Subscription:
-    """A topic filter and the callbacks for the publications that match it; see `Transport.subscribe`."""
+    """A topic filter and the callbacks for the publications that match it; see `Transport.subscribe`.
+
+    An exception in a callback is logged, without the payload, and ends no connection.
+    """
 
     topic_filter: str
     handler: Handler
     qos: int = 0
     buffer_provider: BufferProvider | None = None
     manual_ack: bool = False
+
+    def get_buffer(self, topic: str, properties: Properties, payload_bytes: int) -> memoryview | None:
+        """Return the buffer for a payload, None for a new one."""
+        if self.buffer_provider is None:
+            return None
+        try:
+            return self.buffer_provider(topic, properties, payload_bytes)
+        except Exception:
+            log.exception("the buffer provider of %s failed on %d bytes", self.topic_filter, payload_bytes)
+            return None
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Call the handler. If it raises, acknowledge the delivery: redelivered, it would raise again."""
+        try:
+            self.handler(delivery)
+        except Exception:
+            log.exception("the handler of %s failed on %d bytes", self.topic_filter, delivery.payload.nbytes)
+            if delivery.ack is not None:
+                delivery.ack()
 
 
 class Subscriptions:

@@ -1,7 +1,7 @@
 """The interface to a broker: MQTT 5 publications in and out.
 
-`brokers.mqtt.in_memory.MemoryTransport` (one process) and `brokers.mqtt.client.MqttTransport` implement it; the same
-contract tests run against both, the latter with the embedded broker and with Mosquitto.
+`brokers.mqtt.client.MqttTransport` implements it, and an in-memory transport of the tests; the same contract tests run
+against both, the former with the embedded broker and with Mosquitto.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import pytest
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES, MessageChannel
 from brokers.errors import TooLarge
-from brokers.mqtt.in_memory import MemoryBroker
 from brokers.protocol.chunking import CHUNK_BYTES, MESSAGE_LIMIT_BYTES, ChunkHeader
 from brokers.protocol.codec import EncodedMessage
 from brokers.protocol.messages import (
@@ -29,6 +28,7 @@ from brokers.protocol.safetensors_codec import TensorView, from_numpy, to_numpy
 from brokers.protocol.transport import Properties
 from tests.support.brokers.broker_kinds import BrokerUnderTest, run_async
 from tests.support.brokers.channel_ends import INBOX_TOPIC, RecordingTransport, make_task, open_listening_channel
+from tests.support.brokers.in_memory import MemoryBroker
 
 MIB = 1 << 20
 

@@ -10,7 +10,6 @@ import pytest
 
 from brokers.dispatch.channel import CHUNK_HEADER_LIMIT_BYTES, MessageChannel
 from brokers.errors import TooLarge, WireError, property_error
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.chunking import MESSAGE_LIMIT_BYTES, Assembler
 from brokers.protocol.codec import encode
 from brokers.protocol.messages import Message, Task, TensorContent
@@ -24,6 +23,7 @@ from tests.support.brokers.channel_ends import (
     make_task,
     open_listening_channel,
 )
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 
 
 async def send_chunks(

@@ -13,7 +13,6 @@ import pytest
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.topics import results_topic
 from brokers.protocol.transport import Transport
 from brokers.server.local_broker import start_broker
@@ -30,6 +29,7 @@ from tests.support.brokers.foreign_client import (
     encode_tensor_body,
     random_request_id,
 )
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.environment.external_programs import require_dependency
 from tests.support.environment.protocol_document import column_code_spans, tables
 

@@ -183,7 +183,7 @@ async def test_will_does_not_bypass_the_access_list(brokers: dict[str, SecureBro
     for topic in (f"{HEAD}/up/w", INGRESS):
         await camera.connect(will=Will(topic, b"will", retain=False))
         assert camera._connection is not None
-        await camera._connection.abort("without DISCONNECT, so that the broker publishes the will")
+        camera._connection.abort("without DISCONNECT, so that the broker publishes the will")
         await camera.close()
         camera = broker.create_transport("camera.door")
     assert (await queue.next()).topic == INGRESS  # its will follows the other, which was refused

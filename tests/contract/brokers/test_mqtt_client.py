@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from brokers.errors import BadFile, BrokerUnreachable
-from brokers.mqtt import client, socket_loop
+from brokers.mqtt import connection, socket_loop
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.connect_errors import AuthenticationFailed, OperationRefused
 from brokers.mqtt.socket_connect import TlsConfig, connect_socket
@@ -160,7 +160,7 @@ def test_failed_reconnection_is_tried_again(monkeypatch: pytest.MonkeyPatch, fai
         return await connect_socket(address, tls)
 
     async def test() -> None:
-        monkeypatch.setattr(client, "connect_socket", failing_connect)
+        monkeypatch.setattr(connection, "connect_socket", failing_connect)
         async with fake_broker(serve) as address:
             transport = MqttTransport(address)
             await transport.connect()
@@ -215,10 +215,10 @@ def test_hanging_broker_is_left_and_found_again(monkeypatch: pytest.MonkeyPatch)
         transport, queue = MqttTransport(broker.address), DeliveryQueue()
         await transport.connect()
         await transport.subscribe("t", queue)
-        connection = transport._connection
-        assert connection is not None
+        first_connection = transport._connection
+        assert first_connection is not None
         os.kill(broker.pid, signal.SIGSTOP)
-        assert "silent" in await asyncio.wait_for(asyncio.shield(connection.lost), WAIT_S)
+        assert "silent" in await asyncio.wait_for(asyncio.shield(first_connection.lost), WAIT_S)
         reconnected = reconnected_event(transport)
         os.kill(broker.pid, signal.SIGCONT)
         await asyncio.wait_for(reconnected.wait(), WAIT_S)

@@ -17,7 +17,6 @@ import stages.training.step_executor  # all subclasses of SparseError that a sta
 from brokers.dispatch import channel, presence, worker_pool, worker_registry
 from brokers.dispatch.presence import LatencyPercentiles, SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
 from brokers.errors import WireError
-from brokers.mqtt.in_memory import MemoryBroker
 from brokers.mqtt.publish_packet import encode_publish_header, parse_publish_header
 from brokers.protocol import chunking, codec, result_json, safetensors_codec, topics, training
 from brokers.protocol.codec import PROTOCOL_VERSION, decode, encode
@@ -43,6 +42,7 @@ from stages.worker import model_executor, result_sender, task_queue
 from stages.worker.duplicate_check import CONFLICT_WATCH_S
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.channel_ends import INBOX_TOPIC, RecordingTransport, open_listening_channel
+from tests.support.brokers.in_memory import MemoryBroker
 from tests.support.environment.checkout import ROOT
 from tests.support.environment.protocol_document import (
     TEXT,

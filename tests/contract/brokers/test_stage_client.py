@@ -14,10 +14,10 @@ from brokers.dispatch.stage_client import StageClient
 from brokers.dispatch.worker_pool import LostTask
 from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.errors import Disconnected, NoWorker, TooLarge
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.messages import BinaryContent, ReplyTo, Task, new_request_id
 from brokers.protocol.topics import StageTopics
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.brokers.presence_records import make_worker_record
 
 TOPICS = StageTopics("local", "street", "head")

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from brokers.errors import BrokerUnreachable, PortTaken
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from monitor.daemon.daemon import Daemon
 from tests.support.brokers.broker_kinds import run_async
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.brokers.ports import free_port
 from tests.support.brokers.presence_records import source_record, worker_record
 from tests.support.monitor.http_client import fetch_metrics, fetch_stages, http_get

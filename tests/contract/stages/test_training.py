@@ -15,7 +15,6 @@ import torch
 
 from brokers.dispatch.channel import MessageChannel
 from brokers.errors import Disconnected, RequestError, SparseError, UsageError, WireError
-from brokers.mqtt.in_memory import MemoryTransport
 from brokers.protocol.messages import (
     Activation,
     Failure,
@@ -36,6 +35,7 @@ from sources.training import training_loop
 from sources.training.two_phase_step import StepFailed
 from stages.training.checkpoints import Checkpoint
 from tests.support.brokers.channel_ends import MessageRecorder
+from tests.support.brokers.in_memory import MemoryTransport
 from tests.support.errors import raises_error
 from tests.support.training.in_process_parts import assert_bitwise_equal
 from tests.support.training.in_process_pipeline import (

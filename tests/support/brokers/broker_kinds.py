@@ -13,10 +13,10 @@ from functools import wraps
 from typing import Any, Protocol
 
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.protocol.transport import Delivery, Transport, Will
 from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 
 WAIT_S = 20.0
 

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from brokers.dispatch.channel import MessageChannel
 from brokers.errors import WireError
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.chunking import Assembler
 from brokers.protocol.messages import Message, ReplyTo, Task, TensorContent, new_request_id
 from brokers.protocol.safetensors_codec import from_numpy
 from brokers.protocol.transport import Buffer, BufferProvider, Handler, Properties, Transport
 from tests.support.brokers.broker_kinds import WAIT_S
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 
 INBOX_TOPIC = "sparse/local/street/head/in/head-1"
 

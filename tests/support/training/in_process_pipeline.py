@@ -16,7 +16,6 @@ from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
 from brokers.errors import SparseError, WireError
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.codec import decode
 from brokers.protocol.messages import Message, StepMessage
 from brokers.protocol.safetensors_codec import to_torch
@@ -30,6 +29,7 @@ from stages.training.part_trainer import PartTrainer
 from stages.training.training_worker import TrainingWorker
 from stages.worker import duplicate_check, stage_worker
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.training.in_process_parts import UnsplitTrainer
 from tests.support.training.striped_images import StripedImages
 from tests.support.training.training_network import CUTS, MODEL, small_network

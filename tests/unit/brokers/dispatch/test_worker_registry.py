@@ -19,9 +19,9 @@ from brokers.dispatch.worker_registry import (
     WorkerRegistry,
 )
 from brokers.errors import BadPayload
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.topics import StageTopics, all_presence_filter
 from tests.support.brokers.broker_kinds import run_async
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.brokers.presence_records import make_worker_record, source_record
 
 WORKER = make_worker_record()

@@ -34,14 +34,14 @@ def _password_file(tmp_path: Path) -> Path:
 def test_default_is_the_system_cas_and_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPARSE_TLS", raising=False)
     assert load_tls_config("") == TlsConfig()
-    assert create_transport("mqtts://host")._tls == TlsConfig()
+    assert create_transport("mqtts://host")._options.tls == TlsConfig()
 
 
 def test_tls_folder_is_used_for_mqtts_only(monkeypatch: pytest.MonkeyPatch, tls_folder: Path) -> None:
     expected = TlsConfig(*(str(tls_folder / name) for name in ("ca.crt", "tls.crt", "tls.key")))
     monkeypatch.setenv("SPARSE_TLS", str(tls_folder))
-    assert create_transport("mqtts://host")._tls == expected
-    assert create_transport("mqtt://host")._tls == TlsConfig()
+    assert create_transport("mqtts://host")._options.tls == expected
+    assert create_transport("mqtt://host")._options.tls == TlsConfig()
 
 
 def test_folder_without_certificate_configures_the_ca_only(tls_folder: Path) -> None:
@@ -77,7 +77,7 @@ def test_password_is_added_to_the_user_and_never_shown(password_file: Path, monk
     assert with_password(parse_address("mqtt://ann:other@host")).password == "other"
     assert with_password(parse_address("mqtt://host")).password is None
     transport = create_transport("mqtt://ann@host")
-    assert SECRET not in f"{transport!r} {transport.address} {transport._address!r}"
+    assert SECRET not in f"{transport!r} {transport.address} {transport._options!r}"
 
 
 def test_world_readable_secret_logs_a_warning(

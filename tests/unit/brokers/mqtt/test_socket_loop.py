@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 
 import pytest
 
+from brokers.mqtt import socket_loop
 from brokers.mqtt.publish_packet import PublishHeader
 from brokers.mqtt.socket_loop import (
     DEAD_AFTER_TICKS,
@@ -32,34 +32,15 @@ class IgnoringHandler:
     def on_packet(self, data: bytes) -> None: ...
 
 
-class Ticks:
-    """Replaces the sleep between two checks of the keep-alive task, so that the test decides when it checks."""
+@pytest.fixture(autouse=True)
+def _no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests call `_tick` themselves."""
+    monkeypatch.setattr(socket_loop, "TICK_S", 3600.0)
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, packets: PacketSocket) -> None:
-        self._packets = packets
-        self._sleep = asyncio.sleep
-        self._ticks: asyncio.Queue[None] = asyncio.Queue()
-        self._checks = 0
-        monkeypatch.setattr(asyncio, "sleep", self._wait)
-        packets.start_watchdog("keep-alive")
 
-    async def _wait(self, _: float) -> None:
-        self._checks += 1
-        await self._ticks.get()
-
-    async def advance(self, count: int) -> None:
-        """Have the task check `count` times."""
-        for _ in range(count):
-            self._ticks.put_nowait(None)
-            await self.until(partial(self._has_checked_since, max(1, self._checks)))
-
-    def _has_checked_since(self, checks: int) -> bool:
-        return self._checks > checks or self._packets.lost.done()
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not condition():
-                await self._sleep(0.001)
+def tick(packets: PacketSocket, count: int) -> None:
+    for _ in range(count):
+        packets._tick()
 
 
 @asynccontextmanager
@@ -80,70 +61,70 @@ async def packet_socket() -> AsyncIterator[tuple[PacketSocket, socket.socket]]:
             yield packets, peer
         finally:
             packets.close("the test is over")
-            await packets.stop_watchdog()
 
 
-def has_received(packets: PacketSocket, count: int) -> bool:
-    return packets._reader.received_bytes == count
+async def until_received(packets: PacketSocket, count: int) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while packets._reader.received_bytes < count:
+            await asyncio.sleep(0.001)
 
 
 async def receive(peer: socket.socket) -> bytes:
     return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(peer, 1 << 20), WAIT_S)
 
 
-def test_quiet_broker_is_pinged_and_then_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quiet_broker_is_pinged_and_then_given_up() -> None:
     async def test() -> None:
         async with packet_socket() as (packets, peer):
-            ticks = Ticks(monkeypatch, packets)
-            await ticks.advance(PING_AFTER_TICKS)
+            tick(packets, PING_AFTER_TICKS)
             assert await receive(peer) == PINGREQ
-            await ticks.advance(DEAD_AFTER_TICKS - PING_AFTER_TICKS - 1)
+            tick(packets, DEAD_AFTER_TICKS - PING_AFTER_TICKS - 1)
             assert not packets.lost.done()
-            await ticks.advance(1)
+            tick(packets, 1)
             assert "silent" in packets.lost.result()
 
     run_async(test())
 
 
-def test_broker_that_answers_pings_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broker_that_answers_pings_is_kept() -> None:
     async def test() -> None:
         async with packet_socket() as (packets, peer):
-            ticks = Ticks(monkeypatch, packets)
             for received_bytes in (2, 4, 6):
-                await ticks.advance(PING_AFTER_TICKS)
+                tick(packets, PING_AFTER_TICKS)
                 assert await receive(peer) == PINGREQ
                 peer.send(PINGRESP)
-                await ticks.until(partial(has_received, packets, received_bytes))
-                await ticks.advance(1)
+                await until_received(packets, received_bytes)
+                tick(packets, 1)
             assert not packets.lost.done()
 
     run_async(test())
 
 
-def test_silence_does_not_count_while_reading_is_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silence_does_not_count_while_reading_is_paused() -> None:
     async def test() -> None:
         async with packet_socket() as (packets, peer):
-            ticks = Ticks(monkeypatch, packets)
             packets.set_reading_paused(True)
-            await ticks.advance(3 * DEAD_AFTER_TICKS)
+            tick(packets, 3 * DEAD_AFTER_TICKS)
             assert not packets.lost.done()
             assert (await receive(peer)).startswith(PINGREQ)
 
     run_async(test())
 
 
-def test_slow_transfer_counts_as_activity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_transfer_counts_as_activity() -> None:
     async def test() -> None:
         async with packet_socket() as (packets, peer):
-            ticks = Ticks(monkeypatch, packets)
             packets.push((memoryview(bytes(8 << 20)),))
             for _ in range(2 * DEAD_AFTER_TICKS):
                 sent_bytes = packets._writer.sent_bytes
                 while packets._writer.sent_bytes == sent_bytes:  # the peer's kernel has acknowledged earlier bytes
                     await receive(peer)
-                await ticks.advance(1)
+                tick(packets, 1)
             assert not packets.lost.done()
-            await ticks.advance(2 * DEAD_AFTER_TICKS)  # the peer reads no more
+            async with asyncio.timeout(WAIT_S):
+                while not packets.lost.done():  # the peer reads no more
+                    tick(packets, 1)
+                    await asyncio.sleep(0.01)
             assert "silent" in packets.lost.result()
 
     run_async(test())

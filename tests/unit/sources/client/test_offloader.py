@@ -13,13 +13,13 @@ import pytest
 from brokers.config.pipeline_file import load_pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.errors import BadPayload, DeadlinePassed, Disconnected, RequestFailed, UsageError
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.messages import Failure, Message, Result, Task, TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.stage_timing import Hop
 from sources import Offloader
 from sources.client.offloader import PREFETCH_PER_WORKER
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.brokers.presence_records import make_worker_record
 from tests.support.errors import raises_error
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file

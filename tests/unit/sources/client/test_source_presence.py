@@ -12,11 +12,11 @@ from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
 from brokers.errors import TooLarge
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.topics import source_presence_topic
 from brokers.protocol.transport import Buffer, Properties, Transport
 from sources.client.source_presence import RecentResultStats, SourcePresence
 from tests.support.brokers.broker_kinds import DeliveryQueue, InMemoryBrokerUnderTest, run_async
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 
 PIPELINE = Pipeline.model_validate({"pipeline": {"name": "street"}, "stage": [{"name": "head", "executor": "a:b"}]})
 TOPIC = source_presence_topic("local", "street", "cam")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.messages import JPEG, JSON
 from brokers.protocol.transport import Delivery, Properties
 from sources.inputs import ingress
 from sources.inputs.ingress import IngressGateway, sample_from_delivery
 from sources.inputs.sample_buffer import SampleBuffer
 from tests.support.brokers.broker_kinds import run_async
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.environment.clips import frame_number, image_bytes
 
 

@@ -10,12 +10,12 @@ import pytest
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.presence import WorkerRecord
 from brokers.errors import UsageError
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.topics import StageTopics
 from stages.worker import duplicate_check
 from stages.worker.duplicate_check import CONFLICT_WATCH_S, DuplicateCheck, conflict_error, must_leave
 from stages.worker.worker_presence import WorkerPresence
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.brokers.presence_records import make_worker_record
 from tests.support.errors import raises_error
 

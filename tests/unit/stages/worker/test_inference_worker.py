@@ -14,7 +14,6 @@ import pytest
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.mqtt.connect_errors import OperationRefused
-from brokers.mqtt.in_memory import MemoryBroker, MemoryTransport
 from brokers.protocol.messages import Failure, Message, ReplyTo, Result, Task, TaskDone, TensorContent, new_request_id
 from brokers.protocol.safetensors_codec import from_numpy, to_numpy
 from brokers.protocol.transport import Properties
@@ -24,6 +23,7 @@ from stages.worker.inference_worker import InferenceWorker
 from stages.worker.result_sender import REASON_MAX_CHARS, failure_reason
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.brokers.channel_ends import MessageRecorder
+from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 
 STAGES = [{"name": name, "executor": "a:b", "max_wait_ms": 0} for name in ("head", "body", "tail")]
 PIPELINE = Pipeline.model_validate({"pipeline": {"name": "street"}, "stage": STAGES})

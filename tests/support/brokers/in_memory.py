@@ -1,4 +1,4 @@
-"""`Transport` within one process, without sockets: for tests, and for pipelines in one process.
+"""`Transport` within one process, without sockets.
 
 The broker object keeps retained messages, wills and shared subscriptions (round robin), but no sessions. Publications
 are delivered in order on the next iteration of the loop, as copies: no receiver sees a buffer of the sender.
@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from brokers.errors import BrokerUnreachable, Disconnected, TooLarge
-from brokers.mqtt.callbacks import ReconnectCallback, call_handler, provide_buffer, run_reconnect_callbacks
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, encode_publish_header
 from brokers.mqtt.topic_filters import Subscription, Subscriptions, filter_matches, split_shared_filter
 from brokers.protocol.transport import BrokerLimits, Buffer, BufferProvider, Delivery, Handler, Properties, Will
+
+log = logging.getLogger(__name__)
 
 
 class MemoryBroker:
@@ -92,7 +94,7 @@ class MemoryTransport:
         self._broker = broker
         self.will: Will | None = None
         self._subscriptions = Subscriptions()
-        self._callbacks: list[ReconnectCallback] = []
+        self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._callback_tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()  # set when the broker may be up, or this transport closed
         self._connected = False
@@ -156,7 +158,7 @@ class MemoryTransport:
         self._broker.route(Delivery(topic, properties, memoryview(b"".join(buffers)), retain), qos)
         await asyncio.sleep(0)  # so that receivers run even if the sender waits for nothing else
 
-    def on_reconnect(self, callback: ReconnectCallback) -> None:
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         self._callbacks.append(callback)
 
     async def close(self) -> None:
@@ -182,10 +184,16 @@ class MemoryTransport:
     def on_broker_restart(self) -> None:
         self._request_retained()
         self._changed.set()
-        callbacks = run_reconnect_callbacks(self._callbacks, self.address)
-        task = asyncio.create_task(callbacks, name=f"reconnected to {self.address}")
+        task = asyncio.create_task(self._run_callbacks(), name=f"reconnected to {self.address}")
         self._callback_tasks.add(task)
         task.add_done_callback(self._callback_tasks.discard)
+
+    async def _run_callbacks(self) -> None:
+        for callback in self._callbacks:
+            try:
+                await callback()
+            except Exception:
+                log.exception("a callback after the reconnection to %s failed", self.address)
 
     # Internal ---------------------------------------------------------------------------------------------------------
 
@@ -204,7 +212,7 @@ class MemoryTransport:
         if self._closed or subscription.topic_filter not in self._subscriptions:
             return
         length = delivery.payload.nbytes
-        buffer = provide_buffer((subscription,), delivery.topic, delivery.properties, length) if length else None
+        buffer = subscription.get_buffer(delivery.topic, delivery.properties, length) if length else None
         payload = memoryview(bytearray(length)) if buffer is None else buffer
         payload[:] = delivery.payload
-        call_handler(subscription, replace(delivery, payload=payload))
+        subscription.deliver(replace(delivery, payload=payload))
