@@ -85,13 +85,14 @@ class PortTaken(UsageError):
 
 
 class BrokerUnreachable(UsageError):
-    """No MQTT 5 broker answered at `address`."""
+    """No MQTT 5 broker accepted a connection at `address`; `reason_code` is that of its CONNACK, 0 without one."""
 
-    def __init__(self, address: str, reason: str) -> None:
+    def __init__(self, address: str, reason: str, reason_code: int = 0) -> None:
         message = f"no MQTT 5 broker at {address}: {reason}; start one with `sparse broker`"
         super().__init__(type(self).__name__, message, address=address, reason=reason)
         self.address = address
         self.reason = reason
+        self.reason_code = reason_code
 
 
 def no_broker_error(path: str, site: str) -> UsageError:

@@ -35,7 +35,10 @@ def create_transport(address: str, *, client_id: str | None = None, session_expi
 
 def resolve_identity(address: str) -> tuple[BrokerAddress, TlsConfig]:
     """Return the parsed address, with the password for its user, and the TLS files. Raises as `create_transport`."""
-    broker = with_password(parse_address(address))
+    broker = parse_address(address)
+    password_path = os.environ.get(PASSWORD_VARIABLE)
+    if password_path and broker.user is not None and broker.password is None:
+        broker = replace(broker, password=read_password(Path(password_path)))
     return broker, load_tls_config(os.environ.get(TLS_VARIABLE, "")) if broker.is_tls else TlsConfig()
 
 
@@ -51,14 +54,6 @@ def load_tls_config(path: str) -> TlsConfig:
         return TlsConfig(str(folder / CA_FILE))
     _warn_if_world_readable(folder / KEY_FILE)
     return TlsConfig(*(str(folder / name) for name in (CA_FILE, CERT_FILE, KEY_FILE)))
-
-
-def with_password(address: BrokerAddress) -> BrokerAddress:
-    """Return the address with the password for its user, if it has none itself and a file with one is named."""
-    path = os.environ.get(PASSWORD_VARIABLE)
-    if not path or address.user is None or address.password is not None:
-        return address
-    return replace(address, password=read_password(Path(path)))
 
 
 def read_password(path: Path) -> str:

@@ -22,6 +22,7 @@ _ALERTS = {
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": _CERTIFICATE_REJECTED,
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "our certificate is not a client certificate",
 }
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING")  # answers to our handshake, by OpenSSL's names
 # OpenSSL's verification errors of the broker's certificate: openssl-verification-options(1).
 _NOT_YET_VALID, _EXPIRED, _HOST_MISMATCH, _IP_MISMATCH = 9, 10, 62, 64
 _UNTRUSTED = {18, 19, 20, 21}
@@ -29,21 +30,12 @@ _UNTRUSTED = {18, 19, 20, 21}
 UNSUPPORTED_VERSION, BAD_PASSWORD, NOT_AUTHORIZED = 0x84, 0x86, 0x87
 
 
-class ConnackRefused(BrokerUnreachable):
-    """The broker refused the connection for now; `reason_code` is that of its CONNACK."""
-
-    def __init__(self, address: str, reason: str, reason_code: int) -> None:
-        super().__init__(address, reason)
-        self.reason_code = reason_code
-
-
 class AuthenticationFailed(BrokerUnreachable):
-    """The broker did not accept our credentials, or we not its certificate (then `reason_code` is 0)."""
+    """The broker did not accept our credentials, or we not its certificate."""
 
     def __init__(self, address: str, reason: str, reason_code: int = 0) -> None:
-        super().__init__(address, reason)
+        super().__init__(address, reason, reason_code)
         self.message = f"authentication with the broker at {address} failed: {reason}"
-        self.reason_code = reason_code
 
 
 class OperationRefused(RequestError):
@@ -62,8 +54,14 @@ def connect_error(address: BrokerAddress, error: Exception) -> BrokerUnreachable
         return AuthenticationFailed(str(address), _describe_untrusted(address, error))
     if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
         return AuthenticationFailed(str(address), _ALERTS[error.reason])
-    reason = _describe(error)
-    if address.is_tls and (isinstance(error, ConnectionResetError) or _is_not_tls(error)):
+    is_not_tls = isinstance(error, ssl.SSLEOFError) or getattr(error, "reason", "") in _NOT_TLS
+    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror | ssl.SSLError):
+        reason = os.strerror(error.errno).lower()  # asyncio's own text repeats the address
+    elif is_not_tls:
+        reason = "its answer is not TLS"
+    else:
+        reason = str(getattr(error, "strerror", None) or error).lower()
+    if address.is_tls and (isinstance(error, ConnectionResetError) or is_not_tls):
         reason += "; does it use TLS? A broker without TLS is at mqtt://"
     return BrokerUnreachable(str(address), reason)
 
@@ -83,7 +81,7 @@ def no_connack_error(address: BrokerAddress, error: Exception | None, reason: st
 def connack_error(address: BrokerAddress, code: int, reason: str) -> BrokerUnreachable:
     """Return the error for a CONNACK with a failure."""
     if code not in (BAD_PASSWORD, NOT_AUTHORIZED):
-        return ConnackRefused(str(address), f"it refused: {reason}", code)
+        return BrokerUnreachable(str(address), f"it refused: {reason}", code)
     if address.user is None:
         advice = "name a user in its address, SCHEME://USER@HOST, and a file with the password in SPARSE_PASSWORD_FILE"
     elif address.password is None:
@@ -91,21 +89,6 @@ def connack_error(address: BrokerAddress, code: int, reason: str) -> BrokerUnrea
     else:
         advice = f"is that the password of {address.user!r}?"
     return AuthenticationFailed(str(address), f"it refused: {reason}; {advice}", code)
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror | ssl.SSLError):
-        return os.strerror(error.errno).lower()  # asyncio's own text repeats the address
-    if _is_not_tls(error):
-        return "its answer is not TLS"
-    return str(getattr(error, "strerror", None) or error).lower()
-
-
-def _is_not_tls(error: Exception) -> bool:
-    return isinstance(error, ssl.SSLEOFError) or getattr(error, "reason", "") in (
-        "WRONG_VERSION_NUMBER",
-        "UNEXPECTED_EOF_WHILE_READING",
-    )
 
 
 def _describe_untrusted(address: BrokerAddress, error: ssl.SSLCertVerificationError) -> str:

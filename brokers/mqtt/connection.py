@@ -219,10 +219,9 @@ class Connection:
             ack = self._expect_ack(PacketTypes.PUBACK, packet_id)
             try:
                 await self._send_publish(topic, pieces, properties, 1, retain, packet_id)
-                reason = await ack
+                await _wait_for_ack(ack, "publication to", topic, PacketTypes.PUBACK)
             finally:
                 self._acks.pop((PacketTypes.PUBACK, packet_id), None)
-        _raise_if_refused("publication to", topic, PacketTypes.PUBACK, reason)
 
     async def _send_publish(
         self, topic: str, pieces: Sequence[memoryview], properties: Properties, qos: int, retain: bool, packet_id: int
@@ -235,8 +234,8 @@ class Connection:
 
     async def subscribe(self, topic_filter: str, qos: int) -> None:
         """Subscribe and wait for SUBACK; raise `OperationRefused` or `ConnectionLost`."""
-        _, packet_id = self._paho.subscribe(topic_filter, options=SubscribeOptions(qos=qos))
-        await self._wait_for_ack("subscription to", topic_filter, PacketTypes.SUBACK, packet_id)
+        ack = self._send_subscribe(topic_filter, qos)
+        await _wait_for_ack(ack, "subscription to", topic_filter, PacketTypes.SUBACK)
 
     def resubscribe(self, topic_filter: str, qos: int) -> None:
         """Subscribe again after a session was resumed, without waiting: its SUBACK follows all queued publications."""
@@ -245,13 +244,17 @@ class Connection:
             if ack.exception() is None and ack.result() >= _FAILURE:
                 self._packets.close(f"the broker no longer grants the subscription to {topic_filter!r}")
 
+        self._send_subscribe(topic_filter, qos).add_done_callback(on_ack)
+
+    def _send_subscribe(self, topic_filter: str, qos: int) -> asyncio.Future[int]:
         _, packet_id = self._paho.subscribe(topic_filter, options=SubscribeOptions(qos=qos))
-        self._expect_ack(PacketTypes.SUBACK, packet_id or 0).add_done_callback(on_ack)
+        return self._expect_ack(PacketTypes.SUBACK, packet_id)
 
     async def unsubscribe(self, topic_filter: str) -> None:
         """Unsubscribe and wait for UNSUBACK; raise `OperationRefused` or `ConnectionLost`."""
         _, packet_id = self._paho.unsubscribe(topic_filter)
-        await self._wait_for_ack("end of the subscription to", topic_filter, PacketTypes.UNSUBACK, packet_id)
+        ack = self._expect_ack(PacketTypes.UNSUBACK, packet_id)
+        await _wait_for_ack(ack, "end of the subscription to", topic_filter, PacketTypes.UNSUBACK)
 
     def send_puback(self, packet_id: int) -> bool:
         """Send a PUBACK; return False if the connection has ended."""
@@ -293,23 +296,12 @@ class Connection:
             self._connected_callback(self)
 
     def _on_suback(
-        self,
-        packet_type: int,
-        client: Client,
-        data: object,
-        packet_id: int,
-        reasons: list[ReasonCode],
-        properties: PahoProperties | None,
+        self, packet_type: int, client: Client, data: object, packet_id: int, reasons: list[ReasonCode], _: object
     ) -> None:
         self._resolve_ack(packet_type, packet_id, max((reason.value for reason in reasons), default=0))
 
     def _on_disconnect(
-        self,
-        client: Client,
-        data: object,
-        flags: DisconnectFlags,
-        reason: ReasonCode,
-        properties: PahoProperties | None,
+        self, client: Client, data: object, flags: DisconnectFlags, reason: ReasonCode, _: object
     ) -> None:
         if flags.is_disconnect_packet_from_server:
             self._packets.close(f"the broker ended it: {reason}")
@@ -318,7 +310,9 @@ class Connection:
 
     # Acknowledgements -------------------------------------------------------------------------------------------------
 
-    def _expect_ack(self, packet_type: int, packet_id: int) -> asyncio.Future[int]:
+    def _expect_ack(self, packet_type: int, packet_id: int | None) -> asyncio.Future[int]:
+        self._packets.raise_if_lost()
+        assert packet_id is not None  # paho returns None only without a connection
         ack: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._acks[packet_type, packet_id] = ack
         return ack
@@ -334,11 +328,10 @@ class Connection:
                 ack.set_exception(ConnectionLost(lost.result()))
         self._acks.clear()
 
-    async def _wait_for_ack(self, operation: str, topic_filter: str, packet_type: int, packet_id: int | None) -> None:
-        self._packets.raise_if_lost()
-        assert packet_id is not None  # paho returns None only without a connection
-        reason = await self._expect_ack(packet_type, packet_id)
-        _raise_if_refused(operation, topic_filter, packet_type, reason)
+
+async def _wait_for_ack(ack: asyncio.Future[int], operation: str, topic: str, packet_type: int) -> None:
+    if (reason := await ack) >= _FAILURE:
+        raise OperationRefused(operation, topic, str(ReasonCode(packet_type, identifier=reason)))
 
 
 C = TypeVar("C", bound=Connection)
@@ -370,8 +363,3 @@ async def open_connection(
         if isinstance(error, OSError | ConnectionLost):
             raise connect_error(options.address, error) from error
         raise
-
-
-def _raise_if_refused(operation: str, topic: str, packet_type: int, reason: int) -> None:
-    if reason >= _FAILURE:
-        raise OperationRefused(operation, topic, str(ReasonCode(packet_type, identifier=reason)))

@@ -25,15 +25,11 @@ UNACKED_LIMIT_BYTES = 256 << 20
 
 
 class AckConnection(Protocol):
-    """The current connection, as `Unacked` uses it."""
+    """The methods of `Connection` that `Unacked` uses."""
 
-    def send_puback(self, packet_id: int) -> bool:
-        """Send a PUBACK; return False if the connection has ended."""
-        ...
+    def send_puback(self, packet_id: int) -> bool: ...
 
-    def set_reading_paused(self, paused: bool) -> None:
-        """Pause or resume reading from the socket."""
-        ...
+    def set_reading_paused(self, paused: bool) -> None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -42,8 +38,8 @@ class UnackedPublish:
 
     packet_id: int
     content_key: tuple[str, int, int]  # topic, length, CRC-32
-    pending_handlers: int = 1  # handlers that have not acknowledged it
-    nbytes: int = 0
+    nbytes: int
+    pending_handlers: int  # handlers that have not acknowledged it
 
 
 class Unacked:
@@ -75,7 +71,7 @@ class Unacked:
             self._order.append(earlier)
             self._flush()
             return None
-        publish = UnackedPublish(header.packet_id, content_key, handlers, payload.nbytes)
+        publish = UnackedPublish(header.packet_id, content_key, payload.nbytes, handlers)
         self._order.append(publish)
         if handlers:
             self.pending_count += 1

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from brokers.errors import BadFile
-from brokers.mqtt.client_identity import create_transport, load_tls_config, read_password, with_password
+from brokers.mqtt.client_identity import create_transport, load_tls_config, read_password, resolve_identity
 from brokers.mqtt.socket_connect import TlsConfig
-from brokers.protocol.broker_url import parse_address
 from brokers.security.cert_store import ensure_certificates
 from brokers.security.dev_ca import Identity
 
@@ -73,9 +72,9 @@ def test_missing_password_file_raises_bad_file(tmp_path: Path) -> None:
 
 def test_password_is_added_to_the_user_and_never_shown(password_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSE_PASSWORD_FILE", str(password_file))
-    assert with_password(parse_address("mqtt://ann@host")).password == SECRET
-    assert with_password(parse_address("mqtt://ann:other@host")).password == "other"
-    assert with_password(parse_address("mqtt://host")).password is None
+    assert resolve_identity("mqtt://ann@host")[0].password == SECRET
+    assert resolve_identity("mqtt://ann:other@host")[0].password == "other"
+    assert resolve_identity("mqtt://host")[0].password is None
     transport = create_transport("mqtt://ann@host")
     assert SECRET not in f"{transport!r} {transport.address} {transport._options!r}"
 
