@@ -21,7 +21,7 @@ from brokers.protocol.broker_url import parse_address
 from brokers.protocol.topics import validate_name
 
 if TYPE_CHECKING:
-    from brokers.doctor.runner import DoctorOptions, DoctorRun
+    from brokers.doctor.runner import DoctorRun
 
 _CUTS_TIMEOUT_S = 300.0  # to build a large network, and run it once
 
@@ -45,11 +45,9 @@ def command(
 
     Example: sparse broker doctor mqtt://127.0.0.1:1883 --pipeline examples/street.toml
     """
-    from brokers.doctor.runner import DoctorRun
-
-    options = _parse_options(url, load_pipeline(pipeline) if pipeline else None, across, start, to)
+    run = _parse_options(url, load_pipeline(pipeline) if pipeline else None, across, start, to)
     out = sys.stderr if json else sys.stdout
-    run = DoctorRun(options, lambda result: print("\n".join(result.to_lines()), file=out, flush=True))
+    run.on_result = lambda result: print("\n".join(result.to_lines()), file=out, flush=True)
     if not asyncio.run(_run_until_sigterm(run)):
         return EXIT_INTERRUPTED
     return _print_summary(run, out, json)
@@ -57,10 +55,10 @@ def command(
 
 def _parse_options(
     url: str | None, pipeline: Pipeline | None, across: str | None, start: str | None, to: str | None
-) -> DoctorOptions:
-    """The options of the run; raises `UsageError` before any connection is made."""
+) -> DoctorRun:
+    """The run; raises `UsageError` before any connection is made."""
     from brokers.doctor.check_result import format_bytes
-    from brokers.doctor.runner import DoctorOptions
+    from brokers.doctor.runner import DoctorRun
     from brokers.doctor.throughput import SIZES_BYTES
 
     first = start or (pipeline.source.site if pipeline else "")
@@ -83,7 +81,7 @@ def _parse_options(
     parse_address(address)
     cuts = _cut_sizes(pipeline.path) if pipeline else {}
     sizes = cuts or {format_bytes(size): size for size in SIZES_BYTES}
-    return DoctorOptions(address, sizes, bool(cuts), across, (first, second))
+    return DoctorRun(address, sizes, bool(cuts), across, (first, second))
 
 
 def _cut_sizes(path: str) -> dict[str, int]:
@@ -127,7 +125,7 @@ def _print_summary(run: DoctorRun, out: TextIO, json: bool) -> int:
     if json:
         derived = ("frames_per_s", "outbound_mb_s", "inbound_mb_s")
         answer = {
-            "broker": str(parse_address(run.options.broker)),
+            "broker": str(parse_address(run.broker)),
             "usable": usable,
             "checks": [asdict(each) for each in run.results],
             "throughput": [asdict(row) | {name: getattr(row, name) for name in derived} for row in run.throughput],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -10,10 +11,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES
-from brokers.doctor import verdicts
-from brokers.doctor.check_result import CheckResult, is_usable
-from brokers.doctor.checks import TEST_PROPERTIES, is_topic_cleared, run_check
-from brokers.doctor.probe_client import BrokerProbe, ProbeClient, ReceivedPublish
+from brokers.doctor.check_result import FIX_PACKET_SIZE, CheckResult, fail, format_bytes, is_usable, ok
+from brokers.doctor.checks import TEST_PROPERTIES, is_topic_cleared, properties_result, run_check
+from brokers.doctor.probe_client import BrokerProbe, ProbeClient
 from brokers.doctor.throughput import MessagePath
 from brokers.protocol.chunking import CHUNK_BYTES
 from brokers.protocol.topics import DOCTOR_LEVEL, StageTopics
@@ -23,6 +23,10 @@ BRIDGE_TIMEOUT_S = 10.0  # a bridge that was started with its broker needs some 
 _REPEAT_S = 0.5  # messages of QoS 0 are lost until the bridge is connected
 _COPIES_WAIT_S = 1.0  # for duplicates to arrive
 _WORKER = "probe"
+_FIX_LOOP = (
+    "Mosquitto: one bridge between two sites, and no topic line with `both`; `sparse broker config` prints the "
+    "right ones"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +37,13 @@ class BridgeEnd:
     probe: BrokerProbe
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, slots=True)
 class BridgeDirection:
     """One direction of a bridge: senders are at `start`, readers at `end`; `stage` is unique to this run."""
 
     start: BridgeEnd
     end: BridgeEnd
     stage: str
-    _sent: int = 0
 
     @property
     def name(self) -> str:
@@ -62,69 +65,73 @@ class BridgeDirection:
         """Publish until a message arrives, and then count the copies of each at both ends."""
         async with self.clients() as (sender, reader), self.start.probe.client() as local_reader:
             await local_reader.subscribe(self.inbox)
-            first, after_s = await self._send_until_received(sender, reader)
-            fix = verdicts.bridge_topics_fix(self.start.site, self.end.site)
+            end_s = time.monotonic() + BRIDGE_TIMEOUT_S
+            first = None
+            while first is None and time.monotonic() < end_s:
+                begin_s = time.monotonic()
+                await sender.publish(self.inbox, secrets.token_bytes(4), TEST_PROPERTIES)
+                first = await reader.receive(_REPEAT_S)
+                after_ms = 1000 * (time.monotonic() - begin_s)
             if first is None:
-                return [verdicts.bridge_result(self.name, None, fix)]
+                fix = (
+                    f"Mosquitto at {self.start.site}: topic sparse/{self.end.site}/+/+/in/+ out 0, and the other lines "
+                    f"that `sparse broker config FILE {self.start.site}` prints; see also the logs of both brokers"
+                )
+                return [fail("bridge", f"{self.name}: messages for the site are not forwarded", fix)]
             remote, local = await asyncio.gather(
                 *(each.receive_all(100, _COPIES_WAIT_S) for each in (reader, local_reader))
             )
-            copies = max(_most_copies([first, *remote]), _most_copies(local))
-            return [
-                verdicts.bridge_result(self.name, after_s, fix),
-                verdicts.duplicates_result(self.name, copies),
-            ]
+        forwarded = ok("bridge", f"{self.name}: a message arrives after {after_ms:.1f} ms")
+        counts = [Counter(bytes(message.payload) for message in each) for each in ([first, *remote], local)]
+        copies = max(max(count.values(), default=0) for count in counts)
+        if copies > 1:
+            message = (
+                f"{self.name}: a message arrived {copies} times: the bridges make a loop, or there are two of them"
+            )
+            return [forwarded, fail("duplicates", message, _FIX_LOOP)]
+        return [forwarded, ok("duplicates", f"{self.name}: each message arrives once, at both brokers")]
 
-    async def _send_until_received(
-        self, sender: ProbeClient, reader: ProbeClient
-    ) -> tuple[ReceivedPublish | None, float]:
-        end_s = time.monotonic() + BRIDGE_TIMEOUT_S
-        while time.monotonic() < end_s:
-            self._sent += 1
-            begin_s = time.monotonic()
-            await sender.publish(self.inbox, self._sent.to_bytes(4, "big"), TEST_PROPERTIES)
-            message = await reader.receive(_REPEAT_S)
-            if message is not None:
-                return message, time.monotonic() - begin_s
-        return None, 0.0
-
-    async def check_properties(self) -> list[CheckResult]:
+    async def check_properties(self) -> CheckResult:
         """Publish with all properties that Sparse uses."""
+        fix = "Mosquitto: bridge_protocol_version mqttv50, in the bridge's connection"
         async with self.clients() as (sender, reader):
             await sender.publish(self.inbox, b"properties", TEST_PROPERTIES)
-            message = await reader.receive()
-            if message is None:
-                return [verdicts.bridge_properties_result(self.name, ["the message"])]
-            changed = verdicts.changed_properties(TEST_PROPERTIES, message.properties)
-            return [verdicts.bridge_properties_result(self.name, changed)]
+            return properties_result(await reader.receive(), f"{self.name}: ", fix)
 
-    async def check_chunk(self) -> list[CheckResult]:
+    async def check_chunk(self) -> CheckResult:
         """Publish a chunk as large as the sender's own broker allows: the sender knows no other limit."""
         async with self.clients() as (sender, reader):
             chunk_bytes = max(1, min(CHUNK_BYTES, sender.limits.max_packet_bytes - HEADER_RESERVE_BYTES))
             await sender.publish(self.inbox, bytes(chunk_bytes), TEST_PROPERTIES)
-            return [verdicts.bridge_chunk_result(self.name, chunk_bytes, await reader.receive() is not None)]
+            chunk = f"{self.name}: a chunk of {format_bytes(chunk_bytes)}, the size that senders use there,"
+            if await reader.receive() is None:
+                return fail("chunk", f"{chunk} is lost", f"{FIX_PACKET_SIZE}; at both brokers")
+            return ok("chunk", f"{chunk} arrives")
 
     async def check_presence(self) -> list[CheckResult]:
         """Publish the record of a worker at the start; look for it at the end, before and after the worker's death."""
-        topic = StageTopics(self.start.site, DOCTOR_LEVEL, self.stage).presence(_WORKER)
+        site = self.start.site
+        topic = StageTopics(site, DOCTOR_LEVEL, self.stage).presence(_WORKER)
+        rule = f"topic sparse/{site}/+/+/up/+ in 1"
         self.end.probe.clear_on_exit(topic)  # the copy there may have lost its expiry
         async with self.start.probe.client(will=Will(topic)) as worker:
-            await self.start.probe.publish_retained(worker, topic, b"record")
-            received = await self._is_record_received(topic)
-            presence = verdicts.bridge_presence_result(self.name, received, self.start.site)
-            if not received:
-                return [presence]
+            await self.start.probe.publish_record(worker, topic)
+            if not await self._is_record_received(topic):
+                message = f"{self.name}: a worker's record does not arrive: it would get no tasks"
+                return [fail("presence", message, f"Mosquitto: {rule} (out, if {site} runs the bridge)")]
+            presence = ok("presence", f"{self.name}: a later subscriber gets a worker's retained record")
             async with self.end.probe.client() as reader:
                 await reader.subscribe(topic, 1)
                 await reader.receive()
                 begin_s = time.monotonic()
-                await worker.abort()
-                message = await reader.receive()
-        is_cleared = message is not None and not message.payload
-        after_s = time.monotonic() - begin_s if is_cleared else None
-        gone = await is_topic_cleared(self.end.probe, topic)
-        return [presence, verdicts.bridge_will_result(self.name, after_s, gone, self.start.site)]
+                worker.abort("aborted")
+                will = await reader.receive()
+                after_ms = 1000 * (time.monotonic() - begin_s)
+        if will is not None and not will.payload and await is_topic_cleared(self.end.probe, topic):
+            message = f"{self.name}: the record of a dead worker is cleared after {after_ms:.0f} ms"
+            return [presence, ok("last will", message)]
+        message = f"{self.name}: the record of a dead worker stays: it would still get tasks"
+        return [presence, fail("last will", message, f"Mosquitto: {rule}, and retain_available true at both brokers")]
 
     async def _is_record_received(self, topic: str) -> bool:
         """Whether a later subscriber at the end gets the retained record."""
@@ -133,13 +140,9 @@ class BridgeDirection:
             async with self.end.probe.client() as reader:
                 await reader.subscribe(topic, 1)
                 message = await reader.receive(_REPEAT_S)
-                if message is not None and message.retain:
+                if message is not None and message.header.retain:
                     return True
         return False
-
-
-def _most_copies(messages: list[ReceivedPublish]) -> int:
-    return max(Counter(bytes(message.payload) for message in messages).values(), default=0)
 
 
 def _directions(near: BridgeEnd, far: BridgeEnd) -> tuple[BridgeDirection, BridgeDirection]:
@@ -150,13 +153,10 @@ def _directions(near: BridgeEnd, far: BridgeEnd) -> tuple[BridgeDirection, Bridg
 async def check_bridge(near: BridgeEnd, far: BridgeEnd) -> AsyncIterator[CheckResult]:
     """Yield the results of both directions; only forwarding if it fails or the bridges make a loop."""
     directions = _directions(near, far)
-    forwards = True
-    for direction in directions:
-        results = await run_check("bridge", direction.check_forwarding)
-        forwards = forwards and is_usable(results)
-        for result in results:
-            yield result
-    for direction in directions if forwards else ():
+    forwarding = [result for each in directions for result in await run_check("bridge", each.check_forwarding)]
+    for result in forwarding:
+        yield result
+    for direction in directions if is_usable(forwarding) else ():
         for name, check in (
             ("properties", direction.check_properties),
             ("chunk", direction.check_chunk),

@@ -1,4 +1,8 @@
-"""Results of the checks of a broker, and how they are printed."""
+"""Results of the checks of a broker, how they are printed, and the fixes that several checks name.
+
+"FAIL" stops a pipeline or loses its messages; "warn" matters to some pipelines. Fixes are lines of mosquitto.conf where
+there are any, and a description for other brokers.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from brokers.dispatch.channel import HEADER_RESERVE_BYTES
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
+from brokers.protocol.chunking import CHUNK_BYTES
+
 CheckLevel = Literal["ok", "warn", "FAIL"]
 
 LINE_WIDTH = 80  # of a terminal that was never resized
 _LEVEL_WIDTH = 6
 _CHECK_WIDTH = 13
+
+CHUNK_PACKET_BYTES = CHUNK_BYTES + HEADER_RESERVE_BYTES
+FIX_PACKET_SIZE = f"Mosquitto: max_packet_size {MAX_REMAINING_BYTES}; else: allow packets of {CHUNK_PACKET_BYTES} bytes"
+FIX_QOS = "Mosquitto: max_qos 2; else: allow QoS 1"
+FIX_RETAIN = "Mosquitto: retain_available true; else: allow retained messages"
+FIX_SHARED_SUBSCRIPTION = "Mosquitto has them by default; else: enable shared subscriptions"
 
 
 @dataclass(frozen=True, slots=True)

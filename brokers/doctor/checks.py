@@ -1,4 +1,4 @@
-"""The checks at one broker: each tries one feature, even if the broker announces it, and returns the verdict.
+"""The checks at one broker: each tries one feature, even if the broker announces it, and returns its verdict.
 
 Every check has clients of its own, so that a disconnected one affects no other check, and a time limit.
 """
@@ -6,26 +6,26 @@ Every check has clients of its own, so that a disconnected one affects no other 
 from __future__ import annotations
 
 import asyncio
-import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import UTC, datetime
 from functools import partial
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES
-from brokers.doctor import mqtt311, verdicts
-from brokers.doctor.check_result import CheckResult, fail, ok
-from brokers.doctor.probe_client import CLEANUP_EXPIRY_S, BrokerProbe, ProbeClient
-from brokers.errors import BrokerUnreachable, SparseError
-from brokers.mqtt.connect_errors import (
-    BAD_PASSWORD,
-    NOT_AUTHORIZED,
-    UNSUPPORTED_VERSION,
-    AuthenticationFailed,
-    ConnackRefused,
-    OperationRefused,
-    connect_error,
+from brokers.doctor.check_result import (
+    CHUNK_PACKET_BYTES,
+    FIX_PACKET_SIZE,
+    FIX_QOS,
+    FIX_RETAIN,
+    FIX_SHARED_SUBSCRIPTION,
+    CheckResult,
+    fail,
+    format_bytes,
+    ok,
+    warn,
 )
+from brokers.doctor.probe_client import CLEANUP_EXPIRY_S, BrokerProbe, ProbeClient, ReceivedPublish
+from brokers.errors import BrokerUnreachable, SparseError
+from brokers.mqtt.connect_errors import OperationRefused
 from brokers.mqtt.publish_packet import encode_publish_header
 from brokers.mqtt.socket_loop import ConnectionLost
 from brokers.protocol.transport import BrokerLimits, Properties, Will
@@ -33,11 +33,12 @@ from brokers.protocol.transport import BrokerLimits, Properties, Will
 CHECK_TIMEOUT_S = 20.0
 SHARED_MESSAGES = 10
 SESSION_MESSAGES = 100
+SESSION_EXPIRY_S = 24 * 3600  # requested by an ingress with keep = "all"
 BURST_CHUNKS = 128  # as many as a message of 64 MiB has, but smaller ones
 _BURST_CHUNK_BYTES = 128 << 10
 _READING_PAUSE_S = 0.3
 _SILENCE_S = 0.5  # without a message: none will arrive
-_PACKETS_BYTES = (64 << 10, verdicts.CHUNK_PACKET_BYTES, 2_000_000, 8 << 20)
+_PACKETS_BYTES = (64 << 10, CHUNK_PACKET_BYTES, 2_000_000, 8 << 20)
 TEST_PROPERTIES = Properties(
     content_type="application/x-sparse-doctor",
     correlation_data=bytes(range(16)),
@@ -46,26 +47,14 @@ TEST_PROPERTIES = Properties(
     user_properties=(("kind", "probe"), ("kind", "twice"), ("text", "grüße")),
 )
 
-BrokerCheck = Callable[[BrokerProbe], Awaitable[list[CheckResult]]]
+_FIX_ACCESS = "allow this client to read and write sparse/# (Mosquitto: in its acl_file)"
+_FIX_SEE_LOG = "see the broker's log: Mosquitto with `log_type all`"
+_FIX_QUEUE = "Mosquitto: max_queued_messages 1000; else: a longer queue for each client"
+_FIX_SESSION = "Mosquitto: no persistent_client_expiration, max_queued_messages 1000; else: keep sessions for 24 h"
+_FIX_WILL = "Mosquitto: allow the client to write there in its acl_file; else: allow last wills"
+_FIX_PROPERTIES = "forward the MQTT 5 properties unchanged: no gateway or plugin in between may use MQTT 3.1.1"
 
-
-async def check_connection(probe: BrokerProbe) -> tuple[list[CheckResult], BrokerLimits | None]:
-    """Connect, and judge what the broker announces; the limits are None if it accepts no connection."""
-    begin_s = time.monotonic()
-    try:
-        async with probe.client() as client:
-            duration_ms = 1000 * (time.monotonic() - begin_s)
-            tls_version, expires = client.tls_info or (None, None)
-            limits = client.limits
-    except (BrokerUnreachable, ConnectionLost, OSError) as error:
-        return [await _explain_refusal(probe, error)], None
-    probe.qos = min(1, limits.max_qos)
-    is_local = probe.address.is_unix_socket or probe.address.host in ("localhost", "127.0.0.1", "::1")
-    return [
-        ok("MQTT 5", f"{probe.address} accepts a connection after {duration_ms:.0f} ms"),
-        verdicts.tls_result(tls_version, expires, datetime.now(UTC), is_local),
-        *verdicts.announced_limits_results(limits),
-    ], limits
+BrokerCheck = Callable[[BrokerProbe], Awaitable[CheckResult]]
 
 
 async def check_broker(probe: BrokerProbe, limits: BrokerLimits) -> AsyncIterator[CheckResult]:
@@ -87,59 +76,86 @@ async def check_broker(probe: BrokerProbe, limits: BrokerLimits) -> AsyncIterato
 
 
 async def run_check(
-    name: str, check: Callable[[], Awaitable[list[CheckResult]]], timeout_s: float = CHECK_TIMEOUT_S
+    name: str,
+    check: Callable[[], Awaitable[CheckResult | list[CheckResult]]],
+    timeout_s: float = CHECK_TIMEOUT_S,
 ) -> list[CheckResult]:
     """Run a check; a broker that disconnects it, refuses an operation or never answers fails the check."""
     try:
         async with asyncio.timeout(timeout_s):
-            return await check()
+            results = await check()
+            return results if isinstance(results, list) else [results]
     except TimeoutError:
-        return [fail(name, f"not finished within {timeout_s:g} s", verdicts.FIX_SEE_LOG)]
+        return [fail(name, f"not finished within {timeout_s:g} s", _FIX_SEE_LOG)]
     except BrokerUnreachable as error:
         fix = "Mosquitto: max_connections -1; see also the broker's log"
         return [fail(name, f"no further connection: {error.reason}", fix)]
     except (SparseError, ConnectionLost, OSError) as error:
-        fix = verdicts.FIX_ACCESS if isinstance(error, OperationRefused) else verdicts.FIX_SEE_LOG
+        fix = _FIX_ACCESS if isinstance(error, OperationRefused) else _FIX_SEE_LOG
         return [fail(name, str(error), fix)]
 
 
-async def check_delivery(probe: BrokerProbe) -> list[CheckResult]:
+async def check_delivery(probe: BrokerProbe) -> CheckResult:
     """Publish to a subscriber at QoS 0 and 1."""
     topic = probe.topic("deliver")
     async with probe.client() as sender, probe.client() as reader:
         await reader.subscribe(topic, probe.qos)
         await sender.publish(topic, b"0")
-        qos0 = await reader.receive() is not None
-        if probe.qos == 0 or not qos0:
-            return [verdicts.delivery_result(qos0, None)]
+        if await reader.receive() is None:
+            return fail("publish", "a message of QoS 0 did not reach its subscriber", _FIX_ACCESS)
+        if probe.qos == 0:
+            return ok("publish", "QoS 0 arrives; QoS 1 was not tried")
         await sender.publish(topic, b"1", qos=1)
         message = await reader.receive()
-        return [verdicts.delivery_result(qos0, message is not None and message.qos == 1)]
+        if message is None or message.header.qos != 1:
+            return fail("publish", "QoS 1 does not arrive as QoS 1", FIX_QOS)
+        return ok("publish", "QoS 0 and 1 arrive")
 
 
-async def check_properties(probe: BrokerProbe) -> list[CheckResult]:
+async def check_properties(probe: BrokerProbe) -> CheckResult:
     """Publish with all properties that Sparse uses."""
     topic = probe.topic("properties")
     async with probe.client() as sender, probe.client() as reader:
         await reader.subscribe(topic)
         await sender.publish(topic, b"x", TEST_PROPERTIES)
-        message = await reader.receive()
-        if message is None:
-            return [fail("properties", "a message with properties does not arrive", verdicts.FIX_PROPERTIES)]
-        return [verdicts.properties_result(verdicts.changed_properties(TEST_PROPERTIES, message.properties))]
+        return properties_result(await reader.receive())
 
 
-async def check_retained(probe: BrokerProbe) -> list[CheckResult]:
+def properties_result(message: ReceivedPublish | None, prefix: str = "", fix: str = _FIX_PROPERTIES) -> CheckResult:
+    """Whether a message with `TEST_PROPERTIES` arrived unchanged; its expiry may have become shorter on the way."""
+    if message is None:
+        return fail("properties", f"{prefix}a message with properties does not arrive", fix)
+    sent = TEST_PROPERTIES
+    received = message.header.properties
+    unchanged = {
+        "Content Type": sent.content_type == received.content_type,
+        "Correlation Data": sent.correlation_data == received.correlation_data,
+        "Response Topic": sent.response_topic == received.response_topic,
+        "user properties": sent.user_properties == received.user_properties,
+        "Message Expiry": received.expiry_s is not None and 0 < received.expiry_s <= (sent.expiry_s or 0),
+    }
+    if changed := [name for name, same in unchanged.items() if not same]:
+        return fail("properties", f"{prefix}lost or changed: {', '.join(changed)}", fix)
+    return ok("properties", f"{prefix}all arrive unchanged")
+
+
+async def check_retained(probe: BrokerProbe) -> CheckResult:
     """Publish a retained message, subscribe later, and clear it."""
     topic = probe.topic("retained")
     async with probe.client() as sender:
-        await probe.publish_retained(sender, topic, b"record")
+        await probe.publish_record(sender, topic)
         async with probe.client() as reader:
             await reader.subscribe(topic, probe.qos)
             message = await reader.receive()
         await sender.publish(topic, qos=probe.qos, retain=True)
-        cleared = await is_topic_cleared(probe, topic)
-        return [verdicts.retained_result(message is not None, message is not None and message.retain, cleared)]
+        is_cleared = await is_topic_cleared(probe, topic)
+    if message is None:
+        return fail("retained", "a retained message did not reach a later subscriber", FIX_RETAIN)
+    if not message.header.retain:
+        return fail("retained", "a retained message arrived without its flag: old records look new", FIX_RETAIN)
+    if not is_cleared:
+        return fail("retained", "a retained message cannot be cleared: workers that left look up", FIX_RETAIN)
+    return ok("retained", "a later subscriber gets the record, until it is cleared")
 
 
 async def is_topic_cleared(probe: BrokerProbe, topic: str) -> bool:
@@ -149,50 +165,67 @@ async def is_topic_cleared(probe: BrokerProbe, topic: str) -> bool:
         return await reader.receive(_SILENCE_S) is None
 
 
-async def check_will(probe: BrokerProbe) -> list[CheckResult]:
+async def check_will(probe: BrokerProbe) -> CheckResult:
     """Break the connection of a client whose will clears its retained message."""
     topic = probe.topic("will")
     async with probe.client() as reader:
         await reader.subscribe(topic, 1)
         async with probe.client(will=Will(topic)) as client:
-            await probe.publish_retained(client, topic, b"record")
+            await probe.publish_record(client, topic)
             await reader.receive()
-            await client.abort()
+            client.abort("aborted")
         begin_s = time.monotonic()
         message = await reader.receive()
+        after_ms = 1000 * (time.monotonic() - begin_s)
         if message is None or message.payload:
-            return [verdicts.will_result(None, False)]
-        after_s = time.monotonic() - begin_s
-        return [verdicts.will_result(after_s, await is_topic_cleared(probe, topic))]
+            return fail("last will", "not published when its client died", _FIX_WILL)
+        if not await is_topic_cleared(probe, topic):
+            return fail("last will", "published, but the retained record is still there", _FIX_WILL)
+        return ok("last will", f"clears the record of a dead client after {after_ms:.1f} ms")
 
 
-async def check_shared_subscription(probe: BrokerProbe) -> list[CheckResult]:
+async def check_shared_subscription(probe: BrokerProbe) -> CheckResult:
     """Publish to a group of two subscribers."""
     topic = probe.topic("tasks")
     group = f"$share/{probe.name}/{topic}"
-    async with probe.client() as sender, probe.client() as first, probe.client() as second:
-        for reader in (first, second):
+    sent = SHARED_MESSAGES
+    async with probe.client() as sender, probe.client() as one, probe.client() as other:
+        for reader in (one, other):
             await reader.subscribe(group, probe.qos)
-        for number in range(SHARED_MESSAGES):
+        for number in range(sent):
             await sender.publish(topic, bytes((number,)), qos=probe.qos)
         # A busy broker may pause between two messages.
-        received = [await reader.receive_all(2 * SHARED_MESSAGES, 2 * _SILENCE_S) for reader in (first, second)]
-        return [verdicts.shared_subscription_result(SHARED_MESSAGES, *map(len, received))]
+        first, second = [len(await reader.receive_all(2 * sent, 2 * _SILENCE_S)) for reader in (one, other)]
+    if first + second > sent:
+        message = f"{sent} messages to a group arrived {first + second} times: each subscriber gets its own copy"
+        return fail("shared", message, FIX_SHARED_SUBSCRIPTION)
+    if first + second < sent:
+        return fail("shared", f"of {sent} messages to a group {first + second} arrived", _FIX_QUEUE)
+    if not (first and second):
+        message = f"all {sent} messages went to one of two subscribers: more workers on a shared task topic do not help"
+        return warn("shared", message, FIX_SHARED_SUBSCRIPTION)
+    return ok("shared", f"{sent} messages were distributed over two subscribers, {first} and {second}")
 
 
-async def check_packet_sizes(probe: BrokerProbe) -> list[CheckResult]:
+async def check_packet_sizes(probe: BrokerProbe) -> CheckResult:
     """Publish packets of increasing size, up to the announced limit, until one is lost."""
-    delivered: dict[int, bool] = {}
-    announced_bytes = 0
+    check = "large packet"
+    largest_bytes = announced_bytes = 0
     for packet_bytes in _PACKETS_BYTES:
         async with probe.client() as sender, probe.client() as reader:
             announced_bytes = sender.limits.max_packet_bytes
             packet_bytes = min(packet_bytes, announced_bytes)
-            if packet_bytes not in delivered:
-                delivered[packet_bytes] = await _is_delivered(probe, sender, reader, packet_bytes)
-            if not delivered[packet_bytes]:
+            if packet_bytes > largest_bytes and not await _is_delivered(probe, sender, reader, packet_bytes):
                 break
-    return [verdicts.largest_packet_result(announced_bytes, delivered)]
+            largest_bytes = packet_bytes
+    else:
+        return ok(check, f"a packet of {format_bytes(largest_bytes)} arrives")
+    message = f"a packet of {format_bytes(packet_bytes)} is lost, one of {format_bytes(largest_bytes)} arrives"
+    if announced_bytes >= CHUNK_PACKET_BYTES > largest_bytes:
+        message += f": senders rely on the announced limit, and send {format_bytes(CHUNK_PACKET_BYTES)}"
+        return fail(check, message, FIX_PACKET_SIZE)
+    message += ", below the announced limit: whole frames at the ingress must be smaller"
+    return warn(check, message, FIX_PACKET_SIZE)
 
 
 async def _is_delivered(probe: BrokerProbe, sender: ProbeClient, reader: ProbeClient, packet_bytes: int) -> bool:
@@ -210,51 +243,47 @@ async def _is_delivered(probe: BrokerProbe, sender: ProbeClient, reader: ProbeCl
     return message is not None and len(message.payload) == payload_bytes
 
 
-async def check_burst(probe: BrokerProbe) -> list[CheckResult]:
+async def check_burst(probe: BrokerProbe) -> CheckResult:
     """Publish the chunks of a large message to a subscriber that stops reading while they arrive."""
     topic = probe.topic("burst")
     async with probe.client() as sender, probe.client() as reader:
-        chunk_bytes = min(_BURST_CHUNK_BYTES, sender.limits.max_packet_bytes - HEADER_RESERVE_BYTES)
+        chunk_bytes = max(2, min(_BURST_CHUNK_BYTES, sender.limits.max_packet_bytes - HEADER_RESERVE_BYTES))
         await reader.subscribe(topic)
         reader.set_reading_paused(True)
-        padding = bytes(max(0, chunk_bytes - 2))
         for number in range(BURST_CHUNKS):
-            await sender.publish(topic, number.to_bytes(2, "big") + padding)
+            await sender.publish(topic, number.to_bytes(2, "big").ljust(chunk_bytes, b"\0"))
         await asyncio.sleep(_READING_PAUSE_S)
         reader.set_reading_paused(False)
         messages = await reader.receive_all(BURST_CHUNKS)
-        numbers = [int.from_bytes(message.payload[:2], "big") for message in messages]
-        return [verdicts.burst_result(BURST_CHUNKS, numbers, len(padding) + 2)]
+    chunks = f"{BURST_CHUNKS} chunks of {format_bytes(chunk_bytes)}"
+    if len(messages) < BURST_CHUNKS:
+        message = f"of {chunks} at QoS 0 only {len(messages)} reach a busy subscriber: large messages would be lost"
+        return fail("burst", message, _FIX_QUEUE)
+    if [int.from_bytes(message.payload[:2], "big") for message in messages] != list(range(BURST_CHUNKS)):
+        fix = "keep the order of the messages of a client (MQTT 5.0, section 4.6)"
+        return fail("burst", f"{chunks} at QoS 0 arrive out of order", fix)
+    return ok("burst", f"{chunks} at QoS 0 all reach a busy subscriber, in order")
 
 
-async def check_session(probe: BrokerProbe) -> list[CheckResult]:
+async def check_session(probe: BrokerProbe) -> CheckResult:
     """Publish to a client while it is disconnected."""
     topic = probe.topic("session")
     name = f"{probe.name}-session"
-    async with probe.client(session=name, session_expiry_s=verdicts.SESSION_EXPIRY_S) as client:
+    async with probe.client(session=name, session_expiry_s=SESSION_EXPIRY_S) as client:
         granted_s = client.limits.session_expiry_s
     async with probe.client(session=name) as client:
         await client.subscribe(topic, 1)
     async with probe.client() as sender:
         for _ in range(SESSION_MESSAGES):
             await sender.publish(topic, b"kept", qos=1)
+    need = 'an ingress with keep = "all" needs it'
     async with probe.client(session=name, session_expiry_s=CLEANUP_EXPIRY_S) as client:
-        messages = await client.receive_all(SESSION_MESSAGES) if client.session_present else []
-        return [verdicts.session_result(client.session_present, SESSION_MESSAGES, len(messages), granted_s)]
-
-
-async def _explain_refusal(probe: BrokerProbe, error: Exception) -> CheckResult:
-    """Why an MQTT 5 client cannot connect: access control, an older version of MQTT, or no broker at all."""
-    address = probe.address
-    code = error.reason_code if isinstance(error, AuthenticationFailed | ConnackRefused) else None
-    if code in (BAD_PASSWORD, NOT_AUTHORIZED):
-        user = f"user {address.user!r}" if address.user else "clients without a user name"
-        return fail("password", f"{address} does not accept {user}", verdicts.FIX_PASSWORD)
-    if code == UNSUPPORTED_VERSION or isinstance(error, BrokerUnreachable | ConnectionLost):
-        mqtt311_code = await mqtt311.probe_mqtt311(address, probe.tls, probe.name)
-        if mqtt311_code is not None:
-            access = "; it also requires a user name and password" if mqtt311_code in mqtt311.NOT_AUTHORIZED else ""
-            message = f"{address} supports only MQTT 3.1.1, Sparse needs MQTT 5{access}"
-            return fail("MQTT 5", message, verdicts.FIX_MQTT5)
-    unreachable = error if isinstance(error, BrokerUnreachable) else connect_error(address, error)
-    return verdicts.unreachable_result(str(address), unreachable.reason, isinstance(error, ssl.SSLError))
+        if not client.session_present:
+            return warn("session", f"not kept when its client disconnects; {need}", _FIX_SESSION)
+        received = len(await client.receive_all(SESSION_MESSAGES))
+    if received < SESSION_MESSAGES:
+        message = f"of {SESSION_MESSAGES} messages of QoS 1 to a disconnected client {received} were kept; {need}"
+        return warn("session", message, _FIX_SESSION)
+    if granted_s is not None and granted_s < SESSION_EXPIRY_S:
+        return warn("session", f"kept for {granted_s} s, of {SESSION_EXPIRY_S} s requested; {need}", _FIX_SESSION)
+    return ok("session", f"kept for a disconnected client, with all of {SESSION_MESSAGES} messages of QoS 1")

@@ -7,67 +7,57 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from brokers.doctor import verdicts
 from brokers.doctor.bridge_checks import BridgeEnd, bridge_paths, check_bridge
 from brokers.doctor.check_result import CheckResult, is_usable
-from brokers.doctor.checks import check_broker, check_connection, run_check
-from brokers.doctor.probe_client import BrokerProbe
+from brokers.doctor.checks import check_broker, run_check
+from brokers.doctor.connection_checks import check_connection, cut_results
+from brokers.doctor.probe_client import BrokerProbe, open_probe
 from brokers.doctor.throughput import MessagePath, ThroughputResult, measure_throughput
 from brokers.protocol.chunking import MESSAGE_LIMIT_BYTES
+from brokers.protocol.transport import BrokerLimits
 
 PathFactory = Callable[[], AbstractAsyncContextManager[tuple[MessagePath, MessagePath]]]
 
 _MEASURE_TIMEOUT_S = 60.0  # for one size, on a slow link
 
 
-@dataclass(frozen=True, slots=True)
-class DoctorOptions:
-    """The brokers to check, and the message sizes to measure by the name of their row."""
+@dataclass(eq=False)
+class DoctorRun:
+    """The brokers to check, the message sizes to measure by the name of their row, and all results."""
 
     broker: str = field(repr=False)  # addresses may contain passwords
     sizes_bytes: Mapping[str, int]
     sizes_are_cuts: bool = False  # the sizes are those of the tensors at a pipeline's cuts
     bridged_broker: str | None = field(default=None, repr=False)
     sites: tuple[str, str] = ("", "")  # of the two brokers
-
-
-@dataclass(eq=False)
-class DoctorRun:
-    """The results of all checks, each passed to `on_result` at once, and the measurements."""
-
-    options: DoctorOptions
-    on_result: Callable[[CheckResult], None]
+    on_result: Callable[[CheckResult], None] = lambda _: None  # called with each result at once
     results: list[CheckResult] = field(default_factory=list)
     throughput: list[ThroughputResult] = field(default_factory=list)
 
     async def run(self) -> None:
         """Run everything; nothing is left at the brokers, even if this is cancelled."""
-        async with BrokerProbe.from_address(self.options.broker) as near:
-            if not await self._check_one(near):
+        async with open_probe(self.broker) as near:
+            limits = await self._check_connection(near)
+            if limits is None:
                 return
-            if self.options.bridged_broker is None:
+            if self.sizes_are_cuts:
+                for result in cut_results(self.sizes_bytes, limits.max_packet_bytes):
+                    self._add(result)
+            async for result in check_broker(near, limits):
+                self._add(result, near)
+            if self.bridged_broker is None:
                 await self._measure(partial(_local_paths, near))
                 return
-            async with BrokerProbe.from_address(self.options.bridged_broker) as far:
-                if await self._check_one(far, announced_only=True):
-                    near_site, far_site = self.options.sites
+            async with open_probe(self.bridged_broker) as far:
+                if await self._check_connection(far) is not None:
+                    near_site, far_site = self.sites
                     await self._check_bridge(BridgeEnd(near_site, near), BridgeEnd(far_site, far))
 
-    async def _check_one(self, probe: BrokerProbe, *, announced_only: bool = False) -> bool:
-        """Check one broker; return whether it accepts connections."""
-        connection, limits = await check_connection(probe)
-        for result in connection:
+    async def _check_connection(self, probe: BrokerProbe) -> BrokerLimits | None:
+        results, limits = await check_connection(probe)
+        for result in results:
             self._add(result, probe)
-        if limits is None:
-            return False
-        if announced_only:
-            return True
-        if self.options.sizes_are_cuts:
-            for result in verdicts.cut_results(self.options.sizes_bytes, limits.max_packet_bytes):
-                self._add(result)
-        async for result in check_broker(probe, limits):
-            self._add(result, probe)
-        return True
+        return limits
 
     async def _check_bridge(self, near: BridgeEnd, far: BridgeEnd) -> None:
         before = len(self.results)
@@ -84,7 +74,7 @@ class DoctorRun:
                 self.throughput.append(await measure_throughput(name, size_bytes, outbound, inbound))
             return []
 
-        for name, size_bytes in self.options.sizes_bytes.items():
+        for name, size_bytes in self.sizes_bytes.items():
             if size_bytes > MESSAGE_LIMIT_BYTES:
                 continue
             failures = await run_check("round trip", partial(measure, name, size_bytes), _MEASURE_TIMEOUT_S)

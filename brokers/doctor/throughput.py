@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -77,15 +77,11 @@ class MessagePath:
     reader: ProbeClient
     topic: str
 
-    def chunks(self, payload: memoryview) -> Iterator[memoryview]:
-        """Yield the chunks of a message."""
+    async def send(self, payload: memoryview) -> None:
+        """Publish the chunks of a message."""
         step = max(1, min(CHUNK_BYTES, self.sender.limits.max_packet_bytes - HEADER_RESERVE_BYTES))
         for offset in range(0, len(payload), step):
-            yield payload[offset : offset + step]
-
-    async def send(self, payload: memoryview) -> None:
-        for chunk in self.chunks(payload):
-            await self.sender.publish(self.topic, chunk)
+            await self.sender.publish(self.topic, payload[offset : offset + step])
 
     async def receive(self, size_bytes: int) -> None:
         """Return when a message of this size has arrived; raise `RequestError` ("MessageLost") if part is lost."""
@@ -100,10 +96,6 @@ class MessagePath:
                     actual_bytes=size_bytes - missing_bytes,
                 )
             missing_bytes -= len(message.payload)
-
-    async def transfer(self, payload: memoryview) -> None:
-        """Send one message and receive it."""
-        await _run_both(self.send(payload), self.receive(len(payload)))
 
     async def measure_rate_per_s(self, payload: memoryview) -> float:
         """Messages per second with IN_FLIGHT_MESSAGES in flight."""
@@ -140,8 +132,8 @@ async def measure_throughput(
     round_trips_ms = []
     for _ in range(_WARM_UP + ROUND_TRIPS):
         begin_s = time.monotonic()
-        await outbound.transfer(payload)
-        await inbound.transfer(payload)
+        for path in (outbound, inbound):
+            await _run_both(path.send(payload), path.receive(size_bytes))
         round_trips_ms.append(1000 * (time.monotonic() - begin_s))
     rates = [await path.measure_rate_per_s(payload) for path in (outbound, inbound)]
     return ThroughputResult(name, size_bytes, statistics.median(round_trips_ms[_WARM_UP:]), rates[0], rates[1])

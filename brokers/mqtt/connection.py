@@ -232,7 +232,7 @@ class Connection:
             raise TooLarge(f"publication to {topic!r}", self.limits.max_packet_bytes, len(header) + payload_bytes)
         await self._packets.send((memoryview(header), *pieces))
 
-    async def subscribe(self, topic_filter: str, qos: int) -> None:
+    async def subscribe(self, topic_filter: str, qos: int = 0) -> None:
         """Subscribe and wait for SUBACK; raise `OperationRefused` or `ConnectionLost`."""
         ack = self._send_subscribe(topic_filter, qos)
         await _wait_for_ack(ack, "subscription to", topic_filter, PacketTypes.SUBACK)

@@ -9,8 +9,9 @@ import pytest
 
 from brokers.doctor import bridge_checks
 from brokers.doctor.check_result import CheckResult
-from brokers.doctor.probe_client import BrokerProbe
-from brokers.doctor.runner import DoctorOptions, DoctorRun
+from brokers.doctor.probe_client import BrokerProbe, open_probe
+from brokers.doctor.runner import DoctorRun
+from brokers.protocol.broker_url import parse_address
 from tests.support.brokers.broker_kinds import WAIT_S
 from tests.support.brokers.mosquitto import BRIDGE_TOPIC_LINES, start_bridged_brokers, start_mosquitto
 from tests.support.brokers.ports import free_port
@@ -26,8 +27,8 @@ def check_bridge(near: int, far: int) -> Results:
 
     async def test() -> list[CheckResult]:
         async with (
-            BrokerProbe.from_address(f"mqtt://127.0.0.1:{near}") as near_probe,
-            BrokerProbe.from_address(f"mqtt://127.0.0.1:{far}") as far_probe,
+            open_probe(f"mqtt://127.0.0.1:{near}") as near_probe,
+            open_probe(f"mqtt://127.0.0.1:{far}") as far_probe,
         ):
             ends = (bridge_checks.BridgeEnd("near", near_probe), bridge_checks.BridgeEnd("far", far_probe))
             return [result async for result in bridge_checks.check_bridge(*ends)]
@@ -44,14 +45,14 @@ def wait_for_bridges(port: int, count: int) -> None:
     """Return when the broker reports that so many of its bridges are connected."""
 
     async def test() -> None:
-        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as client:
+        async with BrokerProbe(parse_address(f"mqtt://127.0.0.1:{port}")).client() as client:
             await client.subscribe("$SYS/broker/connection/+/state")
             connected: set[str] = set()
             while len(connected) < count:
                 message = await client.receive(WAIT_S)
                 assert message is not None
                 if bytes(message.payload) == b"1":
-                    connected.add(message.topic)
+                    connected.add(message.header.topic)
 
     asyncio.run(test())
 
@@ -115,8 +116,7 @@ def test_two_bridges_between_the_same_sites_end_the_checks(tmp_path: Path) -> No
 def test_round_trip_across_a_bridge_is_measured(tmp_path: Path) -> None:
     with start_bridged_brokers(tmp_path, MQTT_5) as (near, far):
         addresses = [f"mqtt://127.0.0.1:{port}" for port in (near, far)]
-        options = DoctorOptions(addresses[0], {"1 MiB": 1 << 20}, bridged_broker=addresses[1], sites=("near", "far"))
-        run = DoctorRun(options, lambda _: None)
+        run = DoctorRun(addresses[0], {"1 MiB": 1 << 20}, bridged_broker=addresses[1], sites=("near", "far"))
         asyncio.run(run.run())
         assert {result.level for result in run.results} == {"ok"}
         assert {result.broker for result in run.results} == {*addresses, ""}

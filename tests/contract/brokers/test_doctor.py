@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from brokers.doctor import checks, mqtt311, probe_client
+from brokers.doctor import checks, connection_checks, probe_client
 from brokers.doctor.check_result import CheckResult
-from brokers.doctor.probe_client import BrokerProbe
-from brokers.doctor.runner import DoctorOptions, DoctorRun
+from brokers.doctor.probe_client import BrokerProbe, open_probe
+from brokers.doctor.runner import DoctorRun
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
+from brokers.protocol.broker_url import parse_address
 from brokers.server.local_broker import start_broker
 from tests.support.brokers.broker_kinds import WAIT_S
 from tests.support.brokers.mosquitto import start_mosquitto
@@ -30,7 +31,7 @@ TRIED = ["publish", "properties", "retained", "last will", "shared", "large pack
 
 def run_doctor(port: int) -> DoctorRun:
     """All checks, and measurements of small messages."""
-    run = DoctorRun(DoctorOptions(f"mqtt://127.0.0.1:{port}", SIZES), lambda _: None)
+    run = DoctorRun(f"mqtt://127.0.0.1:{port}", SIZES)
     asyncio.run(run.run())
     return run
 
@@ -40,15 +41,15 @@ def connect(address: str | int) -> dict[str, CheckResult]:
 
     async def test() -> list[CheckResult]:
         url = f"mqtt://127.0.0.1:{address}" if isinstance(address, int) else address
-        async with BrokerProbe.from_address(url) as probe:
-            return (await checks.check_connection(probe))[0]
+        async with open_probe(url) as probe:
+            return (await connection_checks.check_connection(probe))[0]
 
     return {result.check: result for result in asyncio.run(test())}
 
 
-def run_one(port: int, check: Callable[[BrokerProbe], Awaitable[list[CheckResult]]]) -> CheckResult:
+def run_one(port: int, check: Callable[[BrokerProbe], Awaitable[CheckResult]]) -> CheckResult:
     async def test() -> CheckResult:
-        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}") as probe:
+        async with open_probe(f"mqtt://127.0.0.1:{port}") as probe:
             (result,) = await checks.run_check("check", lambda: check(probe))
             return result
 
@@ -59,7 +60,7 @@ def wait_until_no_sessions(port: int) -> None:
     """Return when Mosquitto reports no disconnected clients."""
 
     async def test() -> None:
-        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as client:
+        async with BrokerProbe(parse_address(f"mqtt://127.0.0.1:{port}")).client() as client:
             await client.subscribe("$SYS/broker/clients/disconnected")
             while (message := await client.receive(WAIT_S)) is not None and bytes(message.payload) != b"0":
                 pass
@@ -124,7 +125,7 @@ def test_unavailable_features_are_not_tried_and_others_are(tmp_path: Path) -> No
     ("check", "level"), [(checks.check_burst, "FAIL"), (checks.check_session, "warn")], ids=["burst", "session"]
 )
 def test_short_queue_is_found_and_its_fix_works(
-    tmp_path: Path, check: Callable[[BrokerProbe], Awaitable[list[CheckResult]]], level: str
+    tmp_path: Path, check: Callable[[BrokerProbe], Awaitable[CheckResult]], level: str
 ) -> None:
     with start_mosquitto(tmp_path, "max_queued_messages 10") as port:
         result = run_one(port, check)
@@ -162,9 +163,9 @@ def test_check_that_does_not_finish_fails() -> None:
 
 
 def test_topics_are_unique_to_a_run() -> None:
-    probe = BrokerProbe.from_address("mqtt://127.0.0.1")
+    probe = BrokerProbe(parse_address("mqtt://127.0.0.1"))
     assert probe.topic("a").startswith("sparse/doctor/doctor-")
-    assert probe.topic("a") != BrokerProbe.from_address("mqtt://127.0.0.1").topic("a")
+    assert probe.topic("a") != BrokerProbe(parse_address("mqtt://127.0.0.1")).topic("a")
 
 
 # Other servers ------------------------------------------------------------------------------------------------------
@@ -192,8 +193,8 @@ async def start_server(answer: Answer) -> AsyncIterator[str]:
 
 def connect_to_server(answer: Answer) -> CheckResult:
     async def test() -> CheckResult:
-        async with start_server(answer) as address, BrokerProbe.from_address(address) as probe:
-            (result,), limits = await checks.check_connection(probe)
+        async with start_server(answer) as address, open_probe(address) as probe:
+            (result,), limits = await connection_checks.check_connection(probe)
             assert limits is None
             return result
 
@@ -236,7 +237,7 @@ def test_closed_port_is_unreachable() -> None:
 
 def test_server_that_never_answers_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_client, "CONNECT_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(mqtt311, "CONNACK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connection_checks, "MQTT311_TIMEOUT_S", 0.1)
     assert "no answer within 0.1 s" in connect_to_server(lambda _: None).message
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from brokers.doctor.probe_client import BrokerProbe
+from brokers.protocol.broker_url import parse_address
 from tests.support.brokers.mosquitto import start_mosquitto
 from tests.support.brokers.ports import free_port
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
@@ -61,7 +62,7 @@ def test_one_that_is_told_to_leave_leaves_nothing_behind(
     sandbox: ProcessSandbox, tmp_path: Path, number: signal.Signals
 ) -> None:
     async def test(port: int) -> None:
-        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as witness:
+        async with BrokerProbe(parse_address(f"mqtt://127.0.0.1:{port}")).client() as witness:
             await witness.subscribe("sparse/doctor/+/retained")
             running = sandbox.start_sparse("broker", "doctor", f"mqtt://127.0.0.1:{port}")
             heard = await witness.receive(60)
@@ -69,7 +70,7 @@ def test_one_that_is_told_to_leave_leaves_nothing_behind(
             said = await asyncio.to_thread(running.wait, number)
             assert (said.returncode, "Traceback" in said.stderr) == (130, False)
             assert "this broker" not in said.stdout
-        async with BrokerProbe.from_address(f"mqtt://127.0.0.1:{port}").client() as late:
+        async with BrokerProbe(parse_address(f"mqtt://127.0.0.1:{port}")).client() as late:
             await late.subscribe("sparse/#")
             assert await late.receive(0.5) is None
 
