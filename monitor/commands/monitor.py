@@ -19,9 +19,10 @@ from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_
 from brokers.protocol.broker_url import parse_address
 from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE, socket_path
 from brokers.telemetry.schema import TelemetryEvent
-from monitor.daemon.collector import SAMPLE_INTERVAL_S, TelemetryCollector
+from monitor.daemon.collector import TelemetryCollector
 from monitor.daemon.daemon import Daemon
 from monitor.daemon.unix_listener import UnixListener
+from monitor.sensors.all import SAMPLE_INTERVAL_S
 from monitor.stores.batch_writer import BatchWriter
 from monitor.stores.factory import create_writers
 

@@ -13,13 +13,12 @@ from monitor.daemon.event_parser import EventReader
 from monitor.daemon.unix_listener import UnixListener
 from monitor.errors import SocketUnavailable
 from monitor.points.points import TelemetryPoint, event_to_points
-from monitor.sensors.all import Sampler
+from monitor.sensors.all import SAMPLE_INTERVAL_S, Sampler
 from monitor.sensors.energy_per_sample import EnergyPerSample
 from monitor.stores.batch_writer import BatchWriter
 
 log = logging.getLogger(__name__)
 
-SAMPLE_INTERVAL_S = 0.5
 _SAMPLER_STOP_S = 1.0
 
 
@@ -47,7 +46,7 @@ class TelemetryCollector:
         self._span_writer = span_writer
         self._mutex = threading.Lock()  # guards `point_count` and the next
         self._energy_per_sample = EnergyPerSample(node)
-        self._sampler = Sampler(node, run, sample_interval_s, self._add_with_energy)
+        self._sampler = Sampler(node, run, self._add_with_energy, sample_interval_s)
         self._events = EventReader(listener, self._on_events) if listener else None
         self._listener_optional = listener_optional
 

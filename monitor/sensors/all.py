@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from monitor.sensors.nvml import GpuSensor
 from monitor.sensors.processes import ProcessSensor
 from monitor.sensors.rapl import RaplSensor
 
-log = logging.getLogger(__name__)
+SAMPLE_INTERVAL_S = 0.5
 
 
 def default_sensors(root: Path = Path("/")) -> list[Sensor]:
@@ -27,58 +26,28 @@ def default_sensors(root: Path = Path("/")) -> list[Sensor]:
     return [HostSensor(root), NetworkSensor(), GpuSensor(), RaplSensor(root), JetsonSensor(root)]
 
 
-class NodeSensors:
-    """Samples all sensors of a node; used by one thread at a time.
+class Sampler:
+    """Samples all sensors of a node; periodically in a thread of its own, so a driver that hangs blocks nothing else.
 
     Points get the tags `node` and `run`, unless a process has a run of its own. `sensors` replaces `default_sensors()`.
-    A sample is cheap except for a Jetson's rails, which take milliseconds.
+    Lifecycle: `start`, `stop`. `on_sample` is called in the sampler's thread.
     """
 
     def __init__(
         self,
         node: str,
         run: str = "",
-        processes: ProcessSensor | None = None,
+        on_sample: Callable[[Sequence[TelemetryPoint]], None] = lambda points: None,
+        interval_s: float = SAMPLE_INTERVAL_S,
         *,
         sensors: Sequence[Sensor] | None = None,
     ) -> None:
-        self._tags = {"node": node, "run": run}
-        self._sensors = [*(default_sensors() if sensors is None else sensors), processes or ProcessSensor()]
-
-    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """The points of all sensors at Unix time `time_ns` and monotonic time `now_s`; never raises."""
-        points: list[TelemetryPoint] = []
-        for sensor in self._sensors:
-            try:
-                points += sensor.sample(time_ns, now_s)
-            except Exception as error:  # a bug in one sensor or driver must not cost the others' points
-                missing = sensor.report_missing(time_ns, "", error)
-                if missing:  # the first of many: a sensor that fails does so in each sample
-                    log.exception("the sensor %s failed", sensor.name)
-                points += missing
-        return [replace(point, tags={**self._tags, **point.tags}) for point in points]
-
-    def close(self) -> None:
-        """Release all resources. May be called twice."""
-        for sensor in self._sensors:
-            sensor.close()
-
-
-class Sampler:
-    """Samples the node periodically in a thread of its own, so that a driver that hangs blocks nothing else.
-
-    Lifecycle: `start`, `stop`. `on_sample` is called in that thread.
-    """
-
-    def __init__(
-        self, node: str, run: str, interval_s: float, on_sample: Callable[[Sequence[TelemetryPoint]], None]
-    ) -> None:
         self.latest: Sequence[TelemetryPoint] = ()  # the newest sample
-        self._run = run
-        self._interval_s = interval_s
+        self.processes = ProcessSensor()
+        self._tags = {"node": node, "run": run}
         self._on_sample = on_sample
-        self._processes = ProcessSensor()
-        self._sensors = NodeSensors(node, run, self._processes)
+        self._interval_s = interval_s
+        self._sensors = [*(default_sensors() if sensors is None else sensors), self.processes]
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, name="sampler", daemon=True)
 
@@ -89,9 +58,9 @@ class Sampler:
         """Follow the start and the end of processes; from any thread."""
         for event in events:
             if isinstance(event, ProcessStarted):
-                self._processes.on_start(event.role, event.name, event.pid, event.run or self._run)
+                self.processes.on_start(event.role, event.name, event.pid, event.run or self._tags["run"])
             elif isinstance(event, ProcessStopped):
-                self._processes.on_stop(event.pid)
+                self.processes.on_stop(event.pid)
 
     def stop(self, timeout_s: float) -> None:
         """End the thread; one that hangs is abandoned. May be called twice, and without `start`."""
@@ -99,11 +68,24 @@ class Sampler:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
+    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
+        """The points of all sensors at Unix time `time_ns` and monotonic time `now_s`; never raises.
+
+        It is cheap except for a Jetson's rails, which take milliseconds.
+        """
+        points = [point for sensor in self._sensors for point in sensor.sample(time_ns, now_s)]
+        return [replace(point, tags={**self._tags, **point.tags}) for point in points]
+
+    def close(self) -> None:
+        """Release the resources of all sensors. May be called twice."""
+        for sensor in self._sensors:
+            sensor.close()
+
     def _sample_until_stopped(self) -> None:
         due_s = time.monotonic()
         while not self._stopping.is_set():
-            self.latest = self._sensors.sample(time.time_ns(), time.monotonic())
+            self.latest = self.sample(time.time_ns(), time.monotonic())
             self._on_sample(self.latest)
             due_s = max(due_s + self._interval_s, time.monotonic())  # late samples are not made up for
             self._stopping.wait(due_s - time.monotonic())
-        self._sensors.close()
+        self.close()

@@ -7,10 +7,19 @@ slash (`package-0/core`), a total whose parts are rails too (`board/psys`), or o
 
 from __future__ import annotations
 
+from monitor.points.points import TelemetryPoint
+
 
 def is_additive(rail: str) -> bool:
     """Whether a rail counts in the sum of its node."""
     return "/" not in rail
+
+
+def additive_energy_j(point: TelemetryPoint) -> float | None:
+    """The energy in a point of a GPU or an additive rail; None for other points, and where it is unknown."""
+    energy_j = point.fields.get("energy_j")
+    counts = point.measurement == "gpu" or (point.measurement == "power" and is_additive(point.tags["rail"]))
+    return float(energy_j) if counts and energy_j is not None else None
 
 
 class MonotonicCounter:

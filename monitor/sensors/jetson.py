@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from monitor.points.points import TelemetryPoint
-from monitor.sensors.base import Sensor
+from monitor.sensors.base import Reading, Sensor, read_text
 from monitor.sensors.counters import EnergyIntegrator
 
 # Jetson Linux (L4T) uses the kernel's own driver from release 34 on, and NVIDIA's before, whose folder is named
@@ -30,9 +30,16 @@ _CARRIER_ADDRESSES = ("0042", "0043")  # monitors on the carrier boards of TX1 a
 
 @dataclass(slots=True)
 class _Rail:
+    """A rail whose power is the product of the numbers in `files`, in units of 1 W / `per_watt`."""
+
+    address: str  # of its monitor on the I2C bus
     name: str
-    read_w: Callable[[], float]
+    files: tuple[Path, ...]
+    per_watt: float
     integrator: EnergyIntegrator = field(default_factory=EnergyIntegrator)
+
+    def read_w(self) -> float:
+        return math.prod(int(file.read_text()) for file in self.files) / self.per_watt
 
 
 class JetsonSensor(Sensor):
@@ -53,93 +60,64 @@ class JetsonSensor(Sensor):
         self._load: Path | None = None
         self._model = ""
 
-    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """The points, and reports of values that cannot be read."""
-        points = self._find(time_ns) if self._rails is None else []
-        for rail in self._rails or ():
+    def measure(self, now_s: float) -> Iterator[Reading]:
+        """The readings, and reports of values that cannot be read."""
+        if self._rails is None:
+            self._rails = []
+            if _is_jetson(self._root):
+                yield from self._find()
+        for rail in self._rails:
             power_w: float | None = None
             try:
                 power_w = rail.read_w()
             except (OSError, ValueError) as error:
-                points += self.report_missing(time_ns, rail.name, error)
+                yield from self.report_missing(rail.name, error)
             energy_j = rail.integrator.increase_j(power_w, now_s)
             if power_w is not None:
-                fields = {"power_w": power_w, "energy_j": energy_j}
-                points.append(TelemetryPoint("power", time_ns, {"rail": rail.name}, fields))
-        return points + self._gpu(time_ns)
+                yield "power", {"rail": rail.name}, {"power_w": power_w, "energy_j": energy_j}
+        if self._load is not None:
+            try:
+                # The GPU shares the node's memory, and its power is part of a rail's.
+                use = int(self._load.read_text()) / 1000
+                yield "gpu", {"gpu": "jetson", "model": self._model}, {"use": use}
+            except (OSError, ValueError) as error:
+                yield from self.report_missing("gpu", error)
 
-    def _find(self, time_ns: int) -> list[TelemetryPoint]:
-        self._rails = []
-        if not _is_jetson(self._root):
-            return []
+    def _find(self) -> Iterator[Reading]:
         self._rails = _find_rails(self._root)
         self._load = next((path for pattern in _LOADS for path in sorted(self._root.glob(pattern))), None)
-        self._model = _read_text(self._root / "proc/device-tree/model")
-        missing: list[TelemetryPoint] = []
+        self._model = read_text(self._root / "proc/device-tree/model")
         if not self._rails:
-            missing += self.report_missing(time_ns, "", "there is no INA3221 in /sys/bus/i2c/drivers")
+            yield from self.report_missing("", "there is no INA3221 in /sys/bus/i2c/drivers")
         if self._load is None:
             reason = f"there is neither /{_LOADS[0]} nor a file for the load of another release"
-            missing += self.report_missing(time_ns, "gpu", reason)
-        return missing
-
-    def _gpu(self, time_ns: int) -> list[TelemetryPoint]:
-        if self._load is None:
-            return []
-        try:
-            use = int(self._load.read_text()) / 1000
-        except (OSError, ValueError) as error:
-            return self.report_missing(time_ns, "gpu", error)
-        # The GPU shares the node's memory, and its power is part of a rail's.
-        return [TelemetryPoint("gpu", time_ns, {"gpu": "jetson", "model": self._model}, {"use": use})]
+            yield from self.report_missing("gpu", reason)
 
 
 def _is_jetson(root: Path) -> bool:
-    compatible = _read_text(root / "proc/device-tree/compatible")
+    compatible = read_text(root / "proc/device-tree/compatible")
     return "nvidia,tegra" in compatible or (root / "etc/nv_tegra_release").exists()
 
 
 def _find_rails(root: Path) -> list[_Rail]:
-    channels: dict[tuple[str, int], tuple[str, Callable[[], float]]] = {}  # by I2C address and channel
-    for address, channel, label, read_w in _channels(root):
-        if label not in _NOT_CONNECTED:
-            channels.setdefault((address, channel), (label, read_w))
-    labels = [label for label, _ in channels.values()]
-    module_input = next((name for name in _MODULE_INPUTS if name in labels), None)
-    rails = []
-    for (address, _), (label, read_w) in channels.items():
-        if address.endswith(_CARRIER_ADDRESSES):
-            name = f"carrier/{label}"
-        elif module_input and label != module_input:
-            name = f"{module_input}/{label}"
-        else:
-            name = label
-        rails.append(_Rail(name, read_w))
-    return rails
-
-
-def _channels(root: Path) -> Iterator[tuple[str, int, str, Callable[[], float]]]:
-    """I2C address, channel number, label and reader of each channel, with either driver."""
+    channels: dict[tuple[str, int], _Rail] = {}  # by I2C address and channel: a monitor may be found by two paths
+    files: tuple[Path, ...]
     for path in sorted(root.glob(_HWMON)):
         channel = int(path.name[2])
-        yield path.parents[2].name, channel, _read_text(path), _hwmon_reader(path.parent, channel)
+        files = (path.with_name(f"curr{channel}_input"), path.with_name(f"in{channel}_input"))  # mA, mV
+        address = path.parents[2].name
+        channels.setdefault((address, channel), _Rail(address, read_text(path), files, 1e6))
     for path in sorted(root.glob(_IIO)):
-        channel = int(path.name.rpartition("_")[2])
-        yield path.parents[1].name, channel + 1, _read_text(path), _iio_reader(path.parent, channel)
-
-
-def _hwmon_reader(folder: Path, channel: int) -> Callable[[], float]:
-    current, voltage = folder / f"curr{channel}_input", folder / f"in{channel}_input"  # mA, mV
-    return lambda: int(current.read_text()) * int(voltage.read_text()) / 1e6
-
-
-def _iio_reader(folder: Path, channel: int) -> Callable[[], float]:
-    power = folder / f"in_power{channel}_input"  # mW
-    return lambda: int(power.read_text()) / 1e3
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip("\0\n ")
-    except OSError:
-        return ""
+        channel = int(path.name[-1])
+        address = path.parents[1].name
+        files = (path.with_name(f"in_power{channel}_input"),)  # mW
+        channels.setdefault((address, channel + 1), _Rail(address, read_text(path), files, 1e3))
+    rails = [rail for rail in channels.values() if rail.name not in _NOT_CONNECTED]
+    labels = {rail.name for rail in rails}
+    module_input = next((name for name in _MODULE_INPUTS if name in labels), None)
+    for rail in rails:
+        if rail.address.endswith(_CARRIER_ADDRESSES):
+            rail.name = f"carrier/{rail.name}"
+        elif module_input and rail.name != module_input:
+            rail.name = f"{module_input}/{rail.name}"
+    return rails

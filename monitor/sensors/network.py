@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import psutil
 
-from monitor.points.points import FieldValue, TelemetryPoint
-from monitor.sensors.base import Sensor
+from monitor.points.points import FieldValue
+from monitor.sensors.base import Reading, Sensor
 from monitor.sensors.counters import MonotonicCounter
 
 # Byte counters have 32 bits on some drivers, and restart when an interface is removed and added again.
@@ -22,11 +21,22 @@ def read_interface_counters() -> Mapping[str, Any]:
     return psutil.net_io_counters(pernic=True, nowrap=False)
 
 
-@dataclass(slots=True)
 class _Interface:
-    received: MonotonicCounter = field(default_factory=_ByteCounter)
-    sent: MonotonicCounter = field(default_factory=_ByteCounter)
-    errors: MonotonicCounter = field(default_factory=MonotonicCounter)  # a sum of four counters: a restart is unknown
+    def __init__(self) -> None:
+        self._received = _ByteCounter()
+        self._sent = _ByteCounter()
+        self._errors = MonotonicCounter()  # a sum of four counters: the increase after a restart is unknown
+
+    def fields(self, counts: Any, elapsed_s: float) -> dict[str, FieldValue]:
+        received = self._received.increase(counts.bytes_recv)
+        sent = self._sent.increase(counts.bytes_sent)
+        return {
+            "received_bytes": received,
+            "sent_bytes": sent,
+            "received_bytes_per_s": received / elapsed_s if received is not None and elapsed_s > 0 else None,
+            "sent_bytes_per_s": sent / elapsed_s if sent is not None and elapsed_s > 0 else None,
+            "errors": self._errors.increase(_error_count(counts)),
+        }
 
 
 class NetworkSensor(Sensor):
@@ -44,36 +54,23 @@ class NetworkSensor(Sensor):
         self._interfaces: dict[str, _Interface] = {}
         self._last_s = 0.0
 
-    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """The points in the system's order; none for the first sample."""
+    def measure(self, now_s: float) -> Iterator[Reading]:
+        """The interfaces in the system's order; none for the first sample."""
         try:
             counters = self._read()
         except (OSError, RuntimeError, psutil.Error) as error:
             self._interfaces = {}
-            return self.report_missing(time_ns, "", error)
+            yield from self.report_missing("", error)
+            return
         elapsed_s = now_s - self._last_s
         self._last_s = now_s
         known = self._interfaces
         self._interfaces = {name: known.get(name) or _Interface() for name in counters}
-        points = []
         for name, counts in counters.items():
-            fields = _fields(self._interfaces[name], counts, elapsed_s)
+            fields = self._interfaces[name].fields(counts, elapsed_s)
             if name in known and any((counts.bytes_recv, counts.bytes_sent, _error_count(counts))):
-                points.append(TelemetryPoint("interface", time_ns, {"interface": name}, fields))
-        return points
+                yield "interface", {"interface": name}, fields
 
 
 def _error_count(counts: Any) -> int:
     return int(counts.errin + counts.errout + counts.dropin + counts.dropout)
-
-
-def _fields(interface: _Interface, counts: Any, elapsed_s: float) -> dict[str, FieldValue]:
-    received = interface.received.increase(counts.bytes_recv)
-    sent = interface.sent.increase(counts.bytes_sent)
-    return {
-        "received_bytes": received,
-        "sent_bytes": sent,
-        "received_bytes_per_s": received / elapsed_s if received is not None and elapsed_s > 0 else None,
-        "sent_bytes_per_s": sent / elapsed_s if sent is not None and elapsed_s > 0 else None,
-        "errors": interface.errors.increase(_error_count(counts)),
-    }

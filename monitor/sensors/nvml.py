@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from monitor.points.points import FieldValue, TelemetryPoint
-from monitor.sensors.base import Sensor
+from monitor.points.points import FieldValue
+from monitor.sensors.base import Reading, Sensor
 from monitor.sensors.counters import EnergyIntegrator, MonotonicCounter
 
 _CHIP_TEMPERATURE = 0  # NVML_TEMPERATURE_GPU
 _GPU_IS_LOST = 15  # NVML_ERROR_GPU_IS_LOST
 # NVML_ERROR_NOT_SUPPORTED, NVML_ERROR_NO_PERMISSION, NVML_ERROR_FUNCTION_NOT_FOUND: these do not go away.
 _PERMANENT = frozenset({3, 4, 13})
-
-T = TypeVar("T")
 
 
 def load_nvml() -> Any:
@@ -28,19 +26,16 @@ def _memory(nvml: Any, handle: Any) -> dict[str, FieldValue]:
     return {"memory_used_bytes": memory.used, "memory_total_bytes": memory.total}
 
 
-# The fields of each query, by its name in reports of missing values.
-_QUERIES: dict[str, Callable[[Any, Any], dict[str, FieldValue]]] = {
+# The fields of each query, by its name in reports of missing values; `energy_mj` becomes the field `energy_j`.
+_QUERIES: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "use": lambda nvml, handle: {"use": nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100},
     "memory": _memory,
     "temperature_c": lambda nvml, handle: {
         "temperature_c": float(nvml.nvmlDeviceGetTemperature(handle, _CHIP_TEMPERATURE))
     },
     "power_w": lambda nvml, handle: {"power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000},
+    "energy_j": lambda nvml, handle: {"energy_mj": int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))},
 }
-
-
-class _GpuLostError(Exception):
-    """The GPU has fallen off its bus."""
 
 
 class _Gpu:
@@ -51,45 +46,37 @@ class _Gpu:
         self.reasons: dict[str, str] = {}
         self._nvml = nvml
         self._handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        self._tags = {"gpu": str(index), "model": str(nvml.nvmlDeviceGetName(self._handle))}
+        self.tags = {"gpu": str(index), "model": str(nvml.nvmlDeviceGetName(self._handle))}
         self._unsupported: dict[str, str] = {}  # reasons of the queries that are not made again
         self._counter = MonotonicCounter()
         self._integrator = EnergyIntegrator()
 
-    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """Its point, if any value can be read; raises `_GpuLostError`."""
-        self.reasons = {}
-        fields: dict[str, FieldValue] = {}
+    def fields(self, now_s: float) -> dict[str, FieldValue]:
+        """All values that can be read; raises `NVMLError` if the GPU has fallen off its bus."""
+        fields: dict[str, Any] = {}
+        self.reasons = dict(self._unsupported)
         for name, query in _QUERIES.items():
-            fields |= self._query(name, query) or {}
+            if name in self._unsupported:
+                continue
+            try:
+                fields |= query(self._nvml, self._handle)
+            except self._nvml.NVMLError as error:
+                if error.value == _GPU_IS_LOST:
+                    raise
+                self.reasons[name] = str(error)
+                if error.value in _PERMANENT:
+                    self._unsupported[name] = str(error)
+        # The GPU's own energy counter; where that is unknown, power integrated over time.
         power_w = fields.get("power_w")
-        energy_j = self._energy_j(None if power_w is None else float(power_w), now_s)
+        counted_mj = self._counter.increase(fields.pop("energy_mj", None))
+        energy_j = self._integrator.increase_j(power_w, now_s)
+        if counted_mj is not None:
+            energy_j = counted_mj / 1000
         if energy_j is not None:
             fields["energy_j"] = energy_j
-        return [TelemetryPoint("gpu", time_ns, self._tags, fields)] if fields else []
-
-    def _energy_j(self, power_w: float | None, now_s: float) -> float | None:
-        """The GPU's own energy counter; where that is unknown, power integrated over time."""
-        energy_mj = self._query("energy_j", lambda nvml, handle: int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)))
-        counted_mj = self._counter.increase(energy_mj)
-        integrated_j = self._integrator.increase_j(power_w, now_s)
         if power_w is not None:
             self.reasons.pop("energy_j", None)
-        return integrated_j if counted_mj is None else counted_mj / 1000
-
-    def _query(self, name: str, query: Callable[[Any, Any], T]) -> T | None:
-        if name in self._unsupported:
-            self.reasons[name] = self._unsupported[name]
-            return None
-        try:
-            return query(self._nvml, self._handle)
-        except self._nvml.NVMLError as error:
-            if error.value == _GPU_IS_LOST:
-                raise _GpuLostError(str(error)) from None
-            self.reasons[name] = str(error)
-            if error.value in _PERMANENT:
-                self._unsupported[name] = str(error)
-            return None
+        return fields
 
 
 class GpuSensor(Sensor):
@@ -107,22 +94,22 @@ class GpuSensor(Sensor):
         self._nvml: Any = None
         self._gpus: list[_Gpu] | None = None  # None: not yet searched
 
-    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """A point for each GPU with a readable value, and reports of values that cannot be read."""
-        points: list[TelemetryPoint] = []
+    def measure(self, now_s: float) -> Iterator[Reading]:
+        """A reading of each GPU with a readable value, and reports of values that cannot be read."""
         if self._gpus is None:
             self._gpus = []
-            points += self._find_gpus(self._gpus, time_ns)
+            yield from self._find_gpus(self._gpus)
         for gpu in list(self._gpus):
             try:
-                points += gpu.sample(time_ns, now_s)
-            except _GpuLostError as error:
+                fields = gpu.fields(now_s)
+            except self._nvml.NVMLError as error:
                 self._gpus.remove(gpu)
-                points += self.report_missing(time_ns, str(gpu.index), str(error))
+                yield from self.report_missing(str(gpu.index), str(error))
                 continue
+            if fields:
+                yield "gpu", gpu.tags, fields
             for name, reason in gpu.reasons.items():
-                points += self.report_missing(time_ns, f"{gpu.index}.{name}", reason)
-        return points
+                yield from self.report_missing(f"{gpu.index}.{name}", reason)
 
     def close(self) -> None:
         """Shut NVML down."""
@@ -135,23 +122,23 @@ class GpuSensor(Sensor):
             except nvml.NVMLError:
                 return  # the driver has been unloaded
 
-    def _find_gpus(self, gpus: list[_Gpu], time_ns: int) -> list[TelemetryPoint]:
+    def _find_gpus(self, gpus: list[_Gpu]) -> Iterator[Reading]:
         try:
             nvml = self._load()
         except ImportError as error:
-            return self.report_missing(time_ns, "", str(error))
+            yield from self.report_missing("", str(error))
+            return
         try:
             nvml.nvmlInit()
             self._nvml = nvml
             count = nvml.nvmlDeviceGetCount()
         except nvml.NVMLError as error:
-            return self.report_missing(time_ns, "", str(error))
+            yield from self.report_missing("", str(error))
+            return
         if not count:
-            return self.report_missing(time_ns, "", "NVML finds no GPU")
-        missing: list[TelemetryPoint] = []
+            yield from self.report_missing("", "NVML finds no GPU")
         for index in range(count):
             try:
                 gpus.append(_Gpu(nvml, index))
             except nvml.NVMLError as error:
-                missing += self.report_missing(time_ns, str(index), str(error))
-        return missing
+                yield from self.report_missing(str(index), str(error))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
 
-from monitor.points.points import FieldValue, TelemetryPoint
-from monitor.sensors.base import Sensor
+from monitor.points.points import FieldValue
+from monitor.sensors.base import Reading, Sensor
 
 PROCESSES_LIMIT = 256  # bounds what a hostile sender of events can make the monitor sample
 
@@ -45,7 +45,7 @@ class _SampledProcess:
 
 
 class ProcessSensor(Sensor):
-    """The measurement `process`. `on_start` and `on_stop` may be called from another thread than `sample`.
+    """The measurement `process`. `on_start` and `on_stop` may be called from another thread.
 
     A process with several clients (two sources, say) is one process, which ends with the last of them. A pid that does
     not exist here, such as one of another container, is ignored. Events with the monitor's own pid are ignored too: it
@@ -76,26 +76,17 @@ class ProcessSensor(Sensor):
 
     def on_stop(self, pid: int) -> None:
         """One client of this process has ended; an unknown pid is ignored."""
-        process = self._processes.get(pid)
-        if process is None:
-            return
-        process.clients -= 1
-        if process.clients <= 0:
-            self._processes.pop(pid, None)
+        if process := self._processes.get(pid):
+            process.clients -= 1
+            if process.clients <= 0:
+                self._processes.pop(pid, None)
 
-    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """A point for each process that runs."""
-        points: list[TelemetryPoint] = []
-        same_tags: Counter[tuple[str, str, str]] = Counter()
+    def measure(self, now_s: float) -> Iterator[Reading]:
+        """A reading of each process that runs."""
         for process in [self._monitor, *self._processes.values()]:
             fields = process.fields(now_s)
-            if fields is None:
-                if self._processes.get(process.process.pid) is process:
-                    self._processes.pop(process.process.pid, None)
-                continue
-            key = (process.role, process.name, process.run)
-            tags = {"role": process.role, "name": process.name} | ({"run": process.run} if process.run else {})
-            # A nanosecond apart: InfluxDB merges points of equal tags and time.
-            points.append(TelemetryPoint("process", time_ns + same_tags[key], tags, fields))
-            same_tags[key] += 1
-        return points
+            if fields is not None:
+                tags = {"role": process.role, "name": process.name} | ({"run": process.run} if process.run else {})
+                yield "process", tags, fields
+            elif self._processes.get(process.process.pid) is process:
+                self._processes.pop(process.process.pid, None)

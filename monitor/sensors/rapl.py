@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from monitor.points.points import TelemetryPoint
-from monitor.sensors.base import Sensor
+from monitor.sensors.base import Reading, Sensor, read_number, read_text
 from monitor.sensors.counters import MonotonicCounter
 
 # AMD's zones have these names too. `intel-rapl-mmio:*` is left out: it reads the same counters another way.
@@ -13,25 +14,13 @@ _ZONES = "sys/class/powercap/intel-rapl:*"
 _ROOT_ONLY = "only root may read energy_uj, since Linux 5.10"
 
 
+@dataclass(slots=True)
 class _Zone:
-    """One zone, which is the power rail `rail`."""
+    """One zone, which is the power rail `rail`; the counter is in microjoules."""
 
-    def __init__(self, folder: Path, rail: str) -> None:
-        self.rail = rail
-        self._file = folder / "energy_uj"
-        self._counter = MonotonicCounter(_range_uj(folder))
-        self._last_s = 0.0
-
-    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """Its point, from the second sample on; raises `OSError` or `ValueError`."""
-        energy_uj = self._counter.increase(int(self._file.read_text()))
-        elapsed_s = now_s - self._last_s
-        self._last_s = now_s
-        if energy_uj is None or elapsed_s <= 0:
-            return []
-        energy_j = energy_uj / 1e6
-        fields = {"power_w": energy_j / elapsed_s, "energy_j": energy_j}
-        return [TelemetryPoint("power", time_ns, {"rail": self.rail}, fields)]
+    rail: str
+    file: Path
+    counter: MonotonicCounter
 
 
 class RaplSensor(Sensor):
@@ -48,35 +37,40 @@ class RaplSensor(Sensor):
         super().__init__()
         self._root = root
         self._zones: list[_Zone] | None = None  # None: not yet searched
+        self._last_s = 0.0
 
-    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
-        """The points, and reports of zones that cannot be read."""
-        points: list[TelemetryPoint] = []
+    def measure(self, now_s: float) -> Iterator[Reading]:
+        """The readings, and reports of zones that cannot be read."""
         if self._zones is None:
             self._zones = _find_zones(self._root)
             if not self._zones:
-                points += self.report_missing(time_ns, "", f"there is no /{_ZONES}")
+                yield from self.report_missing("", f"there is no /{_ZONES}")
+        elapsed_s = now_s - self._last_s
+        self._last_s = now_s
         for zone in list(self._zones):
             try:
-                points += zone.sample(time_ns, now_s)
-            except PermissionError:
-                self._zones.remove(zone)
-                points += self.report_missing(time_ns, "", _ROOT_ONLY)
+                energy_uj = zone.counter.increase(int(zone.file.read_text()))
             except (OSError, ValueError) as error:
                 self._zones.remove(zone)
-                points += self.report_missing(time_ns, zone.rail, error)
-        return points
+                root_only = isinstance(error, PermissionError)
+                yield from self.report_missing("", _ROOT_ONLY) if root_only else self.report_missing(zone.rail, error)
+                continue
+            if energy_uj is not None and elapsed_s > 0:
+                energy_j = energy_uj / 1e6
+                yield "power", {"rail": zone.rail}, {"power_w": energy_j / elapsed_s, "energy_j": energy_j}
 
 
 def _find_zones(root: Path) -> list[_Zone]:
-    names: dict[str, str] = {}  # zone name by folder name
-    for folder in sorted(root.glob(_ZONES)):
-        try:
-            names[folder.name] = (folder / "name").read_text().strip()
-        except OSError:
-            continue
-    parent = root.joinpath(_ZONES).parent
-    return [_Zone(parent / folder, _rail(folder, name, names)) for folder, name in names.items()]
+    folders = {folder.name: folder for folder in sorted(root.glob(_ZONES))}
+    names = {key: name for key, folder in folders.items() if (name := read_text(folder / "name"))}
+    return [
+        _Zone(
+            _rail(key, name, names),
+            folders[key] / "energy_uj",
+            MonotonicCounter(read_number(folders[key] / "max_energy_range_uj")),
+        )
+        for key, name in names.items()
+    ]
 
 
 def _rail(folder: str, name: str, names: dict[str, str]) -> str:
@@ -86,10 +80,3 @@ def _rail(folder: str, name: str, names: dict[str, str]) -> str:
     if name == "dram":
         return f"dram-{package.removeprefix('package-')}"
     return f"{package}/{name}"
-
-
-def _range_uj(folder: Path) -> int | None:
-    try:
-        return int((folder / "max_energy_range_uj").read_text())
-    except (OSError, ValueError):
-        return None

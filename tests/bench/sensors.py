@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from monitor.sensors.all import NodeSensors, default_sensors
+from monitor.sensors.all import Sampler, default_sensors
 from monitor.sensors.base import Sensor
-from monitor.sensors.processes import ProcessSensor
 from tests.bench.harness.output import make_parser, print_json, print_table
 
 SAMPLES_PER_S = 2.0
@@ -33,21 +32,18 @@ COLUMNS = {
 
 
 @contextmanager
-def start_processes(count: int) -> Iterator[ProcessSensor]:
-    """Idle processes, and a sensor that has been informed of their start."""
+def start_processes(count: int) -> Iterator[list[int]]:
+    """The ids of idle processes."""
     command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     children = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(count)]
-    sensor = ProcessSensor()
-    for number, child in enumerate(children):
-        sensor.on_start("stage", f"w{number}", child.pid, "bench")
     try:
-        yield sensor
+        yield [child.pid for child in children]
     finally:
         for child in children:
             child.communicate()
 
 
-def measure_cost(name: str, make: Callable[[], Sensor | NodeSensors], seconds: float) -> dict[str, Any]:
+def measure_cost(name: str, make: Callable[[], Sensor | Sampler], seconds: float) -> dict[str, Any]:
     """Processor seconds a second, the points of a sample, and the milliseconds of the first sample."""
     begin_s = time.process_time()
     sensor = make()
@@ -75,6 +71,13 @@ def _default_sensor(index: int) -> Sensor:
     return default_sensors()[index]
 
 
+def _sampler_of(pids: list[int]) -> Sampler:
+    sampler = Sampler("bench", "bench")
+    for number, pid in enumerate(pids):
+        sampler.processes.on_start("stage", f"w{number}", pid, "bench")
+    return sampler
+
+
 def measure(seconds: float) -> list[dict[str, Any]]:
     """Measure each sensor for a quarter of the time, and all together for all of it."""
     rows = [
@@ -82,9 +85,8 @@ def measure(seconds: float) -> list[dict[str, Any]]:
         for index, sensor in enumerate(default_sensors())
     ]
     for count in (0, PROCESS_COUNT):
-        with start_processes(count) as processes:
-            make = partial(NodeSensors, "bench", "bench", processes)
-            rows.append(measure_cost(f"all, {count} processes", make, seconds))
+        with start_processes(count) as pids:
+            rows.append(measure_cost(f"all, {count} processes", partial(_sampler_of, pids), seconds))
     return rows
 
 

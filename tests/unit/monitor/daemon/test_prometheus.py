@@ -168,5 +168,5 @@ def test_documentation_lists_all_series() -> None:
     table = apply_records(PresenceTable(), worker_record(), source_record("cam", **load))
     names = {name for name, _ in presence_series(table)} | set(POINT_METRICS)
     text = (ROOT / "docs" / "operations.md").read_text()
-    section = text.partition("## Watching it from outside")[2].partition("\n## ")[0]
+    section = text.partition("## The monitor")[2].partition("\n## ")[0]
     assert set(re.findall(r"`(sparse_\w+)`", section)) == names

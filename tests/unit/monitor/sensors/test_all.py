@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from brokers.telemetry.schema import ProcessStarted, ProcessStopped
-from monitor.points.points import TelemetryPoint
-from monitor.sensors.all import NodeSensors, Sampler, default_sensors
-from monitor.sensors.base import Sensor
+from monitor.sensors.all import Sampler, default_sensors
+from monitor.sensors.base import Reading, Sensor
 from monitor.sensors.nvml import GpuSensor
 from monitor.sensors.processes import ProcessSensor
 from tests.support.monitor.cgroup_folders import GIB, write_cgroup_v2, write_proc_self_cgroup
@@ -27,13 +27,13 @@ class FailingSensor(Sensor):
         super().__init__()
         self.call_count = 0
 
-    def sample(self, time_ns: int, now_s: float) -> list[TelemetryPoint]:
+    def measure(self, now_s: float) -> Iterator[Reading]:
         self.call_count += 1
         raise ZeroDivisionError("float division by zero")
 
 
 def test_this_machine_is_sampled_and_missing_values_are_reported_once() -> None:
-    sensors = NodeSensors("desk", "r1")
+    sensors = Sampler("desk", "r1")
     samples = [sensors.sample(1000 * number, number / 2) for number in range(1, 4)]
     sensors.close()
     sensors.close()
@@ -55,7 +55,7 @@ def test_container_without_sensors_reports_them_once(tmp_path: Path) -> None:
     write_cgroup_v2(tmp_path, "", str(GIB // 2), 1000, 0)
     no_driver = GpuSensor(lambda: RecordedNvml(init_error=12))
     others = [sensor for sensor in default_sensors(tmp_path) if not isinstance(sensor, GpuSensor)]
-    sensors = NodeSensors("pod", sensors=[no_driver, *others])
+    sensors = Sampler("pod", sensors=[no_driver, *others])
     first, second = sensors.sample(1, 0.0), sensors.sample(2, 0.5)
     assert missing_reasons(first) == {
         "gpu": "NVML Shared Library Not Found",
@@ -73,16 +73,16 @@ def test_sensors_have_the_documented_names() -> None:
 
 
 def test_process_keeps_its_own_run() -> None:
-    processes = ProcessSensor()
-    processes.on_start("stage", "head", 1, "r7")  # there is always a process with pid 1
-    points = NodeSensors("desk", "r1", processes, sensors=[]).sample(1, 0.0)
+    sampler = Sampler("desk", "r1", sensors=[])
+    sampler.processes.on_start("stage", "head", 1, "r7")  # there is always a process with pid 1
+    points = sampler.sample(1, 0.0)
     assert {point.tags["name"]: point.tags["run"] for point in points} == {"monitor": "r1", "head": "r7"}
 
 
 def test_failing_sensor_is_reported_once_and_others_are_sampled(caplog: pytest.LogCaptureFixture) -> None:
     failing = FailingSensor()
-    sensors = NodeSensors("desk", sensors=[failing, GpuSensor(RecordedNvml)])
-    with caplog.at_level(logging.INFO, "monitor.sensors.all"):
+    sensors = Sampler("desk", sensors=[failing, GpuSensor(RecordedNvml)])
+    with caplog.at_level(logging.INFO, "monitor.sensors.base"):
         first, second = sensors.sample(1, 0.0), sensors.sample(2, 0.5)
     assert missing_reasons(first)["failing"] == "ZeroDivisionError: float division by zero"
     assert missing_reasons(second) == {}
@@ -94,15 +94,15 @@ def test_failing_sensor_is_reported_once_and_others_are_sampled(caplog: pytest.L
 
 def test_number_of_reports_is_bounded() -> None:
     sensor = FailingSensor()
-    points = [point for number in range(1000) for point in sensor.report_missing(1, "", f"reason {number}")]
-    assert len(points) < 1000
+    reports = [each for number in range(1000) for each in sensor.report_missing("", f"reason {number}")]
+    assert len(reports) < 1000
 
 
 def test_sampler_follows_processes_by_their_events() -> None:
-    sampler = Sampler("desk", "r1", 10.0, lambda points: None)
+    sampler = Sampler("desk", "r1")
     sampler.on_events([ProcessStarted(time_ns=1, role="stage", name="head", pid=1)])
-    processes = [point for point in sampler._sensors.sample(1, 0.0) if point.measurement == "process"]
+    processes = [point for point in sampler.sample(1, 0.0) if point.measurement == "process"]
     assert [(point.tags["name"], point.tags["run"]) for point in processes] == [("monitor", "r1"), ("head", "r1")]
     sampler.on_events([ProcessStopped(time_ns=2, pid=1)])
-    assert len([point for point in sampler._sensors.sample(2, 0.5) if point.measurement == "process"]) == 1
+    assert len([point for point in sampler.sample(2, 0.5) if point.measurement == "process"]) == 1
     sampler.stop(1.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from monitor.sensors.host import HostSensor, MemoryCgroups, MemoryUsage
+from monitor.sensors.host import HostSensor, MemoryUsage, cgroup_memory
 from tests.support.monitor.cgroup_folders import GIB, write_cgroup_v1, write_cgroup_v2, write_proc_self_cgroup
 from tests.support.monitor.points import assert_matches_schema, missing_reasons, single_point_fields
 
@@ -29,7 +29,7 @@ def cpu_shares(root: Path, *times: CpuTimes) -> list[float | None]:
 
 
 def memory(root: Path) -> MemoryUsage | None:
-    return MemoryCgroups(root).memory_usage(below_bytes=MACHINE_BYTES)
+    return cgroup_memory(root, below_bytes=MACHINE_BYTES)
 
 
 def test_this_machine_has_load_and_memory() -> None:
@@ -127,10 +127,9 @@ def test_smallest_limit_applies(tmp_path: Path) -> None:
 def test_changed_limit_is_read_again(tmp_path: Path) -> None:
     write_proc_self_cgroup(tmp_path, "0::/")
     write_cgroup_v2(tmp_path, "", str(GIB), 600, 0)
-    groups = MemoryCgroups(tmp_path)
-    assert groups.memory_usage(below_bytes=MACHINE_BYTES) == MemoryUsage(600, GIB)
+    assert memory(tmp_path) == MemoryUsage(600, GIB)
     write_cgroup_v2(tmp_path, "", str(2 * GIB), 600, 0)
-    assert groups.memory_usage(below_bytes=MACHINE_BYTES) == MemoryUsage(600, 2 * GIB)
+    assert memory(tmp_path) == MemoryUsage(600, 2 * GIB)
 
 
 @pytest.mark.parametrize("limit", ["max", str(MACHINE_BYTES)])

@@ -91,11 +91,11 @@ def test_missing_permission_is_reported_once_for_all_zones(tmp_path: Path, monke
     read_text = Path.read_text
     attempts = []
 
-    def read_as_user(path: Path, *arguments: str) -> str:
+    def read_as_user(path: Path, **options: str) -> str:
         if path.name == "energy_uj":  # the tests may run as root, for whom file modes have no effect
             attempts.append(path)
             raise PermissionError(13, "Permission denied", str(path))
-        return read_text(path, *arguments)
+        return read_text(path, **options)
 
     monkeypatch.setattr(Path, "read_text", read_as_user)
     sensor = RaplSensor(tmp_path)
