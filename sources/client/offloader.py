@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,33 +23,22 @@ from types import TracebackType
 from typing import Any
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline, resolve_broker_address
-from brokers.config.schema import LOCAL_SITE
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad, WorkerRecord
 from brokers.dispatch.stage_client import StageClient
 from brokers.dispatch.worker_registry import PresenceEvent
-from brokers.errors import DeadlinePassed, Disconnected, NoWorker, RequestError, no_broker_error
+from brokers.errors import Disconnected, NoWorker, RequestError, no_broker_error
 from brokers.mqtt.client_identity import create_transport
-from brokers.protocol.messages import (
-    Content,
-    Failure,
-    Message,
-    Priority,
-    ReplyTo,
-    Result,
-    Task,
-    TaskDone,
-    new_request_id,
-)
+from brokers.protocol.messages import Content, Failure, Message, Priority, Result, TaskDone, new_request_id
 from brokers.protocol.topics import source_inbox_topic
 from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Transport
+from brokers.telemetry.client import event_client_from_environment
 from sources.client.adaptive_concurrency import AdaptiveConcurrency
 from sources.client.inflight_limit import InflightLimit, Slot
-from sources.client.pending_request import PendingRequest
+from sources.client.pending_request import PendingRequest, failure_code
 from sources.client.request_table import RequestTable, count_bounded
 from sources.client.source_presence import RecentResultStats, SourcePresence
-from sources.client.telemetry import emit_request_done, failure_code, make_event_client
 from sources.conversion import from_content_like, to_content
 
 log = logging.getLogger(__name__)
@@ -90,8 +81,11 @@ class Offloader:
         # Samples that were dropped before they became requests, by reason; the owner of the input sets it.
         self.get_drop_counts: Callable[[], Mapping[str, int]] = dict
         self.channel = MessageChannel(transport or self._make_transport(broker))
-        self._events = make_event_client(self.pipeline, self.name)
-        self._inbox = source_inbox_topic(self.pipeline.source.site or LOCAL_SITE, self.name)
+        site = self.pipeline.source.site
+        self._events = event_client_from_environment(
+            os.environ, "source", self.name, site=site, pipeline=self.pipeline.name, source=self.name
+        )
+        self._inbox = source_inbox_topic(site, self.name)
         self._lease_s = self.pipeline.pipeline.lease_s
         self._requests = RequestTable(self._lease_s)
         self.counters = self._requests.counters
@@ -232,15 +226,14 @@ class Offloader:
         """
         table = self.pipeline.source
         deadline_ms = table.deadline_ms if deadline_ms is None else deadline_ms
-        request = PendingRequest(new_request_id(), time.monotonic(), deadline_ms, priority or table.priority, parent)
-        source = source or self.name
+        request = PendingRequest(content, source or self.name, deadline_ms, priority or table.priority, parent)
         failure: BaseException | None = None
         self.counters["requests"] += 1
         try:
             if slot is None:
-                request.result = await self._run_in_own_slot(request, content, source)
+                await self._run_in_own_slot(request)
             else:
-                request.result = await self._run(request, content, source, slot)
+                await self._run(request, slot)
         except BaseException as error:
             failure = error
             if isinstance(error, RequestError):
@@ -248,7 +241,7 @@ class Offloader:
             raise
         finally:
             request.latency_ms = 1000 * (time.monotonic() - request.started_s)
-            emit_request_done(self._events, request, content, failure)
+            request.emit_done(self._events, failure)
         self.counters["results"] += 1
         self._recent.record_result(request.latency_ms, time.monotonic())
         if request.attempt == 1:  # the latency of a retried request includes the time to detect the fault
@@ -256,35 +249,37 @@ class Offloader:
             self._concurrency.observe(request.result.hops, request.latency_ms)
         return request
 
-    async def _run_in_own_slot(self, request: PendingRequest, content: Content, source: str) -> Result:
+    async def _run_in_own_slot(self, request: PendingRequest) -> None:
         deadline_s = None if request.deadline_ms is None else request.deadline_ms / 1000
         try:
             async with asyncio.timeout(deadline_s) as timeout, self.slot(request.priority) as slot:
                 timeout.reschedule(None)  # the attempts observe the deadline themselves
-                return await self._run(request, content, source, slot)
+                await self._run(request, slot)
         except TimeoutError:
-            raise self._deadline_passed(request, "the source, while it waited for a slot") from None
+            if not timeout.expired():
+                raise
+            raise request.deadline_passed("the source, while it waited for a slot") from None
 
-    async def _run(self, request: PendingRequest, content: Content, source: str, slot: Slot) -> Result:
+    async def _run(self, request: PendingRequest, slot: Slot) -> None:
         self._requests.add(request)
-        slot.add_bytes(content.nbytes)
+        slot.add_bytes(request.content.nbytes)
         try:
-            return await self._attempt_until_done(request, content, source)
+            request.result = await self._attempt_until_done(request)
         finally:
             self._requests.remove(request)
             self._first_stage.task_done(request.worker, request.request_id)
 
-    async def _attempt_until_done(self, request: PendingRequest, content: Content, source: str) -> Result:
+    async def _attempt_until_done(self, request: PendingRequest) -> Result:
         """Send the request until its result arrives; raise when no further attempt would help."""
         while True:
             request.start_attempt()
-            await self._send(request, content, source)
+            await self._send(request)
             try:
                 async with asyncio.timeout(request.remaining_s(self._lease_s)):
                     response = await request.responses.get()
             except TimeoutError:
                 if request.remaining_s(self._lease_s) <= 0:
-                    raise self._deadline_passed(request, f"the source, after {request.attempt} attempts") from None
+                    raise request.deadline_passed(f"the source, after {request.attempt} attempts") from None
                 request.fail_attempt("", request.worker, "NoAnswer", f"no response within {self._lease_s:g} s")
                 response = request.responses.get_nowait()
             if isinstance(response, Result):
@@ -299,39 +294,26 @@ class Offloader:
             # Release the slot at the former worker: the next attempt may go to another one.
             self._first_stage.task_done(request.worker, request.request_id)
 
-    async def _send(self, request: PendingRequest, content: Content, source: str) -> None:
-        remaining_s = request.remaining_s(WORKER_WAIT_S)
-        if remaining_s <= 0:
-            raise self._deadline_passed(request, "the source, before it was sent")
+    async def _send(self, request: PendingRequest) -> None:
         has_deadline = request.deadline_ms is not None
-        task = Task(
-            request_id=request.request_id,
-            content=content,
-            reply_to=ReplyTo(self._inbox),
-            sender_inbox=self._inbox,
-            source=source,
-            attempt=request.attempt,
-            deadline_ms=1000 * remaining_s if has_deadline else None,
-            priority=request.priority,
-            trace=request.trace,
-        )
+        remaining_s = request.remaining_s(math.inf if has_deadline else WORKER_WAIT_S)
+        if remaining_s <= 0:
+            raise request.deadline_passed("the source, before it was sent")
+        task, avoid = request.make_task(self._inbox), frozenset(request.avoid)
         try:
             # Without a connection, sending waits for the broker; the deadline bounds that too.
-            async with asyncio.timeout(remaining_s + _SEND_GRACE_S if has_deadline else None):
-                avoid = frozenset(request.avoid)
+            async with asyncio.timeout(remaining_s + _SEND_GRACE_S if has_deadline else None) as timeout:
                 request.worker = await self._first_stage.send(task, timeout_s=remaining_s, avoid=avoid)
         except TimeoutError:
-            raise self._deadline_passed(
-                request, f"the source, on the way to {self.channel.transport.address}"
-            ) from None
+            if not timeout.expired():
+                raise
+            where = f"the source, on the way to {self.channel.transport.address}"
+            raise request.deadline_passed(where) from None
         except NoWorker:
             if has_deadline and len(self._first_stage):
                 where = f"the source: all workers of stage {self.pipeline.stage[0].name!r} are full"
-                raise self._deadline_passed(request, where) from None
+                raise request.deadline_passed(where) from None
             raise
-
-    def _deadline_passed(self, request: PendingRequest, where: str) -> DeadlinePassed:
-        return DeadlinePassed(request.request_id.hex(), request.deadline_ms or 0.0, where)
 
     def _on_message(self, topic: str, message: Message) -> None:
         if isinstance(message, TaskDone):

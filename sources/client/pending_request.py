@@ -1,15 +1,17 @@
-"""A request at its source, from its first attempt to its result: attempts, retries, deadline."""
+"""A request at its source, from its first attempt to its result: attempts, retries, deadline, telemetry."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass, field
 
-from brokers.errors import DeadlinePassed, Disconnected, RequestFailed
+from brokers.errors import DeadlinePassed, Disconnected, RequestFailed, error_code
 from brokers.process.backoff import Backoff
-from brokers.protocol.messages import Failure, Priority, Result, check_priority
+from brokers.protocol.messages import Content, Failure, Priority, ReplyTo, Result, Task, check_priority, new_request_id
 from brokers.protocol.traceparent import TraceContext, start_span
+from brokers.telemetry.client import EventClient
 
 # Retryable failures after which a request is given up.
 RETRY_LIMIT = 3
@@ -38,11 +40,13 @@ class PendingRequest:
     `trace` is the span of the request, a child of `parent` where there is one.
     """
 
-    request_id: bytes
-    started_s: float
-    deadline_ms: float | None
+    content: Content
+    source: str
+    deadline_ms: float | None = None
     priority: Priority = "interactive"
     parent: TraceContext | None = None
+    request_id: bytes = field(default_factory=new_request_id)
+    started_s: float = field(default_factory=time.monotonic)
     trace: TraceContext = field(init=False)
     result: Result = field(init=False)
     latency_ms: float = 0.0
@@ -96,7 +100,7 @@ class PendingRequest:
             return 0.0
         request = self.request_id.hex()
         if failure.error == DeadlinePassed.__name__ and self.deadline_ms is not None:  # a worker noticed it first
-            raise DeadlinePassed(request, self.deadline_ms, f"stage {failure.stage!r}")
+            raise self.deadline_passed(f"stage {failure.stage!r}")
         if failure.retry and all(each.error in _UNANSWERED for each in self._failures):
             raise PoisonRequest(request, failure.stage, tuple(each.worker for each in self._failures))
         raise RequestFailed(request, failure.stage, failure.worker, failure.error, failure.reason)
@@ -106,3 +110,46 @@ class PendingRequest:
         if self.deadline_ms is None:
             return limit_s
         return min(limit_s, self.deadline_ms / 1000 - (time.monotonic() - self.started_s))
+
+    def deadline_passed(self, where: str) -> DeadlinePassed:
+        """The error of a request whose deadline passed at `where`."""
+        assert self.deadline_ms is not None
+        return DeadlinePassed(self.request_id.hex(), self.deadline_ms, where)
+
+    def make_task(self, inbox: str) -> Task:
+        """The task of the current attempt; responses go to `inbox`."""
+        return Task(
+            request_id=self.request_id,
+            content=self.content,
+            reply_to=ReplyTo(inbox),
+            sender_inbox=inbox,
+            source=self.source,
+            attempt=self.attempt,
+            deadline_ms=None if self.deadline_ms is None else 1000 * self.remaining_s(math.inf),
+            priority=self.priority,
+            trace=self.trace,
+        )
+
+    def emit_done(self, events: EventClient, error: BaseException | None) -> None:
+        """Emit the event `request_done`: the request has ended, with its result or with `error`."""
+        hops = () if error else self.result.hops
+        # The remainder of the round trip; hops are measured by other clocks, so it may come out negative.
+        network_ms = max(0.0, self.latency_ms - sum(hop.total_ms for hop in hops)) if hops else 0.0
+        events.emit(
+            "request_done",
+            request=self.request_id,
+            latency_ms=round(self.latency_ms, 3),
+            network_ms=round(network_ms, 3),
+            attempts=self.attempt,
+            bytes_out=self.content.nbytes,
+            error=failure_code(error) if error else "",
+            hops=hops,
+            trace=self.trace.trace_id,
+            span=self.trace.span_id,
+            parent=self.parent.span_id if self.parent else "",
+        )
+
+
+def failure_code(error: BaseException) -> str:
+    """The code of what a request ended with; for `RequestFailed` that of the failure at the stage."""
+    return error.error if isinstance(error, RequestFailed) else error_code(error)

@@ -16,8 +16,7 @@ from brokers.protocol.topics import results_topic
 from brokers.protocol.transport import Properties
 from sources.client.inflight_limit import Slot
 from sources.client.offloader import Offloader
-from sources.client.pending_request import PendingRequest
-from sources.client.telemetry import failure_code
+from sources.client.pending_request import PendingRequest, failure_code
 from sources.inference.run_stats import InferenceRunStats
 from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer

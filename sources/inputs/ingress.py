@@ -56,7 +56,8 @@ class IngressGateway:
         self, transport: Transport, site: str, buffer: SampleBuffer, reject: RejectCallback, *, durable: bool = False
     ) -> None:
         self.counters: Counter[str] = Counter()
-        self._next_index: OrderedDict[str, int] = OrderedDict()  # by source, the one heard least recently first
+        self._next_index: OrderedDict[str, int] = OrderedDict()  # by source, the least recently active one first
+        self._first_index = 0  # of a source that is new or was forgotten
         self._transport = transport
         self._topic = ingress_topic(site)
         self._buffer = buffer
@@ -104,11 +105,15 @@ class IngressGateway:
             delivery.ack()
 
     def _count_sample(self, source: str) -> int:
-        """The index of this sample among those of its source."""
-        index = self._next_index.pop(source, 0)
+        """The index of this sample among those of its source.
+
+        It never repeats: once a source was forgotten, sources that are not known begin above its last index.
+        """
+        index = self._next_index.pop(source, self._first_index)
         self._next_index[source] = index + 1
         if len(self._next_index) > SOURCES_LIMIT:
-            self._next_index.popitem(last=False)
+            _, forgotten_index = self._next_index.popitem(last=False)
+            self._first_index = max(self._first_index, forgotten_index)
         return index
 
     def _start_rejection(self, source: str, index: int, error: WireError, delivery: Delivery) -> None:

@@ -58,7 +58,7 @@ class SampleBuffer:
             await self._changed.wait()
 
     def _add(self, sample: Sample) -> None:
-        key = sample.source if self.keeps_latest else (sample.source, sample.index)
+        key = sample.source if self.keeps_latest else object()
         if (older := self._queue.get(key)) is not None:
             # Assigning to an existing key keeps its position in the queue, so no source starves another.
             self.dropped["superseded"] += 1

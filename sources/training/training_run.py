@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from contextlib import suppress
 from typing import Any
@@ -18,8 +19,8 @@ from brokers.protocol.messages import JSON, new_request_id
 from brokers.protocol.result_json import encode_json
 from brokers.protocol.topics import results_topic, source_presence_topic
 from brokers.protocol.transport import Properties
+from brokers.telemetry.client import event_client_from_environment
 from sources.client.source_presence import SourcePresence
-from sources.client.telemetry import make_event_client
 from sources.datasets.dataset import Dataset
 from sources.training.export_weights import write_weights
 from sources.training.membership import TermOver
@@ -49,7 +50,9 @@ class TrainingRun:
         self._channel = MessageChannel(transport)
         self._loop = TrainingLoop(pipeline, dataset, name, self._channel, self._on_event, resume=resume)
         self._presence = SourcePresence(self._channel, pipeline, name, self._load)
-        self._telemetry = make_event_client(pipeline, name)
+        self._telemetry = event_client_from_environment(
+            os.environ, "source", name, site=pipeline.source.site, pipeline=pipeline.name, source=name
+        )
         self._unpublished: asyncio.Queue[TrainingEventDict] = asyncio.Queue()
 
     async def run(self, shutdown: asyncio.Event) -> dict[str, Any]:

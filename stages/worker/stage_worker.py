@@ -103,7 +103,7 @@ class StageWorker(ABC):
         finally:
             await self._duplicate_check.close()
             if self.channel.is_open:
-                await self._try_to_announce("stopped", self.presence.deregister())
+                await self._try_to_announce("stopped", self.presence.remove())
                 await self.channel.close()
             self._thread.shutdown()
 

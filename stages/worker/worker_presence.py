@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
-from brokers.dispatch.presence import PREFETCH_TASKS, RECORD_EXPIRY_S, WorkerLoad, WorkerRecord
-from brokers.process.liveness_file import LivenessFile
+from brokers.dispatch.presence import PREFETCH_TASKS, WorkerLoad, WorkerRecord
+from brokers.dispatch.presence_publisher import PresencePublisher, describe_process
 from brokers.protocol.training import TrainingStatus
-from brokers.protocol.transport import Properties, Transport, Will
+from brokers.protocol.transport import Transport
 
 # Weight of the newest task in the moving average of task times.
 _NEWEST_WEIGHT = 0.2
@@ -23,29 +20,25 @@ _FROZEN_S = 5.0
 _COUNTERS = ("failed", "malformed", "rejected", "expired")
 
 
-class WorkerPresence:
+class WorkerPresence(PresencePublisher[WorkerRecord]):
     """Measures the load of one worker, and publishes and removes its record."""
 
     def __init__(self, transport: Transport, pipeline: Pipeline, stage: StageTable, worker: str, device: str) -> None:
         self.state: Literal["up", "draining", "standby"] = "up"
         self.training: TrainingStatus | None = None
-        self.record = WorkerRecord(
+        record = WorkerRecord(
             worker=worker,
             stage=stage.name,
             pipeline=pipeline.name,
             site=stage.site,
-            node=platform.node() or "node",
-            pid=os.getpid(),
-            instance=secrets.token_hex(8),
             device=device,
             fingerprint="",
             capacity=stage.max_batch + PREFETCH_TASKS,
+            **describe_process(),
         )
-        self._transport = transport
+        super().__init__(transport, record)
         transport.on_reconnect(self._on_reconnect)
         self._reconnects = 0
-        self._liveness_file = LivenessFile()
-        self._joined_s: float | None = None
         self._is_revoked = False
         self._done = 0
         self._task_ms = 0.0
@@ -58,16 +51,6 @@ class WorkerPresence:
     def set_model(self, fingerprint: str, formats: tuple[str, ...]) -> None:
         """Set the model's fingerprint and the Content Types that the worker accepts; before the first report."""
         self.record = self.record.model_copy(update={"fingerprint": fingerprint, "formats": formats})
-
-    @property
-    def will(self) -> Will:
-        """The last will, which removes the record."""
-        return Will(self.record.topic, b"", retain=True)
-
-    @property
-    def up_s(self) -> float | None:
-        """Seconds since the first report; None before it."""
-        return None if self._joined_s is None else round(time.monotonic() - self._joined_s, 3)
 
     async def _on_reconnect(self) -> None:
         self._reconnects += 1
@@ -132,31 +115,10 @@ class WorkerPresence:
         self._interval_busy_s = 0.0
         self._interval_done = 0
         self._interval_waits_s = []
-        if self._joined_s is None:
-            self._joined_s = now_s
-        update = {
-            "load": load,
-            "state": self.state,
-            "up_s": self.up_s,
-            "reconnects": self._reconnects,
-            "training": self.training,
-        }
-        self.record = self.record.model_copy(update=update)
-        await self._publish(self.record.to_bytes())
-        self._liveness_file.touch()
+        await self.publish(load=load, state=self.state, reconnects=self._reconnects, training=self.training)
 
     def revoke(self, *, keep_record: bool) -> None:
         """Report no more; `keep_record`: another worker with this id uses the topic, so that its record must stay."""
         self._is_revoked = True
         if keep_record:
             self._joined_s = None
-
-    async def deregister(self) -> None:
-        """Publish that the worker has stopped, then remove its record."""
-        if self._joined_s is not None:
-            await self._publish(self.record.model_copy(update={"state": "stopped"}).to_bytes())
-            await self._publish(b"")
-
-    async def _publish(self, payload: bytes) -> None:
-        properties = Properties(expiry_s=RECORD_EXPIRY_S)
-        await self._transport.publish(self.record.topic, payload, properties, qos=1, retain=True)

@@ -162,6 +162,19 @@ def test_request_in_a_held_slot_needs_no_other(tmp_path: Path) -> None:
     with_worker(tmp_path, succeed, test, window=1)
 
 
+def test_timeout_of_the_transport_is_no_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def time_out(*arguments: object, **options: object) -> None:
+        raise TimeoutError("the socket timed out")
+
+    async def test(offload: Offloader, worker: ScriptedWorker) -> None:
+        monkeypatch.setattr(offload._first_stage, "send", time_out)
+        for deadline_ms in (None, 60_000.0):
+            with pytest.raises(TimeoutError, match="the socket timed out"):
+                await offload(np.array(1.0), deadline_ms=deadline_ms)
+
+    with_worker(tmp_path, succeed, test)
+
+
 def test_abort_ends_requests_in_flight(tmp_path: Path) -> None:
     async def test(offload: Offloader, worker: ScriptedWorker) -> None:
         pending = asyncio.create_task(offload(np.array(1.0)))

@@ -102,7 +102,7 @@ def test_failing_load_does_not_stop_the_source(caplog: pytest.LogCaptureFixture)
 
 
 def test_stop_without_a_broker_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sources.client.source_presence._CLEAR_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("sources.client.source_presence._REMOVE_TIMEOUT_S", 0.05)
 
     async def test() -> None:
         broker = InMemoryBrokerUnderTest()

@@ -69,7 +69,7 @@ class ScriptedOffloader:
         self.in_flight -= 1
         if isinstance(response, Exception):
             raise response
-        request = PendingRequest(b"r" * 16, 0.0, None, attempt=1, latency_ms=20.0)
+        request = PendingRequest(content, source, request_id=b"r" * 16, attempt=1, latency_ms=20.0)
         request.result = Result(request_id=b"r" * 16, content=response, hops=(Hop("one", "w", compute_ms=5.0),))
         return request
 

@@ -130,7 +130,7 @@ def test_number_of_sources_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             sample = await gateway.buffer.get()
             assert sample is not None
             indices.append((sample.source, sample.index))
-        assert indices == [("a", 0), ("b", 0), ("a", 1), ("c", 0), ("a", 2), ("b", 0)]  # b was forgotten
+        assert indices == [("a", 0), ("b", 0), ("a", 1), ("c", 0), ("a", 2), ("b", 1)]  # b was forgotten
 
     with_gateway(test)
 

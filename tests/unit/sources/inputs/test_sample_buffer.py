@@ -44,6 +44,16 @@ def test_samples_come_out_in_order() -> None:
     assert run("all", test).dropped.total() == 0
 
 
+def test_samples_with_one_index_are_all_kept() -> None:
+    async def test(buffer: SampleBuffer) -> None:
+        for _ in range(3):
+            buffer.put_nowait(sample(0))
+        buffer.close()
+        assert await drain(buffer) == [("a", 0)] * 3
+
+    assert run("all", test).dropped.total() == 0
+
+
 def test_put_waits_until_the_buffer_is_empty() -> None:
     async def test(buffer: SampleBuffer) -> None:
         await buffer.put(sample(0))

@@ -114,13 +114,13 @@ def test_reconnects_are_counted(presence: WorkerPresence, transport: RecordingTr
     assert transport.newest.reconnects == 1
 
 
-def test_deregistration_publishes_stopped_and_removes_the_record(
+def test_removal_publishes_stopped_and_removes_the_record(
     presence: WorkerPresence, transport: RecordingTransport
 ) -> None:
-    run_async(presence.deregister())
+    run_async(presence.remove())
     assert transport.published == []  # it has not joined
     run_async(presence.report(0))
-    run_async(presence.deregister())
+    run_async(presence.remove())
     assert WorkerRecord.from_bytes(transport.published[1][1]).state == "stopped"
     assert transport.published[2][:2] == (presence.record.topic, b"")
 
@@ -133,5 +133,5 @@ def test_revoked_worker_reports_no_more(
     presence.revoke(keep_record=keep_record)
     run_async(presence.report(0))
     assert len(transport.published) == 1
-    run_async(presence.deregister())
+    run_async(presence.remove())
     assert len(transport.published) == (1 if keep_record else 3)

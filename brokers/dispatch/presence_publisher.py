@@ -1,0 +1,58 @@
+"""Publishes the presence record of this process: a retained message, renewed each second, removed when it ends."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import time
+from typing import Any, Generic, TypeVar
+
+from brokers.dispatch.presence import RECORD_EXPIRY_S, SourceRecord, WorkerRecord
+from brokers.process.liveness_file import LivenessFile
+from brokers.protocol.transport import Properties, Transport, Will
+
+R = TypeVar("R", WorkerRecord, SourceRecord)
+
+
+def describe_process() -> dict[str, Any]:
+    """The fields of a presence record that identify this process."""
+    return {"node": platform.node() or "node", "pid": os.getpid(), "instance": secrets.token_hex(8)}
+
+
+class PresencePublisher(Generic[R]):
+    """Publishes `record`. Open the connection with `will`, which removes the record if the process is killed."""
+
+    def __init__(self, transport: Transport, record: R) -> None:
+        self.record: R = record
+        self._transport = transport
+        self._liveness_file = LivenessFile()
+        self._joined_s: float | None = None
+
+    @property
+    def will(self) -> Will:
+        """The last will: an empty retained message, which removes the record."""
+        return Will(self.record.topic, b"", retain=True)
+
+    @property
+    def up_s(self) -> float | None:
+        """Seconds since the first publication; None before it."""
+        return None if self._joined_s is None else round(time.monotonic() - self._joined_s, 3)
+
+    async def publish(self, **update: Any) -> None:
+        """Publish the record with these fields changed. The first call begins `up_s`."""
+        if self._joined_s is None:
+            self._joined_s = time.monotonic()
+        self.record = self.record.model_copy(update={"up_s": self.up_s, **update})
+        await self._send(self.record.to_bytes())
+        self._liveness_file.touch()
+
+    async def remove(self, **update: Any) -> None:
+        """Publish with these fields changed that the process has stopped, then remove the record."""
+        if self._joined_s is not None:
+            await self.publish(state="stopped", **update)
+            await self._send(b"")
+
+    async def _send(self, payload: bytes) -> None:
+        properties = Properties(expiry_s=RECORD_EXPIRY_S)
+        await self._transport.publish(self.record.topic, payload, properties, qos=1, retain=True)
