@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from monitor.report.inputs import ReportInputs
 from monitor.report.plot_style import BACKGROUND, FOREGROUND, GRIDLINE, IDLE_FILL, LINE_STYLES, MUTED
-from monitor.report.run import ReportRun
 from monitor.report.summary import SummaryColumn, SummaryRow
 from monitor.report.table import Cell, ReportFigure, format_number
 
@@ -35,34 +35,33 @@ _SVG_ID = re.compile(r'(\bid="|href="#|url\(#)')
 class PageContent:
     """Everything on the page; `svgs` are the plots by the names of their figures."""
 
-    runs: Sequence[ReportRun]
+    inputs: ReportInputs
     columns: Sequence[SummaryColumn]
     rows: Sequence[SummaryRow]
     figures: Sequence[ReportFigure]
     svgs: Mapping[str, str]
     omitted: Sequence[ReportFigure]
-    skipped: Sequence[str]
     created_at: str
 
 
 def render_page(content: PageContent) -> str:
     """The HTML of the page. All texts are escaped: the names of runs and pipelines come from other machines."""
+    runs = content.inputs.runs
     labels = [row.label for row in content.rows]
     if len(labels) > _MAX_TITLE_LABELS:
         hidden = len(labels) - _MAX_TITLE_LABELS + 1
         labels = [*labels[: _MAX_TITLE_LABELS - 1], f"{hidden} more"]
-    title = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
-    manifests = {id(run.manifest): run.manifest for run in content.runs if run.manifest is not None}  # each once
-    single_runs = {
-        run.name: f"pipeline {', '.join(run.pipelines) or 'unknown'}; node {', '.join(run.nodes) or 'unknown'}"
-        for run in content.runs
-        if run.manifest is None
-    }
     return _template().render(
         content=content,
-        title=title,
-        manifests=list(manifests.values()),
-        single_runs=single_runs,
+        runs=runs,
+        title=f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0],
+        pipelines=sorted({pipeline for run in runs for pipeline in run.tag_values("pipeline")}),
+        manifests=list({id(run.manifest): run.manifest for run in runs if run.manifest is not None}.values()),
+        single_runs={
+            run.name: "; ".join(f"{tag} {', '.join(run.tag_values(tag)) or 'unknown'}" for tag in ("pipeline", "node"))
+            for run in runs
+            if run.manifest is None
+        },
         generator=GENERATOR,
         max_rows=_MAX_ROWS,
     )

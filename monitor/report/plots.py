@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -115,13 +116,17 @@ def _draw_line(axes: Axes, rows: DataTable, plot: LinePlot, index: int) -> Artis
         return line
     low, high = rows.floats("low"), rows.floats("high")
     if plot.markers:
-        below, above = ([0.0 if b != b else abs(a - b) for a, b in zip(y, bound, strict=True)] for bound in (low, high))
-        axes.errorbar(x, y, yerr=[below, above], fmt="none", ecolor=style.colour, capsize=3, elinewidth=1)
+        axes.errorbar(x, y, yerr=_error_bars(y, low, high), fmt="none", ecolor=style.colour, capsize=3, elinewidth=1)
     elif plot.band_axis == "x":
         axes.fill_betweenx(y, low, high, color=style.colour, alpha=0.18, linewidth=0)
     else:
         axes.fill_between(x, low, high, color=style.colour, alpha=0.18, linewidth=0)
     return line
+
+
+def _error_bars(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> np.ndarray:
+    """The lengths below and above each value; matplotlib draws none where they are NaN."""
+    return np.maximum(0.0, [np.subtract(values, low), np.subtract(high, values)])
 
 
 def _set_limits(axes: Axes, plot: LinePlot, right: float) -> None:
@@ -143,21 +148,24 @@ def _draw_bars(table: DataTable, plot: StackedBars) -> Figure:
     height = 1.35 + (0.58 if plot.group_by else 0.42) * len(bars)
     drawing = Figure(figsize=(FIGURE_WIDTH_IN, height), layout="constrained")
     axes = drawing.subplots()
-    parts, totals = table.where_not(plot.part, TOTAL), table.where(plot.part, TOTAL)
+    parts, totals = table.where(plot.part, TOTAL, differs=True), table.where(plot.part, TOTAL)
     styles = part_styles(parts.distinct(plot.part))
-    ends = [_end_of_bar(table.where(plot.bar, bar), plot) for bar in bars]
-    for index, (bar, end) in enumerate(zip(bars, ends, strict=True)):
+    values, low, high = totals.floats(plot.value), totals.floats("low"), totals.floats("high")
+    # Where each bar or its error bar ends; a bound that is not known is NaN, which fmax ignores.
+    ends = np.fmax([sum(parts.where(plot.bar, bar).floats(plot.value)) for bar in bars], high)
+    for index, bar in enumerate(bars):
         rows = parts.where(plot.bar, bar)
         left = 0.0
         for name, value in zip(rows.column(plot.part), rows.floats(plot.value), strict=True):
             colour, hatch = styles[str(name)]
-            axes.barh(
-                index, value, left=left, height=0.5, color=colour, hatch=hatch, edgecolor=BACKGROUND, linewidth=0.6
-            )
+            axes.barh(index, value, 0.5, left, color=colour, hatch=hatch, edgecolor=BACKGROUND, linewidth=0.6)
             left += value
-        _draw_total(axes, index, totals.where(plot.bar, bar), plot, end)
+        text, end = format_number(values[index]), (ends[index], index)
+        axes.annotate(text, end, xytext=(5, 0), textcoords="offset points", va="center", color=FOREGROUND)
         if plot.group_by:
             _write_stages(axes, index, rows, plot, max(ends) or 1.0)
+    bounds = _error_bars(values, low, high)
+    axes.errorbar(values, range(len(bars)), xerr=bounds, fmt="none", ecolor=FOREGROUND, capsize=3, elinewidth=1)
     axes.set_yticks(range(len(bars)), [display_label(bar) for bar in bars])
     axes.set_ylim(len(bars) - 0.5, -0.62)
     axes.tick_params(axis="y", length=0)
@@ -170,22 +178,6 @@ def _draw_bars(table: DataTable, plot: StackedBars) -> Figure:
     ]
     _draw_legend(drawing, patches, list(styles))
     return drawing
-
-
-def _end_of_bar(rows: DataTable, plot: StackedBars) -> float:
-    """The right end of a bar with its error bar."""
-    parts = sum(rows.where_not(plot.part, TOTAL).floats(plot.value))
-    return max([parts, *(high for high in rows.floats("high") if high == high)])
-
-
-def _draw_total(axes: Axes, index: int, row: DataTable, plot: StackedBars, end: float) -> None:
-    """The sum of a bar as text at its end, and its range as an error bar."""
-    (total,), (low,), (high,) = (row.floats(name) for name in (plot.value, "low", "high"))
-    if low == low and high == high:  # not NaN
-        bounds = [[max(0.0, total - low)], [max(0.0, high - total)]]
-        axes.errorbar([total], [index], xerr=bounds, fmt="none", ecolor=FOREGROUND, capsize=3, elinewidth=1)
-    text = format_number(total)
-    axes.annotate(text, (end, index), xytext=(5, 0), textcoords="offset points", va="center", color=FOREGROUND)
 
 
 def _write_stages(axes: Axes, index: int, rows: DataTable, plot: StackedBars, width: float) -> None:

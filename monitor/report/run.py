@@ -6,13 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from monitor.analysis.measurement_window import (
-    MeasurementWindow,
-    PointsByMeasurement,
-    RunKind,
-    number_or_zero,
-    select_window,
-)
+from monitor.analysis.measurement_window import MeasurementWindow, PointsByMeasurement, RunKind, select_window
 from monitor.analysis.run_metrics import RunMetrics, compute_run_metrics
 from monitor.bench.manifest import Manifest
 from monitor.points.points import TelemetryPoint
@@ -31,9 +25,7 @@ class ReportRun:
     points: PointsByMeasurement
     group: str = ""  # the suite that it is a repeat of; the runs of a group are shown as one
     warm_up: int = 0
-    sweep_setting: tuple[str, float | None] | None = (
-        None  # what a sweep varied, and the value; None for an uncut network
-    )
+    sweep_setting: tuple[str, float | None] | None = None  # what a sweep varied, and its value; None: not cut
     sweep_name: str = ""
     manifest: Manifest | None = None
 
@@ -45,6 +37,20 @@ class ReportRun:
     def kind(self) -> RunKind:
         return self.window.kind
 
+    @property
+    def is_training(self) -> bool:
+        return self.kind == "training"
+
+    @property
+    def event(self) -> str:
+        """What the run consists of."""
+        return "step" if self.is_training else "request"
+
+    @property
+    def sample(self) -> str:
+        """What the run counts."""
+        return "row" if self.is_training else "request"
+
     @cached_property
     def window(self) -> MeasurementWindow:
         return select_window(self.points, self.warm_up)
@@ -53,25 +59,9 @@ class ReportRun:
     def metrics(self) -> RunMetrics:
         return compute_run_metrics(self.points, self.warm_up)
 
-    @cached_property
-    def pipelines(self) -> tuple[str, ...]:
-        return self._tag_values("pipeline")
-
-    @cached_property
-    def nodes(self) -> tuple[str, ...]:
-        return self._tag_values("node")
-
-    def _tag_values(self, tag: str) -> tuple[str, ...]:
-        return tuple(sorted({point.tags.get(tag, "") for point in self.window.points} - {""}))
-
-    @property
-    def duration_s(self) -> float:
-        """The length of the measured window."""
-        return self.window.span_s
-
-    def sample_count(self, point: TelemetryPoint) -> int:
-        """The number of samples in a request or step."""
-        return round(number_or_zero(point, "rows")) if self.kind == "training" else 1
+    def tag_values(self, tag: str) -> list[str]:
+        """The values of a tag in the measured requests or steps."""
+        return sorted({point.tags.get(tag, "") for point in self.window.points} - {""})
 
     def seconds_since_start(self, point: TelemetryPoint) -> float:
         """The time since the start of the measured window, which is the zero of all time axes."""

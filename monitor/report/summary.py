@@ -68,7 +68,7 @@ def _link_kb(metrics: RunMetrics) -> float | None:
 
 def summarize(runs: Sequence[ReportRun]) -> tuple[list[SummaryColumn], list[SummaryRow]]:
     """The metrics that any run has, and a row per group of runs; the first row is the baseline."""
-    columns = _summary_columns(runs[0].kind == "training")
+    columns = _summary_columns(runs[0].is_training)
     rows = []
     for label, repeats in group_runs(runs).items():
         spreads: dict[str, MedianRange | None] = {}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from monitor.report.run import ReportRun, group_runs
 
 Cell = str | float | int | None
 Row = tuple[Cell, ...]
@@ -16,7 +18,10 @@ TOTAL = "total"
 
 @dataclass(frozen=True)
 class DataTable:
-    """Rows with one cell per column; None where something was not measured. Column names end with their unit."""
+    """Rows with one cell per column; None where something was not measured. Column names end with their unit.
+
+    A report needs so little of a data frame that pandas would be its largest dependency for its smallest part.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -33,29 +38,21 @@ class DataTable:
         """The cells of a column as numbers; NaN where a cell has none."""
         return [float(cell) if isinstance(cell, int | float) else float("nan") for cell in self.column(name)]
 
-    def where(self, name: str, value: Cell) -> DataTable:
-        """The rows whose cell equals `value`."""
+    def where(self, name: str, value: Cell, *, differs: bool = False) -> DataTable:
+        """The rows whose cell equals `value`, or whose cell differs from it."""
         index = self.columns.index(name)
-        return DataTable(self.columns, tuple(row for row in self.rows if row[index] == value))
-
-    def where_not(self, name: str, value: Cell) -> DataTable:
-        """The rows whose cell differs from `value`."""
-        index = self.columns.index(name)
-        return DataTable(self.columns, tuple(row for row in self.rows if row[index] != value))
+        return DataTable(self.columns, tuple(row for row in self.rows if (row[index] != value) == differs))
 
     def distinct(self, name: str) -> list[str]:
         """The distinct cells of a text column, in the order of their first rows."""
         return list(dict.fromkeys(str(cell) for cell in self.column(name)))
 
-    def downsample(self, limit: int) -> DataTable:
-        """At most `limit` of the rows."""
-        return DataTable(self.columns, tuple(downsample(self.rows, limit)))
-
-    def without_empty_columns(self) -> DataTable:
-        """The columns with at least one cell that is not None."""
-        kept = [index for index in range(len(self.columns)) if any(row[index] is not None for row in self.rows)]
-        rows = tuple(tuple(row[index] for index in kept) for row in self.rows)
-        return DataTable(tuple(self.columns[index] for index in kept), rows)
+    def preview(self, limit: int) -> DataTable:
+        """At most `limit` of the rows, without columns that are empty in all of them."""
+        rows = downsample(self.rows, limit)
+        columns = [index for index in range(len(self.columns)) if any(row[index] is not None for row in rows)]
+        names = tuple(self.columns[index] for index in columns)
+        return DataTable(names, tuple(tuple(row[index] for index in columns) for row in rows))
 
     def to_csv(self) -> str:
         """The table as a CSV file with a header; None is an empty cell."""
@@ -64,6 +61,14 @@ class DataTable:
         writer.writerow(self.columns)
         writer.writerows(self.rows)
         return text.getvalue()
+
+
+def table_of_groups(
+    columns: Sequence[str], runs: Sequence[ReportRun], rows_of: Callable[[Sequence[ReportRun]], Iterable[Row]]
+) -> DataTable:
+    """The rows of each group of repeats, after a column `run` with the label of the group."""
+    rows = [(label, *row) for label, repeats in group_runs(runs).items() for row in rows_of(repeats)]
+    return DataTable(("run", *columns), tuple(rows))
 
 
 def downsample(rows: Sequence[Row], limit: int) -> list[Row]:
@@ -111,12 +116,12 @@ class StackedBars:
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """One figure: its data, its plot and its texts. A figure without rows is left out of the report."""
+    """One figure: its texts, data and plot. A figure without rows is left out of the report."""
 
-    name: str
     title: str
     caption: str
     table: DataTable
     plot: LinePlot | StackedBars
     missing_reason: str  # why the table has no rows, where it has none
     percentiles: DataTable | None = None  # shown below the plot
+    name: str = ""  # of its files

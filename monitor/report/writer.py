@@ -34,28 +34,24 @@ def write_report(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], 
 
 def _write(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], None]) -> dict[str, Any]:
     columns, rows = summarize(inputs.runs)
+    summary = summary_table(columns, rows)
     figures, omitted = build_figures(inputs.runs)
     for path in _report_files(folder) - {folder / PAGE_FILE}:
         path.unlink(missing_ok=True)
     images, data = folder / FIGURES_FOLDER, folder / DATA_FOLDER
     images.mkdir(parents=True, exist_ok=True)
     data.mkdir(parents=True, exist_ok=True)
-    svgs = {}
+    (data / f"{SUMMARY_NAME}.csv").write_text(summary.to_csv())
     for figure in figures:
         on_figure(figure.title)
         drawing = draw_figure(figure, [row.label for row in rows])
         for kind in IMAGE_FORMATS:
-            content = render_image(drawing, kind)
-            (images / f"{figure.name}.{kind}").write_bytes(content)
-            if kind == "svg":
-                svgs[figure.name] = content.decode()
+            (images / f"{figure.name}.{kind}").write_bytes(render_image(drawing, kind))
         (data / f"{figure.name}.csv").write_text(figure.table.to_csv())
         if figure.percentiles is not None:
             (data / f"{figure.name}{PERCENTILES_SUFFIX}.csv").write_text(figure.percentiles.to_csv())
-    summary = summary_table(columns, rows)
-    (data / f"{SUMMARY_NAME}.csv").write_text(summary.to_csv())
-    created_at = time.strftime("%Y-%m-%d, %H:%M")
-    page = render_page(PageContent(inputs.runs, columns, rows, figures, svgs, omitted, inputs.skipped, created_at))
+    svgs = {figure.name: (images / f"{figure.name}.svg").read_text() for figure in figures}
+    page = render_page(PageContent(inputs, columns, rows, figures, svgs, omitted, time.strftime("%Y-%m-%d, %H:%M")))
     (folder / PAGE_FILE).write_text(page)
     cells = [dict(zip(summary.columns, row, strict=True)) for row in summary.rows]
     return {
@@ -63,18 +59,21 @@ def _write(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], None])
         "runs": [{name: cell for name, cell in row.items() if cell is not None} for row in cells],
         "figures": [figure.name for figure in figures],
         "omitted": {figure.title: figure.missing_reason for figure in omitted},
-        "skipped": list(inputs.skipped),
+        "skipped": inputs.skipped,
     }
 
 
 def _check_folder(folder: Path) -> None:
     """Raise `UsageError` for a folder with any file that is not part of a report."""
-    files = _report_files(folder)
-    subfolders = {folder / FIGURES_FOLDER, folder / DATA_FOLDER}
+    page = folder / PAGE_FILE
+    folders = {folder, folder / FIGURES_FOLDER, folder / DATA_FOLDER}
     # Not recursive: the user may name a folder with a whole disk below it.
-    entries = _entries(folder)
-    is_report = entries <= files | subfolders and all(_entries(each) <= files for each in subfolders)
-    if entries and not (is_report and _is_report_page(folder / PAGE_FILE)):
+    entries = {entry for each in folders if each.is_dir() for entry in each.iterdir()}
+    if not entries:
+        return
+    generator = f'<meta name="generator" content="{GENERATOR}">'
+    is_report = page.is_file() and generator in page.read_text(errors="replace")[:_HEAD_CHARACTERS]
+    if not is_report or not entries <= folders | _report_files(folder):
         raise _bad_folder(folder, "it holds other files than a report: name another folder, or an empty one")
 
 
@@ -83,18 +82,6 @@ def _report_files(folder: Path) -> set[Path]:
     images = {folder / FIGURES_FOLDER / f"{name}.{kind}" for name in FIGURE_NAMES for kind in IMAGE_FORMATS}
     tables = (*FIGURE_NAMES, *(f"{name}{PERCENTILES_SUFFIX}" for name in FIGURE_NAMES), SUMMARY_NAME)
     return {folder / PAGE_FILE, *images, *(folder / DATA_FOLDER / f"{name}.csv" for name in tables)}
-
-
-def _entries(folder: Path) -> set[Path]:
-    return set(folder.iterdir()) if folder.is_dir() else set()
-
-
-def _is_report_page(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return f'<meta name="generator" content="{GENERATOR}">' in file.read(_HEAD_CHARACTERS)
-    except OSError:
-        return False
 
 
 def _bad_folder(folder: object, problem: str) -> UsageError:

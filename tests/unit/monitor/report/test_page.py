@@ -8,6 +8,7 @@ from typing import Any
 
 from monitor.bench.manifest import Manifest
 from monitor.report.figures import build_figures
+from monitor.report.inputs import ReportInputs
 from monitor.report.page import PageContent, inline_svg, render_page
 from monitor.report.plots import draw_figure, render_image
 from monitor.report.run import ReportRun
@@ -23,7 +24,8 @@ def render(runs: Sequence[ReportRun], skipped: Sequence[str] = ()) -> str:
     columns, rows = summarize(runs)
     figures, omitted = build_figures(runs)
     svgs = {figure.name: SVG for figure in figures}
-    return render_page(PageContent(runs, columns, rows, figures, svgs, omitted, skipped, "2026-01-02, 03:04"))
+    inputs = ReportInputs(list(runs), list(skipped))
+    return render_page(PageContent(inputs, columns, rows, figures, svgs, omitted, "2026-01-02, 03:04"))
 
 
 def make_bench_run(name: str = "cloud", **suite: Any) -> ReportRun:

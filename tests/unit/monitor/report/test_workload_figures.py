@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from monitor.report.workload_tables import (
-    completion_table,
-    latency_table,
-    learning_table,
-    percentiles_table,
-    request_time_table,
-    step_time_table,
-    sweep_table,
-)
+from monitor.report.workload_figures import completion, latency, learning, stage_time, sweep
 from tests.unit.monitor.report.report_runs import (
     FOUR_REQUESTS,
     make_point,
@@ -25,24 +17,24 @@ from tests.unit.monitor.report.report_runs import (
 
 
 def test_completion_curve_has_each_result_at_its_time() -> None:
-    table = completion_table([make_run("a", FOUR_REQUESTS)])
+    table = completion([make_run("a", FOUR_REQUESTS)]).table
     expected = [("a", 0.0, 0.0), ("a", 0.5, 1 / 3), ("a", 1.0, 2 / 3), ("a", 2.0, 1.0)]
     assert select(table, "run", "time_s", "share") == expected
 
 
 def test_completion_of_training_counts_rows() -> None:
-    table = completion_table([make_run("a", make_steps(4.0, 2.0, 1.0))])
+    table = completion([make_run("a", make_steps(4.0, 2.0, 1.0))]).table
     assert select(table, "time_s", "share")[1:] == [(1.0, 1 / 3), (2.0, 2 / 3), (3.0, 1.0)]
 
 
 def test_warm_up_is_not_measured() -> None:
     run = make_run("a", FOUR_REQUESTS, warm_up=1)  # the window starts at the end of the first request, 1.5
-    assert select(completion_table([run]), "time_s", "share") == [(0.0, 0.0), (0.5, 0.5), (1.5, 1.0)]
-    assert latency_table([run]).floats("latency_ms") == [800.0, 1400.0]
+    assert select(completion([run]).table, "time_s", "share") == [(0.0, 0.0), (0.5, 0.5), (1.5, 1.0)]
+    assert latency([run]).table.floats("latency_ms") == [800.0, 1400.0]
 
 
 def test_completion_of_repeats_is_their_median_and_range() -> None:
-    table = completion_table(make_repeats(a=1, b=5, c=2))
+    table = completion(make_repeats(a=1, b=5, c=2)).table
     assert table.distinct("run") == ["cloud"]
     assert table.rows[0] == ("cloud", 0.0, 0.0, 0.0, 0.0)
     assert table.rows[-1] == ("cloud", 2.0, 1.0, 1.0, 5.0)
@@ -50,18 +42,19 @@ def test_completion_of_repeats_is_their_median_and_range() -> None:
 
 
 def test_latency_distribution_is_of_successful_requests() -> None:
-    table = latency_table([make_run("a", FOUR_REQUESTS)])
+    table = latency([make_run("a", FOUR_REQUESTS)]).table
     assert select(table, "latency_ms", "share") == [(500.0, 1 / 3), (800.0, 2 / 3), (1400.0, 1.0)]
 
 
 def test_percentiles_are_measured_values() -> None:
-    table = percentiles_table([make_run("a", FOUR_REQUESTS)])
+    table = latency([make_run("a", FOUR_REQUESTS)]).percentiles
+    assert table is not None
     assert table.columns == ("run", "mean_ms", "p50_ms", "p95_ms", "p99_ms")
     assert table.rows == (("a", 900.0, 800.0, 1400.0, 1400.0),)
 
 
 def test_request_time_is_the_mean_of_successful_requests() -> None:
-    rows = select(request_time_table([make_run("a", FOUR_REQUESTS)]), "stage", "part", "ms")
+    rows = select(stage_time([make_run("a", FOUR_REQUESTS)]).table, "stage", "part", "ms")
     expected = [
         *(("head", "queue", 70 / 3), ("head", "decode", 1.0), ("head", "compute", 20.0), ("head", "encode", 2.0)),
         *(("tail", "queue", 0.0), ("tail", "decode", 3.0), ("tail", "compute", 40.0), ("tail", "encode", 4.0)),
@@ -77,7 +70,7 @@ def test_step_time_is_busy_and_idle_time_of_the_workers() -> None:
         for step in range(2)
         for phase, busy_ms in (("forward", 200.0), ("backward", 300.0), ("update", 100.0))
     ]
-    table = step_time_table([make_run("a", [*make_steps(4.0, 2.0), *batches])])
+    table = stage_time([make_run("a", [*make_steps(4.0, 2.0), *batches])]).table
     phases = [("forward", 200.0), ("backward", 300.0), ("update", 100.0), ("idle", 400.0), ("total", 1000.0)]
     assert select(table, "part", "ms") == phases
     assert table.distinct("stage") == ["a: head"]
@@ -94,7 +87,7 @@ def test_sweep_has_the_median_and_range_at_each_value() -> None:
         for value in (4.0, 1.0)
         for number, duration_s in enumerate((value / 8, value / 2, value))
     ]
-    rows = select(sweep_table(runs), "value", "throughput_per_s", "low", "high", "repeats")
+    rows = select(sweep(runs).table, "value", "throughput_per_s", "low", "high", "repeats")
     assert rows == [(1.0, 2.0, 1.0, 8.0, 3), (4.0, 0.5, 0.25, 2.0, 3)]
 
 
@@ -102,25 +95,25 @@ def test_uncut_network_is_a_level_line_over_a_sweep() -> None:
     request = make_request(1, 3.0, 2000.0)
     cuts = [make_run(str(cut), [request], sweep_setting=("cut", cut), sweep_name="split") for cut in (4.0, 13.0)]
     uncut = make_run("a", [make_request(1, 3.0, 1000.0)], sweep_setting=("cut", None), group="uncut-at-device")
-    assert select(sweep_table([*cuts, uncut]), "run", "value", "throughput_per_s") == [
+    assert select(sweep([*cuts, uncut]).table, "run", "value", "throughput_per_s") == [
         ("split", 4.0, 0.5),
         ("split", 13.0, 0.5),
         ("uncut-at-device", 4.0, 1.0),
         ("uncut-at-device", 13.0, 1.0),
     ]
-    assert select(sweep_table([uncut]), "value") == [(0.0,)]
+    assert select(sweep([uncut]).table, "value") == [(0.0,)]
 
 
 def test_learning_curve_is_over_steps_or_time() -> None:
     run = make_run("a", make_steps(4.0, 2.0, 1.0))
-    by_step = learning_table([run], "step")
+    by_step = learning([run], "step").table
     assert select(by_step.where("of", "loss"), "step", "value") == [(1.0, 4.0), (2.0, 2.0), (3.0, 1.0)]
-    by_time = learning_table([run], "time_s")
+    by_time = learning([run], "time_s").table
     assert select(by_time.where("of", "accuracy"), "time_s", "value") == [(1.0, 0.1), (2.0, 0.2), (3.0, 0.3)]
 
 
 def test_learning_curve_of_repeats_is_their_median_by_step() -> None:
     runs = [make_run(name, make_steps(loss, loss / 2), group="x") for name, loss in (("a", 4.0), ("b", 2.0))]
-    rows = select(learning_table(runs, "step").where("of", "loss"), "run", "step", "value", "low", "high")
+    rows = select(learning(runs, "step").table.where("of", "loss"), "run", "step", "value", "low", "high")
     assert rows == [("x", 1.0, 3.0, 2.0, 4.0), ("x", 2.0, 1.5, 1.0, 2.0)]
-    assert len(learning_table(runs, "time_s").where("of", "loss").rows) == 2  # of the first run
+    assert len(learning(runs, "time_s").table.where("of", "loss").rows) == 2  # of the first run

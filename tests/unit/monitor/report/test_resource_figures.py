@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from monitor.report.resource_tables import (
-    cpu_seconds_table,
-    cpu_table,
-    energy_table,
-    gpu_table,
-    link_bytes_table,
-    missing_sensor_reasons,
-    network_distribution_table,
-    network_rate_table,
-)
+from monitor.report.resource_figures import cpu, cpu_seconds, energy, gpu, link_bytes, network, network_distribution
 from monitor.report.run import ReportRun
 from monitor.report.summary import summarize
 from tests.unit.monitor.report.report_runs import (
@@ -29,10 +20,10 @@ from tests.unit.monitor.report.report_runs import (
 
 def test_network_rate_is_the_traffic_of_links_per_bin() -> None:
     run = make_run("a", [*FOUR_REQUESTS, *LINK_TRAFFIC])
-    rates = select(network_rate_table([run]), "time_s", "rate_mb_per_s")
+    rates = select(network([run]).table, "time_s", "rate_mb_per_s")
     assert [time_s for time_s, _ in rates] == [0.25, 0.75, 1.25, 1.75]
     assert [rate for _, rate in rates] == pytest.approx([2.1, 2.1, 1.0, 1.0])
-    shares = select(network_distribution_table([run]), "rate_mb_per_s", "share")
+    shares = select(network_distribution([run]).table, "rate_mb_per_s", "share")
     assert [rate for rate, _ in shares] == pytest.approx([1.0, 1.0, 2.1, 2.1])
     assert [share for _, share in shares] == [0.25, 0.5, 0.75, 1.0]
 
@@ -42,7 +33,7 @@ def test_reset_of_a_link_counter_is_no_negative_traffic() -> None:
         make_point("link", second, {"from": "a", "to": "b"}, bytes_out=bytes_out, bytes_in=0)
         for second, bytes_out in ((1.0, 5_000_000), (2.0, 1_000_000), (3.0, 2_000_000))
     ]
-    table = network_rate_table([make_run("a", [*FOUR_REQUESTS, *traffic])])
+    table = network([make_run("a", [*FOUR_REQUESTS, *traffic])]).table
     assert table.floats("rate_mb_per_s") == pytest.approx([1.0, 1.0, 1.0, 1.0])
 
 
@@ -52,20 +43,20 @@ def test_network_rate_without_links_counts_loopback_bytes_once() -> None:
         for second in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
         for name in ("lo", "eth0")
     ]
-    table = network_rate_table([make_run("a", [*FOUR_REQUESTS, *samples])])
+    table = network([make_run("a", [*FOUR_REQUESTS, *samples])]).table
     assert table.floats("rate_mb_per_s") == pytest.approx([2 * (0.5 + 0.75)] * 4)
 
 
 def test_run_shorter_than_a_bin_has_one_network_rate() -> None:
     short = make_run("a", [make_request(1, 1.2, 200.0), *LINK_TRAFFIC])
-    assert select(network_rate_table([short]), "time_s", "rate_mb_per_s") == [(0.25, pytest.approx(2.1))]
+    assert select(network([short]).table, "time_s", "rate_mb_per_s") == [(0.25, pytest.approx(2.1))]
     not_covered = make_run("b", [make_request(1, 0.4, 200.0), *LINK_TRAFFIC])
-    assert not network_rate_table([not_covered])
+    assert not network([not_covered]).table
 
 
 def test_link_traffic_is_per_sample_and_direction() -> None:
     # 4 MB out and 0.1 MB in, counted from the first request on, for three results.
-    table = link_bytes_table([make_run("a", [*FOUR_REQUESTS, *LINK_TRAFFIC])])
+    table = link_bytes([make_run("a", [*FOUR_REQUESTS, *LINK_TRAFFIC])]).table
     assert table.distinct("part") == ["device to cloud", "cloud to device", "total"]
     assert table.floats("kb_per_sample") == pytest.approx([4000 / 3, 100 / 3, 4100 / 3])
 
@@ -76,14 +67,14 @@ def test_cpu_use_is_the_increase_of_cpu_time_per_bin() -> None:
         *make_cpu_samples((0.0, 2.0, 4.0), (10.0, 12.0, 13.0), "monitor", "monitor"),
     ]
     run = make_run("a", [*FOUR_REQUESTS, *samples])
-    assert select(cpu_table([run]), "process", "time_s", "cores") == [
+    assert select(cpu([run]).table, "process", "time_s", "cores") == [
         ("head-1", 0.25, 1.0),
         ("head-1", 0.75, 1.0),
         ("head-1", 1.25, 0.5),
         ("head-1", 1.75, 0.5),
     ]
     # From 11.0 s at 1.0 to 12.5 s at 3.0, for three results; the monitor is not counted.
-    table = cpu_seconds_table([run])
+    table = cpu_seconds([run]).table
     assert select(table, "part", "s_per_sample") == [("stage", pytest.approx(0.5)), ("total", pytest.approx(0.5))]
 
 
@@ -93,7 +84,7 @@ def test_smallest_of_many_processes_are_combined() -> None:
         for number in range(1, 10)
         for point in make_cpu_samples((0.0, 4.0), (0.0, 4.0 * number), "stage", f"w-{number}")
     ]
-    table = cpu_table([make_run("a", [*FOUR_REQUESTS, *samples])])
+    table = cpu([make_run("a", [*FOUR_REQUESTS, *samples])]).table
     assert table.distinct("process") == [*(f"w-{number}" for number in range(3, 10)), "others"]
     assert table.where("process", "others").floats("cores") == pytest.approx([1.0 + 2.0] * 4)
 
@@ -110,7 +101,7 @@ def test_bars_have_parts_in_one_order_and_only_totals_a_range() -> None:
         run_of("a2", other=3.0, run=3.0, stage=9.0),
         run_of("b", source=3.0),
     ]
-    rows = select(cpu_seconds_table(runs), "run", "part", "s_per_sample", "low", "high")
+    rows = select(cpu_seconds(runs).table, "run", "part", "s_per_sample", "low", "high")
     assert rows == [
         ("a", "stage", pytest.approx(4.0), None, None),
         ("a", "run", pytest.approx(1.0), None, None),
@@ -131,9 +122,9 @@ def test_energy_is_that_of_the_measured_window() -> None:
         for second in (0.0, 1.0, 2.0, 3.0, 4.0)
     ]
     run = make_run("a", [*FOUR_REQUESTS, *samples])
-    rows = select(energy_table([run]), "part", "j_per_sample")
+    rows = select(energy([run]).table, "part", "j_per_sample")
     assert rows == [("gpu 0", pytest.approx(40 / 3)), ("total", pytest.approx(40 / 3))]
-    use = gpu_table([run]).where("of", "GPU use (share)")
+    use = gpu([run]).table.where("of", "GPU use (share)")
     assert select(use, "time_s", "value") == [(0.25, 0.1), (1.25, 0.2)]
 
 
@@ -143,4 +134,4 @@ def test_missing_sensors_have_reasons_by_node() -> None:
         for node, sensor, reason in (("pi", "gpu", "no driver"), ("a", "RAPL", "no zone"), ("pi", "fan", "none"))
     ]
     run = make_run("a", [*FOUR_REQUESTS, *missing])
-    assert missing_sensor_reasons([run], "gpu", "rapl") == "a: no zone; pi: no driver"
+    assert energy([run]).missing_reason == "no power sensor could be read (a: no zone; pi: no driver)"
