@@ -24,7 +24,7 @@ class SparseError(Exception):
     """Base class of all errors that Sparse raises on purpose; `str(error)` is one line for the user.
 
     `code` is the kind of failure in CamelCase ("NotAVideo"): the wire, `--json` and tests use it. `fields` hold the
-    wrong value and the limit by name, such as `expected_bytes`. A subclass with a constructor of its own uses its
+    wrong value and the limit by name, such as `expected_bytes`. A subclass with its own constructor uses its
     class name as its code.
     """
 

@@ -15,14 +15,14 @@ from stages import Node, TaskContext, TaskExecutor
 
 Readings = NDArray[np.float64]
 
-# Fewer readings than this do not say what is normal.
+# Fewer readings than this do not show the normal range.
 ENOUGH = 5
 # A sensor that always says the same has a spread of 0: this much it may move all the same, in its own unit.
 LEAST_SPREAD = 0.05
 
 
 class Calm(TaskExecutor):
-    """Leaves out what jumps, and smooths what remains: for each source and each of its readings by itself.
+    """Drops outliers and smooths the other values, separately for each reading of each source.
 
     A reading is an outlier when it is further from the median of the last `window` than `reach` times their spread.
     """

@@ -1,1 +1,1 @@
-"""What happened: live views, records, figures."""
+"""Monitoring: live views, records of runs, figures."""

@@ -85,7 +85,7 @@ def _parse_options(
 
 
 def _cut_sizes(path: str) -> dict[str, int]:
-    """Bytes of a message at each cut, from `sparse cuts` in a process of its own: brokers do not import torch."""
+    """Bytes of a message at each cut, from `sparse cuts` in a separate process: brokers do not import torch."""
     arguments = [sys.executable, "-m", "brokers.cli", "cuts", path, "--json"]
     try:
         process = subprocess.run(arguments, capture_output=True, text=True, timeout=_CUTS_TIMEOUT_S, check=False)

@@ -23,7 +23,7 @@ _LOG_WAIT_AFTER_S = 3.0
 # The end of a lease is not notified: a sender that waits looks for it this often.
 _LEASE_CHECK_S = 1.0
 # A request that is sent for the third time may be what kills its workers. It gets a worker to itself, so that no other
-# request is blamed when that worker dies.
+# request is blamed when that worker is lost.
 ISOLATE_FROM_ATTEMPT = 3
 
 

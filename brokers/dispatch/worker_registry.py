@@ -1,6 +1,6 @@
 """Registry of the workers and sources that are up: the only code in Sparse that reads presence records.
 
-A worker or source keeps a retained JSON record on a presence topic of its own, renews it every second, and clears it
+A worker or source keeps a retained JSON record on its own presence topic, renews it every second, and clears it
 with an empty payload, by itself or by its last will (docs/protocol.md, "Presence"). `WorkerRegistry` turns these
 publications into events. It is a core that decides: topic, payload, retained flag and time are arguments, so it needs
 no network. `PresenceListener` connects a registry to a transport and its event loop.
@@ -221,7 +221,7 @@ class PresenceListener:
 
     Callbacks run on the loop, in the order in which they were added; they must not block. With `reset_on_reconnect` the
     registry is reset when the transport has reconnected: a process that sends tasks must then assume that they were
-    lost. A process that only shows who is up leaves it out.
+    lost. A process that only shows the workers leaves it out.
     """
 
     def __init__(

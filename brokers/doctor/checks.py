@@ -1,6 +1,6 @@
 """The checks at one broker: each tries one feature, even if the broker announces it, and returns its verdict.
 
-Every check has clients of its own, so that a disconnected one affects no other check, and a time limit.
+Every check has its own clients, so that a disconnected one affects no other check, and a time limit.
 """
 
 from __future__ import annotations

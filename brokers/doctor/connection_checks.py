@@ -78,7 +78,7 @@ async def _explain_refusal(probe: BrokerProbe, error: BrokerUnreachable) -> Chec
         return fail(
             "MQTT 5",
             f"{address} supports only MQTT 3.1.1, Sparse needs MQTT 5{access}",
-            "Mosquitto 2.0 and later speaks MQTT 5 on every listener, the embedded broker on a port of its own; else: "
+            "Mosquitto 2.0 and later speaks MQTT 5 on every listener, the embedded broker on a separate port; else: "
             "enable MQTT 5",
         )
     if isinstance(error.__cause__, ssl.SSLError):

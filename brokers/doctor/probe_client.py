@@ -1,4 +1,4 @@
-"""MQTT clients for the checks of a broker: they connect once, use topics of their own, and leave nothing behind.
+"""MQTT clients for the checks of a broker: they connect once, use their own topics, and leave nothing behind.
 
 They do not reconnect, so that every disconnection is seen. However the checks end, retained messages are cleared and
 sessions ended; what a killed process could not remove expires within a minute.
@@ -64,7 +64,7 @@ class ProbeClient(Connection):
         return True
 
     async def receive(self, timeout_s: float = RECEIVE_TIMEOUT_S) -> ReceivedPublish | None:
-        """The next message; None if there is none in time."""
+        """The next message; None after a time-out."""
         try:
             async with asyncio.timeout(timeout_s):
                 message = await self._received.get()

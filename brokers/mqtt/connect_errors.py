@@ -15,7 +15,7 @@ _CERTIFICATE_REJECTED = "it rejected our certificate, which may not be valid yet
 _ALERTS = {
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": _CERTIFICATE_REQUIRED,
     "SSLV3_ALERT_HANDSHAKE_FAILURE": f"no TLS version or cipher in common; or {_CERTIFICATE_REQUIRED}",
-    "TLSV1_ALERT_UNKNOWN_CA": "it does not know the CA of our certificate: expected that of its own ca.crt",
+    "TLSV1_ALERT_UNKNOWN_CA": "it does not know the CA of our certificate: expected that of its ca.crt",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "our certificate has expired by its clock: renew it with `sparse certs`",
     "SSLV3_ALERT_CERTIFICATE_REVOKED": "our certificate has been revoked",
     "SSLV3_ALERT_BAD_CERTIFICATE": _CERTIFICATE_REJECTED,

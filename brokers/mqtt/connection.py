@@ -179,7 +179,7 @@ class Connection:
         self._packets.start_keepalive()
 
     async def close(self) -> None:
-        """Send what is queued and DISCONNECT, so that no will is published, then close: two seconds at most."""
+        """Send the queued packets and DISCONNECT, so that no will is published, then close: two seconds at most."""
         if not self.lost.done():
             with contextlib.suppress(ConnectionLost, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):

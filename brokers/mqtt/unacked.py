@@ -2,7 +2,7 @@
 
 1. They are acknowledged in order of arrival on the connection (MQTT 5.0 section 4.6), each once all its handlers have
    called `ack`. Mosquitto accepts another order; rumqttd ends the connection.
-2. On the next connection of the same session the broker redelivers what was not acknowledged, with the same packet
+2. On the next connection of the same session the broker redelivers unacknowledged messages, with the same packet
    identifier and DUP set (section 4.4). A publication that is still pending here is not handed out a second time: its
    acknowledgement goes to the new connection. Without DUP, or with other content than the publication that had its
    identifier, it counts as new: a duplicate is better than a loss.
@@ -88,7 +88,7 @@ class Unacked:
             self._flush()
 
     def _flush(self) -> None:
-        """Acknowledge what is next in order, then pause or resume reading."""
+        """Acknowledge the next ones in order, then pause or resume reading."""
         if self._connection is None:
             return
         while self._order and self._order[0].pending_handlers <= 0:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-# At most 2 lines a second from one call site: enough to see what is going on.
+# At most 2 lines a second from one call site: enough to diagnose a fault.
 MAX_LINES = 20
 INTERVAL_S = 10.0
 MAX_LINE_CHARACTERS = 1000

@@ -55,7 +55,7 @@ def parse_address(text: str) -> BrokerAddress:
 
 
 def _parse(text: str) -> BrokerAddress:
-    """Parse an address. Raises `ValueError` with what is wrong, and without the password."""
+    """Parse an address. Raises `ValueError` with the reason, without the password."""
     scheme, separator, _ = text.partition("://")
     if not separator:
         raise ValueError("it has no scheme")

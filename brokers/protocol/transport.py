@@ -137,5 +137,5 @@ class Transport(Protocol):
         ...
 
     async def close(self) -> None:
-        """Send what is queued, send DISCONNECT (no will is published), end all tasks. May be called twice."""
+        """Send the queued packets, send DISCONNECT (no will is published), end all tasks. May be called twice."""
         ...

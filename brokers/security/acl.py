@@ -4,7 +4,7 @@ Mosquitto grants every subscription, and delivers only what the user may read; a
 refused at QoS 1 and dropped at QoS 0. It does not check the bridges that it keeps itself: the broker at the other end
 does, which knows this one as `broker.SITE`.
 
-Every client connects to the broker of its own site, and may use topics of other sites: bridges forward them.
+Every client connects only to the broker of its site, and may use topics of other sites: bridges forward them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from brokers.security.principals import (
 )
 
 AccessMode = Literal["read", "write", "readwrite"]
-AclRule = tuple[AccessMode, str]  # what is allowed with the topics that match a filter
+AclRule = tuple[AccessMode, str]  # the access to the topics that match a filter
 
 
 def render_acl(pipeline: Pipeline, site: str) -> str:

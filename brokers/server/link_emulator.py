@@ -121,7 +121,7 @@ class LinkEmulator:
     async def _forward(self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Write each piece when it is due; end with the reader, whose other direction may go on."""
         queue = _DelayQueue(self._delay_s, self._bytes_per_s)
-        writer.transport.set_write_buffer_limits(0)  # `drain` waits for every byte: what came out is not lost
+        writer.transport.set_write_buffer_limits(0)  # `drain` waits for every byte: none is lost
         async with asyncio.TaskGroup() as group:
             group.create_task(_fill(queue, reader))
             while piece := await queue.get():

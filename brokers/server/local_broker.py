@@ -70,7 +70,7 @@ class LocalBroker:
         return "" if guard is None else guard.communicate()[0].decode(errors="replace").strip()
 
     def start(self, conf: str, log_path: Path | None, timeout_s: float) -> None:
-        """Run it with a configuration, in a folder of its own, and wait until it accepts connections."""
+        """Run it with a configuration, in its own folder, and wait until it accepts connections."""
         self._folder = Path(tempfile.mkdtemp(prefix="sparse-broker-"))
         try:
             command = _command(self.kind, self._folder, conf)

@@ -24,7 +24,7 @@ class CounterSeries:
         return first + (last - first) * (time - begin) / (end - begin)
 
     def value_after(self, time: float) -> float:
-        """The first reading at `time` or later; where there is none, the last."""
+        """The first reading at `time` or later; without one, the last."""
         return next((value for read_at, value in self.readings if read_at >= time), self.readings[-1][1])
 
     def increase(self, begin: float, end: float) -> float:

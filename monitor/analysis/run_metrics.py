@@ -199,7 +199,7 @@ def _cpu(points: PointsByMeasurement, window: MeasurementWindow, samples: int) -
 def _energy(
     points: PointsByMeasurement, window: MeasurementWindow, samples: int
 ) -> tuple[dict[str, float] | None, str]:
-    """Energy per sample by sensor, or None with the reasons why there is none."""
+    """Energy per sample by sensor, or None with the reasons."""
     by_sensor: dict[str, list[TelemetryPoint]] = defaultdict(list)
     for name, tag in (("gpu", "gpu"), ("power", "rail")):
         for point in points.get(name, ()):

@@ -103,7 +103,7 @@ def redact_passwords(text: str) -> str:
 
 
 def load_manifest(folder: Path) -> Manifest | None:
-    """The manifest in a folder; None where there is none. Raises `UsageError` ("BadManifest") for an invalid one."""
+    """The manifest in a folder; None if it is missing. Raises `UsageError` ("BadManifest") for an invalid one."""
     path = folder / MANIFEST_FILE
     try:
         return Manifest.model_validate_json(path.read_bytes())

@@ -28,7 +28,7 @@ class Suite:
 
     @property
     def description(self) -> str:
-        """The first sentence of the comment at the top of the file; empty where there is none."""
+        """The first sentence of the comment at the top of the file; empty without a comment."""
         comment = _COMMENT.match(self.path.read_text(errors="replace"))
         text = " ".join(line.strip("# ") for line in comment.group().splitlines()) if comment else ""
         return text.partition(". ")[0].rstrip(".") + "." if text else ""

@@ -55,7 +55,7 @@ def command(
     """Measure and compare suites: deployments of one network.
 
     Each run is a `sparse run` with its telemetry.sqlite in a separate folder; the suites take turns. Beside the runs
-    are manifest.json (what was run, on which machine), results.json and results.csv; `sparse report FOLDER` plots them.
+    are manifest.json (suites, versions, machine), results.json and results.csv; `sparse report FOLDER` plots them.
 
     Example: sparse bench detect-cloud detect-server --requests 100
     """

@@ -25,7 +25,7 @@ _PRESENCE_INTERVAL_S = 1.0  # as often as workers and sources report
 _EXPIRE_INTERVAL_S = 10.0
 _MONITOR_POINT_INTERVAL_S = 5.0
 _RECONNECT_INTERVAL_S = 1.0
-STOP_TIMEOUT_S = 10.0  # for the stores to accept what was received
+STOP_TIMEOUT_S = 10.0  # for the stores to accept the points received
 
 
 class Daemon:
@@ -82,7 +82,7 @@ class Daemon:
                     await stopping.wait()
 
     async def stop(self) -> None:
-        """Stop serving, disconnect, and store what was received. May be called after a failed `start`."""
+        """Stop serving, disconnect, and store the points received. May be called after a failed `start`."""
         if self._http is not None:
             await self._http.stop()
         if self._connecting is not None:

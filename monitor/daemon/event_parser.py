@@ -22,7 +22,7 @@ EventCallback = Callable[[Sequence[TelemetryEvent]], None]
 
 
 class EventReader:
-    """Passes the events that a listener receives to a callback, in a thread of its own.
+    """Passes the events that a listener receives to a callback, in a separate thread.
 
     Lifecycle: `start`, `stop`. Counts are since construction.
     """

@@ -1,7 +1,7 @@
 """The monitor's Prometheus metrics: presence records of workers and sources, the node, and the monitor itself.
 
 Durations are in seconds; names follow Prometheus' conventions and otherwise docs/protocol.md. A worker or source that
-is lost has no metrics of its own, since its last record may be old.
+is lost has no metrics, since its last record may be old.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from monitor.points.schema import MEASUREMENTS
 from monitor.presence.presence_table import PresenceTable, StageKey, stage_key
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # of `render_metrics`
-# The workers and sources with metrics of their own, oldest first: a client that invents records can fill neither the
+# The workers and sources that have metrics, oldest first: a client that invents records can fill neither the
 # page nor its reader's memory. `sparse_workers` counts all.
 WORKERS_SHOWN = 1024
 SOURCES_SHOWN = 128

@@ -29,7 +29,7 @@ PATH_LIMIT_BYTES = 107  # of `sockaddr_un` without its final zero on Linux
 
 
 class UnixListener:
-    """Receives datagrams in a thread of its own. Lifecycle: `open`, `take`, `close`."""
+    """Receives datagrams in a separate thread. Lifecycle: `open`, `take`, `close`."""
 
     def __init__(self, path: Path, buffer_limit_bytes: int = BUFFER_LIMIT_BYTES) -> None:
         self.path = path
@@ -72,7 +72,7 @@ class UnixListener:
         return datagrams
 
     def close(self) -> None:
-        """Receive what has been sent, then remove the socket; the buffer can still be read. May be called twice."""
+        """Receive all sent datagrams, then remove the socket; the buffer can still be read. May be called twice."""
         if self._thread is not None:
             os.write(self._wake_pipe[1], b"\0")
             self._thread.join()

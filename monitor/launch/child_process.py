@@ -97,7 +97,7 @@ class ChildProcess:
                 self.process.send_signal(signal.SIGTERM)
 
     def last_log_line(self) -> str:
-        """The last line of its log, for an error message; empty where there is none."""
+        """The last line of its log, for an error message; empty if the log is."""
         try:
             text = self.log_file.read_bytes()[-_TAIL_BYTES:].decode(errors="replace").strip()
         except OSError:

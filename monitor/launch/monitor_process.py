@@ -61,7 +61,7 @@ class RunMonitor:
 
     @property
     def telemetry_file(self) -> str | None:
-        """The name of the telemetry file in the run's folder; None where there is none."""
+        """The name of the telemetry file in the run's folder; None if it is missing."""
         return TELEMETRY_FILE if (self._folder / TELEMETRY_FILE).exists() else None
 
     def start(self) -> None:

@@ -133,7 +133,7 @@ def set_up_brokers(pipeline: Pipeline, choice: str | None, port: int | None) -> 
     """Find or start the brokers of a pipeline's sites.
 
     `choice` is an address, or the kind of broker to start. Without it the brokers are those that the file or the
-    environment names; where there are none, and also where a `port` is given, brokers are started.
+    environment names; without names, and also where a `port` is given, brokers are started.
     """
     kind = _KINDS.get(choice)
     if choice is not None and kind is None:

@@ -39,7 +39,7 @@ class StageKey(NamedTuple):
 class PresenceTable:
     """The newest record of each worker and source. Times are monotonic seconds of the listener.
 
-    Subclasses add what is published about the work itself: `on_result`, `results_received` and `pop_notices`.
+    Subclasses add the messages about the work itself: `on_result`, `results_received` and `pop_notices`.
     """
 
     pipeline: str = ""  # its results count; empty: those of every pipeline

@@ -38,7 +38,7 @@ MAX_PANELS = 6
 # Without a date in its metadata the same figure gives the same file.
 _METADATA: dict[ImageFormat, Any] = {"png": None, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _LEGEND_CHARACTERS, _LEGEND_ROW_IN = 52, 0.19
-_MAX_TICKS = 8  # up to this many marked points, each has a tick of its own
+_MAX_TICKS = 8  # up to this many marked points, each has its own tick
 _MARGIN = 0.08  # above the highest point, as a share of the axis
 _MARKERS_PER_LINE = 8  # so that lines can be told apart without colour
 # The name of a stage is written above its part of a bar where it fits; shares of the width of the axis.

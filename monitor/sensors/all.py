@@ -27,9 +27,9 @@ def default_sensors(root: Path = Path("/")) -> list[Sensor]:
 
 
 class Sampler:
-    """Samples all sensors of a node; periodically in a thread of its own, so a driver that hangs blocks nothing else.
+    """Samples all sensors of a node; periodically in a separate thread, so a driver that hangs blocks nothing else.
 
-    Points get the tags `node` and `run`, unless a process has a run of its own. `sensors` replaces `default_sensors()`.
+    Points get the tags `node` and `run`, unless a process has its own run. `sensors` replaces `default_sensors()`.
     Lifecycle: `start`, `stop`. `on_sample` is called in the sampler's thread.
     """
 

@@ -72,7 +72,7 @@ class SqliteStore:
     def _delete_oldest(self) -> None:
         """Delete the oldest rows of each long table, in the order of writing: times are what senders claim.
 
-        Short tables hold what is written once, such as missing sensors, and are kept.
+        Short tables hold records written once, such as missing sensors, and are kept.
         """
         for name in MEASUREMENTS:
             first, last = self._connection.execute(f'SELECT min(rowid), max(rowid) FROM "{name}"').fetchone()

@@ -197,7 +197,7 @@ class Offloader:
         every worker. Both default to those of the pipeline file.
 
         Raises `RequestFailed` (which stage and worker failed, and why), `PoisonRequest`, `DeadlinePassed`, `NoWorker`,
-        `Disconnected`, `TooLarge`, and `BadPayload` for a value that is none of the above.
+        `Disconnected`, `TooLarge`, and `BadPayload` for any other value.
         """
         request = await self.request(to_content(value), deadline_ms=deadline_ms, priority=priority)
         return from_content_like(value, request.result.content)

@@ -98,7 +98,7 @@ class InferenceRun:
     # One sample -------------------------------------------------------------------------------------------------------
 
     async def _start_next(self) -> bool:
-        """Start the task of the next sample and wait until it has taken the sample; False if there is none."""
+        """Start the task of the next sample and wait until it has taken the sample; False without one."""
         await self._bound_unrecorded()
         taken: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._process_next(taken), name="sample")

@@ -169,7 +169,7 @@ def _add_epoch_axis(axes: Axes, history: TrainingHistory) -> None:
 
 
 def _step_times(history: TrainingHistory) -> dict[str, dict[str, float]]:
-    """The mean times of a step in ms, by stage and kind; idle time, mostly the network's, has a row of its own."""
+    """The mean times of a step in ms, by stage and kind; idle time, mostly the network's, has its own row."""
     totals, steps = history.stage_totals, max(1, history.executed_steps)
     times: dict[str, dict[str, float]] = {}
     for stage in totals.stage_names():

@@ -118,7 +118,7 @@ class TrainingRunStats:
 
 
 def _weighted_mean(values: Iterable[tuple[float | None, int]]) -> float | None:
-    """The mean of the values that are not None; None where there is none."""
+    """The mean of the values that are not None; None without any."""
     known = [(value, weight) for value, weight in values if value is not None]
     total = sum(weight for _, weight in known)
     return round(sum(value * weight for value, weight in known) / total, _DIGITS) if total else None

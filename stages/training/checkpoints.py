@@ -75,7 +75,7 @@ class CheckpointStore:
 
     @property
     def term(self) -> int:
-        """The latest term in which one of the checkpoints was written; 0 if there are none."""
+        """The latest term in which one of the checkpoints was written; 0 without checkpoints."""
         return max((self._read_term(version) for version in self.versions), default=0)
 
     def check(self) -> None:

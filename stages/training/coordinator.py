@@ -228,7 +228,7 @@ class Coordinator:
             for (name, worker), candidate in self._candidates.items()
             if name == stage and candidate.is_live and candidate.record.state in ("up", "standby")
         }
-        if stage == self.stages[0]:  # the leader is the member of its own stage
+        if stage == self.stages[0]:  # the leader itself is its member
             workers = {worker: newest for worker, newest in workers.items() if worker == self.own_worker}
         former = self.members.get(stage)
         return min(workers, key=lambda worker: (worker != former, -workers[worker], worker), default=None)

@@ -28,7 +28,7 @@ LOSSES: Mapping[str, LossFunction] = {
 def make_optimizer(
     table: TrainingTable, parameters: Iterable[nn.Parameter], folder: str
 ) -> torch.optim.Optimizer | None:
-    """Build the optimizer of the parameters that require gradients; None if there are none.
+    """Build the optimizer of the parameters that require gradients; None without any.
 
     Raises `UsageError` with the code "BadTrainingConfig".
     """

@@ -36,7 +36,7 @@ STEPS_LIMIT_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Run the forward of a micro-batch; `labels` if they arrived in a message of their own."""
+    """Run the forward of a micro-batch; `labels` if they arrived in a separate message."""
 
     micro_batch: MicroBatch
     task: Task

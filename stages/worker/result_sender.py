@@ -92,7 +92,7 @@ class ResultSender:
                 return
 
     async def close(self) -> None:
-        """Cancel what has not been sent, and stop watching workers."""
+        """Cancel unsent results, and stop watching workers."""
         for send in self._sends:
             send.cancel()
         for client in self._clients.values():

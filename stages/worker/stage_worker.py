@@ -140,7 +140,7 @@ class StageWorker(ABC):
 
     @abstractmethod
     def _tick(self) -> None:
-        """Do what is due every second."""
+        """Run the periodic tasks of every second."""
 
     async def _announce_drain(self) -> None:
         await self.report()

@@ -131,7 +131,7 @@ class SharedSubscriptionClient:
         await self._transport.close()
 
     async def request(self) -> str | None:
-        """Return the worker of the result, or None if there is none in time."""
+        """Return the worker of the result, or None after a time-out."""
         request = new_request_id()
         response = self._pending[request] = asyncio.get_running_loop().create_future()
         properties = Properties("application/json", request, self._response_topic)

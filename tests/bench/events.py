@@ -3,7 +3,7 @@
     python -m tests.bench.events
 
 A monitor with a SQLite file, and processes that send `task_processed` events as `brokers.telemetry.client` does: JSON
-lines, 256 in a datagram. Counted is what is in the file at the end: each event of each sender, once.
+lines, 256 in a datagram. The file at the end is counted: each event of each sender, once.
 
 * target/s: the rate of all senders together; "max" is as fast as the socket accepts: a burst that waits in the
   monitor's memory;
@@ -65,7 +65,7 @@ class EventRateRow:
 
 
 def send(path: str, sender: int, count: int, per_s: float, barrier: Barrier) -> None:
-    """Send events at a rate, or as fast as possible; runs in a process of its own."""
+    """Send events at a rate, or as fast as possible; runs in a separate process."""
     lines = [
         b'{"event":"task_processed","time_ns":%d,"run":"bench","site":"local","pipeline":"street","stage":"body",'
         b'"worker":"w%d","request":"%032x","queue_ms":1.204,"decode_ms":0.187,"compute_ms":33.071,"encode_ms":0.412,'

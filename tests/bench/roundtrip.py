@@ -3,7 +3,7 @@
 All in one run, in turns, each with an echo in a child process; medians in ms, and the ratio of `channel` to `baseline`.
 
 * channel: a float32 tensor as a task, encoded, chunked, sent at QoS 0 through a broker, reassembled and decoded as
-  between two stages; the echo makes it a torch tensor and sends that back in a task of its own.
+  between two stages; the echo makes it a torch tensor and sends that back in a separate task.
 * baseline: the pattern of the paper's authors, without a broker: a new TCP connection, a pickled torch tensor behind
   its length; the echo unpickles it, pickles it again, and answers on the same connection.
 * paho: the same messages in the same chunks through the same broker, published and received by a plain paho-mqtt

@@ -4,7 +4,7 @@
 
 Processor time of this process, user and system, for each second that passes; 0.01 is 1 % of one core. Each sensor that
 this machine has alone, and all together, without and with 20 processes of a run. The first sample, which detects the
-hardware, is left out and has a column of its own. The aim is far below 0.02.
+hardware, is left out and has its own column. The aim is far below 0.02.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from tests.support.environment.external_programs import require_dependency
 from tests.support.environment.image import IMAGE_TAG, build_image
 from tests.support.pipelines.mqtt_camera import MqttCamera
 
-# All services but InfluxDB, Chronograf and Grafana, which are in a profile of their own and need further images.
+# All services but InfluxDB, Chronograf and Grafana, which are in a separate profile and need further images.
 COMPOSE_SERVICES = ("broker", "gateway", "head", "body", "tail", "monitor")
 
 

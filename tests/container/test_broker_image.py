@@ -25,7 +25,7 @@ TOPIC = "sparse/local/street/body/tasks"
 def _address() -> Iterator[str]:
     image = re.search(r"image: (eclipse-mosquitto:\S+)", (ROOT / "docker-compose.yml").read_text())
     assert image
-    # Ryuk would be another container, from an image of its own, that removes those of killed tests.
+    # Ryuk would be another container, from another image, that removes those of killed tests.
     testcontainers_config.ryuk_disabled = True
     container = DockerContainer(image[1], user="1883:1883").with_exposed_ports(1883)
     container.with_volume_mapping(str(ROOT / "deploy/config/mosquitto.conf"), "/mosquitto/config/mosquitto.conf", "ro")

@@ -83,7 +83,7 @@ def test_the_pipeline_of_the_demo_and_the_locked_one_differ_in_their_locks_only(
     assert demo == locked
 
 
-def test_each_service_of_the_swarm_has_the_secrets_of_its_own_identity_and_no_other() -> None:
+def test_each_service_of_the_swarm_has_the_secrets_of_its_identity_and_no_other() -> None:
     stack = parsed(STACKS[0])
     pipeline = load_pipeline(ROOT / LOCKED / "street.toml")
     identities = {stage.name: stage_username(pipeline, stage) for stage in pipeline.stage}
@@ -174,7 +174,7 @@ def test_the_recorder_listens_where_the_others_tell(path: Path) -> None:
 
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
-    """What is mounted where, in either notation."""
+    """Sources of mounts by target, in either notation."""
     found: dict[str, str] = {}
     for volume in service["volumes"]:
         if isinstance(volume, str):

@@ -1,4 +1,4 @@
-"""What is imported, what is shipped, and that folders of tests never stand in front of the real packages."""
+"""Imported packages, content of the wheel and of the lock, and folders of tests that cannot hide a package."""
 
 from __future__ import annotations
 

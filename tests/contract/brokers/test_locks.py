@@ -89,7 +89,7 @@ RIGHTS: dict[tuple[str, str], tuple[set[str], set[str]]] = {
     ("camera.door", "cloud"): (set(), set()),
     ("broker.cloud", "device"): (set(), set()),
     ("broker.device", "device"): (set(), set()),
-    ("stranger", "device"): (set(), set()),
+    ("unlisted", "device"): (set(), set()),
     ("operator", "device"): (OPERATOR_TOPICS, OPERATOR_TOPICS),
     ("operator", "cloud"): (OPERATOR_TOPICS, OPERATOR_TOPICS),
 }
@@ -112,7 +112,7 @@ def _brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sec
 def _forged(brokers: dict[str, SecureBroker]) -> dict[str, Path]:
     """Credentials that `sparse certs` does not make."""
     certs = brokers["device"].certs
-    return {name: forge_credentials(certs, name) for name in (TEST_USER, "stranger")}
+    return {name: forge_credentials(certs, name) for name in (TEST_USER, "unlisted")}
 
 
 async def may_publish(transport: MqttTransport, topic: str) -> bool:

@@ -1,4 +1,4 @@
-"""Lines on the event socket, valid and invalid: what is parsed, counted and logged."""
+"""Lines on the event socket, valid and invalid: which are parsed, counted and logged."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def test_write_does_not_wait_for_a_server_that_never_answers(tmp_path: Path, mon
 # A server that refuses ------------------------------------------------------------------------------------------------
 
 
-def test_check_names_what_is_misconfigured(server: InfluxServer, tmp_path: Path) -> None:
+def test_check_names_the_misconfiguration(server: InfluxServer, tmp_path: Path) -> None:
     correct = server.target
     for target, problem in [
         (replace(correct, token="wrong"), "the token is not accepted (401)"),

@@ -111,7 +111,7 @@ def test_values_have_the_types_of_the_schema(write_all: WriteAll) -> None:
     ]
 
 
-def test_missing_fields_are_none_and_missing_tags_empty(write_all: WriteAll) -> None:
+def test_missing_fields_are_null_and_missing_tags_empty(write_all: WriteAll) -> None:
     partial = TelemetryPoint("gpu", NOW_NS, {"node": "n"}, {"use": 0.5, "power_w": None})
     reader = write_all(
         [partial, full_point(MEASUREMENTS["gpu"]), replace(partial, measurement="batch", fields={"rows": 1})]

@@ -48,7 +48,7 @@ class Freezer:
         pipeline.on_message = self._on_message
 
     def resume(self) -> None:
-        """Receive all messages that were held back, in order, and send what was about to be sent."""
+        """Receive all messages that were held back, in order, and send the pending ones."""
         self._transport.receive = self._receive  # type: ignore[method-assign]
         for arguments in self._held_back:
             self._receive(*arguments)

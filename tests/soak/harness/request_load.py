@@ -28,8 +28,8 @@ CONCURRENCY = 8
 # Share of the requests after which caches and buffers that are reused have been allocated.
 WARM_UP_FRACTION = 0.1
 SAMPLES = 40
-# The number of objects of an offloader varies by what is in progress while they are counted. Between a hundred requests
-# and ten thousand a difference of three was seen; an object that is kept for every tenth request is far more.
+# The number of objects of an offloader varies by the calls in progress while they are counted. Between a hundred
+# requests and ten thousand a difference of three was seen; an object that is kept for every tenth request is far more.
 OBJECT_TOLERANCE = 25
 
 

@@ -116,7 +116,7 @@ def _trend(name: str, tenths: Sequence[Sequence[Mapping[str, ResourceSample]]]) 
 
 
 def count_reachable_objects(*roots: object) -> int:
-    """Count the objects that are reachable from `roots`: any table that is never cleared shows, by whatever name.
+    """Count the objects that are reachable from `roots`: any table that is never cleared shows, by its name.
 
     Excluded are the program itself, event loops and threads, and the contents of deques of bounded length.
     """

@@ -16,7 +16,7 @@ from tests.support.brokers.presence import wait_for_workers
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
 
-# Lines that only a defect writes, whatever fault is injected.
+# Lines that only a defect writes, with any injected fault.
 _DEFECT = re.compile(r"Traceback|never retrieved|was never awaited|Task was destroyed|Fatal|Segmentation")
 
 
@@ -103,7 +103,7 @@ def assert_clean_log(command: RunningCommand) -> None:
 
 
 class ChainLoad:
-    """`sparse source` of the chain, in a process of its own, and its results so far."""
+    """`sparse source` of the chain, in a separate process, and its results so far."""
 
     def __init__(self, sandbox: ProcessSandbox, path: Path, address: str) -> None:
         self.folder = sandbox.folder / "out"

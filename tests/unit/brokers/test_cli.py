@@ -13,7 +13,7 @@ import pytest
 from brokers.cli import main
 from tests.support.environment.checkout import ROOT
 
-# Another distribution with subcommands of its own.
+# Another distribution with its own subcommands.
 COMMANDS = '''
 import logging
 import sys
@@ -168,7 +168,7 @@ def test_sparse_debug_shows_tracebacks(sparse: Console, monkeypatch: pytest.Monk
         sparse.run("fail", "usage")
 
 
-# In a process of its own ----------------------------------------------------------------------------------------------
+# In a separate process -----------------------------------------------------------------------------------------------
 
 
 def start(distribution: Path, *arguments: str, unbuffered: str = "") -> subprocess.Popen[str]:

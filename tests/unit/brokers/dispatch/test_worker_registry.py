@@ -213,9 +213,7 @@ def test_entries_and_log_lines_are_bounded(caplog: pytest.LogCaptureFixture) -> 
     assert (len(registry.workers), registry.rejected) == (ENTRY_LIMIT, 100)
     assert len(caplog.records) < 100
     topic, source = source_record()
-    assert describe(registry.on_message(topic, source.to_bytes(), 0.0)) == ["appeared"], (
-        "sources have a limit of their own"
-    )
+    assert describe(registry.on_message(topic, source.to_bytes(), 0.0)) == ["appeared"], "sources have their own limit"
     first = next(iter(registry.workers))
     assert describe(registry.on_message(first, registry.workers[first].record.to_bytes(), 1.0)) == ["updated"]
 

@@ -57,7 +57,7 @@ def test_untrusted_broker_certificate_is_explained(code: int, advice: str) -> No
     [
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "name a folder with tls.crt and tls.key in SPARSE_TLS"),
         ("SSLV3_ALERT_HANDSHAKE_FAILURE", "name a folder with tls.crt and tls.key in SPARSE_TLS"),
-        ("TLSV1_ALERT_UNKNOWN_CA", "expected that of its own ca.crt"),
+        ("TLSV1_ALERT_UNKNOWN_CA", "expected that of its ca.crt"),
         ("SSLV3_ALERT_CERTIFICATE_EXPIRED", "renew it with `sparse certs`"),
         ("SSLV3_ALERT_BAD_CERTIFICATE", "may not be valid yet by its clock"),
     ],

@@ -8,7 +8,7 @@ from brokers.protocol.transport import Properties
 
 
 class FakeConnection:
-    """Records what is asked of a connection."""
+    """Records the requests to a connection."""
 
     def __init__(self) -> None:
         self.acked: list[int] = []

@@ -106,7 +106,7 @@ def test_failure_is_cleared_by_the_next_step() -> None:
     assert make_progress([step_event(1), failure_event(), step_event(2)]).failure is None
 
 
-def test_sources_have_progress_of_their_own_and_are_bounded() -> None:
+def test_sources_have_separate_progress_and_are_bounded() -> None:
     other = {"source": "more"}
     stats = make_stats([step_event(3), {**step_event(9), **other}, {**rollback_event(8, 9), **other}])
     assert [(name, each.completed_steps) for name, each in stats.progress_by_source.items()] == [

@@ -85,7 +85,7 @@ def test_unused_interface_has_no_points() -> None:
     assert (third["ifb0"]["received_bytes"], third["ifb0"]["sent_bytes"]) == (8, 0)
 
 
-def test_unreadable_counters_are_reported_once_and_start_anew() -> None:
+def test_unreadable_counters_are_reported_once_and_start_again() -> None:
     readings = iter([{"lo": Counts(1)}, None, None, {"lo": Counts(9)}, {"lo": Counts(10)}])
 
     def read() -> dict[str, Counts]:

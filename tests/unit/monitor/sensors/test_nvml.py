@@ -67,7 +67,7 @@ def test_energy_without_a_counter_is_integrated_and_not_missing() -> None:
     assert not any("gpu.0" in sensor for points in samples for sensor in missing_reasons(points))
 
 
-def test_unsupported_value_is_none_and_reported_once() -> None:
+def test_unsupported_value_is_missing_and_reported_once() -> None:
     samples = sample_all(RecordedNvml(), 2)
     for points in samples:
         assert gpu_fields(points, "1")["power_w"] is None

@@ -253,7 +253,7 @@ def test_trainable_part_with_shared_parameters_is_refused() -> None:
     assert caught.value.fields == {"parameter": "a.weight", "first": 0, "second": 1}
 
 
-def test_evaluation_part_is_none_if_the_cut_layer_exists_only_in_training() -> None:
+def test_no_evaluation_part_if_the_cut_layer_exists_only_in_training() -> None:
     def double_in_training(m: FunctionNetwork, x: Tensor) -> Tensor:
         return m.a(x * 2 if m.training else x)  # type: ignore[no-any-return]
 

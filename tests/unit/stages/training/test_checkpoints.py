@@ -93,7 +93,7 @@ def test_other_files_are_ignored(tmp_path: Path) -> None:
     assert len(file_names(tmp_path)) == 5
 
 
-def test_loaded_tensors_have_aligned_memory_of_their_own(tmp_path: Path) -> None:
+def test_loaded_tensors_have_separate_aligned_memory(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     store.save(checkpoint(50))
     loaded = store.load(50)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.pipelines.processes import PROCESS_TIMEOUT_S
 
-# A process of its own, because the setting is global. It prints the page faults of allocating, filling and freeing
+# A separate process, because the setting is global. It prints the page faults of allocating, filling and freeing
 # 64 MiB ten times, before and after.
 _PROGRAM = """
 import ctypes, resource

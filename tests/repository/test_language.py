@@ -1,0 +1,64 @@
+"""Plain technical English: phrases that hide the name of a thing are counted, and none is allowed.
+
+A relative clause as the name of a thing ("what is there") is replaced by its noun, a metaphor by the standard term. The
+names of functions and variables are checked as well, with a space for each underscore.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.support.environment.checkout import ROOT, repository_files
+
+VERBS = "is|are|was|were|comes?|came|goes|went|stands|stood|has|had|remains|happens|happened"
+PHRASES = re.compile(
+    r"\b(?:"
+    r"[Ww]hoever|[Ww]homever|[Ww]hatever|[Nn]obody|[Aa]nybody|[Ss]omebody|[Ee]verybody|anew"
+    rf"|[Ww]hat (?:{VERBS})|[Ww]ho (?:is|was|comes?|came)|that there (?:is|are)"
+    r"|(?:is|are|was|were) none|of (?:its|their) own"
+    r"|[Tt]wins?|[Cc]rews?|[Ee]rrands?|[Ss]trangers?|[Vv]itals|[Pp]ulse|[Hh]eard|[Ff]ront doors?|[Ll]ocked doors?"
+    r")\b(?! not None)"
+)
+JINJA_CODE = re.compile(r"\{%.*?%\}|\{\{.*?\}\}")
+CHECKED = {".py", ".md", ".toml", ".yaml", ".yml", ".jinja", ".css", ".js", ""}
+# Phrases still allowed in a folder or file; every number may only fall.
+ALLOWED = {"tests/pipeline": 109, "docs": 66, "tests/support": 60, "README.md": 12, "CHANGELOG.md": 7}
+
+
+def phrases(text: str) -> list[tuple[int, str]]:
+    """The forbidden phrases of a text, each with the number of its line."""
+    lines = JINJA_CODE.sub("", text).replace("_", " ").splitlines()
+    return [(number, match[0]) for number, line in enumerate(lines, start=1) for match in PHRASES.finditer(line)]
+
+
+def folder(path: Path) -> str:
+    """The unit that is counted: a package of the product, a folder of tests or documents, or a file of the root."""
+    parts = path.relative_to(ROOT).parts
+    return "/".join(parts[: 2 if parts[0] == "tests" else 1])
+
+
+def test_no_forbidden_phrases() -> None:
+    places: dict[str, list[str]] = {}
+    for path in repository_files():
+        if path.suffix in CHECKED and path != Path(__file__) and path.name not in ("LICENSE",):
+            for number, phrase in phrases(path.read_text(errors="ignore")):
+                places.setdefault(folder(path), []).append(f"{path.relative_to(ROOT)}:{number}: {phrase}")
+    counts = Counter({name: len(lines) for name, lines in places.items()})
+    too_many = {name: places[name] for name, count in counts.items() if count > ALLOWED.get(name, 0)}
+    assert too_many == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["whoever reads it", "Nobody waits", "the value is none", "what is there", "def test_what_comes_first", "its twin"],
+)
+def test_forbidden_phrases_are_found(text: str) -> None:
+    assert [number for number, _ in phrases(f"\n{text}\n")] == [2]
+
+
+def test_identifiers_and_plain_text_are_not_found() -> None:
+    assert phrases("if value is None: return  # the crewless, somewhat pulsed somewhere") == []
