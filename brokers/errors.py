@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # Wire errors quote text from the network, which may be a megabyte long: both ends of the message are enough.
 _MESSAGE_LIMIT_CHARACTERS = 400
@@ -27,13 +30,6 @@ class SparseError(Exception):
     wrong value and the limit by name, such as `expected_bytes`. A subclass with its own constructor uses its
     class name as its code.
     """
-
-    code: str
-    message: str
-    fields: dict[str, Any] = {}  # noqa: RUF012 - never changed: each instance that has fields sets its own
-
-    def __init_subclass__(cls) -> None:
-        cls.code = cls.__name__
 
     def __init__(self, code: str, message: str, **fields: Any) -> None:
         # Exception.__init__ is not called: `args` stay those of the constructor, which copy and pickle need.
@@ -58,8 +54,6 @@ class UsageError(SparseError):
 
     `key` is the place in the pipeline file, such as "source.path", where the mistake is in one.
     """
-
-    key = ""
 
     def __init__(self, code: str, message: str, *, key: str = "", **fields: Any) -> None:
         super().__init__(code, message, **fields)
@@ -119,8 +113,6 @@ class WireError(SparseError):
     `retry`: the sender made no mistake, and the same message may be accepted later.
     """
 
-    retry = False
-
     def __init__(self, code: str, message: str, *, retry: bool = False, **fields: Any) -> None:
         if len(message) > _MESSAGE_LIMIT_CHARACTERS:
             half = _MESSAGE_LIMIT_CHARACTERS // 2
@@ -143,6 +135,12 @@ class BadPayload(WireError):
     def __init__(self, content_type: str, problem: str) -> None:
         super().__init__(type(self).__name__, f"payload of type {content_type}: {problem}", content_type=content_type)
         self.problem = problem
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return place and kind of the first mistake that pydantic found, without the text that was received."""
+    mistake = error.errors(include_url=False, include_input=False)[0]
+    return "".join(f"{level}: " for level in mistake["loc"]) + mistake["msg"]
 
 
 def property_error(name: str, problem: str) -> WireError:

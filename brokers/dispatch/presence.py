@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
-from brokers.errors import BadPayload
+from brokers.errors import BadPayload, first_mistake
 from brokers.protocol.chunking import MESSAGE_LIMIT_BYTES
 from brokers.protocol.codec import PROTOCOL_VERSION, check_version
 from brokers.protocol.messages import JSON
@@ -80,9 +80,7 @@ class _PresenceRecord(BaseModel):
         try:
             record = cls.model_validate_json(payload)
         except ValidationError as error:
-            mistake = error.errors(include_url=False)[0]
-            place = "".join(f"{level}: " for level in mistake["loc"])
-            raise BadPayload(JSON, f"not a presence record: {place}{mistake['msg']}") from None
+            raise BadPayload(JSON, f"not a presence record: {first_mistake(error)}") from None
         check_version(record.version)
         return record
 

@@ -39,15 +39,12 @@ class PacketHandler(Protocol):
 
     def get_buffer(self, header: PublishHeader) -> memoryview | None:
         """Return the buffer for the payload of this PUBLISH, None for a new one."""
-        ...
 
     def on_publish(self, header: PublishHeader, payload: memoryview) -> None:
         """Handle a PUBLISH. One that was skipped has no topic and no payload, and needs its acknowledgement."""
-        ...
 
     def on_packet(self, data: bytes) -> None:
         """Handle a packet of any other type."""
-        ...
 
 
 class PacketWriter:
@@ -106,8 +103,6 @@ class PacketReader:
         self._header: PublishHeader | None = None  # set while its payload is incomplete
         self._payload = memoryview(b"")
         self._filled = 0
-        self._skipped: PublishHeader | None = None  # set while a PUBLISH is skipped
-        self._skip_bytes = 0  # of it, still to arrive
         self.received_bytes = 0
 
     def read(self, budget_bytes: int) -> bool:
@@ -159,13 +154,11 @@ class PacketReader:
             if self._header is not None:
                 if self._filled < self._header.payload_bytes:
                     return
-                header, payload = self._header, self._payload
+                header = self._header
+                payload = self._payload if header.topic else memoryview(b"")
                 self._header = None
                 self._payload = memoryview(b"")
                 self._handler.on_publish(header, payload)
-            elif self._skipped is not None:
-                if not self._skip(self._skipped):
-                    return
             elif self._start == self._end:
                 self._start = self._end = 0
                 return
@@ -180,10 +173,6 @@ class PacketReader:
             return False
         self._check_size(header.header_bytes + header.payload_bytes)
         self._start += header.header_bytes
-        if not header.topic:
-            self._skipped = header
-            self._skip_bytes = header.payload_bytes
-            return True
         self._header = header
         self._payload = self._allocate(header)
         self._filled = min(header.payload_bytes, self._end - self._start)
@@ -191,20 +180,8 @@ class PacketReader:
         self._start += self._filled
         return True
 
-    def _skip(self, header: PublishHeader) -> bool:
-        """Discard the buffered bytes of a PUBLISH that is skipped; return whether that was the rest of it."""
-        count = min(self._skip_bytes, self._end - self._start)
-        self._start += count
-        self._skip_bytes -= count
-        if self._skip_bytes:
-            self._start = self._end = 0
-            return False
-        self._skipped = None
-        self._handler.on_publish(header, memoryview(b""))
-        return True
-
     def _allocate(self, header: PublishHeader) -> memoryview:
-        buffer = self._handler.get_buffer(header) if header.payload_bytes else None
+        buffer = self._handler.get_buffer(header) if header.topic and header.payload_bytes else None
         if buffer is not None:
             return buffer
         if header.payload_bytes < SMALL_PAYLOAD_BYTES:

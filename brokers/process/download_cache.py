@@ -35,7 +35,6 @@ class DownloadOrigin(Protocol):
 
     def download(self, target: Path) -> None:
         """Write the file to `target`. Raises `OSError` with the reason when that is not possible."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

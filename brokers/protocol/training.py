@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from brokers.errors import property_error
+from brokers.errors import first_mistake, property_error
 from brokers.protocol.messages import JSON_INTEGER_LIMIT, REQUEST_ID_BYTES
 from brokers.protocol.topics import NAME_PATTERN
 
@@ -31,16 +30,10 @@ StepMode = Literal["train", "evaluate"]
 MICRO_BATCH_LIMIT = 1024
 ROWS_LIMIT = 1 << 31
 SEED_LIMIT = 1 << 63
-# Name, smallest value, and the first that is too large.
-_RANGES = (
-    ("term", 0, JSON_INTEGER_LIMIT),
-    ("count", 1, MICRO_BATCH_LIMIT + 1),
-    ("rows", 1, ROWS_LIMIT),
-    ("number", 0, JSON_INTEGER_LIMIT),
-    ("seed", 0, SEED_LIMIT),
-)
+_Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+_Count = Annotated[int, Field(ge=0, lt=JSON_INTEGER_LIMIT)]
 # A request id, in lower case as everywhere else, so that equal ids are equal texts.
-_STEP_ID = re.compile(f"[0-9a-f]{{{2 * REQUEST_ID_BYTES}}}")
+_StepId = Annotated[str, Field(pattern=f"^[0-9a-f]{{{2 * REQUEST_ID_BYTES}}}$")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,29 +41,21 @@ class MicroBatch:
     """Micro-batch `index` of the `count` of a step, whose batch has `rows` rows in all.
 
     `step` is the step's id in hexadecimal, `number` counts the steps of the source from 0, and `seed` is the random
-    seed of layers such as dropout. Raises `WireError` ("BadProperty").
+    seed of layers such as dropout.
     """
 
-    step: str
-    term: int
-    index: int
-    count: int
-    rows: int
-    number: int
-    seed: int
+    step: _StepId
+    term: _Count
+    index: _Count
+    count: Annotated[int, Field(ge=1, le=MICRO_BATCH_LIMIT)]
+    rows: Annotated[int, Field(ge=1, lt=ROWS_LIMIT)]
+    number: _Count
+    seed: Annotated[int, Field(ge=0, lt=SEED_LIMIT)]
     mode: StepMode = "train"
 
     def __post_init__(self) -> None:
-        for name, smallest, end in (*_RANGES, ("index", 0, self.count)):
-            value = getattr(self, name)
-            if type(value) is not int or not smallest <= value < end:
-                problem = f"{name} must be a whole number from {smallest} to {end - 1}, is {value!r}"
-                raise property_error(MICRO_BATCH_KEY, problem)
-        if not isinstance(self.step, str) or not _STEP_ID.fullmatch(self.step):
-            problem = f"step must be {2 * REQUEST_ID_BYTES} hexadecimal digits, is {self.step!r}"
-            raise property_error(MICRO_BATCH_KEY, problem)
-        if self.mode not in get_args(StepMode):
-            raise property_error(MICRO_BATCH_KEY, f"mode must be train or evaluate, is {self.mode!r}")
+        if self.index >= self.count:
+            raise ValueError(f"index must be less than count, which is {self.count}, is {self.index}")
 
     def to_json(self) -> str:
         """Return the metadata value."""
@@ -80,14 +65,16 @@ class MicroBatch:
     def from_json(cls, text: str | None) -> MicroBatch:
         """Parse the metadata value, ignoring fields of later versions. Raises `WireError` ("BadProperty")."""
         try:
-            fields = json.loads(text or "null")
-        except (ValueError, RecursionError):
-            fields = None
-        names = cls.__dataclass_fields__.keys()
-        if not isinstance(fields, dict) or not fields.keys() >= names - {"mode"}:
-            problem = "must be a JSON object as docs/protocol.md describes it: this stage trains"
-            raise property_error(MICRO_BATCH_KEY, problem)
-        return cls(**cast(Any, {name: fields[name] for name in names & fields.keys()}))
+            return _MICRO_BATCH.validate_json(text or "null", strict=True)
+        except UnicodeEncodeError:
+            problem = "not UTF-8"
+        except ValidationError as error:
+            problem = first_mistake(error)
+        problem = f"of a training task must be a JSON object as docs/protocol.md describes it: {problem}"
+        raise property_error(MICRO_BATCH_KEY, problem)
+
+
+_MICRO_BATCH = TypeAdapter(MicroBatch)
 
 
 def micro_batch_seed(seed: int, number: int, index: int) -> int:
@@ -96,8 +83,6 @@ def micro_batch_seed(seed: int, number: int, index: int) -> int:
     return int.from_bytes(digest[:8], "big") % SEED_LIMIT
 
 
-_Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-_Count = Annotated[int, Field(ge=0, lt=JSON_INTEGER_LIMIT)]
 # Sources of one pipeline, and its stages: a presence record must stay below 64 KiB.
 SOURCES_LIMIT = 64
 # The settings of one source as JSON, for the same reason.

@@ -76,21 +76,17 @@ class Transport(Protocol):
     @property
     def address(self) -> str:
         """The broker's address for messages to the user; never holds a password."""
-        ...
 
     @property
     def limits(self) -> BrokerLimits:
         """Known once `connect` has returned; may change at a reconnection."""
-        ...
 
     @property
     def is_connected(self) -> bool:
         """Whether there is a connection, as far as is known: a silent one is closed after the keep-alive time."""
-        ...
 
     async def connect(self, *, will: Will | None = None, timeout_s: float = 10.0) -> None:
         """Connect. Raises `BrokerUnreachable` when no MQTT 5 broker answers in time."""
-        ...
 
     async def subscribe(
         self,
@@ -110,7 +106,6 @@ class Transport(Protocol):
         is not passed to the handler again. While too many are unacknowledged, nothing is read. Subscribe before
         `connect`, since a resumed session may deliver at once.
         """
-        ...
 
     async def unsubscribe(self, topic_filter: str) -> None: ...
 
@@ -130,12 +125,9 @@ class Transport(Protocol):
         QoS 0 bytes in transit when a connection breaks are lost, as MQTT specifies. Raises `TooLarge` for a packet over
         the broker's announced maximum, `Disconnected` after `close`.
         """
-        ...
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Await `callback` after each reconnection, when all subscriptions are restored."""
-        ...
 
     async def close(self) -> None:
         """Send the queued packets, send DISCONNECT (no will is published), end all tasks. May be called twice."""
-        ...

@@ -12,7 +12,6 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 _READ_BYTES = 64 << 10  # per read: small pieces leave evenly at a low rate, large ones cost less at a high rate
@@ -23,30 +22,17 @@ _START_TIMEOUT_S = 10.0
 Direction = Literal["outbound", "inbound"]
 
 
-@dataclass(slots=True)
-class LinkByteCounts:
-    """Bytes that came out of the link; `outbound` is away from the side that connects to the emulator."""
-
-    outbound: int = 0
-    inbound: int = 0
-
-    def add(self, direction: Direction, count: int) -> None:
-        if direction == "outbound":
-            self.outbound += count
-        else:
-            self.inbound += count
-
-
 class LinkEmulator:
     """A link to the broker at `port` of this machine. Once started it listens on a free port, `self.port`.
 
-    It runs a loop in its own thread. `tap`, if set, is called in that thread with each piece of bytes that comes out.
+    It runs a loop in its own thread. `byte_counts` are of bytes that came out; "outbound" is away from the side that
+    connects to the emulator. `tap`, if set, is called in that thread with each piece of bytes that comes out.
     """
 
     def __init__(self, port: int, *, delay_ms: float = 0.0, rate_mbit: float | None = None) -> None:
         self.port = 0
         self.tap: Callable[[Direction, bytes], None] | None = None
-        self.byte_counts = LinkByteCounts()
+        self.byte_counts: dict[Direction, int] = {"outbound": 0, "inbound": 0}
         self._target = port
         self._delay_s = delay_ms / 1000
         self._bytes_per_s = rate_mbit * 125_000 if rate_mbit else None
@@ -127,7 +113,7 @@ class LinkEmulator:
             while piece := await queue.get():
                 writer.write(piece)
                 await writer.drain()
-                self.byte_counts.add(direction, len(piece))
+                self.byte_counts[direction] += len(piece)
                 if self.tap:
                     self.tap(direction, piece)
         if writer.can_write_eof():

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from brokers.errors import BadPayload
+from brokers.errors import BadPayload, first_mistake
 from brokers.protocol.messages import JSON
 
 # A datagram has any number of lines, up to this size; the default buffer of a Unix socket holds no more.
@@ -176,4 +176,4 @@ def _describe(error: ValidationError) -> str:
         case "extra_forbidden":
             return f"{': '.join(place[:-1])}: unknown field"  # its name is received text
         case _:
-            return f"{''.join(f'{level}: ' for level in place)}{mistake['msg']}"
+            return first_mistake(error)

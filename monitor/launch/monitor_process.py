@@ -116,8 +116,8 @@ class RunMonitor:
                 "link_traffic",
                 from_site=link.site,
                 to_site=link.config.to,
-                bytes_out=counts.outbound,
-                bytes_in=counts.inbound,
+                bytes_out=counts["outbound"],
+                bytes_in=counts["inbound"],
             )
 
 

@@ -43,8 +43,8 @@ class EmulatedLink:
             "to": self.config.to,
             "delay_ms": self.config.delay_ms,
             "rate_mbit": self.config.rate_mbit,
-            "bytes_out": counts.outbound,
-            "bytes_in": counts.inbound,
+            "bytes_out": counts["outbound"],
+            "bytes_in": counts["inbound"],
         }
 
 

@@ -147,6 +147,27 @@ def test_cancelled_senders_leave_a_bounded_queue() -> None:
     run_async(test())
 
 
+def test_timer_ends_with_the_connection(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A tick on the closed socket would raise ValueError in the loop, which logs it."""
+    monkeypatch.setattr(socket_loop, "TICK_S", 0.001)
+
+    async def test() -> None:
+        async with packet_socket() as (packets, _):
+            packets.start_keepalive()
+            await asyncio.wait_for(packets.lost, WAIT_S)  # silent for some ticks
+            closed_by_tick = packets._timer
+            assert closed_by_tick is not None
+            assert closed_by_tick.cancelled()
+        async with packet_socket() as (packets, _):
+            packets.start_keepalive()
+            packets.close("cable cut")
+            assert packets._timer is not None
+            assert packets._timer.cancelled()
+
+    run_async(test())
+    assert not caplog.records
+
+
 def test_waiting_senders_raise_when_the_connection_ends() -> None:
     async def test() -> None:
         async with packet_socket() as (packets, _):

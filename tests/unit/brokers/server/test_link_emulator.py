@@ -82,7 +82,7 @@ def test_bytes_arrive_in_order_and_are_counted(echo_port: int) -> None:
 
         link.tap = tap
         assert round_trip(link, data)[0] == data
-    assert (link.byte_counts.outbound, link.byte_counts.inbound) == (len(data), len(data))
+    assert (link.byte_counts["outbound"], link.byte_counts["inbound"]) == (len(data), len(data))
     assert tapped == {"outbound": len(data), "inbound": len(data)}
 
 
