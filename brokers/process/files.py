@@ -55,9 +55,9 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[BinaryIO]:
     """Hold an exclusive advisory lock on `path` (created if missing); yield the open lock file.
 
     The kernel releases the lock when the process ends, however it ends. Raises `BlockingIOError` where `wait` is false
-    and another process holds it.
+    and another process holds it, and `OSError` for a symbolic link: in a shared folder it may be of another user.
     """
-    with path.open("ab") as file:
+    with open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as file:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield file
 

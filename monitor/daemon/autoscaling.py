@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from brokers.dispatch.presence import WorkerLoad, WorkerRecord
-from monitor.presence.presence_table import PresenceTable
+from brokers.dispatch.presence import WorkerLoad
+from monitor.presence.presence_table import PresenceTable, StageKey
 
 _LARGEST = 1e12  # records hold any finite number, and their sums and products must be finite too
 
@@ -16,16 +16,14 @@ def stage_metrics(presence: PresenceTable, now_s: float) -> dict[str, dict[str, 
 
     `site` lists all sites of the stage, separated by commas.
     """
-    records: dict[tuple[str, str], list[WorkerRecord]] = {}
-    sites: dict[tuple[str, str], list[str]] = {}
-    for key, stage_records in presence.live_workers_by_stage(now_s).items():
-        name = key.pipeline, key.stage
-        records.setdefault(name, []).extend(record for record in stage_records if record.state == "up")
-        sites.setdefault(name, []).append(key.site)
+    by_name: dict[tuple[str, str], list[StageKey]] = {}
+    by_stage = presence.live_workers_by_stage(now_s)
+    for key in by_stage:
+        by_name.setdefault((key.pipeline, key.stage), []).append(key)
     metrics: dict[str, dict[str, dict[str, Any]]] = {}
-    for (pipeline, stage), stage_records in records.items():
-        totals = _totals([record.load for record in stage_records])
-        metrics.setdefault(pipeline, {})[stage] = {**totals, "site": ",".join(sites[pipeline, stage])}
+    for (pipeline, stage), keys in by_name.items():
+        loads = [record.load for key in keys for record in by_stage[key] if record.state == "up"]
+        metrics.setdefault(pipeline, {})[stage] = {**_totals(loads), "site": ",".join(key.site for key in keys)}
     return metrics
 
 
@@ -36,12 +34,11 @@ def _totals(loads: Sequence[WorkerLoad]) -> dict[str, float]:
     """
     rates = [min(load.rate, _LARGEST) for load in loads]
     weights = [rate + load.queue for rate, load in zip(rates, loads, strict=True)]
-    waits_ms = [min(load.queue_ms, _LARGEST) for load in loads]
-    weighted_ms = sum(weight * wait_ms for weight, wait_ms in zip(weights, waits_ms, strict=True))
+    weighted_ms = sum(weight * min(load.queue_ms, _LARGEST) for weight, load in zip(weights, loads, strict=True))
     return {
         "workers": len(loads),
         "queue": sum(load.queue for load in loads),
         "queue_ms": round(weighted_ms / (sum(weights) or 1.0), 3),
-        "busy": round(sum(load.busy for load in loads) / len(loads), 3) if loads else 0.0,
+        "busy": round(sum(load.busy for load in loads) / (len(loads) or 1), 3),
         "rate": round(sum(rates, 0.0), 3),
     }

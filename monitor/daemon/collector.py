@@ -108,7 +108,7 @@ class TelemetryCollector:
         fields = {
             "events": events.event_count if events else 0,
             "bad_events": events.bad_events if events else 0,
-            "dropped_events": events.dropped if events else 0,
+            "dropped_events": events.listener.dropped if events else 0,
             "points": self.point_count,
             "waiting_points": max((writer.waiting for writer in self._writers), default=0),
             "dropped_points": sum(writer.dropped for writer in self._writers),

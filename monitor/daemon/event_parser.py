@@ -18,8 +18,6 @@ _DATAGRAMS_PER_CALL = 32  # bounds the delay and the memory of one callback
 _TOO_LARGE = f"datagrams of more than {DATAGRAM_LIMIT_BYTES} bytes were dropped"
 _BUFFER_FULL = "lines were dropped: events arrive faster than they are read"
 
-EventCallback = Callable[[Sequence[TelemetryEvent]], None]
-
 
 class EventReader:
     """Passes the events that a listener receives to a callback, in a separate thread.
@@ -27,14 +25,13 @@ class EventReader:
     Lifecycle: `start`, `stop`. Counts are since construction.
     """
 
-    def __init__(self, listener: UnixListener, on_events: EventCallback) -> None:
+    def __init__(self, listener: UnixListener, on_events: Callable[[Sequence[TelemetryEvent]], None]) -> None:
         self.listener = listener
         self.event_count = 0
         self._on_events = on_events
         self._invalid_lines = 0
-        self._problems: Counter[str] = Counter()  # not yet logged: their texts are ours, with nothing that was sent
-        self._logged_too_large = 0
-        self._logged_dropped = 0
+        self._problems: Counter[str] = Counter()  # their texts are ours, with nothing that was sent
+        self._logged: Counter[str] = Counter()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="event reader", daemon=True)
 
@@ -42,11 +39,6 @@ class EventReader:
     def bad_events(self) -> int:
         """Invalid lines and oversized datagrams."""
         return self._invalid_lines + self.listener.too_large
-
-    @property
-    def dropped(self) -> int:
-        """Lines that did not fit into the buffer."""
-        return self.listener.dropped
 
     def start(self) -> None:
         """Open the socket; raises as `UnixListener.open`."""
@@ -87,13 +79,8 @@ class EventReader:
 
     def _log_problems(self) -> None:
         """One line for each kind of problem since the last call; the log's rate limit bounds a flood of them."""
-        too_large = self.listener.too_large
-        dropped = self.listener.dropped
-        self._problems[_TOO_LARGE] += too_large - self._logged_too_large
-        self._problems[_BUFFER_FULL] += dropped - self._logged_dropped
-        self._logged_too_large = too_large
-        self._logged_dropped = dropped
-        for problem, count in self._problems.items():
-            if count:
-                log.warning("%d %s", count, problem)
-        self._problems.clear()
+        self._problems[_TOO_LARGE] = self.listener.too_large
+        self._problems[_BUFFER_FULL] = self.listener.dropped
+        for problem, count in (self._problems - self._logged).items():
+            log.warning("%d %s", count, problem)
+        self._logged = self._problems.copy()

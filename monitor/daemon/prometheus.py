@@ -85,32 +85,26 @@ class MonitorCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All metric families, in the order of the page."""
         if self.is_connected is not None:
-            documentation = "whether the monitor is connected to the broker"
-            yield GaugeMetricFamily("sparse_broker_connected", documentation, value=int(self.is_connected()))
-            now_s = self.clock()
-            yield from self._totals(now_s)
-            workers = self.presence.live_workers(now_s)[:WORKERS_SHOWN]
-            yield from _load_families("stage", _WORKER_METRICS, _WORKER_LABELS, workers)
-            sources = self.presence.live_sources(now_s)[:SOURCES_SHOWN]
-            yield from _load_families("source", _SOURCE_METRICS, _SOURCE_LABELS, sources)
-            yield from _latency_and_reason_families(sources)
+            connected = [((), int(self.is_connected()))]
+            yield _family("sparse_broker_connected", "whether the monitor is connected to the broker", (), connected)
+            yield from self._presence_families(self.clock())
         yield from _point_families(self.latest_points())
 
-    def _totals(self, now_s: float) -> Iterator[Metric]:
+    def _presence_families(self, now_s: float) -> Iterator[Metric]:
         by_stage = self.presence.live_workers_by_stage(now_s)
-        counts: Counter[tuple[StageKey, str]] = Counter({(key, "up"): 0 for key in by_stage})
-        counts.update((key, record.state) for key, records in by_stage.items() for record in records)
-        counts.update((stage_key(record), "lost") for record in self.presence.lost_workers(now_s))
-        workers = _family("sparse_workers", "workers of a stage, by state", (*StageKey._fields, "state"))
-        for (key, state), count in counts.items():
-            workers.add_metric((*key, state), count)
-        yield workers
-        hidden = _family("sparse_monitor_hidden", "workers and sources beyond the limits of this page", ("kind",))
-        hidden.add_metric(("worker",), max(0, len(self.presence.live_workers(now_s)) - WORKERS_SHOWN))
-        hidden.add_metric(("source",), max(0, len(self.presence.live_sources(now_s)) - SOURCES_SHOWN))
-        yield hidden
-        documentation = "presence records that were rejected"
-        yield CounterMetricFamily("sparse_monitor_refused_total", documentation, value=self.presence.rejected)
+        counts: Counter[tuple[str, ...]] = Counter({(*key, "up"): 0 for key in by_stage})
+        counts.update((*key, record.state) for key, records in by_stage.items() for record in records)
+        counts.update((*stage_key(record), "lost") for record in self.presence.lost_workers(now_s))
+        yield _family("sparse_workers", "workers of a stage, by state", (*StageKey._fields, "state"), counts.items())
+        workers = self.presence.live_workers(now_s)
+        sources = self.presence.live_sources(now_s)
+        hidden = [(("worker",), len(workers[WORKERS_SHOWN:])), (("source",), len(sources[SOURCES_SHOWN:]))]
+        yield _family("sparse_monitor_hidden", "workers and sources beyond the limits of this page", ("kind",), hidden)
+        rejected = [((), self.presence.rejected)]
+        yield _family("sparse_monitor_refused_total", "presence records that were rejected", (), rejected)
+        yield from _load_families("stage", _WORKER_METRICS, _WORKER_LABELS, workers[:WORKERS_SHOWN])
+        yield from _load_families("source", _SOURCE_METRICS, _SOURCE_LABELS, sources[:SOURCES_SHOWN])
+        yield from _latency_and_reason_families(sources[:SOURCES_SHOWN])
 
 
 def render_metrics(collector: MonitorCollector) -> bytes:
@@ -128,44 +122,49 @@ def _load_families(
 ) -> Iterator[Metric]:
     """Metrics of fields of the `load` of each record."""
     for name, field in metrics.items():
-        family = _family(name, _describe(measurement, field), labels)
-        for record in records:
-            value = getattr(record.load, field)
-            family.add_metric(_label_values(record, labels), _seconds(value) if field.endswith("_ms") else value)
-        yield family
+        scale = _seconds if field.endswith("_ms") else float
+        values = [(_label_values(record, labels), scale(getattr(record.load, field))) for record in records]
+        yield _family(name, _describe(measurement, field), labels, values)
 
 
 def _latency_and_reason_families(records: Sequence[SourceRecord]) -> Iterator[Metric]:
-    latency = _family("sparse_source_latency_seconds", "latency of the newest results", (*_SOURCE_LABELS, "quantile"))
-    for record in records:
-        for quantile, latency_ms in (("0.5", record.load.latency_ms.p50), ("0.99", record.load.latency_ms.p99)):
-            latency.add_metric((*_label_values(record, _SOURCE_LABELS), quantile), _seconds(latency_ms))
-    yield latency
+    sources = [(_label_values(record, _SOURCE_LABELS), record.load) for record in records]
+    latencies = [
+        ((*source, quantile), _seconds(latency_ms))
+        for source, load in sources
+        for quantile, latency_ms in (("0.5", load.latency_ms.p50), ("0.99", load.latency_ms.p99))
+    ]
+    documentation = "latency of the newest results"
+    yield _family("sparse_source_latency_seconds", documentation, (*_SOURCE_LABELS, "quantile"), latencies)
     for name, field in _SOURCE_METRICS_BY_REASON.items():
-        family = _family(name, f"{_describe('source', field)}, by reason", (*_SOURCE_LABELS, "reason"))
-        for record in records:
-            counts: Mapping[str, int] = getattr(record.load, field)
-            for reason, count in counts.items():
-                family.add_metric((*_label_values(record, _SOURCE_LABELS), reason), count)
-        yield family
+        counts = [
+            ((*source, reason), count) for source, load in sources for reason, count in getattr(load, field).items()
+        ]
+        yield _family(name, f"{_describe('source', field)}, by reason", (*_SOURCE_LABELS, "reason"), counts)
 
 
 def _point_families(points: Iterable[TelemetryPoint]) -> Iterator[Metric]:
     """A family for each metric that was measured."""
     for name, (measurement, field) in POINT_METRICS.items():
         labels = ("node", "gpu", "model") if measurement == "gpu" else ("node",)
-        family = _family(name, _describe(measurement, field), labels)
-        for point in points:
-            value = point.fields.get(field) if point.measurement == measurement else None
-            if isinstance(value, float | int):
-                family.add_metric([point.tags[label] for label in labels], value)
-        if family.samples:
-            yield family
+        values = [
+            (tuple(point.tags[label] for label in labels), value)
+            for point in points
+            if point.measurement == measurement and isinstance(value := point.fields.get(field), float | int)
+        ]
+        if values:
+            yield _family(name, _describe(measurement, field), labels, values)
 
 
-def _family(name: str, documentation: str, labels: Sequence[str]) -> CounterMetricFamily | GaugeMetricFamily:
+def _family(
+    name: str, documentation: str, labels: Sequence[str], values: Iterable[tuple[tuple[str, ...], float]]
+) -> Metric:
+    """A family with a value for each combination of labels."""
     kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-    return kind(name, documentation, labels=labels)
+    family: CounterMetricFamily | GaugeMetricFamily = kind(name, documentation, labels=labels)
+    for label_values, value in values:
+        family.add_metric(label_values, value)
+    return family
 
 
 def _describe(measurement: str, field: str) -> str:
@@ -173,8 +172,8 @@ def _describe(measurement: str, field: str) -> str:
     return next(each.description for each in MEASUREMENTS[measurement].fields if each.name == field)
 
 
-def _label_values(record: WorkerRecord | SourceRecord, labels: Sequence[str]) -> list[str]:
-    return [getattr(record, label) for label in labels]
+def _label_values(record: WorkerRecord | SourceRecord, labels: Sequence[str]) -> tuple[str, ...]:
+    return tuple(getattr(record, label) for label in labels)
 
 
 def _seconds(duration_ms: float) -> float:

@@ -7,16 +7,16 @@ socket to find out would be a race between two daemons that start over a stale o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import select
 import socket
-import stat
 import threading
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
+from brokers.process.files import file_lock
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
 from monitor.errors import SocketUnavailable
 
@@ -26,6 +26,7 @@ BUFFER_LIMIT_BYTES = 64 << 20  # a minute of 20,000 events a second has some 300
 _DATAGRAM_OVERHEAD_BYTES = 64  # memory of a datagram object, so that empty ones count too
 _RECEIVE_BUFFER_BYTES = 4 << 20  # of the kernel, on other systems than Linux, which has the buffer at the sender
 PATH_LIMIT_BYTES = 107  # of `sockaddr_un` without its final zero on Linux
+_CLOSE_CHECK_S = 1.0  # where a shutdown does not wake the thread, as it does on Linux
 
 
 class UnixListener:
@@ -39,30 +40,17 @@ class UnixListener:
         self._datagrams: deque[bytes] = deque()
         self._buffered_bytes = 0
         self._mutex = threading.Lock()
-        self._lock_file: int | None = None
-        self._created_folder = False
-        self._socket: socket.socket | None = None
-        self._wake_pipe = (-1, -1)
-        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+        self._resources = contextlib.ExitStack()
 
     def open(self) -> None:
         """Listen; a missing folder is created for its owner only. Raises `SocketUnavailable`."""
-        if len(os.fsencode(self.path)) > PATH_LIMIT_BYTES:
-            raise _bad_socket(self.path, f"the path of a socket has at most {PATH_LIMIT_BYTES} bytes")
-        try:
-            self._created_folder = not self.path.parent.exists()
-            self._lock_file = _lock(self.path)
-            _remove_stale(self.path)
-            self._socket = _bind(self.path)
-        except OSError as error:
-            self._release()
-            raise _bad_socket(self.path, (error.strerror or str(error)).lower()) from error
-        except SocketUnavailable:
-            self._release()
-            raise
-        self._wake_pipe = os.pipe()
-        self._thread = threading.Thread(target=self._receive, name="event listener", daemon=True)
-        self._thread.start()
+        receiver = self._resources.enter_context(_bound_socket(self.path))
+        thread = threading.Thread(target=self._receive, args=(receiver,), name="event listener", daemon=True)
+        thread.start()
+        self._resources.callback(thread.join)
+        self._resources.callback(receiver.shutdown, socket.SHUT_RD)
+        self._resources.callback(self._closing.set)
 
     def take(self, at_most: int) -> list[bytes]:
         """Remove and return the oldest datagrams of the buffer."""
@@ -73,45 +61,19 @@ class UnixListener:
 
     def close(self) -> None:
         """Receive all sent datagrams, then remove the socket; the buffer can still be read. May be called twice."""
-        if self._thread is not None:
-            os.write(self._wake_pipe[1], b"\0")
-            self._thread.join()
-            self._thread = None
-            for end in self._wake_pipe:
-                os.close(end)
-        self._release()
+        self._resources.close()
 
-    def _release(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-            self.path.unlink(missing_ok=True)
-        if self._lock_file is not None:
-            # Removed while it is locked: a daemon that waits for it sees another file, or none, and creates one.
-            with contextlib.suppress(OSError):
-                _lock_path(self.path).unlink(missing_ok=True)
-            os.close(self._lock_file)
-            self._lock_file = None
-            if self._created_folder:
-                with contextlib.suppress(OSError):  # not empty: others use it
-                    self.path.parent.rmdir()
-
-    def _receive(self) -> None:
+    def _receive(self, receiver: socket.socket) -> None:
         """Read the socket until `close`: few datagrams fit into it (on Linux `net.unix.max_dgram_qlen`, 10)."""
-        assert self._socket is not None
-        receiver = self._socket
         buffer = memoryview(bytearray(DATAGRAM_LIMIT_BYTES))
-        poll = select.poll()
-        for descriptor in (receiver.fileno(), self._wake_pipe[0]):
-            poll.register(descriptor, select.POLLIN)
-        closing = False
         while True:
+            closing = self._closing.is_set()
             try:
                 length, _, flags, _ = receiver.recvmsg_into([buffer])
             except BlockingIOError:
                 if closing:
                     return
-                closing = any(descriptor == self._wake_pipe[0] for descriptor, _ in poll.poll())
+                select.select([receiver], [], [], _CLOSE_CHECK_S)
                 continue
             except OSError:
                 log.exception("the event socket failed: no more events are received")
@@ -131,52 +93,30 @@ class UnixListener:
             self._buffered_bytes += size_bytes
 
 
-def _bad_socket(path: Path, problem: str) -> SocketUnavailable:
-    return SocketUnavailable("BadSocket", f"{path}: cannot receive events there: {problem}", path=path, problem=problem)
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.lock")
-
-
-# Not `brokers.process.files.file_lock`: this one follows no link in a shared folder, and leaves no file behind.
-def _lock(path: Path) -> int:
-    """Lock the file beside a socket, until the returned descriptor is closed."""
-    lock_path = _lock_path(path)
-    while True:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except FileNotFoundError:  # a daemon that ends has removed the folder
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), lock_path.stat()):
-                return descriptor
-        except FileNotFoundError:  # its previous owner has removed it
-            pass
-        except BlockingIOError:
-            os.close(descriptor)
-            message = (
-                f"{path}: another monitor uses this socket: stop it, or choose another with --socket "
-                "(and SPARSE_MONITOR for the senders)"
-            )
-            raise SocketUnavailable("SocketTaken", message, path=path) from None
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove the socket of a daemon that was killed; any other file is kept, and an error."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
+@contextlib.contextmanager
+def _bound_socket(path: Path) -> Iterator[socket.socket]:
+    """A locked socket that only its owner may write to; removed at the end. Raises `SocketUnavailable`."""
+    if len(os.fsencode(path)) > PATH_LIMIT_BYTES:
+        raise _bad_socket(path, f"the path of a socket has at most {PATH_LIMIT_BYTES} bytes")
+    if path.is_symlink() or (path.exists() and not path.is_socket()):
         raise _bad_socket(path, "a file of this name exists and is not a socket")
-    path.unlink()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with file_lock(path.with_name(f"{path.name}.lock"), wait=False) as lock:
+            os.fchmod(lock.fileno(), 0o600)
+            if path.is_socket():  # of a daemon that was killed
+                path.unlink()
+            with _bind(path) as receiver:
+                yield receiver
+                path.unlink(missing_ok=True)
+    except BlockingIOError:
+        message = (
+            f"{path}: another monitor uses this socket: stop it, or choose another with --socket "
+            "(and SPARSE_MONITOR for the senders)"
+        )
+        raise SocketUnavailable("SocketTaken", message, path=path) from None
+    except OSError as error:
+        raise _bad_socket(path, (error.strerror or str(error)).lower()) from error
 
 
 def _bind(path: Path) -> socket.socket:
@@ -192,3 +132,7 @@ def _bind(path: Path) -> socket.socket:
         receiver.close()
         raise
     return receiver
+
+
+def _bad_socket(path: Path, problem: str) -> SocketUnavailable:
+    return SocketUnavailable("BadSocket", f"{path}: cannot receive events there: {problem}", path=path, problem=problem)

@@ -14,7 +14,7 @@ from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.points.schema import MEASUREMENTS, Measurement
 
 TELEMETRY_FILE = "telemetry.sqlite"  # in the folder of a run
-_TYPES = {"float": "REAL", "int": "INTEGER", "bool": "INTEGER", "text": "TEXT"}
+_TYPES = {"float": "REAL", "int": "INTEGER", "text": "TEXT"}
 _BUSY_TIMEOUT_S = 10.0  # a reader may lock the file for a moment
 _DELETED_SHARE = 0.1  # of each table, when the file reaches its limit; SQLite reuses the pages
 _SHORT_TABLE_ROWS = 1000

@@ -258,7 +258,5 @@ def _typed(kind: FieldType, value: FieldValue) -> FieldValue:
         case "int":
             number = int(value)
             return number if -_INT_LIMIT <= number < _INT_LIMIT else None
-        case "bool":
-            return bool(value)
         case "text":
             return sanitize_text(str(value))

@@ -114,5 +114,5 @@ def test_lines_that_do_not_fit_into_the_buffer_are_counted_and_logged(caplog: py
         assert 0 < listener.dropped < 1000
         reader.start()
         reader.stop()
-    assert len(events) + reader.dropped == 1000
-    assert caplog.messages == [f"{reader.dropped} lines were dropped: events arrive faster than they are read"]
+    assert len(events) + listener.dropped == 1000
+    assert caplog.messages == [f"{listener.dropped} lines were dropped: events arrive faster than they are read"]

@@ -74,7 +74,6 @@ def make_value(kind: str, number: int) -> FieldValue:
     values: dict[str, FieldValue] = {
         "float": number / 7,
         "int": number,
-        "bool": bool(number % 2),
         "text": f"text {number}",
     }
     return values[kind]

@@ -8,7 +8,7 @@ from typing import Any
 from monitor.points.points import TelemetryPoint
 from monitor.points.schema import MEASUREMENTS
 
-_TYPES: dict[str, tuple[type, ...]] = {"float": (float,), "int": (int,), "bool": (bool,), "text": (str,)}
+_TYPES: dict[str, tuple[type, ...]] = {"float": (float,), "int": (int,), "text": (str,)}
 
 
 def single_point_fields(points: Iterable[TelemetryPoint], measurement: str) -> dict[str, Any]:
