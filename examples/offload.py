@@ -1,4 +1,4 @@
-"""The Python API: one request, many at once, one that fails, one that is late. Run in two terminals:
+"""The Python API: one request, many at once, one that fails, one past its deadline. Run in two terminals:
 
 sparse run examples/sensor.toml
 python examples/offload.py mqtt://127.0.0.1:1883
