@@ -32,10 +32,16 @@ class RunBroker:
         cls, kind: BrokerKind | None, port: int, bridges: tuple[Bridge, ...] = (), accepts_bridges: bool = False
     ) -> RunBroker:
         """Start a broker on this machine; port 0 is any free port. Raises as `start_broker`."""
-        process = start_broker(kind=kind, port=port, bridges=bridges, accepts_bridges=accepts_bridges)
-        broker = cls(process.address, process, bridges, accepts_bridges)
-        broker._limit.record_start()
+        broker = cls("", None, bridges, accepts_bridges)
+        broker._start(kind, port)
         return broker
+
+    def _start(self, kind: BrokerKind | None, port: int) -> None:
+        self.local_broker = start_broker(
+            kind=kind, port=port, bridges=self.bridges, accepts_bridges=self.accepts_bridges
+        )
+        self.address = self.local_broker.address
+        self._limit.record_start()
 
     @property
     def redacted_address(self) -> str:
@@ -57,33 +63,25 @@ class RunBroker:
 
         Raises `SparseError` ("BrokerGone") after too many restarts in a row, and where it does not start.
         """
-        assert self.local_broker is not None
-        last_output = self.local_broker.last_output()
+        exited = self.local_broker
+        assert exited is not None
+        last_output = exited.last_output()
         if self._limit.is_reached:
             raise self._gone(last_output, f"it was restarted {self._limit.limit} times in a row")
-        try:
-            self.local_broker = self._start_when_port_is_free(self.local_broker)
-        except UsageError as error:  # at the first start a mistake of the user's, which it cannot be any more
-            raise self._gone(last_output, str(error)) from error
-        self._limit.record_start()
+        deadline_s = time.monotonic() + _PORT_WAIT_S
+        while self.local_broker is exited:
+            try:
+                self._start(exited.kind, exited.port)
+            except UsageError as error:  # at the first start a mistake of the user's, which it cannot be any more
+                if not isinstance(error, PortTaken) or time.monotonic() > deadline_s:
+                    raise self._gone(last_output, str(error)) from error
+                time.sleep(_POLL_S)
         self.restarts += 1
 
     def stop(self) -> None:
         """Stop the broker if the run started it. May be called twice."""
         if self.local_broker is not None:
             self.local_broker.stop()
-
-    def _start_when_port_is_free(self, exited: LocalBroker) -> LocalBroker:
-        deadline_s = time.monotonic() + _PORT_WAIT_S
-        while True:
-            try:
-                return start_broker(
-                    kind=exited.kind, port=exited.port, bridges=self.bridges, accepts_bridges=self.accepts_bridges
-                )
-            except PortTaken:
-                if time.monotonic() > deadline_s:
-                    raise
-            time.sleep(_POLL_S)
 
     def _gone(self, last_output: str, reason: str) -> SparseError:
         output = f" ({last_output})" if last_output else ""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -90,12 +88,6 @@ class ChildProcess:
         assert self.process.stdout is not None
         return self.process.stdout
 
-    def terminate(self) -> None:
-        """Ask the process to finish its work and exit."""
-        if self.exit_status is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGTERM)
-
     def last_log_line(self) -> str:
         """The last line of its log, for an error message; empty if the log is."""
         try:
@@ -108,22 +100,20 @@ class ChildProcess:
 def kill_all(children: Sequence[ChildProcess]) -> None:
     """Kill all at once; `terminate_all` still has to be called to reap them."""
     for child in children:
-        if child.was_started and child.exit_status is None:
+        if child.was_started:
             child.process.kill()
 
 
 def terminate_all(children: Sequence[ChildProcess], timeout_s: float = DRAIN_TIMEOUT_S) -> None:
     """Terminate all, wait for their exit, and kill those that take longer than `timeout_s` together."""
-    started = [child for child in children if child.was_started]
-    for child in started:
-        child.terminate()
+    started = [child.process for child in children if child.was_started]
+    for process in started:
+        process.terminate()
     deadline_s = time.monotonic() + timeout_s
-    for child in started:
+    for process in started:
         try:
-            child.process.wait(max(0.0, deadline_s - time.monotonic()))
+            process.wait(max(0.0, deadline_s - time.monotonic()))
         except subprocess.TimeoutExpired:
-            child.process.kill()
-            child.process.wait()
-        for stream in (child.process.stdin, child.process.stdout):
-            if stream is not None:
-                stream.close()
+            process.kill()
+        with process:  # waits, and closes its streams
+            pass

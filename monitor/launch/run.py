@@ -191,7 +191,7 @@ class PipelineRun:
         if self._drain_deadline_s is None:
             self._drain_deadline_s = now_s + SOURCE_DRAIN_TIMEOUT_S
             self._view.status = "ending"
-            self._source.terminate()
+            self._source.process.terminate()
         elif now_s > self._drain_deadline_s and self._source.exit_status is None:
             self._view.print_line(
                 f"the source did not exit within {SOURCE_DRAIN_TIMEOUT_S:g} s and was killed: there is no summary; "

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 from brokers.errors import UsageError
+from monitor.analysis.measurement_window import select_window
 from monitor.analysis.run_metrics import MEASUREMENTS_READ
 from monitor.bench.manifest import MANIFEST_FILE, Manifest, SuiteRecord, load_manifest
 from monitor.errors import BadStore, NoSamples
-from monitor.points.points import TelemetryPoint
-from monitor.report.run import ReportRun, number_or_none
+from monitor.report.run import ReportRun
 from monitor.stores.base import StoreReader
 from monitor.stores.influx.config import URL_VARIABLE, influx_target
 from monitor.stores.influx.reader import InfluxReader
@@ -21,7 +22,7 @@ from monitor.stores.sqlite import TELEMETRY_FILE, SqliteReader
 INFLUX_PREFIX = "influx:"
 # Measurements of a node, which a monitor that serves several runs stores without the name of a run.
 _NODE_MEASUREMENTS = ("interface", "process", "gpu", "power", "missing")
-_RUN_MEASUREMENTS = tuple(name for name in MEASUREMENTS_READ if name not in _NODE_MEASUREMENTS)
+_MEASUREMENTS = dict.fromkeys((*MEASUREMENTS_READ, *_NODE_MEASUREMENTS))
 # Samples of a node shortly before and after a run, between which its first and last moment are interpolated.
 _MARGIN_NS = 2_000_000_000
 
@@ -41,7 +42,7 @@ def load_runs(names: Sequence[str]) -> ReportInputs:
     """
     inputs = ReportInputs()
     for name in names:
-        runs = list(_load(name, inputs.skipped))
+        runs = _load(name, inputs.skipped)
         labels = _unique((run.label for run in runs), {run.label for run in inputs.runs})
         sweeps = _unique((run.sweep_name for run in runs), {run.sweep_name for run in inputs.runs})
         inputs.runs += [replace(run, group=labels[run.label], sweep_name=sweeps[run.sweep_name]) for run in runs]
@@ -59,10 +60,8 @@ def _unique(names: Iterable[str], taken: set[str]) -> dict[str, str]:
     """Each name, with a number where it is taken."""
     unique: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        candidate, number = name, 2
-        while candidate in taken or candidate in unique.values():
-            candidate, number = f"{name} ({number})", number + 1
-        unique[name] = candidate
+        candidates = (name if number == 1 else f"{name} ({number})" for number in count(1))
+        unique[name] = next(each for each in candidates if each not in taken and each not in unique.values())
     return unique
 
 
@@ -70,17 +69,17 @@ def _not_a_run(name: str, problem: str) -> UsageError:
     return UsageError("NotARun", f"cannot report on {name}: {problem}", name=name, problem=problem)
 
 
-def _load(name: str, skipped: list[str]) -> Iterator[ReportRun]:
+def _load(name: str, skipped: list[str]) -> list[ReportRun]:
     if name.startswith(INFLUX_PREFIX):
-        return _load_influx(name, name.removeprefix(INFLUX_PREFIX))
+        return [_load_influx(name, name.removeprefix(INFLUX_PREFIX))]
     path = Path(name)
     if path.is_file():
         return _load_sqlite(path, name, path.stem)
-    if not path.is_dir():
-        raise _not_a_run(name, "there is no such file or folder")
     if (path / TELEMETRY_FILE).is_file():
         folder = path.resolve()
         return _load_sqlite(path / TELEMETRY_FILE, name, folder.name, _warm_up_of(folder))
+    if not path.is_dir():
+        raise _not_a_run(name, "there is no such file or folder")
     manifest = load_manifest(path)
     if manifest is None:
         raise _not_a_run(
@@ -94,90 +93,76 @@ def _warm_up_of(folder: Path) -> int:
     try:
         manifest = load_manifest(folder.parent)
     except UsageError:  # another program's file
-        manifest = None
-    is_part = manifest is not None and any(folder.name in suite.runs for suite in manifest.suites)
-    return manifest.warm_up if manifest is not None and is_part else 0
+        return 0
+    return manifest.warm_up if manifest and any(folder.name in suite.runs for suite in manifest.suites) else 0
 
 
-def _load_bench(folder: Path, manifest: Manifest, skipped: list[str]) -> Iterator[ReportRun]:
+def _load_bench(folder: Path, manifest: Manifest, skipped: list[str]) -> list[ReportRun]:
     """The runs in the manifest; those that failed have no samples or no telemetry and are skipped."""
-    is_empty = True
+    loaded = []
     for suite in manifest.suites:
+        sweep_name, sweep_setting = Path(suite.path).stem, _sweep_setting(suite)
         for run_name in suite.runs:
             path = folder / run_name
             try:
-                runs = list(_load_sqlite(path / TELEMETRY_FILE, str(path), run_name, manifest.warm_up))
+                runs = _load_sqlite(path / TELEMETRY_FILE, str(path), run_name, manifest.warm_up)
             except UsageError as error:
                 skipped.append(str(error))
                 continue
-            is_empty = False
-            for run in runs:
-                sweep_name = Path(suite.path).stem
-                yield replace(
-                    run, group=suite.name, sweep_name=sweep_name, sweep_setting=_sweep_setting(suite), manifest=manifest
-                )
-    if is_empty:
+            loaded += [
+                replace(run, group=suite.name, sweep_name=sweep_name, sweep_setting=sweep_setting, manifest=manifest)
+                for run in runs
+            ]
+    if not loaded:
         raise _not_a_run(str(folder), f"none of its runs can be read: {'; '.join(skipped) or 'it has none'}")
+    return loaded
 
 
 def _sweep_setting(suite: SuiteRecord) -> tuple[str, float | None] | None:
     """What a sweep varied, and its value; the value is None for a point without one, such as an uncut network."""
     varied = suite.sweep_point.get("sweep")
-    if not isinstance(varied, str):
-        return None
-    value = suite.sweep_point.get(varied)
-    return varied, float(value) if isinstance(value, int | float) else None
+    value = suite.sweep_point.get(varied or "")
+    return (varied, None if value is None else float(value)) if varied else None
 
 
-def _load_sqlite(path: Path, name: str, label: str, warm_up: int = 0) -> Iterator[ReportRun]:
+def _load_sqlite(path: Path, name: str, label: str, warm_up: int = 0) -> list[ReportRun]:
     """All runs of a file; `label` is the name of a single run."""
     try:
         reader = SqliteReader(path)
         run_names = reader.runs()
         if not run_names:
             raise _not_a_run(name, "the run has no samples: neither requests nor steps are in its telemetry")
-        for run_name in run_names:
-            yield _load_run(reader, name, run_name, label if len(run_names) == 1 else run_name or label, warm_up)
+        labels = [label] if len(run_names) == 1 else [run_name or label for run_name in run_names]
+        return [
+            _load_run(reader, name, run_name, run_label, warm_up)
+            for run_name, run_label in zip(run_names, labels, strict=True)
+        ]
     except BadStore as error:
         raise _not_a_run(name, error.problem) from None
 
 
-def _load_influx(name: str, run_name: str) -> Iterator[ReportRun]:
+def _load_influx(name: str, run_name: str) -> ReportRun:
     target = influx_target(os.environ)
     if target is None:
         raise _not_a_run(name, f"set {URL_VARIABLE} to the address of InfluxDB")
     reader = InfluxReader(target)
     if run_name not in reader.runs():
         raise _not_a_run(name, f"there is no such run in {target}")
-    yield _load_run(reader, name, run_name, run_name, 0)
+    return _load_run(reader, name, run_name, run_name, 0)
 
 
 def _load_run(reader: StoreReader, name: str, run_name: str, label: str, warm_up: int) -> ReportRun:
-    run = ReportRun(label, _read_points(reader, run_name), warm_up=warm_up)
+    """One run; for a node's measurements without a run, it has the points from the time of the run."""
+    points = {measurement: reader.points(measurement, run_name) for measurement in _MEASUREMENTS}
     try:
-        run.window  # noqa: B018 - computed on access; raises where there are no samples
+        whole, _ = select_window(points), select_window(points, warm_up)
     except NoSamples as error:
         raise _not_a_run(name, str(error)) from None
-    return run
-
-
-def _read_points(reader: StoreReader, run_name: str) -> dict[str, Sequence[TelemetryPoint]]:
-    """By measurement; for a node's measurements without a run, the points from the time of the run."""
-    points: dict[str, Sequence[TelemetryPoint]] = {
-        name: reader.points(name, run_name) for name in (*_RUN_MEASUREMENTS, *_NODE_MEASUREMENTS)
-    }
-    events = [*points["request"], *points["step"]]
-    if not events or not run_name:
-        return points
-    begin_ns = min(event.time_ns - _duration_ns(event) for event in events) - _MARGIN_NS
-    end_ns = max(event.time_ns for event in events) + _MARGIN_NS
-    for name in _NODE_MEASUREMENTS:
-        if not points[name]:
-            unnamed = reader.points(name, "")
-            points[name] = [point for point in unnamed if name == "missing" or begin_ns <= point.time_ns <= end_ns]
-    return points
-
-
-def _duration_ns(event: TelemetryPoint) -> int:
-    duration_ms = number_or_none(event, "latency_ms") or number_or_none(event, "step_ms") or 0.0
-    return round(duration_ms * 1e6)
+    for measurement in _NODE_MEASUREMENTS:
+        if run_name and not points[measurement]:
+            points[measurement] = [
+                point
+                for point in reader.points(measurement, "")
+                if measurement == "missing" or whole.begin_ns - _MARGIN_NS <= point.time_ns <= whole.end_ns + _MARGIN_NS
+            ]
+    return ReportRun(label, points, warm_up=warm_up)
