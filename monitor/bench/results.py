@@ -1,4 +1,4 @@
-"""The results of a benchmark as JSON and CSV: the metrics of each run, and their spread over the runs of each case.
+"""The results of a benchmark as JSON, CSV and text: the metrics of each run, and their spread over each case's runs.
 
 Metrics have flat names with units, such as `latency_ms.p50`, `stages.head.compute_ms` or
 `links.device - cloud.bytes_out`: the keys of results.json and the columns of results.csv.
@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
-from brokers.protocol.stage_timing import STAGE_DURATIONS
+from rich.table import Table
+
 from monitor.analysis.median_range import MedianRange
 from monitor.analysis.run_metrics import RunMetrics
 
 RESULTS_FILE, CSV_FILE = "results.json", "results.csv"
+LEGEND = (
+    "p50, p95: request latency (training: step duration). network: mean latency outside the stages. kB link, cpu ms: "
+    "bytes on links between sites, and CPU time of all processes of the run (brokers too, the monitor not), per sample."
+)
 _DECIMALS = 4
+# The fields of `RunMetrics` that are no metrics.
+_NO_METRICS = ("kind", "warm_up", "energy_missing_reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +40,16 @@ class RunResult:
 
 def flatten_metrics(metrics: RunMetrics | None) -> dict[str, float]:
     """The metrics of a run by flat name, without those that were not measured."""
-    if metrics is None:
-        return {}
-    values: dict[str, float] = {
-        "samples": metrics.samples,
-        "failed": metrics.failed,
-        "retries": metrics.retries,
-        "span_s": metrics.span_s,
-        "throughput_per_s": metrics.throughput_per_s,
-    }
-    values |= {f"latency_ms.{name}": value for name, value in metrics.latency_ms.items()}
-    if metrics.network_ms is not None:
-        values["network_ms"] = metrics.network_ms
-    for stage, time in metrics.stages.items():
-        values |= {f"stages.{stage}.{name}": getattr(time, name) for name in STAGE_DURATIONS}
-    for link, traffic in metrics.links.items():
-        values |= {f"links.{link}.bytes_out": traffic.bytes_out, f"links.{link}.bytes_in": traffic.bytes_in}
-    values |= {f"cpu_s.{role}": value for role, value in metrics.cpu_s.items()}
-    values |= {f"energy_j.{sensor}": value for sensor, value in (metrics.energy_j or {}).items()}
-    return {name: round(value, _DECIMALS) for name, value in values.items()}
+    fields = asdict(metrics) if metrics else {}
+    return dict(_flatten({name: value for name, value in fields.items() if name not in _NO_METRICS}))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}", round(value, _DECIMALS)
 
 
 def spreads_by_case(results: Sequence[RunResult]) -> dict[str, dict[str, MedianRange]]:
@@ -107,3 +106,50 @@ def results_to_csv(results: Sequence[RunResult], sweep_points: Mapping[str, Mapp
     writer.writeheader()
     writer.writerows({**row, "error": result.error} for row, result in zip(rows, results, strict=True))
     return text.getvalue()
+
+
+def comparison_table(results: Sequence[RunResult], label: str, is_training: bool) -> Table:
+    """A row per case with the medians of its runs and the range of its throughput; all cases of one kind."""
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", title_justify="left")
+    table.title = "medians of the runs, with the lowest and highest throughput"
+    table.add_column(label, no_wrap=True)
+    columns = ["rows/s", "", "step ms", "p95"] if is_training else ["/s", "", "p50 ms", "p95", "network"]
+    for column in (*columns, "kB link", "cpu ms"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for case, spreads in spreads_by_case(results).items():
+        if not spreads:
+            table.add_row(case, "", "failed")
+            continue
+        throughput = spreads["throughput_per_s"]
+        # The median of the runs' sums, as in the report, and not the sum of the roles' medians.
+        cpu_s = [each.metrics.total_cpu_s for each in results if each.case == case and each.metrics]
+        measured_s = [seconds for seconds in cpu_s if seconds is not None]
+        table.add_row(
+            case,
+            _rate(throughput.median),
+            f"({_rate(throughput.minimum)}-{_rate(throughput.maximum)})",
+            *(f"{spreads[f'latency_ms.{name}'].median:.0f}" for name in ("p50", "p95")),
+            *([] if is_training else [f"{spreads['network_ms'].median:.0f}"]),
+            _link_kb(spreads),
+            f"{1000 * median(measured_s):.0f}" if measured_s else "-",
+        )
+    return table
+
+
+def format_run(result: RunResult) -> str:
+    """One run as one line."""
+    metrics = result.metrics
+    if metrics is None:
+        return f"{result.name}: failed: {result.error}"
+    unit, duration = (" rows/s", "a step") if metrics.kind == "training" else ("/s", "latency")
+    latency = ", ".join(f"{name} {value:.0f}" for name, value in metrics.latency_ms.items() if name != "mean")
+    return f"{result.name}: {metrics.throughput_per_s:.1f}{unit}, {duration} {latency} ms"
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _link_kb(spreads: Mapping[str, MedianRange]) -> str:
+    medians = [spread.median for name, spread in spreads.items() if name.startswith("links.")]
+    return f"{sum(medians) / 1000:.0f}" if medians else "-"

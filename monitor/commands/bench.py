@@ -16,10 +16,9 @@ from brokers.errors import UsageError
 from brokers.process.files import new_run_folder
 from brokers.process.shutdown import EXIT_INTERRUPTED
 from monitor.bench.case import BenchCase, case_from_suite
-from monitor.bench.results import results_to_json
+from monitor.bench.results import LEGEND, comparison_table, results_to_json
 from monitor.bench.runner import BenchPlan, BenchRunner
 from monitor.bench.suite import find_suites, packaged_suites
-from monitor.bench.table import LEGEND, comparison_table
 
 DEFAULT_WARM_UP = 20
 DEFAULT_REPEATS = 3

@@ -91,10 +91,10 @@ def _verdict(ratio: float, column: SummaryColumn) -> str:
 def _describe(value: Any) -> str:
     """A JSON value as one line of text."""
     if isinstance(value, Mapping):
-        items = {key: each for key, each in value.items() if each not in (None, "", {}, [])}
+        items = {name: each for name, each in value.items() if each not in (None, "", {}, [])}
         return ", ".join(
-            f"memory {each / _GIB:.1f} GiB" if key == "memory_bytes" else f"{key} {_describe(each)}"
-            for key, each in items.items()
+            f"memory {each / _GIB:.1f} GiB" if name == "memory_bytes" else f"{name.replace('_', ' ')} {_describe(each)}"
+            for name, each in items.items()
         )
     if isinstance(value, list | tuple):
         return "; ".join(_describe(each) for each in value)

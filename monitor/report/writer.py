@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from brokers.errors import UsageError
-from monitor.report.figures import FIGURE_NAMES, build_figures
+from monitor.report import resource_figures, workload_figures
 from monitor.report.inputs import ReportInputs
 from monitor.report.page import GENERATOR, PageContent, render_page
 from monitor.report.plots import IMAGE_FORMATS, draw_figure, render_image
+from monitor.report.run import ReportRun
 from monitor.report.summary import summarize, summary_table
+from monitor.report.table import ReportFigure
 
 PAGE_FILE, FIGURES_FOLDER, DATA_FOLDER = "index.html", "figures", "data"
 PERCENTILES_SUFFIX, SUMMARY_NAME = "-percentiles", "summary"
 # The generator of a page is within its first characters.
 _HEAD_CHARACTERS = 1000
+# The builders of the figures by the names of their files.
+_GENERAL: Mapping[str, Callable[[Sequence[ReportRun]], ReportFigure]] = {
+    "completion": workload_figures.completion,
+    "where": workload_figures.stage_time,
+    "latency": workload_figures.latency,
+    "network": resource_figures.network,
+    "network-cdf": resource_figures.network_distribution,
+    "link-bytes": resource_figures.link_bytes,
+    "gpu": resource_figures.gpu,
+    "cpu": resource_figures.cpu,
+    "energy": resource_figures.energy,
+    "cpu-seconds": resource_figures.cpu_seconds,
+    "sweep": workload_figures.sweep,
+}
+_TRAINING: Mapping[str, Callable[[Sequence[ReportRun]], ReportFigure]] = {
+    "learning-step": partial(workload_figures.learning, x="step"),
+    "learning-time": partial(workload_figures.learning, x="time_s"),
+}
+# All figures that a report may have, so that a new report can remove those of an old one in its folder.
+FIGURE_NAMES = (*_GENERAL, *_TRAINING)
+
+
+def build_figures(runs: Sequence[ReportRun]) -> tuple[list[ReportFigure], list[ReportFigure]]:
+    """The figures that have data, and those that have none; all runs are of one kind."""
+    builders = {**_GENERAL, **_TRAINING} if runs[0].is_training else _GENERAL
+    figures = [replace(build(runs), name=name) for name, build in builders.items()]
+    return [figure for figure in figures if figure.table], [figure for figure in figures if not figure.table]
 
 
 def write_report(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], None]) -> dict[str, Any]:

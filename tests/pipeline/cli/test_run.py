@@ -12,7 +12,7 @@ import pytest
 from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import SparseError
 from brokers.server.local_broker import LocalBroker
-from monitor.launch import broker as run_broker
+from monitor.launch import sites as run_sites
 from monitor.launch.sites import set_up_brokers
 from tests.support.environment.external_programs import require_dependency
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
@@ -120,7 +120,7 @@ def test_a_broker_that_cannot_be_had_back_is_one_clear_line(
     sandbox: ProcessSandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_dependency("iotcore")
-    monkeypatch.setattr(run_broker, "_PORT_WAIT_S", 0.2)
+    monkeypatch.setattr(run_sites, "_PORT_WAIT_S", 0.2)
     pipeline = load_pipeline(
         write_pipeline_file(sandbox.folder, [stage_table("first", "double")], counting_source_table(1))
     )

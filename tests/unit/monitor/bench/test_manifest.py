@@ -1,8 +1,10 @@
-"""A manifest is read back as it was written, names the links that are used, and holds no password."""
+"""A manifest is read back as it was written, names the used links and the environment, and holds no password."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,16 @@ import pytest
 from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import UsageError
 from monitor.bench.case import BenchCase, case_from_suite
-from monitor.bench.manifest import MANIFEST_FILE, Manifest, load_manifest, redact_passwords, suite_record
+from monitor.bench.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    git_revision,
+    hardware,
+    load_manifest,
+    redact_passwords,
+    suite_record,
+    versions,
+)
 from monitor.bench.suite import SUITES_FOLDER, find_suites
 from monitor.bench.sweep import cut_cases
 from tests.support.environment.checkout import ROOT
@@ -90,3 +101,33 @@ def test_invalid_manifest_raises_usage_error(tmp_path: Path, text: str, problem:
         load_manifest(tmp_path)
     assert (caught.value.code, caught.value.fields["path"]) == ("BadManifest", str(tmp_path / MANIFEST_FILE))
     assert caught.value.fields["problem"].startswith(problem)
+
+
+def test_hardware_and_versions_of_this_machine() -> None:
+    machine, installed = hardware(), versions()
+    assert machine["cpu"]
+    assert machine["cores"] >= machine["usable_cores"] >= 1
+    assert machine["memory_bytes"] > 1 << 28
+    assert (machine["gpus"] is None) == (machine["gpus_missing"] is not None)
+    assert {"sparse", "python", "torch", "numpy", "paho-mqtt", "mosquitto", "iotcore"} == set(installed)
+    assert installed["python"] == sys.version.split()[0]
+    assert installed["torch"]
+
+
+def test_git_revision_of_a_tracked_file(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.touch()
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert git_revision(program) is None  # outside of a checkout
+    git("init", "-q")
+    assert git_revision(program) is None  # untracked
+    git("add", "program.py")
+    git("commit", "-qm", "one")
+    assert git_revision(program) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    program.write_text("changed")
+    assert git_revision(program) == {"commit": git("rev-parse", "HEAD"), "dirty": True}

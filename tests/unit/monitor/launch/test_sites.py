@@ -11,8 +11,7 @@ from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline, load_pipelin
 from brokers.errors import PortTaken, SparseError, UsageError
 from brokers.protocol.broker_url import MQTT_PORT
 from brokers.server.local_broker import BrokerKind, LocalBroker
-from monitor.launch.broker import RunBroker
-from monitor.launch.sites import set_up_brokers
+from monitor.launch.sites import RunBroker, set_up_brokers
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
 
 SITES = """
@@ -68,10 +67,10 @@ class BrokerStarts(list[dict[str, Any]]):
 def _starts(monkeypatch: pytest.MonkeyPatch) -> BrokerStarts:
     starts = BrokerStarts()
     monkeypatch.delenv(BROKER_VARIABLE, raising=False)
-    monkeypatch.setattr("monitor.launch.broker.start_broker", starts.start)
+    monkeypatch.setattr("monitor.launch.sites.start_broker", starts.start)
     monkeypatch.setattr("monitor.launch.sites.find_mosquitto", lambda: "/usr/sbin/mosquitto")
-    monkeypatch.setattr("monitor.launch.broker._PORT_WAIT_S", 0.0)
-    monkeypatch.setattr("monitor.launch.broker._POLL_S", 0.0)
+    monkeypatch.setattr("monitor.launch.sites._PORT_WAIT_S", 0.0)
+    monkeypatch.setattr("monitor.launch.sites._POLL_S", 0.0)
     return starts
 
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 import numpy
 import pytest
 
-from monitor.report.figures import build_figures
 from monitor.report.plots import draw_figure, render_image
 from monitor.report.table import TOTAL, ReportFigure
+from monitor.report.writer import build_figures
 from tests.unit.monitor.report.report_runs import (
     FOUR_REQUESTS,
     LINK_TRAFFIC,
