@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from numpy.typing import NDArray
 
 from brokers.process.files import write_atomic
-from sources.training.history import CurvePoint, TrainingHistory
+from sources.training.run_stats import CurvePoint, TrainingRunStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,14 @@ _GREY = "#555555"
 _LIGHT_GREY = "#BBBBBB"
 _SIZE_INCHES = (12.0, 9.0)
 _DPI = 100
-_LEFT, _WIDTH = 0.08, 0.77  # of all plots, as shares of the figure
+_STYLE: dict[Any, Any] = {  # matplotlib's settings
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#EEEEEE",
+}
 _SMOOTHING_SHARE = 1 / 40  # width of the moving mean, as a share of the run
 # Rollbacks up to these numbers are labelled with their reason, or with the number of steps; more only have a line.
 _MAX_REASONS = 4
@@ -47,32 +54,29 @@ _TIME_KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 _Values = NDArray[numpy.float64]  # (N,), one for each point of a curve
 
 
-def plot_learning_curves(history: TrainingHistory, path: Path, title: str) -> None:
+def plot_learning_curves(stats: TrainingRunStats, path: Path, title: str) -> None:
     """Write a PNG of 1200 x 900 pixels. Raises `ImportError` without matplotlib, `OSError`."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot, which has global state and looks for a display
 
-    figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI)
-    times = _step_times(history)
-    bars_height = 0.035 + 0.032 * min(max(len(times), 1), 6)
-    bottom, top, gap = bars_height + 0.165, 0.895, 0.035
-    has_accuracy = _has_accuracy(history)
-    height = (top - bottom - gap) / 2 if has_accuracy else top - bottom
-    loss = figure.add_axes((_LEFT, top - height, _WIDTH, height))
-    _plot_curve(loss, "loss", history.train_curve.plot_points, history.test_curve.plot_points, "{:.3f}")
-    curves = [loss]
-    if has_accuracy:
-        accuracy = figure.add_axes((_LEFT, bottom, _WIDTH, height))
-        _plot_accuracy(accuracy, history)
-        curves.append(accuracy)
-    for axes in curves:
-        _plot_rollbacks(axes, history, with_labels=axes is loss)
-        _set_step_axis(axes, history, with_labels=axes is curves[-1])
-        _set_style(axes, "y")
-    _add_epoch_axis(loss, history)
-    _plot_times(figure.add_axes((_LEFT, 0.05, _WIDTH, bars_height)), times)
-    figure.text(_LEFT, 0.965, title, size=15, weight="bold", parse_math=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
+    times = _step_times(stats)
+    names = ["loss", "accuracy"] if _has_accuracy(stats) else ["loss"]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI)
+        figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.1)
+        heights = [8 / len(names)] * len(names)
+        *curves, bars = figure.subplots(len(names) + 1, height_ratios=[*heights, 1 + len(times) / 2])
+        _plot_curve(curves[0], "loss", stats.train_curve.plot_points, stats.test_curve.plot_points, "{:.3f}")
+        if len(curves) > 1:
+            _plot_accuracy(curves[1], stats)
+        for axes in curves:
+            _plot_rollbacks(axes, stats, with_labels=axes is curves[0])
+            _set_step_axis(axes, stats, with_labels=axes is curves[-1])
+        _add_epoch_axis(curves[0], stats)
+        _plot_times(bars, times)
+        figure.suptitle(title, x=0.02, ha="left", size=15, weight="bold", parse_math=False)
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
     write_atomic(path, file.getvalue())
 
 
@@ -93,27 +97,27 @@ def _plot_curve(axes: Axes, name: str, points: Sequence[CurvePoint], tests: Sequ
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03), frameon=False)
 
 
-def _has_accuracy(history: TrainingHistory) -> bool:
+def _has_accuracy(stats: TrainingRunStats) -> bool:
     """Whether the loss function has an accuracy; assumed before the first step."""
-    points = [*history.train_curve.points, *history.test_curve.points]
+    points = [*stats.train_curve.points, *stats.test_curve.points]
     return not points or any(point.accuracy is not None for point in points)
 
 
-def _plot_accuracy(axes: Axes, history: TrainingHistory) -> None:
-    points = [point for point in history.train_curve.plot_points if point.accuracy is not None]
-    tests = [point for point in history.test_curve.plot_points if point.accuracy is not None]
+def _plot_accuracy(axes: Axes, stats: TrainingRunStats) -> None:
+    points = [point for point in stats.train_curve.plot_points if point.accuracy is not None]
+    tests = [point for point in stats.test_curve.plot_points if point.accuracy is not None]
     _plot_curve(axes, "accuracy", points, tests, "{:.1%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
-    best, last = history.best_test, tests[-1].accuracy if tests else None
+    best, last = stats.best_test, tests[-1].accuracy if tests else None
     if best is not None and best.accuracy is not None and last is not None and best.accuracy > last:
         text = f"best {best.accuracy:.1%}\nat step {best.step}"
         axes.text(1.055, 0.8, text, transform=axes.transAxes, color=_ORANGE, linespacing=1.5, va="top")
 
 
-def _plot_rollbacks(axes: Axes, history: TrainingHistory, *, with_labels: bool) -> None:
+def _plot_rollbacks(axes: Axes, stats: TrainingRunStats, *, with_labels: bool) -> None:
     """A dashed line at each rollback, and a grey band over the steps that were repeated."""
-    count = len(history.rollbacks)
-    for number, rollback in enumerate(history.rollbacks):
+    count = len(stats.rollbacks)
+    for number, rollback in enumerate(stats.rollbacks):
         axes.axvspan(rollback.step, rollback.from_step, color=_LIGHT_GREY, alpha=0.3, linewidth=0)
         axes.axvline(rollback.from_step, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)))
         if not with_labels or count > _MAX_LABELS:
@@ -121,7 +125,7 @@ def _plot_rollbacks(axes: Axes, history: TrainingHistory, *, with_labels: bool) 
         text = f"back {rollback.from_step - rollback.step}"
         if count <= _MAX_REASONS and rollback.reason:
             text = f"{text} steps: {rollback.reason[:40]}"
-        to_the_left = rollback.from_step > 0.75 * history.max_step  # else the text would run into the margin
+        to_the_left = rollback.from_step > 0.75 * stats.max_step  # else the text would run into the margin
         axes.annotate(
             text,
             (rollback.from_step, 0.98 - 0.08 * (number % 3)),  # neighbours must not overlap
@@ -136,24 +140,24 @@ def _plot_rollbacks(axes: Axes, history: TrainingHistory, *, with_labels: bool) 
         )
 
 
-def _set_step_axis(axes: Axes, history: TrainingHistory, *, with_labels: bool) -> None:
+def _set_step_axis(axes: Axes, stats: TrainingRunStats, *, with_labels: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlim(0, max(history.max_step, 1))
+    axes.set_xlim(0, max(stats.max_step, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_TICK_STEPS))
     axes.tick_params(labelbottom=with_labels)
     if with_labels:
         axes.set_xlabel("step")
 
 
-def _add_epoch_axis(axes: Axes, history: TrainingHistory) -> None:
+def _add_epoch_axis(axes: Axes, stats: TrainingRunStats) -> None:
     """A second scale at the top, once the first epoch has ended."""
     from matplotlib.ticker import MaxNLocator
 
-    last = history.train_curve.last
-    if not history.total_epochs or last is None or last.step * history.total_epochs < history.total_steps:
+    last = stats.train_curve.last
+    if not stats.total_epochs or last is None or last.step * stats.total_epochs < stats.total_steps:
         return
-    steps_per_epoch = history.total_steps / history.total_epochs
+    steps_per_epoch = stats.total_steps / stats.total_epochs
 
     def to_epoch(step: Any) -> Any:
         return step / steps_per_epoch
@@ -168,16 +172,16 @@ def _add_epoch_axis(axes: Axes, history: TrainingHistory) -> None:
     epochs.spines["top"].set_color(_LIGHT_GREY)
 
 
-def _step_times(history: TrainingHistory) -> dict[str, dict[str, float]]:
+def _step_times(stats: TrainingRunStats) -> dict[str, dict[str, float]]:
     """The mean times of a step in ms, by stage and kind; idle time, mostly the network's, has its own row."""
-    totals, steps = history.stage_totals, max(1, history.executed_steps)
+    totals, steps = stats.stage_totals, max(1, stats.executed_steps)
     times: dict[str, dict[str, float]] = {}
     for stage in totals.stage_names():
         kinds = {kind: sum(totals.total(stage, key) for key in keys) / steps for kind, (_, keys) in _TIME_KINDS.items()}
         kinds["update"] = max(0.0, kinds["update"] - kinds["forward"] - kinds["backward"])  # the rest of compute_ms
         times[stage] = kinds
-    if history.idle_ms:
-        times["idle"] = {"idle": history.idle_ms / steps}
+    if stats.idle_ms:
+        times["idle"] = {"idle": stats.idle_ms / steps}
     return times
 
 
@@ -195,7 +199,8 @@ def _plot_times(axes: Axes, times: dict[str, dict[str, float]]) -> None:
     axes.invert_yaxis()
     if set(rows) - {"idle"}:
         axes.legend(loc="lower right", bbox_to_anchor=(1.01, 0.97), ncols=5, frameon=False, fontsize=9)
-    _set_style(axes, "x")
+    axes.grid(axis="x")
+    axes.grid(visible=False, axis="y")
 
 
 def _to_arrays(points: Sequence[CurvePoint], name: str) -> tuple[_Values, _Values]:
@@ -211,9 +216,3 @@ def _moving_mean(values: _Values) -> _Values:
     begin, end = numpy.maximum(index - reach, 0), numpy.minimum(index + reach + 1, len(values))
     means: _Values = (sums[end] - sums[begin]) / (end - begin)
     return means
-
-
-def _set_style(axes: Axes, grid: Literal["x", "y"]) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="#EEEEEE", linewidth=0.8)
-    axes.set_axisbelow(True)

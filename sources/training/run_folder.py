@@ -1,4 +1,4 @@
-"""The output folder of a training run: its events as JSON lines, learning curves, weights, a summary."""
+"""The output folder of a training run: its events as JSON lines, weights, learning curves, a summary."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from brokers.process.files import atomic_path
+from brokers.protocol.messages import TensorContent
+from brokers.protocol.safetensors_codec import pack
 from sources.inference.run_folder import write_summary
 from sources.jsonl import JsonlWriter, read_jsonl
 from sources.training.learning_curves import plot_learning_curves
@@ -16,6 +19,8 @@ log = logging.getLogger(__name__)
 
 EVENTS_FILE = "training.jsonl"
 CURVES_FILE = "training.png"
+MODEL_FILE = "model.safetensors"
+PARTS_FOLDER = "parts"
 
 
 class TrainingRunFolder:
@@ -46,10 +51,10 @@ class TrainingRunFolder:
         self._events.close()
 
     def _plot(self) -> dict[str, str]:
-        if not self._pictures or not self.stats.history.executed_steps:
+        if not self._pictures or not self.stats.executed_steps:
             return {}
         try:
-            plot_learning_curves(self.stats.history, self.folder / CURVES_FILE, self._title)
+            plot_learning_curves(self.stats, self.folder / CURVES_FILE, self._title)
         except ImportError as error:
             log.warning("no learning curves, %s: install the extra 'train' of sparse-mqtt", error)
             return {}
@@ -57,3 +62,19 @@ class TrainingRunFolder:
             log.warning("the learning curves could not be written: %s", error)
             return {}
         return {"curves": CURVES_FILE}
+
+
+def write_weights(folder: Path, parts: Mapping[str, TensorContent]) -> dict[str, str]:
+    """Write the weights of a trained pipeline atomically; return the names of the files by kind.
+
+    `parts/STAGE.safetensors` are those of each stage, `model.safetensors` has the names of the uncut network. Raises
+    `OSError`.
+    """
+    (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor for part in parts.values() for name, tensor in part.tensors.items()}
+    files = {f"{PARTS_FOLDER}/{stage}.safetensors": part for stage, part in parts.items()}
+    for name, content in {**files, MODEL_FILE: TensorContent(tensors)}.items():
+        # Message content has the format of a safetensors file.
+        with atomic_path(folder / name) as partial, partial.open("wb") as file:
+            file.writelines(pack(content.tensors, content.metadata))
+    return {"model": MODEL_FILE, "parts": f"{PARTS_FOLDER}/"}

@@ -7,8 +7,6 @@ function of its number: after any failure the loop continues from the steps that
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -22,8 +20,8 @@ from brokers.protocol.messages import TensorContent
 from brokers.protocol.training import SourceProgress, TrainingStatus
 from sources.datasets.batches import Batches, split_micro_batches
 from sources.datasets.dataset import Dataset
-from sources.training.lr_schedule import learning_rate
 from sources.training.membership import MembershipWatcher, TermOver
+from sources.training.run_settings import learning_rate, relevant_settings, settings_differences
 from sources.training.two_phase_step import Step, StepFailed, StepRunner
 
 log = logging.getLogger(__name__)
@@ -39,8 +37,6 @@ MAX_CONSECUTIVE_TERMS = 20
 _VERSION_RETRY_S = 0.3
 # Evaluation is split into steps of this many micro-batches, so that steps of other sources are served in between.
 _EVALUATION_MICRO_BATCHES = 16
-# Longer settings of a data set are replaced by a digest: the source's progress is part of a bounded presence record.
-_SETTINGS_CHARACTERS = 100
 _MEMBERS_POLL_S = 0.5
 
 
@@ -83,7 +79,7 @@ class TrainingLoop:
             horizontal_flip=dataset.horizontal_flip,
         )
         self._test_batches = Batches(dataset.test(), self._table.batch, shuffle=False)
-        self._settings = _relevant_settings(pipeline, len(examples))
+        self._settings = relevant_settings(pipeline, len(examples))
         self._version: int | None = None  # that our last step made
         self._consecutive_terms = 0
 
@@ -166,7 +162,7 @@ class TrainingLoop:
                 "--resume, or start again with another folder of checkpoints or another --name"
             )
             raise UsageError("AlreadyTrained", message, steps=progress.steps)
-        if differences := _differences(progress.settings, self._settings):
+        if differences := settings_differences(progress.settings, self._settings):
             message = f"cannot resume, the run began with other settings: {'; '.join(differences)}"
             raise UsageError("SettingsChanged", message, differences=differences)
         self._on_event({"event": "resumed", "step": progress.steps, "version": term.version or 0})
@@ -308,28 +304,3 @@ def _stage_times(details: Mapping[str, Any]) -> dict[str, Any]:
         times.setdefault(name, 0.0)
     times["compute_ms"] = round(times["forward_ms"] + times["backward_ms"] + times["commit_ms"], 3)
     return times
-
-
-def _relevant_settings(pipeline: Pipeline, rows: int) -> dict[str, str | int | float | bool | None]:
-    """The settings that steps depend on: a run can only be resumed with the same ones."""
-    table, source = pipeline.training, pipeline.source
-    names = ["batch", "micro_batches", "lr", "lr_schedule", "lr_warmup", "shuffle", "augment"]
-    names += {"cosine": ["epochs"], "step": ["lr_every", "lr_factor"]}.get(table.lr_schedule, [])
-    source_settings = json.dumps(source.settings, sort_keys=True, default=str)
-    if len(source_settings) > _SETTINGS_CHARACTERS:
-        source_settings = hashlib.sha256(source_settings.encode()).hexdigest()[:16]
-    return {
-        **{name: getattr(table, name) for name in names},
-        "seed": pipeline.pipeline.seed,
-        "kind": source.kind,
-        "limit": source.limit,
-        "source.settings": source_settings,
-        "rows": rows,
-    }
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    names = dict.fromkeys([*before, *now])
-    return [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names if before.get(name) != now.get(name)
-    ]

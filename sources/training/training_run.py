@@ -22,9 +22,8 @@ from brokers.protocol.transport import Properties
 from brokers.telemetry.client import event_client_from_environment
 from sources.client.source_presence import SourcePresence
 from sources.datasets.dataset import Dataset
-from sources.training.export_weights import write_weights
 from sources.training.membership import TermOver
-from sources.training.run_folder import TrainingRunFolder
+from sources.training.run_folder import TrainingRunFolder, write_weights
 from sources.training.training_loop import TrainingEventDict, TrainingLoop
 
 log = logging.getLogger(__name__)

@@ -9,14 +9,21 @@ from pathlib import Path
 
 import numpy
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
 
 from brokers.process.image_decode import RgbImage
-from sources.training.history import TrainingHistory
+from brokers.protocol.messages import TensorContent
+from brokers.protocol.safetensors_codec import from_array
 from sources.training.learning_curves import plot_learning_curves
-from sources.training.run_folder import TrainingRunFolder
+from sources.training.run_folder import MODEL_FILE, TrainingRunFolder, write_weights
 from sources.training.run_stats import TrainingRunStats
+from stages.partition.partition import partition
+from tests.support.environment.full_disk import full_disk
 from tests.support.training.training_events import EventDict, evaluation_event, rollback_event, run_events, step_event
+from tests.support.training.training_network import CUTS, SmallNetwork
 
 
 def write_events(path: Path, events: Iterable[EventDict], *, pictures: bool = False) -> TrainingRunFolder:
@@ -70,10 +77,10 @@ def test_finished_run_has_events_curves_and_summary(tmp_path: Path) -> None:
     ids=["empty", "undone-without-accuracy", "without-times", "many-rollbacks"],
 )
 def test_unusual_runs_can_be_plotted(tmp_path: Path, events: list[EventDict]) -> None:
-    history = TrainingHistory()
+    stats = TrainingRunStats("digits")
     for event in events:
-        history.add(event)
-    plot_learning_curves(history, tmp_path / "a.png", "a $title$ of_mine")
+        stats.add(event)
+    plot_learning_curves(stats, tmp_path / "a.png", "a $title$ of_mine")
     assert read_pixels(tmp_path / "a.png").std() > 1
 
 
@@ -86,8 +93,7 @@ def test_resumed_run_continues_the_events_and_the_statistics(tmp_path: Path) -> 
     stats = TrainingRunStats("digits")
     for event in events:
         stats.add(event)
-    assert resumed.stats.summary() == stats.summary()
-    assert resumed.stats.history == stats.history
+    assert resumed.stats == stats
 
 
 def test_missing_matplotlib_costs_the_plot_only(
@@ -103,3 +109,40 @@ def test_nothing_is_plotted_without_pictures_or_steps(tmp_path: Path) -> None:
     for name, events, pictures in (("a", [step_event(1)], False), ("b", [], True)):
         files = write_events(tmp_path / name, events, pictures=pictures).finish({}, {})["files"]
         assert files == {"events": "training.jsonl"}
+
+
+# Weights: each part, and all of them joined.
+
+
+def to_content(module: nn.Module) -> TensorContent:
+    return TensorContent({name: from_array(tensor.detach()) for name, tensor in module.state_dict().items()})
+
+
+def parts_of(model: nn.Module) -> dict[str, TensorContent]:
+    return {f"part-{index}": to_content(part) for index, part in enumerate(partition(model, CUTS))}
+
+
+def test_joined_parts_are_the_state_of_the_uncut_network(tmp_path: Path) -> None:
+    model = SmallNetwork()
+    parts = parts_of(model)
+    assert write_weights(tmp_path, parts) == {"model": "model.safetensors", "parts": "parts/"}
+    other = SmallNetwork()
+    other.load_state_dict(load_file(tmp_path / MODEL_FILE), strict=True)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
+    names = {stage: set(load_file(tmp_path / "parts" / f"{stage}.safetensors")) for stage in parts}
+    assert names == {stage: set(part.tensors) for stage, part in parts.items()}
+
+
+def test_former_weights_are_replaced(tmp_path: Path) -> None:
+    write_weights(tmp_path, {"head": TensorContent({"w": from_array(torch.zeros(3))})})
+    write_weights(tmp_path, {"head": TensorContent({"w": from_array(torch.ones(3))})})
+    assert load_file(tmp_path / MODEL_FILE)["w"].tolist() == [1, 1, 1]
+
+
+def test_full_disk_leaves_the_former_weights(tmp_path: Path) -> None:
+    write_weights(tmp_path, {"head": TensorContent({"w": from_array(torch.zeros(10_000))})})
+    before = sorted(tmp_path.rglob("*"))
+    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
+        write_weights(tmp_path, {"head": TensorContent({"w": from_array(torch.ones(10_000))})})
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not load_file(tmp_path / MODEL_FILE)["w"].any()

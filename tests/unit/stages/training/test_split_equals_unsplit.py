@@ -23,7 +23,7 @@ from brokers.errors import WireError
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.training import LABELS_TENSOR, MicroBatch
-from sources.training.export_weights import MODEL_FILE, write_weights
+from sources.training.run_folder import MODEL_FILE, write_weights
 from stages.models.vgg import SmallVgg
 from stages.partition.fx_graph import trace
 from stages.training.checkpoints import Checkpoint, CheckpointStore

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokers.config.schema import TrainingTable
-from sources.training.lr_schedule import learning_rate
+from sources.training.run_settings import learning_rate
 
 
 def rates(steps: int, steps_per_epoch: int = 10, **settings: Any) -> list[float]:
