@@ -45,8 +45,8 @@ def influx_target(environment: Mapping[str, str]) -> InfluxTarget | None:
         return None
     return InfluxTarget(
         _checked_url(url),
-        _printable(environment, ORG_VARIABLE),
-        _printable(environment, BUCKET_VARIABLE),
+        environment.get(ORG_VARIABLE) or "sparse",
+        environment.get(BUCKET_VARIABLE) or "sparse",
         _token(environment),
         _ca_file(environment),
     )
@@ -79,13 +79,6 @@ def _checked_url(url: str) -> str:
     if parts.query or parts.fragment or not url.isprintable() or " " in url:
         raise _setting_error(URL_VARIABLE, f"more than an address; {_EXPECTED_URL}")
     return url.rstrip("/")
-
-
-def _printable(environment: Mapping[str, str], variable: str) -> str:
-    name = environment.get(variable) or "sparse"
-    if not name.isprintable():
-        raise _setting_error(variable, f"{name!r} has characters that cannot be printed")
-    return name
 
 
 def _ca_file(environment: Mapping[str, str]) -> Path | None:

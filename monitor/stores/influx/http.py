@@ -22,7 +22,6 @@ from monitor.stores.influx.config import InfluxTarget
 CONNECT_TIMEOUT_S = 3.0
 READ_TIMEOUT_S = 10.0  # between two bytes of a response
 _QUERY_CHUNK_ROWS = 10_000  # InfluxDB's default
-_STREAM_CHUNK_BYTES = 1 << 16
 _SERVER_TEXT_LIMIT = 200  # characters of a server's message that are shown
 
 
@@ -100,7 +99,7 @@ class InfluxClient:
                 "/query", "GET", query_params=parameters, _preload_content=False, _return_http_data_only=True
             )
             try:
-                yield from _json_lines(response.stream(_STREAM_CHUNK_BYTES))
+                yield from (_json_object(line) for line in response if line.strip())
             finally:
                 response.release_conn()
         except ApiException as error:
@@ -154,16 +153,6 @@ class InfluxClient:
         if self._target.token:
             text = text.replace(self._target.token, "...")
         return " ".join(text.split()), False
-
-
-def _json_lines(chunks: Iterator[bytes]) -> Iterator[dict[str, Any]]:
-    """JSON objects, one on each line."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (_json_object(line) for line in lines if line.strip())
-    if rest.strip():
-        yield _json_object(rest)
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -244,11 +233,11 @@ def _encode(point: TelemetryPoint, time_ns: int) -> str:
     for tag in measurement.tags:
         line.tag(tag, sanitize_tag(point.tags.get(tag, "")))
     for field in measurement.fields:
-        line.field(field.name, _typed(field.type, point.fields.get(field.name)))
+        line.field(field.name, typed(field.type, point.fields.get(field.name)))
     return str(line.to_line_protocol())
 
 
-def _typed(kind: FieldType, value: FieldValue) -> FieldValue:
+def typed(kind: FieldType, value: FieldValue) -> FieldValue:
     """A value in its field's type, which InfluxDB does not allow to change: 0 of a float field is 0.0."""
     if value is None:
         return None

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from monitor.errors import BadStore
-from monitor.points.points import FieldValue, TelemetryPoint
-from monitor.points.schema import MEASUREMENTS, FieldType, Measurement
+from monitor.points.points import TelemetryPoint
+from monitor.points.schema import MEASUREMENTS, Measurement
 from monitor.stores.influx.config import InfluxTarget
-from monitor.stores.influx.http import InfluxClient, InfluxError, sanitize_tag
+from monitor.stores.influx.http import InfluxClient, InfluxError, sanitize_tag, typed
 
 _QUOTED = str.maketrans({"\\": r"\\", "'": r"\'"})
 
@@ -60,9 +60,6 @@ class InfluxReader:
 def _point(schema: Measurement, row: Sequence[Any]) -> TelemetryPoint:
     split = 1 + len(schema.tags)
     tags = {tag: value or "" for tag, value in zip(schema.tags, row[1:split], strict=True)}
-    fields = {field.name: _typed(field.type, value) for field, value in zip(schema.fields, row[split:], strict=True)}
+    # JSON does not tell 5.0 from 5.
+    fields = {field.name: typed(field.type, value) for field, value in zip(schema.fields, row[split:], strict=True)}
     return TelemetryPoint(schema.name, row[0], tags, fields)
-
-
-def _typed(kind: FieldType, value: FieldValue) -> FieldValue:
-    return float(value) if kind == "float" and value is not None else value  # JSON does not tell 5.0 from 5

@@ -8,13 +8,13 @@ lose the newest batches.
 
 from __future__ import annotations
 
+import gzip
 import logging
 import re
 import threading
-from collections import deque
+import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from brokers.process.files import file_lock, write_atomic
@@ -45,8 +45,8 @@ class SpooledBatch:
 class Spool:
     """A queue of batches in one folder; one process at a time, several threads.
 
-    The reader takes the oldest batch, then calls `ack` or `release`. A full spool drops the oldest batches. Raises
-    `BadStore` for a folder that cannot be written or that another process uses.
+    The reader sends the batch of `first`, then calls `ack`. A full spool drops the oldest batches except the first: the
+    server may have it already. Raises `BadStore` for a folder that cannot be written or that another process uses.
     """
 
     def __init__(self, folder: Path, limit_bytes: int = SPOOL_LIMIT_BYTES) -> None:
@@ -54,12 +54,11 @@ class Spool:
         self.limit_bytes = limit_bytes
         self.dropped = 0  # points of batches that were dropped or lost
         self._mutex = threading.Lock()
-        self._taken: SpooledBatch | None = None
         self._lock = ExitStack()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock.enter_context(file_lock(folder / "lock", wait=False))
-            self._batches = deque(self._recover())
+            self._batches = self._recover()
         except OSError as error:
             self._lock.close()
             in_use = isinstance(error, BlockingIOError)
@@ -72,10 +71,7 @@ class Spool:
             self._drop_oldest(needed_bytes=0)
 
     def _recover(self) -> list[SpooledBatch]:
-        """The batches of a previous process in order; raises `OSError` for a folder that cannot be written."""
-        probe = self.folder / "probe"
-        write_atomic(probe, b"")
-        probe.unlink()
+        """The batches of a previous process in order."""
         batches = []
         for path in self.folder.iterdir():
             if path.suffix == ".part":  # of an atomic write that did not finish
@@ -100,48 +96,37 @@ class Spool:
             self.point_count += point_count
             self._size_bytes += size_bytes
 
-    def take(self) -> tuple[SpooledBatch, bytes] | None:
-        """The oldest batch, which stays in the spool until `ack`; None if the spool is empty."""
-        while True:
-            with self._mutex:
-                if not self._batches:
-                    return None
-                batch = self._taken = self._batches[0]
+    def first(self) -> tuple[SpooledBatch, bytes] | None:
+        """The oldest batch that can be read, which stays in the spool until `ack`; None if the spool is empty."""
+        while self._batches:
+            batch = self._batches[0]
             try:
-                return batch, (self.folder / batch.name).read_bytes()
-            except OSError as error:
-                log.warning("lost %d points of %s: %s", batch.point_count, batch.name, _reason(error))
+                data = (self.folder / batch.name).read_bytes()
+                if batch.recovered:
+                    gzip.decompress(data)
+                return batch, data
+            except (OSError, EOFError, zlib.error) as error:
+                log.warning("lost %d points of %s: %s", batch.point_count, batch.name, error)
                 self.ack(lost=batch.point_count)
-
-    def release(self) -> None:
-        """Keep the taken batch for another attempt."""
-        with self._mutex:
-            self._taken = None
+        return None
 
     def ack(self, lost: int = 0) -> None:
-        """Remove the taken batch; `lost` of its points count as dropped."""
+        """Remove the first batch; `lost` of its points count as dropped."""
         with self._mutex:
-            batch = self._taken
-            self._taken = None
-            if batch is not None:
-                self.dropped += lost
-                self._remove(batch)
+            self.dropped += lost
+            self._remove(0)
 
     def close(self) -> None:
         """Unlock the folder. May be called twice."""
         self._lock.close()
 
     def _drop_oldest(self, needed_bytes: int) -> None:
-        while self._size_bytes + needed_bytes > self.limit_bytes:
-            # Not the taken batch: the server may have it already, and it would be counted as lost.
-            oldest = next((batch for batch in islice(self._batches, 2) if batch is not self._taken), None)
-            if oldest is None:
-                return
-            self.dropped += oldest.point_count
-            self._remove(oldest)
+        while self._size_bytes + needed_bytes > self.limit_bytes and len(self._batches) > 1:
+            self.dropped += self._batches[1].point_count
+            self._remove(1)
 
-    def _remove(self, batch: SpooledBatch) -> None:
-        self._batches.remove(batch)  # the first or the second
+    def _remove(self, index: int) -> None:
+        batch = self._batches.pop(index)
         self.point_count -= batch.point_count
         self._size_bytes -= batch.size_bytes
         try:

@@ -6,7 +6,6 @@ import gzip
 import logging
 import threading
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +54,7 @@ class InfluxStore:
         self._spool = Spool(folder, limit_bytes)
         self._client = InfluxClient(target)
         self._encoder = LineEncoder()
+        self._backoff = Backoff(self._timings.initial_backoff_s, self._timings.max_backoff_s)
         self._unspooled = 0  # points lost because the disk did not accept them
         self._problem = ""  # the last failure that was logged; empty while batches are accepted
         self._wake = threading.Event()
@@ -110,63 +110,44 @@ class InfluxStore:
         self._thread.join(self._timings.close_timeout_s + 1.0)
 
     def _run(self) -> None:
-        backoff = Backoff(self._timings.initial_backoff_s, self._timings.max_backoff_s)
         try:
             while time.monotonic() < self._deadline_s:
                 self._wake.clear()
-                taken = self._spool.take()
-                if taken is None:
-                    if self._closing.is_set():
+                first = self._spool.first()
+                if first is not None:
+                    retry_s = self._send(*first)
+                    if retry_s and self._closing.wait(retry_s):
                         return
-                    self._wake.wait()
-                    continue
-                failure = self._send(*taken)
-                if failure is None:
-                    backoff.reset()
                 elif self._closing.is_set():
                     return
-                elif failure is InfluxErrorKind.MISCONFIGURED:
-                    self._closing.wait(self._timings.misconfigured_retry_s)
                 else:
-                    self._closing.wait(backoff.next_s())
+                    self._wake.wait()
         finally:
             self._client.close()
             self._spool.close()
 
-    def _send(self, batch: SpooledBatch, data: bytes) -> InfluxErrorKind | None:
-        """Send a batch; the kind of failure if it must be sent again, None if it is done with."""
-        if batch.recovered and not _is_complete(data):
-            log.warning("lost %d points: %s is damaged", batch.point_count, self._spool.folder / batch.name)
-            self._spool.ack(lost=batch.point_count)
-            return None
+    def _send(self, batch: SpooledBatch, data: bytes) -> float:
+        """Send a batch; seconds until it must be sent again, 0 if it is done with."""
         try:
             self._client.write(data)
         except InfluxError as error:
-            if error.kind is not InfluxErrorKind.REJECTED:
-                self._spool.release()
-                self._warn_on_change(f"{error.problem}; points wait in {self._spool.folder}")
-                return error.kind
-            lost = batch.point_count
-            if error.dropped_points is not None:
-                lost = min(error.dropped_points, lost)
-            self._spool.ack(lost=lost)
-            self._warn_on_change(f"the server rejects points: {error.problem}")
-            return None
+            if error.kind is InfluxErrorKind.REJECTED:
+                lost = batch.point_count if error.dropped_points is None else error.dropped_points
+                self._spool.ack(lost=min(lost, batch.point_count))
+                self._warn_on_change(f"the server rejects points: {error.problem}")
+                return 0.0
+            self._warn_on_change(f"{error.problem}; points wait in {self._spool.folder}")
+            if error.kind is InfluxErrorKind.MISCONFIGURED:
+                return self._timings.misconfigured_retry_s
+            return self._backoff.next_s()
         self._spool.ack()
+        self._backoff.reset()
         if self._problem:
             log.info("telemetry in %s: points are accepted again; %d wait", self.target, self.waiting)
             self._problem = ""
-        return None
+        return 0.0
 
     def _warn_on_change(self, problem: str) -> None:
         if problem != self._problem:
             self._problem = problem
             log.warning("telemetry in %s: %s", self.target, problem)
-
-
-def _is_complete(data: bytes) -> bool:
-    try:
-        gzip.decompress(data)
-    except (OSError, EOFError, zlib.error):
-        return False
-    return True
