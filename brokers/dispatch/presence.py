@@ -63,11 +63,19 @@ _Counts = Annotated[dict[_Name, _Count], Field(max_length=REASON_LIMIT), BeforeV
 
 
 class _PresenceRecord(BaseModel):
-    """JSON object with a protocol version, of bounded size."""
+    """JSON object with a protocol version, of bounded size, about one process."""
 
     model_config = ConfigDict(frozen=True)
 
     version: str = PROTOCOL_VERSION
+    pipeline: _Name
+    site: _Name
+    node: str
+    pid: int
+    # In containers every process has the same process id: `instance` tells a restarted process from the one before.
+    instance: str = Field(default="", max_length=64, description="random text, new in each process; optional")
+    up_s: _Seconds | None = Field(default=None, description="seconds since it joined; None: not stated")
+    state: _State = "up"
 
     def to_bytes(self) -> bytes:
         return self.model_dump_json().encode()
@@ -111,12 +119,6 @@ class WorkerRecord(_PresenceRecord):
 
     worker: _Name
     stage: _Name
-    pipeline: _Name
-    site: _Name
-    node: str
-    pid: int
-    # In containers every process has the same process id: `instance` tells a restarted worker from the one before.
-    instance: str = Field(default="", max_length=64, description="random text, new in each process; optional")
     device: str
     fingerprint: str = Field(description="of the model's part: all workers of a stage must agree")
     capacity: int = Field(ge=1, description="tasks that one sender may have at this worker at a time")
@@ -124,9 +126,7 @@ class WorkerRecord(_PresenceRecord):
     formats: tuple[_Format, ...] = Field(
         default=(), max_length=FORMAT_LIMIT, description="Content Types that it accepts; empty: not stated"
     )
-    up_s: _Seconds | None = Field(default=None, description="seconds since it joined; None: not stated")
     reconnects: _Count = Field(default=0, description="how often it lost and regained the connection to its broker")
-    state: _State = "up"
     load: WorkerLoad = WorkerLoad()
     training: TrainingStatus | None = Field(default=None, description="progress of a worker that trains")
 
@@ -172,13 +172,6 @@ class SourceRecord(_PresenceRecord):
     """The presence record of a source: how its requests fare, which only their owner knows."""
 
     source: _Name
-    pipeline: _Name
-    site: _Name
-    node: str
-    pid: int
-    instance: str = Field(default="", max_length=64, description="random text, new in each process; optional")
-    up_s: _Seconds | None = Field(default=None, description="seconds since it started; None: not stated")
-    state: _State = "up"
     load: SourceLoad = SourceLoad()
 
     @property

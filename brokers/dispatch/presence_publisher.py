@@ -1,16 +1,26 @@
-"""Publishes the presence record of this process: a retained message, renewed each second, removed when it ends."""
+"""Publishes the presence record of this process: a retained message, renewed each second, removed when it ends.
+
+The file that SPARSE_LIVENESS_FILE names is touched each time the broker has acknowledged the record. Docker and
+Kubernetes check a container every few seconds, by the age of this file; asking the broker instead would take a second
+client, with a password, for each check.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import secrets
 import time
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from brokers.dispatch.presence import RECORD_EXPIRY_S, SourceRecord, WorkerRecord
-from brokers.process.liveness_file import LivenessFile
 from brokers.protocol.transport import Properties, Transport, Will
+
+log = logging.getLogger(__name__)
+
+LIVENESS_VARIABLE = "SPARSE_LIVENESS_FILE"
 
 R = TypeVar("R", WorkerRecord, SourceRecord)
 
@@ -26,7 +36,8 @@ class PresencePublisher(Generic[R]):
     def __init__(self, transport: Transport, record: R) -> None:
         self.record: R = record
         self._transport = transport
-        self._liveness_file = LivenessFile()
+        liveness_path = os.environ.get(LIVENESS_VARIABLE)
+        self._liveness_file = Path(liveness_path) if liveness_path else None
         self._joined_s: float | None = None
 
     @property
@@ -45,7 +56,12 @@ class PresencePublisher(Generic[R]):
             self._joined_s = time.monotonic()
         self.record = self.record.model_copy(update={"up_s": self.up_s, **update})
         await self._send(self.record.to_bytes())
-        self._liveness_file.touch()
+        if self._liveness_file is not None:
+            try:
+                self._liveness_file.touch()
+            except OSError as error:
+                log.warning("cannot touch %s, health checks will fail: %s", LIVENESS_VARIABLE, error)
+                self._liveness_file = None
 
     async def remove(self, **update: Any) -> None:
         """Publish with these fields changed that the process has stopped, then remove the record."""

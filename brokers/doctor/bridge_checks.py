@@ -30,19 +30,11 @@ _FIX_LOOP = (
 
 
 @dataclass(frozen=True, slots=True)
-class BridgeEnd:
-    """One end of a bridge: a site and its broker."""
-
-    site: str
-    probe: BrokerProbe
-
-
-@dataclass(frozen=True, slots=True)
 class BridgeDirection:
     """One direction of a bridge: senders are at `start`, readers at `end`; `stage` is unique to this run."""
 
-    start: BridgeEnd
-    end: BridgeEnd
+    start: BrokerProbe
+    end: BrokerProbe
     stage: str
 
     @property
@@ -57,13 +49,13 @@ class BridgeDirection:
     @asynccontextmanager
     async def clients(self) -> AsyncIterator[tuple[ProbeClient, ProbeClient]]:
         """A sender at the start, and a reader of the inbox at the end."""
-        async with self.start.probe.client() as sender, self.end.probe.client() as reader:
+        async with self.start.client() as sender, self.end.client() as reader:
             await reader.subscribe(self.inbox)
             yield sender, reader
 
     async def check_forwarding(self) -> list[CheckResult]:
         """Publish until a message arrives, and then count the copies of each at both ends."""
-        async with self.clients() as (sender, reader), self.start.probe.client() as local_reader:
+        async with self.clients() as (sender, reader), self.start.client() as local_reader:
             await local_reader.subscribe(self.inbox)
             end_s = time.monotonic() + BRIDGE_TIMEOUT_S
             first = None
@@ -113,21 +105,21 @@ class BridgeDirection:
         site = self.start.site
         topic = StageTopics(site, DOCTOR_LEVEL, self.stage).presence(_WORKER)
         rule = f"topic sparse/{site}/+/+/up/+ in 1"
-        self.end.probe.clear_on_exit(topic)  # the copy there may have lost its expiry
-        async with self.start.probe.client(will=Will(topic)) as worker:
-            await self.start.probe.publish_record(worker, topic)
+        self.end.clear_on_exit(topic)  # the copy there may have lost its expiry
+        async with self.start.client(will=Will(topic)) as worker:
+            await self.start.publish_record(worker, topic)
             if not await self._is_record_received(topic):
                 message = f"{self.name}: a worker's record does not arrive: it would get no tasks"
                 return [fail("presence", message, f"Mosquitto: {rule} (out, if {site} runs the bridge)")]
             presence = ok("presence", f"{self.name}: a later subscriber gets a worker's retained record")
-            async with self.end.probe.client() as reader:
+            async with self.end.client() as reader:
                 await reader.subscribe(topic, 1)
                 await reader.receive()
                 begin_s = time.monotonic()
                 worker.abort("aborted")
                 will = await reader.receive()
                 after_ms = 1000 * (time.monotonic() - begin_s)
-        if will is not None and not will.payload and await is_topic_cleared(self.end.probe, topic):
+        if will is not None and not will.payload and await is_topic_cleared(self.end, topic):
             message = f"{self.name}: the record of a dead worker is cleared after {after_ms:.0f} ms"
             return [presence, ok("last will", message)]
         message = f"{self.name}: the record of a dead worker stays: it would still get tasks"
@@ -137,7 +129,7 @@ class BridgeDirection:
         """Whether a later subscriber at the end gets the retained record."""
         end_s = time.monotonic() + BRIDGE_TIMEOUT_S / 2
         while time.monotonic() < end_s:
-            async with self.end.probe.client() as reader:
+            async with self.end.client() as reader:
                 await reader.subscribe(topic, 1)
                 message = await reader.receive(_REPEAT_S)
                 if message is not None and message.header.retain:
@@ -145,12 +137,12 @@ class BridgeDirection:
         return False
 
 
-def _directions(near: BridgeEnd, far: BridgeEnd) -> tuple[BridgeDirection, BridgeDirection]:
-    stage = near.probe.name
+def _directions(near: BrokerProbe, far: BrokerProbe) -> tuple[BridgeDirection, BridgeDirection]:
+    stage = near.name
     return BridgeDirection(near, far, stage), BridgeDirection(far, near, stage)
 
 
-async def check_bridge(near: BridgeEnd, far: BridgeEnd) -> AsyncIterator[CheckResult]:
+async def check_bridge(near: BrokerProbe, far: BrokerProbe) -> AsyncIterator[CheckResult]:
     """Yield the results of both directions; only forwarding if it fails or the bridges make a loop."""
     directions = _directions(near, far)
     forwarding = [result for each in directions for result in await run_check("bridge", each.check_forwarding)]
@@ -167,7 +159,7 @@ async def check_bridge(near: BridgeEnd, far: BridgeEnd) -> AsyncIterator[CheckRe
 
 
 @asynccontextmanager
-async def bridge_paths(near: BridgeEnd, far: BridgeEnd) -> AsyncIterator[tuple[MessagePath, MessagePath]]:
+async def bridge_paths(near: BrokerProbe, far: BrokerProbe) -> AsyncIterator[tuple[MessagePath, MessagePath]]:
     """The two paths of a round trip across the bridge."""
     async with AsyncExitStack() as stack:
         outbound, inbound = [

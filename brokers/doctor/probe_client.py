@@ -85,10 +85,11 @@ class ProbeClient(Connection):
 
 @dataclass(eq=False)
 class BrokerProbe:
-    """All clients, topics and sessions of the checks at one broker."""
+    """All clients, topics and sessions of the checks at one broker; `site` is only known if a bridge is checked."""
 
     address: BrokerAddress
     tls: TlsConfig = TlsConfig()
+    site: str = ""
     name: str = field(default_factory=lambda: f"doctor-{secrets.token_hex(4)}")  # a site that no bridge forwards
     qos: int = 1  # the highest that the broker supports, of 0 and 1
     _retained: set[str] = field(default_factory=set)
@@ -136,12 +137,12 @@ class BrokerProbe:
 
 
 @asynccontextmanager
-async def open_probe(address: str) -> AsyncIterator[BrokerProbe]:
+async def open_probe(address: str, site: str = "") -> AsyncIterator[BrokerProbe]:
     """A probe with the identity of this process, which is cleaned up at the end.
 
     Raises `UsageError` for a bad address or identity.
     """
-    probe = BrokerProbe(*resolve_identity(address))
+    probe = BrokerProbe(*resolve_identity(address), site)
     try:
         yield probe
     finally:

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from brokers.doctor.bridge_checks import BridgeEnd, bridge_paths, check_bridge
+from brokers.doctor.bridge_checks import bridge_paths, check_bridge
 from brokers.doctor.check_result import CheckResult, is_usable
 from brokers.doctor.checks import check_broker, run_check
 from brokers.doctor.connection_checks import check_connection, cut_results
@@ -36,7 +36,8 @@ class DoctorRun:
 
     async def run(self) -> None:
         """Run everything; nothing is left at the brokers, even if this is cancelled."""
-        async with open_probe(self.broker) as near:
+        near_site, far_site = self.sites
+        async with open_probe(self.broker, near_site) as near:
             limits = await self._check_connection(near)
             if limits is None:
                 return
@@ -48,10 +49,9 @@ class DoctorRun:
             if self.bridged_broker is None:
                 await self._measure(partial(_local_paths, near))
                 return
-            async with open_probe(self.bridged_broker) as far:
+            async with open_probe(self.bridged_broker, far_site) as far:
                 if await self._check_connection(far) is not None:
-                    near_site, far_site = self.sites
-                    await self._check_bridge(BridgeEnd(near_site, near), BridgeEnd(far_site, far))
+                    await self._check_bridge(near, far)
 
     async def _check_connection(self, probe: BrokerProbe) -> BrokerLimits | None:
         results, limits = await check_connection(probe)
@@ -59,7 +59,7 @@ class DoctorRun:
             self._add(result, probe)
         return limits
 
-    async def _check_bridge(self, near: BridgeEnd, far: BridgeEnd) -> None:
+    async def _check_bridge(self, near: BrokerProbe, far: BrokerProbe) -> None:
         before = len(self.results)
         async for result in check_bridge(near, far):
             self._add(result)

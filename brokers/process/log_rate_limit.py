@@ -1,4 +1,4 @@
-"""Rate limits for log lines: for all warnings of a program, and for one repeated failure.
+"""Rate limit for the log lines of a program.
 
 Messages from the network cause warnings, and their senders decide how often: without a limit, one client could fill the
 disk, or hide a line that matters among a million others.
@@ -7,9 +7,8 @@ disk, or hide a line that matters among a million others.
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # At most 2 lines a second from one call site: enough to diagnose a fault.
@@ -62,31 +61,6 @@ class RateLimitFilter(logging.Filter):
             window.begin_s = now_s
             window.lines = 0
         return window
-
-
-class LogThrottle:
-    """Limits the log lines about a repeated failure to one per key in `interval_s` seconds, or until `reset`.
-
-    >>> if throttle.allows("disk"):
-    ...     log.warning("points are lost: the disk is full")
-    """
-
-    def __init__(self, interval_s: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
-        self._interval_s = interval_s
-        self._clock = clock
-        self._logged_s: dict[Hashable, float] = {}
-
-    def allows(self, key: Hashable = "") -> bool:
-        """Return whether to log now, and count it as logged if so."""
-        now_s = self._clock()
-        if now_s - self._logged_s.get(key, -math.inf) < self._interval_s:
-            return False
-        self._logged_s[key] = now_s
-        return True
-
-    def reset(self, key: Hashable = "") -> None:
-        """Allow the next line: it works again."""
-        self._logged_s.pop(key, None)
 
 
 def sanitize(text: str) -> str:

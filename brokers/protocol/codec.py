@@ -46,6 +46,8 @@ PROTOCOL_VERSION = "1"
 _SHORTEST_DEADLINE_MS = 0.001
 
 _UserProperties = Mapping[str, str]
+_CommonFields = dict[str, Any]  # the fields of all messages
+_Decoder = Callable[[_CommonFields, Properties, _UserProperties, memoryview], Message]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,8 @@ def decode(properties: Properties, payload: memoryview) -> Message:
     decoder = _DECODERS.get(kind)
     if decoder is None:
         raise property_error("kind", f"must be one of {', '.join(_DECODERS)}, is {kind!r}")
-    return decoder(properties, user, payload)
+    common = {"request_id": properties.correlation_data, "attempt": _get_int(user, "attempt")}
+    return decoder(common, properties, user, payload)
 
 
 def check_version(version: str) -> None:
@@ -201,12 +204,11 @@ def _foreign_reply_to(properties: Properties) -> ReplyTo:
     return ReplyTo(properties.response_topic, "json", properties.correlation_data)
 
 
-def _decode_task(properties: Properties, user: _UserProperties, payload: memoryview) -> Task:
+def _decode_task(common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview) -> Task:
     message_class = Activation if user["kind"] == "activation" else Task
     content, hops = _decode_content(properties, payload)
     return message_class(
-        request_id=properties.correlation_data,
-        attempt=_get_int(user, "attempt"),
+        **common,
         content=content,
         reply_to=_decode_reply_to(properties, user),
         sender_inbox=properties.response_topic,
@@ -241,46 +243,43 @@ def _decode_reply_to(properties: Properties, user: _UserProperties) -> ReplyTo:
     return ReplyTo(topic, cast(Literal["safetensors", "json"], accept), echo)
 
 
-def _decode_result(properties: Properties, user: _UserProperties, payload: memoryview) -> Result:
+def _decode_result(common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview) -> Result:
     content, hops = _decode_content(properties, payload)
-    attempt = _get_int(user, "attempt")
-    return Result(request_id=properties.correlation_data, attempt=attempt, content=content, hops=hops)
+    return Result(**common, content=content, hops=hops)
 
 
-def _decode_failure(properties: Properties, user: _UserProperties, payload: memoryview) -> Failure:
+def _decode_failure(
+    common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview
+) -> Failure:
     fields = _decode_json_object(payload)
     texts = {name: fields.get(name) for name in ("stage", "worker", "error", "reason")}
     retry = fields.get("retry")
     if not all(isinstance(text, str) for text in texts.values()) or not isinstance(retry, bool):
         raise BadPayload(JSON, "a failure needs error, reason, stage and worker as text, and retry as true or false")
-    attempt = _get_int(user, "attempt")
-    return Failure(request_id=properties.correlation_data, attempt=attempt, retry=retry, **cast(Any, texts))
+    return Failure(**common, retry=retry, **cast(Any, texts))
 
 
-def _decode_done(properties: Properties, user: _UserProperties, payload: memoryview) -> TaskDone:
+def _decode_done(common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview) -> TaskDone:
     verb = _get_required(user, "verb")
     if verb != "done":
         raise property_error("verb", f"must be done, is {verb!r}")
-    worker = _get_required(user, "worker")
-    return TaskDone(request_id=properties.correlation_data, attempt=_get_int(user, "attempt"), worker=worker)
+    return TaskDone(**common, worker=_get_required(user, "worker"))
 
 
-def _decode_gradient(properties: Properties, user: _UserProperties, payload: memoryview) -> Gradient:
+def _decode_gradient(
+    common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview
+) -> Gradient:
     content = decode_content(properties.content_type or SAFETENSORS, payload)
     if not isinstance(content, TensorContent):
         raise property_error("Content Type", f"of a gradient must be {SAFETENSORS}, is {content.content_type}")
-    return Gradient(
-        request_id=properties.correlation_data,
-        attempt=_get_int(user, "attempt"),
-        content=content,
-        sender_inbox=properties.response_topic,
-    )
+    return Gradient(**common, content=content, sender_inbox=properties.response_topic)
 
 
-def _decode_step(properties: Properties, user: _UserProperties, payload: memoryview) -> StepMessage:
+def _decode_step(
+    common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview
+) -> StepMessage:
     return StepMessage(
-        request_id=properties.correlation_data,
-        attempt=_get_int(user, "attempt"),
+        **common,
         verb=cast(StepVerb, _get_required(user, "verb")),
         term=_get_int(user, "term", default=None, max_digits=16),
         sender_inbox=properties.response_topic,
@@ -298,25 +297,18 @@ def _decode_json_object(payload: memoryview) -> dict[str, Any]:
     return fields
 
 
-# The user property `kind` of each message class, and its decoder.
-_KINDS: dict[type, str] = {
-    Task: "task",
-    Activation: "activation",
-    Result: "result",
-    Failure: "failure",
-    TaskDone: "control",
-    Gradient: "gradient",
-    StepMessage: "step",
-}
-_DECODERS: dict[str, Callable[[Properties, _UserProperties, memoryview], Message]] = {
-    "task": _decode_task,
-    "activation": _decode_task,
-    "result": _decode_result,
-    "failure": _decode_failure,
-    "control": _decode_done,
-    "gradient": _decode_gradient,
-    "step": _decode_step,
-}
+# Each message class, its user property `kind`, and its decoder.
+_CODECS: tuple[tuple[type, str, _Decoder], ...] = (
+    (Task, "task", _decode_task),
+    (Activation, "activation", _decode_task),
+    (Result, "result", _decode_result),
+    (Failure, "failure", _decode_failure),
+    (TaskDone, "control", _decode_done),
+    (Gradient, "gradient", _decode_gradient),
+    (StepMessage, "step", _decode_step),
+)
+_KINDS = {message_class: kind for message_class, kind, _ in _CODECS}
+_DECODERS = {kind: decoder for _, kind, decoder in _CODECS}
 
 
 # User properties ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -96,6 +96,7 @@ class EventClient:
         self._process_fields: dict[str, Any] = {"role": role, "name": name, "pid": os.getpid()}
         self._encoder = EventEncoder(common_fields or {}, work_fields or {})
         self._queue: deque[QueuedEvent] = deque()
+        self._taken: list[QueuedEvent] = []  # by the thread, from the queue, and not sent yet
         self._lock = threading.Lock()  # never held while an event is encoded or sent
         self._latest_ns = 0
         self._has_events = threading.Event()
@@ -185,28 +186,18 @@ class EventClient:
     def _flush(self) -> bool:
         """Send the queued events; False if the monitor is absent or slow, and events are still queued."""
         while self._send_drop_count():
-            events = self._take()
-            if not events:
+            if not self._taken:
+                with self._lock:
+                    self._taken = [self._queue.popleft() for _ in range(min(_TAKE_LIMIT, len(self._queue)))]
+            if not self._taken:
                 return True
-            for datagram, count in self._encoder.encode_datagrams(events):
+            for datagram, count in self._encoder.encode_datagrams(self._taken):
                 if not self._send(datagram, count):
-                    self._put_back(events)
                     return False
-                events = events[count:]
+                self._taken = self._taken[count:]
             if time.monotonic() >= self._deadline_s:
                 break
         return False
-
-    def _take(self) -> list[QueuedEvent]:
-        with self._lock:
-            return [self._queue.popleft() for _ in range(min(_TAKE_LIMIT, len(self._queue)))]
-
-    def _put_back(self, events: Sequence[QueuedEvent]) -> None:
-        """Return unsent events to the front of the queue; the oldest are dropped if it is full by now."""
-        with self._lock:
-            excess = max(0, len(events) + len(self._queue) - QUEUE_LIMIT)
-            self.dropped += min(excess, len(events))
-            self._queue.extendleft(reversed(events[excess:]))
 
     def _send_drop_count(self) -> bool:
         with self._lock:

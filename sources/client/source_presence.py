@@ -14,7 +14,6 @@ from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import LatencyPercentiles, SourceLoad, SourceRecord
 from brokers.dispatch.presence_publisher import PresencePublisher, describe_process
 from brokers.mqtt.connect_errors import OperationRefused
-from brokers.process.log_rate_limit import LogThrottle
 from brokers.telemetry.percentiles import percentiles
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class SourcePresence(PresencePublisher[SourceRecord]):
         self._load = load
         self._reporter: asyncio.Task[None] | None = None
         self._report_now = asyncio.Event()
-        self._throttle = LogThrottle()
+        self._is_failing = False
 
     async def start(self) -> None:
         """Publish the record, then renew it each second and after each reconnection. The channel must be open.
@@ -117,9 +116,10 @@ class SourcePresence(PresencePublisher[SourceRecord]):
 
     async def _report(self) -> None:
         await self.publish(load=self._load())
-        self._throttle.reset()
+        self._is_failing = False
 
     def _log_failure(self, error: Exception) -> None:
-        if self._throttle.allows():
+        if not self._is_failing:  # one line until it works again
+            self._is_failing = True
             reason = str(error) or type(error).__name__
             log.warning("source %s: cannot publish its presence record: %s", self.record.source, reason)

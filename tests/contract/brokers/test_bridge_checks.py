@@ -27,10 +27,10 @@ def check_bridge(near: int, far: int) -> Results:
 
     async def test() -> list[CheckResult]:
         async with (
-            open_probe(f"mqtt://127.0.0.1:{near}") as near_probe,
-            open_probe(f"mqtt://127.0.0.1:{far}") as far_probe,
+            open_probe(f"mqtt://127.0.0.1:{near}", "near") as near_probe,
+            open_probe(f"mqtt://127.0.0.1:{far}", "far") as far_probe,
         ):
-            ends = (bridge_checks.BridgeEnd("near", near_probe), bridge_checks.BridgeEnd("far", far_probe))
+            ends = (near_probe, far_probe)
             return [result async for result in bridge_checks.check_bridge(*ends)]
 
     return {(result.check, result.message.partition(":")[0]): result for result in asyncio.run(test())}

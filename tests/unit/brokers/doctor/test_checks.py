@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 from brokers.doctor import checks
-from brokers.doctor.bridge_checks import BridgeDirection, BridgeEnd
+from brokers.doctor.bridge_checks import BridgeDirection
 from brokers.doctor.check_result import CheckResult
 from brokers.doctor.checks import TEST_PROPERTIES
 from brokers.doctor.probe_client import BrokerProbe, ReceivedPublish
@@ -26,6 +26,7 @@ class ScriptedProbe:
     """Probe and client in one: each call of `receive` or `receive_all` returns the next entry of the script."""
 
     name = "doctor-1"
+    site = "near"
 
     def __init__(self, *script: Any, qos: int = 1, session_present: bool = True, expiry_s: int | None = None) -> None:
         self.qos = qos
@@ -143,8 +144,8 @@ def test_observation_has_a_level_and_a_fix_unless_ok(
     ],
 )
 def test_record_across_a_bridge_must_be_cleared(near: ScriptedProbe, far: ScriptedProbe, levels: list[str]) -> None:
-    start, end = (BridgeEnd(site, cast(BrokerProbe, probe)) for site, probe in (("near", near), ("far", far)))
-    results = results_of(BridgeDirection(start, end, "stage").check_presence)
+    direction = BridgeDirection(cast(BrokerProbe, near), cast(BrokerProbe, far), "stage")
+    results = results_of(direction.check_presence)
     assert [result.level for result in results] == levels
     assert [bool(result.fix) for result in results] == [level != "ok" for level in levels]
 

@@ -8,7 +8,6 @@ from brokers.process.log_rate_limit import (
     INTERVAL_S,
     MAX_LINE_CHARACTERS,
     MAX_LINES,
-    LogThrottle,
     RateLimitFilter,
     sanitize,
 )
@@ -66,21 +65,3 @@ def test_control_characters_are_escaped_and_long_lines_cut() -> None:
     log.log("worker %s", "a\n2026 ERROR all is lost \x1b[2J\x9b %s größer")
     assert log.lines == ["worker a\\n2026 ERROR all is lost \\x1b[2J\\x9b %s größer"]
     assert len(sanitize("a" * 1_000_000)) < MAX_LINE_CHARACTERS + 50
-
-
-def test_throttle_allows_one_line_per_key_and_interval() -> None:
-    now_s = 0.0
-    throttle = LogThrottle(10.0, lambda: now_s)
-    assert [throttle.allows("disk"), throttle.allows("disk"), throttle.allows("network")] == [True, False, True]
-    now_s = 10.0
-    assert [throttle.allows("disk"), throttle.allows("disk")] == [True, False]
-
-
-def test_throttle_without_interval_allows_one_line_until_reset() -> None:
-    now_s = 0.0
-    throttle = LogThrottle(clock=lambda: now_s)
-    assert throttle.allows()
-    now_s = 1e9
-    assert not throttle.allows()
-    throttle.reset()
-    assert throttle.allows()

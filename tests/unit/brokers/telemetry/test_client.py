@@ -246,18 +246,6 @@ def test_partly_sent_batch_is_continued_where_it_stopped(path: Path, monkeypatch
     assert steps == list(range(200))
 
 
-def test_unsent_events_returned_to_a_full_queue_drop_the_oldest(path: Path) -> None:
-    client = EventClient(path)
-    for step in range(QUEUE_LIMIT):
-        client._put("step_done", None, {"step": step})
-    taken = client._take()
-    for step in range(100):
-        client._put("step_done", None, {"step": QUEUE_LIMIT + step})
-    client._put_back(taken)
-    assert [fields["step"] for _, _, fields in client._queue] == list(range(100, QUEUE_LIMIT + 100))
-    assert client.dropped == 100
-
-
 def test_close_gives_up_on_a_monitor_that_reads_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_client, "CLOSE_TIMEOUT_S", 0.01)
     with FakeMonitor(path, paused=True), open_client(path) as client:
