@@ -26,7 +26,7 @@ PHRASES = re.compile(
 JINJA_CODE = re.compile(r"\{%.*?%\}|\{\{.*?\}\}")
 CHECKED = {".py", ".md", ".toml", ".yaml", ".yml", ".jinja", ".css", ".js", ""}
 # Phrases still allowed in a folder or file; every number may only fall.
-ALLOWED = {"tests/pipeline": 109, "docs": 66, "tests/support": 60, "README.md": 12, "CHANGELOG.md": 7}
+ALLOWED = {"tests/pipeline": 109, "docs": 6, "tests/support": 60, "CHANGELOG.md": 3}
 
 
 def phrases(text: str) -> list[tuple[int, str]]:
