@@ -35,7 +35,7 @@ def command(
     pictures: Annotated[bool, typer.Option(help="Write annotated pictures of the results.")] = True,
     with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> int:
-    """Feed a pipeline from its source: a video, pictures, a camera, a data set, or any MQTT client.
+    """Feed a pipeline: a video, pictures, a camera, a data set, or any MQTT client.
 
     Results are published as JSON on sparse/SITE/results/SOURCE and written to the output folder.
 

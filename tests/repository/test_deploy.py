@@ -1,4 +1,4 @@
-"""The files of deploy/ and docker-compose.yml: what they say twice they say alike, and nothing in them floats."""
+"""The files of deploy/ and docker-compose.yml agree with each other and the code, pin versions, limit privileges."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ LOCKED = "deploy/locked"
 COMPOSE = ROOT / "docker-compose.yml"
 STACKS = [ROOT / "deploy/swarm/stack.yml", ROOT / "deploy/swarm/telemetry.yml"]
 OURS = {"gateway", "head", "body", "tail", "monitor"}
-TELLING = OURS - {"monitor"}  # who has a monitor to tell what it does
+WITH_TELEMETRY = OURS - {"monitor"}
 TELEMETRY = {"recorder", "influxdb", "chronograf", "grafana"}
 
 
 def parsed(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(path.read_text())
-    return found
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
 
 
 def images() -> list[str]:
-    """Every image that a file of deploy/, or the compose file, names."""
-    found: list[str] = []
+    """The images named in deploy/ and in the compose file."""
+    images: list[str] = []
     for path in [
         COMPOSE,
         *repository_files("deploy/*.yml"),
         *repository_files("deploy/*.yaml"),
         ROOT / "deploy/Dockerfile",
     ]:
-        named = re.findall(r"^\s*(?:image: |ARG BASE=)(\S+)$", path.read_text(), re.MULTILINE)
-        found += [re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", image) for image in named]
-    return found
+        references = re.findall(r"^\s*(?:image: |ARG BASE=)(\S+)$", path.read_text(), re.MULTILINE)
+        images += [re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", image) for image in references]
+    return images
 
 
-def printed(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+def printed_config(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     assert main(["broker", *command]) == 0
     return capsys.readouterr().out
 
 
-def test_the_demos_broker_is_configured_as_the_project_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ("config", "--open", "--data", "/mosquitto/data", str(CONFIG / "street.toml"), "local")
-    assert (CONFIG / "mosquitto.conf").read_text() == printed(capsys, *given)
+def test_demo_broker_has_the_configuration_that_sparse_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("config", "--open", "--data", "/mosquitto/data", str(CONFIG / "street.toml"), "local")
+    assert (CONFIG / "mosquitto.conf").read_text() == printed_config(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "site", "kept"),
+    ("pipeline", "site", "folder"),
     [
         (f"{LOCKED}/street.toml", "local", LOCKED),
         (f"{SITES}/pipeline/street.toml", "cloudlet", f"{SITES}/cloudlet"),
@@ -65,25 +65,25 @@ def test_the_demos_broker_is_configured_as_the_project_prints(capsys: pytest.Cap
     ],
     ids=["local", "cloudlet", "cloud"],
 )
-def test_every_other_broker_is_locked_as_the_project_prints(
-    pipeline: str, site: str, kept: str, capsys: pytest.CaptureFixture[str]
+def test_other_brokers_have_the_access_control_that_sparse_prints(
+    pipeline: str, site: str, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     of = (str(ROOT / pipeline), site)
     where = ("--certs", "/mosquitto/certs", "--access", "/mosquitto/config/access.list", "--data", "/mosquitto/data")
-    config = printed(capsys, "config", *where, *of)
-    assert (ROOT / kept / "mosquitto.conf").read_text() == config
-    assert (ROOT / kept / "access.list").read_text() == printed(capsys, "access", *of)
+    config = printed_config(capsys, "config", *where, *of)
+    assert (ROOT / folder / "mosquitto.conf").read_text() == config
+    assert (ROOT / folder / "access.list").read_text() == printed_config(capsys, "access", *of)
     assert "require_certificate true" in config
 
 
-def test_the_pipeline_of_the_demo_and_the_locked_one_differ_in_their_locks_only() -> None:
+def test_demo_and_locked_pipeline_differ_in_access_control_only() -> None:
     demo, locked = (tomllib.loads((ROOT / folder / "street.toml").read_text()) for folder in (CONFIG, LOCKED))
     assert locked.pop("site") == [{"name": "local", "broker": "mqtts://broker:8883", "cameras": ["door"]}]
     assert demo.pop("site") == [{"name": "local", "broker": "mqtt://broker:1883"}]
     assert demo == locked
 
 
-def test_each_service_of_the_swarm_has_the_secrets_of_its_identity_and_no_other() -> None:
+def test_swarm_services_have_only_the_secrets_of_their_identity() -> None:
     stack = parsed(STACKS[0])
     pipeline = load_pipeline(ROOT / LOCKED / "street.toml")
     identities = {stage.name: stage_username(pipeline, stage) for stage in pipeline.stage}
@@ -99,18 +99,18 @@ def test_each_service_of_the_swarm_has_the_secrets_of_its_identity_and_no_other(
     assert set(stack["secrets"]) == {f"{identity}.{file}" for identity in identities.values() for file in files}
 
 
-def test_the_pipeline_is_one_that_loads_and_names_the_stages_that_are_started() -> None:
+def test_demo_pipeline_names_the_stages_of_the_services() -> None:
     pipeline = load_pipeline(CONFIG / "street.toml")
     stages = {stage.name for stage in pipeline.stage}
     assert stages == {"head", "body", "tail"} == OURS - {"gateway", "monitor"}
     assert pipeline.source.keep == "all"
 
 
-def test_every_image_has_a_version() -> None:
+def test_images_have_pinned_versions() -> None:
     versions = {image.partition(":")[0]: set[str]() for image in images()}
     for image in images():
         versions[image.partition(":")[0]].add(image.partition(":")[2])
-    kustomized = {"sparse": {""}}  # a patch names it without, and kustomization.yaml gives it its version
+    kustomized = {"sparse": {""}}  # in a patch; kustomization.yaml has its version
     assert {name: tags - kustomized.get(name, set()) for name, tags in versions.items()} == {
         "python": {"3.11-slim-bookworm"},
         "sparse": {version()},
@@ -122,12 +122,12 @@ def test_every_image_has_a_version() -> None:
 
 
 def version() -> str:
-    found: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    return found
+    text: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    return text
 
 
 @pytest.mark.parametrize("path", [COMPOSE, STACKS[0]], ids=["compose", "swarm"])
-def test_every_container_of_ours_and_the_broker_is_locked_down(path: Path) -> None:
+def test_containers_of_sparse_and_the_broker_have_limited_privileges(path: Path) -> None:
     services = parsed(path)["services"]
     assert set(services) >= OURS | {"broker"}
     for name in OURS | {"broker"}:
@@ -141,9 +141,9 @@ def test_every_container_of_ours_and_the_broker_is_locked_down(path: Path) -> No
 
 
 @pytest.mark.parametrize("path", [COMPOSE, STACKS[1]], ids=["compose", "swarm"])
-def test_telemetry_is_locked_down_as_well(path: Path) -> None:
+def test_containers_of_telemetry_have_limited_privileges(path: Path) -> None:
     services = parsed(path)["services"]
-    for name in TELEMETRY - {"influxdb"}:  # which begins as root, and chooses an account by itself
+    for name in TELEMETRY - {"influxdb"}:  # starts as root and drops its privileges itself
         service = services[name]
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
@@ -151,7 +151,7 @@ def test_telemetry_is_locked_down_as_well(path: Path) -> None:
         assert name == "recorder" or service["user"].partition(":")[0] not in ("", "0", "root"), name
 
 
-def test_without_the_profile_no_service_needs_a_secret() -> None:
+def test_services_outside_the_telemetry_profile_need_no_secret() -> None:
     services = parsed(COMPOSE)["services"]
     assert {name for name, service in services.items() if service.get("profiles") == ["telemetry"]} == TELEMETRY
     assert {name for name, service in services.items() if "secrets" in service} == TELEMETRY
@@ -161,40 +161,40 @@ def test_without_the_profile_no_service_needs_a_secret() -> None:
 
 
 @pytest.mark.parametrize("path", [COMPOSE, STACKS[1]], ids=["compose", "swarm"])
-def test_the_recorder_listens_where_the_others_tell(path: Path) -> None:
+def test_recorder_and_senders_share_one_telemetry_socket(path: Path) -> None:
     services = parsed(path)["services"]
     socket = Path(services["recorder"]["environment"]["SPARSE_MONITOR"])
-    for name in TELLING | {"recorder"}:
-        told = services[name]["environment"]
-        assert told["SPARSE_MONITOR"] == str(socket), name
-        assert told["SPARSE_RUN"] == "${SPARSE_RUN:-street}", name
+    for name in WITH_TELEMETRY | {"recorder"}:
+        environment = services[name]["environment"]
+        assert environment["SPARSE_MONITOR"] == str(socket), name
+        assert environment["SPARSE_RUN"] == "${SPARSE_RUN:-street}", name
         assert mounts(services[name])[str(socket.parent)] == "sockets", name
-    # Another monitor there would take the socket from it.
+    # A second monitor at that path would replace the socket.
     assert "SPARSE_MONITOR" not in services.get("monitor", {}).get("environment", {})
 
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
     """Sources of mounts by target, in either notation."""
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for volume in service["volumes"]:
         if isinstance(volume, str):
             source, target = volume.split(":")[:2]
-            found[target] = source
+            sources[target] = source
         else:
-            found[volume["target"]] = volume.get("source", "")
-    return found
+            sources[volume["target"]] = volume.get("source", "")
+    return sources
 
 
-def test_telemetry_is_set_up_alike_by_compose_and_by_swarm() -> None:
+def test_compose_and_swarm_configure_telemetry_alike() -> None:
     demo, stack = (parsed(path)["services"] for path in (COMPOSE, STACKS[1]))
     for name in TELEMETRY:
-        own = {**stack[name]["environment"]}
+        environment = stack[name]["environment"]
         locks = {"SPARSE_TLS": "/run/secrets"} if name == "recorder" else {}
-        assert own == {**demo[name]["environment"], **locks}, name
+        assert environment == {**demo[name]["environment"], **locks}, name
         assert stack[name].get("entrypoint") == demo[name].get("entrypoint"), name
 
 
-def test_both_files_mount_the_dashboards_where_they_are_looked_for() -> None:
+def test_compose_and_swarm_mount_the_configured_dashboards() -> None:
     demo, stack = (parsed(path)["services"] for path in (COMPOSE, STACKS[1]))
     configs = parsed(STACKS[1])["configs"]
     for name in ("chronograf", "grafana"):
@@ -209,22 +209,22 @@ def test_both_files_mount_the_dashboards_where_they_are_looked_for() -> None:
             for config in stack[name]["configs"]
         }
         assert in_stack == in_demo
-    looked = demo["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    home_dashboard = demo["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     provider = parsed(ROOT / "deploy/grafana/provisioning/dashboards/sparse.yaml")["providers"][0]
-    assert str(Path(looked).parent) == provider["options"]["path"]
+    assert str(Path(home_dashboard).parent) == provider["options"]["path"]
     assert demo["chronograf"]["environment"]["RESOURCES_PATH"] in mounts(demo["chronograf"])
 
 
-def test_grafanas_source_is_the_one_that_its_dashboard_asks_and_the_bucket_that_is_written_to() -> None:
+def test_grafana_reads_the_bucket_that_the_recorder_writes() -> None:
     [source] = parsed(ROOT / "deploy/grafana/provisioning/datasources/sparse.yaml")["datasources"]
-    written = parsed(COMPOSE)["services"]["recorder"]["environment"]
+    environment = parsed(COMPOSE)["services"]["recorder"]["environment"]
     assert {"type": source["type"], "uid": source["uid"]} == DATASOURCE
-    assert source["url"] == written["SPARSE_INFLUX_URL"]
-    assert source["jsonData"]["dbName"] == written["SPARSE_INFLUX_BUCKET"]
-    assert DIALECT.database_prefix == f'"{written["SPARSE_INFLUX_BUCKET"]}"..'
+    assert source["url"] == environment["SPARSE_INFLUX_URL"]
+    assert source["jsonData"]["dbName"] == environment["SPARSE_INFLUX_BUCKET"]
+    assert DIALECT.database_prefix == f'"{environment["SPARSE_INFLUX_BUCKET"]}"..'
 
 
-def test_no_secret_stands_in_a_file() -> None:
+def test_files_contain_no_secrets() -> None:
     for path in [COMPOSE, *STACKS]:
         for name, service in parsed(path)["services"].items():
             for variable in service.get("environment", {}):
@@ -232,7 +232,7 @@ def test_no_secret_stands_in_a_file() -> None:
                 assert not secret or variable.endswith("_FILE"), f"{path.name}: {name}: {variable}"
 
 
-def test_the_demo_is_open_to_this_machine_only() -> None:
+def test_demo_ports_are_bound_to_localhost() -> None:
     for name, service in parsed(COMPOSE)["services"].items():
         for port in service.get("ports", []):
             assert port.startswith("${SPARSE_BIND:-127.0.0.1}:"), f"{name}: {port}"

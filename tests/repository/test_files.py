@@ -36,9 +36,10 @@ def test_no_python_file_has_over_400_lines() -> None:
     assert {name: lines for name, lines in lengths.items() if lines > FILE_LINES and name not in LONGER} == {}
 
 
-def test_no_function_is_longer_than_a_screen() -> None:
+def test_functions_fit_on_a_screen_and_class_names_are_unique() -> None:
     product = set(product_files())
-    too_long = {}
+    too_long: dict[str, int] = {}
+    classes: Counter[str] = Counter()
     for path in repository_files("*.py"):
         limit = PRODUCT_FUNCTION_LINES if path in product else TEST_FUNCTION_LINES
         for node in ast.walk(ast.parse(path.read_text())):
@@ -46,22 +47,15 @@ def test_no_function_is_longer_than_a_screen() -> None:
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if lines > limit:
                     too_long[f"{relative(path)}:{node.name}"] = lines
+            elif isinstance(node, ast.ClassDef) and path in product:
+                classes[node.name] += 1
     assert too_long == {}
+    assert {name for name, count in classes.items() if count > 1} == set()
 
 
 def test_no_folder_of_the_product_has_over_16_python_files() -> None:
     files = Counter(relative(path.parent) for path in product_files())
     assert {folder: count for folder, count in files.items() if count > FOLDER_FILES} == {}
-
-
-def test_no_two_classes_of_the_product_share_a_name() -> None:
-    names = Counter(
-        node.name
-        for path in product_files()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ClassDef)
-    )
-    assert {name for name, count in names.items() if count > 1} == set()
 
 
 def test_no_file_names_this_machine_or_a_registry() -> None:

@@ -1,10 +1,8 @@
-"""docs/guarantees.md names the test of each promise: those tests exist."""
+"""docs/guarantees.md names the tests of its promises: those tests exist."""
 
 from __future__ import annotations
 
 import re
-
-import pytest
 
 from tests.support.environment.checkout import ROOT
 
@@ -12,10 +10,11 @@ PAGE = (ROOT / "docs" / "guarantees.md").read_text()
 NAMED = sorted(set(re.findall(r"`(tests/[a-z_/]+\.py)::(test_\w+)`", PAGE)))
 
 
-def test_promises_are_shown() -> None:
+def test_guarantees_name_existing_tests() -> None:
     assert len(NAMED) >= 15
-
-
-@pytest.mark.parametrize(("file", "name"), NAMED)
-def test_a_test_that_the_page_names_exists(file: str, name: str) -> None:
-    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
+    missing = [
+        f"{file}::{name}"
+        for file, name in NAMED
+        if not (ROOT / file).is_file() or not re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE)
+    ]
+    assert missing == []

@@ -19,8 +19,8 @@ from brokers.security.principals import MONITOR, broker_username, source_usernam
 from tests.support.environment.checkout import ROOT
 from tests.support.environment.external_programs import require_dependency
 
-# From the oldest version that clouds still run to the newest with schemas.
-VERSIONS = ("1.31", "1.33", kubernetes_validate.latest_version())
+# The oldest version that clouds still run, and the newest with schemas.
+VERSIONS = ("1.31", kubernetes_validate.latest_version())
 SITES = ("cloudlet", "cloud")
 FOLDERS = ("base", "gpu", "scaled", *(f"sites/{site}" for site in SITES))
 STAGES = ("head", "body", "tail")

@@ -13,35 +13,33 @@ from tests.support.environment.checkout import PACKAGES, ROOT, repository_files
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_packages_come_from_this_checkout(name: str) -> None:
+def test_packages_are_imported_from_this_checkout(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__file__ is not None
     assert Path(module.__file__).resolve() == ROOT / name / "__init__.py"
 
 
-def test_the_wheel_holds_the_four_packages_and_nothing_else(tmp_path: Path) -> None:
+def test_wheel_contains_all_files_of_the_packages_only(tmp_path: Path) -> None:
     from hatchling.builders.wheel import WheelBuilder
 
     (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
-    held = set(zipfile.ZipFile(wheel).namelist())
-    tops = {name.split("/")[0] for name in held}
-    assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
-    shipped = {str(path.relative_to(ROOT)) for name in PACKAGES for path in repository_files(f"{name}/*")}
-    assert shipped <= held
+    names = set(zipfile.ZipFile(wheel).namelist())
+    files = {str(path.relative_to(ROOT)) for name in PACKAGES for path in repository_files(f"{name}/*")}
+    assert {name for name in names if ".dist-info/" not in name} == files
 
 
-def test_the_distribution_cannot_be_uploaded_by_accident() -> None:
+def test_distribution_is_marked_as_private() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "Private :: Do Not Upload" in project["classifiers"]
 
 
 def test_every_folder_of_tests_is_a_package() -> None:
-    """So that pytest puts the checkout on the path, and no `tests/unit/brokers` hides the real package."""
+    """pytest then puts the checkout on the path, and no `tests/unit/brokers` hides the package of that name."""
     folders = {path.parent for path in repository_files("tests/*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
-def test_the_lock_has_names_and_versions_only() -> None:
+def test_lock_has_names_and_versions_only() -> None:
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     names = [pin.partition("==")[0] for pin in pins]
@@ -53,10 +51,10 @@ def test_the_lock_has_names_and_versions_only() -> None:
         assert version.replace(".", "").isalnum(), pin
 
 
-def test_the_lock_pins_all_that_the_project_asks_for() -> None:
+def test_lock_pins_all_dependencies_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = project["dependencies"] + project["optional-dependencies"]["dev"]
+    requirements = project["dependencies"] + project["optional-dependencies"]["dev"]
     lines = (ROOT / "requirements.lock").read_text().splitlines()
     pinned = {line.partition("==")[0] for line in lines}
-    names = {line.split(";")[0].split(">")[0].split("=")[0].strip() for line in asked}
+    names = {line.split(";")[0].split(">")[0].split("=")[0].strip() for line in requirements}
     assert names - pinned == set()

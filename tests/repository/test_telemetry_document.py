@@ -1,4 +1,4 @@
-"""docs/telemetry.md says what the code does: its tables, its settings, its numbers."""
+"""docs/telemetry.md agrees with the code: tables, settings, numbers."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ TEXT = DOCUMENT_PATH.read_text(encoding="utf-8")
 PROSE = " ".join(TEXT.split())
 
 
-def test_the_tables_are_those_of_the_code() -> None:
+def test_tables_agree_with_the_code() -> None:
     assert update_tables(TEXT) == TEXT, "run: python -m tests.support.monitor.telemetry_document"
 
 
 def test_no_table_is_empty() -> None:
-    for made in TABLE_WRITERS.values():
-        assert made().count("\n| `") > 40
+    for write_table in TABLE_WRITERS.values():
+        assert write_table().count("\n| `") > 40
 
 
-def test_the_settings_are_those_of_the_code() -> None:
-    found = dict(re.findall(r"^\| `(SPARSE_INFLUX_\w+)` \| ([^|]*) \|", TEXT, re.MULTILINE))
+def test_settings_agree_with_the_code() -> None:
+    defaults = dict(re.findall(r"^\| `(SPARSE_INFLUX_\w+)` \| ([^|]*) \|", TEXT, re.MULTILINE))
     names = {name for name in vars(influx_target).values() if isinstance(name, str) and name.startswith("SPARSE_")}
-    assert set(found) == names
+    assert set(defaults) == names
     target = InfluxTarget("http://db")
-    assert (found[influx_target.ORG_VARIABLE], found[influx_target.BUCKET_VARIABLE]) == (
+    assert (defaults[influx_target.ORG_VARIABLE], defaults[influx_target.BUCKET_VARIABLE]) == (
         f"`{target.org}`",
         f"`{target.bucket}`",
     )
@@ -40,18 +40,18 @@ def test_the_settings_are_those_of_the_code() -> None:
         assert name in TEXT
 
 
-def test_the_numbers_are_those_of_the_code() -> None:
-    waits = InfluxTimings()
+def test_numbers_agree_with_the_code() -> None:
+    timings = InfluxTimings()
     assert f"at most {DATAGRAM_LIMIT_BYTES} bytes" in PROSE
     assert f"one file for each second or each {_BATCH_POINTS} points" in PROSE
     assert batch_writer._INTERVAL_S == 1.0
     assert f"The spool is bounded: {SPOOL_LIMIT_BYTES >> 20} MiB" in PROSE
-    assert f"after {waits.initial_backoff_s:g} s, 1 s, 2 s, up to {waits.max_backoff_s:g} s" in PROSE
-    assert waits.misconfigured_retry_s == 60.0
+    assert f"after {timings.initial_backoff_s:g} s, 1 s, 2 s, up to {timings.max_backoff_s:g} s" in PROSE
+    assert timings.misconfigured_retry_s == 60.0
     assert "tries again every minute" in TEXT
     assert f"`{TELEMETRY_FILE}`" in TEXT
 
 
-def test_the_spool_holds_what_the_page_says() -> None:
+def test_documented_spool_duration_fits_its_size() -> None:
     [minutes] = re.findall(r"at about 40 to 60 bytes a point, which is 5000 points a second for (\d+) minutes", PROSE)
     assert int(minutes) == SPOOL_LIMIT_BYTES // 60 // 5000 // 60
