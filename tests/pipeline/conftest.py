@@ -1,4 +1,4 @@
-"""What the tests of whole pipelines share: a machine for their processes, and brokers of both kinds."""
+"""Fixtures of the pipeline tests: a broker for the tests of a module."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
-from tests.support.environment.external_programs import require_dependency
+from tests.support.environment.external_programs import require_broker
 from tests.support.pipelines.processes import ProcessSandbox, process_sandbox
 
 BROKER_KINDS: tuple[BrokerKind, ...] = ("embedded", "mosquitto")
@@ -16,21 +16,20 @@ BROKER_KINDS: tuple[BrokerKind, ...] = ("embedded", "mosquitto")
 
 @pytest.fixture(name="sandbox")
 def _sandbox(tmp_path: Path) -> Iterator[ProcessSandbox]:
-    with process_sandbox(tmp_path) as found:
-        yield found
+    with process_sandbox(tmp_path) as sandbox:
+        yield sandbox
 
 
 @pytest.fixture(scope="module", name="broker", params=BROKER_KINDS)
 def _broker(request: pytest.FixtureRequest) -> Iterator[LocalBroker]:
-    """A broker of each kind, in turn."""
-    require_dependency({"embedded": "iotcore"}.get(request.param, request.param))
-    with start_broker(kind=request.param) as found:
-        yield found
+    """A broker of each kind, for tests of what depends on the broker."""
+    require_broker(request.param)
+    with start_broker(kind=request.param) as broker:
+        yield broker
 
 
 @pytest.fixture(scope="module", name="embedded_broker")
 def _embedded_broker() -> Iterator[LocalBroker]:
-    """The broker that is there without being installed."""
-    require_dependency("iotcore")
-    with start_broker(kind="embedded") as found:
-        yield found
+    require_broker("embedded")
+    with start_broker(kind="embedded") as broker:
+        yield broker

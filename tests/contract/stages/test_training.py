@@ -41,7 +41,6 @@ from tests.support.training.in_process_parts import assert_bitwise_equal
 from tests.support.training.in_process_pipeline import (
     InProcessPipeline,
     InProcessSource,
-    kill_client,
     run_with_pipeline,
     shorten_intervals,
 )
@@ -193,7 +192,7 @@ def test_source_that_dies_in_its_step_does_not_block_another(tmp_path: Path) -> 
         def kill_in_third_step(topic: str, message: Message) -> None:
             if one.completed_steps >= 2 and isinstance(message, Activation) and message.source == "one" and not killed:
                 killed.append(one.name)
-                kill_client(pipeline.hub, one.transport)
+                pipeline.hub.kill_client(one.transport)
 
         pipeline.on_message = kill_in_third_step
         await other.training.run()
@@ -216,7 +215,7 @@ def test_killed_source_resumes_at_the_version_of_the_pipeline(tmp_path: Path) ->
         first = await pipeline.add_source()
         running = asyncio.create_task(first.training.run())
         await pipeline.wait_for_step(first, 3)
-        kill_client(pipeline.hub, first.transport)
+        pipeline.hub.kill_client(first.transport)
         await first.transport.close()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -395,7 +394,7 @@ def test_standby_takes_over_from_a_killed_worker(tmp_path: Path, stage: int) -> 
         await pipeline.wait_for_step(source, 5)
         active = pipeline.active_worker(stage)
         assert active.name != "zz-standby"
-        kill_client(pipeline.hub, active.transport)
+        pipeline.hub.kill_client(active.transport)
         await running
         assert pipeline.members[f"s{stage}"] == "zz-standby"
         await assert_weights(pipeline, source)
@@ -729,7 +728,7 @@ def test_source_that_is_killed_between_two_commits_of_its_last_step_can_resume(t
             if isinstance(message, StepMessage) and message.verb == "commit" and first.completed_steps == STEPS - 1:
                 await pipeline.wait_for("a commit", lambda: any(each.version == STEPS for each in pipeline.workers))
                 await asyncio.sleep(0.2)
-                kill_client(pipeline.hub, first.transport)
+                pipeline.hub.kill_client(first.transport)
 
         first.channel.send = send_one_commit  # type: ignore[method-assign]
         with pytest.raises(Disconnected):

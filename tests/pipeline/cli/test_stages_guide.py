@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.environment.checkout import ROOT
-from tests.support.environment.external_programs import require_dependency
+from tests.support.environment.external_programs import require_broker
 from tests.support.pipelines.ingress_pipeline import IngressPipeline
 from tests.support.pipelines.processes import ProcessSandbox
 
@@ -48,7 +48,7 @@ def test_functions_serve_mqtt_clients(sandbox: ProcessSandbox, page_folder: Path
     assert COMMANDS[0] == "sparse run weather.toml"
     pipeline = IngressPipeline(sandbox, page_folder / "weather.toml")
     reader = pipeline.start_client(f"{COMMANDS[1]} -C 1")
-    result = pipeline.publish_and_wait(COMMANDS[2])
+    result = pipeline.run_and_wait(COMMANDS[2])
     assert result["values"] == {"feels": 31.0, "shade": True}
     assert reader.wait(signal.SIGTERM).stderr == ""
     pipeline.interrupt()
@@ -78,7 +78,7 @@ def test_stage_is_tested_without_a_broker(page_folder: Path) -> None:
 
 
 def test_own_network_and_source_run(sandbox: ProcessSandbox, page_folder: Path) -> None:
-    require_dependency("iotcore")
+    require_broker("embedded")
     assert COMMANDS[-1] == "sparse run digits.toml --json"
     output_folder = page_folder / "out"
     result = sandbox.start_sparse(

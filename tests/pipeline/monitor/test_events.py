@@ -1,6 +1,6 @@
-"""What workers and sources tell the monitor, as processes of their own through a real broker: it all adds up.
+"""Events that workers and sources send to the monitor, from processes connected by a broker.
 
-A socket of the test plays the monitor: tests/support/monitor/fake_monitor.py.
+A socket of the test stands in for the monitor: tests/support/monitor/fake_monitor.py.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from brokers.telemetry.schema import (
     RequestDone,
     StepDone,
     TaskProcessed,
-    TelemetryEvent,
 )
 from sources.client.offloader import Offloader
-from tests.pipeline.training.test_bad_input import write_training_pipeline_file
+from tests.soak.harness.training_run import MICRO_BATCHES, STEPS_PER_EPOCH, write_training_pipeline_file
 from tests.support.brokers.presence import wait_for_workers
 from tests.support.monitor.fake_monitor import FakeMonitor, monitor_socket_path
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
@@ -36,203 +35,171 @@ from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, ev
 
 @pytest.fixture(name="monitor")
 def _monitor(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMonitor]:
-    """At the place that this process, too, is told of by its environment."""
-    with monitor_socket_path() as path, FakeMonitor(path) as found:
-        monkeypatch.setenv("SPARSE_MONITOR", str(path))
-        monkeypatch.setenv("SPARSE_RUN", "r7")
-        yield found
+    """The monitor of this process and, with `environment_of`, of others."""
+    with monitor_socket_path() as path, FakeMonitor(path) as monitor:
+        for name, value in environment_of(path).items():
+            monkeypatch.setenv(name, value)
+        yield monitor
 
 
-def told_to(path: Path) -> dict[str, str]:
+def environment_of(path: Path) -> dict[str, str]:
     return {"SPARSE_MONITOR": str(path), "SPARSE_RUN": "r7"}
 
 
-def serve(
-    sandbox: ProcessSandbox, broker: LocalBroker, pipeline: Pipeline, path: Path, *words: str
+def start_workers(
+    sandbox: ProcessSandbox, broker: LocalBroker, pipeline: Pipeline, path: Path, *options: str
 ) -> list[RunningCommand]:
-    """A worker for each stage, called as the stage is with a 1; they are up."""
-    workers = [
-        sandbox.start_sparse(
-            "stage",
-            pipeline.path,
-            each.name,
-            "--broker",
-            broker.address,
-            "--worker",
-            f"{each.name}1",
-            *words,
-            environment=told_to(path),
-        )
-        for each in pipeline.stage
+    """Start a worker for each stage, `NAME1`, and wait until they are up."""
+    arguments = [
+        ("stage", pipeline.path, stage.name, "--broker", broker.address, "--worker", f"{stage.name}1", *options)
+        for stage in pipeline.stage
     ]
-    wait_for_workers(broker.address, lambda found: len(found) == len(workers))
+    workers = [sandbox.start_sparse(*each, environment=environment_of(path)) for each in arguments]
+    wait_for_workers(broker.address, lambda records: len(records) == len(workers))
     return workers
 
 
-def tasks_of(monitor: FakeMonitor, name: str) -> list[TaskProcessed]:
-    return [event for event in monitor.events if isinstance(event, TaskProcessed) and event.stage == name]
+def stop_workers(workers: list[RunningCommand]) -> None:
+    for worker in workers:
+        assert worker.wait(signal.SIGTERM).returncode == 0
 
 
-def batches_of(monitor: FakeMonitor, name: str) -> list[BatchProcessed]:
-    return [event for event in monitor.events if isinstance(event, BatchProcessed) and event.stage == name]
+def tasks_of(monitor: FakeMonitor, stage: str) -> list[TaskProcessed]:
+    return [event for event in list(monitor.events) if isinstance(event, TaskProcessed) and event.stage == stage]
+
+
+def batches_of(monitor: FakeMonitor, stage: str) -> list[BatchProcessed]:
+    return [event for event in list(monitor.events) if isinstance(event, BatchProcessed) and event.stage == stage]
 
 
 def requests_of(monitor: FakeMonitor) -> list[RequestDone]:
-    return [event for event in monitor.events if isinstance(event, RequestDone)]
+    return [event for event in list(monitor.events) if isinstance(event, RequestDone)]
 
 
-def test_the_events_of_a_run_add_up(
+def test_events_of_inference_are_consistent(
     sandbox: ProcessSandbox, embedded_broker: LocalBroker, monitor: FakeMonitor
 ) -> None:
-    batched = {"max_batch": 4, "max_wait_ms": 20}
-    pipeline = load_pipeline(
-        write_pipeline_file(
-            sandbox.folder,
-            [stage_table("head", "BatchableExecutor", **batched), stage_table("tail", "BatchableExecutor", **batched)],
-        )
-    )
-    count = 30
+    # A batch waits until it is full: the number of requests is a multiple of its size.
+    stages = [stage_table(name, "BatchableExecutor", max_batch=4, max_wait_ms=60_000) for name in ("head", "tail")]
+    pipeline = load_pipeline(write_pipeline_file(sandbox.folder, stages))
+    count = 24
 
-    async def ask() -> None:
+    async def send_requests() -> None:
         async with Offloader(pipeline, broker=embedded_broker.address, name="me", window=8) as offload:
             await asyncio.gather(*(offload({"rows": np.full((1, 3), float(index))}) for index in range(count)))
 
-    workers = serve(sandbox, embedded_broker, pipeline, monitor.path)
-    asyncio.run(ask())
-    for worker in workers:
-        assert worker.wait(signal.SIGTERM).returncode == 0
-    eventually("the end of all", lambda: len(monitor.events_of_kind("stop")) == 3)
-    assert_life(monitor.events, {("stage", "head1"), ("stage", "tail1"), ("source", "me")})
-    assert Counter(event.event for event in monitor.events if isinstance(event, TaskProcessed | RequestDone)) == {
-        "request_done": count,
-        "task_processed": 2 * count,
-    }
-    for name in ("head", "tail"):
-        batches = batches_of(monitor, name)
-        assert sum(batch.tasks for batch in batches) == len(tasks_of(monitor, name)) == count
-        assert max(batch.tasks for batch in batches) > 1
-        # Each batch of n is what n tasks say that they were in.
-        sizes = Counter(task.batch for task in tasks_of(monitor, name))
-        assert sizes == Counter({n: n * times for n, times in Counter(batch.tasks for batch in batches).items()})
-        assert all(batch.busy_ms > 20 for batch in batches)  # Rows sleeps so long
-    assert_requests(monitor)
-
-
-def assert_life(events: list[TelemetryEvent], expected: set[tuple[str, str]]) -> None:
+    workers = start_workers(sandbox, embedded_broker, pipeline, monitor.path)
+    asyncio.run(send_requests())
+    stop_workers(workers)
+    eventually("three processes to exit", lambda: len(monitor.events_of_kind("stop")) == 3)
+    processes = {("stage", "head1"), ("stage", "tail1"), ("source", "me")}
     for kind in (ProcessStarted, ProcessStopped):
-        lives = [event for event in events if isinstance(event, kind)]
-        assert {(life.role, life.name) for life in lives} == expected
-        assert len(lives) == len(expected)
+        lives = [event for event in monitor.events if isinstance(event, kind)]
+        assert len(lives) == len(processes)
+        assert {(life.role, life.name) for life in lives} == processes
         assert {(life.run, life.site, life.pipeline) for life in lives} == {("r7", "local", "test")}
         assert all(life.pid for life in lives)
-
-
-def assert_requests(monitor: FakeMonitor) -> None:
-    """Each request's hops are what its workers said themselves, and its spans are a chain."""
-    heads, tails = ({task.request: task for task in tasks_of(monitor, name)} for name in ("head", "tail"))
-    for done in requests_of(monitor):
-        assert (done.source, done.attempts, done.error, done.bytes_out) == ("me", 1, "", 24)
-        tasks = [heads[done.request], tails[done.request]]
-        for hop, task in zip(done.hops, tasks, strict=True):
-            assert hop.model_dump() == task.model_dump(include=set(type(hop).model_fields))
-        spent_ms = sum(hop.queue_ms + hop.decode_ms + hop.compute_ms + hop.encode_ms for hop in done.hops)
-        assert done.network_ms == pytest.approx(done.latency_ms - spent_ms, abs=0.01)
-        assert done.network_ms > 0
-        assert {done.trace, *(task.trace for task in tasks)} == {done.request}
-        assert [done.parent, *(task.parent for task in tasks)] == ["", done.span, tasks[0].span]
-        assert len({done.span, *(task.span for task in tasks)}) == 3
-
-
-def test_what_fails_is_told_with_its_error_by_worker_and_source(
-    sandbox: ProcessSandbox, embedded_broker: LocalBroker, monitor: FakeMonitor
-) -> None:
-    pipeline = load_pipeline(write_pipeline_file(sandbox.folder, [stage_table("reject_negative", "reject_negative")]))
-
-    async def ask() -> None:
-        async with Offloader(pipeline, broker=embedded_broker.address) as offload:
-            asked = [offload(np.array(value)) for value in (1.0, -1.0, -2.0)]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            assert [isinstance(answer, Exception) for answer in answers] == [False, True, True]
-
-    serve(sandbox, embedded_broker, pipeline, monitor.path)
-    asyncio.run(ask())
-    eventually("all tasks", lambda: len(tasks_of(monitor, "reject_negative")) == 3)
-    for found in (tasks_of(monitor, "reject_negative"), requests_of(monitor)):
-        assert Counter(event.error for event in found) == {"": 1, "ArithmeticError": 2}
-    failed = [done for done in requests_of(monitor) if done.error]
-    assert all(done.latency_ms > 0 and not done.hops for done in failed)
-
-
-def test_a_run_with_no_monitor_or_one_that_comes_and_goes_is_as_any_other(
-    sandbox: ProcessSandbox, embedded_broker: LocalBroker
-) -> None:
-    """The last thing that is told is heard by a monitor that was started again, whatever went before."""
-    pipeline = load_pipeline(
-        write_pipeline_file(sandbox.folder, [stage_table("double", "double")], counting_source_table(400, every_s=0.01))
-    )
-    with monitor_socket_path() as path:
-        serve(sandbox, embedded_broker, pipeline, path)
-        words = (
-            "source",
-            pipeline.path,
-            "--broker",
-            embedded_broker.address,
-            "--json",
-            "--out",
-            sandbox.folder / "out",
-        )
-        source = sandbox.start_sparse(*words, environment=told_to(path))
-        with FakeMonitor(path) as first:
-            eventually("some results", lambda: len(requests_of(first)) > 20)
-            first.kill()
-            eventually("more results", lambda: _results(sandbox.folder / "out") > 150)
-        with FakeMonitor(path) as second:
-            said = source.wait()
-            assert (said.returncode, said.json_output["results"], said.json_output["retries"]) == (0, 400, 0), (
-                said.stderr
-            )
-            eventually("the end", lambda: second.events_of_kind("stop"))
-            assert said.stderr.count("monitor") == 0
-        heard = [done.request for monitor in (first, second) for done in requests_of(monitor)]
-        assert len(heard) == len(set(heard))
-        assert 21 <= len(heard) <= 400
-
-
-def _results(folder: Path) -> int:
-    file = folder / "results.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
-def test_a_training_run_tells_each_step_and_each_operation(
-    sandbox: ProcessSandbox, embedded_broker: LocalBroker, monitor: FakeMonitor
-) -> None:
-    """Two epochs of 3 steps of 32 rows in 2 micro-batches; after each epoch 32 rows are evaluated at once."""
-    pipeline = load_pipeline(write_training_pipeline_file(sandbox.folder, evaluate_every=1))
-    workers = serve(
-        sandbox, embedded_broker, pipeline, monitor.path, "--checkpoints", str(sandbox.folder / "checkpoints")
-    )
-    words = ("source", pipeline.path, "--broker", embedded_broker.address, "--json", "--no-pictures")
-    said = sandbox.start_sparse(*words, "--out", sandbox.folder / "out", environment=told_to(monitor.path)).wait()
-    assert said.returncode == 0, said.stderr
-    for worker in workers:
-        assert worker.wait(signal.SIGTERM).returncode == 0
-    eventually("the end of all", lambda: len(monitor.events_of_kind("stop")) == 3)
-    steps = [event for event in monitor.events if isinstance(event, StepDone)]
-    assert [(step.step, step.epoch, step.rows) for step in steps] == [(n, (n - 1) // 3, 32) for n in range(1, 7)]
-    assert all(step.source == "stripes" and step.step_ms > 0 for step in steps)
-    written = [json.loads(line) for line in (sandbox.folder / "out" / "training.jsonl").read_text().splitlines()]
-    assert [step.loss for step in steps] == [event["loss"] for event in written if event["event"] == "step"]
+    assert len(requests_of(monitor)) == count
     for name in ("head", "tail"):
-        batches = batches_of(monitor, name)
+        assert [batch.tasks for batch in batches_of(monitor, name)] == [4] * (count // 4)
+        assert [task.batch for task in tasks_of(monitor, name)] == [4] * count
+        assert all(batch.busy_ms > 0 for batch in batches_of(monitor, name))
+    assert_spans_are_consistent(monitor)
+
+
+def assert_spans_are_consistent(monitor: FakeMonitor) -> None:
+    """Assert that the hops of each request are those that its workers reported, and that its spans are a chain."""
+    heads, tails = ({task.request: task for task in tasks_of(monitor, name)} for name in ("head", "tail"))
+    for request in requests_of(monitor):
+        assert (request.source, request.attempts, request.error) == ("me", 1, "")
+        tasks = [heads[request.request], tails[request.request]]
+        for hop, task in zip(request.hops, tasks, strict=True):
+            assert hop.model_dump() == task.model_dump(include=set(type(hop).model_fields))
+        stages_ms = sum(hop.queue_ms + hop.decode_ms + hop.compute_ms + hop.encode_ms for hop in request.hops)
+        assert request.network_ms == pytest.approx(request.latency_ms - stages_ms, abs=0.01)
+        assert request.network_ms > 0
+        assert {request.trace, *(task.trace for task in tasks)} == {request.request}
+        assert [request.parent, *(task.parent for task in tasks)] == ["", request.span, tasks[0].span]
+        assert len({request.span, *(task.span for task in tasks)}) == 3
+
+
+def test_failures_are_reported_by_worker_and_source(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker, monitor: FakeMonitor
+) -> None:
+    pipeline = load_pipeline(write_pipeline_file(sandbox.folder, [stage_table("reject", "reject_negative")]))
+
+    async def send_requests() -> None:
+        async with Offloader(pipeline, broker=embedded_broker.address) as offload:
+            requests = [offload(np.array(value)) for value in (1.0, -1.0, -2.0)]
+            results = await asyncio.gather(*requests, return_exceptions=True)
+            assert [isinstance(result, Exception) for result in results] == [False, True, True]
+
+    start_workers(sandbox, embedded_broker, pipeline, monitor.path)
+    asyncio.run(send_requests())
+    eventually("all events", lambda: len(tasks_of(monitor, "reject")) == len(requests_of(monitor)) == 3)
+    for events in (tasks_of(monitor, "reject"), requests_of(monitor)):
+        assert Counter(event.error for event in events) == {"": 1, "ArithmeticError": 2}
+    failed = [request for request in requests_of(monitor) if request.error]
+    assert all(request.latency_ms > 0 and not request.hops for request in failed)
+
+
+def test_restarted_monitor_receives_the_last_events(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
+    source = counting_source_table(1_000_000, every_s=0.005)
+    pipeline = load_pipeline(write_pipeline_file(sandbox.folder, [stage_table("double", "double")], source))
+    out = sandbox.folder / "out"
+    results = out / "results.jsonl"
+    with monitor_socket_path() as path:
+        start_workers(sandbox, embedded_broker, pipeline, path)
+        arguments = ("source", pipeline.path, "--broker", embedded_broker.address, "--json", "--out", out)
+        command = sandbox.start_sparse(*arguments, environment=environment_of(path))
+        with FakeMonitor(path) as first:
+            eventually("some requests", lambda: len(requests_of(first)) > 20)
+            first.kill()
+            count = results.read_text().count("\n")
+            eventually("more results", lambda: results.read_text().count("\n") > count + 100)
+        with FakeMonitor(path) as second:
+            result = command.wait(signal.SIGTERM)
+            assert (result.returncode, result.json_output["retries"]) == (0, 0), result.stderr
+            eventually("the last event", lambda: second.events_of_kind("stop"))
+            assert "monitor" not in result.stderr
+        reported = [request.request for monitor in (first, second) for request in requests_of(monitor)]
+        assert len(reported) == len(set(reported))
+        assert 21 <= len(reported) <= result.json_output["results"]
+
+
+def test_events_of_training_are_consistent(
+    sandbox: ProcessSandbox, embedded_broker: LocalBroker, monitor: FakeMonitor
+) -> None:
+    """Two epochs, each with an evaluation of all test rows at once."""
+    pipeline = load_pipeline(write_training_pipeline_file(sandbox.folder, epochs=2, evaluate_every=1))
+    checkpoints = ("--checkpoints", str(sandbox.folder / "checkpoints"))
+    workers = start_workers(sandbox, embedded_broker, pipeline, monitor.path, *checkpoints)
+    out = sandbox.folder / "out"
+    arguments = ("source", pipeline.path, "--broker", embedded_broker.address, "--json", "--no-pictures", "--out", out)
+    result = sandbox.run_sparse(*arguments, environment=environment_of(monitor.path))
+    assert result.returncode == 0, result.stderr
+    stop_workers(workers)
+    eventually("four processes to exit", lambda: len(monitor.events_of_kind("stop")) == 4)
+    steps = [event for event in monitor.events if isinstance(event, StepDone)]
+    count = 2 * STEPS_PER_EPOCH
+    assert [(step.step, step.epoch, step.rows) for step in steps] == [
+        (number, (number - 1) // STEPS_PER_EPOCH, 32) for number in range(1, count + 1)
+    ]
+    assert all(step.source == "stripes" and step.step_ms > 0 for step in steps)
+    recorded = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    assert [step.loss for step in steps] == [event["loss"] for event in recorded if event["event"] == "step"]
+    rows = 32 // MICRO_BATCHES
+    for stage in pipeline.stage:
+        batches = batches_of(monitor, stage.name)
         assert Counter((batch.phase, batch.tasks, batch.rows) for batch in batches) == {
-            ("forward", 1, 16): 12,
-            ("backward", 1, 16): 12,
-            ("update", 2, 32): 6,
+            ("forward", 1, rows): count * MICRO_BATCHES,
+            ("backward", 1, rows): count * MICRO_BATCHES,
+            ("update", MICRO_BATCHES, 32): count,
             ("inference", 1, 32): 2,
         }
-        tasks = tasks_of(monitor, name)
-        assert len(tasks) == 14
+        tasks = tasks_of(monitor, stage.name)
+        assert len(tasks) == count * MICRO_BATCHES + 2
         assert all(task.compute_ms > 0 and task.bytes_in and not task.error for task in tasks)
     heads = {task.request: task for task in tasks_of(monitor, "head")}
-    assert all(task.parent == heads[task.request].span for task in tasks_of(monitor, "tail"))
-    assert len({task.trace for task in heads.values()}) == 8  # one for each step, and each evaluation
+    assert all(task.parent == heads[task.request].span for task in tasks_of(monitor, "body"))
+    assert len({task.trace for task in heads.values()}) == count + 2  # one for each step and evaluation

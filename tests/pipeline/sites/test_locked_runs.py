@@ -1,4 +1,4 @@
-"""Whole runs behind locked doors, each process with an identity of its own: no right is missing, and none is idle."""
+"""Pipelines with TLS and access control, each process with an identity: no right is missing, and none is unused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import pytest
 from safetensors.torch import load_file
 
 from brokers.config.bridge_rules import Bridge
@@ -22,208 +21,205 @@ from tests.support.environment.external_programs import require_dependency
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
 from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
 
-# The broker of the device keeps a bridge to that of the cloud.
+# The broker of the device has a bridge to that of the cloud.
 TWO_SITES = '[[site]]\nname = "device"\nlinks = [{ to = "cloud" }]\n[[site]]\nname = "cloud"\n'
+Right = tuple[str, str, str]  # user, "read" or "write", topic filter
 
 
 @contextmanager
-def brokers_of(folder: Path, pipeline: Pipeline) -> Iterator[dict[str, SecureBroker]]:
-    """A locked broker for each site, and the bridges between them."""
+def start_brokers(folder: Path, pipeline: Pipeline) -> Iterator[dict[str, SecureBroker]]:
+    """A broker with access control for each site, and the bridges between them."""
     ports = {site: free_port() for site in all_sites(pipeline)}
     links = [(table.name, link.to) for table in pipeline.site for link in table.links]
     with ExitStack() as stack:
-        doors = {}
+        brokers = {}
         for site, port in ports.items():
+            tls = folder / "certs" / broker_username(site)
             bridges = tuple(
-                Bridge(
-                    near,
-                    far,
-                    "localhost",
-                    ports[far],
-                    pipeline.topology.bridge_sides(near, far),
-                    tls=folder / "certs" / broker_username(near),
-                )
+                Bridge(near, far, "localhost", ports[far], pipeline.topology.bridge_sides(near, far), tls=tls)
                 for near, far in links
                 if near == site
             )
-            doors[site] = stack.enter_context(start_secure_broker(folder, pipeline, site, port=port, bridges=bridges))
-        yield doors
+            broker = start_secure_broker(folder, pipeline, site, port=port, bridges=bridges)
+            brokers[site] = stack.enter_context(broker)
+        yield brokers
 
 
-def covers(topic_filter: str, topic: str) -> bool:
-    wanted, levels = topic_filter.split("/"), topic.split("/")
-    return len(wanted) == len(levels) and all(a in ("+", b) for a, b in zip(wanted, levels, strict=True))
+def filter_covers(topic_filter: str, topic: str) -> bool:
+    expected, levels = topic_filter.split("/"), topic.split("/")
+    return len(expected) == len(levels) and all(a in ("+", b) for a, b in zip(expected, levels, strict=True))
 
 
-class Operators:
-    """Start each process of a pipeline with its own identity, at the broker of its site."""
+class SecurePipeline:
+    """Starts the processes of a pipeline, each with its identity, at the broker of its site."""
 
-    def __init__(self, sandbox: ProcessSandbox, pipeline: Pipeline, doors: dict[str, SecureBroker]) -> None:
-        self.box, self.pipeline, self.doors = sandbox, pipeline, doors
+    def __init__(self, sandbox: ProcessSandbox, pipeline: Pipeline, brokers: dict[str, SecureBroker]) -> None:
+        self._sandbox = sandbox
+        self._pipeline = pipeline
+        self._brokers = brokers
 
-    def start(self, site: str, who: str, *words: str | Path) -> RunningCommand:
-        door = self.doors[site]
-        environment = {"SPARSE_TLS": str(door.certs / who)}
-        return self.box.start_sparse(*words, "--broker", door.address, environment=environment)
+    def start(self, site: str, identity: str, *arguments: str | Path) -> RunningCommand:
+        broker = self._brokers[site]
+        environment = {"SPARSE_TLS": str(broker.certs / identity)}
+        return self._sandbox.start_sparse(*arguments, "--broker", broker.address, environment=environment)
 
-    def stages(self, *options: str | Path) -> list[RunningCommand]:
+    def start_stages(self, *options: str | Path) -> list[RunningCommand]:
+        name, path = self._pipeline.name, self._pipeline.path
         return [
-            self.start(each.site, f"{self.pipeline.name}.{each.name}", "stage", self.pipeline.path, each.name, *options)
-            for each in self.pipeline.stage
+            self.start(stage.site, f"{name}.{stage.name}", "stage", path, stage.name, *options)
+            for stage in self._pipeline.stage
         ]
 
-    def source(self) -> RunningCommand:
-        words = ("source", self.pipeline.path, "--json", "--out", self.box.folder / "out")
-        return self.start(self.pipeline.source.site, f"{self.pipeline.name}.source", *words)
+    def start_source(self) -> RunningCommand:
+        arguments = ("source", self._pipeline.path, "--json", "--out", self._sandbox.folder / "out")
+        return self.start(self._pipeline.source.site, f"{self._pipeline.name}.source", *arguments)
 
-    def nothing_was_refused(self) -> None:
-        assert {site: door.denied_lines() for site, door in self.doors.items()} == {site: [] for site in self.doors}
+    def assert_nothing_was_denied(self) -> None:
+        for broker in self._brokers.values():
+            assert broker.denied_lines() == []
 
-    def unused(self) -> set[tuple[str, str, str]]:
-        """Rights of stages and sources that were not needed: who, what, which filter."""
+    def unused_rights(self) -> set[Right]:
+        """The rights of the stages and the source of which no use is in the logs of the brokers."""
         return {
-            (who, verb, topic_filter)
-            for site, door in self.doors.items()
-            for who, rights in acl_by_user(self.pipeline, site).items()
-            if who.startswith(f"{self.pipeline.name}.")
+            (user, verb, topic_filter)
+            for site, broker in self._brokers.items()
+            for user, rights in acl_by_user(self._pipeline, site).items()
+            if user.startswith(f"{self._pipeline.name}.")
             for topic_filter, access in rights.items()
             for verb in ("read", "write")
             if verb in access
-            and not any(each[:2] == (who, verb) and covers(topic_filter, each[2]) for each in door.accesses())
+            and not any(each[:2] == (user, verb) and filter_covers(topic_filter, each[2]) for each in broker.accesses())
         }
 
 
-def end_well(stages: list[RunningCommand]) -> None:
-    for each in stages:
-        said = each.wait(signal.SIGTERM)
-        assert said.returncode == 0, said.stderr
-        assert "refused" not in said.stderr
+def stop_stages(stages: list[RunningCommand]) -> None:
+    for stage in stages:
+        result = stage.wait(signal.SIGTERM)
+        assert result.returncode == 0, result.stderr
+        assert "refused" not in result.stderr
 
 
-@pytest.mark.parametrize("sites", [("local", "local"), ("device", "cloud")], ids="-".join)
-def test_an_inference_run_has_the_rights_that_it_uses_and_no_more(
-    sandbox: ProcessSandbox, sites: tuple[str, str]
-) -> None:
-    names = (("double", "double"), ("add", "add_one"))
-    stages = [stage_table(name, made, site=site) for (name, made), site in zip(names, sites, strict=True)]
-    path = write_pipeline_file(sandbox.folder, stages, counting_source_table(20, site=sites[0]))
-    if "cloud" in sites:
-        path.write_text(path.read_text() + TWO_SITES)
+def test_inference_has_only_the_rights_that_it_uses(sandbox: ProcessSandbox) -> None:
+    stages = [stage_table("double", "double", site="device"), stage_table("add", "add_one", site="cloud")]
+    path = write_pipeline_file(sandbox.folder, stages, counting_source_table(20, site="device"))
+    path.write_text(path.read_text() + TWO_SITES)
     pipeline = load_pipeline(path)
-    with brokers_of(sandbox.folder, pipeline) as doors:
-        people = Operators(sandbox, pipeline, doors)
-        running = people.stages()
-        source = people.source().wait()
-        assert source.returncode == 0, source.stderr
-        assert (source.json_output["results"], source.json_output["retries"]) == (20, 0)
-        for site in doors:  # presence crosses
-            shown = people.start(site, "monitor", "status", pipeline.path, "--json").wait()
-            assert {each["stage"] for each in shown.json_output["workers"]} == {"double", "add"}
-        end_well(running)
-        people.nothing_was_refused()
-        double, add = (f"sparse/{site}/test/{name}" for site, (name, _) in zip(sites, names, strict=True))
-        front_doors = {("test.double", "read", f"{double}/tasks"), ("test.add", "read", f"{add}/tasks")}
-        # Both are of a user's own code, which may send work back, or round once more.
-        detours = {
+    with start_brokers(sandbox.folder, pipeline) as brokers:
+        processes = SecurePipeline(sandbox, pipeline, brokers)
+        workers = processes.start_stages()
+        result = processes.start_source().wait()
+        assert result.returncode == 0, result.stderr
+        assert (result.json_output["results"], result.json_output["retries"]) == (20, 0)
+        for site in brokers:  # presence records cross the bridge
+            status = processes.start(site, "monitor", "status", pipeline.path, "--json").wait()
+            assert {worker["stage"] for worker in status.json_output["workers"]} == {"double", "add"}
+        stop_stages(workers)
+        processes.assert_nothing_was_denied()
+        double, add = "sparse/device/test/double", "sparse/cloud/test/add"
+        shared_task_topics = {("test.double", "read", f"{double}/tasks"), ("test.add", "read", f"{add}/tasks")}
+        # Executors of users may dispatch to an earlier stage, or to their own.
+        dispatch = {
             ("test.add", "read", f"{double}/up/+"),
             ("test.add", "write", f"{add}/in/+"),
             ("test.double", "write", f"{double}/in/+"),
         }
-        assert people.unused() == front_doors | detours
+        assert processes.unused_rights() == shared_task_topics | dispatch
     sandbox.assert_nothing_left()
 
 
-def test_a_training_run_has_the_rights_that_it_uses_and_no_more(sandbox: ProcessSandbox) -> None:
+def test_training_has_only_the_rights_that_it_uses(sandbox: ProcessSandbox) -> None:
     sites = ("device", "cloud", "device")
     pipeline = load_pipeline(write_training_pipeline_file(sandbox.folder, epochs=2, sites=sites))
-    with brokers_of(sandbox.folder, pipeline) as doors:
-        people = Operators(sandbox, pipeline, doors)
-        running = people.stages("--checkpoints", sandbox.folder / "versions")
-        source = people.source().wait()
-        assert source.returncode == 0, source.stderr
-        assert (source.json_output["steps"], source.json_output["rolled_back"]) == (6, 0)
+    with start_brokers(sandbox.folder, pipeline) as brokers:
+        processes = SecurePipeline(sandbox, pipeline, brokers)
+        workers = processes.start_stages("--checkpoints", sandbox.folder / "checkpoints")
+        result = processes.start_source().wait()
+        assert result.returncode == 0, result.stderr
+        assert (result.json_output["steps"], result.json_output["rolled_back"]) == (6, 0)
         assert_weights_equal(load_file(sandbox.folder / "out" / "model.safetensors"), expected_weights(6))
-        end_well(running)
-        people.nothing_was_refused()
-        # Only a second source of this name would be heard there.
-        assert people.unused() == {("training.source", "read", "sparse/device/training/source/up/+")}
+        stop_stages(workers)
+        processes.assert_nothing_was_denied()
+        # A second source of this name would use it.
+        assert processes.unused_rights() == {("training.source", "read", "sparse/device/training/source/up/+")}
 
 
-def test_a_run_by_passwords_shows_them_to_nobody(sandbox: ProcessSandbox) -> None:
-    """Not in the list of processes, not in what is logged however much is, not in what is left behind."""
+def test_passwords_are_not_shown(sandbox: ProcessSandbox) -> None:
+    """They are not in arguments of processes, in logs of any level, or in the files of the run."""
     path = write_pipeline_file(sandbox.folder, [stage_table("double", "double")], counting_source_table(20))
     passwords = {"test.double": "correct horse battery", "test.source": "staple correct horse"}
-    with start_secure_broker(
-        sandbox.folder, path, password_file=write_password_file(sandbox.folder / "passwords", passwords)
-    ) as door:
-        trusting = sandbox.folder / "trusting"
-        trusting.mkdir()
-        (trusting / "ca.crt").write_bytes((door.certs / "viewer" / "ca.crt").read_bytes())
-        place = door.address.removeprefix("mqtts://")
+    password_file = write_password_file(sandbox.folder / "passwords", passwords)
+    with start_secure_broker(sandbox.folder, path, password_file=password_file) as broker:
+        ca_folder = sandbox.folder / "ca"
+        ca_folder.mkdir()
+        (ca_folder / "ca.crt").write_bytes((broker.certs / "viewer" / "ca.crt").read_bytes())
+        host = broker.address.removeprefix("mqtts://")
 
-        def start(user: str, *words: str | Path) -> RunningCommand:
-            secret = sandbox.folder / f"{user}.password"
-            secret.touch(mode=0o600)
-            secret.write_text(f"{passwords[user]}\n")
-            environment = {"SPARSE_TLS": str(trusting), "SPARSE_PASSWORD_FILE": str(secret)}
-            return sandbox.start_sparse("-vv", *words, "--broker", f"mqtts://{user}@{place}", environment=environment)
+        def start(user: str, *arguments: str | Path) -> RunningCommand:
+            own_file = sandbox.folder / f"{user}.password"
+            own_file.touch(mode=0o600)
+            own_file.write_text(f"{passwords[user]}\n")
+            environment = {"SPARSE_TLS": str(ca_folder), "SPARSE_PASSWORD_FILE": str(own_file)}
+            return sandbox.start_sparse(
+                "-vv", *arguments, "--broker", f"mqtts://{user}@{host}", environment=environment
+            )
 
         worker = start("test.double", "stage", path, "double")
         source = start("test.source", "source", path, "--json", "--out", sandbox.folder / "out")
-        seen = " ".join(f"{each.cmdline()} {each.environ()}" for each in sandbox.live_processes())
-        assert "mqtts://test.double@" in seen
-        ended = source.wait()
-        assert ended.json_output["results"] == 20, ended.stderr
-        said = worker.wait(signal.SIGTERM)
-        assert said.returncode == 0, said.stderr
-        assert door.denied_lines() == []
-        left = [each.read_text(errors="replace") for each in (sandbox.folder / "out").rglob("*") if each.is_file()]
-        for text in (seen, ended.stdout, ended.stderr, said.stdout, said.stderr, door.read_log(), *left):
+        commands = str([command for _, command in sandbox.live_commands()])
+        assert "mqtts://test.double@" in commands
+        source_result = source.wait()
+        assert source_result.json_output["results"] == 20, source_result.stderr
+        worker_result = worker.wait(signal.SIGTERM)
+        assert worker_result.returncode == 0, worker_result.stderr
+        assert broker.denied_lines() == []
+        files = [file.read_text(errors="replace") for file in (sandbox.folder / "out").rglob("*") if file.is_file()]
+        output = [text for result in (source_result, worker_result) for text in (result.stdout, result.stderr)]
+        for text in (commands, *output, broker.read_log(), *files):
             assert not any(password in text for password in passwords.values())
 
 
-def test_sparse_run_is_an_operator(sandbox: ProcessSandbox) -> None:
-    """All that it starts has its identity."""
-    path = write_pipeline_file(
-        sandbox.folder, [stage_table("double", "double"), stage_table("add", "add_one")], counting_source_table(20)
-    )
-    with start_secure_broker(sandbox.folder, path) as door:
-        environment = {"SPARSE_TLS": str(door.certs / "operator")}
-        words = ("run", path, "--json", "--broker", door.address, "--out", sandbox.folder / "out")
-        said = sandbox.start_sparse(*words, environment=environment).wait()
-        assert said.returncode == 0, said.stderr
-        assert (said.json_output["results"], said.json_output["broker"]) == (20, door.address)
-        assert door.denied_lines() == []
+def test_run_gives_its_identity_to_its_processes(sandbox: ProcessSandbox) -> None:
+    stages = [stage_table("double", "double"), stage_table("add", "add_one")]
+    path = write_pipeline_file(sandbox.folder, stages, counting_source_table(20))
+    with start_secure_broker(sandbox.folder, path) as broker:
+        environment = {"SPARSE_TLS": str(broker.certs / "operator")}
+        arguments = ("run", path, "--json", "--broker", broker.address, "--out", sandbox.folder / "out")
+        result = sandbox.run_sparse(*arguments, environment=environment)
+        assert result.returncode == 0, result.stderr
+        assert (result.json_output["results"], result.json_output["broker"]) == (20, broker.address)
+        assert broker.denied_lines() == []
     sandbox.assert_nothing_left()
 
 
-def test_a_camera_and_a_viewer_are_any_mqtt_clients_with_a_certificate(sandbox: ProcessSandbox) -> None:
+def test_camera_and_viewer_are_mqtt_clients_with_a_certificate(sandbox: ProcessSandbox) -> None:
     path = write_pipeline_file(sandbox.folder, [stage_table("double", "double")], {"kind": "ingress", "keep": "all"})
     path.write_text(path.read_text() + '[[site]]\nname = "local"\ncameras = ["door"]\n')
     pipeline = load_pipeline(path)
-    with start_secure_broker(sandbox.folder, pipeline) as door:
-        people = Operators(sandbox, pipeline, {"local": door})
+    with start_secure_broker(sandbox.folder, pipeline) as broker:
+        processes = SecurePipeline(sandbox, pipeline, {"local": broker})
 
-        def client(program: str, who: str, *words: str) -> RunningCommand:
-            mine = door.certs / who
-            keys = ("--cafile", mine / "ca.crt", "--cert", mine / "tls.crt", "--key", mine / "tls.key")
-            return sandbox.start(
-                require_dependency(program), "-V", "5", "-p", str(door.port), "-h", "localhost", *keys, *words
-            )
+        def start_client(program: str, identity: str, *arguments: str) -> RunningCommand:
+            folder = broker.certs / identity
+            tls = ("--cafile", folder / "ca.crt", "--cert", folder / "tls.crt", "--key", folder / "tls.key")
+            options = ("-V", "5", "-h", "localhost", "-p", str(broker.port), *tls)
+            return sandbox.start(require_dependency(program), *options, *arguments)
 
-        running = [*people.stages(), people.source()]
-        viewer = client("mosquitto_sub", "viewer", "-t", "sparse/local/results/#")
+        commands = [*processes.start_stages(), processes.start_source()]
+        viewer = start_client("mosquitto_sub", "viewer", "-t", "sparse/local/results/#")
 
-        def answered() -> bool:
-            reading = '{"values": 21}'
-            words = ("-q", "1", "-t", "sparse/local/ingress/door", "-m", reading)
-            assert client("mosquitto_pub", "camera.door", *words).wait().returncode == 0
-            return '"door"' in viewer.read_stdout()
+        def publish(source: str, payload: str) -> bool:
+            topic = f"sparse/local/ingress/{source}"
+            client = start_client("mosquitto_pub", "camera.door", "-q", "1", "-t", topic, "-m", payload)
+            return client.wait().returncode == 0
 
-        eventually("a result", answered)
+        def has_result() -> bool:
+            assert publish("door", '{"values": 21}')
+            return viewer.read_stdout().endswith("\n")
+
+        eventually("a result", has_result)
         assert json.loads(viewer.read_stdout().splitlines()[0])["source"] == "door"
-        assert door.denied_lines() == []
-        client("mosquitto_pub", "camera.door", "-t", "sparse/local/ingress/gate", "-m", "{}").wait()
-        eventually("a refusal", door.denied_lines)
-        end_well(running)
+        assert broker.denied_lines() == []
+        publish("gate", "{}")
+        eventually("the denial", broker.denied_lines)
+        stop_stages(commands)
         viewer.wait(signal.SIGTERM)

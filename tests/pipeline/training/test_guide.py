@@ -1,4 +1,4 @@
-"""docs/training.md does what it says: its files are written out, its command is run, its keys are those of the code."""
+"""docs/training.md: its files and its command work, its keys are those of the code, its links exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from brokers.config.pipeline_file import load_pipeline
 from brokers.config.schema import TrainingTable
 from brokers.process.import_string import import_string
-from tests.pipeline.cli.test_stages_guide import FILES as STAGES_FILES
+from tests.pipeline.cli.test_stages_guide import FILES as STAGES_GUIDE_FILES
 from tests.support.environment.checkout import ROOT
 from tests.support.pipelines.processes import ProcessSandbox
 
@@ -22,17 +22,15 @@ FILES = {text.split()[1]: text for kind, text in BLOCKS if kind in ("python", "t
 COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
 
 
-def test_a_data_set_and_a_network_of_ones_own_are_trained_and_the_weights_fit_the_uncut_network(
-    sandbox: ProcessSandbox,
-) -> None:
-    for name, text in {"digits.py": STAGES_FILES["digits.py"], **FILES}.items():
+def test_own_data_set_and_network_are_trained(sandbox: ProcessSandbox) -> None:
+    for name, text in {"digits.py": STAGES_GUIDE_FILES["digits.py"], **FILES}.items():
         (sandbox.folder / name).write_text(text)
     assert COMMANDS == ["sparse run waves.toml --json"]
     out = sandbox.folder / "run"
-    said = sandbox.start_sparse("run", sandbox.folder / "waves.toml", "--json", "--out", out).wait()
-    assert said.returncode == 0, said.stderr
-    assert said.json_output["test_accuracy"] > 0.95
-    assert said.json_output["steps"] == 12
+    result = sandbox.run_sparse("run", sandbox.folder / "waves.toml", "--json", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert result.json_output["test_accuracy"] > 0.95
+    assert result.json_output["steps"] == 12
     network = import_string("digits:digits", sandbox.folder)()
     network.load_state_dict(load_file(out / "model.safetensors"), strict=True)
     parts: dict[str, torch.Tensor] = {}
@@ -45,18 +43,19 @@ def test_a_data_set_and_a_network_of_ones_own_are_trained_and_the_weights_fit_th
     sandbox.assert_nothing_left()
 
 
-def test_the_keys_of_the_page_are_those_of_the_code() -> None:
+def test_documented_keys_are_those_of_the_training_table() -> None:
     section = PAGE[PAGE.index("## Settings") : PAGE.index("Models: ")]
-    said = {key for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)}
-    assert said | {"lr_every", "lr_factor"} == set(TrainingTable.model_fields)
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    keys = {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+    assert keys | {"lr_every", "lr_factor"} == set(TrainingTable.model_fields)
 
 
-def test_the_examples_of_the_page_are_pipelines_that_train() -> None:
+def test_examples_of_the_page_are_training_pipelines() -> None:
     for name in re.findall(r"examples/([a-z-]+\.toml)", PAGE):
         pipeline = load_pipeline(ROOT / "examples" / name)
         assert pipeline.is_training is (name != "digits-inference.toml")
 
 
-def test_its_links_lead_somewhere() -> None:
+def test_links_of_the_page_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE):
         assert (ROOT / "docs" / Path(target)).exists(), target

@@ -1,4 +1,4 @@
-"""Wherever the parts of a network are, and whichever way its labels go: it learns the same, bit for bit."""
+"""Training at several sites, with labels that stay or travel: the weights are those of the uncut network."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from tests.soak.harness.training_run import (
 )
 from tests.support.pipelines.processes import ProcessSandbox
 
-SUITES: dict[str, dict[str, Any]] = {
+DEPLOYMENTS: dict[str, dict[str, Any]] = {
     "on-device": {"sites": ("device", "cloudlet", "cloud"), "schedule": "gpipe"},
     "U-shaped": {"sites": ("device", "cloud", "device"), "labels": "stay"},
 }
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_the_suites_learn_what_the_uncut_network_learns(sandbox: ProcessSandbox, suite: str) -> None:
-    lesson = TrainingRunCommand(sandbox, write_training_pipeline_file(sandbox.folder, epochs=4, **SUITES[suite]))
-    summary = lesson.wait()
+@pytest.mark.parametrize("deployment", DEPLOYMENTS)
+def test_weights_equal_those_of_the_uncut_network(sandbox: ProcessSandbox, deployment: str) -> None:
+    path = write_training_pipeline_file(sandbox.folder, epochs=4, **DEPLOYMENTS[deployment])
+    run = TrainingRunCommand(sandbox, path)
+    summary = run.wait()
     assert (summary["steps"], summary["rolled_back"]) == (12, 0)
-    assert_weights_equal(lesson.load_weights(), expected_weights(12))
+    assert_weights_equal(run.load_weights(), expected_weights(12))
     sandbox.assert_nothing_left()

@@ -45,8 +45,9 @@ class MemoryBroker:
             client.on_broker_restart()
 
     def kill_client(self, client: MemoryTransport) -> None:
-        """Disconnect a client as if its process had been killed: its will is published."""
+        """End a client as if its process had been killed: it sends nothing more, and its will is published."""
         self.detach(client)
+        client.on_killed()
         if client.will is not None:
             self.route(Delivery(client.will.topic, Properties(), memoryview(client.will.payload), client.will.retain))
 
@@ -180,6 +181,10 @@ class MemoryTransport:
         if qos and subscription.qos and subscription.manual_ack:
             delivery = replace(delivery, ack=lambda: None)
         asyncio.get_running_loop().call_soon(self._deliver, delivery, subscription)
+
+    def on_killed(self) -> None:
+        self._closed = True
+        self._changed.set()
 
     def on_broker_restart(self) -> None:
         self._request_retained()

@@ -14,6 +14,8 @@ from typing import NoReturn
 
 import pytest
 
+from brokers.server.local_broker import BrokerKind
+
 # Debian puts servers where only root looks.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
@@ -58,6 +60,11 @@ def require_dependency(name: str) -> Path:
         return found
     hint = PROGRAMS.get(name) or MODULES.get(name) or FILES[name][1]
     return skip_or_fail(f"{name} is missing: {hint}")
+
+
+def require_broker(kind: BrokerKind) -> None:
+    """End the test where a broker of this kind cannot be started."""
+    require_dependency("iotcore" if kind == "embedded" else kind)
 
 
 def skip_or_fail(reason: str) -> NoReturn:

@@ -1,7 +1,7 @@
-"""Build the image of deploy/Dockerfile for tests; `python3 -m tests.support.environment.image` does so by itself.
+"""The image of deploy/Dockerfile for tests; `python3 -m tests.support.environment.image` builds it.
 
-It needs no package, so that `.ci/run` can build the image while everything else is still being installed. What pip is
-set to use here, the build uses: a mirror of the package index, and a CPU build of PyTorch in a local folder, where
+It imports no other package, so that `.ci/run` can build the image while packages are being installed. The build uses
+pip's configuration of this machine: a mirror of the package index, and a CPU build of PyTorch in a local folder, if
 there is one. Elsewhere PyTorch comes from its own index, as in the image that a user builds.
 """
 

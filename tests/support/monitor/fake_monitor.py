@@ -1,4 +1,4 @@
-"""A stand-in for the monitor: a socket at its place that keeps what it is told, and does nothing else."""
+"""A stand-in for the monitor: a socket that keeps the events it receives."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, TelemetryEvent, event
 
 
 class FakeMonitor:
-    """Listens at `path` while it is entered, in a thread of its own. `events`: what it was told, in that order."""
+    """Receives at `path` in a thread, within its context. `events` are in the order of arrival."""
 
     def __init__(self, path: Path, *, paused: bool = False) -> None:
         self.path = path
         self.events: list[TelemetryEvent] = []
-        self.datagram_sizes: list[int] = []  # how many bytes each had
-        self._hears = threading.Event()
+        self.datagram_sizes: list[int] = []  # in bytes
+        self._reading = threading.Event()
         if not paused:
-            self._hears.set()
+            self._reading.set()
 
     def __enter__(self) -> FakeMonitor:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(self.path))
         self._socket.settimeout(0.05)
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="stand-in-monitor")
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._receive, name="fake-monitor")
         self._thread.start()
         return self
 
@@ -42,23 +42,23 @@ class FakeMonitor:
         self.path.unlink(missing_ok=True)
 
     def resume(self) -> None:
-        """Begin to read: it was made deaf, as one is that has too much to do."""
-        self._hears.set()
+        """Start to read, if the monitor was created as paused."""
+        self._reading.set()
 
     def kill(self) -> None:
-        """End without a word; the socket's file stays, as after a SIGKILL, and what is in its queue is lost."""
-        self._ends.set()
-        self._hears.set()
+        """Close as after a SIGKILL: the socket's file stays, and datagrams in its buffer are lost."""
+        self._closing.set()
+        self._reading.set()
         self._thread.join()
         self._socket.close()
 
     def events_of_kind(self, *kinds: str) -> list[TelemetryEvent]:
-        """The events of these kinds, so far."""
+        """The events of these kinds so far."""
         return [event for event in list(self.events) if event.event in kinds]
 
-    def _listen(self) -> None:
-        self._hears.wait()
-        while not self._ends.is_set():
+    def _receive(self) -> None:
+        self._reading.wait()
+        while not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
                 datagram = self._socket.recv(2 * DATAGRAM_LIMIT_BYTES)
                 self.datagram_sizes.append(len(datagram))
@@ -67,7 +67,7 @@ class FakeMonitor:
 
 @contextlib.contextmanager
 def monitor_socket_path() -> Iterator[Path]:
-    """Where a monitor may listen: a short name, since a socket's has room for a hundred characters."""
+    """A path for the socket of a monitor; the path of a socket has at most 107 bytes."""
     folder = tempfile.mkdtemp(prefix=f"sparse-{os.getpid()}-", dir="/tmp")
     try:
         yield Path(folder) / "monitor.sock"

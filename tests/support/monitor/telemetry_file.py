@@ -1,4 +1,4 @@
-"""What is in a file of telemetry, read while it is written or afterwards."""
+"""The points in a telemetry file, also while a monitor writes it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from monitor.stores.sqlite import SqliteReader
 
 
 def read_points(file: Path, measurement: str) -> list[TelemetryPoint]:
-    """Those that are there; none, where there is no file yet."""
+    """The points so far; none while the file does not exist."""
     try:
         return SqliteReader(file).points(measurement)
     except BadStore:
@@ -18,5 +18,5 @@ def read_points(file: Path, measurement: str) -> list[TelemetryPoint]:
 
 
 def finished_request_ids(file: Path) -> list[str]:
-    """The ids of the requests that have come to an end, in hex, by time."""
+    """The ids of finished requests, in hex, in order of time."""
     return [str(point.fields["request"]) for point in read_points(file, "request")]

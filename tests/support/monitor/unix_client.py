@@ -1,4 +1,4 @@
-"""Events as a program of anybody's may send them, on a plain socket, and the sockets' short paths."""
+"""A client that sends events to the UNIX socket of a monitor."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
 
 
 def encode_event(kind: str, /, **fields: Any) -> bytes:
-    """One line; of now, unless it says otherwise."""
+    """One event as a line of JSON; its time is now, unless a field gives another."""
     return json.dumps({"event": kind, "time_ns": time.time_ns(), **fields}).encode() + b"\n"
 
 
 def encode_task_event(number: int = 0, **fields: Any) -> bytes:
-    """A line of a task that a worker is done with."""
-    given = {"stage": "body", "worker": "w1", "request": f"{number:032x}", "compute_ms": 12.5, "bytes_in": 1000}
-    return encode_event("task_processed", **{**given, **fields})
+    """The event of a processed task, as a line of JSON."""
+    defaults = {"stage": "body", "worker": "w1", "request": f"{number:032x}", "compute_ms": 12.5, "bytes_in": 1000}
+    return encode_event("task_processed", **{**defaults, **fields})
 
 
 def send_datagrams(path: Path, *datagrams: bytes) -> None:
-    """As a patient sender does: it waits until there is room."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * DATAGRAM_LIMIT_BYTES)
-        line.settimeout(30)
-        line.connect(str(path))
+    """Send datagrams; waits while the buffer of the receiver is full."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * DATAGRAM_LIMIT_BYTES)
+        client.settimeout(30)
+        client.connect(str(path))
         for datagram in datagrams:
-            line.send(datagram)
+            client.send(datagram)
 
 
 @contextmanager
 def short_temp_folder() -> Iterator[Path]:
-    """Not pytest's own: a socket's path has some hundred bytes."""
-    with tempfile.TemporaryDirectory(prefix="events-", dir="/tmp") as found:
-        yield Path(found)
+    """A temporary folder for sockets, whose paths have at most 107 bytes: pytest's own are longer."""
+    with tempfile.TemporaryDirectory(prefix="events-", dir="/tmp") as folder:
+        yield Path(folder)

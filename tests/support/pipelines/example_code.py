@@ -1,4 +1,7 @@
-"""Stages, sources and networks that tests name in their pipeline files: small, and each with one habit of its own."""
+"""Stages and sources of test pipelines, named in their files as `tests.support.pipelines.example_code:NAME`.
+
+No module of torch is imported: the stages need none.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,11 @@ from stages.executor import Node, TaskContext, TaskExecutor
 
 Tensors = dict[str, Any]
 
+_GATE_TIMEOUT_S = 240.0
+_POLL_S = 0.005
+
+# Functions ------------------------------------------------------------------------------------------------------------
+
 
 def double(values: Any) -> Tensors:
     return {"values": 2 * values}
@@ -30,35 +38,34 @@ def add_one(values: Any, **others: Any) -> Tensors:
 
 
 def add_padding(values: Any) -> Tensors:
-    """What crosses a cut is much larger than what came in: 800 kB."""
+    """Add an array of 800 kB, so that much more crosses the cut than came in."""
     return {"values": values, "padding": np.full(200_000, float(values), np.float32)}
 
 
 def strip_padding(values: Any, padding: Any) -> Tensors:
-    assert np.all(padding == np.float32(values - 1)), "the padding is another request's"
+    assert np.all(padding == np.float32(values - 1)), "the padding is that of another request"
     return {"values": values}
 
 
 def reject_negative(values: Any) -> Tensors:
-    """Raises what an executor's author did not foresee, for some inputs."""
     if np.any(values < 0):
         raise ArithmeticError(f"{float(np.min(values))} is below zero")
     return {"values": values}
 
 
 class UnprintableError(Exception):
-    """Has no text: making it fails."""
+    """An error whose text cannot be computed."""
 
     def __str__(self) -> str:
         raise AttributeError("no such field")
 
 
 class Busy(Exception):
-    """Called as the protocol calls a full worker, which it is not."""
+    """An error with the name of one of the protocol, which it is not."""
 
 
 def raise_by_value(values: Any) -> Tensors:
-    """Raises, by its input, what makes trouble for whoever has to tell of it."""
+    """Raise an error that is hard to report, depending on the input."""
     match int(values):
         case 1:
             raise UnprintableError
@@ -72,12 +79,14 @@ def raise_by_value(values: Any) -> Tensors:
 
 
 def return_non_dict(values: Any) -> Any:
-    """Does not return what a stage must return."""
     return values
 
 
+# Executors ------------------------------------------------------------------------------------------------------------
+
+
 class SleepExecutor(TaskExecutor):
-    """Sleeps, as work that needs no core of this machine."""
+    """Sleeps, like work that needs no core of this machine."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -87,38 +96,51 @@ class SleepExecutor(TaskExecutor):
         return dict(tensors)
 
 
+class GateExecutor(TaskExecutor):
+    """Creates `started_file` at its first task after the first `count`, and executes none before `gate_file` exists."""
+
+    def __init__(self, started_file: str, gate_file: str, count: int = 0) -> None:
+        self._started_file = Path(started_file)
+        self._gate_file = Path(gate_file)
+        self._count = count
+
+    def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
+        if self._count:
+            self._count -= 1
+        else:
+            self._started_file.touch()
+            _wait_for_file(self._gate_file)
+        return dict(tensors)
+
+
 class FingerprintExecutor(TaskExecutor):
-    """Says to be of a model of this fingerprint; says in a file that it is there, and is ready once another is."""
+    """Has a given fingerprint. Creates `started_file` when it starts, and is ready once `ready_file` exists."""
 
     def __init__(self, fingerprint: str, started_file: str, ready_file: str) -> None:
-        self.fingerprint, self.started_file, self.ready_file = fingerprint, Path(started_file), Path(ready_file)
+        self.fingerprint = fingerprint
+        self._started_file = Path(started_file)
+        self._ready_file = Path(ready_file)
 
     def start(self, node: Node) -> None:
-        self.started_file.touch()
-        while not self.ready_file.exists():
-            time.sleep(0.001)
+        self._started_file.touch()
+        _wait_for_file(self._ready_file)
 
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
         return dict(tensors)
 
 
 class BatchableExecutor(TaskExecutor):
-    """Doubles rows, many requests at once; says in how large a batch each row was, and after how many calls."""
+    """Doubles rows (N, 3); each row of the result has the number of rows of its batch."""
 
     batchable = True
 
-    def start(self, node: Node) -> None:
-        self.calls = 0
-
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
-        self.calls += 1
-        time.sleep(0.02)  # so that requests gather meanwhile
         rows = tensors["rows"]  # (N, 3)
         return {"rows": 2 * rows, "batch": np.full(len(rows), len(rows))}
 
 
 class RoutingExecutor(TaskExecutor):
-    """Sends what is large on a detour, by itself; leaves the rest to the next stage."""
+    """Dispatches values of 100 and above to stage `large`, and leaves others to the next stage."""
 
     def start(self, node: Node) -> None:
         self.node = node
@@ -126,95 +148,13 @@ class RoutingExecutor(TaskExecutor):
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors | None:
         if float(tensors["values"]) < 100:
             return tensors
-        task.metadata["way"] = "detour"
+        task.metadata["route"] = "large"
         self.node.dispatch(tensors, task, "large")
         return None
 
 
-class ByteCountExecutor(TaskExecutor):
-    """Takes what is no array at all, and counts it."""
-
-    def prepare(self, content: Any, task: TaskContext) -> Tensors:
-        return {"raw": bytes(content.data)}
-
-    def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
-        return {"bytes": len(tensors["raw"])}
-
-
-class FailingStartExecutor(TaskExecutor):
-    """Fails before it has anything to stop."""
-
-    def start(self, node: Node) -> None:
-        raise OSError("the file is not there")
-
-    def stop(self) -> None:
-        raise AssertionError("stopped what has not begun")
-
-
-class CountingSource(Source):
-    """Counts, as fast as it is asked to or `every_s` seconds."""
-
-    def __init__(self, name: str, count: int, every_s: float = 0.0, live: bool = False) -> None:
-        self.name, self.live = name, live
-        self._count, self._every_s = count, every_s
-        self._closed = threading.Event()
-
-    def samples(self) -> Iterator[Sample]:
-        for index in range(self._count):
-            if self._closed.wait(self._every_s):
-                return
-            yield Sample(self.name, index, {"values": np.array(float(index))}, SAFETENSORS)
-
-    def close(self) -> None:
-        self._closed.set()
-
-
-class PrintingSource(CountingSource):
-    """Prints what it likes when it has counted to the end, and then may fail."""
-
-    def __init__(self, name: str, count: int, text: str, raise_at_end: bool = False) -> None:
-        super().__init__(name, count)
-        self._says, self._fails = text, raise_at_end
-
-    def samples(self) -> Iterator[Sample]:
-        yield from super().samples()
-        print(self._says, flush=True)
-        if self._fails:
-            raise OSError("the cable is out")
-
-
-class BlockingSource(Source):
-    """Gives one sample and then blocks, and does not mind being closed."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def samples(self) -> Iterator[Sample]:
-        for index in itertools.count():
-            yield Sample(self.name, index, {"values": np.array(1.0)}, SAFETENSORS)
-            time.sleep(600)
-
-    def close(self) -> None:
-        """Nothing, which is the point."""
-
-
-class FailingSource(Source):
-    """Gives two samples and fails."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def samples(self) -> Iterator[Sample]:
-        for index in range(2):
-            yield Sample(self.name, index, {"values": np.array(float(index))}, SAFETENSORS)
-        raise ValueError("no third one")
-
-    def close(self) -> None:
-        """Nothing."""
-
-
 class LoopbackExecutor(TaskExecutor):
-    """Sends each request around once more, from the last stage back to the first."""
+    """Sends each request from stage `back` to stage `there` once more."""
 
     def start(self, node: Node) -> None:
         self.node = node
@@ -228,8 +168,28 @@ class LoopbackExecutor(TaskExecutor):
         return tensors
 
 
+class ByteCountExecutor(TaskExecutor):
+    """Accepts any content and returns its size."""
+
+    def prepare(self, content: Any, task: TaskContext) -> Tensors:
+        return {"raw": bytes(content.data)}
+
+    def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
+        return {"bytes": len(tensors["raw"])}
+
+
+class FailingStartExecutor(TaskExecutor):
+    """Fails to start; must not be stopped."""
+
+    def start(self, node: Node) -> None:
+        raise OSError("the file is not there")
+
+    def stop(self) -> None:
+        raise AssertionError("stopped an executor that did not start")
+
+
 class CrashingExecutor(TaskExecutor):
-    """Takes the process with it when it meets this value, as a driver's fault or a lack of memory does."""
+    """Kills its process at one value, as a fault of a driver or a lack of memory does."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -239,3 +199,71 @@ class CrashingExecutor(TaskExecutor):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.01)
         return dict(tensors)
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
+
+
+class CountingSource(Source):
+    """Counts from 0, up or down (`sign` -1), as fast as possible or every `every_s` seconds."""
+
+    def __init__(self, name: str, count: int, every_s: float = 0.0, live: bool = False, sign: int = 1) -> None:
+        self.name = name
+        self.live = live
+        self._count = count
+        self._sign = sign
+        self._every_s = every_s
+        self._closed = threading.Event()
+
+    def samples(self) -> Iterator[Sample]:
+        for index in range(self._count):
+            if self._closed.wait(self._every_s):
+                return
+            yield Sample(self.name, index, {"values": np.array(float(self._sign * index))}, SAFETENSORS)
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+class PrintingSource(CountingSource):
+    """Prints a text to standard output after its last sample, and then may fail."""
+
+    def __init__(self, name: str, count: int, text: str, raise_at_end: bool = False) -> None:
+        super().__init__(name, count)
+        self._text = text
+        self._raise_at_end = raise_at_end
+
+    def samples(self) -> Iterator[Sample]:
+        yield from super().samples()
+        print(self._text, flush=True)
+        if self._raise_at_end:
+            raise OSError("the cable is out")
+
+
+class BlockingSource(Source):
+    """Blocks after its first sample, and ignores `close`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def samples(self) -> Iterator[Sample]:
+        for index in itertools.count():
+            yield Sample(self.name, index, {"values": np.array(1.0)}, SAFETENSORS)
+            time.sleep(600)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class FailingSource(CountingSource):
+    """Fails after its last sample."""
+
+    def samples(self) -> Iterator[Sample]:
+        yield from super().samples()
+        raise ValueError(f"no sample {self._count}")
+
+
+def _wait_for_file(path: Path) -> None:
+    deadline_s = time.monotonic() + _GATE_TIMEOUT_S
+    while not path.exists() and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)

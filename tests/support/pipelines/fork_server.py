@@ -1,9 +1,9 @@
 """Fork server: a process that has imported torch and Sparse once, and forks the `sparse` commands of tests.
 
 A new Python process spends 1 to 9 s of processor time on imports before it runs a command; a forked one about 0.05 s.
-A forked command has the standard streams, environment, working folder and session that its caller asks for. It is a
-process like any other: signals reach it, and its exit status is reported to its caller. `sparse` commands that it
-starts itself are forked from the server, too; other programs are started as always.
+A forked command has the standard streams, environment, working folder and session that its caller asks for. Signals
+reach it, and its exit status is reported to its caller. `sparse` commands that it starts are forked from the server,
+too; other programs are started as always.
 
 The server is started by the first test that needs it, serves all processes of a test run, and exits with their parent
 (see tests/conftest.py). It has a single thread, so that forking it is safe.

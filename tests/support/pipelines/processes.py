@@ -164,15 +164,15 @@ class ProcessSandbox:
 
     def live_processes(self) -> list[psutil.Process]:
         """The processes of this sandbox that have not exited."""
-        return [process for process, _ in self._live_commands()]
+        return [process for process, _ in self.live_commands()]
 
     def find_process(self, *words: str) -> psutil.Process | None:
         """The newest process whose command line has all these words."""
-        matches = [process for process, command in self._live_commands() if set(words) <= set(command)]
+        matches = [process for process, command in self.live_commands() if set(words) <= set(command)]
         return max(matches, key=lambda process: process.create_time(), default=None)
 
-    def _live_commands(self) -> list[tuple[psutil.Process, list[str]]]:
-        """The processes that have not exited, each with its command line."""
+    def live_commands(self) -> list[tuple[psutil.Process, list[str]]]:
+        """The processes of this sandbox that have not exited, each with its command line."""
         forked = fork_server.forked_processes(self.sandbox_id)
         commands = []
         for pid in psutil.pids():
@@ -194,7 +194,7 @@ class ProcessSandbox:
 
     def assert_nothing_left(self) -> None:
         """Assert that no `sparse` command is running, and that brokers exit and temporary files are removed."""
-        running = [command for _, command in self._live_commands() if "brokers.cli" in command]
+        running = [command for _, command in self.live_commands() if "brokers.cli" in command]
         assert running == [], "a command that has exited left commands that it started"
         self.wait_until_nothing_left()
 

@@ -37,13 +37,6 @@ from tests.support.training.training_network import CUTS, MODEL, small_network
 SEED = 3
 
 
-def kill_client(hub: MemoryBroker, transport: MemoryTransport) -> None:
-    """Disconnect a client without a goodbye, as if its process was killed: the broker publishes its last will."""
-    hub.kill_client(transport)
-    transport._closed = True
-    transport._changed.set()
-
-
 class InProcessWorker:
     """One worker of one stage. `versions` are those of its checkpoints."""
 
@@ -88,7 +81,7 @@ class InProcessWorker:
         await self.worker.stop()
 
     async def kill(self) -> None:
-        kill_client(self._hub, self.transport)
+        self._hub.kill_client(self.transport)
         await self.close()
 
     async def close(self) -> None:
