@@ -1,4 +1,4 @@
-"""Brokers of every kind, and what a test may do to them; one small interface, so that one test runs on all."""
+"""Brokers of every kind behind one interface, so that one test runs on all of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BrokerUnderTest(Protocol):
     """A broker under test."""
 
     def transport(self, session: str = "") -> Transport:
-        """A new transport to it, not yet connected; with the session of that name."""
+        """A new transport, not yet connected; `session` is the name of its MQTT session."""
         ...
 
     async def kill_client_with_will(self, will: Will) -> None:
@@ -55,7 +55,7 @@ class InMemoryBrokerUnderTest:
         self._hub = MemoryBroker(max_packet_bytes=100_000_000)
 
     def transport(self, session: str = "") -> Transport:
-        assert not session, "it has none"
+        assert not session, "the in-memory broker has no sessions"
         return MemoryTransport(self._hub)
 
     async def kill_client_with_will(self, will: Will) -> None:
@@ -95,24 +95,24 @@ class LocalBrokerUnderTest:
 
 
 class DeliveryQueue:
-    """A handler that keeps what comes, and can be waited on."""
+    """A handler that queues deliveries."""
 
     def __init__(self) -> None:
-        self._came: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._queue: asyncio.Queue[Delivery] = asyncio.Queue()
 
     def __call__(self, delivery: Delivery) -> None:
-        self._came.put_nowait(delivery)
+        self._queue.put_nowait(delivery)
 
     async def next(self) -> Delivery:
-        return await asyncio.wait_for(self._came.get(), WAIT_S)
+        return await asyncio.wait_for(self._queue.get(), WAIT_S)
 
     async def assert_empty(self, for_s: float = 0.3) -> None:
-        """Return after a while in which nothing came; fail otherwise."""
+        """Assert that no delivery arrives within `for_s`."""
         try:
-            delivery = await asyncio.wait_for(self._came.get(), for_s)
+            delivery = await asyncio.wait_for(self._queue.get(), for_s)
         except TimeoutError:
             return
-        raise AssertionError(f"{delivery.topic} came with {bytes(delivery.payload[:100])!r}")
+        raise AssertionError(f"received {delivery.topic}: {bytes(delivery.payload[:100])!r}")
 
 
 def reconnected_event(transport: Transport) -> asyncio.Event:
@@ -137,21 +137,21 @@ async def kill_client_process(address: str, will: Will) -> None:
 
 
 def run_async(coroutine: Coroutine[Any, Any, None], timeout_s: float = 60.0) -> None:
-    """Run a test on a loop of its own; it must leave no task behind, and no exception that nobody saw."""
-    unseen: list[str] = []
+    """Run a test on a new loop; assert that it leaves no task, and no exception that was not retrieved."""
+    unretrieved: list[str] = []
 
     async def guarded() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(str(context)))
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unretrieved.append(str(context)))
         await asyncio.wait_for(coroutine, timeout_s)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert not others, f"tasks left: {sorted(task.get_name() for task in others if task)}"
 
     asyncio.run(guarded())
-    assert unseen == []
+    assert unretrieved == []
 
 
 def async_test(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Make a test of a coroutine function, whose arguments are fixtures, by `run_async`."""
+    """Make a test of a coroutine function with fixtures as arguments; see `run_async`."""
 
     @wraps(function)
     def test(*args: Any, **kwargs: Any) -> None:
@@ -161,7 +161,7 @@ def async_test(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[.
 
 
 def has_exited(pid: int, within_s: float = 5.0) -> bool:
-    """Return whether a process ends within some time; one that nobody waits for counts as ended."""
+    """Return whether a process exits within some time; a zombie has exited."""
     end_s = time.monotonic() + within_s
     while time.monotonic() < end_s:
         try:

@@ -1,4 +1,4 @@
-"""Both ends of a line for tests: who listens, what is sent, and a transport that shows what went through it."""
+"""Both ends of a message channel for tests, and a transport that records publications."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INBOX_TOPIC = "sparse/local/street/head/in/head-1"
 
 
 class MessageRecorder:
-    """What a line hears: messages, and what was refused."""
+    """The messages that a channel has received and rejected."""
 
     def __init__(self) -> None:
         self.messages: asyncio.Queue[Message] = asyncio.Queue()

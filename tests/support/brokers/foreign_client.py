@@ -1,4 +1,4 @@
-"""A client of our protocol that knows nothing of our code: paho, JSON, and docs/protocol.md."""
+"""A client of the protocol that uses no code of Sparse: paho, JSON, and docs/protocol.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAIT_S = 20.0
 
 @dataclass
 class ReceivedMessage:
-    """A message: its topic, its properties, its payload (put together, if it came in chunks)."""
+    """A received message; the payload is assembled from its chunks."""
 
     topic: str
     payload: bytes
@@ -35,13 +35,13 @@ class ReceivedMessage:
 
 @dataclass
 class ForeignClient:
-    """Connects, hears everything on the topics it is told, and puts chunks together as the page says."""
+    """Receives all messages on its topics, and assembles chunks as docs/protocol.md says."""
 
     address: str
     topics: list[tuple[str, int]]
-    _heard: queue.Queue[ReceivedMessage] = field(default_factory=queue.Queue)
-    _parts: dict[Any, bytes] = field(default_factory=dict)
-    _passed_over: list[ReceivedMessage] = field(default_factory=list)
+    _received: queue.Queue[ReceivedMessage] = field(default_factory=queue.Queue)
+    _chunks: dict[Any, bytes] = field(default_factory=dict)
+    _skipped: list[ReceivedMessage] = field(default_factory=list)
 
     def __enter__(self) -> ForeignClient:
         url = urlsplit(self.address)
@@ -85,21 +85,21 @@ class ForeignClient:
         self._client.publish(topic, payload, qos, properties=properties).wait_for_publish(WAIT_S)
 
     def receive(self, kind: str | None = None) -> ReceivedMessage:
-        """The next message; with `kind`, the next of that kind: others are kept for later."""
-        for heard in self._passed_over:
-            if kind is None or heard.user_properties.get("kind") == kind:
-                self._passed_over.remove(heard)
-                return heard
+        """The next message, or the next of a kind: others are returned by later calls."""
+        for message in self._skipped:
+            if kind is None or message.user_properties.get("kind") == kind:
+                self._skipped.remove(message)
+                return message
         end_s = time.monotonic() + WAIT_S
         while True:
-            heard = self._heard.get(timeout=max(0.001, end_s - time.monotonic()))
-            if kind is None or heard.user_properties.get("kind") == kind:
-                return heard
-            self._passed_over.append(heard)
+            message = self._received.get(timeout=max(0.001, end_s - time.monotonic()))
+            if kind is None or message.user_properties.get("kind") == kind:
+                return message
+            self._skipped.append(message)
 
     def is_silent(self, for_s: float = 0.3) -> bool:
         try:
-            self._heard.get(timeout=for_s)
+            self._received.get(timeout=for_s)
         except queue.Empty:
             return True
         return False
@@ -113,19 +113,19 @@ class ForeignClient:
         if "chunk" in user:
             names = (user.get(name) for name in ("message", "kind", "attempt"))
             key = (message.topic, correlation, response_topic, *names)
-            payload = self._put_together(key, user["chunk"], bytes(message.payload))
+            payload = self._assemble(key, user["chunk"], bytes(message.payload))
         if payload is not None:
             content_type = getattr(properties, "ContentType", "")
-            self._heard.put(
+            self._received.put(
                 ReceivedMessage(message.topic, payload, user, correlation, content_type, response_topic, message.retain)
             )
 
-    def _put_together(self, key: Any, place: str, part: bytes) -> bytes | None:
+    def _assemble(self, key: Any, place: str, part: bytes) -> bytes | None:
         offset, total = map(int, place.split("/"))
-        so_far = self._parts.get(key, b"")
+        so_far = self._chunks.get(key, b"")
         assert offset == len(so_far), "chunks come in order"
-        self._parts[key] = so_far + part
-        return self._parts.pop(key) if len(self._parts[key]) == total else None
+        self._chunks[key] = so_far + part
+        return self._chunks.pop(key) if len(self._chunks[key]) == total else None
 
 
 def encode_tensor_body(name: str, values: list[float]) -> bytes:
@@ -141,12 +141,12 @@ def decode_tensor_body(body: bytes) -> tuple[dict[str, list[float]], dict[str, s
     header = json.loads(body[8 : 8 + length])
     metadata = header.pop("__metadata__", {})
     data = body[8 + length :]
-    found = {}
+    tensors = {}
     for name, entry in header.items():
         assert entry["dtype"] == "F32"
         begin, end = entry["data_offsets"]
-        found[name] = list(struct.unpack(f"<{(end - begin) // 4}f", data[begin:end]))
-    return found, metadata
+        tensors[name] = list(struct.unpack(f"<{(end - begin) // 4}f", data[begin:end]))
+    return tensors, metadata
 
 
 def random_request_id() -> bytes:

@@ -1,4 +1,4 @@
-"""A Mosquitto with locked doors, as `sparse certs` and the access list of a pipeline make them; and who comes to it."""
+"""A Mosquitto with TLS and the access list of a pipeline, and credentials for its clients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.pipelines.processes import eventually
 
 @dataclass(frozen=True)
 class SecureBroker:
-    """A locked broker that runs."""
+    """A running broker with access control."""
 
     port: int
     certs: Path
@@ -44,19 +44,19 @@ class SecureBroker:
         return self.log_file.read_text(errors="replace")
 
     def denied_lines(self) -> list[str]:
-        """What it has refused, in its own words."""
+        """The lines of its log about denied requests."""
         return [line for line in self.read_log().splitlines() if "Denied" in line]
 
     def accesses(self) -> set[tuple[str, str, str]]:
-        """Who has done what with which topic: ("camera.door", "write", "sparse/..."); bridges are left out."""
-        said = self.read_log()
-        users = dict(re.findall(r" as (\S+) \(p\d, c\d, k\d+, u'([^']+)'\)", said))
-        lines = re.findall(r"(Received PUBLISH from|Sending PUBLISH to) (\S+) \(d\d, q\d, r\d, m\d+, '([^']+)'", said)
+        """User, "read" or "write", and topic of all messages in its log, except those of bridges."""
+        text = self.read_log()
+        users = dict(re.findall(r" as (\S+) \(p\d, c\d, k\d+, u'([^']+)'\)", text))
+        lines = re.findall(r"(Received PUBLISH from|Sending PUBLISH to) (\S+) \(d\d, q\d, r\d, m\d+, '([^']+)'", text)
         verbs = {"Received PUBLISH from": "write", "Sending PUBLISH to": "read"}
-        return {(users[client], verbs[what], topic) for what, client, topic in lines if client in users}
+        return {(users[client], verbs[verb], topic) for verb, client, topic in lines if client in users}
 
     def create_transport(self, name: str | Path) -> MqttTransport:
-        """A transport of this identity, or with the credentials in this folder; not yet connected."""
+        """A transport, not yet connected, with the credentials of this identity or in this folder."""
         return MqttTransport(self.address, tls=tls_from_folder(self.certs / name))
 
 
@@ -69,7 +69,7 @@ def forge_credentials(
     valid_from_days: float = 0,
     valid_days: int = 30,
 ) -> Path:
-    """Credentials that `sparse certs` would not make: of any name, authority and time; their folder."""
+    """Create credentials of any name, authority and time, which `sparse certs` does not; returns their folder."""
     begin = utc_now() + timedelta(days=valid_from_days)
     pair = issue_certificate(ca or read_ca(certs, utc_now()), Identity(name, hosts), begin, valid_days)
     folder = certs / f"forged-{len(list(certs.iterdir()))}"
@@ -86,7 +86,7 @@ def tls_from_folder(folder: Path) -> TlsConfig:
 
 
 def create_pipeline_certs(folder: Path, pipeline: Pipeline, valid_days: int = 30) -> Path:
-    """Certificates for all of a pipeline."""
+    """Create the certificates of all identities of a pipeline."""
     ensure_certificates(folder, pipeline_identities(pipeline, {}), days=valid_days)
     return folder
 
@@ -103,29 +103,29 @@ def start_secure_broker(
     extra_acl: str = "",
     credentials: Path | None = None,
 ) -> Iterator[SecureBroker]:
-    """The broker of a site, with certificates in `folder/certs`; its log has all that it refuses.
+    """Start the broker of a site with the certificates in `folder/certs`, or with `credentials`.
 
-    `credentials` are its own in place of those, `more_access` is put behind its access list.
+    `extra_acl` is appended to its access list.
     """
     require_dependency("mosquitto")
     pipeline = load_pipeline(pipeline_or_file) if isinstance(pipeline_or_file, Path) else pipeline_or_file
     certs = create_pipeline_certs(folder / "certs", pipeline)
     port = port or free_port()
-    # It may be started again: its log goes on in another file.
-    began = f"{site}-{port}-{len(list(folder.iterdir()))}"
-    access, config, log = (folder / f"{began}.{ending}" for ending in ("acl", "conf", "log"))
+    # A broker that is started again writes another log.
+    stem = f"{site}-{port}-{len(list(folder.iterdir()))}"
+    access, config, log = (folder / f"{stem}.{ending}" for ending in ("acl", "conf", "log"))
     access.write_text(render_acl(pipeline, site) + extra_acl)
     access.chmod(0o600)
     locks = ListenerSecurity(credentials or certs / broker_username(site), access, password_file)
     rendered = mosquitto.render(
         MosquittoConfig(port, bridges=bridges, accepts_bridges=len(all_sites(pipeline)) > 1, security=locks)
     )
-    # Else, started by root, it becomes another user, who may not read the test's folder.
+    # Started by root, it would switch to a user who cannot read the folder.
     config.write_text(f"user {getpass.getuser()}\n{rendered}log_type all\nconnection_messages true\n")
-    with log.open("wb") as said:
-        process = subprocess.Popen([mosquitto.find_mosquitto() or "", "-c", str(config)], stderr=said)
+    with log.open("wb") as file:
+        process = subprocess.Popen([mosquitto.find_mosquitto() or "", "-c", str(config)], stderr=file)
     try:
-        eventually("the locked broker", lambda: f"on port {port}" in log.read_text() or process.poll() is not None, 20)
+        eventually("the broker", lambda: f"on port {port}" in log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         yield SecureBroker(port, certs, log, process)
     finally:
@@ -134,10 +134,8 @@ def start_secure_broker(
 
 
 def write_password_file(path: Path, passwords: Mapping[str, str]) -> Path:
-    """A Mosquitto's password_file."""
+    """Write a password file of Mosquitto."""
     path.touch(mode=0o600)
     path.write_text("".join(f"{user}:{password}\n" for user, password in passwords.items()))
-    subprocess.run(
-        [require_dependency("mosquitto_passwd"), "-U", path], check=True
-    )  # hashed where they are, not on a command line
+    subprocess.run([require_dependency("mosquitto_passwd"), "-U", path], check=True)  # hashes the file
     return path

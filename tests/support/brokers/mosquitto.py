@@ -1,4 +1,4 @@
-"""Mosquittos with a configuration of a test's own: alone, and two with a bridge between them."""
+"""Mosquitto with additional configuration: one broker, or two with a bridge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.environment.external_programs import require_dependency
 WAIT_S = 10.0
 _POLL_S = 0.02
 
-# What crosses between the sites `near` and `far`, by the words of the first.
+# The rules of a bridge between the sites `near` and `far`, for the configuration of the first.
 BRIDGE_TOPIC_LINES = tuple(
     f"topic {rule.topic_filter} {rule.direction} {rule.qos}" for rule in topic_rules(BridgeSides(("near",), ("far",)))
 )
@@ -26,19 +26,19 @@ BRIDGE_TOPIC_LINES = tuple(
 
 @contextmanager
 def start_mosquitto(folder: Path, *lines: str, allow_anonymous: bool = True, port: int = 0) -> Iterator[int]:
-    """A Mosquitto with these lines behind its listener; its port."""
+    """Start a Mosquitto with these lines after those of its listener; yields its port."""
     port = port or free_port()
     path = folder / f"mosquitto-{port}.conf"
-    # Started by root it would become another user, who cannot read the files of a test.
-    head = [
+    # Started by root, it would switch to a user who cannot read the files of the test.
+    header = [
         f"listener {port} 127.0.0.1",
         f"allow_anonymous {str(allow_anonymous).lower()}",
         f"user {getpass.getuser()}",
     ]
-    path.write_text("\n".join([*head, *lines, ""]))
+    path.write_text("\n".join([*header, *lines, ""]))
     with subprocess.Popen([require_dependency("mosquitto"), "-c", path], stderr=subprocess.DEVNULL) as process:
         try:
-            _accepts(port)
+            _wait_for_listener(port)
             yield port
         finally:
             process.kill()
@@ -48,14 +48,14 @@ def start_mosquitto(folder: Path, *lines: str, allow_anonymous: bool = True, por
 def start_bridged_brokers(
     folder: Path, *lines: str, far_lines: tuple[str, ...] = (), topic_lines: tuple[str, ...] = BRIDGE_TOPIC_LINES
 ) -> Iterator[tuple[int, int]]:
-    """Two Mosquittos, of the sites `near` and `far`; the first keeps a bridge with these lines. Their ports."""
+    """Start the brokers of sites `near` and `far`, with a bridge of the first; yields their ports."""
     with ExitStack() as stack:
         far_port = stack.enter_context(start_mosquitto(folder, *far_lines))
         bridge = ["connection near-to-far", f"address 127.0.0.1:{far_port}", "notifications false", *lines]
         yield stack.enter_context(start_mosquitto(folder, *bridge, *topic_lines)), far_port
 
 
-def _accepts(port: int) -> None:
+def _wait_for_listener(port: int) -> None:
     end_s = time.monotonic() + WAIT_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a broker keeps for subscribers that come late."""
+"""The retained messages of a broker."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from brokers.protocol.broker_url import parse_address
 
 
 def retained_topics(port: int) -> list[str]:
-    """The topics of all retained messages that are there."""
+    """The topics of all retained messages below `sparse/`."""
 
-    async def test() -> list[str]:
-        async with BrokerProbe(parse_address(f"mqtt://127.0.0.1:{port}")).client() as late:
-            await late.subscribe("sparse/#")
-            return [heard.header.topic for heard in await late.receive_all(100, 0.5)]
+    async def read() -> list[str]:
+        async with BrokerProbe(parse_address(f"mqtt://127.0.0.1:{port}")).client() as client:
+            await client.subscribe("sparse/#")
+            return [message.header.topic for message in await client.receive_all(100, 0.5)]
 
-    return asyncio.run(test())
+    return asyncio.run(read())

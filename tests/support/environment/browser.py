@@ -1,4 +1,4 @@
-"""A page as a browser without a screen shows it: what it complains of, how wide it is, how large its pictures are."""
+"""Pages in a headless browser: errors on its console, requests, the width of the page and the boxes of its figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.monitor.unix_client import short_temp_folder
 from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox
 
 CHROMIUM = "chromium"
-# No window of Chromium's is narrower than 500 pixels, so the page is looked at in a frame.
+# Windows of Chromium are at least 500 pixels wide, so the page is shown in a frame.
 _HOST = """<!DOCTYPE html><html lang="en"><head><title>probe</title></head><body>
 <iframe srcdoc="{page}" style="border: 0; width: {width}px; height: 900px"></iframe>
 <pre id="probe"></pre>
@@ -22,7 +22,7 @@ window.onload = () => {{
   const inside = document.querySelector("iframe").contentWindow, root = inside.document.documentElement;
   document.querySelector("#probe").textContent = JSON.stringify({{
     inner: inside.innerWidth,
-    wide: root.scrollWidth,
+    scroll: root.scrollWidth,
     figures: Array.from(root.querySelectorAll("figure"), (figure) => {{
       const box = figure.querySelector("svg").getBoundingClientRect();
       return [figure.id, box.width, box.height, box.right];
@@ -31,13 +31,13 @@ window.onload = () => {{
   }});
 }};
 </script></body></html>"""
-# Of what Chromium logs, what a page is to blame for.
-_COMPLAINT = re.compile(r":(?:CONSOLE|ERROR:CONSOLE)[:(]")
+# Errors of the page in the log of Chromium.
+_CONSOLE_ERROR = re.compile(r":(?:CONSOLE|ERROR:CONSOLE)[:(]")
 
 
 @dataclass(frozen=True)
 class RenderedPage:
-    """What was seen of a page at one width. All in CSS pixels."""
+    """A page at one width; lengths are in CSS pixels."""
 
     viewport_width: int  # width of the frame
     scroll_width: int  # of the page
@@ -47,20 +47,20 @@ class RenderedPage:
 
 
 def render_page(sandbox: ProcessSandbox, page: Path, width: int) -> RenderedPage:
-    """Open the page in a frame so wide, with a script that looks around in it."""
-    probed = sandbox.folder / f"probed-{width}.html"
-    probed.write_text(_HOST.format(page=escape(page.read_text()), width=width))
-    with short_temp_folder() as folder:  # it has sockets among its temporary files
-        said = sandbox.start(
+    """Open the page in a frame of this width, with a script that measures it."""
+    probe = sandbox.folder / f"probe-{width}.html"
+    probe.write_text(_HOST.format(page=escape(page.read_text()), width=width))
+    with short_temp_folder() as folder:  # Chromium creates sockets in it
+        result = sandbox.start(
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
             "--enable-logging=stderr", "--v=0", f"--user-data-dir={folder / 'profile'}",
-            "--hide-scrollbars", "--window-size=1400,1000", "--dump-dom", probed.as_uri(),
+            "--hide-scrollbars", "--window-size=1400,1000", "--dump-dom", probe.as_uri(),
             environment={"TMPDIR": str(folder)},
         ).wait(timeout_s=PROCESS_TIMEOUT_S)  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    told = re.search(r'<pre id="probe">(.+?)</pre>', said.stdout, re.DOTALL)
-    assert told, said.stdout[-500:]
-    found: dict[str, Any] = json.loads(unescape(told[1]))
-    figures = {name: (wide, high, right) for name, wide, high, right in found["figures"]}
-    complaints = [line for line in said.stderr.splitlines() if _COMPLAINT.search(line)]
-    return RenderedPage(found["inner"], found["wide"], figures, found["requests"], complaints)
+    assert result.returncode == 0, result.stderr
+    match = re.search(r'<pre id="probe">(.+?)</pre>', result.stdout, re.DOTALL)
+    assert match, result.stdout[-500:]
+    measured: dict[str, Any] = json.loads(unescape(match[1]))
+    figures = {name: (width, height, right) for name, width, height, right in measured["figures"]}
+    errors = [line for line in result.stderr.splitlines() if _CONSOLE_ERROR.search(line)]
+    return RenderedPage(measured["inner"], measured["scroll"], figures, measured["requests"], errors)

@@ -1,4 +1,4 @@
-"""Real videos and pictures, made on the spot: no test needs a download."""
+"""Generated videos, pictures and audio: no test needs a download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FRAME_SIZE = (64, 48)  # width, height
 
 
 def numbered_frame(index: int) -> RgbImage:
-    """A grey picture (H, W, 3) whose brightness tells its number, in steps that survive compression."""
+    """A grey picture (H, W, 3) whose brightness encodes its number, in steps that survive compression."""
     return numpy.full((FRAME_SIZE[1], FRAME_SIZE[0], 3), 8 * index % 256, numpy.uint8)
 
 

@@ -1,7 +1,7 @@
-"""Two other implementations of Darknet to hold ours against: the original C library, and OpenCV 4's.
+"""Two other implementations of Darknet as references: the original C library, and OpenCV 4.
 
-Both come from outside (Debian's `darknet`, which has the sample photographs too; `opencv-python-headless`): where they
-are missing a test is skipped, and fails in CI.
+They are Debian's `darknet`, which contains the sample photographs, too, and `opencv-python-headless`. Without them a
+test is skipped, and fails in CI.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def darknet_file(path: str) -> Path:
 
 
 def write_resized_cfg(name: str, size: int, folder: Path) -> Path:
-    """The named network's .cfg for input of size x size, in a batch of one, written into `folder`."""
+    """Write the .cfg file of a network for a batch of one input of size x size into `folder`."""
     text = darknet_file(f"cfg/{name}.cfg").read_text()
     for key, number in (("width", size), ("height", size), ("batch", 1), ("subdivisions", 1)):
         text = re.sub(rf"^{key} *=.*$", f"{key}={number}", text, flags=re.MULTILINE)
@@ -44,17 +44,17 @@ def write_resized_cfg(name: str, size: int, folder: Path) -> Path:
 
 
 def pretrained_weights(name: str) -> Path:
-    """The published weights of this name; skipped where they can neither be found nor fetched, which fails in CI."""
+    """The published weights of this name; skips the test if they cannot be downloaded, and fails it in CI."""
     try:
         return find_weights(name)
-    except SparseError as problem:
+    except SparseError as error:
         if os.environ.get("CI") == "true":
             raise
-        pytest.skip(str(problem))
+        pytest.skip(str(error))
 
 
 def init_stable_weights(model: Darknet, seed: int) -> None:
-    """Seeded weights under which signals neither die nor explode: rolling means and variances of real signals.
+    """Initialize with seeded weights under which activations neither vanish nor explode.
 
     Leaves the model in evaluation mode.
     """
@@ -82,7 +82,7 @@ def init_stable_weights(model: Darknet, seed: int) -> None:
 
 
 def opencv_forward(cfg: Path, weights: Path, blob: FloatArray, layers: list[str]) -> list[FloatArray]:
-    """What OpenCV computes for the named layers (`conv_15` is layer 15): (1, C, H, W) each."""
+    """The outputs of the named layers (`conv_15` is layer 15) in OpenCV: (1, C, H, W) each."""
     require_dependency("cv2")
     import cv2
 
@@ -97,14 +97,14 @@ ReferenceDetection = tuple[float, int, tuple[float, float, float, float]]  # sco
 def assert_same_detections(actual: Detections, expected: Sequence[ReferenceDetection]) -> None:
     """Compare one to one, in any order: classes exactly, scores to 1e-3, boxes to 1e-3 or a twentieth of a pixel."""
     assert len(actual) == len(expected)
-    left = list(expected)
+    remaining = list(expected)
     for score, label, box in zip(actual.scores.tolist(), actual.classes.tolist(), actual.boxes.tolist(), strict=True):
-        alike = [one for one in left if one[1] == label and abs(one[0] - score) < 1e-3]
-        nearest = min(alike, key=lambda one: np.abs(np.subtract(one[2], box)).max(), default=left[0])
+        similar = [each for each in remaining if each[1] == label and abs(each[0] - score) < 1e-3]
+        nearest = min(similar, key=lambda each: np.abs(np.subtract(each[2], box)).max(), default=remaining[0])
         assert label == nearest[1]
         assert score == pytest.approx(nearest[0], abs=1e-3)
         assert box == pytest.approx(nearest[2], rel=1e-3, abs=0.05)
-        left.remove(nearest)
+        remaining.remove(nearest)
 
 
 class _Box(ctypes.Structure):
@@ -127,12 +127,12 @@ class _Image(ctypes.Structure):
 
 
 class DarknetLibrary:
-    """The original C library. It ends the process on a bad file, and never frees: for short-lived tests only."""
+    """The original C library. It exits at a malformed file, and frees no memory: for short tests only."""
 
     def __init__(self) -> None:
         require_dependency("darknet")
         self._library: Any = ctypes.CDLL(LIBRARY_PATH)
-        # It was compiled with -ffast-math, and loading it has this process flush subnormal numbers to zero: undo that.
+        # It is compiled with -ffast-math: loading it makes this process flush subnormal numbers to zero.
         torch.set_flush_denormal(False)
         self._library.letterbox_image.restype = _Image
         self._library.letterbox_image.argtypes = [_Image, ctypes.c_int, ctypes.c_int]
@@ -153,7 +153,7 @@ class DarknetLibrary:
         return np.ctypeslib.as_array(boxed.data, (3, height, width)).copy()
 
     def load_network(self, cfg: Path, weights: Path) -> int:
-        """A network, by its handle."""
+        """Load a network; returns its handle."""
         handle: int = self._library.load_network(str(cfg).encode(), str(weights).encode(), 0)
         return handle
 
@@ -164,17 +164,18 @@ class DarknetLibrary:
         image, _alive = _image(picture)
         self._library.network_predict_image(network, image)
         count = ctypes.c_int(0)
-        found = self._library.get_network_boxes(network, image.w, image.h, threshold, 0.5, None, 0, ctypes.byref(count))
-        self._library.do_nms_sort(found, count.value, 80, nms)
+        boxes = self._library.get_network_boxes(network, image.w, image.h, threshold, 0.5, None, 0, ctypes.byref(count))
+        self._library.do_nms_sort(boxes, count.value, 80, nms)
         detections = []
-        for one in found[: count.value]:
-            box = (one.bbox.x - one.bbox.w / 2, one.bbox.y - one.bbox.h / 2, one.bbox.w, one.bbox.h)
-            detections += [(one.prob[label], label, box) for label in range(one.classes) if one.prob[label] > threshold]
+        for each in boxes[: count.value]:
+            box = (each.bbox.x - each.bbox.w / 2, each.bbox.y - each.bbox.h / 2, each.bbox.w, each.bbox.h)
+            labels = [label for label in range(each.classes) if each.prob[label] > threshold]
+            detections += [(each.prob[label], label, box) for label in labels]
         return sorted(detections, key=lambda detection: -detection[0])
 
 
 def _image(picture: npt.NDArray[np.uint8]) -> tuple[_Image, FloatArray]:
-    """Darknet's image of a picture, and the numbers it points to, which the caller keeps alive."""
+    """Darknet's image of a picture, and the array that it points to, which the caller must keep."""
     planes = np.ascontiguousarray((picture / 255.0).astype(np.float32).transpose(2, 0, 1))
     height, width = picture.shape[:2]
     return _Image(width, height, 3, planes.ctypes.data_as(ctypes.POINTER(ctypes.c_float))), planes

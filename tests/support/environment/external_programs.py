@@ -1,7 +1,7 @@
-"""Parts of a test's world that do not come with `pip install`: where they are, or what to say when they are not.
+"""Programs and files that tests need and `pip install` does not install: their paths, or how to install them.
 
-On a developer's machine a missing part skips the test; where the environment has CI=true it fails it, so that a build
-server without Mosquitto cannot be green.
+A missing one skips the test on the machine of a developer, and fails it where the environment has CI=true: the tests
+of a build server without Mosquitto must not pass.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import pytest
 
 from brokers.server.local_broker import BrokerKind
 
-# Debian puts servers where only root looks.
+# Debian installs servers in folders that are on the PATH of root only.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
 
-# What to install for each: Debian packages for programs and files, a distribution for modules.
+# How to install each: Debian packages for programs and files, a distribution for modules.
 PROGRAMS = {
     "chromium": "apt-get install chromium",
     "mosquitto": "apt-get install mosquitto",
@@ -41,34 +41,34 @@ MODULES = {"iotcore": "no wheel for this platform", "cv2": "make test"}
 
 
 def find_dependency(name: str) -> Path | None:
-    """The program, folder or module file of that name, or None where this machine has none."""
+    """The program, folder or module file of this name; None if this machine has none."""
     if name in PROGRAMS:
         program = shutil.which(name, path=SEARCH_PATH)
         return Path(program) if program else None
     if name in FILES:
         return FILES[name][0] if FILES[name][0].exists() else None
     if name not in MODULES:
-        raise KeyError(f"{name} is no part that tests/support/environment/external_programs.py knows")
+        raise KeyError(f"{name} is not listed in tests/support/environment/external_programs.py")
     spec = importlib.util.find_spec(name)
     return Path(spec.origin) if spec and spec.origin else None
 
 
 def require_dependency(name: str) -> Path:
-    """Where the part is; ends the test when it is missing: skipped here, failed on a build server."""
-    found = find_dependency(name)
-    if found is not None:
-        return found
+    """The path of a program, folder or module; skips or fails the test if it is missing."""
+    path = find_dependency(name)
+    if path is not None:
+        return path
     hint = PROGRAMS.get(name) or MODULES.get(name) or FILES[name][1]
     return skip_or_fail(f"{name} is missing: {hint}")
 
 
 def require_broker(kind: BrokerKind) -> None:
-    """End the test where a broker of this kind cannot be started."""
+    """Skip or fail the test if a broker of this kind cannot be started."""
     require_dependency("iotcore" if kind == "embedded" else kind)
 
 
 def skip_or_fail(reason: str) -> NoReturn:
-    """End the test, because a part of its world is not there."""
+    """Skip the test for this reason; fail it on a build server."""
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -22,41 +22,41 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGE_TAG = "sparse:0.1.0"
-# The first that is free serves the local folder. It is part of the command that fetches PyTorch, and a build that is
-# repeated takes a step from the last one only where the commands are the same.
+# The first free one serves the local folder. It is part of the command that installs PyTorch: a small range of ports
+# lets a repeated build use the cached layer.
 WHEEL_SERVER_PORTS = range(18970, 18990)
 _WHEEL = re.compile(r"torch-([^-]+)-cp(\d+)-.*x86_64\.whl")
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Nothing: each file that is fetched is no news."""
+        """Log nothing."""
 
 
 def pip_settings() -> dict[str, str]:
-    """What pip is set to on this machine, by its files and its environment: `{"index-url": ...}`."""
+    """The configuration of pip, from files and the environment: `{"index-url": ...}`."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for line in listed.splitlines():
         name, _, value = line.partition("=")
-        found[name.rpartition(".")[2]] = value.strip("'\"")
-    return found
+        settings[name.rpartition(".")[2]] = value.strip("'\"")
+    return settings
 
 
 def find_local_torch_wheel(settings: dict[str, str]) -> tuple[Path, str] | None:
-    """A folder with a wheel of PyTorch for the image's Python, and its version; None where there is none."""
+    """A folder with a wheel of PyTorch for the Python of the image, and its version; None without such a folder."""
     for folder in settings.get("find-links", "").split():
         for wheel in sorted(Path(folder).glob("torch-*.whl")) if "://" not in folder else ():
-            named = _WHEEL.fullmatch(wheel.name)
-            if named and named[2] == "311":
-                return Path(folder), named[1]
+            match = _WHEEL.fullmatch(wheel.name)
+            if match and match[2] == "311":
+                return Path(folder), match[1]
     return None
 
 
 @contextmanager
 def build_arguments(lock: IO[str]) -> Iterator[list[str]]:
-    """The arguments of `docker build` for this machine; what they name is served until the end of the block."""
+    """The arguments of `docker build` for this machine; a local folder is served until the end of the block."""
     fcntl.flock(lock, fcntl.LOCK_EX)
     settings = pip_settings()
     arguments = []
@@ -64,16 +64,16 @@ def build_arguments(lock: IO[str]) -> Iterator[list[str]]:
         addresses = " ".join(each for each in settings.get(name, "").split() if each.startswith("http"))
         if addresses:
             arguments += ["--build-arg", f"{argument}={addresses}"]
-    found = find_local_torch_wheel(settings)
-    if found is None:
+    wheel = find_local_torch_wheel(settings)
+    if wheel is None:
         yield arguments
         return
-    folder, version = found
+    folder, version = wheel
     server = _serve(folder)
     try:
         links = f"http://127.0.0.1:{server.server_address[1]}/"
-        named = {"PIP_FIND_LINKS": links, "TORCH_INDEX": "", "TORCH": f"torch=={version}"}
-        for argument, value in named.items():
+        values = {"PIP_FIND_LINKS": links, "TORCH_INDEX": "", "TORCH": f"torch=={version}"}
+        for argument, value in values.items():
             arguments += ["--build-arg", f"{argument}={value}"]
         yield [*arguments, "--network", "host"]
     finally:
@@ -81,13 +81,13 @@ def build_arguments(lock: IO[str]) -> Iterator[list[str]]:
         server.server_close()
 
 
-def build_image(tag: str = IMAGE_TAG, *more: str) -> None:
-    """Build the image; raise `subprocess.CalledProcessError`, with what the engine said, when that fails.
+def build_image(tag: str = IMAGE_TAG, *options: str) -> None:
+    """Build the image; raises `subprocess.CalledProcessError` with the output of the engine.
 
-    One process builds at a time: the next takes all steps from the engine's cache.
+    One process builds at a time: the next uses the cache of the engine for all layers.
     """
     with (Path(tempfile.gettempdir()) / "sparse-test-image.lock").open("w") as lock, build_arguments(lock) as arguments:
-        command = ["docker", "build", "--file", "deploy/Dockerfile", "--tag", tag, *arguments, *more, "."]
+        command = ["docker", "build", "--file", "deploy/Dockerfile", "--tag", tag, *arguments, *options, "."]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -13,9 +13,9 @@ TableRow = list[str]
 
 def section(heading: str) -> str:
     """The text under a heading of any depth, up to the next heading of the same or a lesser depth."""
-    found = re.search(rf"^(#+) {re.escape(heading)}\n(.*?)(?=^#{{1,9}} |\Z)", TEXT, re.MULTILINE | re.DOTALL)
-    assert found, f"no heading {heading!r}"
-    return found[2]
+    match = re.search(rf"^(#+) {re.escape(heading)}\n(.*?)(?=^#{{1,9}} |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    assert match, f"no heading {heading!r}"
+    return match[2]
 
 
 def tables(heading: str) -> list[list[TableRow]]:
@@ -27,17 +27,17 @@ def tables(heading: str) -> list[list[TableRow]]:
 
 
 def code_spans(cell: str) -> list[str]:
-    """What stands in backticks in a cell."""
+    """The code spans of a cell."""
     return re.findall(r"`([^`]+)`", cell)
 
 
 def column_code_spans(table: list[TableRow], number: int = 0) -> list[str]:
-    """What stands in backticks in a column, in order."""
+    """The code spans of a column, in order."""
     return [name for row in table for name in code_spans(row[number])]
 
 
 def example_packet() -> bytes:
-    """The bytes of the hex dump; each line must say where it begins."""
+    """The bytes of the hex dump; each line begins with its offset."""
     data = b""
     for line in re.findall(r"```text\n(.*?)```", section("One message, byte by byte"), re.DOTALL)[0].splitlines():
         assert int(line[:4], 16) == len(data), line

@@ -1,4 +1,4 @@
-"""A swarm of this one machine, and the stack of deploy/swarm on it, for the length of a block."""
+"""A swarm of this machine alone, with the stack of deploy/swarm."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ IDENTITIES = ("broker.local", "street.source", "street.head", "street.body", "st
 
 @contextmanager
 def start_swarm() -> Iterator[None]:
-    """This machine as a swarm, and as the site `cloudlet`.
+    """Make this machine a swarm, with the label of site `cloudlet`.
 
-    To leave a swarm, Docker 20.10 forgets the names of all containers on other networks, too: nothing else may be up.
+    When it leaves a swarm, Docker 20.10 forgets the names of all containers on other networks: no other may run.
     """
     if docker("info", "--format", "{{.Swarm.LocalNodeState}}").strip() != "inactive":
-        skip_or_fail("this machine is part of a swarm, which a test must leave alone: the swarm stack is left out")
+        skip_or_fail("this machine is part of a swarm, which tests do not change; not tested: the swarm stack")
     docker("swarm", "init", "--advertise-addr", "127.0.0.1", "--listen-addr", "127.0.0.1")
     try:
         docker("node", "update", "--label-add", "site=cloudlet", docker("node", "ls", "--quiet").strip())
@@ -37,9 +37,9 @@ def start_swarm() -> Iterator[None]:
 
 @contextmanager
 def deploy_stack(certs: Path) -> Iterator[int]:
-    """The stack, deployed, all of it well, with certificates made in this folder; gives the port of its broker.
+    """Deploy the stack and wait until it is healthy; yields the port of its broker.
 
-    Its secrets go with the swarm.
+    Its certificates are created in this folder; its secrets are removed with the swarm.
     """
     create_pipeline_certs(certs, load_pipeline(ROOT / "deploy/locked/street.toml"))
     for identity in IDENTITIES:
@@ -47,7 +47,7 @@ def deploy_stack(certs: Path) -> Iterator[int]:
             docker("secret", "create", f"{identity}.{name}", str(certs / identity / name))
     port = free_port()
     environment = {"SPARSE_PORT": str(port)}
-    # The image is on this machine only: there is no registry to ask for it.
+    # The image is on this machine only, in no registry.
     deploy = ("stack", "deploy", "--resolve-image", "never", "--compose-file", "deploy/swarm/stack.yml", STACK_NAME)
     docker_with_env(environment, *deploy)
     try:
@@ -60,14 +60,14 @@ def deploy_stack(certs: Path) -> Iterator[int]:
 
 
 def running_tasks(service: str) -> list[str]:
-    """The tasks of a service that run, which those are that are healthy."""
-    what = ("--filter", "desired-state=running", "--format", "{{.ID}} {{.CurrentState}}")
-    lines = docker("service", "ps", *what, f"{STACK_NAME}_{service}").splitlines()
+    """The ids of the running tasks of a service; an unhealthy one is not running."""
+    options = ("--filter", "desired-state=running", "--format", "{{.ID}} {{.CurrentState}}")
+    lines = docker("service", "ps", *options, f"{STACK_NAME}_{service}").splitlines()
     return [line.split()[0] for line in lines if line.split()[1] == "Running"]
 
 
 def wait_for_replicas(service: str, count: int, timeout_s: float = 180) -> None:
-    """Wait until so many tasks of a service run; fail with what became of them."""
+    """Wait until `count` tasks of a service run; fails with the list of its tasks."""
     end_s = time.monotonic() + timeout_s
     while len(running_tasks(service)) != count:
         assert time.monotonic() < end_s, docker("service", "ps", "--no-trunc", f"{STACK_NAME}_{service}")
@@ -75,7 +75,7 @@ def wait_for_replicas(service: str, count: int, timeout_s: float = 180) -> None:
 
 
 def wait_for_stack_removal(timeout_s: float = 120) -> None:
-    """Wait until no container of the stack is left, and take its volumes away."""
+    """Wait until no container of the stack is left, and remove its volumes."""
     end_s = time.monotonic() + timeout_s
     while docker("ps", "--all", "--quiet", "--filter", f"label=com.docker.stack.namespace={STACK_NAME}").strip():
         assert time.monotonic() < end_s, "containers of the stack are left"

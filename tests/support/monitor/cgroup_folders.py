@@ -1,4 +1,4 @@
-"""Folders like those in which Linux shows control groups, version 1 and 2."""
+"""Folders with the files of Linux control groups, versions 1 and 2."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ GIB = 1 << 30
 
 
 def write_proc_self_cgroup(root: Path, *lines: str) -> None:
-    """What /proc/self/cgroup says."""
+    """Write /proc/self/cgroup."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text("".join(f"{line}\n" for line in lines))
 
 
 def write_cgroup_v2(root: Path, path: str, limit: str, usage: int, inactive_file: int) -> None:
-    """A group; `limit` may be "max"."""
+    """Write the files of a group; `limit` may be "max"."""
     folder = root / "sys/fs/cgroup" / path
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.max").write_text(f"{limit}\n")
@@ -23,7 +23,7 @@ def write_cgroup_v2(root: Path, path: str, limit: str, usage: int, inactive_file
 
 
 def write_cgroup_v1(root: Path, path: str, limit: int, usage: int, inactive_file: int) -> None:
-    """A group; a `limit` of 9223372036854771712 is none."""
+    """Write the files of a group; a `limit` of 9223372036854771712 means unlimited."""
     folder = root / "sys/fs/cgroup/memory" / path
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")

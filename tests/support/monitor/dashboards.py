@@ -1,4 +1,4 @@
-"""The dashboards of deploy/ as data: each query of each panel, with everything filled in that a program fills in."""
+"""The queries of the dashboards in deploy/, with the variables that Chronograf and Grafana replace."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ _FROM = re.compile(r'FROM (?:"sparse"\.\.)?"(\w+)"')
 
 
 def _json(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(text)
-    return found
+    value: dict[str, Any] = json.loads(text)
+    return value
 
 
 def chronograf_queries() -> dict[str, list[str]]:
-    """The queries of each cell, as the file has them."""
+    """The queries of each cell."""
     cells = _json(CHRONOGRAF_FILE.read_text())["cells"]
     return {cell["name"]: [query["query"] for query in cell["queries"]] for cell in cells}
 
 
 def grafana_queries() -> dict[str, list[str]]:
-    """The queries of each panel that is no headline."""
+    """The queries of each panel, without the headings."""
     panels = [panel for panel in _json(GRAFANA_FILE.read_text())["panels"] if panel["type"] != "row"]
     return {panel["title"]: [target["query"] for target in panel["targets"]] for panel in panels}
 
 
 def fill_chronograf_variables(query: str, run: str, from_ms: int, to_ms: int, every_s: int) -> str:
-    """As Chronograf does, when a span of time was drawn with the mouse."""
+    """Replace the variables as Chronograf does for a selected range of time."""
     begin, end = (f"'{datetime.fromtimestamp(each / 1000, UTC):%Y-%m-%dT%H:%M:%S.%fZ}'" for each in (from_ms, to_ms))
     filled = query.replace(":dashboardTime:", begin).replace(":upperDashboardTime:", end)
     return filled.replace(":interval:", f"{every_s * 1000}ms").replace(":run:", run)
 
 
 def fill_grafana_variables(query: str, run: str, from_ms: int, to_ms: int, every_s: int) -> str:
-    """As Grafana does with a span of time."""
+    """Replace the variables as Grafana does for a selected range of time."""
     filled = query.replace("$timeFilter", f"time >= {from_ms}ms and time <= {to_ms}ms")
     return filled.replace("$__interval", f"{every_s}s").replace("$run", run)
 
 
 def referenced_columns(query: str) -> list[tuple[str, set[str]]]:
-    """Which measurement a query asks, itself or a query within it, and each tag and field that is named there."""
-    found = []
+    """Each measurement that a query or its subqueries select from, with the tags and fields that are named there."""
+    references = []
     for match in _FROM.finditer(query):
         columns = query[query.rindex("SELECT", 0, match.start()) : match.start()]
-        named = re.sub(r' AS "\w+"', "", columns) + _to_the_end(query[match.end() :])
-        found.append((match[1], set(re.findall(r'"(\w+)"', named))))
-    return found
+        text = re.sub(r' AS "\w+"', "", columns) + _to_closing_bracket(query[match.end() :])
+        references.append((match[1], set(re.findall(r'"(\w+)"', text))))
+    return references
 
 
-def _to_the_end(text: str) -> str:
-    """As far as the bracket that was opened before."""
+def _to_closing_bracket(text: str) -> str:
+    """The text up to the bracket that closes the query."""
     depth = 0
     for place, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)

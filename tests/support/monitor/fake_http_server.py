@@ -1,4 +1,4 @@
-"""A web server that says what a test wants: for what no real server can be made to say when it is needed."""
+"""An HTTP server with a fixed response, for responses that real servers give rarely."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class FakeHttpServer:
-    """What it says to every request from now on, and what it was sent."""
+    """Its response to every request, and the requests it has received."""
 
     status: int = 204
     body: str = ""
@@ -25,31 +25,31 @@ class FakeHttpServer:
 
 @contextmanager
 def start_fake_http_server() -> Iterator[FakeHttpServer]:
-    """A server on a port of its own."""
-    answers = FakeHttpServer()
+    """Start a server at a free port."""
+    fake = FakeHttpServer()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            answers.request_headers.append(dict(self.headers))
-            answers.request_bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-            self.send_response(answers.status)
-            if answers.status != 204:  # which has no body, and no length
-                self.send_header("Content-Length", str(len(answers.body.encode())))
+            fake.request_headers.append(dict(self.headers))
+            fake.request_bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            self.send_response(fake.status)
+            if fake.status != 204:  # No Content has no body
+                self.send_header("Content-Length", str(len(fake.body.encode())))
             self.end_headers()
-            if answers.status != 204:
-                self.wfile.write(answers.body.encode())
+            if fake.status != 204:
+                self.wfile.write(fake.body.encode())
 
-        do_POST = do_GET  # noqa: N815  # the name is the library's
+        do_POST = do_GET  # noqa: N815  # the name of the base class
 
-        def log_message(self, format: str, *values: object) -> None:  # noqa: A002  # as the library has it
+        def log_message(self, format: str, *values: object) -> None:  # noqa: A002  # the name of the base class
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="answers")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, name="fake-http")
         thread.start()
-        answers.url = f"http://127.0.0.1:{server.server_port}"
+        fake.url = f"http://127.0.0.1:{server.server_port}"
         try:
-            yield answers
+            yield fake
         finally:
             server.shutdown()
             thread.join()

@@ -1,8 +1,8 @@
-"""Real databases for telemetry: InfluxDB 1.6 with a door like that of later ones, and VictoriaMetrics.
+"""Databases for telemetry: InfluxDB 1.6 behind a proxy, and VictoriaMetrics.
 
-Debian's InfluxDB is 1.6, which has no `/api/v2/write`: nginx in front of it makes `/write` of it, as InfluxDB 1.8 does
-by itself, and looks at the token, which 1.6 does not know. Each server is a process of the test's own on a free port,
-with a folder of its own; it can be ended and started again with what it has.
+Debian's InfluxDB is 1.6, which has no `/api/v2/write`: an nginx proxy maps it to `/write`, as InfluxDB 1.8 does, and
+checks the token, which 1.6 does not support. Each server is a process at a free port with its own folder; it can be
+stopped, and started again with its data.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BUCKET = "sparse"
 
 
 class DatabaseServer(ABC):
-    """One server: started, ended by a signal, started again."""
+    """A server that can be started, stopped by a signal, and started again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,28 +49,28 @@ class DatabaseServer(ABC):
 
     @abstractmethod
     def command(self) -> list[str | Path]:
-        """What starts it, in the foreground."""
+        """The command that starts it in the foreground."""
 
     @abstractmethod
     def is_ready(self) -> bool:
-        """Whether it answers."""
+        """Whether it responds; raises `OSError` if it does not."""
 
     def start(self) -> None:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        eventually(f"{type(self).__name__} to answer", self._up)
+        eventually(f"{type(self).__name__} to respond", self._is_up)
 
     def stop(self, signal_number: int = signal.SIGTERM) -> None:
-        """Returns when it is gone."""
+        """Stop the server, and wait for its exit."""
         if self._process is not None:
             self._process.send_signal(signal_number)
             self._process.wait(60)
             self._process = None
 
-    def _up(self) -> bool:
+    def _is_up(self) -> bool:
         assert self._process is not None
         status = self._process.poll()
-        assert status is None, f"it ended with {status}: {(self.folder / 'log').read_text()[-2000:]}"
+        assert status is None, f"it exited with status {status}: {(self.folder / 'log').read_text()[-2000:]}"
         try:
             return self.is_ready()
         except OSError:
@@ -78,12 +78,12 @@ class DatabaseServer(ABC):
 
 
 class InfluxServer(DatabaseServer):
-    """InfluxDB 1.6. Clients come in by its door, which is another process: `end` ends the database only."""
+    """InfluxDB 1.6. Clients connect to its proxy, another process, which `stop` does not stop."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.rpc_port = free_port()
-        self.proxy = NginxProxy(folder / "door", self.port)
+        self.proxy = NginxProxy(folder / "proxy", self.port)
 
     @property
     def target(self) -> InfluxTarget:
@@ -114,31 +114,31 @@ log-enabled = false
         return True
 
     def query(self, influxql: str, bucket: str = BUCKET) -> list[dict[str, Any]]:
-        """The series of an answer, past nginx and all code of ours."""
+        """The series of a query, without the proxy and the code of Sparse."""
         body = urllib.parse.urlencode({"q": influxql, "db": bucket, "epoch": "ns"}).encode()
-        with urllib.request.urlopen(f"{self.url}/query", data=body, timeout=30) as answer:
-            [result] = json.load(answer)["results"]
+        with urllib.request.urlopen(f"{self.url}/query", data=body, timeout=30) as response:
+            [result] = json.load(response)["results"]
         assert "error" not in result, result
-        found: list[dict[str, Any]] = result.get("series", [])
-        return found
+        series: list[dict[str, Any]] = result.get("series", [])
+        return series
 
     def count_points(self, measurement: str, field: str) -> int:
-        """How many points have that field."""
-        found = self.query(f'SELECT count("{field}") FROM "{measurement}"')
-        return int(found[0]["values"][0][1]) if found else 0
+        """The number of points with this field."""
+        series = self.query(f'SELECT count("{field}") FROM "{measurement}"')
+        return int(series[0]["values"][0][1]) if series else 0
 
 
 class NginxProxy(DatabaseServer):
-    """nginx, which makes an InfluxDB 1.6 look like a later one."""
+    """nginx, which gives InfluxDB 1.6 the write API and the tokens of later versions."""
 
     def __init__(self, folder: Path, upstream_port: int) -> None:
         super().__init__(folder)
         self.upstream_port = upstream_port
-        self.token = TOKEN  # that it wants, from its next start on
+        self.token = TOKEN  # the token that it accepts, from its next start on
 
     def command(self) -> list[str | Path]:
         path = self.folder / "nginx.conf"
-        refusal = '{"code":"unauthorized","message":"unauthorized access"}'  # as InfluxDB 2 says it
+        refusal = '{"code":"unauthorized","message":"unauthorized access"}'  # the body of InfluxDB 2
         user = f"user {getpass.getuser()};" if os.getuid() == 0 else ""
         temporary = "\n".join(
             f"{kind}_temp_path {self.folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -152,7 +152,7 @@ http {{
         listen 127.0.0.1:{self.port};
         if ($http_authorization != "Token {self.token}") {{ return 401 '{refusal}'; }}
         proxy_set_header Authorization "";
-        location = /door {{ return 204; }}
+        location = /health {{ return 204; }}
         location = /api/v2/write {{
             rewrite ^ /write?db=$arg_bucket&precision=n? break;
             proxy_pass http://127.0.0.1:{self.upstream_port};
@@ -165,13 +165,13 @@ http {{
         return [require_dependency("nginx"), "-e", "stderr", "-c", path]
 
     def is_ready(self) -> bool:
-        asked = urllib.request.Request(f"{self.url}/door", headers={"Authorization": f"Token {self.token}"})
-        with urllib.request.urlopen(asked, timeout=5):
+        request = urllib.request.Request(f"{self.url}/health", headers={"Authorization": f"Token {self.token}"})
+        with urllib.request.urlopen(request, timeout=5):
             return True
 
 
 class VictoriaMetricsServer(DatabaseServer):
-    """VictoriaMetrics, which keeps numbers only, and counts milliseconds."""
+    """VictoriaMetrics, which stores numbers only, with times in milliseconds."""
 
     def command(self) -> list[str | Path]:
         return [
@@ -187,10 +187,10 @@ class VictoriaMetricsServer(DatabaseServer):
     def export_samples(self, name: str) -> list[tuple[dict[str, str], int, float]]:
         """All samples of a metric, such as `batch_tasks`: labels, milliseconds, value."""
         with urllib.request.urlopen(f"{self.url}/internal/force_flush", timeout=30):
-            pass  # what came in this second is not found without
-        asked = urllib.parse.urlencode({"match[]": name, "reduce_mem_usage": "1"})
-        with urllib.request.urlopen(f"{self.url}/api/v1/export?{asked}", timeout=30) as answer:
-            series = [json.loads(line) for line in answer.read().splitlines()]
+            pass  # samples of the last second cannot be read before
+        query = urllib.parse.urlencode({"match[]": name, "reduce_mem_usage": "1"})
+        with urllib.request.urlopen(f"{self.url}/api/v1/export?{query}", timeout=30) as response:
+            series = [json.loads(line) for line in response.read().splitlines()]
         return [
             (each["metric"], time_ms, value)
             for each in series
@@ -200,7 +200,7 @@ class VictoriaMetricsServer(DatabaseServer):
 
 @contextmanager
 def start_servers(*servers: DatabaseServer) -> Iterator[None]:
-    """The servers, started; all ended by their ids."""
+    """Start servers, and kill them at the end of the block."""
     try:
         for server in servers:
             server.start()
@@ -212,15 +212,15 @@ def start_servers(*servers: DatabaseServer) -> Iterator[None]:
 
 @contextmanager
 def start_influx(folder: Path) -> Iterator[InfluxServer]:
-    """An InfluxDB with an empty bucket, and its door."""
-    found = InfluxServer(folder)
-    with start_servers(found, found.proxy):
-        yield found
+    """Start an InfluxDB with an empty bucket, and its proxy."""
+    server = InfluxServer(folder)
+    with start_servers(server, server.proxy):
+        yield server
 
 
 @contextmanager
 def start_victoria_metrics(folder: Path) -> Iterator[VictoriaMetricsServer]:
-    """A VictoriaMetrics without anything."""
-    found = VictoriaMetricsServer(folder)
-    with start_servers(found):
-        yield found
+    """Start an empty VictoriaMetrics."""
+    server = VictoriaMetricsServer(folder)
+    with start_servers(server):
+        yield server

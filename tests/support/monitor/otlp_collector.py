@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector, as far as traces go: takes OTLP over HTTP, and keeps the spans."""
+"""An OpenTelemetry collector of traces: receives OTLP over HTTP, and keeps the spans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 
 class OtlpCollector:
-    """`spans` by name of service, in the order in which they came."""
+    """`spans` are pairs of a service name and a span, in order of arrival."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Any]] = []
@@ -30,27 +30,27 @@ class OtlpCollector:
 
 @contextmanager
 def start_otlp_collector(port: int = 0) -> Iterator[tuple[OtlpCollector, str]]:
-    """A collector that listens, and its address."""
-    found = OtlpCollector()
+    """Start a collector; yields it and its address."""
+    collector = OtlpCollector()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            found.request_count += 1
+            collector.request_count += 1
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.path == "/v1/traces" and found.status == 200:
-                found.add_export(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
-            self.send_response(found.status if self.path == "/v1/traces" else 404)
+            if self.path == "/v1/traces" and collector.status == 200:
+                collector.add_export(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+            self.send_response(collector.status if self.path == "/v1/traces" else 404)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the base class
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, name="collector")
     thread.start()
     try:
-        yield found, f"http://127.0.0.1:{server.server_port}"
+        yield collector, f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()

@@ -13,8 +13,8 @@ _TYPES: dict[str, tuple[type, ...]] = {"float": (float,), "int": (int,), "text":
 
 def single_point_fields(points: Iterable[TelemetryPoint], measurement: str) -> dict[str, Any]:
     """All fields of the only point of a measurement; None for those that it does not have."""
-    (found,) = [point for point in points if point.measurement == measurement]
-    return {**dict.fromkeys(field.name for field in MEASUREMENTS[measurement].fields), **found.fields}
+    (single,) = [point for point in points if point.measurement == measurement]
+    return {**dict.fromkeys(field.name for field in MEASUREMENTS[measurement].fields), **single.fields}
 
 
 def missing_reasons(points: Iterable[TelemetryPoint]) -> dict[str, Any]:

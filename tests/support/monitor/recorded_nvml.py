@@ -1,6 +1,6 @@
-"""A recorded NVML: stands in for the module `pynvml`, and says at each moment what a recording has for it.
+"""A stand-in for the module `pynvml`, which returns the values of a recording.
 
-The recording beside it (nvml_two_gpus.json) is made by hand from NVML's documentation, and says so.
+The recording, nvml_two_gpus.json, was written by hand from NVML's documentation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TWO_GPUS_RECORDING = Path(__file__).with_name("nvml_two_gpus.json")
 
 
 class RecordedNvml:
-    """Begins at the first sample; `moment` is set to go on. Its errors, with their texts, are the real ones."""
+    """Returns the values of sample `sample_index`. It raises the errors of the real module."""
 
     NVMLError = load_nvml().NVMLError
 
@@ -26,19 +26,19 @@ class RecordedNvml:
         self.gpus = json.loads(recording.read_text())["gpus"]
         self.recorded_functions = frozenset(self.gpus[0]["samples"][0])
         self.sample_index = 0
-        self.init_count = 0  # how often it was begun, less how often it was let go of
+        self.init_count = 0  # calls of nvmlInit, less those of nvmlShutdown
         self.calls: Counter[str] = Counter()
-        self._refuses_to_begin = init_error
+        self._init_error = init_error
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in {*self._lasting(), *self.recorded_functions}:
+        if name not in {*self._constant_functions(), *self.recorded_functions}:
             raise AttributeError(name)
         return lambda *arguments: self._call(name, *arguments)
 
-    def _lasting(self) -> dict[str, Callable[..., Any]]:
+    def _constant_functions(self) -> dict[str, Callable[..., Any]]:
         return {
-            "nvmlInit": self._begin,
-            "nvmlShutdown": self._end,
+            "nvmlInit": self._init,
+            "nvmlShutdown": self._shutdown,
             "nvmlDeviceGetCount": lambda: len(self.gpus),
             "nvmlDeviceGetHandleByIndex": lambda index: index,
             "nvmlDeviceGetName": lambda handle: self.gpus[handle]["name"],
@@ -46,19 +46,19 @@ class RecordedNvml:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         self.calls[name] += 1
-        if name in (lasting := self._lasting()):
-            return lasting[name](*arguments)
-        answer = self.gpus[arguments[0]]["samples"][self.sample_index][name]
-        if not isinstance(answer, dict):
-            return answer
-        if "error" in answer:
-            raise self.NVMLError(answer["error"])
-        return SimpleNamespace(**answer)
+        if name in (functions := self._constant_functions()):
+            return functions[name](*arguments)
+        value = self.gpus[arguments[0]]["samples"][self.sample_index][name]
+        if not isinstance(value, dict):
+            return value
+        if "error" in value:
+            raise self.NVMLError(value["error"])
+        return SimpleNamespace(**value)
 
-    def _begin(self) -> None:
-        if self._refuses_to_begin:
-            raise self.NVMLError(self._refuses_to_begin)
+    def _init(self) -> None:
+        if self._init_error:
+            raise self.NVMLError(self._init_error)
         self.init_count += 1
 
-    def _end(self) -> None:
+    def _shutdown(self) -> None:
         self.init_count -= 1

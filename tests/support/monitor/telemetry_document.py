@@ -97,8 +97,8 @@ def update_tables(text: str) -> str:
     for name, made in TABLE_WRITERS.items():
         begin, end = f"<!-- {name}: from the code -->\n", "<!-- end -->"
         before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(end)
-        assert found, f"{DOCUMENT_PATH.name} has no table {name}"
+        _, separator, after = rest.partition(end)
+        assert separator, f"{DOCUMENT_PATH.name} has no table {name}"
         text = before + begin + made() + end + after
     return text
 
@@ -106,9 +106,9 @@ def update_tables(text: str) -> str:
 def code_blocks(language: str, heading: str) -> list[str]:
     """The code blocks of one language below a heading of the page."""
     text = DOCUMENT_PATH.read_text(encoding="utf-8")
-    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ [^\n]*$\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
-    assert found, f"no heading {heading!r}"
-    return re.findall(rf"^```{language}\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
+    match = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ [^\n]*$\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert match, f"no heading {heading!r}"
+    return re.findall(rf"^```{language}\n(.*?)^```$", match[1], re.MULTILINE | re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -166,9 +166,9 @@ class ProcessSandbox:
         """The processes of this sandbox that have not exited."""
         return [process for process, _ in self.live_commands()]
 
-    def find_process(self, *words: str) -> psutil.Process | None:
-        """The newest process whose command line has all these words."""
-        matches = [process for process, command in self.live_commands() if set(words) <= set(command)]
+    def find_process(self, *arguments: str) -> psutil.Process | None:
+        """The newest process with all these arguments on its command line."""
+        matches = [process for process, command in self.live_commands() if set(arguments) <= set(command)]
         return max(matches, key=lambda process: process.create_time(), default=None)
 
     def live_commands(self) -> list[tuple[psutil.Process, list[str]]]:

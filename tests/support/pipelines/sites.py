@@ -1,4 +1,4 @@
-"""Several sites on one machine: the brokers and the links of a pipeline file, in the hands of a test."""
+"""The brokers and links of a pipeline file with several sites, on one machine."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ name = "cloud"
 
 @contextmanager
 def start_sites(path: Path) -> Iterator[SiteBrokers]:
-    """Start a Mosquitto for each site and a relay for each slow link; the file names the brokers from then on."""
+    """Start a Mosquitto for each site and an emulator for each slow link, and add the addresses to the file."""
     require_dependency("mosquitto")
-    with set_up_brokers(load_pipeline(path), "mosquitto", None) as found:
+    with set_up_brokers(load_pipeline(path), "mosquitto", None) as sites:
         text = path.read_text()
-        for site in found.brokers:
-            head = f'[[site]]\nname = "{site}"\n'
-            assert head in text
-            text = text.replace(head, f'{head}broker = "{found.address(site)}"\n')
+        for site in sites.brokers:
+            header = f'[[site]]\nname = "{site}"\n'
+            assert header in text
+            text = text.replace(header, f'{header}broker = "{sites.address(site)}"\n')
         path.write_text(text)
-        yield found
+        yield sites
 
 
 def get_link(sites: SiteBrokers, site: str, peer: str) -> LinkEmulator:
-    """The relay between two sites."""
-    (found,) = [each.emulator for each in sites.links if (each.site, each.config.to) == (site, peer)]
-    return found
+    """The link between two sites."""
+    (emulator,) = [each.emulator for each in sites.links if (each.site, each.config.to) == (site, peer)]
+    return emulator
 
 
-def capture_link(relay: LinkEmulator) -> dict[str, PacketCapture]:
-    """Read all that comes out of a relay from now on, by direction: to be asked before anything crosses."""
-    heard: dict[str, PacketCapture] = defaultdict(PacketCapture)
-    relay.tap = lambda way, piece: heard[way].feed(piece)
-    return heard
+def capture_link(link: LinkEmulator) -> dict[str, PacketCapture]:
+    """Parse all bytes of a link from now on, by direction; must be called before a message crosses it."""
+    captures: dict[str, PacketCapture] = defaultdict(PacketCapture)
+    link.tap = lambda direction, data: captures[direction].feed(data)
+    return captures

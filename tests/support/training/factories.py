@@ -1,4 +1,4 @@
-"""Networks that tests name in their pipeline files as `package.module:factory`."""
+"""Factories of networks, named in pipeline files as `package.module:factory`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class TinyNetwork(nn.Module):
-    """Four layers of numbers with a way around the second and third: (B, 6) -> (B, 3)."""
+    """Four layers with a skip connection around the second and third: (B, 6) -> (B, 3)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ tiny_network.input_shape = (1, 6)  # type: ignore[attr-defined]
 
 
 class DataDependentNetwork(nn.Module):
-    """Goes one way or the other by a value, which torch.fx cannot follow, and has no children to cut between."""
+    """Branches on a value, which torch.fx cannot trace, and has no children to cut between."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 1 if bool(torch.sum(x) > 0) else x - 1

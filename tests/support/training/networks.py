@@ -1,4 +1,4 @@
-"""Networks whose every layer matters: small enough to compute quickly, with numbers that no two layers share."""
+"""Parameters for networks in which every layer changes the output."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from stages.models.registry import ModelSpec
 
 
 def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter and statistic its own numbers, of a size at which values neither vanish nor explode.
+    """Set all parameters and statistics to random values with which activations neither vanish nor explode.
 
-    Initial weights will not do: the layer scales of ConvNeXt (1e-6), or the means of batch norms (0), hide mistakes.
+    The initial values hide mistakes, such as the layer scales of ConvNeXt (1e-6) and the means of batch norms (0).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -25,8 +25,8 @@ def randomize_parameters(model: nn.Module, seed: int = 0) -> nn.Module:
         if not tensor.is_floating_point():
             continue
         if tensor.dim() >= 2:
-            reach = 1.5 * math.sqrt(3 * tensor.shape[0] / tensor.numel())
-            between(tensor, -reach, reach)
+            limit = 1.5 * math.sqrt(3 * tensor.shape[0] / tensor.numel())
+            between(tensor, -limit, limit)
         elif name.endswith(("weight", "running_var")):
             between(tensor, 0.5, 1.5)
         else:

@@ -1,4 +1,4 @@
-"""Networks with what is easily lost at a cut: values that many later layers use, dropout of both kinds, statistics."""
+"""Networks that are difficult to cut: skip connections over many layers, dropout of both kinds, batch norms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CLASSES = 5
 
 
 class SkipNetwork(nn.Module):
-    """What the first layer gives is used by every later one, and by each of them at another place of its sum."""
+    """The output of the first layer is an operand of every later layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,11 +21,11 @@ class SkipNetwork(nn.Module):
         self.out = nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        begun = torch.tanh(self.first(x))
-        second = torch.tanh(self.second(begun)) + begun
-        third = begun * torch.sigmoid(self.third(second))
-        fourth = self.norm(self.fourth(third) + second + begun)
-        return self.out(torch.relu(fourth) * begun + third)  # type: ignore[no-any-return]
+        first = torch.tanh(self.first(x))
+        second = torch.tanh(self.second(first)) + first
+        third = first * torch.sigmoid(self.third(second))
+        fourth = self.norm(self.fourth(third) + second + first)
+        return self.out(torch.relu(fourth) * first + third)  # type: ignore[no-any-return]
 
 
 class DropoutNetwork(nn.Module):
@@ -40,8 +40,8 @@ class DropoutNetwork(nn.Module):
         self.out = nn.Linear(24, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        begun = self.drop(torch.relu(self.first(x)))
-        more = nn.functional.dropout(torch.relu(self.second(begun)), 0.4, self.training)
+        first = self.drop(torch.relu(self.first(x)))
+        more = nn.functional.dropout(torch.relu(self.second(first)), 0.4, self.training)
         last = nn.functional.dropout(torch.relu(self.third(more)), 0.2, training=self.training)
         return self.out(self.drop(last))  # type: ignore[no-any-return]
 
@@ -55,5 +55,5 @@ def dropout_network() -> nn.Module:
 
 
 def wide_network() -> nn.Module:
-    """For pictures (3, 8, 8): its first three layers have most of its weights."""
+    """A network for pictures (3, 8, 8) whose first three layers have most of its weights."""
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 1024), nn.ReLU(), nn.Linear(1024, 4))

@@ -1,6 +1,6 @@
-"""A small data set for training tests, which name it in their pipeline files.
+"""A small data set for training tests, named in their pipeline files.
 
-It is by itself, since the source of a run needs no torch: importing it takes longer than many a test trains.
+This module imports no torch: a source needs none, and the import takes longer than the training of most tests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ CLASSES = 4
 
 
 class StripedImages(Dataset):
-    """Pictures (3, 8, 8) whose class is the row that is bright."""
+    """Pictures (3, 8, 8) whose class is the position of a bright row."""
 
     name = "stripes"
     classes = tuple("0123")
@@ -23,12 +23,12 @@ class StripedImages(Dataset):
         self._count, self._seed = count, seed
 
     def train(self) -> Examples:
-        return self._some(self._count, self._seed)
+        return self._examples(self._count, self._seed)
 
     def test(self) -> Examples:
-        return self._some(32, self._seed + 1)
+        return self._examples(32, self._seed + 1)
 
-    def _some(self, count: int, seed: int) -> Examples:
+    def _examples(self, count: int, seed: int) -> Examples:
         rng = np.random.default_rng(seed)
         labels = rng.integers(0, CLASSES, count)
         pictures = rng.normal(0, 0.3, (count, 3, 8, 8)).astype(np.float32)
@@ -37,11 +37,11 @@ class StripedImages(Dataset):
 
 
 class ExtraClassImages(StripedImages):
-    """One more class than the network has."""
+    """Has one more class than the network."""
 
     classes = tuple("01234")
 
-    def _some(self, count: int, seed: int) -> Examples:
-        found = super()._some(count, seed)
-        found.labels[: count // 2] = CLASSES
-        return found
+    def _examples(self, count: int, seed: int) -> Examples:
+        examples = super()._examples(count, seed)
+        examples.labels[: count // 2] = CLASSES
+        return examples

@@ -1,4 +1,4 @@
-"""A small network for training tests, which name it in their pipeline files."""
+"""Small networks for training tests, named in their pipeline files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sources.datasets.batches import Batches, split_micro_batches
 from tests.support.training.striped_images import CLASSES
 
 MODEL = "tests.support.training.training_network:small_network"
-# After these layers it may be cut: between them lie a batch norm, dropouts of both kinds and a skip connection.
+# Between these cuts are a batch norm, dropouts of both kinds and a skip connection.
 CUTS = (4, 9)
 
 
@@ -28,8 +28,8 @@ class SmallNetwork(nn.Module):
         self.out = nn.Linear(32, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        begun = self.drop(self.relu(self.norm(self.first(x))))
-        more = torch.relu(self.second(begun)) + begun
+        skipped = self.drop(self.relu(self.norm(self.first(x))))
+        more = torch.relu(self.second(skipped)) + skipped
         flat = torch.flatten(self.pool(more), 1)
         return self.out(nn.functional.dropout(flat, 0.1, self.training))  # type: ignore[no-any-return]
 
@@ -39,7 +39,7 @@ def small_network() -> nn.Module:
 
 
 class DigitNetwork(nn.Module):
-    """Enough for handwritten digits: (B, 3, 32, 32) of bytes in, 10 classes out."""
+    """A network for handwritten digits: (B, 3, 32, 32), uint8 values, to (B, 10)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ class DigitNetwork(nn.Module):
         self.out = nn.Linear(768, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = torch.relu(self.norm(self.first(x / 255)))
-        more = torch.relu(self.third(torch.relu(self.second(seen))))
+        hidden = torch.relu(self.norm(self.first(x / 255)))
+        more = torch.relu(self.third(torch.relu(self.second(hidden))))
         return self.out(torch.flatten(more, 1))  # type: ignore[no-any-return]
 
 
@@ -62,7 +62,7 @@ def digit_network() -> nn.Module:
 def train_unsplit(
     batches: Batches, steps: int, micro_batches: int, *, seed: int = 0, lr: float = 0.05, momentum: float = 0.9
 ) -> tuple[nn.Module, list[float]]:
-    """The uncut network after so many steps of plain torch, and the loss of each."""
+    """The unsplit network after `steps` steps of plain PyTorch, and the loss of each."""
     torch.manual_seed(seed)
     model = small_network().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
@@ -70,11 +70,11 @@ def train_unsplit(
     for step in range(steps):
         inputs, labels = batches.batch(step)
         total = 0.0
-        for index, (some, theirs) in enumerate(split_micro_batches(inputs, labels, micro_batches)):
+        for index, (rows, targets) in enumerate(split_micro_batches(inputs, labels, micro_batches)):
             torch.manual_seed(micro_batch_seed(seed, step, index))
-            loss = nn.functional.cross_entropy(model(torch.from_numpy(some)), torch.from_numpy(theirs))
-            torch.autograd.backward([loss * (len(theirs) / len(labels))])
-            total += loss.item() * len(theirs)
+            loss = nn.functional.cross_entropy(model(torch.from_numpy(rows)), torch.from_numpy(targets))
+            torch.autograd.backward([loss * (len(targets) / len(labels))])
+            total += loss.item() * len(targets)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total / len(labels))
