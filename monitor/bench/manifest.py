@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from brokers.errors import UsageError
 from brokers.server.mosquitto_conf import find_mosquitto
-from monitor.bench.case import BenchCase
+from monitor.bench.suite import BenchCase
 
 MANIFEST_FILE = "manifest.json"
 # The password of a broker's address anywhere in a file, comments included.

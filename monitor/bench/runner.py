@@ -23,9 +23,9 @@ from brokers.process.shutdown import ShutdownEvent
 from brokers.server.mosquitto_conf import find_mosquitto
 from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE
 from monitor.analysis.run_metrics import MEASUREMENTS_READ, compute_run_metrics
-from monitor.bench.case import BenchCase
 from monitor.bench.manifest import MANIFEST_FILE, Manifest, git_revision, hardware, suite_record, versions
 from monitor.bench.results import CSV_FILE, RESULTS_FILE, RunResult, format_run, results_to_csv, results_to_json
+from monitor.bench.suite import BenchCase
 from monitor.errors import BadStore, NoSamples
 from monitor.launch.child_process import ChildProcess, kill_all, terminate_all
 from monitor.launch.monitor_process import RunMonitor

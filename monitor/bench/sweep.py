@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from brokers.config.schema import LOCAL_SITE
 from brokers.errors import UsageError
-from monitor.bench.case import BenchCase, run_length_overrides
 from monitor.bench.results import RunResult, spreads_by_case
-from monitor.bench.suite import Suite
+from monitor.bench.suite import BenchCase
 
 UNCUT_STAGE = "whole"  # the name of the stage of an uncut network
 
 
-def batch_cases(suite: Suite, sizes: Sequence[int], requests: int | None, warm_up: int) -> list[BenchCase]:
+def batch_cases(suite: BenchCase, sizes: Sequence[int], requests: int | None, warm_up: int) -> list[BenchCase]:
     """A case per batch size: `max_batch` of all stages; for training the rows of a step."""
-    pipeline = suite.pipeline
+    training = suite.pipeline.training
     cases = []
     for size in sizes:
-        name = f"batch-{size}"
-        overrides = run_length_overrides(name, pipeline, requests, warm_up, size)
-        if pipeline.is_training:
-            overrides["training.batch"] = size
-            overrides["training.micro_batches"] = min(pipeline.training.micro_batches, size)
-        else:
-            overrides["stage"] = [{**stage, "max_batch": size} for stage in _stage_tables(suite)]
-        cases.append(BenchCase(name, suite.path, pipeline, overrides, {"sweep": "batch", "batch": size}))
+        overrides: dict[str, Any] = {"stage": [{**stage, "max_batch": size} for stage in _stage_tables(suite)]}
+        if suite.pipeline.is_training:
+            overrides = {"training.batch": size, "training.micro_batches": min(training.micro_batches, size)}
+        point = {"sweep": "batch", "batch": size}
+        case = replace(suite, name=f"batch-{size}", overrides=overrides, sweep_point=point)
+        cases.append(case.with_run_length(requests, warm_up))
     return cases
 
 
 def cut_cases(
-    suite: Suite, cuts: Sequence[int] | None, cut_bytes: Mapping[int, int], requests: int | None, warm_up: int
+    suite: BenchCase, cuts: Sequence[int] | None, cut_bytes: Mapping[int, int], requests: int | None, warm_up: int
 ) -> list[BenchCase]:
     """A case per cut between the two stages of a pipeline, and one per site of a stage with the uncut network there.
 
@@ -45,24 +42,21 @@ def cut_cases(
         if cut not in cut_bytes:
             last = max(cut_bytes, default=0)
             raise UsageError("BadSweep", f"{suite.path}: the network has no cut {cut}: expected 1 to {last}", cut=cut)
-    pipeline = suite.pipeline
-    length = run_length_overrides(suite.name, pipeline, requests, warm_up, pipeline.training.batch)
     cases = []
     for cut in cut_bytes if cuts is None else cuts:
-        overrides = {**length, "pipeline.cuts": [cut]}
         point = {"sweep": "cut", "cut": cut, "cut_bytes": cut_bytes[cut]}
-        cases.append(BenchCase(f"cut-{cut}", suite.path, pipeline, overrides, point))
+        cases.append(replace(suite, name=f"cut-{cut}", overrides={"pipeline.cuts": [cut]}, sweep_point=point))
     stage_by_site: dict[str, dict[str, Any]] = {}
     for stage in _stage_tables(suite):
         stage_by_site.setdefault(stage.get("site", LOCAL_SITE), stage)
     for site, stage in stage_by_site.items():
-        overrides = {**length, "pipeline.cuts": None, "stage": [{**stage, "name": UNCUT_STAGE}]}
+        overrides = {"pipeline.cuts": None, "stage": [{**stage, "name": UNCUT_STAGE}]}
         point = {"sweep": "cut", "cut": None, "site": site}
-        cases.append(BenchCase(f"uncut-at-{site}", suite.path, pipeline, overrides, point))
-    return cases
+        cases.append(replace(suite, name=f"uncut-at-{site}", overrides=overrides, sweep_point=point))
+    return [case.with_run_length(requests, warm_up) for case in cases]
 
 
-def check_cuttable(suite: Suite) -> None:
+def check_cuttable(suite: BenchCase) -> None:
     """Raise `UsageError` ("BadSweep") for a pipeline that is not one network in two stages."""
     stages = suite.pipeline.stage
     executors = sum(stage.executor is not None for stage in stages)
@@ -73,7 +67,7 @@ def check_cuttable(suite: Suite) -> None:
         )
 
 
-def _stage_tables(suite: Suite) -> list[dict[str, Any]]:
+def _stage_tables(suite: BenchCase) -> list[dict[str, Any]]:
     """The `[[stage]]` tables of the file."""
     tables: list[dict[str, Any]] = tomllib.loads(suite.path.read_text())["stage"]
     return tables

@@ -15,10 +15,9 @@ from brokers.config.pipeline_file import resolve_broker_address
 from brokers.errors import UsageError
 from brokers.process.files import new_run_folder
 from brokers.process.shutdown import EXIT_INTERRUPTED
-from monitor.bench.case import BenchCase, case_from_suite
 from monitor.bench.results import LEGEND, comparison_table, results_to_json
 from monitor.bench.runner import BenchPlan, BenchRunner
-from monitor.bench.suite import find_suites, packaged_suites
+from monitor.bench.suite import BenchCase, find_suites, packaged_suites
 
 DEFAULT_WARM_UP = 20
 DEFAULT_REPEATS = 3
@@ -67,7 +66,7 @@ def command(
             "NoSuite",
             f"which suite? Name pipeline files, or some of {', '.join(names)}; `sparse bench --list` describes them",
         )
-    cases = [case_from_suite(suite, requests, warm_up) for suite in find_suites(suites)]
+    cases = [suite.with_run_length(requests, warm_up) for suite in find_suites(suites)]
     if source_only:
         _check_brokers(cases)
     plan = BenchPlan(repeats, warm_up, requests, source_only)

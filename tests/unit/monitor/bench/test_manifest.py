@@ -11,7 +11,6 @@ import pytest
 
 from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import UsageError
-from monitor.bench.case import BenchCase, case_from_suite
 from monitor.bench.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -22,7 +21,7 @@ from monitor.bench.manifest import (
     suite_record,
     versions,
 )
-from monitor.bench.suite import SUITES_FOLDER, find_suites
+from monitor.bench.suite import SUITES_FOLDER, BenchCase, find_suites
 from monitor.bench.sweep import cut_cases
 from tests.support.environment.checkout import ROOT
 
@@ -43,7 +42,7 @@ def manifest_of(*cases: BenchCase) -> Manifest:
 
 
 def test_manifest_is_read_back_as_written(tmp_path: Path) -> None:
-    cases = [case_from_suite(suite, 30, 5) for suite in find_suites(["detect-hybrid-on-device", "train-device"])]
+    cases = [suite.with_run_length(30, 5) for suite in find_suites(["detect-hybrid-on-device", "train-device"])]
     manifest = manifest_of(*cases)
     (tmp_path / MANIFEST_FILE).write_text(manifest.to_json())
     assert load_manifest(tmp_path) == manifest

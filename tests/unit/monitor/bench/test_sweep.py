@@ -6,13 +6,13 @@ import pytest
 
 from brokers.errors import UsageError
 from monitor.bench.results import RunResult
-from monitor.bench.suite import Suite, find_suites
+from monitor.bench.suite import BenchCase, find_suites
 from monitor.bench.sweep import batch_cases, cut_cases, find_best
 from tests.support.environment.checkout import ROOT
 from tests.unit.monitor.bench.bench_runs import make_results
 
 
-def split_suite() -> Suite:
+def split_suite() -> BenchCase:
     """A detector in two stages, at two sites."""
     (suite,) = find_suites([str(ROOT / "examples" / "split.toml")])
     return suite
