@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from brokers.config.pipeline_file import resolve_broker_address
 from brokers.errors import UsageError
@@ -97,13 +97,8 @@ class BenchRunner:
         """Run one repeat of every case, then the next, so that a busy moment of the machine affects all cases."""
         shutdown = ShutdownEvent()
         shutdown.install_signal_handlers(force=lambda: kill_all(self._children))
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f} of {task.total:.0f}"),
-        )
-        hidden = not self.console.is_terminal
-        with Progress(*columns, TimeElapsedColumn(), console=self.console, disable=hidden) as progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             bar = progress.add_task("", total=len(self.cases) * self.plan.repeats)
             for number in range(1, self.plan.repeats + 1):
                 for case in self.cases:
@@ -171,10 +166,12 @@ class BenchRunner:
 
     def _write(self, ended_at: str | None = None) -> None:
         """Write the manifest and the results so far."""
-        suites = []
-        for case in self.cases:
-            runs = [result.name for result in self.results if result.case == case.name]
-            suites.append(suite_record(case, self._emulates_links(case), runs))
+        suites = [
+            suite_record(
+                case, self._emulates_links(case), [each.name for each in self.results if each.case == case.name]
+            )
+            for case in self.cases
+        ]
         manifest = Manifest(
             mode="source" if self.plan.source_only else "run",
             ended_at=ended_at,

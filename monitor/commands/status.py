@@ -46,10 +46,8 @@ def command(
     if address is None:
         raise no_broker_error(str(file or "sparse status"), LOCAL_SITE)
     registry = asyncio.run(_listen(address, pipeline.name if pipeline else "+"))
-    workers = [(entry.record, not entry.is_live) for entry in registry.workers.values()]
-    workers.sort(key=lambda item: (item[0].site, item[0].pipeline, item[0].stage, item[0].worker))
-    sources = [(entry.record, not entry.is_live) for entry in registry.sources.values()]
-    sources.sort(key=lambda item: (item[0].site, item[0].pipeline, item[0].source))
+    workers = [(entry.record, not entry.is_live) for _, entry in sorted(registry.workers.items())]  # by topic
+    sources = [(entry.record, not entry.is_live) for _, entry in sorted(registry.sources.items())]
     if json:
         document = {
             "workers": [{**record.model_dump(), "lost": is_lost} for record, is_lost in workers],

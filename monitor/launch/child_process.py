@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from brokers.cli import EXIT_USAGE
+
 # How long a process may finish the work it holds after SIGTERM, before it is killed.
 DRAIN_TIMEOUT_S = 15.0
 # A process that was up for this long did not die of its start.
@@ -83,6 +85,11 @@ class ChildProcess:
         return self.process.poll()
 
     @property
+    def may_restart(self) -> bool:
+        """Whether a process that has exited may be started again: not after a mistake of the user's."""
+        return not self.restart_limit.is_reached and self.exit_status != EXIT_USAGE
+
+    @property
     def stdout(self) -> IO[bytes]:
         """The standard output of a process whose output is captured."""
         assert self.process.stdout is not None
@@ -115,5 +122,7 @@ def terminate_all(children: Sequence[ChildProcess], timeout_s: float = DRAIN_TIM
             process.wait(max(0.0, deadline_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
-        with process:  # waits, and closes its streams
-            pass
+            process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from brokers.cli import EXIT_USAGE
 from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline
 from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE, event_client_from_environment
 from monitor.daemon.unix_listener import PATH_LIMIT_BYTES
@@ -80,13 +79,13 @@ class RunMonitor:
         child = self._child
         if child is None or self._gave_up or child.exit_status is None:
             return
-        if child.restart_limit.is_reached or child.exit_status == EXIT_USAGE:
-            self._gave_up = True
-            reason = child.last_log_line() or "no output"
-            print_line(f"no telemetry from now on: the monitor exited: {reason} (its log: {child.log_file})")
-        else:
+        if child.may_restart:
             print_line("the monitor exited and was restarted")
             child.start()
+            return
+        self._gave_up = True
+        reason = child.last_log_line() or "no output"
+        print_line(f"no telemetry from now on: the monitor exited: {reason} (its log: {child.log_file})")
 
     def stop(self) -> None:
         """Stop the monitor; afterwards all events it has received are in the telemetry file."""

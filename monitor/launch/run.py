@@ -108,7 +108,11 @@ class PipelineRun:
         summary = None
         try:
             with self._view:
-                await self._start(transport)
+                self.monitor.start()
+                for worker in self._workers:
+                    worker.start()
+                await self._subscribe(transport)
+                await self._wait_for_workers()
                 if not self._shutdown.is_set():
                     status, summary = await self._run_source()
         finally:
@@ -117,14 +121,6 @@ class PipelineRun:
         if self._shutdown.is_set():  # a service that is told to stop has not failed
             status = EXIT_INTERRUPTED if self._shutdown.interrupted else 0
         return status, summary
-
-    async def _start(self, transport: MqttTransport) -> None:
-        """Start the monitor and the workers, and wait until every stage has one, or for a shutdown."""
-        self.monitor.start()
-        for worker in self._workers:
-            worker.start()
-        await self._subscribe(transport)
-        await self._wait_for_workers()
 
     def _stop(self) -> None:
         """Stop the processes in the direction of the data, and last the monitor, which stores what they report."""
@@ -150,7 +146,7 @@ class PipelineRun:
         await transport.subscribe(results_topic(self._pipeline.source.site), on_result, qos=1)
 
     async def _wait_for_workers(self) -> None:
-        """Raises `SparseError` when a worker exits."""
+        """Wait until every stage has a worker, or for a shutdown. Raises `SparseError` when a worker exits."""
         stages = {stage.name for stage in self._pipeline.stage}
         while not stages <= self._presence.stages_up() and not self._shutdown.is_set():
             exited = [worker for worker in self._workers if worker.exit_status is not None]
@@ -203,7 +199,7 @@ class PipelineRun:
     def _restart_workers(self) -> None:
         for worker in self._workers:
             if worker.exit_status is not None:
-                if worker.restart_limit.is_reached or worker.exit_status == EXIT_USAGE:
+                if not worker.may_restart:
                     raise _exit_error(worker)
                 worker.start()
 

@@ -132,17 +132,15 @@ def stage_time(runs: Sequence[ReportRun]) -> ReportFigure:
 
 def _stage_order(runs: Sequence[ReportRun]) -> str:
     """The stages in order; a short part of a bar has no room for the name of its stage."""
-    labels_by_order: dict[tuple[str, ...], list[str]] = {}
+    labels_by_order: dict[str, list[str]] = defaultdict(list)
     for label, repeats in group_runs(runs).items():
-        stages = tuple(dict.fromkeys(stage for run in repeats for stage in run.metrics.stages))
-        if stages:
-            labels_by_order.setdefault(stages, []).append(label)
-    if not labels_by_order:
-        return ""
+        order = ", ".join(dict.fromkeys(stage for run in repeats for stage in run.metrics.stages))
+        labels_by_order[order].append(label)
+    labels_by_order.pop("", None)
     if len(labels_by_order) == 1:
-        return f"Stages in order: {', '.join(*labels_by_order)}."
-    orders = (f"{', '.join(labels)}: {', '.join(stages)}" for stages, labels in labels_by_order.items())
-    return f"Stages in order, for {'; for '.join(orders)}."
+        return f"Stages in order: {', '.join(labels_by_order)}."
+    orders = (f"{', '.join(labels)}: {order}" for order, labels in labels_by_order.items())
+    return f"Stages in order, for {'; for '.join(orders)}." if labels_by_order else ""
 
 
 def _request_times(runs: Sequence[ReportRun]) -> DataTable:
