@@ -89,15 +89,6 @@ class BrokerUnreachable(UsageError):
         self.reason_code = reason_code
 
 
-def no_broker_error(path: str, site: str) -> UsageError:
-    """Return the error where neither the command line, nor the file, nor the environment has a broker address."""
-    message = (
-        f"{path}: no broker address for site {site!r}: pass --broker mqtt://HOST:PORT, set SPARSE_BROKER, "
-        "or add a [[site]] with name and broker"
-    )
-    return UsageError("NoBroker", message, path=path, site=site)
-
-
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """Return " (did you mean 'x'?)" for the known name that is most like `name`, empty if none is."""
     close = difflib.get_close_matches(name, known, n=1)

@@ -27,8 +27,11 @@ class JsonlWriter:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: bytes that could not be written must not be written later, in the middle of another line.
-            self._file = path.open("ab", buffering=0)
-            self._torn = not _ends_with_newline(path)
+            self._file = path.open("ab+", buffering=0)
+            self._torn = self._file.seek(0, os.SEEK_END) > 0
+            if self._torn:
+                self._file.seek(-1, os.SEEK_END)
+                self._torn = self._file.read(1) != b"\n"
         except OSError as error:
             raise BadFile(str(path.parent), f"the results cannot be written: {error.strerror}") from None
 
@@ -62,11 +65,3 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield item
             elif line.strip():
                 log.warning("%s: skipped line %d, which is incomplete", path, number)
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        if not file.seek(0, os.SEEK_END):
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -183,6 +183,19 @@ def resolve_broker_address(
     return option or (from_parent and environment) or configured or environment or None
 
 
+def require_broker_address(
+    pipeline: Pipeline | None, site: str, option: str | None = None, *, from_parent: bool = False
+) -> str:
+    """As `resolve_broker_address`; raises `UsageError` ("NoBroker") if all are missing."""
+    if address := resolve_broker_address(pipeline, site, option, from_parent=from_parent):
+        return address
+    message = (
+        f"no broker address for site {site!r}: pass --broker mqtt://HOST:PORT, set SPARSE_BROKER, "
+        "or add a [[site]] with name and broker"
+    )
+    raise UsageError("NoBroker", f"{pipeline.path}: {message}" if pipeline else message, site=site)
+
+
 @contextlib.contextmanager
 def add_error_context(pipeline: Pipeline) -> Iterator[None]:
     """Add the file to errors about something that a key of the file names: a cut, a model, a video."""

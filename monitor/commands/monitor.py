@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, load_pipeline, resolve_broker_address
+from brokers.config.pipeline_file import Pipeline, load_pipeline, require_broker_address, resolve_broker_address
 from brokers.config.schema import LOCAL_SITE
-from brokers.errors import BrokerUnreachable, SparseError, no_broker_error
+from brokers.errors import BrokerUnreachable, SparseError
 from brokers.mqtt.client_identity import create_transport
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.broker_url import parse_address
@@ -69,9 +69,8 @@ def command(
     """
     pipeline = load_pipeline(file) if file else None
     site = pipeline.source.site if pipeline else LOCAL_SITE
-    address = resolve_broker_address(pipeline, site, broker, from_parent=with_parent)
-    if address is None and file is not None:
-        raise no_broker_error(str(file), site)
+    resolve = require_broker_address if pipeline else resolve_broker_address
+    address = resolve(pipeline, site, broker, from_parent=with_parent)
     node = platform.node() or "node"
     telemetry = TelemetryCollector(
         node,

@@ -11,10 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from brokers.config.pipeline_file import load_pipeline, resolve_broker_address
+from brokers.config.pipeline_file import load_pipeline, require_broker_address
 from brokers.config.schema import LOCAL_SITE
 from brokers.dispatch.worker_registry import PresenceListener, WorkerRegistry
-from brokers.errors import no_broker_error
 from brokers.mqtt.client_identity import create_transport
 from brokers.protocol.broker_url import parse_address
 from brokers.protocol.topics import all_presence_filter
@@ -42,9 +41,7 @@ def command(
     Example: sparse status --broker mqtt://127.0.0.1:1883
     """
     pipeline = load_pipeline(file) if file else None
-    address = resolve_broker_address(pipeline, pipeline.source.site if pipeline else LOCAL_SITE, broker)
-    if address is None:
-        raise no_broker_error(str(file or "sparse status"), LOCAL_SITE)
+    address = require_broker_address(pipeline, pipeline.source.site if pipeline else LOCAL_SITE, broker)
     registry = asyncio.run(_listen(address, pipeline.name if pipeline else "+"))
     workers = [(entry.record, not entry.is_live) for _, entry in sorted(registry.workers.items())]  # by topic
     sources = [(entry.record, not entry.is_live) for _, entry in sorted(registry.sources.items())]

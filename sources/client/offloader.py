@@ -22,13 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from brokers.config.pipeline_file import Pipeline, load_pipeline, resolve_broker_address
+from brokers.config.pipeline_file import Pipeline, load_pipeline, require_broker_address
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad, WorkerRecord
 from brokers.dispatch.stage_client import StageClient
 from brokers.dispatch.worker_registry import PresenceEvent
-from brokers.errors import Disconnected, NoWorker, RequestError, no_broker_error
-from brokers.mqtt.client_identity import create_transport
+from brokers.errors import Disconnected, NoWorker, RequestError
 from brokers.protocol.messages import Content, Failure, Message, Priority, Result, TaskDone, new_request_id
 from brokers.protocol.topics import source_inbox_topic
 from brokers.protocol.traceparent import TraceContext
@@ -38,7 +37,7 @@ from sources.client.adaptive_concurrency import AdaptiveConcurrency
 from sources.client.inflight_limit import InflightLimit, Slot
 from sources.client.pending_request import PendingRequest, failure_code
 from sources.client.request_table import RequestTable, count_bounded
-from sources.client.source_presence import RecentResultStats, SourcePresence
+from sources.client.source_presence import RecentResultStats, SourcePresence, create_source_transport
 from sources.conversion import from_content_like, to_content
 
 log = logging.getLogger(__name__)
@@ -80,8 +79,10 @@ class Offloader:
         self.failures_by_error: Counter[str] = Counter()
         # Samples that were dropped before they became requests, by reason; the owner of the input sets it.
         self.get_drop_counts: Callable[[], Mapping[str, int]] = dict
-        self.channel = MessageChannel(transport or self._make_transport(broker))
         site = self.pipeline.source.site
+        self.channel = MessageChannel(
+            transport or create_source_transport(self.name, require_broker_address(self.pipeline, site, broker))
+        )
         self._events = event_client_from_environment(
             os.environ, "source", self.name, site=site, pipeline=self.pipeline.name, source=self.name
         )
@@ -102,13 +103,6 @@ class Offloader:
         self._concurrency = AdaptiveConcurrency(lambda stage: len(self._workers_up(stage)))
         self._presence = SourcePresence(self.channel, self.pipeline, self.name, self._load)
         self._recent = RecentResultStats()
-
-    def _make_transport(self, broker: str | None) -> Transport:
-        address = resolve_broker_address(self.pipeline, self.pipeline.source.site, broker)
-        if address is None:
-            raise no_broker_error(self.pipeline.path, self.pipeline.source.site)
-        # Unique: the broker disconnects the older of two clients with one id.
-        return create_transport(address, client_id=f"source.{self.name}.{new_request_id()[:4].hex()}")
 
     def _workers_up(self, stage: str | None = None) -> list[WorkerRecord]:
         return self._first_stage.presence.registry.workers_up(time.monotonic(), stage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import secrets
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,8 @@ from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import LatencyPercentiles, SourceLoad, SourceRecord
 from brokers.dispatch.presence_publisher import PresencePublisher, describe_process
+from brokers.mqtt.client import MqttTransport
+from brokers.mqtt.client_identity import create_transport
 from brokers.mqtt.connect_errors import OperationRefused
 from brokers.telemetry.percentiles import percentiles
 
@@ -27,6 +30,12 @@ _RATE_WINDOW_S = 5.0
 _RECENT_RESULTS = 1024
 _MIN_RATE_WINDOW_S = 0.2
 _NAME_CHARACTERS = 64
+
+
+def create_source_transport(name: str, address: str) -> MqttTransport:
+    """A transport for source `name`, not yet connected."""
+    # Unique: the broker disconnects the older of two clients with one id.
+    return create_transport(address, client_id=f"source.{name}.{secrets.token_hex(4)}")
 
 
 class RecentResultStats:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import json as jsonlib
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, add_error_context, load_pipeline, resolve_broker_address
-from brokers.errors import no_broker_error
+from brokers.config.pipeline_file import Pipeline, add_error_context, load_pipeline, require_broker_address
 from brokers.process.files import new_run_folder
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import validate_name
@@ -42,18 +40,21 @@ def command(
     Example: sparse source examples/street.toml --broker mqtt://127.0.0.1:1883
     """
     pipeline = load_pipeline(file)
-    address = resolve_broker_address(pipeline, pipeline.source.site, broker, from_parent=with_parent)
-    if address is None:
-        raise no_broker_error(str(file), pipeline.source.site)
+    address = require_broker_address(pipeline, pipeline.source.site, broker, from_parent=with_parent)
     folder = out or new_run_folder(Path("runs"), pipeline.name)
     shutdown = ShutdownEvent()
-    with add_error_context(pipeline):
+
+    async def run() -> dict[str, Any]:
+        shutdown.install_signal_handlers()
+        if with_parent:
+            exit_with_parent(shutdown)
         if pipeline.is_training:
-            name = validate_name("source", name or pipeline.source.name)
-            running = _train(pipeline, address, name, folder, resume, pictures, shutdown)
-        else:
-            running = _infer(pipeline, address, folder, pictures, shutdown)
-        summary = asyncio.run(_run_until_shutdown(running, shutdown, with_parent))
+            source_name = validate_name("source", name or pipeline.source.name)
+            return await _train(pipeline, address, source_name, folder, resume, pictures, shutdown)
+        return await _infer(pipeline, address, folder, pictures, shutdown)
+
+    with add_error_context(pipeline):
+        summary = asyncio.run(run())
     if json:
         print(jsonlib.dumps(summary))  # noqa: T201 - the output of the command
     else:
@@ -62,15 +63,6 @@ def command(
         return EXIT_INTERRUPTED
     is_complete = pipeline.is_training or summary["results"] == summary["requests"]
     return 0 if is_complete or shutdown.is_set() else 1
-
-
-async def _run_until_shutdown(
-    running: Coroutine[Any, Any, dict[str, Any]], shutdown: ShutdownEvent, with_parent: bool
-) -> dict[str, Any]:
-    shutdown.install_signal_handlers()
-    if with_parent:
-        exit_with_parent(shutdown)
-    return await running
 
 
 async def _infer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy
@@ -11,61 +12,55 @@ from brokers.errors import UsageError
 from sources.datasets.dataset import Examples, Inputs, Labels
 
 SHIFT_DIVISOR = 8  # augmentation shifts by up to an eighth of the side: the usual 4 pixels for the 32 of CIFAR
-# Random streams below one seed. The stream precedes the step number: numpy pads a short seed with zeros, so (seed, 1)
-# and (seed, 1, 0) would be equal.
+# Random streams below one seed, modulo 2^64: numpy's are not negative. The stream precedes the step number: numpy pads
+# a short seed with zeros, so (seed, 1) and (seed, 1, 0) would be equal.
 ORDER_STREAM = 0
 AUGMENTATION_STREAM = 1
 
 
+@dataclass(frozen=True)
 class Batches:
     """The batches of any number of epochs.
 
-    An epoch has each example once; its last batch is smaller if `batch` does not divide their number. `seed` with the
-    number of the epoch or step determines the order (`shuffle`) and the augmentation (`augment`): a shift by up to an
-    eighth of the side, filled with black, and with `horizontal_flip` a mirror image for half of the pictures.
+    An epoch has each example once; its last batch is smaller if `batch_size` does not divide their number. `seed` with
+    the number of the epoch or step determines the order (`shuffle`) and the augmentation (`augment`): a shift by up to
+    an eighth of the side, filled with black, and with `horizontal_flip` a mirror image for half of the pictures.
 
     Raises `UsageError` ("CannotAugment") for inputs that are not pictures.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        batch: int,
-        seed: int = 0,
-        *,
-        shuffle: bool = True,
-        augment: bool = False,
-        horizontal_flip: bool = False,
-    ) -> None:
-        if augment and examples.inputs.ndim != 4:
-            shape = list(examples.inputs.shape[1:])
+    examples: Examples
+    batch_size: int
+    seed: int = 0
+    _: KW_ONLY
+    shuffle: bool = True
+    augment: bool = False
+    horizontal_flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.augment and self.examples.inputs.ndim != 4:
+            shape = list(self.examples.inputs.shape[1:])
             message = f"only pictures (C, H, W) can be augmented, the inputs of this data set are {shape}"
             raise UsageError("CannotAugment", message, key="training.augment")
-        self._examples = examples
-        self._batch = batch
-        self._seed = seed % 2**64  # numpy's seeds are not negative
-        self._shuffle = shuffle
-        self._augment = augment
-        self._horizontal_flip = horizontal_flip
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._examples) // self._batch)
+        return -(-len(self.examples) // self.batch_size)
 
     def batch(self, step: int) -> tuple[Inputs, Labels]:
         """Copies of the inputs (B, ...) and labels (B,) of a step, counted from 0 over all epochs."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        rows = self._order(epoch)[index * self._batch : (index + 1) * self._batch]
-        inputs, labels = self._examples.inputs[rows], self._examples.labels[rows]
-        if self._augment:
-            inputs = self._augmented(inputs, numpy.random.default_rng((self._seed, AUGMENTATION_STREAM, step)))
+        rows = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        inputs, labels = self.examples.inputs[rows], self.examples.labels[rows]
+        if self.augment:
+            inputs = self._augmented(inputs, numpy.random.default_rng((self.seed % 2**64, AUGMENTATION_STREAM, step)))
         return inputs, labels
 
     def _order(self, epoch: int) -> NDArray[numpy.int64]:
         """The row numbers of an epoch in its order, (N,)."""
-        if not self._shuffle:
-            return numpy.arange(len(self._examples))
-        return numpy.random.default_rng((self._seed, ORDER_STREAM, epoch)).permutation(len(self._examples))
+        if not self.shuffle:
+            return numpy.arange(len(self.examples))
+        return numpy.random.default_rng((self.seed % 2**64, ORDER_STREAM, epoch)).permutation(len(self.examples))
 
     def _augmented(self, pictures: NDArray[Any], random: numpy.random.Generator) -> NDArray[Any]:
         """Shift and mirror pictures (B, C, H, W) in one gather."""
@@ -74,7 +69,7 @@ class Batches:
         padded = numpy.pad(pictures, ((0, 0), (0, 0), (down, down), (right, right)))
         rows = random.integers(0, 2 * down + 1, (count, 1)) + numpy.arange(height)  # (B, H)
         columns = random.integers(0, 2 * right + 1, (count, 1)) + numpy.arange(width)  # (B, W)
-        if self._horizontal_flip:
+        if self.horizontal_flip:
             flipped = random.random((count, 1)) < 0.5
             columns = numpy.where(flipped, columns[:, ::-1], columns)
         picture = numpy.arange(count)[:, numpy.newaxis, numpy.newaxis]

@@ -79,7 +79,7 @@ class Gallery:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
-        frames = [scored.item for scored in self._best.best()]
+        frames = self._best.best()
         if not frames:
             return {"frames": []}
         (self.folder / "frames").mkdir(parents=True, exist_ok=True)

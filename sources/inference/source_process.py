@@ -45,9 +45,11 @@ async def run_inference(
         offloader.get_drop_counts = drop_counts
         run = InferenceRun(offloader, buffer, folder.add)
         if source is not None:
-            feeding = _feed_from_source(source, buffer, shutdown, pipeline.source.limit)
+            feeding = feed_from_source(source, buffer, shutdown, pipeline.source.limit)
         else:
-            gateway = _make_gateway(pipeline, address, offloader, run, buffer)
+            durable = pipeline.source.keep == "all"
+            transport = create_session_transport(pipeline, address) if durable else offloader.channel.transport
+            gateway = IngressGateway(transport, pipeline.source.site, buffer, run.reject, durable=durable)
             stack.push_async_callback(gateway.stop)
             feeding = _feed_from_ingress(gateway, pipeline.source.site, shutdown)
         error = await _feed_and_drain(feeding, run, buffer, offloader, shutdown)
@@ -95,14 +97,6 @@ async def _feed_and_drain(
     return error
 
 
-def _make_gateway(
-    pipeline: Pipeline, address: str, offloader: Offloader, run: InferenceRun, buffer: SampleBuffer
-) -> IngressGateway:
-    durable = pipeline.source.keep == "all"
-    transport = create_session_transport(pipeline, address) if durable else offloader.channel.transport
-    return IngressGateway(transport, pipeline.source.site, buffer, run.reject, durable=durable)
-
-
 async def _feed_from_ingress(gateway: IngressGateway, site: str, shutdown: asyncio.Event) -> None:
     await gateway.start()
     log.info("publish pictures or readings to sparse/%s/ingress/NAME", site)
@@ -110,28 +104,15 @@ async def _feed_from_ingress(gateway: IngressGateway, site: str, shutdown: async
     await gateway.drain()
 
 
-async def _feed_from_source(source: Source, buffer: SampleBuffer, shutdown: asyncio.Event, limit: int | None) -> None:
-    """Feed at most `limit` samples of a source, until it is exhausted or `shutdown` is set."""
-    running = asyncio.create_task(run_source(source, buffer, limit), name="source")
-    stopping = asyncio.create_task(shutdown.wait(), name="shutdown")
-    try:
-        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        source.close()
-        buffer.close()
-        await asyncio.wait({running}, timeout=_CLOSE_TIMEOUT_S)
-        if running.done():
-            running.result()
-        else:
-            log.warning("source %s did not end %g s after it was closed", source.name, _CLOSE_TIMEOUT_S)
-    finally:
-        stopping.cancel()
-        running.cancel()
+async def feed_from_source(
+    source: Source, buffer: SampleBuffer, shutdown: asyncio.Event, limit: int | None = None
+) -> None:
+    """Run a source's generator in its own thread, into the buffer; raise what it raises.
 
-
-async def run_source(source: Source, buffer: SampleBuffer, limit: int | None = None) -> None:
-    """Run a source's generator in its own thread, into the buffer, until it ends; raise what it raises."""
+    Returns when it is exhausted, after `limit` samples, and at `shutdown`.
+    """
     loop = asyncio.get_running_loop()
-    ended: asyncio.Queue[BaseException | None] = asyncio.Queue()
+    ended: asyncio.Future[BaseException | None] = loop.create_future()
 
     def generate() -> None:
         error: BaseException | None = None
@@ -141,16 +122,23 @@ async def run_source(source: Source, buffer: SampleBuffer, limit: int | None = N
                     loop.call_soon_threadsafe(buffer.put_nowait, sample)
                 else:
                     asyncio.run_coroutine_threadsafe(buffer.put(sample), loop).result()
-        except BaseException as raised:  # noqa: BLE001 - raised by `run_source`
+        except BaseException as raised:  # noqa: BLE001 - raised by `feed_from_source`
             error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed: `run_source` was cancelled
-            loop.call_soon_threadsafe(ended.put_nowait, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the run was cancelled
+            loop.call_soon_threadsafe(ended.set_result, error)
 
-    # Not an executor's thread: those are joined at exit, and a source may block for longer than anyone waits.
+    # Not an executor's thread: those are joined at exit, and a source may block for long.
     threading.Thread(target=generate, name=f"source-{source.name}", daemon=True).start()
+    stopping = asyncio.create_task(shutdown.wait(), name="shutdown")
+    futures: set[asyncio.Future[Any]] = {ended, stopping}
     try:
-        if (error := await ended.get()) is not None:
-            raise error
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
     finally:
+        stopping.cancel()
         source.close()
         buffer.close()
+    await asyncio.wait({ended}, timeout=_CLOSE_TIMEOUT_S)
+    if not ended.done():
+        log.warning("source %s did not end %g s after it was closed", source.name, _CLOSE_TIMEOUT_S)
+    elif (error := ended.result()) is not None:
+        raise error

@@ -13,15 +13,13 @@ from urllib.parse import urlsplit
 
 import av
 import av.error
-import av.logging
 from av.container import InputContainer
 
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
 from brokers.process.backoff import Backoff
 from sources.inputs.sample import Sample
-from sources.inputs.source import Source
-from sources.inputs.video import image_sample, to_upright_image
+from sources.inputs.video import VideoSource
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ class CameraUnavailable(UsageError):
         super().__init__("CameraUnavailable", f"camera {device}: {reason}", key="source.device", device=device)
 
 
-class Camera(Source):
+class Camera(VideoSource):
     """Yields the newest frame of a camera each time one is requested; frames in between count as dropped.
 
     `device` is a number (`/dev/video0`; on macOS the first camera), a device path, or a URL: `rtsp://`, `http://`
@@ -52,17 +50,15 @@ class Camera(Source):
     live = True
 
     def __init__(self, table: SourceTable) -> None:
+        super().__init__(table)
         device = "0" if table.device is None else str(table.device)
-        self.name = table.name
         self.device = _without_password(device)
         self._file, self._format, self._options = _ffmpeg_input(device)
-        self._table = table
-        self._closed = threading.Event()
         self._changed = threading.Condition()
         self._newest: tuple[av.VideoFrame, float] | None = None  # with its time of arrival, monotonic seconds
 
     def samples(self) -> Iterator[Sample]:
-        container = self._open()
+        container = self._connect()
         reader = threading.Thread(target=self._read, args=(container,), name=f"camera-{self.name}", daemon=True)
         reader.start()
         try:
@@ -70,13 +66,13 @@ class Camera(Source):
                 if (newest := self._wait_for_frame()) is None:
                     return
                 frame, arrival_s = newest
-                yield image_sample(self._table, index, to_upright_image(frame), arrival_s)
+                yield self._make_sample(index, frame, arrival_s)
         finally:
             self.close()
             reader.join(READ_TIMEOUT_S)
 
     def close(self) -> None:
-        self._closed.set()
+        super().close()
         with self._changed:
             self._changed.notify_all()
 
@@ -107,15 +103,6 @@ class Camera(Source):
                 log.warning("camera %s: %s after %d frames; reopening it", self.device, reason, frames)
             container = self._reopen(backoff)
 
-    def _decode(self, container: InputContainer) -> Iterator[av.VideoFrame]:
-        for packet in container.demux(container.streams.video[0]):
-            if self._closed.is_set():
-                return
-            try:
-                yield from packet.decode()
-            except av.error.InvalidDataError:  # packet loss: decoding recovers at the next key frame
-                self.unreadable += 1
-
     def _offer(self, frame: av.VideoFrame) -> None:
         with self._changed:
             self.dropped += self._newest is not None
@@ -126,29 +113,23 @@ class Camera(Source):
         delay_s = backoff.next_s()
         while not self._closed.wait(delay_s):
             try:
-                return self._open()
+                return self._connect()
             except CameraUnavailable as error:
                 delay_s = backoff.next_s()
                 log.info("%s; next attempt in %.1f s", error, delay_s)
         return None
 
-    def _open(self) -> InputContainer:
-        av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to the terminal; PyAV raises its errors anyway
+    def _connect(self) -> InputContainer:
+        timeout = (OPEN_TIMEOUT_S, READ_TIMEOUT_S)
         try:
-            timeout = (OPEN_TIMEOUT_S, READ_TIMEOUT_S)
-            container = av.open(self._file, format=self._format, options=self._options, timeout=timeout)
-        except PermissionError as error:
-            raise CameraUnavailable(self.device, "permission denied: add this user to the group 'video'") from error
-        except (
-            OSError,
-            ValueError,
-            av.error.FFmpegError,
-        ) as error:  # ValueError: a format that FFmpeg was built without
-            raise CameraUnavailable(self.device, getattr(error, "strerror", None) or str(error)) from error
-        if not container.streams.video:
-            container.close()
-            raise CameraUnavailable(self.device, "connected, but it sends no video stream")
-        return container
+            return self._open(self._file, format=self._format, options=self._options, timeout=timeout)
+        except CameraUnavailable as error:
+            if isinstance(error.__cause__, PermissionError):
+                raise self._error("permission denied: add this user to the group 'video'") from error
+            raise
+
+    def _error(self, reason: str) -> CameraUnavailable:
+        return CameraUnavailable(self.device, reason)
 
 
 def _ffmpeg_input(device: str) -> tuple[str, str | None, dict[str, str]]:

@@ -30,7 +30,7 @@ def make_source(table: SourceTable, folder: Path) -> Source:
 
         return Camera(table)
     if kind in DATASET_KINDS:
-        from sources.inputs.dataset_source import DatasetSource
+        from sources.inputs.images import DatasetSource
 
         return DatasetSource(make_dataset(table, folder), table.name, loop=table.loop)
     if kind == "video":

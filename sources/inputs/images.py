@@ -1,19 +1,25 @@
-"""A folder of pictures as a source: each JPEG or PNG file is one sample, sent unchanged."""
+"""Pictures as a source: the JPEG and PNG files of a folder, sent unchanged, or the test set of a data set."""
 
 from __future__ import annotations
 
 import functools
+import io
+import itertools
 import logging
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
+from PIL import Image
+
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
 from brokers.process.image_decode import decode_picture
 from brokers.protocol.media_type import JPEG_SIGNATURE, PNG_SIGNATURE
 from brokers.protocol.messages import JPEG, PNG
+from sources.datasets.dataset import Dataset
 from sources.inputs.sample import Sample
 from sources.inputs.source import Source
 
@@ -78,6 +84,31 @@ class ImageFolder(Source):
     def _skip(self, file: Path, reason: str) -> None:
         self.unreadable += 1
         log.warning("skipped %s: %s", file, reason)
+
+
+class DatasetSource(Source):
+    """Yields the test pictures of a data set in order, as PNG. Raises what `Dataset.test` raises."""
+
+    def __init__(self, dataset: Dataset, name: str, *, loop: bool = False) -> None:
+        self.name = name
+        self._pictures = dataset.test().inputs.transpose(0, 2, 3, 1)  # (N, H, W, 3)
+        self._loop = loop
+        self._closed = threading.Event()
+
+    def samples(self) -> Iterator[Sample]:
+        for index in itertools.count():
+            if self._closed.is_set() or (index == len(self._pictures) and not self._loop):
+                return
+            yield self._sample(index)
+
+    def _sample(self, index: int) -> Sample:
+        picture = numpy.ascontiguousarray(self._pictures[index % len(self._pictures)], numpy.uint8)
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        return Sample(self.name, index, file.getvalue(), PNG, lambda: picture)
+
+    def close(self) -> None:
+        self._closed.set()
 
 
 def _find_files(path: Path, pattern: str | None) -> tuple[Path, ...]:

@@ -34,7 +34,17 @@ class SampleBuffer:
 
     def put_nowait(self, sample: Sample) -> None:
         """Add a sample of a source that cannot wait; samples it displaces are dropped and counted."""
-        self._add(sample)
+        key = sample.source if self.keeps_latest else object()
+        if (older := self._queue.get(key)) is not None:
+            # Assigning to an existing key keeps its position in the queue, so no source starves another.
+            self.dropped["superseded"] += 1
+            self._count(older, -1)
+        self._queue[key] = sample
+        self._count(sample, 1)
+        while self._droppable > BACKLOG_LIMIT or (self._droppable_bytes > BACKLOG_LIMIT_BYTES and self._droppable > 1):
+            oldest = next(key for key, waiting in self._queue.items() if waiting.ack is None)
+            self._count(self._queue.pop(oldest), -1)
+            self.dropped["backlog_full"] += 1
         self._changed.set()
 
     async def get(self) -> Sample | None:
@@ -56,19 +66,6 @@ class SampleBuffer:
         while not predicate():
             self._changed.clear()
             await self._changed.wait()
-
-    def _add(self, sample: Sample) -> None:
-        key = sample.source if self.keeps_latest else object()
-        if (older := self._queue.get(key)) is not None:
-            # Assigning to an existing key keeps its position in the queue, so no source starves another.
-            self.dropped["superseded"] += 1
-            self._count(older, -1)
-        self._queue[key] = sample
-        self._count(sample, 1)
-        while self._droppable > BACKLOG_LIMIT or (self._droppable_bytes > BACKLOG_LIMIT_BYTES and self._droppable > 1):
-            oldest = next(key for key, waiting in self._queue.items() if waiting.ack is None)
-            self._count(self._queue.pop(oldest), -1)
-            self.dropped["backlog_full"] += 1
 
     def _count(self, sample: Sample, change: Literal[1, -1]) -> None:
         if sample.ack is None:

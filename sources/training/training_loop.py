@@ -92,13 +92,10 @@ class TrainingLoop:
         """Subscribe to the responses and to the presence of the stages; the channel must be open."""
         await self._channel.subscribe(self.step_runner.inbox, self.step_runner.on_message)
         await self.membership.open()
-        self._channel.transport.on_reconnect(self._on_reconnect)
+        self._channel.transport.on_reconnect(self.step_runner.on_reconnect)
 
     async def close(self) -> None:
         await self.membership.close()
-
-    async def _on_reconnect(self) -> None:
-        self.step_runner.on_connection_lost()
 
     def stop(self) -> None:
         """Stop after the current step, which then includes a checkpoint."""

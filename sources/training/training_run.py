@@ -14,13 +14,12 @@ from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
 from brokers.dispatch.worker_registry import PresenceListener, WorkerRegistry
 from brokers.errors import SparseError, UsageError
-from brokers.mqtt.client_identity import create_transport
-from brokers.protocol.messages import JSON, new_request_id
+from brokers.protocol.messages import JSON
 from brokers.protocol.result_json import encode_json
 from brokers.protocol.topics import results_topic, source_presence_topic
 from brokers.protocol.transport import Properties
 from brokers.telemetry.client import event_client_from_environment
-from sources.client.source_presence import SourcePresence
+from sources.client.source_presence import SourcePresence, create_source_transport
 from sources.datasets.dataset import Dataset
 from sources.training.membership import TermOver
 from sources.training.run_folder import TrainingRunFolder, write_weights
@@ -42,11 +41,10 @@ class TrainingRun:
     def __init__(
         self, pipeline: Pipeline, address: str, name: str, dataset: Dataset, folder: TrainingRunFolder, *, resume: bool
     ) -> None:
-        transport = create_transport(address, client_id=f"source.{name}.{new_request_id()[:4].hex()}")
         self._pipeline = pipeline
         self._name = name
         self._folder = folder
-        self._channel = MessageChannel(transport)
+        self._channel = MessageChannel(create_source_transport(name, address))
         self._loop = TrainingLoop(pipeline, dataset, name, self._channel, self._on_event, resume=resume)
         self._presence = SourcePresence(self._channel, pipeline, name, self._load)
         self._telemetry = event_client_from_environment(

@@ -118,8 +118,8 @@ class StepRunner:
             _record_response(self._step, message)
         self._membership.changed.set()
 
-    def on_connection_lost(self) -> None:
-        """The connection broke: messages in transit may be lost."""
+    async def on_reconnect(self) -> None:
+        """Messages in transit when the connection broke may be lost."""
         self._connection_lost = True
         self._membership.changed.set()
 

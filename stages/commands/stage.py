@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, add_error_context, load_pipeline, resolve_broker_address
+from brokers.config.pipeline_file import Pipeline, add_error_context, load_pipeline, require_broker_address
 from brokers.config.schema import LOCAL_SITE, StageTable
-from brokers.errors import no_broker_error
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import validate_name
 from brokers.telemetry.client import EventClient, event_client_from_environment
@@ -51,9 +50,7 @@ def command(
 
     pipeline = load_pipeline(file)
     stage = pipeline.find_stage(name)
-    address = resolve_broker_address(pipeline, stage.site, broker, from_parent=with_parent)
-    if address is None:
-        raise no_broker_error(str(file), stage.site)
+    address = require_broker_address(pipeline, stage.site, broker, from_parent=with_parent)
     worker_id = validate_name("worker", worker or f"{platform.node()[:40] or LOCAL_SITE}-{os.getpid()}")
     # The client id is unique: with a repeated one the broker would disconnect a worker of the same worker id, before
     # this worker is refused.

@@ -19,8 +19,8 @@ from sources import Dataset, Examples
 from sources.datasets import digits
 from sources.datasets.cifar10 import Cifar10
 from sources.datasets.digits import Digits
-from sources.inputs.dataset_source import DatasetSource
 from sources.inputs.factory import make_dataset
+from sources.inputs.images import DatasetSource
 from tests.support.brokers.ports import free_port
 from tests.support.errors import raises_error
 

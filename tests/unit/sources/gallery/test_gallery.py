@@ -221,7 +221,7 @@ def test_best_frames_are_spread_over_the_stream() -> None:
     for position in range(1000):
         score = 0.9 if position % 250 == 100 else 0.5 if 400 <= position < 420 else 0.1
         best.offer(score, lambda: position)  # noqa: B023 - called at once
-    assert [scored.item for scored in best.best()] == [100, 350, 600, 850]
+    assert best.best() == [100, 350, 600, 850]
 
 
 def test_frames_without_detections_are_a_last_resort() -> None:
@@ -230,7 +230,7 @@ def test_frames_without_detections_are_a_last_resort() -> None:
         best.offer(0.0, lambda: 0)
     assert len(best.best()) == 2
     best.offer(0.3, lambda: 1)
-    assert [scored.item for scored in best.best()] == [1]
+    assert best.best() == [1]
 
 
 def test_number_of_candidates_is_bounded() -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 
 from brokers.protocol.messages import JSON
-from sources.inference.source_process import run_source
+from sources.inference.source_process import feed_from_source
 from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
 from sources.inputs.source import Source
@@ -42,7 +42,7 @@ def run(source: FakeSource, keep: Literal["all", "latest"] = "all", limit: int |
     async def main() -> list[int]:
         buffer = SampleBuffer(keep)
         received: list[int] = []
-        running = asyncio.create_task(run_source(source, buffer, limit))
+        running = asyncio.create_task(feed_from_source(source, buffer, asyncio.Event(), limit))
         while (sample := await asyncio.wait_for(buffer.get(), WAIT_S)) is not None:
             received.append(sample.index)
         await running
@@ -84,3 +84,25 @@ def test_generator_runs_in_a_thread_named_after_its_source() -> None:
 
     run(FakeSource(generate))
     assert names == ["source-fake"]
+
+
+def test_shutdown_closes_a_source_that_blocks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sources.inference.source_process._CLOSE_TIMEOUT_S", 0.01)
+    go_on = threading.Event()
+
+    def generate() -> Iterator[Sample]:
+        go_on.wait(WAIT_S)
+        yield from samples(0)
+
+    async def main() -> None:
+        shutdown = asyncio.Event()
+        shutdown.set()
+        await feed_from_source(source, SampleBuffer("all"), shutdown)
+
+    source = FakeSource(generate)
+    asyncio.run(main())
+    go_on.set()
+    assert source.closed
+    assert "did not end" in caplog.text
