@@ -140,7 +140,7 @@ def test_source_that_ignores_close_is_abandoned(sandbox: ProcessSandbox) -> None
 
 
 def test_services_exit_at_a_signal(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
-    """SIGTERM, with which service managers stop what has no end, is no failure."""
+    """SIGTERM, with which service managers stop endless sources, is no failure."""
     broker_option = ("--broker", embedded_broker.address)
     path = write_pipeline_file(sandbox.folder, STAGES, name="door")
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):

@@ -55,7 +55,7 @@ def make_task(values: NDArray[np.float32] | None = None) -> Task:
 
 
 class RecordingTransport(MemoryTransport):
-    """Keeps what is sent through it, and may hide the placer: a transport need not ask where to write."""
+    """Keeps the messages sent through it, and may hide the placer: a transport need not ask where to write."""
 
     def __init__(self, hub: MemoryBroker, *, with_buffer_provider: bool = True) -> None:
         super().__init__(hub)

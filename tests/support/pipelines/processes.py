@@ -73,7 +73,7 @@ class CommandResult:
 
 
 class RunningCommand:
-    """A command that was started, in its own session as in a terminal of its own."""
+    """A command that was started, in its own session, as in a terminal."""
 
     def __init__(self, process: Process, stdout: Path, stderr: Path) -> None:
         self.process = process
