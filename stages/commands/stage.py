@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from brokers.config.pipeline_file import Pipeline, add_error_context, load_pipeline, require_broker_address
+from brokers.config.pipeline_file import add_error_context, load_pipeline, require_broker_address
 from brokers.config.schema import LOCAL_SITE, StageTable
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import validate_name
-from brokers.telemetry.client import EventClient, event_client_from_environment
+from brokers.telemetry.client import event_client_from_environment
+from stages.worker.worker_context import WorkerContext
 
 # Imported where they are used: a stage of plain functions starts, and stays small, without torch.
 if TYPE_CHECKING:
     from brokers.protocol.transport import Transport
     from stages.executor import TaskExecutor
-    from stages.training.training_worker import TrainingWorker
-    from stages.worker.inference_worker import InferenceWorker
     from stages.worker.stage_worker import StageWorker
 
 
@@ -56,64 +55,53 @@ def command(
     # this worker is refused.
     client_id = f"{pipeline.name}.{stage.name}.{worker_id}.{secrets.token_hex(4)}"
     transport = create_transport(address, client_id=client_id)  # bad credentials are reported before a model is loaded
-    count = threads or stage.threads or 1
     place = {"site": stage.site, "pipeline": pipeline.name, "stage": stage.name, "worker": worker_id}
     with (
         add_error_context(pipeline),
         event_client_from_environment(os.environ, "stage", worker_id, **place) as events,
     ):
-        stage_worker: StageWorker
-        if pipeline.is_training:
-            stage_worker = _training_worker(transport, pipeline, stage, worker_id, count, checkpoints, events)
-        else:
-            stage_worker = _inference_worker(transport, pipeline, stage, worker_id, count, events)
-        return asyncio.run(_serve(stage_worker, transport.address, with_parent))
+        compute_threads = threads or stage.threads or 1
+        context = WorkerContext(pipeline, stage, worker_id, _resolve_device(stage), compute_threads, events)
+        return asyncio.run(_serve(_make_worker(transport, context, checkpoints), transport.address, with_parent))
 
 
-def make_executor(pipeline: Pipeline, stage: StageTable, threads: int) -> tuple[TaskExecutor, str]:
-    """Return the stage's own executor, or that of its part of the model, and the device that it runs on."""
-    if stage.executor is not None:
-        from stages.executor import load_executor
+def _resolve_device(stage: StageTable) -> str:
+    if stage.executor is None:
+        from stages.worker.model_executor import resolve_device
 
-        # "auto" is not resolved, which needs torch: an executor that uses torch can do so itself.
-        device = "cpu" if stage.device == "auto" else stage.device
-        return load_executor(stage.executor, stage.settings, str(pipeline.folder)), device
-    from stages.worker.model_executor import ModelExecutor, resolve_device
-
-    device = resolve_device(stage.device)
-    return ModelExecutor(pipeline, stage, device=device, threads=threads), device
+        return resolve_device(stage.device)
+    # "auto" is not resolved, which needs torch: an executor that uses torch can do so itself.
+    return "cpu" if stage.device == "auto" else stage.device
 
 
-def _inference_worker(
-    transport: Transport, pipeline: Pipeline, stage: StageTable, worker_id: str, threads: int, events: EventClient
-) -> InferenceWorker:
-    executor, device = make_executor(pipeline, stage, threads)
-    from stages.worker.inference_worker import InferenceWorker
+def _make_worker(transport: Transport, context: WorkerContext, checkpoints: Path | None) -> StageWorker:
+    pipeline = context.pipeline
+    if not pipeline.is_training:
+        executor = make_executor(context)
+        from stages.worker.inference_worker import InferenceWorker
 
-    return InferenceWorker(transport, pipeline, stage, executor, worker_id, device, events)
-
-
-def _training_worker(
-    transport: Transport,
-    pipeline: Pipeline,
-    stage: StageTable,
-    worker_id: str,
-    threads: int,
-    checkpoints: Path | None,
-    events: EventClient,
-) -> TrainingWorker:
+        return InferenceWorker(transport, context, executor)
     from stages.training.malloc_tuning import tune_malloc
     from stages.training.part_trainer import PartTrainer
     from stages.training.training_worker import TrainingWorker
-    from stages.worker.model_executor import resolve_device
 
     tune_malloc()
-    device = resolve_device(stage.device)
-    trainer = PartTrainer(pipeline, stage, device=device, threads=threads)
     configured = pipeline.training.checkpoints
     default = pipeline.folder / configured if configured else Path("checkpoints") / pipeline.name
-    folder = (checkpoints or default) / stage.name
-    return TrainingWorker(transport, pipeline, stage, trainer, worker_id, device, folder, events)
+    folder = (checkpoints or default) / context.stage.name
+    return TrainingWorker(transport, context, PartTrainer(context), folder)
+
+
+def make_executor(context: WorkerContext) -> TaskExecutor:
+    """Return the stage's own executor, or that of its part of the model."""
+    stage = context.stage
+    if stage.executor is not None:
+        from stages.executor import load_executor
+
+        return load_executor(stage.executor, stage.settings, str(context.pipeline.folder))
+    from stages.worker.model_executor import ModelExecutor
+
+    return ModelExecutor(context)
 
 
 async def _serve(worker: StageWorker, address: str, with_parent: bool) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brokers.config.pipeline_file import Pipeline
 from brokers.errors import UsageError
 from brokers.process.image_decode import RgbImage
 from brokers.process.import_string import CannotLoad, describe_exception, import_string
@@ -103,6 +104,19 @@ def get_model_spec(
     if name in YOLO_MODELS:
         return _yolo(name, arguments, threshold, nms)
     return _from_factory(name, arguments, folder or os.getcwd())
+
+
+def pipeline_model_spec(pipeline: Pipeline) -> ModelSpec:
+    """Return the model of a pipeline. Raises as `get_model_spec`."""
+    table = pipeline.pipeline
+    return get_model_spec(
+        table.model or "",
+        settings=table.model_settings,
+        labels=() if pipeline.is_training else table.labels,  # results of training have no class names
+        threshold=table.threshold,
+        nms=table.nms,
+        folder=str(pipeline.folder),
+    )
 
 
 def _yolo(name: str, settings: Mapping[str, Any], threshold: float, nms: float) -> ModelSpec:

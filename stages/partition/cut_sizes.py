@@ -11,7 +11,7 @@ from torch import Tensor
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import UsageError
-from stages.models.registry import ModelSpec, get_model_spec
+from stages.models.registry import ModelSpec, pipeline_model_spec
 from stages.partition.part_loader import META_DEVICE
 from stages.partition.partition import layer_names, partition
 
@@ -39,12 +39,14 @@ def measure_cuts(pipeline: Pipeline, *, every: bool = False) -> list[CutSize]:
     """Return the sizes of the file's cuts, or of every possible cut as if it were the only one; empty without a model.
 
     Raises `UsageError` "NoExampleInput" if the model's input shape is unknown or does not work, and the errors of
-    `get_model_spec` and `partition`.
+    `pipeline_model_spec` and `partition`.
     """
     cuts = pipeline.pipeline.cuts
     if pipeline.pipeline.model is None or not (cuts or every):
         return []
-    spec = _spec_with_input_shape(pipeline)
+    spec = pipeline_model_spec(pipeline)
+    if spec.input_shape is None:
+        raise _example_error(spec, "its factory has no attribute `input_shape`")
     stages = [stage for stage in pipeline.stage if stage.executor is None]
     links = [(stage, receiver) for stage in stages if (receiver := pipeline.next_stage(stage))]
     if every:
@@ -54,21 +56,6 @@ def measure_cuts(pipeline: Pipeline, *, every: bool = False) -> list[CutSize]:
         links = [(stages[0], stages[-1])] * len(cuts)
     outputs = _run_parts(spec, cuts, pipeline.is_training, rows_per_message(pipeline))
     return [_cut_size(after, *link, tensors) for after, link, tensors in zip(cuts, links, outputs, strict=False)]
-
-
-def _spec_with_input_shape(pipeline: Pipeline) -> ModelSpec:
-    table = pipeline.pipeline
-    spec = get_model_spec(
-        table.model or "",
-        settings=table.model_settings,
-        labels=table.labels,
-        threshold=table.threshold,
-        nms=table.nms,
-        folder=str(pipeline.folder),
-    )
-    if spec.input_shape is None:
-        raise _example_error(spec, "its factory has no attribute `input_shape`")
-    return spec
 
 
 def _run_parts(spec: ModelSpec, cuts: tuple[int, ...], training: bool, rows: int) -> Iterator[dict[str, Tensor]]:

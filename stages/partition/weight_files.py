@@ -30,15 +30,15 @@ PUBLISHED_WEIGHTS: dict[str, tuple[str, str, tuple[DownloadOrigin, ...]]] = {
 }
 
 
-def find_weights(name_or_path: str, *, cache: Path | None = None) -> Path:
-    """Return the path of a weights file; one with a registered name is downloaded into the cache first.
+def find_weights(name: str, folder: Path | None = None, *, cache: Path | None = None) -> Path:
+    """Return the path of a weights file, relative to `folder` or to the current one; a published one is downloaded.
 
     Raises `UsageError` "UnknownWeights", and the errors of `brokers.process.download_cache.fetch_file`.
     """
-    if name_or_path in PUBLISHED_WEIGHTS:
-        return fetch_file(*PUBLISHED_WEIGHTS[name_or_path], cache)
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
-        message = f"weights {name_or_path!r}: expected a file, or one of {', '.join(sorted(PUBLISHED_WEIGHTS))}"
-        raise UsageError("UnknownWeights", message, key="pipeline.weights", name=name_or_path)
-    return path
+    for path in ((folder or Path()) / name, Path(name).expanduser()):
+        if path.is_file():
+            return path
+    if name in PUBLISHED_WEIGHTS:
+        return fetch_file(*PUBLISHED_WEIGHTS[name], cache)
+    message = f"weights {name!r}: expected a file, or one of {', '.join(sorted(PUBLISHED_WEIGHTS))}"
+    raise UsageError("UnknownWeights", message, key="pipeline.weights", name=name)

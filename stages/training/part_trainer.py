@@ -19,16 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from brokers.config.pipeline_file import Pipeline
-from brokers.config.schema import StageTable
 from brokers.errors import SparseError, WireError
 from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_LIMIT, RNG_STATE_TENSOR, MicroBatch
-from stages.models.registry import ModelSpec, get_model_spec
+from stages.models.registry import pipeline_model_spec
 from stages.partition.part_loader import load_trainable_part
 from stages.partition.partition import Part, fingerprint
+from stages.partition.weight_files import find_weights
 from stages.training.optimizer_and_loss import find_loss, make_optimizer
 from stages.training.step_queue import unknown_forward_error
-from stages.worker.model_executor import find_pipeline_weights
+from stages.worker.worker_context import WorkerContext
 
 _MODEL_PREFIX = "model/"
 _OPTIMIZER_PREFIX = "optimizer/"
@@ -66,23 +65,23 @@ class SavedForward:
 
 
 class PartTrainer:
-    """Trains the part of the pipeline's model that belongs to `stage`. All methods run in one thread.
+    """Trains the part of the pipeline's model that belongs to a worker's stage. All methods run in one thread.
 
     `version` is the number of steps in the weights; None while they are not a version (after a failed restore or
     commit). `activations` holds the saved forwards by request id; a backward pops its own.
     """
 
-    def __init__(self, pipeline: Pipeline, stage: StageTable, *, device: str, threads: int) -> None:
+    def __init__(self, context: WorkerContext) -> None:
+        pipeline = context.pipeline
         self.version: int | None = 0
         self.activations: dict[bytes, SavedForward] = {}
         self._pipeline = pipeline
-        self._index = pipeline.part_index(stage)
+        self._index = pipeline.part_index(context.stage)
         self._is_last = self._index == len(pipeline.pipeline.cuts)
-        self._device = torch.device(device)
-        self._threads = threads
+        self._device = torch.device(context.device)
+        self._threads = context.threads
         self._folder = str(pipeline.folder)
-        table = pipeline.pipeline
-        self._spec: ModelSpec = get_model_spec(table.model or "", settings=table.model_settings, folder=self._folder)
+        self._spec = pipeline_model_spec(pipeline)
         self._loss = find_loss(pipeline.training, self._folder)
         self._initial_buffers: dict[str, Tensor] | None = None  # as they were when the step began
         self._part: Part
@@ -97,7 +96,7 @@ class PartTrainer:
 
     def _build(self) -> None:
         table = self._pipeline.pipeline
-        weights = find_pipeline_weights(table.weights, self._pipeline.folder)
+        weights = find_weights(table.weights, self._pipeline.folder) if table.weights else None
         self._part, self._evaluation_part = load_trainable_part(
             self._spec, table.cuts, self._index, weights, table.seed, self._device
         )

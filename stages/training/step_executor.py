@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from brokers.config.pipeline_file import Pipeline
-from brokers.config.schema import StageTable
 from brokers.errors import SparseError, WireError
 from brokers.protocol.messages import Activation, Gradient, Result, StepMessage, TensorContent
 from brokers.protocol.safetensors_codec import from_array, from_torch, to_torch
 from brokers.protocol.training import LABELS_TENSOR, SOURCES_LIMIT, SourceProgress, TrainingStatus
-from brokers.telemetry.client import EventClient
 from stages.training.checkpoints import Checkpoint, CheckpointStore, ForeignCheckpoint
 from stages.training.part_trainer import MicroBatchMetrics, NotFinite, PartTrainer, model_state_dict
 from stages.training.send_queue import SendQueue
 from stages.training.step_queue import Backward, Commit, Forward, StepOperation
 from stages.training.telemetry import TrainingTelemetry
+from stages.worker.worker_context import WorkerContext
 
 log = logging.getLogger(__name__)
 
@@ -33,29 +31,22 @@ class StepExecutor:
 
     def __init__(
         self,
-        pipeline: Pipeline,
-        stage: StageTable,
-        worker: str,
+        context: WorkerContext,
         part_trainer: PartTrainer,
         send_queue: SendQueue,
         run_in_thread: RunInThread,
         checkpoint_folder: Path,
-        events: EventClient | None = None,
     ) -> None:
         self.members: dict[str, str] = {}
         self.progress: dict[str, SourceProgress] = {}  # of each source, in the version in memory
         self.restored_term = 0  # the last term whose coordinator declared the weights in memory to be a version
         self.checkpoints: CheckpointStore
-        self._pipeline = pipeline
-        self._worker = worker
-        self._stage = stage
-        self._next_stage = pipeline.next_stage(stage)
-        self._inbox = pipeline.topics(stage).inbox(worker)
+        self._context = context
         self._part_trainer = part_trainer
         self._send_queue = send_queue
         self._in_thread = run_in_thread
         self._checkpoint_folder = checkpoint_folder
-        self._telemetry = TrainingTelemetry(events)
+        self._telemetry = TrainingTelemetry(context.events)
 
     async def start(self) -> str:
         """Build the part and open its checkpoints; return the fingerprint of the part and its training recipe.
@@ -94,7 +85,11 @@ class StepExecutor:
 
     def send_prepared(self, operation: Forward | Backward, term: int) -> None:
         """Tell the source that this stage is prepared to commit the step, and the durations of its operations."""
-        details = {"stage": self._stage.name, "worker": self._worker, **self._telemetry.pop_step_sums()}
+        details = {
+            "stage": self._context.stage.name,
+            "worker": self._context.worker,
+            **self._telemetry.pop_step_sums(),
+        }
         step = bytes.fromhex(operation.micro_batch.step)
         prepared = StepMessage(request_id=step, verb="prepared", term=term, details=details)
         self._send_queue.send(operation.task.reply_to.topic, prepared)
@@ -120,17 +115,18 @@ class StepExecutor:
             result = Result(request_id=task.request_id, content=_encode_metrics(outputs))
             self._send_queue.send(task.reply_to.topic, result)
             return
-        assert self._next_stage is not None
+        next_stage = self._context.next_stage
+        assert next_stage is not None
         activation = Activation(
             request_id=task.request_id,
             content=self._encode(outputs, task.content.metadata),
             reply_to=task.reply_to,
-            sender_inbox=self._inbox,
+            sender_inbox=self._context.inbox,
             source=task.source,
             trace=self._telemetry.trace_context(task),
         )
-        next_worker = self.members[self._next_stage.name]
-        self._send_queue.send(self._pipeline.topics(self._next_stage).inbox(next_worker), activation)
+        next_inbox = self._context.pipeline.topics(next_stage).inbox(self.members[next_stage.name])
+        self._send_queue.send(next_inbox, activation)
 
     def _check_number(self, source: str, operation: Forward) -> None:
         """Raise `WireError` "StaleStep" if the step is not the next one of its source, so that none is run twice."""
@@ -157,7 +153,7 @@ class StepExecutor:
             input_gradients = await self._in_thread(self._part_trainer.backward, task.request_id, gradients)
         if isinstance(task, Activation):
             content = self._encode(input_gradients)
-            gradient = Gradient(request_id=task.request_id, content=content, sender_inbox=self._inbox)
+            gradient = Gradient(request_id=task.request_id, content=content, sender_inbox=self._context.inbox)
             self._send_queue.send(task.sender_inbox, gradient)
 
     def _encode(self, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> TensorContent:
@@ -171,10 +167,10 @@ class StepExecutor:
         with self._telemetry.measure("commit_ms"):
             version: int = await self._in_thread(self._part_trainer.commit, operation.lr)
         self.progress = {**self.progress, operation.source: operation.progress}
-        if message.details.get("checkpoint") or version % self._pipeline.training.checkpoint_every == 0:
+        if message.details.get("checkpoint") or version % self._context.pipeline.training.checkpoint_every == 0:
             # Overwrites a file of this version: a worker that was frozen may have written a rolled-back one meanwhile.
             await self._write_checkpoint(version)
-        details = {"stage": self._stage.name, "worker": self._worker, "version": version}
+        details = {"stage": self._context.stage.name, "worker": self._context.worker, "version": version}
         committed = StepMessage(request_id=message.request_id, verb="committed", term=message.term, details=details)
         self._send_queue.send(message.sender_inbox, committed)
 
@@ -185,7 +181,7 @@ class StepExecutor:
         try:
             await self._save_checkpoint()
         except SparseError as error:
-            log.warning("worker %s leaves without a checkpoint of its version: %s", self._worker, error)
+            log.warning("worker %s leaves without a checkpoint of its version: %s", self._context.worker, error)
 
     async def _save_checkpoint(self) -> None:
         version = self._part_trainer.version

@@ -33,8 +33,8 @@ class _OpenMicroBatch:
 class TrainingTelemetry:
     """Sums by name (milliseconds and bytes) of the current step and its micro-batches, at one worker."""
 
-    def __init__(self, events: EventClient | None) -> None:
-        self._events = events or EventClient()
+    def __init__(self, events: EventClient) -> None:
+        self._events = events
         self._step_sums: Counter[str] = Counter()
         self._micro_batches: dict[bytes, _OpenMicroBatch] = {}  # by request id
         self._current: _OpenMicroBatch | None = None  # the micro-batch of the operation in progress

@@ -14,22 +14,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from brokers.config.pipeline_file import Pipeline
-from brokers.config.schema import StageTable
 from brokers.dispatch.worker_registry import PresenceEvent, PresenceListener
 from brokers.errors import SparseError, WireError, error_code
 from brokers.protocol.codec import make_failure_reply
-from brokers.protocol.messages import REQUEST_ID_BYTES, Failure, Gradient, Message, StepMessage, Task
+from brokers.protocol.messages import REQUEST_ID_BYTES, Gradient, Message, StepMessage, Task
 from brokers.protocol.topics import source_presence_topic
 from brokers.protocol.training import MICRO_BATCH_KEY, MicroBatch, TrainingStatus
 from brokers.protocol.transport import Properties, Transport
-from brokers.telemetry.client import EventClient
 from stages.training.coordinator import Coordinator, CoordinatorCommand
 from stages.training.part_trainer import PartTrainer
 from stages.training.send_queue import SendQueue
 from stages.training.step_executor import StepExecutor
 from stages.training.step_queue import Commit, StepOperation, StepQueue
 from stages.worker.stage_worker import StageWorker
+from stages.worker.worker_context import WorkerContext
 
 log = logging.getLogger(__name__)
 
@@ -43,30 +41,19 @@ class TrainingWorker(StageWorker):
     """Trains the part of one stage; its checkpoints are in `checkpoint_folder`."""
 
     def __init__(
-        self,
-        transport: Transport,
-        pipeline: Pipeline,
-        stage: StageTable,
-        part_trainer: PartTrainer,
-        worker: str,
-        device: str,
-        checkpoint_folder: Path,
-        events: EventClient | None = None,
+        self, transport: Transport, context: WorkerContext, part_trainer: PartTrainer, checkpoint_folder: Path
     ) -> None:
-        super().__init__(transport, pipeline, stage, worker, device)
-        self._file = pipeline
-        index = pipeline.stage.index(stage)
-        stages = len(pipeline.stage)
-        awaits_labels = pipeline.training.labels == "stay" and 0 < index == stages - 1
-        self.step_queue = StepQueue(pipeline.training.schedule, index, stages, awaits_labels=awaits_labels)
+        super().__init__(transport, context)
+        pipeline = context.pipeline
+        stage_names = tuple(stage.name for stage in pipeline.stage)
+        index = stage_names.index(self.stage)
+        awaits_labels = pipeline.training.labels == "stay" and 0 < index == len(stage_names) - 1
+        self.step_queue = StepQueue(pipeline.training.schedule, index, len(stage_names), awaits_labels=awaits_labels)
         self.send_queue = SendQueue(self.channel)
-        self.executor = StepExecutor(
-            pipeline, stage, worker, part_trainer, self.send_queue, self.run_in_thread, checkpoint_folder, events
-        )
+        self.executor = StepExecutor(context, part_trainer, self.send_queue, self.run_in_thread, checkpoint_folder)
         self.coordinator: Coordinator | None = None
         if index == 0:
-            stage_names = tuple(table.name for table in pipeline.stage)
-            self.coordinator = Coordinator(worker, stage_names, pipeline.pipeline.lease_s)
+            self.coordinator = Coordinator(self.worker, stage_names, pipeline.pipeline.lease_s)
         self._listener = PresenceListener(transport, self._on_presence)
         self._commands: list[StepMessage] = []  # of the coordinator, and of sources that fetch weights
         self._disconnects = 0
@@ -81,9 +68,10 @@ class TrainingWorker(StageWorker):
 
     async def _subscribe(self) -> None:
         self.send_queue.open()
-        await self.channel.subscribe(self.inbox, self._on_message, self._on_malformed)
-        stages = self._file.stage if self.coordinator else self._file.stage[:1]
-        filters = [self._file.topics(stage).presence_filter for stage in stages]
+        await self.channel.subscribe(self.context.inbox, self._on_message, self._on_malformed)
+        pipeline = self.context.pipeline
+        stages = pipeline.stage if self.coordinator else pipeline.stage[:1]
+        filters = [pipeline.topics(stage).presence_filter for stage in stages]
         if self.coordinator:
             filters.append(source_presence_topic("+", self.pipeline, "+"))
         await self._listener.subscribe(*filters)
@@ -155,14 +143,8 @@ class TrainingWorker(StageWorker):
         topic = message.reply_to.topic if isinstance(message, Task) else getattr(message, "sender_inbox", "")
         if topic:
             code = error_code(error)
-            failure = Failure(
-                request_id=message.request_id,
-                stage=self.stage,
-                worker=self.worker,
-                error=code,
-                reason=str(error) or code,
-                retry=isinstance(error, WireError) and error.retry,
-            )
+            retry = isinstance(error, WireError) and error.retry
+            failure = self.context.failure(message.request_id, code, str(error) or code, retry=retry)
             self.send_queue.send(topic, failure)
 
     # Operations -------------------------------------------------------------------------------------------------------
@@ -318,9 +300,10 @@ class TrainingWorker(StageWorker):
             request_id=secrets.token_bytes(REQUEST_ID_BYTES),
             verb=command.verb,
             term=command.term,
-            sender_inbox=self.inbox,
+            sender_inbox=self.context.inbox,
             details=details,
         )
-        for stage in self._file.stage:
-            self.send_queue.send(self._file.topics(stage).inbox(command.members[stage.name]), message)
+        pipeline = self.context.pipeline
+        for stage in pipeline.stage:
+            self.send_queue.send(pipeline.topics(stage).inbox(command.members[stage.name]), message)
         self.report_soon()

@@ -12,18 +12,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from brokers.config.pipeline_file import Pipeline
-from brokers.config.schema import StageTable
 from brokers.errors import WireError
 from brokers.protocol.messages import Message, Task, TaskDone, TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.transport import Properties, Transport
-from brokers.telemetry.client import EventClient
 from stages.executor import TaskContext, TaskExecutor
 from stages.worker.batch_runner import BatchRunner, QueuedTask
 from stages.worker.result_sender import CREDIT_TIMEOUT_S, ResultSender
 from stages.worker.stage_worker import StageWorker
 from stages.worker.task_queue import TaskQueue
+from stages.worker.worker_context import WorkerContext
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +32,12 @@ _UNSENT_LIMIT = 2
 class InferenceWorker(StageWorker):
     """Serves one stage with a `TaskExecutor`. Implements `stages.executor.Node`."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        pipeline: Pipeline,
-        stage: StageTable,
-        executor: TaskExecutor,
-        worker: str,
-        device: str,
-        events: EventClient | None = None,
-    ) -> None:
-        super().__init__(transport, pipeline, stage, worker, device)
-        self._file = pipeline
-        self._table = stage
+    def __init__(self, transport: Transport, context: WorkerContext, executor: TaskExecutor) -> None:
+        super().__init__(transport, context)
         self._executor = executor
-        self._events = events or EventClient()
-        self._runner = BatchRunner(executor, stage.name, worker)
+        self._runner = BatchRunner(executor, self.stage, self.worker)
         self._queue = TaskQueue()
-        self._sender = ResultSender(self.channel, pipeline, stage, worker, self.counters, self._events)
+        self._sender = ResultSender(self.channel, context, self.counters)
         self._unsent_slots = asyncio.Semaphore(_UNSENT_LIMIT)
         self._dispatched: dict[bytes, tuple[str, TensorContent]] = {}  # by request id, in the current batch
         self._is_loaded = False
@@ -64,8 +50,9 @@ class InferenceWorker(StageWorker):
         return self._executor.fingerprint, self._executor.formats
 
     async def _subscribe(self) -> None:
-        await self.channel.subscribe(self.inbox, self._on_message, self._on_malformed)
-        await self.channel.subscribe(self.topics.shared_task_filter, self._on_message, self._on_malformed, qos=1)
+        await self.channel.subscribe(self.context.inbox, self._on_message, self._on_malformed)
+        shared_filter = self.context.topics.shared_task_filter
+        await self.channel.subscribe(shared_filter, self._on_message, self._on_malformed, qos=1)
         await self._sender.open()
 
     async def _work(self) -> None:
@@ -82,7 +69,7 @@ class InferenceWorker(StageWorker):
 
     async def _announce_drain(self) -> None:
         await self.report()
-        await self.channel.transport.unsubscribe(self.topics.shared_task_filter)
+        await self.channel.transport.unsubscribe(self.context.topics.shared_task_filter)
 
     async def _close(self) -> None:
         await self._sender.close()
@@ -141,11 +128,11 @@ class InferenceWorker(StageWorker):
 
     async def _collect_batch(self) -> list[QueuedTask]:
         """Take the next tasks: up to `max_batch`, after waiting at most `max_wait_ms` for more."""
-        size = self._table.max_batch if self._executor.batchable else 1
+        size = self.context.stage.max_batch if self._executor.batchable else 1
         first = self._queue.first
         if first is None:
             return []
-        deadline_s = first.arrived_s + self._table.max_wait_ms / 1000
+        deadline_s = first.arrived_s + self.context.stage.max_wait_ms / 1000
         while len(self._queue) < size and not self._is_draining and (left_s := deadline_s - time.monotonic()) > 0:
             await self._wait_for_wake(left_s)
         self._drop_expired()
@@ -168,7 +155,7 @@ class InferenceWorker(StageWorker):
                 queued.next_stage, queued.outputs = self._dispatched[queued.task.request_id]
         self._dispatched.clear()
         for batch in batches:
-            self._events.emit("batch_processed", tasks=batch.tasks, busy_ms=round(batch.busy_ms, 3))
+            self.context.events.emit("batch_processed", tasks=batch.tasks, busy_ms=round(batch.busy_ms, 3))
         self._sender.send_in_background(self._deliver(tasks))
 
     async def _deliver(self, tasks: list[QueuedTask]) -> None:
@@ -183,6 +170,6 @@ class InferenceWorker(StageWorker):
 
     def dispatch(self, tensors: Mapping[str, Any], task: TaskContext, stage: str) -> None:
         """Send the request of `task` to `stage` instead of the next one (see `stages.executor.Node`)."""
-        self._file.find_stage(stage)
+        self.context.pipeline.find_stage(stage)
         content = TensorContent({name: from_array(value) for name, value in tensors.items()}, task.metadata)
         self._dispatched[task.request_id] = (stage, content)

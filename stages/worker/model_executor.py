@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from brokers.config.pipeline_file import Pipeline
-from brokers.config.schema import StageTable
 from brokers.errors import BadPayload, UsageError
 from brokers.process.image_decode import RgbImage, decode_picture
 from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, BinaryContent, Content
 from brokers.protocol.safetensors_codec import to_numpy, to_torch
 from stages.executor import Node, TaskContext, TaskExecutor, Tensors
-from stages.models.registry import get_model_spec
+from stages.models.registry import pipeline_model_spec
 from stages.partition.boundary import value_name
 from stages.partition.part_loader import load_part
 from stages.partition.partition import Part, fingerprint
 from stages.partition.weight_files import find_weights
+from stages.worker.worker_context import WorkerContext
 
 # Name of the tensor that is a decoded picture, uint8 (H, W, 3), RGB; all other names are those of the network.
 PICTURE = "picture"
@@ -40,38 +38,30 @@ def resolve_device(device: str) -> str:
 
 
 class ModelExecutor(TaskExecutor):
-    """Runs the part of the pipeline's model that belongs to `stage`."""
+    """Runs the part of the pipeline's model that belongs to the worker's stage."""
 
     framework = "torch"
 
-    def __init__(self, pipeline: Pipeline, stage: StageTable, *, device: str, threads: int) -> None:
-        self._pipeline = pipeline
-        self._stage = stage
-        self._device = torch.device(device)
-        self._threads = threads
-        table = pipeline.pipeline
-        self._spec = get_model_spec(
-            table.model or "",
-            settings=table.model_settings,
-            labels=table.labels,
-            threshold=table.threshold,
-            nms=table.nms,
-            folder=str(pipeline.folder),
-        )
-        self._is_first = pipeline.stage[0] is stage
-        self._is_last = pipeline.part_index(stage) == len(table.cuts)
-        self._wire_dtype: torch.dtype = getattr(torch, stage.wire)
+    def __init__(self, context: WorkerContext) -> None:
+        self._pipeline = context.pipeline
+        self._stage = context.stage
+        self._device = torch.device(context.device)
+        self._threads = context.threads
+        self._spec = pipeline_model_spec(context.pipeline)
+        self._index = self._pipeline.part_index(self._stage)
+        self._is_first = self._pipeline.stage[0] is self._stage
+        self._is_last = self._index == len(self._pipeline.pipeline.cuts)
+        self._wire_dtype: torch.dtype = getattr(torch, self._stage.wire)
         self._part: Part
 
     def start(self, node: Node) -> None:
         torch.set_num_threads(self._threads)
         table = self._pipeline.pipeline
-        weights = find_pipeline_weights(table.weights, self._pipeline.folder)
+        weights = find_weights(table.weights, self._pipeline.folder) if table.weights else None
         # Whether rows may be batched is determined by a run on meta tensors, which imports more of torch, for a second:
         # only where batches are asked for.
         spec = self._spec if self._stage.max_batch > 1 else replace(self._spec, input_shape=None)
-        index = self._pipeline.part_index(self._stage)
-        self._part = load_part(spec, table.cuts, index, weights, table.seed, self._device)
+        self._part = load_part(spec, table.cuts, self._index, weights, table.seed, self._device)
         self.batchable = self._part.batchable
         self.fingerprint = fingerprint(self._part)
         accepts_pictures = self._is_first and self._spec.preprocess is not None and len(self._part.input_names) == 1
@@ -143,11 +133,3 @@ def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def find_pipeline_weights(name: str | None, folder: Path) -> Path | None:
-    """Return the weights file: one beside the pipeline file, else the one that is registered by this name."""
-    if name is None:
-        return None
-    file = folder / name
-    return file if file.is_file() else find_weights(name)

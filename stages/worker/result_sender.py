@@ -14,8 +14,6 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
-from brokers.config.pipeline_file import Pipeline
-from brokers.config.schema import StageTable
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.stage_client import StageClient
 from brokers.dispatch.worker_pool import LostTask
@@ -24,8 +22,8 @@ from brokers.protocol.codec import EncodedMessage, make_failure_reply
 from brokers.protocol.messages import JSON, Activation, Failure, ReplyTo, Result, Task, TaskDone
 from brokers.protocol.result_json import content_to_dict, encode_json, timing_to_dict
 from brokers.protocol.transport import Properties
-from brokers.telemetry.client import EventClient
 from stages.worker.batch_runner import QueuedTask, no_output_error
+from stages.worker.worker_context import WorkerContext
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +46,13 @@ def failure_reason(error: BaseException) -> str:
 class ResultSender:
     """The outgoing messages of one inference worker; counts `failed` and `rejected` tasks in `counters`."""
 
-    def __init__(
-        self,
-        channel: MessageChannel,
-        pipeline: Pipeline,
-        stage: StageTable,
-        worker: str,
-        counters: Counter[str],
-        events: EventClient,
-    ) -> None:
+    def __init__(self, channel: MessageChannel, context: WorkerContext, counters: Counter[str]) -> None:
         self._channel = channel
-        self._pipeline = pipeline
-        self._stage = stage
-        self._worker = worker
+        self._context = context
+        self._stage = context.stage.name
+        self._worker = context.worker
         self._counters = counters
-        self._events = events
-        self._inbox = pipeline.topics(stage).inbox(worker)
-        self._next_stage = pipeline.next_stage(stage)
+        self._next_stage = context.next_stage.name if context.next_stage else None
         self._clients: dict[str, StageClient] = {}
         self._sends: set[asyncio.Task[None]] = set()
 
@@ -73,11 +61,11 @@ class ResultSender:
     async def open(self) -> None:
         """Start to watch the workers of the next stage."""
         if self._next_stage:
-            await self._client(self._next_stage.name)
+            await self._client(self._next_stage)
 
     def send_in_background(self, send: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine of this class as a task; its error is logged."""
-        task = asyncio.create_task(send, name=f"send-{self._stage.name}")
+        task = asyncio.create_task(send, name=f"send-{self._stage}")
         self._sends.add(task)
         task.add_done_callback(self._on_sent)
 
@@ -110,7 +98,7 @@ class ResultSender:
 
         In this order: until the next worker has the request, its sender must notice if this process dies.
         """
-        ended_ns = self._events.now_ns()
+        ended_ns = self._context.events.now_ns()
         try:
             error = await self._send_outcome(queued)
             self._emit_task(queued, ended_ns, error)
@@ -130,7 +118,7 @@ class ResultSender:
                 is_retry = True
             except Exception as problem:  # noqa: BLE001 - any error is reported to the requester
                 # Too large, or metadata of the executor that cannot be encoded: another attempt would fail as well.
-                log.warning("could not send the outputs of stage %s: %s", self._stage.name, failure_reason(problem))
+                log.warning("could not send the outputs of stage %s: %s", self._stage, failure_reason(problem))
                 error = problem
         await self._send_failure(queued.task, error_code(error), failure_reason(error), retry=is_retry)
         return error_code(error)
@@ -138,9 +126,9 @@ class ResultSender:
     async def _send_outputs(self, queued: QueuedTask) -> None:
         task = queued.task
         if queued.outputs is None:
-            raise no_output_error(self._stage.name, 1)
+            raise no_output_error(self._stage, 1)
         hops = (*task.hops, replace(queued.hop, bytes_out=queued.outputs.nbytes))
-        target = queued.next_stage or (self._next_stage.name if self._next_stage else None)
+        target = queued.next_stage or self._next_stage
         if target is None:
             result = Result(request_id=task.request_id, content=queued.outputs, attempt=task.attempt, hops=hops)
             await self._reply(task.reply_to, result)
@@ -150,7 +138,7 @@ class ResultSender:
             request_id=task.request_id,
             content=queued.outputs,
             reply_to=task.reply_to,
-            sender_inbox=self._inbox,
+            sender_inbox=self._context.inbox,
             source=task.source,
             attempt=task.attempt,
             deadline_ms=None if remaining_ms is None else max(0.001, remaining_ms),
@@ -164,8 +152,9 @@ class ResultSender:
 
     async def _client(self, stage: str) -> StageClient:
         if stage not in self._clients:
-            topics = self._pipeline.topics(self._pipeline.find_stage(stage))
-            lease_s = self._pipeline.pipeline.lease_s
+            pipeline = self._context.pipeline
+            topics = pipeline.topics(pipeline.find_stage(stage))
+            lease_s = pipeline.pipeline.lease_s
             self._clients[stage] = StageClient(self._channel, topics, self._on_lost, lease_s=lease_s)
             await self._clients[stage].open()
         return self._clients[stage]
@@ -180,14 +169,14 @@ class ResultSender:
             reason = f"worker {lost.worker!r} of stage {lost.stage!r} died while it had this request"
         else:
             reason = f"the connection broke while worker {lost.worker!r} of stage {lost.stage!r} had this request"
-        failure = self._failure(lost.request, "WorkerLost", reason, lost.attempt, retry=True)
+        failure = self._context.failure(lost.request, "WorkerLost", reason, attempt=lost.attempt, retry=True)
         failure = replace(failure, stage=lost.stage, worker=lost.worker)
         self.send_in_background(self._reply(lost.reply, failure))
 
     def _emit_task(self, queued: QueuedTask, ended_ns: int, error: str) -> None:
         task = queued.task
         hop = queued.hop
-        self._events.emit(
+        self._context.events.emit(
             "task_processed",
             time_ns=ended_ns,
             request=task.request_id,
@@ -213,7 +202,7 @@ class ResultSender:
 
     async def reject_malformed(self, error: WireError, properties: Properties) -> None:
         """Answer a message that could not be decoded, if it names a reply topic."""
-        if answer := make_failure_reply(error, properties, self._stage.name, self._worker):
+        if answer := make_failure_reply(error, properties, self._stage, self._worker):
             reply, failure = answer
             await self._reply(reply, failure)
             # A foreign client does not count credits.
@@ -230,18 +219,8 @@ class ResultSender:
 
     async def _send_failure(self, task: Task, code: str, reason: str, *, retry: bool = False) -> None:
         self._counters["failed"] += 1
-        await self._reply(task.reply_to, self._failure(task.request_id, code, reason, task.attempt, retry=retry))
-
-    def _failure(self, request: bytes, code: str, reason: str, attempt: int, *, retry: bool) -> Failure:
-        return Failure(
-            request_id=request,
-            stage=self._stage.name,
-            worker=self._worker,
-            error=code,
-            reason=reason,
-            attempt=attempt,
-            retry=retry,
-        )
+        failure = self._context.failure(task.request_id, code, reason, attempt=task.attempt, retry=retry)
+        await self._reply(task.reply_to, failure)
 
     async def _reply(self, reply: ReplyTo, message: Result | Failure) -> None:
         if reply.accept == "safetensors":
@@ -252,7 +231,7 @@ class ResultSender:
         else:
             answer = {
                 "request": message.request_id.hex(),
-                "pipeline": self._pipeline.name,
+                "pipeline": self._context.pipeline.name,
                 **content_to_dict(message.content),
                 "time": timing_to_dict(message.hops),
             }

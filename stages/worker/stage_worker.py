@@ -14,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
-from brokers.config.pipeline_file import Pipeline
-from brokers.config.schema import StageTable
 from brokers.dispatch.channel import MessageChannel
 from brokers.errors import SparseError
 from brokers.protocol.transport import Transport
 from stages.worker.duplicate_check import DuplicateCheck
+from stages.worker.worker_context import WorkerContext
 from stages.worker.worker_presence import WorkerPresence
 
 log = logging.getLogger(__name__)
@@ -37,18 +36,17 @@ class StageWorker(ABC):
     `counters` counts tasks ("failed", "rejected", "expired") and messages ("malformed", "unexpected").
     """
 
-    def __init__(self, transport: Transport, pipeline: Pipeline, stage: StageTable, worker: str, device: str) -> None:
-        self.pipeline = pipeline.name
-        self.stage = stage.name
-        self.worker = worker
-        self.device = device
+    def __init__(self, transport: Transport, context: WorkerContext) -> None:
+        self.context = context
+        self.pipeline = context.pipeline.name
+        self.stage = context.stage.name
+        self.worker = context.worker
+        self.device = context.device
         self.counters: Counter[str] = Counter()
         self.channel = MessageChannel(transport)
-        self.topics = pipeline.topics(stage)
-        self.inbox = self.topics.inbox(worker)
-        self.presence = WorkerPresence(transport, pipeline, stage, worker, device)
-        self._duplicate_check = DuplicateCheck(transport, self.topics, self.presence)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{stage.name}")
+        self.presence = WorkerPresence(transport, context)
+        self._duplicate_check = DuplicateCheck(transport, context.topics, self.presence)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{self.stage}")
         self._is_draining = False
         self._wake = asyncio.Event()  # set when `_work` may have something to do
         self._report_requested = asyncio.Event()

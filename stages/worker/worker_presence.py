@@ -6,12 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from brokers.config.pipeline_file import Pipeline
-from brokers.config.schema import StageTable
 from brokers.dispatch.presence import PREFETCH_TASKS, WorkerLoad, WorkerRecord
 from brokers.dispatch.presence_publisher import PresencePublisher, describe_process
 from brokers.protocol.training import TrainingStatus
 from brokers.protocol.transport import Transport
+from stages.worker.worker_context import WorkerContext
 
 # Weight of the newest task in the moving average of task times.
 _NEWEST_WEIGHT = 0.2
@@ -23,17 +22,17 @@ _COUNTERS = ("failed", "malformed", "rejected", "expired")
 class WorkerPresence(PresencePublisher[WorkerRecord]):
     """Measures the load of one worker, and publishes and removes its record."""
 
-    def __init__(self, transport: Transport, pipeline: Pipeline, stage: StageTable, worker: str, device: str) -> None:
+    def __init__(self, transport: Transport, context: WorkerContext) -> None:
         self.state: Literal["up", "draining", "standby"] = "up"
         self.training: TrainingStatus | None = None
         record = WorkerRecord(
-            worker=worker,
-            stage=stage.name,
-            pipeline=pipeline.name,
-            site=stage.site,
-            device=device,
+            worker=context.worker,
+            stage=context.stage.name,
+            pipeline=context.pipeline.name,
+            site=context.stage.site,
+            device=context.device,
             fingerprint="",
-            capacity=stage.max_batch + PREFETCH_TASKS,
+            capacity=context.stage.max_batch + PREFETCH_TASKS,
             **describe_process(),
         )
         super().__init__(transport, record)

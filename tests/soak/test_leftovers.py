@@ -21,6 +21,7 @@ from brokers.server.local_broker import start_broker
 from sources.client.offloader import Offloader
 from stages.commands.stage import make_executor
 from stages.worker.inference_worker import InferenceWorker
+from stages.worker.worker_context import WorkerContext
 from tests.soak.harness.request_load import CONCURRENCY, OBJECT_TOLERANCE
 from tests.soak.harness.resource_usage import count_reachable_objects, settle
 from tests.support.monitor.fake_monitor import FakeMonitor, monitor_socket_path
@@ -41,8 +42,8 @@ async def running_workers(pipeline: Pipeline, address: str) -> AsyncIterator[lis
     workers = []
     tasks = []
     for stage in pipeline.stage:
-        executor, device = make_executor(pipeline, stage, 1)
-        workers.append(InferenceWorker(MqttTransport(address), pipeline, stage, executor, stage.name, device))
+        context = WorkerContext(pipeline, stage, stage.name)
+        workers.append(InferenceWorker(MqttTransport(address), context, make_executor(context)))
     try:
         for worker in workers:
             await worker.start()

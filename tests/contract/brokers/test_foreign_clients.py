@@ -22,6 +22,7 @@ from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
 from stages.executor import FunctionExecutor
 from stages.worker.inference_worker import InferenceWorker
+from stages.worker.worker_context import WorkerContext
 from tests.support.brokers.broker_kinds import DeliveryQueue, run_async
 from tests.support.brokers.foreign_client import (
     ForeignClient,
@@ -59,7 +60,7 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 async def with_worker(transport: Transport, pipeline: Pipeline, run_client: Callable[[], Awaitable[None]]) -> None:
     """Run a worker while the client runs."""
-    worker = InferenceWorker(transport, pipeline, pipeline.stage[0], FunctionExecutor(double), "w1", "cpu")
+    worker = InferenceWorker(transport, WorkerContext(pipeline, pipeline.stage[0], "w1"), FunctionExecutor(double))
     await worker.start()
     serving = asyncio.create_task(worker.run(), name="serve")
     try:

@@ -23,6 +23,7 @@ from sources.inputs.ingress import IngressGateway
 from sources.inputs.sample_buffer import SampleBuffer
 from stages.executor import FunctionExecutor
 from stages.worker.inference_worker import InferenceWorker
+from stages.worker.worker_context import WorkerContext
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.foreign_client import ForeignClient
 from tests.support.environment.external_programs import require_dependency
@@ -71,11 +72,8 @@ async def serving(address: str, pipeline: Pipeline, monitor: FakeMonitor) -> Asy
         for stage in pipeline.stage:
             labels = {"stage": stage.name, "worker": stage.name}
             events = clients.enter_context(EventClient(monitor.path, "stage", stage.name, {}, labels))
-            workers.append(
-                InferenceWorker(
-                    MqttTransport(address), pipeline, stage, FunctionExecutor(double), stage.name, "cpu", events
-                )
-            )
+            context = WorkerContext(pipeline, stage, stage.name, events=events)
+            workers.append(InferenceWorker(MqttTransport(address), context, FunctionExecutor(double)))
         for worker in workers:
             await worker.start()
         running = [asyncio.create_task(worker.run(), name="serve") for worker in workers]

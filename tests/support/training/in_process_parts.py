@@ -13,6 +13,7 @@ from brokers.config.pipeline_file import Pipeline
 from brokers.protocol.training import LABELS_TENSOR, MicroBatch, micro_batch_seed
 from stages.training.part_trainer import MicroBatchMetrics, PartTrainer
 from stages.training.schedule import ScheduledOp, ScheduleName, operations
+from stages.worker.worker_context import WorkerContext
 from tests.support.environment.checkout import ROOT
 
 StepBatch = Sequence[tuple[Tensor, Tensor]]  # the micro-batches of a step: inputs (B, ...), labels (B)
@@ -53,7 +54,7 @@ class InProcessParts:
     def __init__(self, pipeline: Pipeline, *, seed: int = 0) -> None:
         self.pipeline = pipeline
         self.seed = seed
-        self.part_trainers = [PartTrainer(pipeline, stage, device="cpu", threads=1) for stage in pipeline.stage]
+        self.part_trainers = [PartTrainer(WorkerContext(pipeline, stage, stage.name)) for stage in pipeline.stage]
         for trainer in self.part_trainers:
             trainer.start()
         self._losses: dict[int, float] = {}

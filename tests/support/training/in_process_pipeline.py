@@ -28,6 +28,7 @@ from stages.training import coordinator
 from stages.training.part_trainer import PartTrainer
 from stages.training.training_worker import TrainingWorker
 from stages.worker import duplicate_check, stage_worker
+from stages.worker.worker_context import WorkerContext
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.training.in_process_parts import UnsplitTrainer
@@ -43,12 +44,11 @@ class InProcessWorker:
     def __init__(self, hub: MemoryBroker, pipeline: Pipeline, stage: int, name: str, folder: Path) -> None:
         self.transport = MemoryTransport(hub)
         self.stage = pipeline.stage[stage]
-        self.part_trainer = PartTrainer(pipeline, self.stage, device="cpu", threads=1)
-        self.worker = TrainingWorker(
-            self.transport, pipeline, self.stage, self.part_trainer, name, "cpu", folder / self.stage.name
-        )
+        context = WorkerContext(pipeline, self.stage, name)
+        self.part_trainer = PartTrainer(context)
+        self.worker = TrainingWorker(self.transport, context, self.part_trainer, folder / self.stage.name)
         self.name = name
-        self.inbox = self.worker.inbox
+        self.inbox = context.inbox
         self.executor = self.worker.executor
         self._hub = hub
         self._running: asyncio.Task[None] | None = None

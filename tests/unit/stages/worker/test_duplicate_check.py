@@ -13,6 +13,7 @@ from brokers.errors import UsageError
 from brokers.protocol.topics import StageTopics
 from stages.worker import duplicate_check
 from stages.worker.duplicate_check import CONFLICT_WATCH_S, DuplicateCheck, conflict_error, must_leave
+from stages.worker.worker_context import WorkerContext
 from stages.worker.worker_presence import WorkerPresence
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
@@ -29,7 +30,7 @@ class Member:
 
     def __init__(self, hub: MemoryBroker, worker: str, fingerprint: str) -> None:
         self.transport = MemoryTransport(hub)
-        self.presence = WorkerPresence(self.transport, PIPELINE, PIPELINE.stage[0], worker, "cpu")
+        self.presence = WorkerPresence(self.transport, WorkerContext(PIPELINE, PIPELINE.stage[0], worker))
         self.presence.set_model(fingerprint, ())
         self.check = DuplicateCheck(self.transport, TOPICS, self.presence)
 

@@ -21,6 +21,7 @@ from stages.executor import FunctionExecutor, Node, TaskContext, TaskExecutor, T
 from stages.worker import duplicate_check, stage_worker
 from stages.worker.inference_worker import InferenceWorker
 from stages.worker.result_sender import REASON_MAX_CHARS, failure_reason
+from stages.worker.worker_context import WorkerContext
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.brokers.channel_ends import MessageRecorder
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
@@ -76,7 +77,8 @@ class Harness:
         self, executor: TaskExecutor, stage: str = "tail", transport: MemoryTransport | None = None
     ) -> InferenceWorker:
         transport = transport or MemoryTransport(self.hub)
-        worker = InferenceWorker(transport, PIPELINE, PIPELINE.find_stage(stage), executor, f"{stage}-1", "cpu")
+        context = WorkerContext(PIPELINE, PIPELINE.find_stage(stage), f"{stage}-1")
+        worker = InferenceWorker(transport, context, executor)
         await worker.start()
         self.workers.append(worker)
         self.runs.append(asyncio.create_task(worker.run()))
@@ -86,7 +88,7 @@ class Harness:
         content = TensorContent({"x": from_numpy(np.array(value))})
         fields = {"request_id": new_request_id(), "reply_to": ReplyTo(INBOX), "sender_inbox": INBOX, **fields}
         task = Task(content=content, **fields)
-        await self.channel.send(worker.inbox, task)
+        await self.channel.send(worker.context.inbox, task)
         return task
 
     async def receive(self) -> Message:
@@ -249,7 +251,7 @@ def test_task_without_a_response_topic_is_dropped(caplog: pytest.LogCaptureFixtu
     async def test(harness: Harness) -> None:
         worker = await harness.start_worker(GatedExecutor())
         await harness.channel.transport.publish(
-            worker.topics.shared_task_topic, b"[1]", Properties(content_type="application/json"), qos=1
+            worker.context.topics.shared_task_topic, b"[1]", Properties(content_type="application/json"), qos=1
         )
         await harness.send(worker, 1.0)
         await harness.receive_value()

@@ -17,6 +17,7 @@ from stages.executor import TaskContext
 from stages.models.registry import get_model_spec
 from stages.partition.partition import layer_names
 from stages.worker.model_executor import PICTURE, ModelExecutor
+from stages.worker.worker_context import WorkerContext
 
 SHUFFLENET = "torchvision:shufflenet_v2_x0_5"
 
@@ -26,7 +27,7 @@ def start_executor(index: int, model: str, *cuts: int, **table: Any) -> ModelExe
     pipeline = Pipeline.model_validate(
         {"pipeline": {"name": "p", "model": model, "cuts": cuts, **table}, "stage": stages}
     )
-    executor = ModelExecutor(pipeline, pipeline.stage[index], device="cpu", threads=1)
+    executor = ModelExecutor(WorkerContext(pipeline, pipeline.stage[index], "w"))
     node: Any = None
     executor.start(node)
     return executor

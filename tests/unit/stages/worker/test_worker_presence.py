@@ -11,6 +11,7 @@ import pytest
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.presence import RECORD_EXPIRY_S, WorkerRecord
 from brokers.protocol.transport import Properties
+from stages.worker.worker_context import WorkerContext
 from stages.worker.worker_presence import WorkerPresence
 from tests.support.brokers.broker_kinds import run_async
 
@@ -56,7 +57,7 @@ def _transport() -> RecordingTransport:
 
 @pytest.fixture(name="presence")
 def _presence(clock: Clock, transport: RecordingTransport) -> WorkerPresence:
-    return WorkerPresence(transport, PIPELINE, PIPELINE.stage[0], "w", "cpu")  # type: ignore[arg-type]
+    return WorkerPresence(transport, WorkerContext(PIPELINE, PIPELINE.stage[0], "w"))  # type: ignore[arg-type]
 
 
 def test_record_has_the_load_of_the_interval(
