@@ -16,6 +16,7 @@ from sources.client.offloader import Offloader
 from stages.commands.stage import make_executor
 from stages.executor import TaskContext, TaskExecutor, Tensors
 from stages.worker.inference_worker import InferenceWorker
+from stages.worker.worker_context import WorkerContext
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.pipelines.pipeline_files import write_pipeline_file
@@ -56,12 +57,10 @@ class ServedPipeline:
     ) -> InferenceWorker:
         """Start a worker of a stage (default: the first), with an executor in place of that of the file."""
         table = self.pipeline.find_stage(stage) if stage else self.pipeline.stage[0]
-        device = "cpu"
-        if executor is None:
-            executor, device = make_executor(self.pipeline, table, 1)
         transport = transport or MemoryTransport(self.broker)
         name = worker or f"{table.name}-{len(self.workers) + 1}"
-        started = InferenceWorker(transport, self.pipeline, table, executor, name, device)
+        context = WorkerContext(self.pipeline, table, name)
+        started = InferenceWorker(transport, context, executor or make_executor(context))
         await started.start()
         self.workers.append(started)
         self.transports.append(transport)
