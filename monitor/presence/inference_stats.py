@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,21 +42,7 @@ class InferenceStats(PresenceTable):
     _times_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     _latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_LATENCIES))
 
-    def on_result(self, payload: bytes, now_s: float) -> None:
-        """Apply a publication on a results topic; a malformed one is counted."""
-        try:
-            self._add(json.loads(payload), now_s)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            self.rejected += 1
-
-    @property
-    def results_received(self) -> int:
-        """How many requests have ended, with a result or with a failure."""
-        return self.results + self.failures.total()
-
-    def _add(self, result: dict[str, Any], now_s: float) -> None:
-        if self.pipeline and result.get("pipeline", self.pipeline) != self.pipeline:
-            return
+    def add_result(self, result: dict[str, Any], now_s: float) -> None:
         text = summarize_result(result)
         latency_ms = float(result.get("latency_ms", 0.0))
         self.dropped = max(self.dropped, int(result.get("dropped", 0)))
@@ -95,8 +80,8 @@ def sanitize_text(text: str) -> str:
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
-    """`superseded 12, expired 3`: the most frequent first, at most REASONS_SHOWN; empty if there are no counts."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    """`superseded 12, expired 3`: the most frequent first, at most REASONS_SHOWN; empty if all are 0."""
+    ordered = sorted(((name, count) for name, count in counts.items() if count), key=lambda item: (-item[1], item[0]))
     if rest := sum(count for _, count in ordered[REASONS_SHOWN:]):
         ordered[REASONS_SHOWN:] = [("others", rest)]
     return ", ".join(f"{name} {count}" for name, count in ordered)

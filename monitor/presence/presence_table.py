@@ -10,21 +10,20 @@ publish to it, so this module adds:
 
 from __future__ import annotations
 
+import json
 from collections import Counter, deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.presence import SourceRecord, WorkerRecord
-from brokers.dispatch.worker_registry import PresenceEntry, WorkerRegistry
+from brokers.dispatch.worker_registry import WorkerRegistry
 
 STAGE_EXPIRY_S = 3600.0
 STAGES_LIMIT = 256
 TEXT_LIMIT_CHARACTERS = 128
 _DEPARTED_SOURCES_LIMIT = 8
-
-R = TypeVar("R", WorkerRecord, SourceRecord)
+_NOTICES_LIMIT = 32
 
 
 class StageKey(NamedTuple):
@@ -39,12 +38,14 @@ class StageKey(NamedTuple):
 class PresenceTable:
     """The newest record of each worker and source. Times are monotonic seconds of the listener.
 
-    Subclasses add the messages about the work itself: `on_result`, `results_received` and `pop_notices`.
+    Subclasses add the results of the work: `add_result`.
     """
 
     pipeline: str = ""  # its results count; empty: those of every pipeline
     expected_stages: frozenset[StageKey] = frozenset()  # listed whether they have workers or not
     rejected: int = 0  # malformed records and results
+    results_received: int = 0  # of the pipeline: results, failures and events
+    notices: deque[str] = field(default_factory=lambda: deque(maxlen=_NOTICES_LIMIT))  # lines to print once
     registry: WorkerRegistry = field(default_factory=WorkerRegistry)
     _stages_seen_s: dict[StageKey, float] = field(default_factory=dict)  # when a worker of the stage last reported
     _departed: deque[SourceRecord] = field(default_factory=lambda: deque(maxlen=_DEPARTED_SOURCES_LIMIT))
@@ -103,15 +104,15 @@ class PresenceTable:
 
     def live_workers(self, now_s: float) -> list[WorkerRecord]:
         """The workers that are not silent."""
-        return _select(self.registry.workers, now_s, silent=False)
+        return [entry.record for entry in self.registry.workers.values() if not entry.is_silent(now_s)]
 
     def lost_workers(self, now_s: float) -> list[WorkerRecord]:
         """The workers that are silent."""
-        return _select(self.registry.workers, now_s, silent=True)
+        return [entry.record for entry in self.registry.workers.values() if entry.is_silent(now_s)]
 
     def live_sources(self, now_s: float) -> list[SourceRecord]:
         """The sources that are not silent."""
-        return _select(self.registry.sources, now_s, silent=False)
+        return [entry.record for entry in self.registry.sources.values() if not entry.is_silent(now_s)]
 
     def live_workers_by_stage(self, now_s: float) -> dict[StageKey, list[WorkerRecord]]:
         """The workers of each stage that are not silent; an empty list for a stage that has none any more."""
@@ -128,26 +129,25 @@ class PresenceTable:
 
     def problem_counts(self) -> dict[str, Counter[str]]:
         """The sums over all sources, also those that have left, of retried, dropped and failed, by reason."""
-        result: dict[str, Counter[str]] = {"retried": Counter(), "dropped": Counter(), "failed": Counter()}
+        result = {"retried": Counter[str](), "dropped": Counter[str](), "failed": Counter[str]()}
         for record in (*self._departed, *self.sources.values()):
             result["retried"].update(record.load.retries)
             result["dropped"].update(record.load.dropped)
             result["failed"].update(record.load.failed)
         return result
 
-    # The work, in subclasses --------------------------------------------------------------------------------------
-
-    @property
-    def results_received(self) -> int:
-        """How many results or events of the work were received."""
-        return 0
-
     def on_result(self, payload: bytes, now_s: float) -> None:
-        """Apply a publication on a results topic; a malformed one is counted."""
+        """Apply a publication on a results topic; ignore one of another pipeline, and count a malformed one."""
+        try:
+            result = json.loads(payload)
+            if not self.pipeline or result.get("pipeline", self.pipeline) == self.pipeline:
+                self.add_result(result, now_s)
+                self.results_received += 1
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            self.rejected += 1
 
-    def pop_notices(self) -> list[str]:
-        """The lines to print since the last call."""
-        return []
+    def add_result(self, result: dict[str, Any], now_s: float) -> None:
+        """Apply a result or an event of the pipeline; raises for a malformed one."""
 
 
 def create_presence_table(pipeline: Pipeline | None) -> PresenceTable:
@@ -161,10 +161,6 @@ def create_presence_table(pipeline: Pipeline | None) -> PresenceTable:
 def stage_key(record: WorkerRecord) -> StageKey:
     """The stage that a worker serves."""
     return StageKey(record.site, record.pipeline, record.stage)
-
-
-def _select(entries: Mapping[str, PresenceEntry[R]], now_s: float, *, silent: bool) -> list[R]:
-    return [entry.record for entry in entries.values() if entry.is_silent(now_s) == silent]
 
 
 def _cut(text: str) -> str:

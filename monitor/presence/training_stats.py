@@ -1,33 +1,88 @@
-"""Progress of a training pipeline from its published events, beside the presence of its workers and sources."""
+"""Progress of a training pipeline from its published events, beside the presence of its workers and sources.
+
+Any client may publish events, so all fields are validated.
+"""
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from brokers.dispatch.presence import RECORD_LIMIT_BYTES
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
 from monitor.presence.inference_stats import RATE_WINDOW_S, sanitize_text
 from monitor.presence.presence_table import PresenceTable
-from monitor.presence.training_events import (
-    TRAINING_EVENT_ADAPTER,
-    EvaluationEvent,
-    RollbackEvent,
-    StepEvent,
-    TrainingEvent,
-    TrainingFailureEvent,
-)
 
 # Sources that train one pipeline: more than any deployment has, and a bound on memory.
 SOURCES_LIMIT = 16
 _EVALUATIONS_KEPT = 12
-_NOTICES_KEPT = 32
 # Current loss and accuracy are means over the last so many steps: those of one batch are noisy.
 _RECENT_STEPS = 16
 # The remaining time is estimated from the last so many steps, with all pauses between them.
 _PACE_STEPS = 512
 _BUCKETS_LIMIT = 128
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON readers agree on whole numbers up to this
+_Measure = Annotated[float, Field(ge=0, le=1 << 53)]
+_Value = Annotated[float, Field(ge=-1e100, le=1e100)]  # float32 ends at 1e38; sums of these stay finite
+_Text = Annotated[str, Field(max_length=4096)]
+
+
+class _TrainingEventBase(BaseModel):
+    """Base class of the events; unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    source: _Text
+
+
+class StepEvent(_TrainingEventBase):
+    """A step was committed on all stages. Steps count from 1, epochs from 0."""
+
+    event: Literal["step"]
+    step: _Count
+    steps: _Count
+    epoch: _Count
+    epochs: _Count
+    loss: _Value
+    accuracy: _Value | None = None
+    rows: _Count = 0
+    step_ms: _Measure = 0.0
+
+
+class EvaluationEvent(_TrainingEventBase):
+    """The network was evaluated on the test set."""
+
+    event: Literal["evaluation"]
+    step: _Count
+    epoch: _Count
+    loss: _Value
+    accuracy: _Value | None = None
+
+
+class RollbackEvent(_TrainingEventBase):
+    """Training was rolled back: it continues after `step`, and repeats the steps up to `from_step`."""
+
+    event: Literal["rolled_back"]
+    step: _Count
+    from_step: _Count
+    why: _Text = ""
+
+
+class TrainingFailureEvent(_TrainingEventBase):
+    """Training ended with an error."""
+
+    event: Literal["failed"]
+    error: _Text
+    reason: _Text = ""
+    stage: _Text | None = None
+    worker: _Text | None = None
+
+
+TrainingEvent = StepEvent | EvaluationEvent | RollbackEvent | TrainingFailureEvent
+_ADAPTER: TypeAdapter[TrainingEvent] = TypeAdapter(Annotated[TrainingEvent, Field(discriminator="event")])
 
 
 @dataclass(slots=True)
@@ -154,35 +209,14 @@ class TrainingStats(PresenceTable):
     """The progress of each source that trains the pipeline, the first to report first."""
 
     progress_by_source: dict[str, TrainingProgress] = field(default_factory=dict)
-    _events_received: int = 0
-    _notices: deque[str] = field(default_factory=lambda: deque(maxlen=_NOTICES_KEPT))
 
-    def on_result(self, payload: bytes, now_s: float) -> None:
-        """Apply an event from a results topic; a malformed one is counted."""
-        try:
-            fields = json.loads(payload) if len(payload) <= RECORD_LIMIT_BYTES else None
-            if isinstance(fields, dict) and fields.get("pipeline", self.pipeline) != self.pipeline:
-                return  # of another pipeline, whose results are on the same topics
-            event = TRAINING_EVENT_ADAPTER.validate_python(fields)
-        except (ValueError, RecursionError):
-            self.rejected += 1
-            return
+    def add_result(self, result: dict[str, Any], now_s: float) -> None:
+        event = _ADAPTER.validate_python(result)
         if event.source not in self.progress_by_source and len(self.progress_by_source) >= SOURCES_LIMIT:
-            self.rejected += 1
-            return
+            raise ValueError("too many sources")
         self.progress_by_source.setdefault(event.source, TrainingProgress()).add(event, now_s)
-        self._events_received += 1
         if isinstance(event, RollbackEvent):
-            self._notices.append(self._describe(event))
-
-    @property
-    def results_received(self) -> int:
-        return self._events_received
-
-    def pop_notices(self) -> list[str]:
-        notices = list(self._notices)
-        self._notices.clear()
-        return notices
+            self.notices.append(self._describe(event))
 
     def progress_of(self, source: str) -> TrainingProgress | None:
         """The progress of `source`, or of the first source that reported."""

@@ -78,8 +78,8 @@ class LiveView(ABC):
 
     def update(self, *, force: bool = False) -> None:
         """Print new notices, and draw the view if its last update is long enough ago."""
-        for text in self._presence.pop_notices():
-            self.print_line(text)
+        while self._presence.notices:
+            self.print_line(self._presence.notices.popleft())
         now_s = time.monotonic()
         if now_s < self._next_update_s and not force:
             return

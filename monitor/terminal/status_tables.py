@@ -5,7 +5,9 @@ On a terminal the stages are headings, so that a table fits into 80 columns; in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
@@ -26,40 +28,82 @@ STATE_STYLES = {
     "-": "dim",
 }
 _Value = Callable[[Any], str]  # the text of a cell, from a record
-_WORKER_TEXTS: Mapping[str, _Value] = {
-    "node": lambda record: record.node,
-    "device": lambda record: record.device,
-    "model": lambda record: record.fingerprint,
-}
-_WORKER_NUMBERS: Mapping[str, _Value] = {
-    "age": lambda record: format_age(record.up_s),
-    "queue": lambda record: str(record.load.queue),
-    "wait ms": lambda record: f"{record.load.queue_ms:.0f}",
-    "tasks/s": lambda record: f"{record.load.rate:.1f}",
-    "ms/task": lambda record: f"{record.load.task_ms:.1f}",
-    "done": lambda record: str(record.load.done),
-}
-_SOURCE_TEXTS: Mapping[str, _Value] = {"node": lambda record: record.node}
-_SOURCE_NUMBERS: Mapping[str, _Value] = {
-    "age": lambda record: format_age(record.up_s),
-    "in flight": lambda record: f"{record.load.in_flight}/{record.load.window}",
-    "results/s": lambda record: f"{record.load.rate:.1f}",
-    "p50 ms": lambda record: f"{record.load.latency_ms.p50:.0f}",
-    "p99 ms": lambda record: f"{record.load.latency_ms.p99:.0f}",
-    "results": lambda record: str(record.load.results),
-}
-_WORKER_PROBLEMS = ("problems",)
-_SOURCE_PROBLEMS = ("dropped", "retried", "failed", "duplicates")
-_SHRINKING = ("node", "model")  # columns that are cut where the terminal is too narrow for all
-_NAME_WIDTHS = {True: 20, False: 32}  # limits, by whether columns are close together
-_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
 
 class _Row(NamedTuple):
-    place: tuple[str, ...]  # site, pipeline and, for a worker, stage
+    place: tuple[str, ...]
     name: str
-    cells: list[Text | str]
-    problems: dict[str, str]  # by column, only those that occurred
+    cells: Sequence[Text | str]
+    problems: Mapping[str, str]  # by column
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The columns of a table: attributes of the records, and functions of them by title."""
+
+    place: tuple[str, ...]
+    name: str
+    texts: Mapping[str, _Value]
+    numbers: Mapping[str, _Value]
+    problems: Mapping[str, _Value]  # empty where there was no problem
+
+    def row(self, record: WorkerRecord | SourceRecord, is_lost: bool) -> _Row:
+        return _Row(
+            tuple(getattr(record, attribute) for attribute in self.place),
+            getattr(record, self.name),
+            [
+                *(untrusted_text(value(record)) for value in self.texts.values()),
+                _styled("lost" if is_lost else record.state),
+                *(value(record) for value in self.numbers.values()),
+            ],
+            {column: value(record) for column, value in self.problems.items()},
+        )
+
+
+_WORKERS = _Columns(
+    place=("site", "pipeline", "stage"),
+    name="worker",
+    texts={
+        "node": lambda record: record.node,
+        "device": lambda record: record.device,
+        "model": lambda record: record.fingerprint,
+    },
+    numbers={
+        "age": lambda record: format_age(record.up_s),
+        "queue": lambda record: str(record.load.queue),
+        "wait ms": lambda record: f"{record.load.queue_ms:.0f}",
+        "tasks/s": lambda record: f"{record.load.rate:.1f}",
+        "ms/task": lambda record: f"{record.load.task_ms:.1f}",
+        "done": lambda record: str(record.load.done),
+    },
+    problems={
+        "problems": lambda record: format_counts(
+            {name: getattr(record.load, name) for name in ("failed", "malformed", "rejected", "expired")}
+        ),
+    },
+)
+_SOURCES = _Columns(
+    place=("site", "pipeline"),
+    name="source",
+    texts={"node": lambda record: record.node},
+    numbers={
+        "age": lambda record: format_age(record.up_s),
+        "in flight": lambda record: f"{record.load.in_flight}/{record.load.window}",
+        "results/s": lambda record: f"{record.load.rate:.1f}",
+        "p50 ms": lambda record: f"{record.load.latency_ms.p50:.0f}",
+        "p99 ms": lambda record: f"{record.load.latency_ms.p99:.0f}",
+        "results": lambda record: str(record.load.results),
+    },
+    problems={
+        "dropped": lambda record: format_counts(record.load.dropped),
+        "retried": lambda record: format_counts(record.load.retries),
+        "failed": lambda record: format_counts(record.load.failed),
+        "duplicates": lambda record: str(record.load.duplicates or ""),
+    },
+)
+_SHRINKING = ("node", "model")  # columns that are cut where the terminal is too narrow for all
+_NAME_WIDTHS = {True: 20, False: 32}  # limits, by whether columns are close together
+_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 
 
 def format_age(seconds: float | None) -> str:
@@ -83,44 +127,17 @@ def workers_table(
 
     With headings, problems are in lines below the table.
     """
-    rows = [
-        _Row(
-            (record.site, record.pipeline, record.stage),
-            record.worker,
-            _cells(record, lost, _WORKER_TEXTS, _WORKER_NUMBERS),
-            _worker_problems(record),
-        )
-        for record, lost in workers
-    ]
-    if pipeline is not None:
-        served = {row.place for row in rows}
-        places = [(stage.site, pipeline.name, stage.name) for stage in pipeline.stage]
-        rows += [_Row(place, "none up", [], {}) for place in places if place not in served]
-    if not rows:
-        return Text("no worker is up")
-    place = ("site", "pipeline", "stage")
-    table = _make_table(place, ("worker", *_WORKER_TEXTS, "state"), _WORKER_NUMBERS, headings, column_gap)
-    return _fill(table, rows, _WORKER_PROBLEMS, headings)
+    served = {(record.site, record.pipeline, record.stage) for record, _ in workers}
+    places = [(stage.site, pipeline.name, stage.name) for stage in pipeline.stage] if pipeline else []
+    unserved = [place for place in places if place not in served]
+    return _records_table(_WORKERS, workers, unserved, headings, column_gap)
 
 
 def sources_table(
     sources: Sequence[tuple[SourceRecord, bool]], *, headings: bool = False, column_gap: int = 2
 ) -> RenderableType:
     """A row for each source (its record, and whether it is lost); with headings, problems are in lines below."""
-    if not sources:
-        return Text("no source is up")
-    rows = [
-        _Row(
-            (record.site, record.pipeline),
-            record.source,
-            _cells(record, lost, _SOURCE_TEXTS, _SOURCE_NUMBERS),
-            _source_problems(record),
-        )
-        for record, lost in sources
-    ]
-    texts = ("source", *_SOURCE_TEXTS, "state")
-    table = _make_table(("site", "pipeline"), texts, _SOURCE_NUMBERS, headings, column_gap)
-    return _fill(table, rows, _SOURCE_PROBLEMS, headings)
+    return _records_table(_SOURCES, sources, [], headings, column_gap)
 
 
 def untrusted_text(text: str, style: str = "") -> Text:
@@ -128,70 +145,47 @@ def untrusted_text(text: str, style: str = "") -> Text:
     return Text(sanitize_text(text) or "-", style, no_wrap=True, overflow="ellipsis")
 
 
-def _worker_problems(record: WorkerRecord) -> dict[str, str]:
-    counts = {name: getattr(record.load, name) for name in ("failed", "malformed", "rejected", "expired")}
-    text = format_counts({name: count for name, count in counts.items() if count})
-    return {"problems": text} if text else {}
-
-
-def _source_problems(record: SourceRecord) -> dict[str, str]:
-    load = record.load
-    texts = {
-        "dropped": format_counts(load.dropped),
-        "retried": format_counts(load.retries),
-        "failed": format_counts(load.failed),
-        "duplicates": str(load.duplicates or ""),
-    }
-    return {name: text for name, text in texts.items() if text}
-
-
-def _cells(
-    record: WorkerRecord | SourceRecord, lost: bool, texts: Mapping[str, _Value], numbers: Mapping[str, _Value]
-) -> list[Text | str]:
-    state = _styled("lost" if lost else record.state)
-    return [
-        *(untrusted_text(value(record)) for value in texts.values()),
-        state,
-        *(value(record) for value in numbers.values()),
-    ]
-
-
-def _make_table(
-    place: Sequence[str], texts: Sequence[str], numbers: Iterable[str], headings: bool, column_gap: int
-) -> Table:
+def _records_table(
+    columns: _Columns,
+    records: Sequence[tuple[WorkerRecord, bool]] | Sequence[tuple[SourceRecord, bool]],
+    unserved: Sequence[tuple[str, ...]],
+    headings: bool,
+    column_gap: int,
+) -> RenderableType:
+    """A table whose lines are complete; or one with a heading for each place, and the problems in lines below."""
+    if not records and not unserved:
+        return Text(f"no {columns.name} is up")
     table = Table(box=None, padding=(0, column_gap, 0, 0), pad_edge=False, header_style="dim")
-    for column in texts if headings else (*place, *texts):
+    for column in (*(() if headings else columns.place), columns.name, *columns.texts, "state"):
         table.add_column(column, no_wrap=column not in _SHRINKING)
     if headings:
         table.columns[0].max_width = _NAME_WIDTHS[column_gap < 2]
-    for column in numbers:
+    for column in columns.numbers:
         table.add_column(column, justify="right", no_wrap=True)  # numbers are never cut
-    return table
+    for column in () if headings else columns.problems:
+        table.add_column(column)
+    rows = [columns.row(record, is_lost) for record, is_lost in records]
+    rows += [_Row(place, "none up", [], {}) for place in unserved]
+    for place, group in groupby(rows, key=lambda row: row.place):
+        if headings:
+            table.add_row(Text(" ".join(place), style="bold", no_wrap=True, overflow="ellipsis"))
+        for row in group:
+            if headings:
+                table.add_row(_name(row.name, indent="  "), *row.cells)
+            else:
+                problems = (_styled(text or "-") for text in row.problems.values())
+                table.add_row(*place, _name(row.name), *row.cells, *problems)
+    lines = [_problems_line(row) for row in rows if any(row.problems.values())]
+    return Group(table, *lines) if headings else table
 
 
-def _fill(table: Table, rows: Sequence[_Row], problem_columns: Sequence[str], headings: bool) -> RenderableType:
-    """Add the rows: below headings, with the problems in lines after the table; or complete, with all columns."""
-    if not headings:
-        for column in problem_columns:
-            table.add_column(column)
-        for row in rows:
-            problems = [_styled(row.problems.get(column, "-")) for column in problem_columns] if row.cells else []
-            table.add_row(*row.place, _name(row.name), *row.cells, *problems)
-        return table
-    previous: tuple[str, ...] = ()
-    lines = []
-    for row in rows:
-        if row.place != previous:
-            table.add_row(Text(" ".join(row.place), style="bold", no_wrap=True, overflow="ellipsis"))
-        previous = row.place
-        table.add_row(_name(row.name, indent="  "), *row.cells)
-        if row.problems:
-            line = Text(f"  {row.name}  ")
-            for column, text in row.problems.items():
-                label = "" if column in _WORKER_PROBLEMS else f"{column} "
-                line.append(f"{label}{text}  ", STATE_STYLES.get(column, "yellow"))
-            lines.append(line)
-    return Group(table, *lines)
+def _problems_line(row: _Row) -> Text:
+    line = Text(f"  {row.name}  ")
+    for column, text in row.problems.items():
+        if text:
+            label = "" if column == "problems" else f"{column} "
+            line.append(f"{label}{text}  ", STATE_STYLES.get(column, "yellow"))
+    return line
 
 
 def _name(name: str, indent: str = "") -> Text:

@@ -11,8 +11,7 @@ from rich.text import Text
 
 from brokers.config.pipeline_file import Pipeline
 from monitor.presence.inference_stats import sanitize_text
-from monitor.presence.training_events import TrainingFailureEvent
-from monitor.presence.training_stats import TrainingProgress, TrainingStats
+from monitor.presence.training_stats import TrainingFailureEvent, TrainingProgress, TrainingStats
 from monitor.terminal.live import LiveView, join_texts
 
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*#@"

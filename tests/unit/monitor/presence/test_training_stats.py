@@ -33,7 +33,7 @@ def make_progress(events: Iterable[EventDict], every_s: float = 0.5) -> Training
 
 def test_stats_are_empty_before_the_first_event() -> None:
     stats = TrainingStats("digits")
-    assert (stats.progress_of("digits"), stats.results_received, stats.pop_notices()) == (None, 0, [])
+    assert (stats.progress_of("digits"), stats.results_received, list(stats.notices)) == (None, 0, [])
 
 
 def test_loss_and_accuracy_are_means_of_recent_steps() -> None:
@@ -66,13 +66,12 @@ def test_overdue_step_is_a_stall() -> None:
     assert make_progress(run_events()).stalled_s(1000.0) == 0.0, "training is complete"
 
 
-def test_rollback_is_a_notice_once_and_reduces_progress() -> None:
+def test_rollback_is_a_notice_and_reduces_progress() -> None:
     stats = make_stats([step_event(7), rollback_event(0, 7, "worker body-1 is gone")])
     progress = stats.progress_of("digits")
     assert progress is not None
     assert (progress.completed_steps, progress.rollbacks, progress.repeated_steps) == (0, 1, 7)
-    assert stats.pop_notices() == ["worker body-1 is gone: rolled back to step 0, repeating 7 steps"]
-    assert stats.pop_notices() == []
+    assert list(stats.notices) == ["worker body-1 is gone: rolled back to step 0, repeating 7 steps"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_rollback_is_a_notice_once_and_reduces_progress() -> None:
     ],
 )
 def test_notice_of_a_rollback_is_one_safe_line(event: EventDict, text: str) -> None:
-    assert make_stats([event]).pop_notices() == [text]
+    assert list(make_stats([event]).notices) == [text]
 
 
 def test_rolled_back_evaluations_are_dropped_and_the_best_is_kept() -> None:
@@ -115,7 +114,7 @@ def test_sources_have_separate_progress_and_are_bounded() -> None:
     ]
     assert stats.progress_of("more") is stats.progress_by_source["more"]
     assert stats.progress_of("unknown") is stats.progress_by_source["digits"]
-    assert stats.pop_notices() == ["more: worker tail-1 is gone: rolled back to step 8, repeating 1 step"]
+    assert list(stats.notices) == ["more: worker tail-1 is gone: rolled back to step 8, repeating 1 step"]
     for number in range(2 * SOURCES_LIMIT):
         stats.on_result(json.dumps({**step_event(1), "source": f"s{number}"}).encode(), 9.0)
     assert len(stats.progress_by_source) == SOURCES_LIMIT
@@ -137,7 +136,6 @@ WRONG_FIELDS: list[EventDict] = [
     {"step_ms": float("inf")},
     {"source": "s" * 5000},
     {"source": 7},
-    {"padding": "x" * 70_000},
 ]
 
 
