@@ -5,7 +5,7 @@ Tags and fields have the names of the event's or record's own fields: `monitor.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,19 @@ def presence_to_points(
             values |= {name: sum(by_reason.values()) for name, by_reason in counts.items()}
             points.append(_make_point("source", time_ns, values))
     return points
+
+
+def row_to_point(measurement: str, row: Sequence[Any]) -> TelemetryPoint:
+    """The point of a row: its time, tags and fields in the order of the schema."""
+    schema = MEASUREMENTS[measurement]
+    split = 1 + len(schema.tags)
+    tags = {tag: value or "" for tag, value in zip(schema.tags, row[1:split], strict=True)}
+    fields = {
+        # JSON does not tell 5.0 from 5.
+        field.name: float(value) if field.type == "float" and value is not None else value
+        for field, value in zip(schema.fields, row[split:], strict=True)
+    }
+    return TelemetryPoint(measurement, row[0], tags, fields)
 
 
 def _make_point(measurement: str, time_ns: int, values: Mapping[str, Any]) -> TelemetryPoint:

@@ -16,20 +16,16 @@ class Sink(Protocol[T_contra]):
     @property
     def waiting(self) -> int:
         """Items accepted and not yet delivered."""
-        ...
 
     @property
     def dropped(self) -> int:
         """Items lost."""
-        ...
 
     def write(self, items: Sequence[T_contra]) -> None:
         """Accept all items, or raise `BadStore`."""
-        ...
 
     def close(self) -> None:
         """Deliver what waits, as far as that is possible soon. May be called twice."""
-        ...
 
 
 Store = Sink[TelemetryPoint]
@@ -40,8 +36,6 @@ class StoreReader(Protocol):
 
     def runs(self) -> list[str]:
         """The names of the runs that have requests or steps, oldest first; "" is points without a run."""
-        ...
 
     def points(self, measurement: str, run: str | None = None) -> list[TelemetryPoint]:
         """The points of a measurement, of all runs or one, in the order of time."""
-        ...

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from monitor.errors import BadStore
-from monitor.points.points import FieldValue, TelemetryPoint
+from monitor.points.points import FieldValue, TelemetryPoint, row_to_point
 from monitor.points.schema import MEASUREMENTS, Measurement
 
 TELEMETRY_FILE = "telemetry.sqlite"  # in the folder of a run
@@ -97,21 +97,11 @@ class SqliteReader:
 
     def points(self, measurement: str, run: str | None = None) -> list[TelemetryPoint]:
         """The points of a measurement, of all runs or one, in the order of time."""
-        tags = MEASUREMENTS[measurement].tags
-        fields = [field.name for field in MEASUREMENTS[measurement].fields]
-        columns = ", ".join(f'"{name}"' for name in (*tags, *fields))
+        schema = MEASUREMENTS[measurement]
+        columns = ", ".join(f'"{name}"' for name in (*schema.tags, *(field.name for field in schema.fields)))
         where, values = ("WHERE run = ?", (run,)) if run is not None else ("", ())
         rows = self._query(f'SELECT time_ns, {columns} FROM "{measurement}" {where} ORDER BY time_ns', values)
-        split = 1 + len(tags)
-        return [
-            TelemetryPoint(
-                measurement,
-                row[0],
-                dict(zip(tags, row[1:split], strict=True)),
-                dict(zip(fields, row[split:], strict=True)),
-            )
-            for row in rows
-        ]
+        return [row_to_point(measurement, row) for row in rows]
 
     def _query(self, query: str, values: Iterable[FieldValue] = ()) -> list[tuple[Any, ...]]:
         uri = f"{self.path.resolve().as_uri()}?mode=ro"

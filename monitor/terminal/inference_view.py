@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from brokers.config.pipeline_file import Pipeline
 from monitor.presence.inference_stats import InferenceStats
 from monitor.terminal.live import LiveView
 
@@ -16,9 +15,7 @@ from monitor.terminal.live import LiveView
 class InferenceView(LiveView):
     """Draws `InferenceStats`."""
 
-    def __init__(self, pipeline: Pipeline, broker: str, stats: InferenceStats, console: Console | None = None) -> None:
-        super().__init__(pipeline, broker, stats, console)
-        self._stats = stats
+    _stats: InferenceStats
 
     def _progress_text(self, now_s: float) -> str:
         stats = self._stats

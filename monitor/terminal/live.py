@@ -40,7 +40,7 @@ class LiveView(ABC):
         self.broker_restarts = 0
         self._pipeline = pipeline
         self._broker = broker
-        self._presence = stats
+        self._stats = stats
         self._begin_s = time.monotonic()
         self._console = console or Console(stderr=True)
         self._live = Live(console=self._console, refresh_per_second=REFRESH_PER_S, transient=False, auto_refresh=False)
@@ -78,15 +78,15 @@ class LiveView(ABC):
 
     def update(self, *, force: bool = False) -> None:
         """Print new notices, and draw the view if its last update is long enough ago."""
-        while self._presence.notices:
-            self.print_line(self._presence.notices.popleft())
+        while self._stats.notices:
+            self.print_line(self._stats.notices.popleft())
         now_s = time.monotonic()
         if now_s < self._next_update_s and not force:
             return
         if self._console.is_terminal:
             self._next_update_s = now_s + 1 / REFRESH_PER_S
             self._live.update(self._render(now_s), refresh=True)
-        elif self._presence.results_received or now_s - self._begin_s >= _QUIET_S:
+        elif self._stats.results_received or now_s - self._begin_s >= _QUIET_S:
             self._next_update_s = now_s + _LINE_INTERVAL_S
             self.print_line(self._line(now_s))
 
@@ -119,7 +119,7 @@ class LiveView(ABC):
 
     def _problems(self) -> list[tuple[str, str]]:
         """What the sources report as retried, dropped and failed, with the reasons; only what occurred."""
-        counts_by_problem = self._presence.problem_counts()
+        counts_by_problem = self._stats.problem_counts()
         return [(problem, format_counts(counts)) for problem, counts in counts_by_problem.items() if counts]
 
     def _stages(self, now_s: float) -> Table:
@@ -146,7 +146,7 @@ class LiveView(ABC):
             )
         if hidden:
             table.add_row("", Text(f"and {hidden} more", style="dim"))
-        served = {record.stage for record in self._presence.workers.values()}
+        served = {record.stage for record in self._stats.workers.values()}
         for stage in self._pipeline.stage:
             if stage.name not in served:
                 table.add_row(untrusted_text(stage.name), untrusted_text("starting ...", "dim"))
@@ -156,10 +156,10 @@ class LiveView(ABC):
         """The workers to show in the pipeline's order, each with its state ("" for up), and how many are hidden."""
         order = [stage.name for stage in self._pipeline.stage]
         workers = []
-        for topic, record in self._presence.workers.items():
+        for topic, record in self._stats.workers.items():
             if record.stage in order:
                 state = "" if record.state == "up" else record.state
-                workers.append((record, "lost" if self._presence.is_lost(topic, now_s) else state))
+                workers.append((record, "lost" if self._stats.is_lost(topic, now_s) else state))
 
         def position(worker: tuple[WorkerRecord, str]) -> tuple[int, str, str]:
             return order.index(worker[0].stage), worker[0].worker, worker[0].site

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from brokers.protocol.stage_timing import STAGE_DURATIONS
+from monitor.presence.inference_stats import format_counts
 
 _TRAINING_DURATIONS = ("queue_ms", "decode_ms", "forward_ms", "backward_ms", "update_ms", "encode_ms")
 
@@ -38,9 +39,11 @@ def _print_inference(console: Console, summary: Mapping[str, Any]) -> None:
         f"[bold]{summary['results']}[/] results of {summary['requests']} requests in {summary['elapsed_s']:.1f} s: "
         f"[bold green]{summary['throughput_per_s']:.1f}/s[/], latency {latencies} ms"
     )
-    reasons = {"dropped": summary["dropped_by_reason"], "retries": summary["retries_by_reason"]}
-    counts = ("lost", "dropped", "failed", "retries")
-    console.print(", ".join(f"{name} {summary[name]}{_format_reasons(reasons.get(name))}" for name in counts))
+    counts = []
+    for name in ("lost", "dropped", "failed", "retries"):
+        reasons = format_counts(summary.get(f"{name}_by_reason", {}))
+        counts.append(f"{name} {summary[name]}" + (f" ({reasons})" if reasons else ""))
+    console.print(", ".join(counts))
     if count := summary["unreadable"]:
         console.print(f"[yellow]{count} samples could not be read; logs/source.log names them[/]")
 
@@ -81,12 +84,6 @@ def _format_files(name: str | list[str]) -> str:
         return name
     folders = {each.rpartition("/")[0] for each in name}
     return f"{folders.pop()}/" if len(folders) == 1 and "" not in folders else ", ".join(name)
-
-
-def _format_reasons(counts: Mapping[str, int] | None) -> str:
-    """` (WorkerLost 3, Busy 1)`, or nothing."""
-    text = ", ".join(f"{reason} {count}" for reason, count in (counts or {}).items() if count)
-    return f" ({text})" if text else ""
 
 
 def _plural(count: int, noun: str) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from brokers.config.pipeline_file import Pipeline
 from monitor.presence.inference_stats import sanitize_text
 from monitor.presence.training_stats import TrainingFailureEvent, TrainingProgress, TrainingStats
 from monitor.terminal.live import LiveView, join_texts
@@ -24,9 +23,7 @@ _EVALUATION_WIDTH = 10
 class TrainingView(LiveView):
     """Draws `TrainingStats`."""
 
-    def __init__(self, pipeline: Pipeline, broker: str, stats: TrainingStats, console: Console | None = None) -> None:
-        super().__init__(pipeline, broker, stats, console)
-        self._stats = stats
+    _stats: TrainingStats
 
     @property
     def _progress(self) -> TrainingProgress | None:

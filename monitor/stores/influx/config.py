@@ -54,11 +54,8 @@ def influx_target(environment: Mapping[str, str]) -> InfluxTarget | None:
 
 def spool_folder(environment: Mapping[str, str]) -> Path:
     """The folder in which points wait for the server: SPARSE_INFLUX_SPOOL, or one in the user's state folder."""
-    if folder := environment.get(SPOOL_VARIABLE):
-        return Path(folder).expanduser()
-    if state_home := environment.get("XDG_STATE_HOME"):
-        return Path(state_home) / "sparse" / "influx-spool"
-    return Path("~/.local/state/sparse/influx-spool").expanduser()
+    state_home = environment.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(environment.get(SPOOL_VARIABLE) or f"{state_home}/sparse/influx-spool").expanduser()
 
 
 def _setting_error(variable: str, problem: str) -> UsageError:
@@ -74,10 +71,9 @@ def _checked_url(url: str) -> str:
     if parts.username is not None or parts.password is not None:
         problem = f"the URL must not contain a user or password: put the token into a file, {TOKEN_FILE_VARIABLE}"
         raise _setting_error(URL_VARIABLE, problem)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    is_server = parts.scheme in ("http", "https") and parts.hostname
+    if not is_server or parts.query or parts.fragment or not url.isprintable() or " " in url:
         raise _setting_error(URL_VARIABLE, f"not the address of a server; {_EXPECTED_URL}")
-    if parts.query or parts.fragment or not url.isprintable() or " " in url:
-        raise _setting_error(URL_VARIABLE, f"more than an address; {_EXPECTED_URL}")
     return url.rstrip("/")
 
 

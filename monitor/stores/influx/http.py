@@ -233,11 +233,11 @@ def _encode(point: TelemetryPoint, time_ns: int) -> str:
     for tag in measurement.tags:
         line.tag(tag, sanitize_tag(point.tags.get(tag, "")))
     for field in measurement.fields:
-        line.field(field.name, typed(field.type, point.fields.get(field.name)))
+        line.field(field.name, _typed(field.type, point.fields.get(field.name)))
     return str(line.to_line_protocol())
 
 
-def typed(kind: FieldType, value: FieldValue) -> FieldValue:
+def _typed(kind: FieldType, value: FieldValue) -> FieldValue:
     """A value in its field's type, which InfluxDB does not allow to change: 0 of a float field is 0.0."""
     if value is None:
         return None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from monitor.errors import BadStore
-from monitor.points.points import TelemetryPoint
-from monitor.points.schema import MEASUREMENTS, Measurement
+from monitor.points.points import TelemetryPoint, row_to_point
+from monitor.points.schema import MEASUREMENTS
 from monitor.stores.influx.config import InfluxTarget
-from monitor.stores.influx.http import InfluxClient, InfluxError, sanitize_tag, typed
+from monitor.stores.influx.http import InfluxClient, InfluxError, sanitize_tag
 
 _QUOTED = str.maketrans({"\\": r"\\", "'": r"\'"})
 
@@ -36,7 +36,7 @@ class InfluxReader:
         columns = [f'"{tag}"::tag' for tag in schema.tags] + [f'"{field.name}"::field' for field in schema.fields]
         where = "" if run is None else f" WHERE \"run\"::tag = '{sanitize_tag(run).translate(_QUOTED)}'"
         answer = self._query(f'SELECT {", ".join(columns)} FROM "{measurement}"{where}')
-        return [_point(schema, row) for series in answer for row in series["values"]]
+        return [row_to_point(measurement, row) for series in answer for row in series["values"]]
 
     def _query(self, query: str) -> Iterator[dict[str, Any]]:
         """The series of the answer, possibly in several parts, sorted by time."""
@@ -55,11 +55,3 @@ class InfluxReader:
             client.close()
         if partial:
             raise BadStore(str(self.target), "the answer is incomplete: the connection ended too early")
-
-
-def _point(schema: Measurement, row: Sequence[Any]) -> TelemetryPoint:
-    split = 1 + len(schema.tags)
-    tags = {tag: value or "" for tag, value in zip(schema.tags, row[1:split], strict=True)}
-    # JSON does not tell 5.0 from 5.
-    fields = {field.name: typed(field.type, value) for field, value in zip(schema.fields, row[split:], strict=True)}
-    return TelemetryPoint(schema.name, row[0], tags, fields)
