@@ -31,10 +31,12 @@ _THIS_FILE = Path(__file__).resolve()
 BenchMode = Literal["run", "source"]
 
 
-class LinkRecord(BaseModel):
-    """A link between two sites; `emulated`: a link emulator imposed its delay and rate."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class LinkRecord(_Record):
+    """A link between two sites; `emulated`: a link emulator imposed its delay and rate."""
 
     site: str
     to: str
@@ -43,10 +45,8 @@ class LinkRecord(BaseModel):
     emulated: bool
 
 
-class SuiteRecord(BaseModel):
+class SuiteRecord(_Record):
     """A suite, or a point of a sweep: its pipeline file, its overrides and its runs."""
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     path: str
@@ -59,10 +59,8 @@ class SuiteRecord(BaseModel):
     runs: tuple[str, ...] = Field(description="names of folders beside the manifest")
 
 
-class Manifest(BaseModel):
+class Manifest(_Record):
     """A whole benchmark."""
-
-    model_config = ConfigDict(frozen=True)
 
     format: Literal[1] = 1
     command: tuple[str, ...]
@@ -87,10 +85,8 @@ def suite_record(case: BenchCase, emulated: bool, runs: Sequence[str]) -> SuiteR
     links = [
         LinkRecord(
             site=site.name,
-            to=link.to,
-            delay_ms=link.delay_ms,
-            rate_mbit=link.rate_mbit,
             emulated=emulated and link.is_emulated,
+            **link.model_dump(include={"to", "delay_ms", "rate_mbit"}),
         )
         for site in pipeline.site
         for link in site.links

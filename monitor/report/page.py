@@ -16,19 +16,24 @@ from markupsafe import Markup
 from monitor.report.inputs import ReportInputs
 from monitor.report.plot_style import BACKGROUND, FOREGROUND, GRIDLINE, IDLE_FILL, LINE_STYLES, MUTED
 from monitor.report.summary import SummaryColumn, SummaryRow
-from monitor.report.table import Cell, ReportFigure, format_number
+from monitor.report.table import ReportFigure, format_number
 
 # In the head of each page, by which an existing report is recognised.
 GENERATOR = "sparse report"
-# Rows of a figure's data on the page; its CSV file has all.
-_MAX_ROWS = 200
-# A metric within this of the baseline is neither better nor worse.
-_EQUAL_WITHIN = 0.02
 _MAX_TITLE_LABELS = 4
 _GIB = 1 << 30
 _SVG_PREAMBLE = re.compile(r"^.*?(?=<svg)|<metadata>.*?</metadata>", re.DOTALL)
 _SVG_SIZE = re.compile(r'(?<=\s)(?:width|height)="[^"]*"\s*')
 _SVG_ID = re.compile(r'(\bid="|href="#|url\(#)')
+# The page's variables for the colours of plots; their values depend on the reader's colour scheme.
+_COLOUR_VARIABLES = {
+    FOREGROUND: "ink",
+    MUTED: "muted",
+    GRIDLINE: "faint",
+    BACKGROUND: "card",
+    IDLE_FILL: "idle",
+    **{style.colour: f"c{index}" for index, style in enumerate(LINE_STYLES)},
+}
 
 
 @dataclass(frozen=True)
@@ -43,28 +48,24 @@ class PageContent:
     omitted: Sequence[ReportFigure]
     created_at: str
 
+    @property
+    def title(self) -> str:
+        """The labels of the runs; of many runs, only the first ones."""
+        labels = [row.label for row in self.rows]
+        if len(labels) > _MAX_TITLE_LABELS:
+            labels[_MAX_TITLE_LABELS - 1 :] = [f"{len(labels) - _MAX_TITLE_LABELS + 1} more"]
+        return f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
+
+    @property
+    def pipelines(self) -> list[str]:
+        return sorted({pipeline for run in self.inputs.runs for pipeline in run.tag_values("pipeline")})
+
 
 def render_page(content: PageContent) -> str:
     """The HTML of the page. All texts are escaped: the names of runs and pipelines come from other machines."""
     runs = content.inputs.runs
-    labels = [row.label for row in content.rows]
-    if len(labels) > _MAX_TITLE_LABELS:
-        hidden = len(labels) - _MAX_TITLE_LABELS + 1
-        labels = [*labels[: _MAX_TITLE_LABELS - 1], f"{hidden} more"]
-    return _template().render(
-        content=content,
-        runs=runs,
-        title=f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0],
-        pipelines=sorted({pipeline for run in runs for pipeline in run.tag_values("pipeline")}),
-        manifests=list({id(run.manifest): run.manifest for run in runs if run.manifest is not None}.values()),
-        single_runs={
-            run.name: "; ".join(f"{tag} {', '.join(run.tag_values(tag)) or 'unknown'}" for tag in ("pipeline", "node"))
-            for run in runs
-            if run.manifest is None
-        },
-        generator=GENERATOR,
-        max_rows=_MAX_ROWS,
-    )
+    manifests = {id(run.manifest): run.manifest for run in runs if run.manifest is not None}  # each once
+    return _template().render(content=content, runs=runs, manifests=list(manifests.values()), generator=GENERATOR)
 
 
 @cache
@@ -73,19 +74,8 @@ def _template() -> Template:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(number=format_number, cell=_format_cell, text=_describe, inline=inline_svg)
-    environment.globals.update(verdict=_verdict)
+    environment.filters.update(number=format_number, text=_describe, inline=inline_svg)
     return environment.get_template("page.html.jinja")
-
-
-def _format_cell(cell: Cell) -> str:
-    return cell if isinstance(cell, str) else "" if cell is None else f"{cell:.5g}"
-
-
-def _verdict(ratio: float, column: SummaryColumn) -> str:
-    """The CSS class of a metric that differs from the baseline."""
-    gain = (ratio - 1) * column.better_direction
-    return "good" if gain > _EQUAL_WITHIN else "bad" if gain < -_EQUAL_WITHIN else ""
 
 
 def _describe(value: Any) -> str:
@@ -105,12 +95,9 @@ def _describe(value: Any) -> str:
 
 def inline_svg(svg: str, name: str, alt: str) -> Markup:
     """A plot as an element of the page: as wide as its parent, in the page's colours, with unique ids."""
-    svg = _SVG_PREAMBLE.sub("", svg)
-    opening, _, content = svg.partition(">")
+    opening, _, content = _SVG_PREAMBLE.sub("", svg).partition(">")
     svg = f"{_SVG_SIZE.sub('', opening)}>{content}"
     svg = _SVG_ID.sub(lambda match: f"{match[1]}{name}-", svg)
-    variables = {FOREGROUND: "ink", MUTED: "muted", GRIDLINE: "faint", BACKGROUND: "card", IDLE_FILL: "idle"}
-    variables |= {style.colour: f"c{index}" for index, style in enumerate(LINE_STYLES)}
-    for colour, variable in variables.items():
+    for colour, variable in _COLOUR_VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1).strip())

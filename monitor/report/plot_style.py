@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 # The width of a phone, or of half a desktop page; scaled to three quarters, that of a column of a paper.
@@ -62,32 +63,17 @@ _OTHER_PART_STYLES = (
     PartStyle(GREY, "--"),
 )
 
-RC_PARAMS: Any = {
-    "axes.axisbelow": True,
+# matplotlib's settings: those that do not depend on the colours above are in the style sheet.
+STYLE_SHEET = Path(__file__).with_name("plots.mplstyle")
+COLOUR_SETTINGS: Any = {
     "axes.edgecolor": MUTED,
-    "axes.facecolor": "none",
     "axes.labelcolor": FOREGROUND,
-    "axes.labelsize": 10,
-    "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
     "figure.facecolor": BACKGROUND,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10,
     "hatch.color": BACKGROUND,
-    "hatch.linewidth": 0.8,
     "legend.labelcolor": FOREGROUND,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4.5,
-    "pdf.fonttype": 42,  # TrueType: publishers reject matplotlib's default, Type 3
-    "svg.fonttype": "path",  # independent of the fonts of the reader
-    "svg.hashsalt": "sparse",  # the same figure gives the same file
     "text.color": FOREGROUND,
-    "text.parse_math": False,  # the name of a run may contain dollar signs
     "xtick.color": MUTED,
-    "xtick.labelsize": 9,
     "ytick.color": MUTED,
-    "ytick.labelsize": 9,
 }
 
 

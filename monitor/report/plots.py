@@ -18,13 +18,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from monitor.report.plot_style import (
     BACKGROUND,
+    COLOUR_SETTINGS,
     FIGURE_WIDTH_IN,
     FOREGROUND,
     GRIDLINE,
     LINE_STYLES,
     MUTED,
     PNG_DPI,
-    RC_PARAMS,
+    STYLE_SHEET,
     display_label,
     part_styles,
 )
@@ -63,7 +64,7 @@ def render_image(drawing: Figure, kind: ImageFormat) -> bytes:
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    with mpl.rc_context(RC_PARAMS), warnings.catch_warnings():
+    with mpl.rc_context(COLOUR_SETTINGS, STYLE_SHEET), warnings.catch_warnings():
         # Letters that the font lacks, in the name of a run, are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         yield

@@ -30,8 +30,6 @@ _ROLES = ("stage", "source", "run", "broker")
 # Lines per panel; the processes with the least CPU time are shown as one.
 _MAX_PROCESSES = 7
 _OTHERS = "others"
-# The first letters of the names of sensors that measure power.
-_POWER_SENSORS = ("gpu", "rapl", "jetson")
 # The panels of the GPU figure: measurement, field, tag of a device, and how the values of several devices combine.
 _GPU_PANELS: Mapping[str, tuple[str, str, str, Callable[[Iterable[float]], float]]] = {
     "GPU use (share)": ("gpu", "use", "gpu", fmean),
@@ -122,7 +120,7 @@ def gpu(runs: Sequence[ReportRun]) -> ReportFigure:
     table = table_of_groups(("of", "time_s", "value", "low", "high"), runs, rows_of)
     plot = LinePlot("time_s", "value", time_label(runs), "", panel="of", band_axis="y")
     caption = f"GPUs and power rails of the nodes. {_bins(runs)}"
-    return ReportFigure("GPU use and power", caption, table, plot, _no_power_sensor(runs))
+    return ReportFigure("GPU use and power", caption, table, plot, _no_power(runs))
 
 
 def cpu(runs: Sequence[ReportRun]) -> ReportFigure:
@@ -188,7 +186,7 @@ def energy(runs: Sequence[ReportRun]) -> ReportFigure:
     """Joules of the whole node per sample, by sensor."""
     caption = f"Energy of the whole nodes per {runs[0].sample}, by sensor, including their idle power."
     bars = _per_sample("J", runs, lambda run: run.metrics.energy_j or {})
-    return ReportFigure("Energy", caption, *bars, _no_power_sensor(runs))
+    return ReportFigure("Energy", caption, *bars, _no_power(runs))
 
 
 def link_bytes(runs: Sequence[ReportRun]) -> ReportFigure:
@@ -228,19 +226,10 @@ def _per_sample(
     return table, StackedBars(column, f"{unit} per {runs[0].sample}")
 
 
-def _no_power_sensor(runs: Iterable[ReportRun]) -> str:
-    """Why no power sensor could be read, by node."""
-    reasons = {
-        f"{point.tags.get('node', '')}: {point.fields.get('reason')}"
-        for run in runs
-        for point in run.points.get("missing", ())
-        if point.tags.get("sensor", "").lower().startswith(_POWER_SENSORS)
-    }
-    return (
-        f"no power sensor could be read ({'; '.join(sorted(reasons))})"
-        if reasons
-        else "the monitor sampled no power sensor"
-    )
+def _no_power(runs: Iterable[ReportRun]) -> str:
+    """Why there is no power and no energy."""
+    reasons = {run.metrics.energy_missing_reason for run in runs} - {""}
+    return f"no power was measured: {'; '.join(sorted(reasons))}"
 
 
 def _index(name: str, order: Sequence[str]) -> int:

@@ -39,14 +39,13 @@ class SummaryRow:
         return value.median / reference.median if value and reference and reference.median else None
 
 
-def _summary_columns(is_training: bool) -> list[SummaryColumn]:
-    sample = "row" if is_training else "request"
+def _summary_columns(runs: Sequence[ReportRun]) -> list[SummaryColumn]:
+    sample = runs[0].sample
+    duration = "step p50" if runs[0].is_training else "latency p50"
     columns = [
         SummaryColumn("samples", "", 0, lambda metrics: metrics.samples),
         SummaryColumn("throughput", f"{sample}s/s", 1, lambda metrics: metrics.throughput_per_s),
-        SummaryColumn(
-            "step p50" if is_training else "latency p50", "ms", -1, lambda metrics: metrics.latency_ms["p50"]
-        ),
+        SummaryColumn(duration, "ms", -1, lambda metrics: metrics.latency_ms["p50"]),
         SummaryColumn("p95", "ms", -1, lambda metrics: metrics.latency_ms["p95"]),
         SummaryColumn("p99", "ms", -1, lambda metrics: metrics.latency_ms["p99"]),
         SummaryColumn("network", "ms", -1, lambda metrics: metrics.network_ms),
@@ -55,11 +54,10 @@ def _summary_columns(is_training: bool) -> list[SummaryColumn]:
         SummaryColumn(
             "energy", f"J/{sample}", -1, lambda metrics: sum(metrics.energy_j.values()) if metrics.energy_j else None
         ),
+        SummaryColumn("failed", "", 0, lambda metrics: metrics.failed),
+        SummaryColumn("retries", "", 0, lambda metrics: metrics.retries),
     ]
-    if not is_training:
-        columns.append(SummaryColumn("failed", "", 0, lambda metrics: metrics.failed))
-        columns.append(SummaryColumn("retries", "", 0, lambda metrics: metrics.retries))
-    return columns
+    return columns[:-2] if runs[0].is_training else columns
 
 
 def _link_kb(metrics: RunMetrics) -> float | None:
@@ -68,7 +66,7 @@ def _link_kb(metrics: RunMetrics) -> float | None:
 
 def summarize(runs: Sequence[ReportRun]) -> tuple[list[SummaryColumn], list[SummaryRow]]:
     """The metrics that any run has, and a row per group of runs; the first row is the baseline."""
-    columns = _summary_columns(runs[0].is_training)
+    columns = _summary_columns(runs)
     rows = []
     for label, repeats in group_runs(runs).items():
         spreads: dict[str, MedianRange | None] = {}

@@ -87,7 +87,7 @@ def test_omitted_figures_and_skipped_runs_are_listed() -> None:
     page = " ".join(render([make_run("a", FOUR_REQUESTS)], skipped=["cloud-3: no telemetry"]).split())
     assert "Skipped: cloud-3: no telemetry." in page
     assert "Throughput by batch (no run is part of a sweep)" in page
-    assert "GPU use and power, Energy (the monitor sampled no power sensor)" in page
+    assert "GPU use and power, Energy (no power was measured: no power sensor reported)" in page
 
 
 def test_long_data_is_thinned_on_the_page() -> None:

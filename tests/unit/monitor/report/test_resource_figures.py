@@ -126,12 +126,3 @@ def test_energy_is_that_of_the_measured_window() -> None:
     assert rows == [("gpu 0", pytest.approx(40 / 3)), ("total", pytest.approx(40 / 3))]
     use = gpu([run]).table.where("of", "GPU use (share)")
     assert select(use, "time_s", "value") == [(0.25, 0.1), (1.25, 0.2)]
-
-
-def test_missing_sensors_have_reasons_by_node() -> None:
-    missing = [
-        make_point("missing", 0, {"node": node, "sensor": sensor}, reason=reason)
-        for node, sensor, reason in (("pi", "gpu", "no driver"), ("a", "RAPL", "no zone"), ("pi", "fan", "none"))
-    ]
-    run = make_run("a", [*FOUR_REQUESTS, *missing])
-    assert energy([run]).missing_reason == "no power sensor could be read (a: no zone; pi: no driver)"

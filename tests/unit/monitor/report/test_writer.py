@@ -99,7 +99,7 @@ def test_omitted_figures_have_a_reason() -> None:
     missing = make_point("missing", 0, {"node": "pi", "sensor": "gpu"}, reason="no driver")
     _, omitted = build_figures([make_run("a", [*FOUR_REQUESTS, missing])])
     reasons = {figure.title: figure.missing_reason for figure in omitted}
-    assert reasons["GPU use and power"] == reasons["Energy"] == "no power sensor could be read (pi: no driver)"
+    assert reasons["GPU use and power"] == reasons["Energy"] == "no power was measured: gpu: no driver"
     assert reasons["Traffic between sites"] == "there are no links: everything ran on one site"
     assert reasons["Throughput by batch"] == "no run is part of a sweep"
     assert reasons["Network rate"] == "the monitor sampled no links or interfaces"
