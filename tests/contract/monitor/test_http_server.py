@@ -132,6 +132,14 @@ def test_refusals_name_pages_and_methods() -> None:
 @pytest.mark.usefixtures("large_page")
 def test_stalled_clients_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "EXCHANGE_TIMEOUT_S", 0.3)
+    aborted: list[object] = []
+    abort = http_server._Connection.abort
+
+    def record_abort(self: http_server._Connection) -> None:
+        abort(self)
+        aborted.append(self)
+
+    monkeypatch.setattr(http_server._Connection, "abort", record_abort)
 
     async def test() -> None:
         async with serving() as port:
@@ -139,7 +147,9 @@ def test_stalled_clients_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
             slow[1].write(b"GET /health HT")
             not_reading[1].write(http_request("/metrics"))
             await assert_closed(silent, slow)
-            await asyncio.sleep(0.3)  # its exchange began later
+            async with asyncio.timeout(DEADLINE_S):
+                while len(aborted) < 3:  # noqa: ASYNC110 - a list, which has no event
+                    await asyncio.sleep(0.01)
             with contextlib.suppress(ConnectionError):
                 assert len(await not_reading[0].read()) < len(LARGE_PAGE)
             not_reading[1].close()

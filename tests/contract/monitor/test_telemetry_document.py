@@ -25,20 +25,25 @@ from tests.support.monitor.influx_servers import InfluxServer, start_influx
 from tests.support.monitor.telemetry_document import code_blocks
 from tests.support.pipelines.processes import eventually
 
-POINTS = [
-    TelemetryPoint(point.measurement, time.time_ns() - 1_000_000 * number, point.tags, {**point.fields, "error": ""})
-    for known in MEASUREMENTS.values()
-    for number in range(1, 11)
-    for point in [full_point(known, number)]
-]
 INFLUXQL = [line for block in code_blocks("sql", "InfluxQL") for line in block.splitlines()]
+
+
+def recent_points() -> list[TelemetryPoint]:
+    """Ten points of each measurement, of the last 10 ms: queries in the document ask for the last 15 minutes."""
+    now_ns = time.time_ns()
+    return [
+        TelemetryPoint(point.measurement, now_ns - 1_000_000 * number, point.tags, {**point.fields, "error": ""})
+        for measurement in MEASUREMENTS.values()
+        for number in range(1, 11)
+        for point in [full_point(measurement, number)]
+    ]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InfluxServer]:
     with start_influx(tmp_path_factory.mktemp("influx")) as running:
         store = InfluxStore(running.target, tmp_path_factory.mktemp("spool"))
-        store.write(POINTS)
+        store.write(recent_points())
         eventually("all points to be accepted", lambda: not store.waiting)
         store.close()
         assert store.dropped == 0
@@ -73,7 +78,7 @@ def test_shell_example_sends_an_event(tmp_path: Path) -> None:
 @pytest.mark.parametrize("query", code_blocks("sql", "SQLite"))
 def test_sqlite_query_has_an_answer(query: str, tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "telemetry.sqlite")
-    store.write(POINTS)
+    store.write(recent_points())
     with closing(sqlite3.connect(store.path)) as file:
         rows = file.execute(query).fetchall()
     store.close()

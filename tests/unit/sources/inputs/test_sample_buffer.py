@@ -21,7 +21,7 @@ def sample(index: int, source: str = "a", ack: Callable[[], None] | None = None)
 def run(keep: Literal["all", "latest"], test: Callable[[SampleBuffer], Awaitable[None]]) -> SampleBuffer:
     async def main() -> SampleBuffer:
         buffer = SampleBuffer(keep)
-        await asyncio.wait_for(test(buffer), 10)
+        await asyncio.wait_for(test(buffer), 60)
         return buffer
 
     return asyncio.run(main())
