@@ -103,7 +103,7 @@ def measure_ingress(broker: LocalBroker, folder: Path, stage_s: float, seconds: 
         "executor": "tests.soak.harness.camera:FrameSizeExecutor",
         "settings": {"seconds": stage_s},
     }
-    file = write_pipeline_file(folder, [table], name="ingress")
+    file = write_pipeline_file(folder, [table], name="frames")
     frame = jpeg_frame()
     with running(start_worker(folder, file, broker.address, "size")):
         wait_for_workers(broker.address, lambda workers: len(workers) == 1)
