@@ -7,9 +7,10 @@ per result for inference and per row for training.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 from brokers.protocol.stage_timing import STAGE_DURATIONS
 from brokers.telemetry.percentiles import percentiles
@@ -104,18 +105,14 @@ def compute_run_metrics(points: PointsByMeasurement, warm_up: int = 0) -> RunMet
         retries=sum(max(0, round(number_or_zero(point, "attempts")) - 1) for point in window.points),
         span_s=span_s,
         throughput_per_s=samples / span_s if span_s else 0.0,
-        latency_ms={"mean": _mean(durations_ms), **percentiles(durations_ms)},
-        network_ms=None if trains else _mean([number_or_zero(point, "network_ms") for point in succeeded]),
+        latency_ms={"mean": fmean(durations_ms), **percentiles(durations_ms)},
+        network_ms=None if trains else fmean([number_or_zero(point, "network_ms") for point in succeeded]),
         stages=_stages(points, window),
         links=_links(points, window, samples),
         cpu_s=_cpu(points, window, samples),
         energy_j=energy_j,
         energy_missing_reason=energy_missing_reason,
     )
-
-
-def _mean(values: Collection[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _stages(points: PointsByMeasurement, window: MeasurementWindow) -> dict[str, StageTime]:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PRESENCE_INTERVAL_S = 1.0  # as often as workers and sources report
-_EXPIRE_INTERVAL_S = 10.0
 _MONITOR_POINT_INTERVAL_S = 5.0
 _RECONNECT_INTERVAL_S = 1.0
 STOP_TIMEOUT_S = 10.0  # for the stores to accept the points received
@@ -67,12 +66,10 @@ class Daemon:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Do the periodic work until `stopping` is set."""
-        expired_s = monitor_point_s = time.monotonic()
+        monitor_point_s = time.monotonic()
         while not stopping.is_set():
             now_s = time.monotonic()
-            if now_s - expired_s >= _EXPIRE_INTERVAL_S:
-                expired_s = now_s
-                self._presence.expire(now_s)
+            self._presence.expire(now_s)
             self._store_presence(now_s)
             if self._telemetry and now_s - monitor_point_s >= _MONITOR_POINT_INTERVAL_S:
                 monitor_point_s = now_s

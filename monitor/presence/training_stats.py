@@ -5,9 +5,9 @@ Any client may publish events, so all fields are validated.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -22,7 +22,7 @@ _EVALUATIONS_KEPT = 12
 _RECENT_STEPS = 16
 # The remaining time is estimated from the last so many steps, with all pauses between them.
 _PACE_STEPS = 512
-_BUCKETS_LIMIT = 128
+SERIES_LIMIT = 512  # values
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # JSON readers agree on whole numbers up to this
 _Measure = Annotated[float, Field(ge=0, le=1 << 53)]
@@ -87,37 +87,22 @@ _ADAPTER: TypeAdapter[TrainingEvent] = TypeAdapter(Annotated[TrainingEvent, Fiel
 
 @dataclass(slots=True)
 class DownsampledSeries:
-    """A value over all steps so far, as means of at most 128 buckets of equal length.
+    """A value over all steps so far; of a long run, every 2nd, 4th, ... of the older steps."""
 
-    When the buckets are full, two become one each.
-    """
-
-    _bucket_steps: int = 1
-    _buckets: dict[int, tuple[float, int]] = field(default_factory=dict)  # index -> sum, count
+    _values: dict[int, float] = field(default_factory=dict)  # by step
 
     def add(self, step: int, value: float) -> None:
         """Add the value of a step, and drop those of later steps, which were rolled back."""
-        while step // self._bucket_steps >= _BUCKETS_LIMIT:
-            self._merge_pairs()
-        index = step // self._bucket_steps
-        for later in [other for other in self._buckets if other > index]:
-            del self._buckets[later]
-        total, count = self._buckets.get(index, (0.0, 0))
-        self._buckets[index] = (total + value, count + 1)
+        self._values = {earlier: kept for earlier, kept in self._values.items() if earlier < step} | {step: value}
+        if len(self._values) > SERIES_LIMIT:
+            self._values = dict(list(self._values.items())[::2])
 
     def values(self, width: int) -> list[float]:
-        """At most `width` means, from the first step to the last."""
-        means = [total / count for _, (total, count) in sorted(self._buckets.items())]
-        group = -(-len(means) // width)
-        return [_mean(means[begin : begin + group]) for begin in range(0, len(means), group)] if means else []
-
-    def _merge_pairs(self) -> None:
-        self._bucket_steps *= 2
-        merged: dict[int, tuple[float, int]] = {}
-        for index, (total, count) in self._buckets.items():
-            other_total, other_count = merged.get(index // 2, (0.0, 0))
-            merged[index // 2] = (other_total + total, other_count + count)
-        self._buckets = merged
+        """At most `width` means over equal numbers of steps, from the first step to the last."""
+        columns: dict[int, list[float]] = defaultdict(list)
+        for step, value in self._values.items():
+            columns[step * width // (max(self._values) + 1)].append(value)
+        return [fmean(column) for column in columns.values()]
 
 
 @dataclass(slots=True)
@@ -164,18 +149,18 @@ class TrainingProgress:
     @property
     def loss(self) -> float | None:
         """Mean loss of the recent steps."""
-        return _mean([step.loss for _, step in self._recent]) if self._recent else None
+        return fmean([step.loss for _, step in self._recent]) if self._recent else None
 
     @property
     def accuracy(self) -> float | None:
         """Mean accuracy of the recent steps that report one."""
         accuracies = [step.accuracy for _, step in self._recent if step.accuracy is not None]
-        return _mean(accuracies) if accuracies else None
+        return fmean(accuracies) if accuracies else None
 
     @property
     def step_ms(self) -> float:
         """Mean duration of the recent steps."""
-        return _mean([step.step_ms for _, step in self._recent]) if self._recent else 0.0
+        return fmean([step.step_ms for _, step in self._recent]) if self._recent else 0.0
 
     def rows_per_s(self, now_s: float) -> float:
         """Rows per second of the steps in the last RATE_WINDOW_S, or of the last step; without pauses between steps."""
@@ -232,7 +217,3 @@ class TrainingStats(PresenceTable):
 
 def _accuracy(event: EvaluationEvent | None) -> float:
     return event.accuracy if event is not None and event.accuracy is not None else -1.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -10,7 +10,7 @@ from monitor.stores import batch_writer
 from monitor.stores.influx import config as influx_target
 from monitor.stores.influx.config import InfluxTarget
 from monitor.stores.influx.spool import SPOOL_LIMIT_BYTES
-from monitor.stores.influx.store import _BATCH_POINTS, InfluxTimings
+from monitor.stores.influx.store import _BATCH_POINTS, INITIAL_BACKOFF_S, MAX_BACKOFF_S, MISCONFIGURED_RETRY_S
 from monitor.stores.sqlite import TELEMETRY_FILE
 from tests.support.monitor.telemetry_document import DOCUMENT_PATH, TABLE_WRITERS, update_tables
 
@@ -41,13 +41,12 @@ def test_settings_agree_with_the_code() -> None:
 
 
 def test_numbers_agree_with_the_code() -> None:
-    timings = InfluxTimings()
     assert f"at most {DATAGRAM_LIMIT_BYTES} bytes" in PROSE
     assert f"one file for each second or each {_BATCH_POINTS} points" in PROSE
     assert batch_writer._INTERVAL_S == 1.0
     assert f"The spool is bounded: {SPOOL_LIMIT_BYTES >> 20} MiB" in PROSE
-    assert f"after {timings.initial_backoff_s:g} s, 1 s, 2 s, up to {timings.max_backoff_s:g} s" in PROSE
-    assert timings.misconfigured_retry_s == 60.0
+    assert f"after {INITIAL_BACKOFF_S:g} s, 1 s, 2 s, up to {MAX_BACKOFF_S:g} s" in PROSE
+    assert MISCONFIGURED_RETRY_S == 60.0
     assert "tries again every minute" in TEXT
     assert f"`{TELEMETRY_FILE}`" in TEXT
 

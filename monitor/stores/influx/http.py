@@ -117,27 +117,28 @@ class InfluxClient:
         text, is_html = self._message(error)
         shown = text[:_SERVER_TEXT_LIMIT]
         message = f"{shown} ({status})" if shown else f"the server answered {status}"
-        kind = InfluxErrorKind.MISCONFIGURED
+        if status >= 500:
+            return InfluxError(InfluxErrorKind.RETRYABLE, message)
         match status:
-            case 401 if self._target.token:
-                return InfluxError(kind, "the token is not accepted (401)")
-            case 401:
-                return InfluxError(kind, "a token is required (401): set SPARSE_INFLUX_TOKEN_FILE")
-            case 403:
-                return InfluxError(kind, f"the token does not permit this: {message}")
-            case 404 if any(word in text for word in ("bucket", "database", "organization")):
-                return InfluxError(kind, message)
-            case 404:
-                return InfluxError(kind, f"not an InfluxDB 1.8 or later: {message}")
+            case 0 | 429:
+                return InfluxError(InfluxErrorKind.RETRYABLE, shown or "no answer")
             case 400 | 413 | 422 if not is_html:
                 _, separator, count = text.rpartition("dropped=")
                 dropped = int(count) if separator and count.isdecimal() else 0
                 return InfluxError(InfluxErrorKind.REJECTED, message, dropped or None)
-            case 0 | 429:
-                return InfluxError(InfluxErrorKind.RETRYABLE, shown or "no answer")
-            case _ if status >= 500:
-                return InfluxError(InfluxErrorKind.RETRYABLE, message)
-        return InfluxError(kind, f"not an InfluxDB: the server answered {status} {error.reason or ''}".rstrip())
+            case 401 if self._target.token:
+                problem = "the token is not accepted (401)"
+            case 401:
+                problem = "a token is required (401): set SPARSE_INFLUX_TOKEN_FILE"
+            case 403:
+                problem = f"the token does not permit this: {message}"
+            case 404 if any(word in text for word in ("bucket", "database", "organization")):
+                problem = message
+            case 404:
+                problem = f"not an InfluxDB 1.8 or later: {message}"
+            case _:
+                problem = f"not an InfluxDB: the server answered {status} {error.reason or ''}".rstrip()
+        return InfluxError(InfluxErrorKind.MISCONFIGURED, problem)
 
     def _message(self, error: ApiException) -> tuple[str, bool]:
         """The server's message in one line without the token, and whether it was an HTML page instead."""

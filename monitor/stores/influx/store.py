@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from brokers.process.backoff import Backoff
@@ -21,16 +20,9 @@ log = logging.getLogger(__name__)
 
 _BATCH_POINTS = 5000  # recommended by InfluxDB's documentation
 _GZIP_LEVEL = 1  # higher levels save a tenth of the bytes and take three times as long
-
-
-@dataclass(frozen=True, slots=True)
-class InfluxTimings:
-    """Waiting times, in seconds."""
-
-    initial_backoff_s: float = 0.5
-    max_backoff_s: float = 30.0
-    misconfigured_retry_s: float = 60.0  # the user has to correct something first
-    close_timeout_s: float = 3.0  # for sending the rest on close
+INITIAL_BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
+MISCONFIGURED_RETRY_S = 60.0  # the user has to correct something first
+CLOSE_TIMEOUT_S = 3.0  # for sending the rest on close
 
 
 class InfluxStore:
@@ -41,20 +33,12 @@ class InfluxStore:
     time beside its own; a `BatchWriter` makes writes large enough.
     """
 
-    def __init__(
-        self,
-        target: InfluxTarget,
-        folder: Path,
-        *,
-        limit_bytes: int = SPOOL_LIMIT_BYTES,
-        timings: InfluxTimings | None = None,
-    ) -> None:
+    def __init__(self, target: InfluxTarget, folder: Path, *, limit_bytes: int = SPOOL_LIMIT_BYTES) -> None:
         self.target = target
-        self._timings = timings or InfluxTimings()
         self._spool = Spool(folder, limit_bytes)
         self._client = InfluxClient(target)
         self._encoder = LineEncoder()
-        self._backoff = Backoff(self._timings.initial_backoff_s, self._timings.max_backoff_s)
+        self._backoff = Backoff(INITIAL_BACKOFF_S, MAX_BACKOFF_S)
         self._unspooled = 0  # points lost because the disk did not accept them
         self._problem = ""  # the last failure that was logged; empty while batches are accepted
         self._wake = threading.Event()
@@ -101,13 +85,13 @@ class InfluxStore:
         self._wake.set()
 
     def close(self) -> None:
-        """Send what can be sent within `close_timeout_s`; the rest stays in the spool. May be called twice."""
+        """Send what can be sent within CLOSE_TIMEOUT_S; the rest stays in the spool. May be called twice."""
         if not self._closing.is_set():
-            self._deadline_s = time.monotonic() + self._timings.close_timeout_s
+            self._deadline_s = time.monotonic() + CLOSE_TIMEOUT_S
             self._closing.set()
             self._wake.set()
         # A request that hangs ends by its own timeout, and the thread with it.
-        self._thread.join(self._timings.close_timeout_s + 1.0)
+        self._thread.join(CLOSE_TIMEOUT_S + 1.0)
 
     def _run(self) -> None:
         try:
@@ -138,7 +122,7 @@ class InfluxStore:
                 return 0.0
             self._warn_on_change(f"{error.problem}; points wait in {self._spool.folder}")
             if error.kind is InfluxErrorKind.MISCONFIGURED:
-                return self._timings.misconfigured_retry_s
+                return MISCONFIGURED_RETRY_S
             return self._backoff.next_s()
         self._spool.ack()
         self._backoff.reset()

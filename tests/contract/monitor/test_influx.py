@@ -17,9 +17,10 @@ import pytest
 from monitor.errors import BadStore
 from monitor.points.points import TelemetryPoint
 from monitor.stores.influx import http
+from monitor.stores.influx import store as influx_store
 from monitor.stores.influx.config import InfluxTarget
 from monitor.stores.influx.spool import SPOOL_LIMIT_BYTES
-from monitor.stores.influx.store import InfluxStore, InfluxTimings
+from monitor.stores.influx.store import InfluxStore
 from tests.support.brokers.ports import free_port
 from tests.support.environment.full_disk import full_disk
 from tests.support.monitor.influx_servers import (
@@ -31,8 +32,13 @@ from tests.support.monitor.influx_servers import (
 )
 from tests.support.pipelines.processes import eventually, process_sandbox
 
-SHORT_TIMINGS = InfluxTimings(initial_backoff_s=0.02, max_backoff_s=0.1, misconfigured_retry_s=0.1)
 NOW_NS = time.time_ns() - 60_000_000_000  # VictoriaMetrics does not return points of the future
+
+
+@pytest.fixture(autouse=True)
+def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"INITIAL_BACKOFF_S": 0.02, "MAX_BACKOFF_S": 0.1, "MISCONFIGURED_RETRY_S": 0.1}.items():
+        monkeypatch.setattr(influx_store, name, seconds)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def server(database: InfluxServer) -> InfluxServer:
 
 @contextmanager
 def open_store(target: InfluxTarget, folder: Path, limit_bytes: int = SPOOL_LIMIT_BYTES) -> Iterator[InfluxStore]:
-    store = InfluxStore(target, folder / "spool", limit_bytes=limit_bytes, timings=SHORT_TIMINGS)
+    store = InfluxStore(target, folder / "spool", limit_bytes=limit_bytes)
     try:
         yield store
     finally:
@@ -225,7 +231,7 @@ def test_write_does_not_wait_for_a_server_that_never_answers(tmp_path: Path, mon
     monkeypatch.setattr(http, "READ_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         target = InfluxTarget(f"http://127.0.0.1:{silent.getsockname()[1]}")
-        store = InfluxStore(target, tmp_path / "spool", timings=SHORT_TIMINGS)
+        store = InfluxStore(target, tmp_path / "spool")
         store.write(make_points(0, 5_000))
         connection, _ = silent.accept()  # its thread waits for an answer from now on
         for number in range(5_000, 25_000, 5_000):

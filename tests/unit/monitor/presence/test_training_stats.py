@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 import pytest
 
-from monitor.presence.training_stats import SOURCES_LIMIT, DownsampledSeries, TrainingProgress, TrainingStats
+from monitor.presence.training_stats import (
+    SERIES_LIMIT,
+    SOURCES_LIMIT,
+    DownsampledSeries,
+    TrainingProgress,
+    TrainingStats,
+)
 from tests.support.training.training_events import (
     EventDict,
     evaluation_event,
@@ -158,7 +164,7 @@ def test_series_covers_all_steps_in_bounded_memory() -> None:
     assert len(values) <= 20
     assert values == sorted(values)
     assert (values[0] < 600, values[-1] > 9400) == (True, True)
-    assert len(series._buckets) <= 128
+    assert len(series._values) <= SERIES_LIMIT
 
 
 def test_series_drops_rolled_back_steps() -> None:
