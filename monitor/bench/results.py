@@ -10,13 +10,13 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 from rich.table import Table
 
 from monitor.analysis.median_range import MedianRange
 from monitor.analysis.run_metrics import RunMetrics
+from monitor.bench.summary import summarize
 
 RESULTS_FILE, CSV_FILE = "results.json", "results.csv"
 LEGEND = (
@@ -112,26 +112,32 @@ def comparison_table(results: Sequence[RunResult], label: str, is_training: bool
     """A row per case with the medians of its runs and the range of its throughput; all cases of one kind."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", title_justify="left")
     table.title = "medians of the runs, with the lowest and highest throughput"
+    # The metrics of the summary by heading, and the factors for their units.
+    metrics = {
+        **({"step ms": ("step p50", 1)} if is_training else {"p50 ms": ("latency p50", 1)}),
+        "p95": ("p95", 1),
+        **({} if is_training else {"network": ("network", 1)}),
+        "kB link": ("between sites", 1),
+        "cpu ms": ("CPU time", 1000),
+    }
     table.add_column(label, no_wrap=True)
-    columns = ["rows/s", "", "step ms", "p95"] if is_training else ["/s", "", "p50 ms", "p95", "network"]
-    for column in (*columns, "kB link", "cpu ms"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for case, spreads in spreads_by_case(results).items():
-        if not spreads:
-            table.add_row(case, "", "failed")
+    for heading in ("rows/s" if is_training else "/s", "", *metrics):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    groups: dict[str, list[RunMetrics]] = {result.case: [] for result in results}
+    for result in results:
+        if result.metrics:
+            groups[result.case].append(result.metrics)
+    for row in summarize(groups)[1]:
+        throughput = row.values["throughput"]
+        if throughput is None:
+            table.add_row(row.label, "", "failed")
             continue
-        throughput = spreads["throughput_per_s"]
-        # The median of the runs' sums, as in the report, and not the sum of the roles' medians.
-        cpu_s = [each.metrics.total_cpu_s for each in results if each.case == case and each.metrics]
-        measured_s = [seconds for seconds in cpu_s if seconds is not None]
+        spreads = [(row.values[name], factor) for name, factor in metrics.values()]
         table.add_row(
-            case,
+            row.label,
             _rate(throughput.median),
             f"({_rate(throughput.minimum)}-{_rate(throughput.maximum)})",
-            *(f"{spreads[f'latency_ms.{name}'].median:.0f}" for name in ("p50", "p95")),
-            *([] if is_training else [f"{spreads['network_ms'].median:.0f}"]),
-            _link_kb(spreads),
-            f"{1000 * median(measured_s):.0f}" if measured_s else "-",
+            *(f"{factor * spread.median:.0f}" if spread else "-" for spread, factor in spreads),
         )
     return table
 
@@ -148,8 +154,3 @@ def format_run(result: RunResult) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _link_kb(spreads: Mapping[str, MedianRange]) -> str:
-    medians = [spread.median for name, spread in spreads.items() if name.startswith("links.")]
-    return f"{sum(medians) / 1000:.0f}" if medians else "-"

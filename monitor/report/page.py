@@ -13,9 +13,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from monitor.bench.summary import SummaryColumn, SummaryRow
 from monitor.report.inputs import ReportInputs
 from monitor.report.plot_style import BACKGROUND, FOREGROUND, GRIDLINE, IDLE_FILL, LINE_STYLES, MUTED
-from monitor.report.summary import SummaryColumn, SummaryRow
 from monitor.report.table import ReportFigure, format_number
 
 # In the head of each page, by which an existing report is recognised.

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from brokers.errors import UsageError
+from monitor.bench.summary import SummaryColumn, SummaryRow, summarize
 from monitor.report import resource_figures, workload_figures
 from monitor.report.inputs import ReportInputs
 from monitor.report.page import GENERATOR, PageContent, render_page
 from monitor.report.plots import IMAGE_FORMATS, draw_figure, render_image
-from monitor.report.run import ReportRun
-from monitor.report.summary import summarize, summary_table
-from monitor.report.table import ReportFigure
+from monitor.report.run import ReportRun, group_runs
+from monitor.report.table import Cell, DataTable, ReportFigure, Row
 
 PAGE_FILE, FIGURES_FOLDER, DATA_FOLDER = "index.html", "figures", "data"
 PERCENTILES_SUFFIX, SUMMARY_NAME = "-percentiles", "summary"
@@ -64,7 +64,8 @@ def write_report(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], 
 
 
 def _write(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], None]) -> dict[str, Any]:
-    columns, rows = summarize(inputs.runs)
+    groups = group_runs(inputs.runs)
+    columns, rows = summarize({label: [run.metrics for run in repeats] for label, repeats in groups.items()})
     summary = summary_table(columns, rows)
     figures, omitted = build_figures(inputs.runs)
     for path in _report_files(folder) - {folder / PAGE_FILE}:
@@ -92,6 +93,19 @@ def _write(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], None])
         "omitted": {figure.title: figure.missing_reason for figure in omitted},
         "skipped": inputs.skipped,
     }
+
+
+def summary_table(columns: Sequence[SummaryColumn], rows: Sequence[SummaryRow]) -> DataTable:
+    """For each metric its median, and its ratio to the first row."""
+    table_rows: list[Row] = []
+    for row in rows:
+        cells: list[Cell] = [row.label, row.repeats]
+        for column in columns:
+            spread = row.values[column.name]
+            cells += [spread.median if spread else None, row.ratio_to(rows[0], column.name)]
+        table_rows.append(tuple(cells))
+    headings = [name for column in columns for name in (column.heading, f"{column.heading} ratio")]
+    return DataTable(("run", "repeats", *headings), tuple(table_rows))
 
 
 def _check_folder(folder: Path) -> None:

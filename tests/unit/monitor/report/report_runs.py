@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from monitor.bench.summary import SummaryColumn, SummaryRow, summarize
 from monitor.points.points import FieldValue, TelemetryPoint
-from monitor.report.run import ReportRun
+from monitor.report.run import ReportRun, group_runs
 from monitor.report.table import DataTable
 from tests.support.monitor.synthetic_runs import time_ns_at
 
@@ -80,6 +81,10 @@ def make_repeats(**durations_s: float) -> list[ReportRun]:
         make_run(name, [make_request(1, 1.0 + duration_s, duration_s * 1000)], group="cloud")
         for name, duration_s in durations_s.items()
     ]
+
+
+def summarize_runs(runs: Sequence[ReportRun]) -> tuple[list[SummaryColumn], list[SummaryRow]]:
+    return summarize({label: [run.metrics for run in repeats] for label, repeats in group_runs(runs).items()})
 
 
 def select(table: DataTable, *columns: str) -> list[tuple[object, ...]]:

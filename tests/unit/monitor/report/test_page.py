@@ -11,17 +11,16 @@ from monitor.report.inputs import ReportInputs
 from monitor.report.page import PageContent, inline_svg, render_page
 from monitor.report.plots import draw_figure, render_image
 from monitor.report.run import ReportRun
-from monitor.report.summary import summarize
 from monitor.report.writer import build_figures
 from tests.support.monitor.synthetic_runs import make_manifest
-from tests.unit.monitor.report.report_runs import FOUR_REQUESTS, LINK_TRAFFIC, make_repeats, make_run
+from tests.unit.monitor.report.report_runs import FOUR_REQUESTS, LINK_TRAFFIC, make_repeats, make_run, summarize_runs
 
 HOSTILE = "<script>alert(1)</script> & $x^2$ _"
 SVG = '<?xml version="1.0"?>\n<svg width="300pt" height="200pt"><path id="a" fill="#1f2328"/><use href="#a"/></svg>'
 
 
 def render(runs: Sequence[ReportRun], skipped: Sequence[str] = ()) -> str:
-    columns, rows = summarize(runs)
+    columns, rows = summarize_runs(runs)
     figures, omitted = build_figures(runs)
     svgs = {figure.name: SVG for figure in figures}
     inputs = ReportInputs(list(runs), list(skipped))

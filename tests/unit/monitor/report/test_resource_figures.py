@@ -6,7 +6,6 @@ import pytest
 
 from monitor.report.resource_figures import cpu, cpu_seconds, energy, gpu, link_bytes, network, network_distribution
 from monitor.report.run import ReportRun
-from monitor.report.summary import summarize
 from tests.unit.monitor.report.report_runs import (
     FOUR_REQUESTS,
     LINK_TRAFFIC,
@@ -15,6 +14,7 @@ from tests.unit.monitor.report.report_runs import (
     make_request,
     make_run,
     select,
+    summarize_runs,
 )
 
 
@@ -111,7 +111,7 @@ def test_bars_have_parts_in_one_order_and_only_totals_a_range() -> None:
         ("b", "source", pytest.approx(2.0), None, None),
         ("b", "total", pytest.approx(2.0), None, None),
     ]
-    cpu_time = summarize(runs[:2])[1][0].values["CPU time"]
+    cpu_time = summarize_runs(runs[:2])[1][0].values["CPU time"]
     assert cpu_time is not None
     assert cpu_time.median == pytest.approx(7.0)
 

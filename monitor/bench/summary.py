@@ -1,4 +1,4 @@
-"""The headline metrics of a report: a row per run or suite, compared with the first row, the baseline."""
+"""The headline metrics of runs: a row per run or suite, compared with the first row, the baseline."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from monitor.analysis.median_range import MedianRange
 from monitor.analysis.run_metrics import RunMetrics
-from monitor.report.run import ReportRun, group_runs
-from monitor.report.table import Cell, DataTable, Row
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,12 @@ class SummaryRow:
         return value.median / reference.median if value and reference and reference.median else None
 
 
-def _summary_columns(runs: Sequence[ReportRun]) -> list[SummaryColumn]:
-    sample = runs[0].sample
-    duration = "step p50" if runs[0].is_training else "latency p50"
+def _summary_columns(is_training: bool) -> list[SummaryColumn]:
+    sample, p50 = ("row", "step p50") if is_training else ("request", "latency p50")
     columns = [
         SummaryColumn("samples", "", 0, lambda metrics: metrics.samples),
         SummaryColumn("throughput", f"{sample}s/s", 1, lambda metrics: metrics.throughput_per_s),
-        SummaryColumn(duration, "ms", -1, lambda metrics: metrics.latency_ms["p50"]),
+        SummaryColumn(p50, "ms", -1, lambda metrics: metrics.latency_ms["p50"]),
         SummaryColumn("p95", "ms", -1, lambda metrics: metrics.latency_ms["p95"]),
         SummaryColumn("p99", "ms", -1, lambda metrics: metrics.latency_ms["p99"]),
         SummaryColumn("network", "ms", -1, lambda metrics: metrics.network_ms),
@@ -57,34 +54,21 @@ def _summary_columns(runs: Sequence[ReportRun]) -> list[SummaryColumn]:
         SummaryColumn("failed", "", 0, lambda metrics: metrics.failed),
         SummaryColumn("retries", "", 0, lambda metrics: metrics.retries),
     ]
-    return columns[:-2] if runs[0].is_training else columns
+    return columns[:-2] if is_training else columns
 
 
 def _link_kb(metrics: RunMetrics) -> float | None:
     return sum(link.bytes_out + link.bytes_in for link in metrics.links.values()) / 1000 if metrics.links else None
 
 
-def summarize(runs: Sequence[ReportRun]) -> tuple[list[SummaryColumn], list[SummaryRow]]:
-    """The metrics that any run has, and a row per group of runs; the first row is the baseline."""
-    columns = _summary_columns(runs)
+def summarize(groups: Mapping[str, Sequence[RunMetrics]]) -> tuple[list[SummaryColumn], list[SummaryRow]]:
+    """The metrics that any run has, and a row per group of repeats; all runs are of one kind."""
+    columns = _summary_columns(any(run.kind == "training" for runs in groups.values() for run in runs))
     rows = []
-    for label, repeats in group_runs(runs).items():
+    for label, repeats in groups.items():
         spreads: dict[str, MedianRange | None] = {}
         for column in columns:
-            values = [value for run in repeats if (value := column.value_of(run.metrics)) is not None]
+            values = [value for metrics in repeats if (value := column.value_of(metrics)) is not None]
             spreads[column.name] = MedianRange.from_values(values) if values else None
         rows.append(SummaryRow(label, len(repeats), spreads))
     return [column for column in columns if any(row.values[column.name] for row in rows)], rows
-
-
-def summary_table(columns: Sequence[SummaryColumn], rows: Sequence[SummaryRow]) -> DataTable:
-    """For each metric its median, and its ratio to the first row."""
-    table_rows: list[Row] = []
-    for row in rows:
-        cells: list[Cell] = [row.label, row.repeats]
-        for column in columns:
-            spread = row.values[column.name]
-            cells += [spread.median if spread else None, row.ratio_to(rows[0], column.name)]
-        table_rows.append(tuple(cells))
-    headings = [name for column in columns for name in (column.heading, f"{column.heading} ratio")]
-    return DataTable(("run", "repeats", *headings), tuple(table_rows))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from monitor.report.summary import summarize, summary_table
-from tests.unit.monitor.report.report_runs import FOUR_REQUESTS, make_repeats, make_run, make_steps
+from monitor.report.writer import summary_table
+from tests.unit.monitor.report.report_runs import FOUR_REQUESTS, make_repeats, make_run, make_steps, summarize_runs
 
 
 def test_rows_have_ratios_to_the_baseline() -> None:
-    columns, (first, second) = summarize([make_run("a", FOUR_REQUESTS), make_run("b", FOUR_REQUESTS[:1])])
+    columns, (first, second) = summarize_runs([make_run("a", FOUR_REQUESTS), make_run("b", FOUR_REQUESTS[:1])])
     assert (first.label, second.label) == ("a", "b")
     throughput = first.values["throughput"]
     assert throughput is not None
@@ -22,12 +22,12 @@ def test_rows_have_ratios_to_the_baseline() -> None:
 
 
 def test_metrics_without_a_measurement_have_no_column() -> None:
-    names = {column.name for column in summarize([make_run("a", make_steps(4.0, 2.0))])[0]}
+    names = {column.name for column in summarize_runs([make_run("a", make_steps(4.0, 2.0))])[0]}
     assert names == {"samples", "throughput", "step p50", "p95", "p99"}
 
 
 def test_repeats_are_one_row() -> None:
-    (row,) = summarize(make_repeats(a=1, b=4, c=2))[1]
+    (row,) = summarize_runs(make_repeats(a=1, b=4, c=2))[1]
     throughput = row.values["throughput"]
     assert throughput is not None
     assert (row.label, row.repeats, throughput.median, throughput.bounds) == ("cloud", 3, 0.5, (0.25, 1.0))
