@@ -109,15 +109,13 @@ class Offloader:
 
     def _worker_window(self, live: bool) -> int:
         """The window for the workers that are up; before the first one for those of the pipeline file."""
-        workers = self._workers_up()
-        stages = self.pipeline.stage
-        concurrency = sum(worker.batch_size for worker in workers) or sum(
-            stage.workers * stage.max_batch for stage in stages
-        )
+        batch_sizes = [(worker.stage, worker.batch_size) for worker in self._workers_up()]
+        if not batch_sizes:
+            batch_sizes = [(stage.name, stage.max_batch) for stage in self.pipeline.stage for _ in range(stage.workers)]
+        concurrency = sum(size for _, size in batch_sizes)
         if live:
             return self._concurrency.limit(concurrency + 1)
-        by_stage = Counter(worker.stage for worker in workers) or {stage.name: stage.workers for stage in stages}
-        return concurrency + PREFETCH_PER_WORKER * max(by_stage.values())
+        return concurrency + PREFETCH_PER_WORKER * max(Counter(stage for stage, _ in batch_sizes).values())
 
     def _on_presence(self, event: PresenceEvent) -> None:
         if event.worker is None:
@@ -153,10 +151,8 @@ class Offloader:
         try:
             await self.channel.subscribe(self._inbox, self._on_message, self._requests.on_malformed)
             await self._first_stage.open()
-            later_stages = self.pipeline.stage[1:]
-            await self._first_stage.presence.subscribe(
-                *(self.pipeline.topics(stage).presence_filter for stage in later_stages)
-            )
+            later_stages = (self.pipeline.topics(stage) for stage in self.pipeline.stage[1:])
+            await self._first_stage.presence.subscribe(*(topics.presence_filter for topics in later_stages))
             await self._presence.start()
         except BaseException:
             await self._close()

@@ -162,6 +162,15 @@ def test_request_in_a_held_slot_needs_no_other(tmp_path: Path) -> None:
     with_worker(tmp_path, succeed, test, window=1)
 
 
+def test_long_deadline_is_not_cut_to_the_wait_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sources.client.offloader.WORKER_WAIT_S", 0.0)
+
+    async def test(offload: Offloader, worker: ScriptedWorker) -> None:
+        assert (await offload(np.array(2.0), deadline_ms=60_000)).item() == 2.0
+
+    with_worker(tmp_path, succeed, test)
+
+
 def test_timeout_of_the_transport_is_no_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def time_out(*arguments: object, **options: object) -> None:
         raise TimeoutError("the socket timed out")
