@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from brokers.telemetry.percentiles import percentiles
+from brokers.telemetry.recent_results import RecentResults
 from monitor.presence.presence_table import PresenceTable
 
-# Current rates and percentiles are those of the last so many seconds and results.
-RATE_WINDOW_S = 5.0
 TEXT_LIMIT = 400
 REASONS_SHOWN = 12  # about ten are in use; other clients may invent any number
-_RECENT_LATENCIES = 256
+_RECENT_RESULTS = 256
 _RECENT_LINES = 8
 
 
@@ -38,9 +36,7 @@ class InferenceStats(PresenceTable):
     failures: Counter[str] = field(default_factory=Counter)
     dropped: int = 0
     recent_results: deque[ResultLine] = field(default_factory=lambda: deque(maxlen=_RECENT_LINES))
-    first_result_s: float | None = None
-    _times_s: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
-    _latencies_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT_LATENCIES))
+    _recent: RecentResults = field(default_factory=lambda: RecentResults(_RECENT_RESULTS))
 
     def add_result(self, result: dict[str, Any], now_s: float) -> None:
         text = summarize_result(result)
@@ -51,23 +47,17 @@ class InferenceStats(PresenceTable):
             self._add_line(result, f"{result['error']}: {result.get('reason', '')}")
             return
         self.results += 1
-        if self.first_result_s is None:
-            self.first_result_s = now_s
-        self._times_s.append(now_s)
-        self._latencies_ms.append(latency_ms)
+        self._recent.add(latency_ms, now_s)
         if text:
             self._add_line(result, text)
 
     def rate(self, now_s: float) -> float:
-        """Results per second in the last RATE_WINDOW_S, or since the first result if that was later."""
-        count = sum(now_s - time_s <= RATE_WINDOW_S for time_s in self._times_s)
-        if not count or self.first_result_s is None:
-            return 0.0
-        return count / max(min(RATE_WINDOW_S, now_s - self.first_result_s), 0.2)
+        """Results per second of the last seconds."""
+        return self._recent.rate(now_s)
 
     def latency_ms(self, percent: float) -> float:
         """A percentile of the recent latencies; 0 before the first result."""
-        return percentiles(self._latencies_ms, (percent,))[f"p{percent:g}"]
+        return self._recent.latency_ms(percent)[f"p{percent:g}"]
 
     def _add_line(self, result: dict[str, Any], text: str) -> None:
         source = sanitize_text(str(result.get("source", "")))

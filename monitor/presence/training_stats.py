@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from monitor.presence.inference_stats import RATE_WINDOW_S, sanitize_text
+from brokers.telemetry.recent_results import RATE_WINDOW_S
+from monitor.presence.inference_stats import sanitize_text
 from monitor.presence.presence_table import PresenceTable
 
 # Sources that train one pipeline: more than any deployment has, and a bound on memory.

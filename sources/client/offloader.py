@@ -24,7 +24,7 @@ from typing import Any
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline, require_broker_address
 from brokers.dispatch.channel import MessageChannel
-from brokers.dispatch.presence import SourceLoad, WorkerRecord
+from brokers.dispatch.presence import LatencyPercentiles, SourceLoad, WorkerRecord
 from brokers.dispatch.stage_client import StageClient
 from brokers.dispatch.worker_registry import PresenceEvent
 from brokers.errors import Disconnected, NoWorker, RequestError
@@ -33,11 +33,12 @@ from brokers.protocol.topics import source_inbox_topic
 from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Transport
 from brokers.telemetry.client import event_client_from_environment
+from brokers.telemetry.recent_results import RecentResults
 from sources.client.adaptive_concurrency import AdaptiveConcurrency
 from sources.client.inflight_limit import InflightLimit, Slot
 from sources.client.pending_request import PendingRequest, failure_code
 from sources.client.request_table import RequestTable, count_bounded
-from sources.client.source_presence import RecentResultStats, SourcePresence, create_source_transport
+from sources.client.source_presence import SourcePresence, create_source_transport
 from sources.conversion import from_content_like, to_content
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Offloader:
         self._first_stage.presence.add_callback(self._on_presence)
         self._concurrency = AdaptiveConcurrency(lambda stage: len(self._workers_up(stage)))
         self._presence = SourcePresence(self.channel, self.pipeline, self.name, self._load)
-        self._recent = RecentResultStats()
+        self._recent = RecentResults()
 
     def _workers_up(self, stage: str | None = None) -> list[WorkerRecord]:
         return self._first_stage.presence.registry.workers_up(time.monotonic(), stage)
@@ -134,8 +135,8 @@ class Offloader:
             in_flight=len(self._requests),
             waiting=self.inflight_limit.waiting,
             window=self.inflight_limit.limit,
-            rate=self._recent.results_per_s(time.monotonic()),
-            latency_ms=self._recent.latency_ms(),
+            rate=round(self._recent.rate(time.monotonic()), 2),
+            latency_ms=LatencyPercentiles(**self._recent.latency_ms(50, 99)),
             dropped=dict(self.get_drop_counts()),
             retries=dict(self.retries_by_reason),
             failed=dict(self.failures_by_error),
@@ -233,7 +234,7 @@ class Offloader:
             request.latency_ms = 1000 * (time.monotonic() - request.started_s)
             request.emit_done(self._events, failure)
         self.counters["results"] += 1
-        self._recent.record_result(request.latency_ms, time.monotonic())
+        self._recent.add(request.latency_ms, time.monotonic())
         if request.attempt == 1:  # the latency of a retried request includes the time to detect the fault
             self._requests.record_latency(request.latency_ms / 1000)
             self._concurrency.observe(request.result.hops, request.latency_ms)

@@ -6,18 +6,16 @@ import asyncio
 import logging
 import re
 import secrets
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
-from brokers.dispatch.presence import LatencyPercentiles, SourceLoad, SourceRecord
+from brokers.dispatch.presence import SourceLoad, SourceRecord
 from brokers.dispatch.presence_publisher import PresencePublisher, describe_process
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.client_identity import create_transport
 from brokers.mqtt.connect_errors import OperationRefused
-from brokers.telemetry.percentiles import percentiles
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +23,6 @@ _REPORT_INTERVAL_S = 1.0
 # A source that ends tries this long to remove its record: its broker may be gone for good.
 _REMOVE_TIMEOUT_S = 1.0
 _ANNOUNCE_TIMEOUT_S = 5.0
-# The rate is that of the last seconds, the percentiles are those of the newest results.
-_RATE_WINDOW_S = 5.0
-_RECENT_RESULTS = 1024
-_MIN_RATE_WINDOW_S = 0.2
 _NAME_CHARACTERS = 64
 
 
@@ -36,32 +30,6 @@ def create_source_transport(name: str, address: str) -> MqttTransport:
     """A transport for source `name`, not yet connected."""
     # Unique: the broker disconnects the older of two clients with one id.
     return create_transport(address, client_id=f"source.{name}.{secrets.token_hex(4)}")
-
-
-class RecentResultStats:
-    """Rate and latency of the newest results; times are monotonic seconds."""
-
-    def __init__(self) -> None:
-        self._times_s: deque[float] = deque(maxlen=_RECENT_RESULTS)
-        self._latencies_ms: deque[float] = deque(maxlen=_RECENT_RESULTS)
-        self._begin_s: float | None = None
-
-    def record_result(self, latency_ms: float, now_s: float) -> None:
-        if self._begin_s is None:
-            self._begin_s = now_s - latency_ms / 1000
-        self._times_s.append(now_s)
-        self._latencies_ms.append(latency_ms)
-
-    def results_per_s(self, now_s: float) -> float:
-        """Results a second over the last seconds, or over the remembered results if those are fewer."""
-        begin_s = max(now_s - _RATE_WINDOW_S, now_s if self._begin_s is None else self._begin_s)
-        if len(self._times_s) == _RECENT_RESULTS:
-            begin_s = max(begin_s, self._times_s[0])
-        count = sum(time_s > begin_s for time_s in self._times_s)
-        return round(count / max(now_s - begin_s, _MIN_RATE_WINDOW_S), 2)
-
-    def latency_ms(self) -> LatencyPercentiles:
-        return LatencyPercentiles(**percentiles(self._latencies_ms, (50, 99)))
 
 
 class SourcePresence(PresencePublisher[SourceRecord]):

@@ -46,7 +46,7 @@ def test_rate_counts_the_last_seconds() -> None:
 def test_rate_counts_from_the_first_result() -> None:
     stats = InferenceStats()
     for now_s in (100.0, 101.0):
-        stats.on_result(result(), now_s)
+        stats.on_result(result(latency_ms=0.0), now_s)
     assert stats.rate(101.0) == 2.0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pytest
 
 from brokers.config.pipeline_file import Pipeline
@@ -14,7 +13,7 @@ from brokers.dispatch.presence import SourceLoad
 from brokers.errors import TooLarge
 from brokers.protocol.topics import source_presence_topic
 from brokers.protocol.transport import Buffer, Properties, Transport
-from sources.client.source_presence import RecentResultStats, SourcePresence
+from sources.client.source_presence import SourcePresence
 from tests.support.brokers.broker_kinds import DeliveryQueue, InMemoryBrokerUnderTest, run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 
@@ -118,22 +117,3 @@ def test_any_source_name_becomes_one_topic_level() -> None:
     channel = MessageChannel(MemoryTransport(MemoryBroker()))
     will = SourcePresence(channel, PIPELINE, "my cam/" + "n" * 70 + "-1a2b", SourceLoad).will
     assert will.topic == source_presence_topic("local", "street", "n" * 59 + "-1a2b")
-
-
-def test_recent_stats_are_those_of_the_last_seconds() -> None:
-    stats = RecentResultStats()
-    assert (stats.results_per_s(0.0), stats.latency_ms().p99) == (0.0, 0.0)
-    for index in range(1, 2001):
-        stats.record_result(float(index % 100), index / 10)  # ten a second
-    assert stats.results_per_s(200.0) == pytest.approx(10.0, rel=0.05)
-    assert stats.results_per_s(300.0) == 0.0
-    newest = [float(index % 100) for index in range(2001 - 1024, 2001)]
-    expected = np.percentile(newest, [50, 99], method="inverted_cdf").tolist()
-    assert [stats.latency_ms().p50, stats.latency_ms().p99] == expected
-
-
-def test_rate_of_more_results_than_are_remembered_is_of_those() -> None:
-    stats = RecentResultStats()
-    for index in range(5000):
-        stats.record_result(1.0, index / 1000)  # a thousand a second
-    assert stats.results_per_s(5.0) == pytest.approx(1000, rel=0.05)
