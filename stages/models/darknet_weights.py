@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,48 +25,22 @@ VERSION_LIMIT = 1000  # Darknet's own bound of each of the three version numbers
 FLOAT = np.dtype("<f4")
 
 
-@dataclass(frozen=True, slots=True)
-class DarknetHeader:
-    """The header: the version of the format, and the number of images seen in training."""
-
-    major: int = 0
-    minor: int = 2
-    revision: int = 0
-    seen: int = 0
-
-    @property
-    def size_bytes(self) -> int:
-        return struct.calcsize(self._format)
-
-    def encode(self) -> bytes:
-        return struct.pack(self._format, self.major, self.minor, self.revision, self.seen)
-
-    @classmethod
-    def decode(cls, data: bytes) -> DarknetHeader:
-        """Decode the first 20 bytes of a file. Raises `ValueError` if they are no header."""
-        if len(data) < 16:
-            raise ValueError(f"the header needs 16 or 20 bytes, the file has {len(data)}")
-        version = struct.unpack_from("<3i", data)
-        if not all(0 <= number < VERSION_LIMIT for number in version):
-            raise ValueError(f"the first three integers are {version}, expected 0 to {VERSION_LIMIT - 1}")
-        header = cls(*version)
-        if header.size_bytes > len(data):
-            raise ValueError(f"the header needs {header.size_bytes} bytes, the file has {len(data)}")
-        return cls(*struct.unpack_from(header._format, data))
-
-    @property
-    def _format(self) -> str:
-        return "<3iq" if self.major * 10 + self.minor >= 2 else "<3ii"
-
-
-def read_header(path: str | Path) -> DarknetHeader:
-    """Read the header of a weights file. Raises `UsageError` "NotDarknet"."""
+def header_bytes(path: str | Path) -> int:
+    """Return the size of the header of a weights file. Raises `UsageError` "NotDarknet"."""
     try:
         with open(path, "rb") as file:
-            return DarknetHeader.decode(file.read(20))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise _weights_error("NotDarknet", path, f"is not a Darknet weights file: {reason}") from error
+            data = file.read(20)
+    except OSError as error:
+        raise _not_darknet_error(path, error.strerror) from error
+    if len(data) < 16:
+        raise _not_darknet_error(path, f"the header needs 16 or 20 bytes, the file has {len(data)}")
+    version = struct.unpack_from("<3i", data)
+    if not all(0 <= number < VERSION_LIMIT for number in version):
+        raise _not_darknet_error(path, f"the first three integers are {version}, expected 0 to {VERSION_LIMIT - 1}")
+    size = 20 if version[:2] >= (0, 2) else 16
+    if size > len(data):
+        raise _not_darknet_error(path, f"the header needs {size} bytes, the file has {len(data)}")
+    return size
 
 
 def darknet_state_dict(model: Darknet, path: str | Path) -> dict[str, Tensor]:
@@ -76,9 +49,9 @@ def darknet_state_dict(model: Darknet, path: str | Path) -> dict[str, Tensor]:
     The tensors are copy-on-write views of the mapped file: only the pages that are used are read, and the file never
     changes. Raises `UsageError` "NotDarknet", "DarknetTruncated" or "DarknetTrailing".
     """
-    header = read_header(path)
-    _check_size(model, path, header)
-    numbers = torch.from_numpy(np.memmap(path, FLOAT, mode="c", offset=header.size_bytes))
+    offset = header_bytes(path)
+    _check_size(model, path, offset)
+    numbers = torch.from_numpy(np.memmap(path, FLOAT, mode="c", offset=offset))
     state: dict[str, Tensor] = {}
     start = 0
     for _, name, tensor in _in_file_order(model):
@@ -90,17 +63,10 @@ def darknet_state_dict(model: Darknet, path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_darknet_weights(model: Darknet, path: str | Path) -> DarknetHeader:
-    """Load a weights file into `model`. Raises as `darknet_state_dict` does, with the model unchanged."""
-    header = read_header(path)
-    model.load_state_dict(darknet_state_dict(model, path))
-    return header
-
-
 def save_darknet_weights(model: Darknet, path: str | Path, *, seen: int = 0) -> None:
     """Write `model` atomically as a weights file that Darknet can read. Raises `OSError`."""
     with atomic_path(Path(path)) as partial, open(partial, "wb") as file:
-        file.write(DarknetHeader(seen=seen).encode())
+        file.write(struct.pack("<3iq", 0, 2, 0, seen))
         for _, _, tensor in _in_file_order(model):
             tensor.detach().cpu().numpy().astype(FLOAT, copy=False).tofile(file)
 
@@ -120,9 +86,9 @@ def _in_file_order(model: Darknet) -> Iterator[tuple[int, str, Tensor]]:
         yield index, f"{prefix}.conv.weight", layer.conv.weight
 
 
-def _check_size(model: Darknet, path: str | Path, header: DarknetHeader) -> None:
+def _check_size(model: Darknet, path: str | Path, offset: int) -> None:
     actual_bytes = Path(path).stat().st_size
-    expected_bytes = header.size_bytes
+    expected_bytes = offset
     truncated_layer = None
     for layer, _, tensor in _in_file_order(model):
         expected_bytes += tensor.numel() * FLOAT.itemsize
@@ -136,6 +102,10 @@ def _check_size(model: Darknet, path: str | Path, header: DarknetHeader) -> None
     if actual_bytes > expected_bytes:
         problem = f"continues after the last layer: {comparison}: made for another network"
         raise _weights_error("DarknetTrailing", path, problem, **sizes)
+
+
+def _not_darknet_error(path: str | Path, reason: str | None) -> UsageError:
+    return _weights_error("NotDarknet", path, f"is not a Darknet weights file: {reason}")
 
 
 def _weights_error(code: str, path: str | Path, problem: str, **fields: int) -> UsageError:

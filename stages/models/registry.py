@@ -66,13 +66,6 @@ class ModelSpec:
     postprocess: Callable[[Mapping[str, Tensor], ImageSize], Prediction] | None = None
     normalise: Callable[[Tensor], Tensor] | None = None
 
-    @property
-    def input_size(self) -> tuple[int, int] | None:
-        """(H, W) in pixels for a model of pictures."""
-        if self.input_shape is None or len(self.input_shape) != 4:
-            return None
-        return self.input_shape[2], self.input_shape[3]
-
 
 def get_model_spec(
     name: str,

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from brokers.errors import UsageError
-from stages.models.coco import COCO_LABELS
 from stages.models.darknet_layers import Anchors
 from stages.models.image_preprocess import letterbox_size
-from stages.models.yolov3 import YOLOV3_ANCHORS, YOLOV3_TINY_ANCHORS
+from stages.models.yolov3 import COCO_LABELS, YOLOV3_ANCHORS, YOLOV3_TINY_ANCHORS
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]

@@ -17,7 +17,20 @@ from stages.models.darknet_layers import (
     Yolo,
 )
 
-COCO_CLASS_COUNT = 80
+# The class names of COCO, in the order and spelling of Darknet's coco.names.
+# fmt: off
+COCO_LABELS = (
+    "person", "bicycle", "car", "motorbike", "aeroplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "sofa",
+    "pottedplant", "bed", "diningtable", "toilet", "tvmonitor", "laptop", "mouse", "remote", "keyboard",
+    "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors",
+    "teddy bear", "hair drier", "toothbrush",
+)
+# fmt: on
 
 # Anchors of each detection layer, in the order of the network's outputs: large objects first.
 YOLOV3_ANCHORS: tuple[Anchors, ...] = (
@@ -33,12 +46,12 @@ YOLOV3_TINY_ANCHORS: tuple[Anchors, ...] = (
 )
 
 
-def yolov3(classes: int = COCO_CLASS_COUNT) -> Darknet:
+def yolov3(classes: int = len(COCO_LABELS)) -> Darknet:
     """YOLOv3: 107 layers, detections at 82, 94 and 106; 61.9 million parameters for COCO's 80 classes."""
     return Darknet(_yolov3_rows(classes), classes)
 
 
-def yolov3_tiny(classes: int = COCO_CLASS_COUNT) -> Darknet:
+def yolov3_tiny(classes: int = len(COCO_LABELS)) -> Darknet:
     """YOLOv3-tiny: 24 layers, detections at 16 and 23; 8.8 million parameters for COCO's 80 classes."""
     return Darknet(_yolov3_tiny_rows(classes), classes)
 

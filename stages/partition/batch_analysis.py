@@ -1,4 +1,4 @@
-"""Which values of a network have the batch as their first dimension, so that requests can be batched."""
+"""Batch analysis: find the values of a network whose first dimension is the batch, so that requests can be batched."""
 
 from __future__ import annotations
 

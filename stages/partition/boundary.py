@@ -38,16 +38,18 @@ def pack_values(names: tuple[str, ...], *values: Any) -> dict[str, Tensor]:
     return {key: tensor for name, value in zip(names, values, strict=True) for key, tensor in _flatten(name, value)}
 
 
-def pack_result(result: Any) -> dict[str, Tensor]:
-    """Flatten the result of the network: `output` for a tensor, `0`, `1`, ... for a tuple, the keys of a dict.
-
-    None is left out.
-    """
+def name_results(result: Any) -> dict[str, Any]:
+    """Name the results of a network: `output` for one, `0`, `1`, ... for a tuple, the keys of a dict; omit None."""
     if isinstance(result, tuple | list):
         result = dict(enumerate(result))
     if not isinstance(result, Mapping):
         result = {"output": result}
-    values = {str(key): value for key, value in result.items() if value is not None}
+    return {str(key): value for key, value in result.items() if value is not None}
+
+
+def pack_result(result: Any) -> dict[str, Tensor]:
+    """Flatten the result of a network to named tensors, as `name_results` names them."""
+    values = name_results(result)
     return pack_values(tuple(values), *values.values())
 
 

@@ -18,7 +18,7 @@ from stages.partition.partition import layer_names, partition
 
 @dataclass(frozen=True, slots=True)
 class CutSize:
-    """What one stage sends to the next for one request, or for one micro-batch in training."""
+    """The message from a stage to the next one for one request, or for one micro-batch in training."""
 
     after: int  # layers
     sender: str

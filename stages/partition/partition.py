@@ -24,14 +24,20 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from brokers.errors import UsageError
 from stages.partition.batch_analysis import find_batched_values
-from stages.partition.boundary import expand_shape_tensor, make_shape_tensor, pack_result, pack_values, unpack_value
+from stages.partition.boundary import (
+    expand_shape_tensor,
+    make_shape_tensor,
+    name_results,
+    pack_result,
+    pack_values,
+    unpack_value,
+)
 from stages.partition.fx_graph import TracedModel, trace
 from stages.partition.inplace_analysis import copy_mutated_inputs
 
@@ -179,7 +185,7 @@ def _find_live_values(traced: TracedModel, cuts: Sequence[int]) -> list[_Segment
 
 
 def _add_inputs(node: fx.Node, segment: _Segment, shape_nodes: set[fx.Node]) -> None:
-    """Add what a node reads to its segment: as an input, or computed here if it is state or depends only on shapes."""
+    """Add the arguments of a node to its segment: inputs, or nodes of it if they are state or depend only on shapes."""
     for argument in node.all_input_nodes:
         if argument in segment.nodes:
             continue
@@ -238,17 +244,8 @@ def _build_part(traced: TracedModel, segments: list[_Segment], index: int, batch
     else:
         output = traced.graph.output_node()
         result = output.args[0]
-        output_names = _result_names(result)
+        output_names = tuple(name_results(result))
         boundary |= set(output.all_input_nodes)
         graph.output(graph.call_function(pack_result, (fx.map_arg(result, values.__getitem__),)))
     copy_mutated_inputs(graph, traced.model)
     return Part(traced.model, graph, tuple(name for _, name in inputs), output_names, batchable=batched >= boundary)
-
-
-def _result_names(result: Any) -> tuple[str, ...]:
-    """Return the names that `pack_result` uses."""
-    if isinstance(result, Mapping):
-        return tuple(str(key) for key, value in result.items() if value is not None)
-    if isinstance(result, tuple | list):
-        return tuple(str(index) for index, value in enumerate(result) if value is not None)
-    return ("output",)

@@ -34,7 +34,7 @@ FROZEN_S = 5.0
 _TEXT_MAX_CHARS = 400  # of a text in `TrainingStatus`
 
 CoordinatorPhase = Literal["waiting", "quiescing", "restoring", "training"]
-# What identifies a process and its connection; when it changes, messages to the worker may have been lost.
+# Identifies a process and its connection; when it changes, messages to the worker may have been lost.
 _ProcessKey = tuple[str, int, int]
 
 

@@ -1,6 +1,6 @@
 """Settings of the memory allocator that save a tenth or more of the time of a training step with large weights.
 
-The gradient of a convolution's weights takes megabytes for each micro-batch. By default glibc returns such blocks to
+The gradient of a convolution's weights needs megabytes for each micro-batch. By default glibc returns such blocks to
 the kernel when they are freed, and each page of the next block is faulted in and zeroed again: up to 40,000 page faults
 a step for the second half of VGG-11. A worker that trains needs the same memory in every step, so it keeps it.
 """

@@ -40,7 +40,7 @@ def make_optimizer(
     except Exception as error:  # a class of the user may raise anything
         raise _config_error("training.settings", table.optimizer, describe_exception(error, folder)) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
-        problem = f"expected a torch.optim.Optimizer, it returned a {type(optimizer).__name__}"
+        problem = f"expected a torch.optim.Optimizer, the callable returned a {type(optimizer).__name__}"
         raise _config_error("training.optimizer", table.optimizer, problem)
     return optimizer if trainable else None
 

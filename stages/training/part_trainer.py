@@ -55,7 +55,7 @@ class MicroBatchMetrics:
 
 @dataclass(frozen=True, slots=True)
 class SavedForward:
-    """What a backward needs of its forward: the inputs and outputs that require gradients, by name.
+    """The tensors of a forward that its backward needs: inputs and outputs that require gradients, by name.
 
     The last stage's only output is the loss.
     """

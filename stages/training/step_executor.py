@@ -84,7 +84,7 @@ class StepExecutor:
                     await self._commit(operation)
 
     def send_prepared(self, operation: Forward | Backward, term: int) -> None:
-        """Tell the source that this stage is prepared to commit the step, and the durations of its operations."""
+        """Notify the source that this stage is prepared to commit the step, with the durations of its operations."""
         details = {
             "stage": self._context.stage.name,
             "worker": self._context.worker,

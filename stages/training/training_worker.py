@@ -174,14 +174,14 @@ class TrainingWorker(StageWorker):
 
     async def _handle_command(self, command: StepMessage) -> None:
         try:
-            await self._obey(command)
+            await self._execute_command(command)
         except WireError as error:
             self._send_failure(command, error)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             self.counters["malformed"] += 1
             log.warning("ignored a %s message with malformed details: %s", command.verb, error)
 
-    async def _obey(self, command: StepMessage) -> None:
+    async def _execute_command(self, command: StepMessage) -> None:
         if command.verb == "fetch_weights":
             if command.term == self.step_queue.term:
                 await self.executor.send_weights(command)

@@ -1,6 +1,6 @@
 """The work of a worker's compute thread: prepare tasks, execute them in batches, finish and time each one.
 
-There is no network and no queue here: tasks go in and come out with their outputs or errors.
+Independent of the network and the queue: each task is completed with its outputs or its error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EXECUTOR_ERRORS = (Exception, SystemExit)
 class QueuedTask:
     """A task at this worker, since `arrived_s` (monotonic seconds); once it has run, with its `outputs` or `error`.
 
-    `outputs` is None if the executor dispatched the request itself; then `next_stage` is where it goes. `trace` is the
+    If the executor dispatched the request itself, `outputs` is None and `next_stage` is its destination. `trace` is the
     span of the work here.
     """
 
@@ -60,14 +60,6 @@ class QueuedTask:
         return DeadlinePassed(self.task.request_id.hex(), self.task.deadline_ms or 0.0, f"stage {stage!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class ExecutedBatch:
-    """One call of the executor: how many tasks it was for, and how long they kept the worker busy."""
-
-    tasks: int
-    busy_ms: float
-
-
 class BatchRunner:
     """Runs an executor on batches of tasks. All calls are in one thread."""
 
@@ -76,15 +68,18 @@ class BatchRunner:
         self._stage = stage
         self._worker = worker
 
-    def run(self, tasks: Sequence[QueuedTask]) -> list[ExecutedBatch]:
-        """Set `outputs` or `error`, and the hop, of each task; an error of the executor fails the tasks of its call."""
+    def run(self, tasks: Sequence[QueuedTask]) -> list[tuple[int, float]]:
+        """Set `outputs` or `error`, and the hop, of each task; an error of the executor fails the tasks of its call.
+
+        Returns the number of tasks of each call, and the milliseconds for which they kept the worker busy.
+        """
         ready = [queued for queued in tasks if self._prepare(queued, is_batch=len(tasks) > 1)]
         batches = []
         for group in self._group(ready):
             begin_s = time.monotonic()
             self._execute(group)
             busy_ms = sum(queued.hop.decode_ms for queued in group) + _ms_since(begin_s)
-            batches.append(ExecutedBatch(len(group), busy_ms))
+            batches.append((len(group), busy_ms))
         return batches
 
     def _group(self, tasks: list[QueuedTask]) -> list[list[QueuedTask]]:

@@ -154,8 +154,8 @@ class InferenceWorker(StageWorker):
             if queued.task.request_id in self._dispatched and queued.outputs is None:
                 queued.next_stage, queued.outputs = self._dispatched[queued.task.request_id]
         self._dispatched.clear()
-        for batch in batches:
-            self.context.events.emit("batch_processed", tasks=batch.tasks, busy_ms=round(batch.busy_ms, 3))
+        for count, busy_ms in batches:
+            self.context.events.emit("batch_processed", tasks=count, busy_ms=round(busy_ms, 3))
         self._sender.send_in_background(self._deliver(tasks))
 
     async def _deliver(self, tasks: list[QueuedTask]) -> None:

@@ -210,7 +210,7 @@ class ResultSender:
                 await self._send_task_done(properties.response_topic, failure.request_id, failure.attempt)
 
     async def release_credit(self, task: Task) -> None:
-        """Tell the sender of a task that it is done here."""
+        """Notify the sender of a task that this worker is done with it."""
         await self._send_task_done(task.sender_inbox, task.request_id, task.attempt)
 
     async def _send_task_done(self, sender_inbox: str, request: bytes, attempt: int) -> None:

@@ -24,8 +24,8 @@ from stages.worker.worker_presence import WorkerPresence
 log = logging.getLogger(__name__)
 
 REPORT_INTERVAL_S = 1.0
-# How long a worker that drains or stops tries to tell a broker that may be gone for good.
-_FAREWELL_TIMEOUT_S = 2.0
+# How long a worker that drains or stops tries to announce it; the broker may be gone for good.
+_ANNOUNCE_TIMEOUT_S = 2.0
 
 T = TypeVar("T")
 
@@ -107,14 +107,14 @@ class StageWorker(ABC):
 
     async def _try_to_announce(self, state: str, announcement: Coroutine[Any, Any, None]) -> None:
         try:
-            async with asyncio.timeout(_FAREWELL_TIMEOUT_S):
+            async with asyncio.timeout(_ANNOUNCE_TIMEOUT_S):
                 await announcement
         except TimeoutError:
             log.warning("worker %s could not announce that it is %s: no broker", self.worker, state)
         except SparseError as error:
             log.warning("worker %s could not announce that it is %s: %s", self.worker, state, error)
 
-    # What the kinds of workers differ in ------------------------------------------------------------------------------
+    # Implemented by the kinds of workers -----------------------------------------------------------------------------
 
     @abstractmethod
     async def _load(self) -> tuple[str, tuple[str, ...]]:

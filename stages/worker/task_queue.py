@@ -47,7 +47,7 @@ class TaskQueue:
         return present
 
     def add(self, queued: QueuedTask) -> str | None:
-        """Append a task. Returns None, or the reason why there is no room."""
+        """Append a task. Returns None, or the reason why the queue is full."""
         if len(self) >= self._limit:
             return f"the queue is full: {self._limit} tasks"
         if len(self) and self.nbytes + queued.task.content.nbytes > self._limit_bytes:

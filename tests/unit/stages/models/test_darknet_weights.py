@@ -10,13 +10,7 @@ import torch
 
 from brokers.errors import UsageError
 from stages.models.darknet_layers import Convolutional, Darknet, LayerSpec, MaxPool, Yolo
-from stages.models.darknet_weights import (
-    DarknetHeader,
-    darknet_state_dict,
-    load_darknet_weights,
-    read_header,
-    save_darknet_weights,
-)
+from stages.models.darknet_weights import darknet_state_dict, header_bytes, save_darknet_weights
 from stages.models.yolov3 import yolov3, yolov3_tiny
 from tests.support.environment.darknet_reference import init_stable_weights, pretrained_weights
 from tests.support.errors import raises_error
@@ -49,7 +43,7 @@ def _saved(tmp_path: Path) -> tuple[Darknet, Path]:
 def test_saved_weights_are_loaded_bit_by_bit(saved: tuple[Darknet, Path]) -> None:
     model, path = saved
     other = small_network()
-    load_darknet_weights(other, path)
+    other.load_state_dict(darknet_state_dict(other, path))
     for name, tensor in model.state_dict().items():
         if not name.endswith("num_batches_tracked"):  # not in Darknet's format
             assert torch.equal(other.state_dict()[name], tensor), name
@@ -58,16 +52,16 @@ def test_saved_weights_are_loaded_bit_by_bit(saved: tuple[Darknet, Path]) -> Non
 def test_published_weights_are_saved_as_they_were_loaded(tmp_path: Path) -> None:
     path = pretrained_weights("yolov3-tiny")
     model = yolov3_tiny()
-    assert load_darknet_weights(model, path) == DarknetHeader(major=0, minor=2, revision=0, seen=32_013_312)
+    model.load_state_dict(darknet_state_dict(model, path))
     save_darknet_weights(model, tmp_path / "again.weights", seen=32_013_312)
     assert (tmp_path / "again.weights").read_bytes() == path.read_bytes()
 
 
 def test_convolution_is_biases_scales_means_variances_filters(tmp_path: Path) -> None:
     path = tmp_path / "counted.weights"
-    path.write_bytes(DarknetHeader().encode() + struct.pack("<80f", *range(80)))
+    path.write_bytes(struct.pack("<3iq80f", 0, 2, 0, 0, *range(80)))
     model = small_network()
-    load_darknet_weights(model, path)
+    model.load_state_dict(darknet_state_dict(model, path))
     state = {name: tensor.flatten().tolist() for name, tensor in model.state_dict().items()}
     assert state["layers.0.norm.bias"] == [0, 1]
     assert state["layers.0.norm.weight"] == [2, 3]
@@ -83,7 +77,7 @@ def test_header_before_version_0_2_has_a_32_bit_counter(saved: tuple[Darknet, Pa
     old = tmp_path / "old.weights"
     old.write_bytes(struct.pack("<4i", 0, 1, 0, 77) + path.read_bytes()[20:])
     other = small_network()
-    assert load_darknet_weights(other, old) == DarknetHeader(0, 1, 0, 77)
+    other.load_state_dict(darknet_state_dict(other, old))
     assert torch.equal(other.state_dict()["layers.2.conv.weight"], model.state_dict()["layers.2.conv.weight"])
 
 
@@ -130,7 +124,7 @@ def test_truncated_file_names_the_layer_and_both_sizes(saved: tuple[Darknet, Pat
     for length in range(len(data)):
         path.write_bytes(data[:length])
         with raises_error(UsageError, "NotDarknet" if length < 20 else "DarknetTruncated") as caught:
-            load_darknet_weights(model, path)
+            model.load_state_dict(darknet_state_dict(model, path))
         fields: dict[str, object] = {"path": str(path)}
         if length >= 20:
             layer = 2 if length >= LAYER_2_BYTES else 0
@@ -147,7 +141,7 @@ def test_trailing_bytes_are_refused(saved: tuple[Darknet, Path], more: int) -> N
     with path.open("ab") as file:
         file.write(bytes(more))
     with raises_error(UsageError, "DarknetTrailing", match="made for another network") as caught:
-        load_darknet_weights(small_network(), path)
+        darknet_state_dict(small_network(), path)
     assert caught.value.fields["expected_bytes"] == SMALL_BYTES
     assert caught.value.fields["actual_bytes"] == SMALL_BYTES + more
 
@@ -175,5 +169,5 @@ def test_other_files_are_not_darknet(tmp_path: Path, kind: str) -> None:
     if (data := OTHER_FILES[kind]) is not None:
         (tmp_path / kind).write_bytes(data)
     with raises_error(UsageError, "NotDarknet", match=f"{kind} is not a Darknet weights file") as caught:
-        read_header(tmp_path / kind)
+        header_bytes(tmp_path / kind)
     assert caught.value.key == "pipeline.weights"

@@ -70,7 +70,7 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str
 @pytest.mark.parametrize("name", ["yolov3", "yolov3-tiny"])
 def test_detector_input_is_a_letterboxed_picture(name: str) -> None:
     spec = get_model_spec(name)
-    assert spec.input_size == (416, 416)
+    assert spec.input_shape == (1, 3, 416, 416)
     assert spec.preprocess is not None
     assert spec.preprocess(picture()).shape == (1, 3, 416, 416)
     with torch.device("meta"):
@@ -98,7 +98,7 @@ def test_detector_result_is_boxes_scores_classes_and_labels() -> None:
 
 def test_classifier_input_equals_that_of_its_weights() -> None:
     spec = get_model_spec("torchvision:resnet18")
-    assert spec.input_size == (224, 224)
+    assert spec.input_shape == (1, 3, 224, 224)
     assert spec.preprocess is not None
     expected = models.ResNet18_Weights.DEFAULT.transforms()(torch.from_numpy(picture()).permute(2, 0, 1))
     one_level = 0.03  # a step of 1 in 255, normalised
@@ -138,9 +138,9 @@ def test_preprocess_network_and_postprocess_fit_together(name: str) -> None:
 
 def test_every_torchvision_classifier_has_a_spec() -> None:
     for name in models.list_models(module=models):
-        size = get_model_spec(f"torchvision:{name}").input_size
-        assert size is not None
-        assert size[0] >= 224
+        shape = get_model_spec(f"torchvision:{name}").input_shape
+        assert shape is not None
+        assert shape[2] >= 224
 
 
 # Factories ----------------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_every_torchvision_classifier_has_a_spec() -> None:
 def test_factory_is_found_in_the_folder(user_folder: str) -> None:
     spec = get_model_spec("user_nets:net", folder=user_folder)
     assert isinstance(spec.build(), nn.Sequential)
-    assert (spec.input_shape, spec.input_size, spec.preprocess, spec.postprocess) == ((1, 4), None, None, None)
+    assert (spec.input_shape, spec.preprocess, spec.postprocess) == ((1, 4), None, None)
     assert list(evaluate(spec, torch.rand(2, 4))) == ["output"]
 
 

@@ -37,7 +37,7 @@ def test_initial_weights_have_torchvisions_distributions() -> None:
 
 
 def test_vgg11_small_has_23_layers_and_ten_classes() -> None:
-    assert get_model_spec("vgg11-small").input_size == (32, 32)
+    assert get_model_spec("vgg11-small").input_shape == (1, 3, 32, 32)
     model = SmallVgg("vgg11-small").eval()
     assert len(layer_names(model)) == 23
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from brokers.errors import UsageError
 from brokers.process.image_decode import RgbImage, decode_picture
-from stages.models.coco import COCO_LABELS
 from stages.models.darknet_layers import Anchors, Darknet
-from stages.models.darknet_weights import load_darknet_weights
+from stages.models.darknet_weights import darknet_state_dict
 from stages.models.image_preprocess import letterbox
 from stages.models.yolo_postprocess import Detections, postprocess_detections
-from stages.models.yolov3 import YOLOV3_TINY_ANCHORS, yolov3_tiny
+from stages.models.yolov3 import COCO_LABELS, YOLOV3_TINY_ANCHORS, yolov3_tiny
 from tests.support.environment.darknet_reference import (
     DarknetLibrary,
     assert_same_detections,
@@ -174,7 +173,7 @@ def test_classes_are_in_darknets_order() -> None:
 @pytest.fixture(scope="module")
 def tiny() -> Darknet:
     model = yolov3_tiny().eval()
-    load_darknet_weights(model, pretrained_weights("yolov3-tiny"))
+    model.load_state_dict(darknet_state_dict(model, pretrained_weights("yolov3-tiny")))
     return model
 
 

@@ -21,7 +21,7 @@ from stages.models.darknet_layers import (
     Upsample,
     Yolo,
 )
-from stages.models.darknet_weights import load_darknet_weights, save_darknet_weights
+from stages.models.darknet_weights import darknet_state_dict, save_darknet_weights
 from stages.models.image_preprocess import letterbox
 from stages.models.yolo_postprocess import postprocess_detections
 from stages.models.yolov3 import yolov3, yolov3_tiny
@@ -179,7 +179,7 @@ def test_tiny_with_published_weights_equals_opencv() -> None:
     weights = pretrained_weights("yolov3-tiny")
     images = letterbox(decode_picture(darknet_file("data/dog.jpg").read_bytes()), 416, 416).numpy()
     model = yolov3_tiny().eval()
-    load_darknet_weights(model, weights)
+    model.load_state_dict(darknet_state_dict(model, weights))
     expected = opencv_forward(darknet_file("cfg/yolov3-tiny.cfg"), weights, images, ["conv_15", "conv_22"])
     assert_same_outputs(model, images, expected)
 

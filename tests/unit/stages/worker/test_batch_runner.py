@@ -55,7 +55,7 @@ def test_batch_is_one_call_and_is_split_by_rows() -> None:
     tasks = [numbers(1.0), numbers(2.0, 3.0), numbers(4.0)]
     batches = BatchRunner(executor, "stage", "worker").run(tasks)
     assert executor.calls == [4]
-    assert [batch.tasks for batch in batches] == [3]
+    assert [count for count, _ in batches] == [3]
     assert [outputs(queued) for queued in tasks] == [[2.0], [4.0, 6.0], [8.0]]
     assert {queued.hop.batch for queued in tasks} == {3}
     assert [queued.outputs and queued.outputs.metadata for queued in tasks] == [
@@ -119,11 +119,11 @@ def test_hop_has_the_duration_of_each_part(monkeypatch: pytest.MonkeyPatch) -> N
             return tensors
 
     queued = numbers(1.0, waited_s=1.0)
-    [batch] = BatchRunner(Slow(), "stage", "worker").run([queued])
+    [(_, busy_ms)] = BatchRunner(Slow(), "stage", "worker").run([queued])
     hop = queued.hop
     assert (hop.stage, hop.worker, hop.bytes_in, hop.bytes_out, hop.batch) == ("stage", "worker", 8, 8, 1)
     assert (hop.queue_ms, hop.decode_ms, hop.compute_ms, hop.encode_ms) == (1000, 250, 500, 2000)
-    assert batch.busy_ms == 2750
+    assert busy_ms == 2750
 
 
 @pytest.mark.parametrize("result", [[1.0], np.array([1.0]), "text"])
