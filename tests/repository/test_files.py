@@ -13,10 +13,7 @@ FILE_LINES = 400
 PRODUCT_FUNCTION_LINES = 50
 TEST_FUNCTION_LINES = 60
 FOLDER_FILES = 16
-LONGER = {"tests/contract/stages/test_training.py", "tests/unit/stages/training/test_coordinator.py"}
-LONGER |= {
-    "tests/unit/stages/training/test_split_equals_unsplit.py", "tests/unit/stages/training/test_step_queue.py",
-}  # fmt: skip
+LONGER = {"tests/contract/stages/test_training.py"}
 # Concatenated, so that this file does not contain them.
 MACHINE = ["/work" + "/", "/root" + "/", "/home" + "/", "/tmp" + "/"]
 HOSTS = ["pypi" + ".org", "python" + "hosted", "npmjs" + ".org", "deb." + "debian"]

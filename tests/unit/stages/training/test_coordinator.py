@@ -1,4 +1,4 @@
-"""`Coordinator`: leadership, members, the common version, and what ends a term."""
+"""`Coordinator`: members, the common version, and the end of a term."""
 
 from __future__ import annotations
 
@@ -6,92 +6,15 @@ from typing import Any
 
 import pytest
 
-from brokers.dispatch.presence import WorkerRecord
 from brokers.protocol.training import TrainingStatus
-from stages.training.coordinator import FROZEN_S, LISTEN_S, RETRY_DELAY_S, Coordinator, CoordinatorCommand
-from tests.support.brokers.presence_records import make_worker_record
-
-STAGES = ("head", "body", "tail")
-UNIX_MS = 1_700_000_000_000
-LEASE_S = 60.0
-
-
-def record(worker: str, state: str = "up", *, instance: str = "1", pid: int = 1, **status: Any) -> WorkerRecord:
-    """The record of a worker whose id begins with the name of its stage."""
-    stage = worker.partition("-")[0]
-    training = TrainingStatus.model_validate(status)
-    return make_worker_record(worker, stage=stage, pid=pid, instance=instance, state=state, training=training)
-
-
-class Pipeline:
-    """A coordinator in the worker `own`, the workers that it knows, and a clock."""
-
-    def __init__(self, *workers: str, own: str = "head-1", is_listening: bool = False) -> None:
-        self.now_s = 100.0
-        self.coordinator = Coordinator(own, STAGES, LEASE_S)
-        for worker in workers or ("head-1", "body-1", "tail-1"):
-            self.publish(worker)
-        if not is_listening:
-            self.tick()
-            self.now_s += LISTEN_S
-
-    def publish(self, worker: str, state: str = "up", *, is_live: bool = True, **fields: Any) -> None:
-        self.coordinator.on_worker(record(worker, state, **fields), is_live=is_live)
-
-    def lose(self, worker: str) -> None:
-        self.coordinator.on_worker_lost(worker.partition("-")[0], worker)
-
-    def tick(self, **sources: Any) -> CoordinatorCommand | None:
-        commands = self.coordinator.tick(self.now_s, UNIX_MS, **sources)
-        assert len(commands) <= 1
-        return commands[0] if commands else None
-
-    def quiesce_all(self, command: CoordinatorCommand, **statuses: TrainingStatus) -> None:
-        for stage, worker in command.members.items():
-            self.coordinator.on_quiesced(stage, worker, command.term, statuses.get(stage, TrainingStatus(version=0)))
-
-    def restore_all(self, command: CoordinatorCommand, **problems: str) -> None:
-        for stage, worker in command.members.items():
-            self.coordinator.on_restored(stage, worker, command.term, self.now_s, problems.get(stage, ""))
-
-    def expect_quiesce(self) -> CoordinatorCommand:
-        command = self.tick()
-        assert command is not None
-        assert command.verb == "quiesce"
-        assert self.tick() is None  # a command is given once
-        return command
-
-    def start_training(self, **statuses: TrainingStatus) -> CoordinatorCommand:
-        """Go through a term until sources may train; return the command to restore."""
-        self.quiesce_all(self.expect_quiesce(), **statuses)
-        command = self.tick()
-        assert command is not None
-        assert command.verb == "restore"
-        self.restore_all(command)
-        assert self.tick() is None
-        assert self.coordinator.phase == "training"
-        return command
-
-    def pass_time(self, seconds: float, **sources: Any) -> None:
-        """Tick each second, without a command."""
-        for _ in range(int(seconds)):
-            self.now_s += 1
-            assert self.tick(**sources) is None
-
-    def is_leader(self) -> bool:
-        self.tick()
-        return self.coordinator.is_leader
-
-
-def status(*checkpoints: int, memory: int | None = None) -> TrainingStatus:
-    return TrainingStatus(checkpoints=checkpoints, version=memory)
-
+from stages.training.coordinator import LISTEN_S, RETRY_DELAY_S, CoordinatorCommand
+from tests.support.training.coordinator_pipeline import LEASE_S, UNIX_MS, CoordinatorPipeline, record, status
 
 # Members --------------------------------------------------------------------------------------------------------------
 
 
 def test_term_begins_when_every_stage_has_a_worker() -> None:
-    pipeline = Pipeline("head-1", "body-1")
+    pipeline = CoordinatorPipeline("head-1", "body-1")
     assert pipeline.tick() is None
     pipeline.publish("tail-1")
     assert pipeline.expect_quiesce() == CoordinatorCommand(
@@ -100,7 +23,7 @@ def test_term_begins_when_every_stage_has_a_worker() -> None:
 
 
 def test_worker_of_a_retained_record_is_no_member() -> None:
-    pipeline = Pipeline("head-1", "body-1")
+    pipeline = CoordinatorPipeline("head-1", "body-1")
     pipeline.publish("tail-1", is_live=False)
     assert pipeline.tick() is None
     pipeline.publish("tail-1")
@@ -109,13 +32,13 @@ def test_worker_of_a_retained_record_is_no_member() -> None:
 
 @pytest.mark.parametrize("state", ["draining", "stopped"])
 def test_leaving_worker_becomes_no_member(state: str) -> None:
-    pipeline = Pipeline("head-1", "body-1", "tail-2")
+    pipeline = CoordinatorPipeline("head-1", "body-1", "tail-2")
     pipeline.publish("tail-1", state)
     assert pipeline.expect_quiesce().members["tail"] == "tail-2"
 
 
 def test_draining_member_finishes_its_step() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     pipeline.start_training()
     pipeline.publish("tail-1", "draining")
     assert pipeline.tick() is None
@@ -123,13 +46,13 @@ def test_draining_member_finishes_its_step() -> None:
 
 
 def test_worker_without_a_training_status_is_no_member() -> None:
-    pipeline = Pipeline("head-1", "body-1")
+    pipeline = CoordinatorPipeline("head-1", "body-1")
     pipeline.coordinator.on_worker(record("tail-1").model_copy(update={"training": None}))
     assert pipeline.tick() is None
 
 
 def test_leader_is_the_member_of_the_first_stage() -> None:
-    pipeline = Pipeline("body-1", "tail-1")
+    pipeline = CoordinatorPipeline("body-1", "tail-1")
     pipeline.publish("head-0", "standby", checkpoints=(50,))
     pipeline.publish("head-1", "standby")
     pipeline.coordinator.is_leader = True
@@ -137,7 +60,7 @@ def test_leader_is_the_member_of_the_first_stage() -> None:
 
 
 def test_former_member_is_preferred() -> None:
-    pipeline = Pipeline("head-1", "body-1", "tail-2")
+    pipeline = CoordinatorPipeline("head-1", "body-1", "tail-2")
     pipeline.start_training()
     pipeline.publish("tail-1", "standby", checkpoints=(500,))
     pipeline.coordinator.end_term("a test")
@@ -145,11 +68,11 @@ def test_former_member_is_preferred() -> None:
 
 
 def test_newest_checkpoint_then_name_decides_between_new_workers() -> None:
-    pipeline = Pipeline("head-1", "body-1", "tail-3", "tail-2", is_listening=True)
+    pipeline = CoordinatorPipeline("head-1", "body-1", "tail-3", "tail-2", is_listening=True)
     pipeline.tick()
     pipeline.now_s += LISTEN_S
     assert pipeline.expect_quiesce().members["tail"] == "tail-2"
-    pipeline = Pipeline("head-1", "body-1", "tail-3", "tail-2", is_listening=True)
+    pipeline = CoordinatorPipeline("head-1", "body-1", "tail-3", "tail-2", is_listening=True)
     pipeline.publish("tail-3", checkpoints=(50, 100))
     pipeline.tick()
     pipeline.now_s += LISTEN_S
@@ -160,7 +83,7 @@ def test_newest_checkpoint_then_name_decides_between_new_workers() -> None:
 
 
 def test_standby_replaces_a_lost_member() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     first = pipeline.start_training()
     pipeline.publish("tail-2", "standby")
     assert pipeline.tick() is None
@@ -172,7 +95,7 @@ def test_standby_replaces_a_lost_member() -> None:
 
 
 def test_next_term_waits_for_a_replacement() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     pipeline.start_training()
     pipeline.lose("tail-1")
     assert pipeline.tick() is None
@@ -190,7 +113,7 @@ def test_next_term_waits_for_a_replacement() -> None:
     ],
 )
 def test_member_that_may_have_missed_messages_ends_the_term(fields: dict[str, Any], reason: str) -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     first = pipeline.start_training()
     pipeline.publish("tail-1", **fields)
     assert pipeline.expect_quiesce().term > first.term
@@ -198,7 +121,7 @@ def test_member_that_may_have_missed_messages_ends_the_term(fields: dict[str, An
 
 
 def test_lost_member_ends_the_term_in_every_phase() -> None:
-    pipeline = Pipeline("head-1", "body-1", "tail-1", "tail-2")
+    pipeline = CoordinatorPipeline("head-1", "body-1", "tail-1", "tail-2")
     first = pipeline.expect_quiesce()
     pipeline.lose("tail-1")
     second = pipeline.expect_quiesce()
@@ -211,7 +134,7 @@ def test_lost_member_ends_the_term_in_every_phase() -> None:
 
 
 def test_aborted_step_begins_a_term_with_the_same_members() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     first = pipeline.start_training()
     pipeline.coordinator.end_term("a source aborted its step")
     command = pipeline.expect_quiesce()
@@ -220,7 +143,7 @@ def test_aborted_step_begins_a_term_with_the_same_members() -> None:
 
 
 def test_first_reason_is_kept() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     pipeline.start_training()
     pipeline.coordinator.end_term("one")
     pipeline.coordinator.end_term("other")
@@ -228,7 +151,7 @@ def test_first_reason_is_kept() -> None:
 
 
 def test_stage_that_does_not_answer_within_a_lease_ends_the_term() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     first = pipeline.expect_quiesce()
     pipeline.pass_time(LEASE_S - 1)
     pipeline.now_s += 2
@@ -237,7 +160,7 @@ def test_stage_that_does_not_answer_within_a_lease_ends_the_term() -> None:
 
 
 def test_source_that_is_lost_in_its_step_ends_the_term() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     pipeline.start_training()
     assert pipeline.tick(sources={"one"}, lost_sources=["other"]) is None
     assert pipeline.tick(sources=set(), lost_sources=["one"]) is None
@@ -246,7 +169,7 @@ def test_source_that_is_lost_in_its_step_ends_the_term() -> None:
 
 
 def test_step_without_progress_for_a_lease_ends_the_term() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     pipeline.start_training()
     for _ in range(3):
         pipeline.pass_time(LEASE_S - 1, sources={"one"})
@@ -261,13 +184,13 @@ def test_step_without_progress_for_a_lease_ends_the_term() -> None:
 
 
 def test_term_is_above_all_known_terms_and_the_clock() -> None:
-    pipeline = Pipeline("head-1", "tail-1")
+    pipeline = CoordinatorPipeline("head-1", "tail-1")
     pipeline.publish("body-1", term=UNIX_MS + 500)
     assert pipeline.expect_quiesce().term == UNIX_MS + 501
 
 
 def test_terms_grow_when_the_clock_stands_still_or_goes_back() -> None:
-    pipeline = Pipeline("head-1", "body-1")
+    pipeline = CoordinatorPipeline("head-1", "body-1")
     pipeline.publish("tail-1")
     terms = []
     for unix_ms in (UNIX_MS, UNIX_MS, UNIX_MS - 10_000, 0):
@@ -279,7 +202,7 @@ def test_terms_grow_when_the_clock_stands_still_or_goes_back() -> None:
 
 @pytest.mark.parametrize("other", ["term", "worker", "stage", "phase"])
 def test_answer_of_another_term_or_worker_is_ignored(other: str) -> None:
-    pipeline = Pipeline("head-1", "body-1", "tail-1", "tail-2")
+    pipeline = CoordinatorPipeline("head-1", "body-1", "tail-1", "tail-2")
     command = pipeline.expect_quiesce()
     coordinator = pipeline.coordinator
     coordinator.on_quiesced("head", "head-1", command.term, status(memory=0))
@@ -315,7 +238,7 @@ def test_answer_of_another_term_or_worker_is_ignored(other: str) -> None:
 def test_all_members_restore_the_newest_common_version(
     head: TrainingStatus, body: TrainingStatus, tail: TrainingStatus, version: int
 ) -> None:
-    assert Pipeline().start_training(head=head, body=body, tail=tail).version == version
+    assert CoordinatorPipeline().start_training(head=head, body=body, tail=tail).version == version
 
 
 def test_memory_of_an_earlier_term_is_not_a_version() -> None:
@@ -323,12 +246,14 @@ def test_memory_of_an_earlier_term_is_not_a_version() -> None:
     def member(restored_term: int) -> TrainingStatus:
         return TrainingStatus(checkpoints=(50, 100), version=101, restored_term=restored_term)
 
-    command = Pipeline().start_training(head=member(UNIX_MS - 1), body=member(UNIX_MS - 1), tail=member(UNIX_MS - 5000))
+    command = CoordinatorPipeline().start_training(
+        head=member(UNIX_MS - 1), body=member(UNIX_MS - 1), tail=member(UNIX_MS - 5000)
+    )
     assert (command.version, command.restored_term) == (100, UNIX_MS - 1)
 
 
 def test_lost_checkpoint_folder_is_a_problem_and_nothing_is_rolled_back() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     statuses = {"head": status(50, 100), "body": status(50, 100), "tail": status(memory=0)}
     pipeline.quiesce_all(pipeline.expect_quiesce(), **statuses)
     assert pipeline.tick() is None
@@ -345,7 +270,7 @@ def test_lost_checkpoint_folder_is_a_problem_and_nothing_is_rolled_back() -> Non
 
 
 def test_failed_restore_is_a_problem_and_is_retried() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     pipeline.quiesce_all(pipeline.expect_quiesce())
     command = pipeline.tick()
     assert command is not None
@@ -361,7 +286,7 @@ def test_failed_restore_is_a_problem_and_is_retried() -> None:
 
 
 def test_leader_publishes_the_members_while_sources_may_train() -> None:
-    pipeline = Pipeline("body-1", "tail-1")
+    pipeline = CoordinatorPipeline("body-1", "tail-1")
     own = status(50)
     assert pipeline.coordinator.extend_status(own) == own
     pipeline.publish("head-1")
@@ -375,84 +300,10 @@ def test_leader_publishes_the_members_while_sources_may_train() -> None:
 
 
 def test_long_texts_fit_the_record() -> None:
-    pipeline = Pipeline()
+    pipeline = CoordinatorPipeline()
     pipeline.quiesce_all(pipeline.expect_quiesce())
     command = pipeline.tick()
     assert command is not None
     pipeline.restore_all(command, tail="x" * 1000)
     extended = pipeline.coordinator.extend_status(status())
     TrainingStatus.model_validate_json(extended.model_dump_json())
-
-
-# Leadership -----------------------------------------------------------------------------------------------------------
-
-
-def test_coordinator_listens_before_it_decides() -> None:
-    pipeline = Pipeline(is_listening=True)
-    assert not pipeline.is_leader()
-    pipeline.now_s += LISTEN_S - 0.01
-    assert not pipeline.is_leader()
-    pipeline.now_s += 0.01
-    assert pipeline.is_leader()
-
-
-def test_frozen_coordinator_listens_again() -> None:
-    pipeline = Pipeline()
-    pipeline.start_training()
-    pipeline.now_s += FROZEN_S + 0.1
-    pipeline.lose("tail-1")
-    pipeline.publish("tail-2")
-    assert pipeline.tick() is None
-    assert pipeline.coordinator.phase == "training"
-    pipeline.publish("head-2", term=UNIX_MS + 9)  # has led meanwhile
-    pipeline.now_s += LISTEN_S
-    assert not pipeline.is_leader()
-
-
-@pytest.mark.parametrize(("own", "leads"), [("head-1", True), ("head-2", False)])
-def test_first_worker_by_name_leads_if_none_does(own: str, leads: bool) -> None:
-    pipeline = Pipeline("body-1", "tail-1", own=own, is_listening=True)
-    for worker in ("head-1", "head-2"):
-        pipeline.publish(worker, "standby")
-    pipeline.tick()
-    pipeline.now_s += LISTEN_S
-    assert pipeline.is_leader() is leads
-
-
-@pytest.mark.parametrize("state", ["up", "draining"])
-def test_new_worker_does_not_lead_until_the_leader_has_left(state: str) -> None:
-    pipeline = Pipeline("body-1", "tail-1", "head-2", is_listening=True)
-    pipeline.publish("head-2", state, term=UNIX_MS)
-    pipeline.tick()
-    pipeline.now_s += LISTEN_S
-    assert not pipeline.is_leader()
-    pipeline.publish("head-2", "stopped")
-    assert pipeline.is_leader()
-
-
-@pytest.mark.parametrize(("terms", "leader"), [((7, 8), "head-2"), ((8, 7), "head-1"), ((7, 7), "head-2")])
-def test_of_two_leaders_the_one_with_the_greater_term_and_name_stays(terms: tuple[int, int], leader: str) -> None:
-    leaders = []
-    for own, term in zip(("head-1", "head-2"), terms, strict=True):
-        pipeline = Pipeline("body-1", own=own)
-        assert pipeline.is_leader()
-        pipeline.coordinator.term = term
-        for worker, known_term in zip(("head-1", "head-2"), terms, strict=True):
-            pipeline.publish(worker, "up", term=known_term)
-        if pipeline.is_leader():
-            leaders.append(own)
-    assert leaders == [leader]
-
-
-def test_coordinator_that_loses_the_lead_ends_its_term() -> None:
-    pipeline = Pipeline()
-    pipeline.start_training()
-    pipeline.publish("head-2", "up", term=UNIX_MS + 9)
-    assert not pipeline.is_leader()
-    assert pipeline.coordinator.phase == "waiting"
-
-
-def test_worker_of_another_stage_is_no_rival() -> None:
-    pipeline = Pipeline("body-1", "tail-1")
-    pipeline.coordinator.on_worker(record("body-1").model_copy(update={"worker": "a"}))
-    assert pipeline.is_leader()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,105 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brokers.errors import WireError
-from brokers.protocol.messages import Activation, Gradient, ReplyTo, StepMessage, Task, TensorContent
+from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_numpy
-from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_KEY, MicroBatch, StepMode
 from stages.training.schedule import ScheduleName, operations
-from stages.training.step_queue import STEPS_LIMIT, Backward, Commit, Forward, StepOperation, StepQueue
+from stages.training.step_queue import STEPS_LIMIT, Backward, Forward
 from tests.support.errors import raises_error
-
-TERM = 5
-Incoming = tuple[Literal["task", "labels", "gradient", "commit"], int]  # the kind, and the index of the micro-batch
-
-
-class Step:
-    """One step of one source, and the messages about it that a stage may receive."""
-
-    def __init__(
-        self, count: int = 4, *, term: int = TERM, number: int = 0, mode: StepMode = "train", source: str = "digits"
-    ) -> None:
-        self.id = random.randbytes(16)
-        self.count = count
-        self.source = source
-        self.requests = [random.randbytes(16) for _ in range(count)]
-        self.first = MicroBatch(
-            step=self.id.hex(), term=term, index=0, count=count, rows=count, number=number, seed=0, mode=mode
-        )
-
-    def task(self, index: int, *, labels_only: bool = False, **change: Any) -> tuple[Task, MicroBatch]:
-        micro_batch = replace(self.first, index=index, **change)
-        name = LABELS_TENSOR if labels_only else "cut"
-        tensors = {name: from_numpy(np.zeros((1, 2), np.float32))}
-        task = Activation(
-            request_id=self.requests[index],
-            content=TensorContent(tensors, {MICRO_BATCH_KEY: micro_batch.to_json()}),
-            reply_to=ReplyTo("source"),
-            sender_inbox="before",
-            source=self.source,
-        )
-        return task, micro_batch
-
-    def gradient(self, index: int) -> Gradient:
-        return Gradient(request_id=self.requests[index], content=TensorContent({}), sender_inbox="after")
-
-    def commit(self, **change: Any) -> StepMessage:
-        details = {"source": self.source, "lr": 0.05, "settings": {"batch": 4}}
-        message = StepMessage(
-            request_id=self.id, verb="commit", term=self.first.term, sender_inbox="source", details=details
-        )
-        return replace(message, **change)
-
-
-def make_queue(stage: int = 0, stages: int = 2, schedule: ScheduleName = "1f1b", **options: Any) -> StepQueue:
-    queue = StepQueue(schedule, stage, stages, **options)
-    queue.begin_term(TERM)
-    return queue
-
-
-def add(queue: StepQueue, step: Step, incoming: Incoming) -> None:
-    kind, index = incoming
-    match kind:
-        case "task" | "labels":
-            queue.add_task(*step.task(index, labels_only=kind == "labels"))
-        case "gradient":
-            queue.add_gradient(step.gradient(index))
-        case "commit":
-            queue.add_commit(step.commit())
-
-
-def add_all(queue: StepQueue, step: Step, kind: Literal["task", "labels", "gradient"] = "task") -> None:
-    for index in range(step.count):
-        add(queue, step, (kind, index))
-
-
-def run(queue: StepQueue) -> Iterator[tuple[str, int]]:
-    """Run all operations that are ready."""
-    while (operation := queue.next_operation()) is not None:
-        queue.mark_done(operation)
-        yield describe(operation)
-
-
-def describe(operation: StepOperation) -> tuple[str, int]:
-    match operation:
-        case Forward(micro_batch=micro_batch):
-            return "forward", micro_batch.index
-        case Backward(micro_batch=micro_batch):
-            return "backward", micro_batch.index
-        case Commit(progress=progress):
-            return "commit", progress.steps
-
-
-def next_of(queue: StepQueue) -> StepOperation:
-    operation = queue.next_operation()
-    assert operation is not None
-    return operation
-
-
-def commit_last_stage_step(queue: StepQueue, step: Step) -> None:
-    add_all(queue, step)
-    list(run(queue))
-    add(queue, step, ("commit", 0))
-    assert list(run(queue)) == [("commit", 1)]
+from tests.support.training.step_messages import (
+    TERM,
+    Incoming,
+    Step,
+    add,
+    add_all,
+    commit_last_stage_step,
+    describe,
+    make_queue,
+    next_of,
+    run,
+)
 
 
 @settings(max_examples=60)
@@ -277,168 +193,6 @@ def test_duplicate_micro_batches_are_not_run() -> None:
     list(run(queue))
     add(queue, step, ("task", 0))
     assert (queue.next_operation(), len(queue)) == (None, 0)
-
-
-# Terms ----------------------------------------------------------------------------------------------------------------
-
-
-def test_new_term_discards_all_steps() -> None:
-    queue, step, waiting = make_queue(), Step(2), Step(2)
-    add_all(queue, step)
-    add_all(queue, waiting)
-    list(run(queue))
-    queue.begin_term(TERM + 1)
-    assert (queue.term, len(queue), queue.has_uncommitted_work) == (TERM + 1, 0, False)
-    assert queue.next_operation() is None
-    with raises_error(WireError, "UnknownForward"):
-        queue.add_gradient(step.gradient(0))
-    with raises_error(WireError, "StaleTerm") as caught:
-        queue.add_task(*waiting.task(1))
-    assert caught.value.fields == {"expected_term": TERM + 1, "actual_term": TERM}
-
-
-def test_standby_refuses_tasks_and_commits_until_the_next_term() -> None:
-    queue, begun, later = make_queue(), Step(1), Step(1)
-    add(queue, begun, ("task", 0))
-    queue.stand_by(TERM)
-    assert (queue.term, len(queue), queue.has_uncommitted_work, queue.next_operation()) == (TERM, 0, False, None)
-    with raises_error(WireError, "WorkerOnStandby") as caught:
-        queue.add_task(*later.task(0))
-    assert caught.value.retry
-    with raises_error(WireError, "WorkerOnStandby"):
-        queue.add_commit(begun.commit())
-    queue.begin_term(TERM + 1)
-    add(queue, Step(1, term=TERM + 1), ("task", 0))
-    assert queue.next_operation() is not None
-
-
-def test_worker_stands_by_before_its_first_term() -> None:
-    with raises_error(WireError, "WorkerOnStandby"):
-        StepQueue("1f1b", 0, 2).add_task(*Step(1, term=0).task(0))
-
-
-@pytest.mark.parametrize("term", [TERM - 1, TERM + 1])
-def test_message_of_another_term_is_refused(term: int) -> None:
-    queue, step = make_queue(), Step(1)
-    with raises_error(WireError, "StaleTerm") as caught:
-        queue.add_task(*step.task(0, term=term))
-    assert caught.value.retry
-    with raises_error(WireError, "StaleTerm"):
-        queue.add_commit(step.commit(term=term))
-    assert queue.next_operation() is None
-
-
-@pytest.mark.parametrize(
-    ("verb", "term", "is_standby", "code"),
-    [
-        ("quiesce", TERM - 1, False, "StaleTerm"),
-        ("quiesce", TERM + 1, True, None),
-        ("restore", TERM, True, "WorkerOnStandby"),
-        ("restore", TERM, False, None),
-    ],
-)
-def test_commands_of_the_coordinator_are_checked(
-    verb: Literal["quiesce", "restore"], term: int, is_standby: bool, code: str | None
-) -> None:
-    queue = make_queue()
-    if is_standby:
-        queue.stand_by(TERM)
-    command = StepMessage(request_id=bytes(16), verb=verb, term=term)
-    if code is None:
-        queue.check_command(command)
-    else:
-        with raises_error(WireError, code):
-            queue.check_command(command)
-
-
-@pytest.mark.parametrize("kind", ["forward", "backward", "commit"])
-@pytest.mark.parametrize("has_next_step", [False, True])
-def test_operation_of_an_ended_term_changes_nothing(kind: str, has_next_step: bool) -> None:
-    queue, step = make_queue(stage=1), Step(1)
-    add(queue, step, ("task", 0))
-    while (operation := queue.next_operation()) is not None and describe(operation)[0] != kind:
-        queue.mark_done(operation)
-    if kind == "commit":
-        add(queue, step, ("commit", 0))
-        operation = next_of(queue)
-    assert operation is not None
-    queue.begin_term(TERM + 1)
-    if has_next_step:
-        add(queue, Step(1, term=TERM + 1), ("task", 0))
-    assert not queue.mark_done(operation)
-    queue.mark_failed(operation)
-    assert list(run(queue)) == ([("forward", 0), ("backward", 0)] if has_next_step else [])
-
-
-def test_failed_step_blocks_the_queue_until_the_term_ends() -> None:
-    queue, step, other = make_queue(stage=1), Step(2), Step(1)
-    add_all(queue, step)
-    add_all(queue, other)
-    queue.mark_failed(next_of(queue))
-    assert queue.next_operation() is None
-    assert not queue.has_uncommitted_work
-    with raises_error(WireError, "BadStep"):
-        queue.add_commit(step.commit())
-    queue.begin_term(TERM + 1)
-    assert queue.next_operation() is None
-
-
-# Commits --------------------------------------------------------------------------------------------------------------
-
-
-def test_step_that_is_not_prepared_cannot_be_committed() -> None:
-    queue, step = make_queue(), Step(1)
-    with raises_error(WireError, "BadStep"):
-        queue.add_commit(step.commit())
-    add(queue, step, ("task", 0))
-    list(run(queue))
-    with raises_error(WireError, "BadStep"):
-        queue.add_commit(step.commit())
-    add(queue, step, ("gradient", 0))
-    list(run(queue))
-    add(queue, step, ("commit", 0))
-    assert list(run(queue)) == [("commit", 1)]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"source": "another"}, {"source": None}, {"lr": None}, {"lr": "0.1"}, {"lr": float("nan")}, {"lr": True},
-        {"settings": {"batch": [4]}}, {"settings": 7}, {"settings": {"it": "x" * 700}},
-        {"settings": {str(index): 0 for index in range(33)}},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_commit_with_bad_details_is_refused(change: dict[str, Any]) -> None:
-    queue, step = make_queue(stage=1), Step(1)
-    add(queue, step, ("task", 0))
-    list(run(queue))
-    valid = step.commit()
-    with raises_error(WireError, "BadStep", match=f"^{next(iter(change))} of a commit must"):
-        queue.add_commit(replace(valid, details={**valid.details, **change}))
-    assert queue.next_operation() is None
-    queue.add_commit(valid)
-    assert list(run(queue)) == [("commit", 1)]
-
-
-@pytest.mark.parametrize("source", ["", "a/b", "a" * 65])
-def test_source_with_an_invalid_name_cannot_commit(source: str) -> None:
-    queue, step = make_queue(stage=1), Step(1, source=source)
-    add(queue, step, ("task", 0))
-    list(run(queue))
-    with raises_error(WireError, "BadStep", match="source of a commit"):
-        queue.add_commit(step.commit())
-
-
-def test_duplicate_commit_is_done_once() -> None:
-    queue, step = make_queue(stage=1), Step(1)
-    add(queue, step, ("task", 0))
-    list(run(queue))
-    add(queue, step, ("commit", 0))
-    add(queue, step, ("commit", 0))
-    assert list(run(queue)) == [("commit", 1)]
-    with raises_error(WireError, "BadStep"):
-        queue.add_commit(step.commit())
 
 
 # Inconsistent steps, and limits ---------------------------------------------------------------------------------------
