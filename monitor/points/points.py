@@ -10,33 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from brokers.dispatch.presence import SourceRecord, WorkerRecord
-from brokers.telemetry.schema import (
-    BatchProcessed,
-    EventsDropped,
-    LinkTraffic,
-    ProcessStarted,
-    ProcessStopped,
-    RequestDone,
-    StepDone,
-    TaskProcessed,
-    TelemetryEvent,
-)
+from brokers.telemetry.schema import LinkTraffic, RequestDone, TelemetryEvent
 from monitor.points.schema import MEASUREMENTS
 
 FieldValue = float | int | bool | str | None
 
 _MEASUREMENTS_OF_EVENTS = {
-    ProcessStarted: "life",
-    ProcessStopped: "life",
-    TaskProcessed: "task",
-    BatchProcessed: "batch",
-    RequestDone: "request",
-    StepDone: "step",
-    LinkTraffic: "link",
-    EventsDropped: "dropped_events",
+    "start": "life",
+    "stop": "life",
+    "task_processed": "task",
+    "batch_processed": "batch",
+    "request_done": "request",
+    "step_done": "step",
+    "link_traffic": "link",
+    "events_dropped": "dropped_events",
 }
-# The tags and fields of each measurement.
-_NAMES = {name: (schema.tags, tuple(field.name for field in schema.fields)) for name, schema in MEASUREMENTS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +42,7 @@ def event_to_points(event: TelemetryEvent, node: str, run: str = "") -> list[Tel
     values = {**vars(event), "node": node, "run": event.run or run}
     if isinstance(event, LinkTraffic):
         values |= {"from": event.from_site, "to": event.to_site}
-    points = [_make_point(_MEASUREMENTS_OF_EVENTS[type(event)], event.time_ns, values)]
+    points = [_make_point(_MEASUREMENTS_OF_EVENTS[event.event], event.time_ns, values)]
     if isinstance(event, RequestDone):
         # One nanosecond apart: InfluxDB merges points of equal tags and time, here two visits to one worker.
         points += [
@@ -96,7 +84,7 @@ def row_to_point(measurement: str, row: Sequence[Any]) -> TelemetryPoint:
 
 
 def _make_point(measurement: str, time_ns: int, values: Mapping[str, Any]) -> TelemetryPoint:
-    tags, fields = _NAMES[measurement]
-    return TelemetryPoint(
-        measurement, time_ns, {tag: values[tag] for tag in tags}, {name: values[name] for name in fields}
-    )
+    schema = MEASUREMENTS[measurement]
+    tags = {tag: values[tag] for tag in schema.tags}
+    fields = {field.name: values[field.name] for field in schema.fields}
+    return TelemetryPoint(measurement, time_ns, tags, fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 from monitor.errors import BadStore
@@ -15,13 +16,12 @@ _QUOTED = str.maketrans({"\\": r"\\", "'": r"\'"})
 
 
 class InfluxReader:
-    """Reads the points of an `InfluxStore`. Raises `BadStore`."""
+    """A `StoreReader` of the points of an `InfluxStore`."""
 
     def __init__(self, target: InfluxTarget) -> None:
         self.target = target
 
     def runs(self) -> list[str]:
-        """The names of the runs that have requests or steps, oldest first; "" is points without a run."""
         first_ns: dict[str, int] = {}
         for measurement, field in (("request", "attempts"), ("step", "step")):
             for series in self._query(f'SELECT first("{field}"::field) FROM "{measurement}" GROUP BY "run"'):
@@ -31,7 +31,6 @@ class InfluxReader:
         return sorted(first_ns, key=lambda run: (first_ns[run], run))
 
     def points(self, measurement: str, run: str | None = None) -> list[TelemetryPoint]:
-        """The points of a measurement, of all runs or one, in the order of time."""
         schema = MEASUREMENTS[measurement]
         columns = [f'"{tag}"::tag' for tag in schema.tags] + [f'"{field.name}"::field' for field in schema.fields]
         where = "" if run is None else f" WHERE \"run\"::tag = '{sanitize_tag(run).translate(_QUOTED)}'"
@@ -40,18 +39,15 @@ class InfluxReader:
 
     def _query(self, query: str) -> Iterator[dict[str, Any]]:
         """The series of the answer, possibly in several parts, sorted by time."""
-        client = InfluxClient(self.target)
-        partial = False
+        result: dict[str, Any] = {}
         try:
-            for document in client.query(query):
-                result = (document.get("results") or [{}])[0]
-                if problem := document.get("error") or result.get("error"):
-                    raise BadStore(str(self.target), str(problem))
-                yield from result.get("series") or ()
-                partial = bool(result.get("partial"))
+            with closing(InfluxClient(self.target)) as client:
+                for document in client.query(query):
+                    result = (document.get("results") or [{}])[0]
+                    if problem := document.get("error") or result.get("error"):
+                        raise BadStore(str(self.target), str(problem))
+                    yield from result.get("series") or ()
         except InfluxError as error:
             raise BadStore(str(self.target), error.problem) from None
-        finally:
-            client.close()
-        if partial:
+        if result.get("partial"):
             raise BadStore(str(self.target), "the answer is incomplete: the connection ended too early")

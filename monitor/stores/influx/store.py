@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from brokers.process.backoff import Backoff
@@ -59,15 +60,13 @@ class InfluxStore:
 
     def check(self) -> None:
         """Raise `BadStore` if the token, bucket or address is wrong; a server that is down is not an error."""
-        client = InfluxClient(self.target)
         try:
-            client.write(b"", encoding="identity")
+            with closing(InfluxClient(self.target)) as client:
+                client.write(b"", encoding="identity")
         except InfluxError as error:
             # InfluxDB 2 rejects an empty body, but only after it has checked the token and the bucket.
             if error.kind is InfluxErrorKind.MISCONFIGURED:
                 raise BadStore(str(self.target), error.problem) from None
-        finally:
-            client.close()
 
     def write(self, items: Sequence[TelemetryPoint]) -> None:
         """Spool points; those without any value are left out. Raises `BadStore` after `close`."""
