@@ -28,3 +28,8 @@ def extra_missing(feature: str, extra: str) -> UsageError:
     """The error for a feature whose packages come with an optional extra of the distribution."""
     message = f"{feature} needs more packages: pip install 'sparse-mqtt[{extra}]'"
     return UsageError("ExtraMissing", message, feature=feature, extra=extra)
+
+
+def bad_folder(folder: object, problem: str) -> UsageError:
+    """The error for a folder to which results cannot be written."""
+    return UsageError("BadFolder", f"{folder}: {problem}", path=str(folder), problem=problem)

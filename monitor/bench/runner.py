@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from brokers.config.pipeline_file import resolve_broker_address
-from brokers.errors import UsageError
 from brokers.process.files import write_atomic
 from brokers.process.shutdown import ShutdownEvent
 from brokers.server.mosquitto_conf import find_mosquitto
@@ -26,7 +25,7 @@ from monitor.analysis.run_metrics import MEASUREMENTS_READ, compute_run_metrics
 from monitor.bench.manifest import MANIFEST_FILE, Manifest, git_revision, hardware, suite_record, versions
 from monitor.bench.results import CSV_FILE, RESULTS_FILE, RunResult, format_run, results_to_csv, results_to_json
 from monitor.bench.suite import BenchCase
-from monitor.errors import BadStore, NoSamples
+from monitor.errors import BadStore, NoSamples, bad_folder
 from monitor.launch.child_process import ChildProcess, kill_all, terminate_all
 from monitor.launch.monitor_process import RunMonitor
 from monitor.launch.sites import set_up_brokers
@@ -77,7 +76,9 @@ class BenchRunner:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if next(self.folder.iterdir(), None) is not None:
-                raise self._bad_folder("it is not empty: name a new or an empty folder")
+                raise bad_folder(
+                    self.folder, "results cannot be written there: it is not empty: name a new or an empty folder"
+                )
             self._provenance = {
                 "command": ("sparse", *sys.argv[1:]),
                 "started_at": _now(),
@@ -87,11 +88,7 @@ class BenchRunner:
             }
             self._write()
         except OSError as error:
-            raise self._bad_folder(error.strerror or str(error)) from None
-
-    def _bad_folder(self, problem: str) -> UsageError:
-        message = f"{self.folder}: results cannot be written there: {problem}"
-        return UsageError("BadFolder", message, path=str(self.folder), problem=problem)
+            raise bad_folder(self.folder, f"results cannot be written there: {error.strerror}") from None
 
     async def _run_all(self) -> None:
         """Run one repeat of every case, then the next, so that a busy moment of the machine affects all cases."""

@@ -12,6 +12,7 @@ import typer
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.errors import UsageError
 from brokers.process.files import new_run_folder
+from monitor.errors import bad_folder
 from monitor.launch.run import CHECKPOINTS_FOLDER, PipelineRun
 from monitor.launch.sites import set_up_brokers
 from monitor.stores.sqlite import TELEMETRY_FILE
@@ -62,25 +63,16 @@ def _results_folder(pipeline: Pipeline, out: Path | None) -> Path:
     if out is None:
         return new_run_folder(Path("runs"), pipeline.name)
     if (out / TELEMETRY_FILE).exists():  # a second run in the same file would be counted with the first
-        raise UsageError(
-            "BadFolder",
-            f"{out}: it holds a run already ({TELEMETRY_FILE}): name another folder for this one",
-            path=str(out),
-        )
+        raise bad_folder(out, f"it holds a run already ({TELEMETRY_FILE}): name another folder for this one")
     return out
 
 
 def _resumed_folder(pipeline: Pipeline, folder: Path) -> Path:
+    problem = ""
     if not pipeline.is_training:
-        raise UsageError(
-            "CannotResume",
-            f"cannot resume {folder}: pipeline {pipeline.name!r} is one of inference; only training is resumed",
-            path=str(folder),
-        )
-    if not (folder / CHECKPOINTS_FOLDER).is_dir() and pipeline.training.checkpoints is None:
-        raise UsageError(
-            "CannotResume",
-            f"cannot resume {folder}: it has no {CHECKPOINTS_FOLDER}/; expected the folder of a training run",
-            path=str(folder),
-        )
+        problem = f"pipeline {pipeline.name!r} is one of inference; only training is resumed"
+    elif not (folder / CHECKPOINTS_FOLDER).is_dir() and pipeline.training.checkpoints is None:
+        problem = f"it has no {CHECKPOINTS_FOLDER}/; expected the folder of a training run"
+    if problem:
+        raise UsageError("CannotResume", f"cannot resume {folder}: {problem}", path=str(folder))
     return folder

@@ -20,6 +20,7 @@ from brokers.mqtt.client_identity import create_transport
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import all_presence_filter, ingress_topic, results_topic
 from brokers.protocol.transport import Delivery
+from monitor.errors import bad_folder
 from monitor.launch.child_process import ChildProcess, kill_all, terminate_all
 from monitor.launch.monitor_process import RunMonitor
 from monitor.launch.sites import SiteBrokers
@@ -58,9 +59,7 @@ class PipelineRun:
         try:
             logs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(
-                "BadFolder", f"{folder}: results cannot be written there: {error.strerror}", path=str(folder)
-            ) from None
+            raise bad_folder(folder, f"results cannot be written there: {error.strerror}") from None
         self.monitor = RunMonitor(pipeline, sites, folder, telemetry)
         self._pipeline = pipeline
         self._sites = sites

@@ -117,7 +117,7 @@ def _draw_line(axes: Axes, rows: DataTable, plot: LinePlot, index: int) -> Artis
         return line
     low, high = rows.floats("low"), rows.floats("high")
     if plot.markers:
-        axes.errorbar(x, y, yerr=_error_bars(y, low, high), fmt="none", ecolor=style.colour, capsize=3, elinewidth=1)
+        axes.errorbar(x, y, yerr=_error_bars(y, low, high), fmt="none", ecolor=style.colour, elinewidth=1)
     elif plot.band_axis == "x":
         axes.fill_betweenx(y, low, high, color=style.colour, alpha=0.18, linewidth=0)
     else:
@@ -166,7 +166,7 @@ def _draw_bars(table: DataTable, plot: StackedBars) -> Figure:
         if plot.group_by:
             _write_stages(axes, index, rows, plot, max(ends) or 1.0)
     bounds = _error_bars(values, low, high)
-    axes.errorbar(values, range(len(bars)), xerr=bounds, fmt="none", ecolor=FOREGROUND, capsize=3, elinewidth=1)
+    axes.errorbar(values, range(len(bars)), xerr=bounds, fmt="none", ecolor=FOREGROUND, elinewidth=1)
     axes.set_yticks(range(len(bars)), [display_label(bar) for bar in bars])
     axes.set_ylim(len(bars) - 0.5, -0.62)
     axes.tick_params(axis="y", length=0)
@@ -202,12 +202,5 @@ def _draw_legend(drawing: Figure, handles: Sequence[Artist], names: Sequence[str
     drawing.set_figheight(drawing.get_figheight() + _LEGEND_ROW_IN * (-(-len(labels) // columns) - 1))
     # matplotlib fills a legend column by column; readers expect it row by row.
     order = [index for column in range(columns) for index in range(column, len(labels), columns)]
-    drawing.legend(
-        [handles[index] for index in order],
-        [labels[index] for index in order],
-        loc="outside upper left",
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
-        handlelength=2.6,
-    )
+    handles, labels = [handles[index] for index in order], [labels[index] for index in order]
+    drawing.legend(handles, labels, loc="outside upper left", ncols=columns)

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from brokers.errors import UsageError
 from monitor.bench.summary import SummaryColumn, SummaryRow, summarize
+from monitor.errors import bad_folder
 from monitor.report import resource_figures, workload_figures
 from monitor.report.inputs import ReportInputs
 from monitor.report.page import GENERATOR, PageContent, render_page
@@ -60,7 +60,7 @@ def write_report(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], 
         _check_folder(folder)
         return _write(folder, inputs, on_figure)
     except OSError as error:
-        raise _bad_folder(error.filename or folder, f"the report cannot be written: {error.strerror}") from None
+        raise bad_folder(error.filename or folder, f"the report cannot be written: {error.strerror}") from None
 
 
 def _write(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], None]) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _check_folder(folder: Path) -> None:
     generator = f'<meta name="generator" content="{GENERATOR}">'
     is_report = page.is_file() and generator in page.read_text(errors="replace")[:_HEAD_CHARACTERS]
     if not is_report or not entries <= folders | _report_files(folder):
-        raise _bad_folder(folder, "it holds other files than a report: name another folder, or an empty one")
+        raise bad_folder(folder, "it holds other files than a report: name another folder, or an empty one")
 
 
 def _report_files(folder: Path) -> set[Path]:
@@ -127,7 +127,3 @@ def _report_files(folder: Path) -> set[Path]:
     images = {folder / FIGURES_FOLDER / f"{name}.{kind}" for name in FIGURE_NAMES for kind in IMAGE_FORMATS}
     tables = (*FIGURE_NAMES, *(f"{name}{PERCENTILES_SUFFIX}" for name in FIGURE_NAMES), SUMMARY_NAME)
     return {folder / PAGE_FILE, *images, *(folder / DATA_FOLDER / f"{name}.csv" for name in tables)}
-
-
-def _bad_folder(folder: object, problem: str) -> UsageError:
-    return UsageError("BadFolder", f"{folder}: {problem}", path=str(folder), problem=problem)
