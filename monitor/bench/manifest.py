@@ -28,8 +28,6 @@ _PASSWORD = re.compile(r"(://[^/@\s:]*):[^@\s]*@")
 _PROGRAM_TIMEOUT_S = 10.0
 _THIS_FILE = Path(__file__).resolve()
 
-BenchMode = Literal["run", "source"]
-
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -64,7 +62,9 @@ class Manifest(_Record):
 
     format: Literal[1] = 1
     command: tuple[str, ...]
-    mode: BenchMode = Field(description="run: whole pipelines on one machine; source: only their sources")
+    mode: Literal["run", "source"] = Field(
+        description="run: whole pipelines on one machine; source: only their sources"
+    )
     started_at: str = Field(description="ISO 8601 with a time zone")
     ended_at: str | None = Field(default=None, description="None while the benchmark runs")
     warm_up: Annotated[int, Field(ge=0)]

@@ -18,10 +18,6 @@ class SummaryColumn:
     better_direction: int
     value_of: Callable[[RunMetrics], float | None]
 
-    @property
-    def heading(self) -> str:
-        return f"{self.name} ({self.unit})" if self.unit else self.name
-
 
 @dataclass(frozen=True)
 class SummaryRow:

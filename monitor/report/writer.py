@@ -104,7 +104,8 @@ def summary_table(columns: Sequence[SummaryColumn], rows: Sequence[SummaryRow]) 
             spread = row.values[column.name]
             cells += [spread.median if spread else None, row.ratio_to(rows[0], column.name)]
         table_rows.append(tuple(cells))
-    headings = [name for column in columns for name in (column.heading, f"{column.heading} ratio")]
+    names = [f"{column.name} ({column.unit})" if column.unit else column.name for column in columns]
+    headings = [heading for name in names for heading in (name, f"{name} ratio")]
     return DataTable(("run", "repeats", *headings), tuple(table_rows))
 
 
