@@ -92,10 +92,11 @@ def test_own_network_and_source_run(sandbox: ProcessSandbox, page_folder: Path) 
 
 
 def test_layers_are_listed_and_a_list_of_modules_is_cut(page_folder: Path) -> None:
-    lines = run_python(page_folder, "show_layers.py").splitlines()
+    names = ("show_layers.py", "by_hand.py")  # in one process, which imports torch once
+    program = f"import runpy; [runpy.run_path(name, run_name='__main__') for name in {names}]"
+    lines = run_python(page_folder, "-c", program).splitlines()
     assert [line.split()[0] for line in lines] == [str(number) for number in range(1, len(lines) + 1)]
     assert [line.split()[1] for line in lines] == ["wide", "relu", "again", "relu_1", "add", "out"]
-    run_python(page_folder, "by_hand.py")
 
 
 def test_links_of_the_page_exist() -> None:

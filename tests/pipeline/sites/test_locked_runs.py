@@ -135,7 +135,7 @@ def test_training_has_only_the_rights_that_it_uses(sandbox: ProcessSandbox) -> N
         workers = processes.start_stages("--checkpoints", sandbox.folder / "checkpoints")
         result = processes.start_source().wait()
         assert result.returncode == 0, result.stderr
-        assert (result.json_output["steps"], result.json_output["rolled_back"]) == (6, 0)
+        assert (result.json_output["steps"], result.json_output["rollbacks"]) == (6, 0)
         assert_weights_equal(load_file(sandbox.folder / "out" / "model.safetensors"), expected_weights(6))
         stop_stages(workers)
         processes.assert_nothing_was_denied()

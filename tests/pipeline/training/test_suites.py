@@ -25,6 +25,6 @@ def test_weights_equal_those_of_the_uncut_network(sandbox: ProcessSandbox, deplo
     path = write_training_pipeline_file(sandbox.folder, epochs=4, **DEPLOYMENTS[deployment])
     run = TrainingRunCommand(sandbox, path)
     summary = run.wait()
-    assert (summary["steps"], summary["rolled_back"]) == (12, 0)
+    assert (summary["steps"], summary["rollbacks"]) == (12, 0)
     assert_weights_equal(run.load_weights(), expected_weights(12))
     sandbox.assert_nothing_left()
