@@ -18,7 +18,7 @@ from brokers.protocol.transport import Delivery, Transport, Will
 from brokers.server.local_broker import BrokerKind, LocalBroker, start_broker
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 _DOOMED = """\
 import asyncio, sys
@@ -136,7 +136,7 @@ async def kill_client_process(address: str, will: Will) -> None:
     await doomed.wait()
 
 
-def run_async(coroutine: Coroutine[Any, Any, None], timeout_s: float = 60.0) -> None:
+def run_async(coroutine: Coroutine[Any, Any, None], timeout_s: float = 180.0) -> None:
     """Run a test on a new loop; assert that it leaves no task, and no exception that was not retrieved."""
     unretrieved: list[str] = []
 
@@ -160,7 +160,7 @@ def async_test(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[.
     return test
 
 
-def has_exited(pid: int, within_s: float = 5.0) -> bool:
+def has_exited(pid: int, within_s: float = WAIT_S) -> bool:
     """Return whether a process exits within some time; a zombie has exited."""
     end_s = time.monotonic() + within_s
     while time.monotonic() < end_s:

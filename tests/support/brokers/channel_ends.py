@@ -55,12 +55,12 @@ def make_task(values: NDArray[np.float32] | None = None) -> Task:
 
 
 class RecordingTransport(MemoryTransport):
-    """Keeps the messages sent through it, and may hide the placer: a transport need not ask where to write."""
+    """Records publications; `with_buffer_provider=False` hides buffer providers, which a transport need not use."""
 
     def __init__(self, hub: MemoryBroker, *, with_buffer_provider: bool = True) -> None:
         super().__init__(hub)
         self.sent: list[tuple[str, Properties, int]] = []
-        self._with_placer = with_buffer_provider
+        self._with_buffer_provider = with_buffer_provider
 
     async def subscribe(
         self,
@@ -71,8 +71,8 @@ class RecordingTransport(MemoryTransport):
         buffer_provider: BufferProvider | None = None,
         manual_ack: bool = False,
     ) -> None:
-        kept = buffer_provider if self._with_placer else None
-        await super().subscribe(topic_filter, handler, qos=qos, buffer_provider=kept, manual_ack=manual_ack)
+        provider = buffer_provider if self._with_buffer_provider else None
+        await super().subscribe(topic_filter, handler, qos=qos, buffer_provider=provider, manual_ack=manual_ack)
 
     async def publish(
         self,

@@ -130,7 +130,7 @@ def start_secure_broker(
         yield SecureBroker(port, certs, log, process)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def write_password_file(path: Path, passwords: Mapping[str, str]) -> Path:

@@ -15,7 +15,7 @@ from brokers.config.topology import BridgeSides
 from tests.support.brokers.ports import free_port
 from tests.support.environment.external_programs import require_dependency
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 _POLL_S = 0.02
 
 # The rules of a bridge between the sites `near` and `far`, for the configuration of the first.

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.support.monitor.prometheus_series import SeriesValues, parse_exposition
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 60.0
 
 
 def http_get(port: int, path: str) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""Runs that never were: points as a monitor would have made them, in the files that it would have left."""
+"""Generated runs: the points of a monitor, and its files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ STAGES = ("head", "body", "tail")
 
 
 def time_ns_at(second: float) -> int:
-    """A moment, by its seconds since `START_NS`."""
+    """The time `second` s after `START_NS`."""
     return START_NS + round(second * _NS)
 
 
 @dataclass(frozen=True)
 class SyntheticRun:
-    """What a made-up run was like."""
+    """The properties of a generated run."""
 
     name: str
     pipeline: str = "street"
@@ -43,11 +43,11 @@ class SyntheticRun:
         return self.request_count / self.rate_per_s
 
     def points(self) -> list[TelemetryPoint]:
-        """All of an inference run."""
+        """The points of an inference run."""
         return [*self._requests(), *self._node(), *(self._link() if self.has_link else ())]
 
     def training_points(self, steps: int = 60, rows: int = 64) -> list[TelemetryPoint]:
-        """All of a training run, whose loss falls."""
+        """The points of a training run with a decreasing loss."""
         return [*self._steps(steps, rows), *self._node(), *(self._link() if self.has_link else ())]
 
     def _point(self, name: str, second: float, tags: dict[str, str], fields: dict[str, FieldValue]) -> TelemetryPoint:
@@ -127,7 +127,7 @@ class SyntheticRun:
 
 
 def write_run_folder(points: Sequence[TelemetryPoint], folder: Path) -> Path:
-    """As the folder of a run."""
+    """Write points as the folder of a run."""
     store = SqliteStore(folder / TELEMETRY_FILE)
     store.write(points)
     store.close()
@@ -135,7 +135,7 @@ def write_run_folder(points: Sequence[TelemetryPoint], folder: Path) -> Path:
 
 
 def make_manifest(suites: Mapping[str, Sequence[str]], warm_up: int = 0, **sweep_settings: Any) -> dict[str, Any]:
-    """A benchmark's, of suites by name and the folders of their runs; `about`: what each point of a sweep is."""
+    """The manifest of a benchmark: the runs of each suite by name, and its point of a sweep."""
     return {
         "command": ["sparse", "bench", *suites], "mode": "run", "started_at": "2026-01-02T03:04:05+00:00",
         "ended_at": "2026-01-02T03:14:05+00:00", "warm_up": warm_up, "requests": 200, "repeats": 3,

@@ -38,7 +38,7 @@ def add_one(values: Any, **others: Any) -> Tensors:
 
 
 def add_padding(values: Any) -> Tensors:
-    """Add an array of 800 kB, so that much more crosses the cut than came in."""
+    """Add an array of 800 kB, which makes the output much larger than the input."""
     return {"values": values, "padding": np.full(200_000, float(values), np.float32)}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.environment.external_programs import require_dependency
+from tests.support.pipelines.processes import PROCESS_TIMEOUT_S
 
 
 class MqttCamera:
@@ -25,20 +26,13 @@ class MqttCamera:
         self._certs = certs
         self._results: queue.Queue[dict[str, Any]] = queue.Queue()
         topic = f"sparse/local/results/{source}"
-        command = [
-            str(require_dependency("mosquitto_sub")),
-            *self._options("viewer"),
-            "-q",
-            "1",
-            "-t",
-            topic,
-            "-F",
-            "%p",
-        ]
+        options = [*self._options("viewer"), "-q", "1", "-t", topic, "-F", "%p", "-d"]
+        command = ["stdbuf", "-oL", str(require_dependency("mosquitto_sub")), *options]  # prints lines at once
         self._reader = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._subscribed = threading.Event()
         self._reading = threading.Thread(target=self._read, name="results", daemon=True)
         self._reading.start()
-        time.sleep(0.5)  # until it has subscribed
+        assert self._subscribed.wait(PROCESS_TIMEOUT_S)
 
     def _options(self, identity: str) -> list[str]:
         options = ["-h", "127.0.0.1", "-p", str(self._port), "-V", "5"]
@@ -52,7 +46,7 @@ class MqttCamera:
         topic = f"sparse/local/ingress/{self._source}"
         options = self._options(f"camera.{self._source}")
         command = [str(require_dependency("mosquitto_pub")), *options, "-q", "1", "-t", topic, "-f", str(image)]
-        subprocess.run(command, check=True, timeout=30)
+        subprocess.run(command, check=True, timeout=PROCESS_TIMEOUT_S)
 
     def next_result(self, timeout_s: float = 60) -> dict[str, Any]:
         """The next result."""
@@ -79,11 +73,14 @@ class MqttCamera:
 
     def close(self) -> None:
         self._reader.terminate()
-        self._reader.wait(timeout=10)
-        self._reading.join(timeout=10)
+        self._reader.wait(timeout=PROCESS_TIMEOUT_S)
+        self._reading.join(timeout=PROCESS_TIMEOUT_S)
 
     def _read(self) -> None:
         assert self._reader.stdout is not None
-        for line in self._reader.stdout:
-            self._results.put(json.loads(line))
+        for line in self._reader.stdout:  # payloads, and debug messages (-d)
+            if line.startswith("Subscribed"):
+                self._subscribed.set()
+            elif line.startswith("{"):
+                self._results.put(json.loads(line))
         self._reader.stdout.close()

@@ -97,7 +97,7 @@ class RunningCommand:
         return self._stdout.read_text()
 
     def wait(self, signal_number: int | None = None, timeout_s: float = PROCESS_TIMEOUT_S) -> CommandResult:
-        """Send a signal, if one is given, and wait for the exit."""
+        """Send a signal, if any, and wait for the exit."""
         if signal_number is not None:
             self.process.send_signal(signal_number)
         status = self.process.wait(timeout_s)

@@ -166,7 +166,7 @@ class InProcessPipeline:
         self._listener = MemoryTransport(self.hub)
 
     async def start(self, *stages: int) -> None:
-        """Start a worker for each stage, or for those that are given."""
+        """Start a worker for each of these stages, by default all."""
         await self._listener.connect()
         await self._listener.subscribe("sparse/#", self._on_delivery)
         await asyncio.gather(*(self.add_worker(stage) for stage in stages or range(len(self.file.stage))))

@@ -16,7 +16,7 @@ Function = Callable[["FunctionNetwork", Tensor], Any]
 
 
 class FunctionNetwork(nn.Module):
-    """A network whose forward is a function of itself and its input, with the given modules as attributes."""
+    """A network whose forward is a function of itself and its input, with `modules` as attributes."""
 
     a: nn.Module
     attention: nn.Module

@@ -57,7 +57,7 @@ def failure_event(error: str = "NotFinite", reason: str = "the loss is not a num
 def run_events(
     steps: int = 40, epochs: int = 4, rollbacks: Mapping[int, int] | None = None, **other: Any
 ) -> Iterator[EventDict]:
-    """A run with an evaluation after each epoch; `kills`: after which steps a worker dies, and where it goes on."""
+    """A run with an evaluation after each epoch; `rollbacks` maps steps to those at which the run continues."""
     left, number = dict(rollbacks or {}), 0
     while number < steps:
         number += 1
