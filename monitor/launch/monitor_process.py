@@ -96,7 +96,8 @@ class RunMonitor:
             shutil.rmtree(self._socket.parent, ignore_errors=True)  # a monitor that was killed leaves it
 
     def kill(self) -> None:
-        """Kill the monitor at once; `stop` still has to be called."""
+        """Kill the monitor at once, and restart it no more; `stop` still has to be called."""
+        self._gave_up = True
         if self._child:
             kill_all([self._child])
 
