@@ -7,19 +7,24 @@ client, with a password, for each check.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import platform
 import secrets
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from brokers.dispatch.presence import RECORD_EXPIRY_S, SourceRecord, WorkerRecord
+from brokers.errors import SparseError
 from brokers.protocol.transport import Properties, Transport, Will
 
 log = logging.getLogger(__name__)
 
+REPORT_INTERVAL_S = 1.0
 LIVENESS_VARIABLE = "SPARSE_LIVENESS_FILE"
 
 R = TypeVar("R", WorkerRecord, SourceRecord)
@@ -39,6 +44,8 @@ class PresencePublisher(Generic[R]):
         liveness_path = os.environ.get(LIVENESS_VARIABLE)
         self._liveness_file = Path(liveness_path) if liveness_path else None
         self._joined_s: float | None = None
+        self._report_requested = asyncio.Event()
+        self._is_failing = False
 
     @property
     def will(self) -> Will:
@@ -62,6 +69,32 @@ class PresencePublisher(Generic[R]):
             except OSError as error:
                 log.warning("cannot touch %s, health checks will fail: %s", LIVENESS_VARIABLE, error)
                 self._liveness_file = None
+
+    def report_soon(self) -> None:
+        """Report now, and not only at the next second: other processes wait for a change."""
+        self._report_requested.set()
+
+    async def report_periodically(
+        self, report: Callable[[], Awaitable[None]], tolerated: type[Exception] = SparseError
+    ) -> None:
+        """Call `report` every second and after `report_soon`; errors of the type `tolerated` are logged once."""
+        while True:
+            # Not `wait_for`: before Python 3.12 it loses a cancellation that coincides with the end of the wait.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_INTERVAL_S):
+                    await self._report_requested.wait()
+            self._report_requested.clear()
+            try:
+                await report()
+                self._is_failing = False
+            except tolerated as error:
+                self.log_failure(error)
+
+    def log_failure(self, error: Exception) -> None:
+        """Log why a report failed, unless the one before failed too."""
+        if not self._is_failing:
+            self._is_failing = True
+            log.warning("cannot publish presence record %s: %s", self.record.topic, str(error) or type(error).__name__)
 
     async def remove(self, **update: Any) -> None:
         """Publish with these fields changed that the process has stopped, then remove the record."""

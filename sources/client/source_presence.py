@@ -7,7 +7,6 @@ import logging
 import re
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
@@ -19,7 +18,6 @@ from brokers.mqtt.connect_errors import OperationRefused
 
 log = logging.getLogger(__name__)
 
-_REPORT_INTERVAL_S = 1.0
 # A source that ends tries this long to remove its record: its broker may be gone for good.
 _REMOVE_TIMEOUT_S = 1.0
 _ANNOUNCE_TIMEOUT_S = 5.0
@@ -44,8 +42,6 @@ class SourcePresence(PresencePublisher[SourceRecord]):
         super().__init__(channel.transport, record)
         self._load = load
         self._reporter: asyncio.Task[None] | None = None
-        self._report_now = asyncio.Event()
-        self._is_failing = False
 
     async def start(self) -> None:
         """Publish the record, then renew it each second and after each reconnection. The channel must be open.
@@ -59,9 +55,9 @@ class SourcePresence(PresencePublisher[SourceRecord]):
         except OperationRefused:
             raise
         except Exception as error:  # noqa: BLE001 - the next report may succeed
-            self._log_failure(error)
+            self.log_failure(error)
         self._transport.on_reconnect(self._on_reconnect)
-        self._reporter = asyncio.create_task(self._report_periodically(), name="source-presence")
+        self._reporter = asyncio.create_task(self.report_periodically(self._report, Exception), name="source-presence")
 
     async def stop(self) -> None:
         """Publish the state `stopped`, then remove the record. Waits a second at most, never raises; idempotent."""
@@ -77,26 +73,7 @@ class SourcePresence(PresencePublisher[SourceRecord]):
             log.info("source %s: presence record not removed: %s", self.record.source, error)
 
     async def _on_reconnect(self) -> None:
-        self._report_now.set()  # the broker may have lost the record, or published the will
-
-    async def _report_periodically(self) -> None:
-        while True:
-            # Not `wait_for`: before Python 3.12 it loses a cancellation that coincides with the end of the wait.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_REPORT_INTERVAL_S):
-                    await self._report_now.wait()
-            self._report_now.clear()
-            try:
-                await self._report()
-            except Exception as error:  # noqa: BLE001 - requests go on without presence
-                self._log_failure(error)
+        self.report_soon()  # the broker may have lost the record, or published the will
 
     async def _report(self) -> None:
         await self.publish(load=self._load())
-        self._is_failing = False
-
-    def _log_failure(self, error: Exception) -> None:
-        if not self._is_failing:  # one line until it works again
-            self._is_failing = True
-            reason = str(error) or type(error).__name__
-            log.warning("source %s: cannot publish its presence record: %s", self.record.source, reason)

@@ -290,7 +290,7 @@ class TrainingWorker(StageWorker):
         if was_leader and not self.coordinator.is_leader:
             self.stand_by(self.step_queue.term)
         if self.coordinator.phase == "training" and phase != "training":
-            self.report_soon()  # sources wait for the members in our record
+            self.presence.report_soon()  # sources wait for the members in our record
 
     def _send_command(self, command: CoordinatorCommand) -> None:
         details: dict[str, Any] = {"members": command.members}
@@ -306,4 +306,4 @@ class TrainingWorker(StageWorker):
         pipeline = self.context.pipeline
         for stage in pipeline.stage:
             self.send_queue.send(pipeline.topics(stage).inbox(command.members[stage.name]), message)
-        self.report_soon()
+        self.presence.report_soon()

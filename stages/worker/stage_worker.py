@@ -23,7 +23,6 @@ from stages.worker.worker_presence import WorkerPresence
 
 log = logging.getLogger(__name__)
 
-REPORT_INTERVAL_S = 1.0
 # How long a worker that drains or stops tries to announce it; the broker may be gone for good.
 _ANNOUNCE_TIMEOUT_S = 2.0
 
@@ -49,7 +48,6 @@ class StageWorker(ABC):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{self.stage}")
         self._is_draining = False
         self._wake = asyncio.Event()  # set when `_work` may have something to do
-        self._report_requested = asyncio.Event()
 
     # Lifecycle --------------------------------------------------------------------------------------------------------
 
@@ -71,7 +69,7 @@ class StageWorker(ABC):
         Raises `UsageError` "WorkerConflict" if another worker joined at the same time and this one has to leave.
         """
         working = asyncio.create_task(self._work(), name="work")
-        reporting = asyncio.create_task(self._report_periodically(), name="report")
+        reporting = asyncio.create_task(self.presence.report_periodically(self._tick_and_report), name="report")
         watching = asyncio.create_task(self._duplicate_check.watch(), name="duplicate-check")
         tasks = (working, reporting, watching)
         try:
@@ -164,22 +162,6 @@ class StageWorker(ABC):
             async with asyncio.timeout(timeout_s):
                 await self._wake.wait()
 
-    def report_soon(self) -> None:
-        """Publish the presence record now, and not only at the next second: other processes wait for a change."""
-        self._report_requested.set()
-
-    async def _report_periodically(self) -> None:
-        is_logged = False
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(REPORT_INTERVAL_S):
-                    await self._report_requested.wait()
-            self._report_requested.clear()
-            self._tick()
-            try:
-                await self.report()
-                is_logged = False
-            except SparseError as error:  # a worker whose records are refused can still work
-                if not is_logged:
-                    log.warning("worker %s could not report: %s", self.worker, error)
-                is_logged = True
+    async def _tick_and_report(self) -> None:
+        self._tick()
+        await self.report()

@@ -34,7 +34,7 @@ async def watch_presence(broker: BrokerUnderTest) -> tuple[MessageChannel, Deliv
 
 
 def test_record_is_renewed_and_cleared_on_stop(broker: BrokerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sources.client.source_presence._REPORT_INTERVAL_S", 0.05)
+    monkeypatch.setattr("brokers.dispatch.presence_publisher.REPORT_INTERVAL_S", 0.05)
 
     async def test() -> None:
         watcher, deliveries = await watch_presence(broker)

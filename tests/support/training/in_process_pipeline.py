@@ -315,6 +315,6 @@ def shorten_intervals(monkeypatch: Any) -> None:
     """Make workers report ten times a second, and decide accordingly earlier; compute in one thread for all workers."""
     thread = _SharedThread(1, thread_name_prefix="compute")
     monkeypatch.setattr(stage_worker, "ThreadPoolExecutor", lambda *_, **__: thread)
-    monkeypatch.setattr(stage_worker, "REPORT_INTERVAL_S", 0.1)
+    monkeypatch.setattr("brokers.dispatch.presence_publisher.REPORT_INTERVAL_S", 0.1)
     monkeypatch.setattr(coordinator, "LISTEN_S", 0.25)
     monkeypatch.setattr(duplicate_check, "_RETAINED_WAIT_S", 0.01)

@@ -74,7 +74,7 @@ def test_refused_records_are_logged_once(caplog: pytest.LogCaptureFixture) -> No
         channel, presence = await start_presence(transport)
         for _ in range(3):
             await transport.refused.acquire()
-            presence._report_now.set()
+            presence.report_soon()
         await presence.stop()
         await channel.close()
 

@@ -18,7 +18,7 @@ from brokers.protocol.messages import Failure, Message, ReplyTo, Result, Task, T
 from brokers.protocol.safetensors_codec import from_numpy, to_numpy
 from brokers.protocol.transport import Properties
 from stages.executor import FunctionExecutor, Node, TaskContext, TaskExecutor, Tensors
-from stages.worker import duplicate_check, stage_worker
+from stages.worker import duplicate_check
 from stages.worker.inference_worker import InferenceWorker
 from stages.worker.result_sender import REASON_MAX_CHARS, failure_reason
 from stages.worker.worker_context import WorkerContext
@@ -281,7 +281,7 @@ class RefusingTransport(MemoryTransport):
 def test_refused_reports_are_logged_once_and_do_not_stop_the_work(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stage_worker, "REPORT_INTERVAL_S", 0.01)
+    monkeypatch.setattr("brokers.dispatch.presence_publisher.REPORT_INTERVAL_S", 0.01)
     caplog.set_level(logging.WARNING)
 
     async def test(harness: Harness) -> None:
@@ -290,7 +290,7 @@ def test_refused_reports_are_logged_once_and_do_not_stop_the_work(
         await wait_until(lambda: transport.refused == 5)
         messages = [record.message for record in caplog.records]
         assert len(messages) == 1
-        assert messages[0].startswith("worker tail-1 could not report: the broker refused")
+        assert "/up/tail-1: the broker refused the publication" in messages[0]
         await harness.send(worker, 1.0)
         assert await harness.receive_value() == 1.0
         transport.allowed = 10
