@@ -97,11 +97,3 @@ def test_layers_are_listed_and_a_list_of_modules_is_cut(page_folder: Path) -> No
     lines = run_python(page_folder, "-c", program).splitlines()
     assert [line.split()[0] for line in lines] == [str(number) for number in range(1, len(lines) + 1)]
     assert [line.split()[1] for line in lines] == ["wide", "relu", "again", "relu_1", "add", "out"]
-
-
-def test_links_of_the_page_exist() -> None:
-    prose = re.sub(r"^```.*?^```$", "", PAGE, flags=re.MULTILINE | re.DOTALL)
-    links = re.findall(r"\]\(([^)]+)\)", prose)
-    assert links
-    for link in links:
-        assert (ROOT / "docs" / link).exists(), link

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -54,8 +53,3 @@ def test_examples_of_the_page_are_training_pipelines() -> None:
     for name in re.findall(r"examples/([a-z-]+\.toml)", PAGE):
         pipeline = load_pipeline(ROOT / "examples" / name)
         assert pipeline.is_training is (name != "digits-inference.toml")
-
-
-def test_links_of_the_page_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", PAGE):
-        assert (ROOT / "docs" / Path(target)).exists(), target
