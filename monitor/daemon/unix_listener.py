@@ -49,7 +49,7 @@ class UnixListener:
         thread = threading.Thread(target=self._receive, args=(receiver,), name="event listener", daemon=True)
         thread.start()
         self._resources.callback(thread.join)
-        self._resources.callback(receiver.shutdown, socket.SHUT_RD)
+        self._resources.callback(_wake, receiver)
         self._resources.callback(self._closing.set)
 
     def take(self, at_most: int) -> list[bytes]:
@@ -91,6 +91,12 @@ class UnixListener:
                 return
             self._datagrams.append(datagram)
             self._buffered_bytes += size_bytes
+
+
+def _wake(receiver: socket.socket) -> None:
+    """End the wait of the thread that receives; the datagrams sent before can still be received."""
+    with contextlib.suppress(OSError):  # other systems than Linux
+        receiver.shutdown(socket.SHUT_RD)
 
 
 @contextlib.contextmanager
