@@ -5,7 +5,7 @@ from __future__ import annotations
 from brokers.errors import SparseError, UsageError
 
 
-class BadStore(SparseError):
+class BadStore(UsageError):
     """A telemetry file or server (`store`) that cannot be read or written."""
 
     def __init__(self, store: str, problem: str) -> None:
