@@ -13,8 +13,6 @@ is called. The conventions:
 * Results go to standard output, everything else is logged to standard error; `-v` is handled here.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import logging

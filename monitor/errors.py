@@ -1,7 +1,5 @@
 """The error classes of the monitor and of runs that code catches by name; all others are plain `UsageError`s."""
 
-from __future__ import annotations
-
 from brokers.errors import SparseError, UsageError
 
 

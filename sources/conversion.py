@@ -1,7 +1,5 @@
 """Conversion between a Python user's values and message content: arrays, dicts of arrays, bytes of a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

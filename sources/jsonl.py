@@ -1,7 +1,5 @@
 """Files of JSON lines that may be read while they grow, and that stay readable after a crash of the writer."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Sums by stage of the tasks of a run: the `stages` of its summary, for inference and training."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -15,8 +15,6 @@ file, a model, earlier readings) is a class:
         def stop(self): ...
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable, Mapping

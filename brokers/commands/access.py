@@ -1,7 +1,5 @@
 """`sparse broker access FILE SITE`: the access list of the broker of a site."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`sparse broker`: a broker for this site, in the foreground."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """`sparse certs FILE`: a development certificate authority, and certificates for all identities of a pipeline."""
 
-from __future__ import annotations
-
 import sys
 from collections import defaultdict
 from collections.abc import Sequence

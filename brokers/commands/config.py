@@ -1,7 +1,5 @@
 """`sparse broker config FILE SITE`: the mosquitto.conf of the broker of a site."""
 
-from __future__ import annotations
-
 import ipaddress
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ other side. Presence goes the opposite way, since the reader of a presence recor
 matches rules of both directions, so a retained record is never sent back to where it came from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Messages over a transport: encoded, split into chunks, reassembled; malformed ones are counted and reported."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import secrets

@@ -3,8 +3,6 @@
 They are read in one place only: brokers/dispatch/worker_registry.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self

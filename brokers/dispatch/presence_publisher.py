@@ -5,8 +5,6 @@ Kubernetes check a container every few seconds, by the age of this file; asking 
 client, with a password, for each check.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

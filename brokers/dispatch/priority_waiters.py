@@ -1,7 +1,5 @@
 """Fair waiting on one event loop: the oldest waiter of the most urgent priority is notified first."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 

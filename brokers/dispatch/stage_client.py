@@ -1,7 +1,5 @@
 """Sends tasks to the workers of one stage: waits for a worker with credit, and reports the tasks that may be lost."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ unequal shares. A broker deals the messages of a shared subscription without loo
 give the messages of a dead worker to another.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

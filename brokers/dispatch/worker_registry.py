@@ -25,8 +25,6 @@ The rules:
 10. There are at most ENTRY_LIMIT workers and as many sources: records on further topics are `rejected`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """The checks across a bridge between two brokers, on topics of the real topic grammar: a bridge forwards only those."""
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 import time

@@ -4,8 +4,6 @@
 there are any, and a description for other brokers.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Every check has its own clients, so that a disconnected one affects no other check, and a time limit.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable

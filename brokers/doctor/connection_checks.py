@@ -1,7 +1,5 @@
 """The checks of the connection to a broker, and of the limits that the broker announces in its CONNACK."""
 
-from __future__ import annotations
-
 import asyncio
 import ssl
 import time

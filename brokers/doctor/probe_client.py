@@ -4,8 +4,6 @@ They do not reconnect, so that every disconnection is seen. However the checks e
 sessions ended; what a killed process could not remove expires within a minute.
 """
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 import socket

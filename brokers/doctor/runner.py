@@ -1,7 +1,5 @@
 """Runs all checks of `sparse broker doctor`, and then the measurements."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace

@@ -4,8 +4,6 @@ Messages are sent as Sparse sends them: at QoS 0, in chunks that fit the broker,
 are in this process; two processes with a core each may be somewhat faster.
 """
 
-from __future__ import annotations
-
 import asyncio
 import statistics
 import time

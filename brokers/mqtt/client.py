@@ -1,7 +1,5 @@
 """`Transport` over MQTT 5: reconnects, and keeps subscriptions and waiting publications across connections."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -5,8 +5,6 @@ certificate; without these two we log in by password, or not at all. `SPARSE_PAS
 line is the password of the user in the broker's address. Child processes inherit both.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Errors of connecting to a broker, and of its refusals: the cause in one line, with what to do about it."""
 
-from __future__ import annotations
-
 import os
 import socket
 import ssl

@@ -5,8 +5,6 @@ buffered; a payload is received directly into its destination. Neither class use
 them when the socket is ready.
 """
 
-from __future__ import annotations
-
 import socket
 import ssl
 from collections import deque

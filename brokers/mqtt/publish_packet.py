@@ -4,8 +4,6 @@ Only the properties that Sparse uses are kept; Payload Format Indicator and Subs
 Alias is refused, because this client never allows one: it sends no Topic Alias Maximum (section 3.1.2.11.5).
 """
 
-from __future__ import annotations
-
 import struct
 from dataclasses import dataclass
 

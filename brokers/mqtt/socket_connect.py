@@ -1,7 +1,5 @@
 """Connect to a broker address: a non-blocking socket with buffers that suit tensors, plain or TLS."""
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import ssl

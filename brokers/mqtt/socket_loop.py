@@ -1,7 +1,5 @@
 """A connected socket on the asyncio loop: sends and receives packets, and detects the end of the connection."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import fcntl

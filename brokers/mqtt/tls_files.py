@@ -1,7 +1,5 @@
 """TLS files with the names of a Kubernetes TLS secret, read and checked before a process connects."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from pathlib import Path
 

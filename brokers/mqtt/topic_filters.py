@@ -1,7 +1,5 @@
 """Subscriptions of a client, and which of them a topic matches (MQTT 5.0 section 4.7)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass

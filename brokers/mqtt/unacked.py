@@ -12,8 +12,6 @@
    Mosquitto 2.0.11 sends that many more for each acknowledgement as soon as it has a backlog, and rumqttd ignores it.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections import deque
 from dataclasses import dataclass

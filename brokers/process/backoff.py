@@ -1,7 +1,5 @@
 """Exponential back-off: the delays between attempts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

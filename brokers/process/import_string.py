@@ -1,7 +1,5 @@
 """Import the user's code that a pipeline file names as `package.module:name`."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 import traceback

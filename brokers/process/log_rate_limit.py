@@ -4,8 +4,6 @@ Messages from the network cause warnings, and their senders decide how often: wi
 disk, or hide a line that matters among a million others.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 A child of `sparse run` has a pipe from its parent as standard input, which closes when the parent ends, even if killed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """Broker addresses: `mqtt://[user[:password]@]host[:port]`, `mqtts://...` for TLS, `mqtt+unix:///path`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 

@@ -4,8 +4,6 @@
 as mosquitto_sub can read it; shapes and dtypes are in the safetensors header; nothing is in both.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

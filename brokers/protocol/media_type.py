@@ -1,7 +1,5 @@
 """Detect the content type of a payload, and decode safetensors bodies."""
 
-from __future__ import annotations
-
 import re
 
 from brokers.errors import BadPayload

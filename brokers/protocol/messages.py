@@ -11,8 +11,6 @@ StepMessage  training: two-phase commit of a step, and terms (see brokers/protoc
 Constructors raise `WireError` ("BadProperty") for values that docs/protocol.md does not allow.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Results as JSON objects for any MQTT client: detections, classes or values, and the time spent at each stage."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The time that each stage spent on a request: a list of hops that travels with the request."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Annotated

@@ -3,8 +3,6 @@
 A topic starts with the site of its *reader*, so that bridges between sites need prefixes only.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Literal

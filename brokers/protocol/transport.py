@@ -4,8 +4,6 @@
 against both, the former with the embedded broker and with Mosquitto.
 """
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol

@@ -7,8 +7,6 @@ does, which knows this one as `broker.SITE`.
 Every client connects only to the broker of its site, and may use topics of other sites: bridges forward them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Literal
 

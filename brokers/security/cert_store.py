@@ -1,7 +1,5 @@
 """The folder of `sparse certs`: the CA, and a folder for each identity. Existing files are replaced only on request."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime

@@ -3,8 +3,6 @@
 Keys are on the curve P-256, which TLS 1.2 and 1.3 both support and which is fast on small devices.
 """
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

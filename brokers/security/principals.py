@@ -3,8 +3,6 @@
 A name states the role of its bearer, so an access list needs no other table. Names are unique under one CA.
 """
 
-from __future__ import annotations
-
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import BadFile

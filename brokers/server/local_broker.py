@@ -1,7 +1,5 @@
 """A broker process on this machine: started, waited for, stopped, and never left running after its parent."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """mosquitto.conf for the broker of a site, for Mosquitto 2.0 and 2.1."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,8 +8,6 @@ It passes the contract tests of the transport, and is two to three times slower 
   by more than the log loses the oldest publications.
 """
 
-from __future__ import annotations
-
 import sys
 
 # Per topic filter: publications that its slowest reader has yet to receive. Two tensors of 64 MiB; readers in other

@@ -1,7 +1,5 @@
 """Encodes telemetry events as JSON lines, and packs lines into datagrams: see brokers/telemetry/schema.py."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The one definition of percentiles in Sparse: nearest rank, so that a percentile is always a measured value."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import numpy as np

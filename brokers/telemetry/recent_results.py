@@ -1,7 +1,5 @@
 """Rate and latency of the newest results, for presence records and the live view."""
 
-from __future__ import annotations
-
 from collections import deque
 
 from brokers.telemetry.percentiles import percentiles

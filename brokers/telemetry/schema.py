@@ -4,8 +4,6 @@
 Any program may send them: docs/telemetry.md describes each field.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError

@@ -1,7 +1,5 @@
 """Monotonic counters as they were read at some moments, interpolated in between."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from dataclasses import dataclass
 

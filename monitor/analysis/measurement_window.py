@@ -1,7 +1,5 @@
 """The measured part of a run: its requests or training steps after the warm-up."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast

@@ -4,8 +4,6 @@
 per result for inference and per row for training.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ It has the suites and their overrides, the machine, and the versions of the soft
 cannot be read is None.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

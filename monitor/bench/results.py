@@ -4,8 +4,6 @@ Metrics have flat names with units, such as `latency_ms.p50`, `stages.head.compu
 `links.device - cloud.bytes_out`: the keys of results.json and the columns of results.csv.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence

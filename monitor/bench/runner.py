@@ -1,7 +1,5 @@
 """A benchmark: repeated runs of several cases, each a `sparse run`, with manifest and results in one folder."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """A sweep: one pipeline at several batch sizes, or cut at several places and uncut; and which point is the fastest."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

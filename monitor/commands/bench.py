@@ -1,7 +1,5 @@
 """`sparse bench SUITE...`: deployments of one network, measured and compared."""
 
-from __future__ import annotations
-
 import json as jsonlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`sparse monitor [FILE]`: the telemetry daemon of a node."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import platform

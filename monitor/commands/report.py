@@ -1,7 +1,5 @@
 """`sparse report RUN...`: the figures of runs, compared, as a page, images and CSV files."""
 
-from __future__ import annotations
-
 import json as jsonlib
 import sys
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """`sparse run FILE`: a whole pipeline on this machine."""
 
-from __future__ import annotations
-
 import asyncio
 import json as jsonlib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`sparse status [FILE]`: the workers and sources that are up, and their load."""
 
-from __future__ import annotations
-
 import asyncio
 import json as jsonlib
 import sys

@@ -1,7 +1,5 @@
 """`sparse bench sweep FILE`: the best batch size, or the best cut, of a pipeline."""
 
-from __future__ import annotations
-
 import json as jsonlib
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The load of each stage in numbers, for autoscalers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

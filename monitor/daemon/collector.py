@@ -1,7 +1,5 @@
 """Collects the telemetry of a node for the stores: events, samples, presence, and the monitor's own counts."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -1,7 +1,5 @@
 """Parses the events on the monitor's socket in a thread; invalid lines are counted and logged."""
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import Counter

@@ -3,8 +3,6 @@
 uvicorn limits neither the duration of a request nor the number of connections without one; `_Connection` adds both.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

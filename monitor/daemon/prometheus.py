@@ -4,8 +4,6 @@ Durations are in seconds; names follow Prometheus' conventions and otherwise doc
 is lost has no metrics, since its last record may be old.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ A lock file beside the socket, held while the daemon runs, tells a stale socket 
 socket to find out would be a race between two daemons that start over a stale one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

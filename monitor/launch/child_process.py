@@ -1,7 +1,5 @@
 """Child processes of a run: started, restarted after a crash, terminated in order, never left behind."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -4,8 +4,6 @@ A run neither fails because of its monitor nor waits for it. Where SPARSE_MONITO
 monitor, the processes of the run send their events there, and no monitor is started.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

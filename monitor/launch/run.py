@@ -1,7 +1,5 @@
 """A run of a whole pipeline on this machine, with its stages, source and monitor as child processes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -3,8 +3,6 @@
 Tags and fields have the names of the event's or record's own fields: `monitor.points.schema` decides which are used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ Tags identify a series and are indexed by databases; fields are the values. All 
 a tag that does not apply is empty.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal

@@ -1,7 +1,5 @@
 """Statistics of an inference pipeline from its published results, beside the presence of its workers and sources."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field

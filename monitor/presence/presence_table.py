@@ -8,8 +8,6 @@ publish to it, so this module adds:
 * There are at most STAGES_LIMIT stages, beside those of the pipeline file.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter, deque
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Any client may publish events, so all fields are validated.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from statistics import fmean

@@ -1,7 +1,5 @@
 """The runs of a report, loaded from run folders, benchmark folders, SQLite files and InfluxDB."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace

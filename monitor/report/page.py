@@ -1,7 +1,5 @@
 """The page of a report: one self-contained HTML file, rendered from page.html.jinja."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

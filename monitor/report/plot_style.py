@@ -1,7 +1,5 @@
 """The style of plots: colours that colour-blind readers can tell apart; dashes, markers and hatches for grey prints."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

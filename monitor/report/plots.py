@@ -1,7 +1,5 @@
 """Plots of a report's tables by matplotlib, as SVG, PDF and PNG."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The figures about the cost: network traffic, GPUs, power, CPU time and energy."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean

@@ -1,7 +1,5 @@
 """The runs of a report, and the groups of repeats in which they are shown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

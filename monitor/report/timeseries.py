@@ -1,7 +1,5 @@
 """Points as time series: rates of counters and means of samples, in bins of equal width, and repeats as one series."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean

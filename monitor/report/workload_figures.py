@@ -1,7 +1,5 @@
 """The figures about the work: completion, latency, time by stage, sweeps, learning curves."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The folder of a report: its page, its figures as images, and their data as CSV files."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

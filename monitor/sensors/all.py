@@ -1,7 +1,5 @@
 """All sensors of a node, and the thread that samples them."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Sequence

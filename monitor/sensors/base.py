@@ -1,7 +1,5 @@
 """The base class of sensors: points of one sample, and reports of values that cannot be measured."""
 
-from __future__ import annotations
-
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ the same energy: their sum is the node's. A rail with a slash must not be added:
 slash (`package-0/core`), a total whose parts are rails too (`board/psys`), or of another board (`carrier/VDD_MUX`).
 """
 
-from __future__ import annotations
-
 from monitor.points.points import TelemetryPoint
 
 

@@ -3,8 +3,6 @@
 They share a measurement because InfluxQL cannot divide one measurement by another.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 

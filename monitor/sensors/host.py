@@ -1,7 +1,5 @@
 """The machine itself: CPU, load and memory; in a container with a memory limit, the container's memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

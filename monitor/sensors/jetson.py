@@ -1,7 +1,5 @@
 """NVIDIA Jetson: power rails from the INA3221 monitors, and the GPU load, which NVML lacks on most Jetsons."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Network interfaces: bytes and errors since the previous sample."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any

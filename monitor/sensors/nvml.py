@@ -1,7 +1,5 @@
 """NVIDIA GPUs through NVML (the module `pynvml` of nvidia-ml-py)."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any

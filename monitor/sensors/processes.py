@@ -1,7 +1,5 @@
 """The processes of Sparse on the node: those that sent a `start` event, and the monitor itself."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

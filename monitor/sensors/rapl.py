@@ -1,7 +1,5 @@
 """Energy of processors by their own counters (RAPL), from Linux's powercap files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

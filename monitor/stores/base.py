@@ -1,7 +1,5 @@
 """The interfaces of telemetry stores: a SQLite file or InfluxDB."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 

@@ -1,7 +1,5 @@
 """A thread that writes to one store in batches, so that a slow store blocks nothing else."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import threading

@@ -1,7 +1,5 @@
 """The stores of a monitor: a SQLite file if one is named, and InfluxDB if the environment names a server."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

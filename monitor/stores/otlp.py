@@ -4,8 +4,6 @@ A task is a span of its stage and a request is a span of its source. Events are 
 the end less the event's durations.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from urllib.parse import urlsplit

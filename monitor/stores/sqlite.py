@@ -1,7 +1,5 @@
 """Telemetry in one SQLite file: a table for each measurement, with a column for each tag and field."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """The live view of an inference pipeline: rate, latency, and the latest results."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import RenderableType

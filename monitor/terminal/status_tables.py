@@ -3,8 +3,6 @@
 On a terminal the stages are headings, so that a table fits into 80 columns; in a file each line is complete.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby

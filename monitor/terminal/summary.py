@@ -1,7 +1,5 @@
 """The summary at the end of a run: results or steps, speed, and mean times by stage."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The live view of a training pipeline: progress, time left, loss and accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.console import RenderableType

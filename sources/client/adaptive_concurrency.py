@@ -5,8 +5,6 @@ the latency of an empty pipeline and M the time that the slowest stage needs for
 Any further request only waits in a queue, and its result is older when it arrives.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from brokers.protocol.stage_timing import Hop

@@ -1,7 +1,5 @@
 """A request at its source, from its first attempt to its result: attempts, retries, deadline, telemetry."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import time

@@ -1,7 +1,5 @@
 """The pending requests of a source by request id, and the responses and losses that concern them."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter, deque
 from collections.abc import Iterator

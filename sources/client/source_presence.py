@@ -1,7 +1,5 @@
 """The presence record of a source: a retained message, renewed each second, removed when the source ends."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

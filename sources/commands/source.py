@@ -1,7 +1,5 @@
 """`sparse source FILE`: the source of a pipeline, in the foreground."""
 
-from __future__ import annotations
-
 import asyncio
 import json as jsonlib
 import sys

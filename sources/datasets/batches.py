@@ -1,7 +1,5 @@
 """Batches of a data set, each a function of its step number only, so that a step can be repeated after a crash."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CIFAR-10, the data set of the paper, loaded by torchvision."""
 
-from __future__ import annotations
-
 import http.client
 import tarfile
 from pathlib import Path

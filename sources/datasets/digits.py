@@ -4,8 +4,6 @@
 C. Kaynak, 1998, UCI Machine Learning Repository), scaled to the 32x32 of the small VGGs.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Draws results into their pictures: boxes with labels for detections, a panel of bars for classes."""
 
-from __future__ import annotations
-
 import functools
 import zlib
 from collections.abc import Mapping, Sequence

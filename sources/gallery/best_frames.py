@@ -1,7 +1,5 @@
 """Selects the best items of a stream of unknown length, spread over its whole duration, in bounded memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Generic, TypeVar
 

@@ -1,7 +1,5 @@
 """Writes annotated pictures as a short video that every browser plays."""
 
-from __future__ import annotations
-
 import fractions
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Draws a contact sheet: the best pictures of a run on one page, each with a list of its objects."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

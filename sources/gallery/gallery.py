@@ -1,7 +1,5 @@
 """The pictures of a run for people to look at: its best frames, a contact sheet, and a short clip."""
 
-from __future__ import annotations
-
 import io
 import logging
 import queue

@@ -1,7 +1,5 @@
 """An inference run: samples in, published results out, with the pipeline kept full and every queue bounded."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """Statistics of an inference run: counts, latencies, and the mean time of a task at each stage."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field

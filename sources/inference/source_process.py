@@ -1,7 +1,5 @@
 """The source process of an inference pipeline: feeds samples until the input ends or a shutdown, then drains."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

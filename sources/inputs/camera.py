@@ -1,7 +1,5 @@
 """A camera as a source: a local device or a network stream, of which only the newest frame is sent."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import re

@@ -1,7 +1,5 @@
 """Creates the source or data set that `[source]` of a pipeline file describes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

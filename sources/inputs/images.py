@@ -1,7 +1,5 @@
 """Pictures as a source: the JPEG and PNG files of a folder, sent unchanged, or the test set of a data set."""
 
-from __future__ import annotations
-
 import functools
 import io
 import itertools

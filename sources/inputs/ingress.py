@@ -5,8 +5,6 @@ broker keeps a QoS 1 message until its result was published and the gateway has 
 is running. Only one gateway of a name may run: two would take the session from each other repeatedly.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections import Counter, OrderedDict

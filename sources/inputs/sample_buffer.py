@@ -1,7 +1,5 @@
 """The bounded buffer between a source and the pipeline: every sample in order, or the newest one of each source."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Source: the interface of everything that yields samples."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """A video file as a source: each frame is one sample."""
 
-from __future__ import annotations
-
 import io
 import logging
 import threading

@@ -1,7 +1,5 @@
 """The members of a training pipeline, as a source sees them: from the presence record of the coordinator."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The output folder of a training run: its events as JSON lines, weights, learning curves, a summary."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the steps of a training run depend on: its settings, and the learning rate of each step."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

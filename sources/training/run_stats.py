@@ -5,8 +5,6 @@ killed and restarted continues from an earlier step without an event. So an even
 later ones, and each step counts once, as it was done the last time.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

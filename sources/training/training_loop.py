@@ -4,8 +4,6 @@ The source keeps no state. The checkpoints of the stages contain the number of s
 function of its number: after any failure the loop continues from the steps that the pipeline reports.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """A training run from connecting to the summary: trains, publishes the events, fetches and writes the weights."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

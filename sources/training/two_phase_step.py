@@ -5,8 +5,6 @@ stages are prepared, the source tells them to *commit*. If anything fails before
 a version that they have in common: a step is applied on all stages or on none.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`sparse cuts FILE`: the bytes that cross each cut of a pipeline's network."""
 
-from __future__ import annotations
-
 import json as jsonlib
 from dataclasses import asdict
 from pathlib import Path

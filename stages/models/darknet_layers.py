@@ -3,8 +3,6 @@
 Letters in shapes: B batch size, C channels, H height, W width, A anchors of one detection layer, K classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

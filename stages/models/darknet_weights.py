@@ -7,8 +7,6 @@ The bracketed arrays exist where the convolution is batch normalised; the biases
 Source: Darknet's parser.c, load_weights_upto and load_convolutional_weights.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 A picture is uint8 (H, W, 3), red, green and blue, as `brokers.process.image_decode` decodes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal
 

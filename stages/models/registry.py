@@ -8,8 +8,6 @@
 A factory may have an attribute `input_shape`, the shape of one request's input, with which stages can batch requests.
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import json

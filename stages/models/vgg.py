@@ -4,8 +4,6 @@ Five poolings reduce 32x32 to 1x1x512, for which torchvision's classifier (three
 for 7x7x512) is too large. Layers: K. Simonyan and A. Zisserman, "Very Deep Convolutional Networks" (2014), table 1.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 

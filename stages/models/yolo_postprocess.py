@@ -12,8 +12,6 @@ Letters in shapes: A anchors of one detection layer, K classes, H and W cells, N
 Sources: Darknet's get_yolo_detections, correct_yolo_boxes, do_nms_sort and box_iou.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

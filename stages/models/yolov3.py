@@ -3,8 +3,6 @@
 The tables hold the layers of yolov3.cfg and yolov3-tiny.cfg; a row's index is the layer's number there.
 """
 
-from __future__ import annotations
-
 from stages.models.darknet_layers import (
     Anchors,
     Convolutional,

@@ -1,7 +1,5 @@
 """Batch analysis: find the values of a network whose first dimension is the batch, so that requests can be batched."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Values at the boundaries of parts: flattened into named tensors where they leave, rebuilt where they arrive."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

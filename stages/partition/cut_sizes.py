@@ -1,7 +1,5 @@
 """The bytes that cross each cut of a pipeline's network, measured by running its parts once on an example."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

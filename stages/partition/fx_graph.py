@@ -4,8 +4,6 @@ A network that torch.fx cannot trace (its control flow depends on values) can be
 `nn.Sequential` or of a list of modules; its graph then has one layer per child.
 """
 
-from __future__ import annotations
-
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ A cut turns a value that the network overwrites (`ReLU(inplace=True)`, `x += y`)
 caller. The analysis is conservative: a value that may share memory with a modified one is copied.
 """
 
-from __future__ import annotations
-
 import operator
 
 from torch import fx, nn

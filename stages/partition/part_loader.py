@@ -1,7 +1,5 @@
 """A part of a network with its weights, of which a worker allocates and reads only its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

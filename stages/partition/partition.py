@@ -14,8 +14,6 @@ Limitation: two live values that share memory arrive as two. A network that then
 change through the other must be cut elsewhere.
 """
 
-from __future__ import annotations
-
 import builtins
 import hashlib
 import math

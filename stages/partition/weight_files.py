@@ -1,7 +1,5 @@
 """Published weights by name: their checksums, and where they are downloaded from."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from brokers.errors import UsageError

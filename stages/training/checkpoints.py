@@ -5,8 +5,6 @@ random state: the seed of a micro-batch follows from the source's seed, the step
 (`brokers.protocol.training.micro_batch_seed`).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

@@ -12,8 +12,6 @@ term the same workers train:
 Term numbers only grow, and every message carries its term, so messages of a worker that was frozen have no effect.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field

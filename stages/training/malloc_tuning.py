@@ -5,8 +5,6 @@ the kernel when they are freed, and each page of the next block is faulted in an
 a step for the second half of VGG-11. A worker that trains needs the same memory in every step, so it keeps it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

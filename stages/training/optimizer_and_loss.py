@@ -1,7 +1,5 @@
 """The optimizer and the loss of a training pipeline: by name, or from a module of the user."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

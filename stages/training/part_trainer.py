@@ -10,8 +10,6 @@ one thread of one kind of CPU. Four rules make it so:
 * The forward changes the statistics of batch norms; an aborted step restores them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

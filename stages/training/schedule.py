@@ -8,8 +8,6 @@ unsplit network, to the last bit.
   backward and one forward; it saves at most n forwards.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from brokers.protocol.training import StepMode

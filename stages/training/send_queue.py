@@ -1,7 +1,5 @@
 """Queue of outgoing messages: they are sent in order, in the background, while the worker computes."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 

@@ -1,7 +1,5 @@
 """Runs the operations of steps in the compute thread, sends their outputs, and keeps the versions of the part."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path

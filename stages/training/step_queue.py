@@ -7,8 +7,6 @@
   term ends.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Mapping

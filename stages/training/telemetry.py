@@ -4,8 +4,6 @@ A trained micro-batch is finished after its backward; one of an evaluation, whic
 forward.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ The step queue decides which operation is next, the step executor runs it. In th
 coordinator, which decides who trains and from which version; workers of later stages follow the one that leads.
 """
 
-from __future__ import annotations
-
 import logging
 import secrets
 import time

@@ -3,8 +3,6 @@
 Independent of the network and the queue: each task is completed with its outputs or its error.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

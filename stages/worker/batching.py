@@ -1,7 +1,5 @@
 """Batching of requests: grouping those that fit into one call, joining their tensors, and splitting the outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

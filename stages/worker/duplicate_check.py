@@ -7,8 +7,6 @@ tell which was first: of two that watch, the one with the smaller (id, instance)
 same two records.
 """
 
-from __future__ import annotations
-
 import asyncio
 from contextlib import suppress
 

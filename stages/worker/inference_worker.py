@@ -4,8 +4,6 @@ Every task ends with a message to its requester: a result, a failure, or, if thi
 which the requester sends the task again.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

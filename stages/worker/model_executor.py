@@ -1,7 +1,5 @@
 """A part of a model as a `TaskExecutor`: pictures or tensors in, activations or detections out."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -4,8 +4,6 @@ All of it runs on the event loop. Every task ends with a message: a request that
 be noticed only when its lease ends.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

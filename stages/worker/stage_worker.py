@@ -3,8 +3,6 @@
 The event loop owns the network; computations run in one thread, so that they never block it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from abc import ABC, abstractmethod

@@ -6,8 +6,6 @@
 * A later attempt at a queued task replaces it: the sender does not know that the earlier one is still here.
 """
 
-from __future__ import annotations
-
 from brokers.protocol.messages import PRIORITIES
 from stages.worker.batch_runner import QueuedTask
 

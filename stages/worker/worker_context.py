@@ -1,7 +1,5 @@
 """The place of one worker in its pipeline, shared by the objects that it consists of."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from brokers.config.pipeline_file import Pipeline

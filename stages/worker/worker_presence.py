@@ -1,7 +1,5 @@
 """The presence record of a worker: its state and its load, published every second while it is up."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal

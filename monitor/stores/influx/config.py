@@ -1,7 +1,5 @@
 """The InfluxDB for telemetry, configured by the environment: SPARSE_INFLUX_URL and its companions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """InfluxDB's HTTP API and line protocol, through influxdb_client: the only file that imports it."""
 
-from __future__ import annotations
-
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator

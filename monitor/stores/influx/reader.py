@@ -1,7 +1,5 @@
 """Reads telemetry from InfluxDB."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any

@@ -6,8 +6,6 @@ while the server is up they are deleted before the system writes them, which spa
 lose the newest batches.
 """
 
-from __future__ import annotations
-
 import gzip
 import logging
 import re

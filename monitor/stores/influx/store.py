@@ -1,7 +1,5 @@
 """Writes telemetry to InfluxDB: points are spooled to disk, and a thread sends them in order."""
 
-from __future__ import annotations
-
 import gzip
 import logging
 import threading
