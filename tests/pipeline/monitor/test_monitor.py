@@ -115,7 +115,7 @@ def test_monitor_reconnects_to_a_restarted_broker(sandbox: ProcessSandbox) -> No
         (("--port", "0"), 2, "monitor: Invalid value for '--port'"),
         (("--host", "192.0.2.1"), 2, "cannot listen at 192.0.2.1, port "),
         (("--every", "0"), 2, "monitor: Invalid value for '--every'"),
-        (("--store", "pyproject.toml"), 1, "telemetry in pyproject.toml: "),
+        (("--store", "pyproject.toml"), 2, "telemetry in pyproject.toml: "),
         (("--socket", "/dev/null/events"), 2, "/dev/null/events: cannot receive events there: "),
         (("--traces", "nowhere"), 2, "--traces 'nowhere': expected the address of a collector"),
         (("no.toml",), 2, "no.toml: no such file"),
