@@ -1,4 +1,4 @@
-"""Small networks for training tests, named in their pipeline files."""
+"""A small network for training tests, named in their pipeline files."""
 
 from __future__ import annotations
 
@@ -36,27 +36,6 @@ class SmallNetwork(nn.Module):
 
 def small_network() -> nn.Module:
     return SmallNetwork()
-
-
-class DigitNetwork(nn.Module):
-    """A network for handwritten digits: (B, 3, 32, 32), uint8 values, to (B, 10)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 16, 4, stride=4)
-        self.norm = nn.BatchNorm2d(16)
-        self.second = nn.Conv2d(16, 48, 3, padding=1)
-        self.third = nn.Conv2d(48, 48, 3, stride=2, padding=1)
-        self.out = nn.Linear(768, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.relu(self.norm(self.first(x / 255)))
-        more = torch.relu(self.third(torch.relu(self.second(hidden))))
-        return self.out(torch.flatten(more, 1))  # type: ignore[no-any-return]
-
-
-def digit_network() -> nn.Module:
-    return DigitNetwork()
 
 
 def train_unsplit(
