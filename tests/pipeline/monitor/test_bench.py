@@ -21,7 +21,7 @@ from tests.support.pipelines.pipeline_files import counting_source_table, stage_
 from tests.support.pipelines.processes import ProcessSandbox, eventually
 
 BENCH_TIMEOUT_S = 280.0
-SHORT = ("--requests", "15", "--warm-up", "5", "--repeats", "1")
+SHORT = ("--requests", "30", "--warm-up", "5", "--repeats", "1")
 
 
 def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -55,8 +55,8 @@ def test_inference_suites_are_measured(sandbox: ProcessSandbox) -> None:
         run = runs[f"{name}-1"]
         reader = SqliteReader(out / f"{name}-1" / "telemetry.sqlite")
         points = {measurement: reader.points(measurement) for measurement in MEASUREMENTS_READ}
-        assert len(points["request"]) == 15
-        assert run["samples"] == 10
+        assert len(points["request"]) == 30
+        assert run["samples"] == 25
         assert run["throughput_per_s"] == round(compute_run_metrics(points, 5).throughput_per_s, 4)
         assert any(key.startswith("links.") for key in run)
         assert {"cpu_s.stage", "cpu_s.source", "cpu_s.broker", "cpu_s.run"} <= set(run)
@@ -66,12 +66,13 @@ def test_inference_suites_are_measured(sandbox: ProcessSandbox) -> None:
         assert stages_ms + run["network_ms"] == pytest.approx(run["latency_ms.mean"], rel=0.01)
         assert f"{name}-1: " in bench.stderr
         assert name in bench.stdout
-    # The activation after the second cut, as `sparse cuts` has it; a server receives JPEG images.
+    # About the activation after the second cut, as `sparse cuts` has it: requests at the ends of the measured window
+    # count in part. A server receives JPEG images.
     cut_bytes = runs["detect-hybrid-off-device-1"]["links.cloudlet - cloud.bytes_out"]
-    assert cut_bytes == pytest.approx(1_384_448, rel=0.05)
+    assert cut_bytes == pytest.approx(1_384_448, rel=0.2)
     assert runs["detect-server-1"]["links.device - cloud.bytes_out"] < cut_bytes / 10
     manifest = read_manifest(out)
-    assert (manifest.warm_up, manifest.requests, manifest.repeats, manifest.mode) == (5, 15, 1, "run")
+    assert (manifest.warm_up, manifest.requests, manifest.repeats, manifest.mode) == (5, 30, 1, "run")
     assert manifest.ended_at is not None
     assert [suite.runs for suite in manifest.suites] == [(f"{name}-1",) for name in names]
     with (out / "results.csv").open() as file:
@@ -84,7 +85,7 @@ def test_training_is_measured_with_equal_losses(sandbox: ProcessSandbox) -> None
     out = sandbox.folder / "bench"
     paths = []
     for name, sites in (("three-sites", ("device", "cloudlet", "cloud")), ("one-site", ("local",) * 3)):
-        path = write_training_pipeline_file(sandbox.folder, epochs=1, sites=sites)
+        path = write_training_pipeline_file(sandbox.folder, epochs=2, sites=sites)
         paths.append(path.rename(sandbox.folder / f"{name}.toml"))
     options = ("--requests", "6", "--warm-up", "2", "--repeats", "1", "--json", "--out", out)
     bench = sandbox.run_sparse("bench", *paths, *options)
