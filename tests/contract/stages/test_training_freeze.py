@@ -18,7 +18,6 @@ from tests.support.training.in_process_pipeline import (
     InProcessPipeline,
     InProcessWorker,
     run_with_pipeline,
-    shorten_intervals,
 )
 from tests.support.training.striped_images import StripedImages
 
@@ -28,8 +27,7 @@ STEPS = 4 * EPOCHS
 
 
 @pytest.fixture(autouse=True)
-def _short_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    shorten_intervals(monkeypatch)
+def _short_presence_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_registry, "PRESENCE_TIMEOUT_S", PRESENCE_TIMEOUT_S)
     monkeypatch.setattr(coordinator, "FROZEN_S", PRESENCE_TIMEOUT_S / 2)
 

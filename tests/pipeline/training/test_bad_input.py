@@ -1,8 +1,8 @@
 """Mistakes in training pipelines: one line, the right exit status, and checkpoints that stay as they are.
 
 The messages are tested where they are raised: tests/unit/brokers/config/test_pipeline_file.py,
-tests/unit/stages/training and tests/contract/stages/test_training.py. Here one of each kind shows that it reaches the
-user of `sparse run`.
+tests/unit/stages/training and tests/contract/stages/test_training_errors.py. Here one of each kind shows that it
+reaches the user of `sparse run`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
 from brokers.errors import SparseError, WireError
 from brokers.protocol.codec import decode
-from brokers.protocol.messages import Message, StepMessage
+from brokers.protocol.messages import Message, StepMessage, new_request_id
 from brokers.protocol.safetensors_codec import to_torch
 from brokers.protocol.transport import Delivery
 from sources.client.source_presence import SourcePresence
@@ -31,11 +31,12 @@ from stages.worker import duplicate_check, stage_worker
 from stages.worker.worker_context import WorkerContext
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
-from tests.support.training.in_process_parts import UnsplitTrainer
+from tests.support.training.in_process_parts import UnsplitTrainer, assert_bitwise_equal
 from tests.support.training.striped_images import StripedImages
 from tests.support.training.training_network import CUTS, MODEL, small_network
 
 SEED = 3
+STEPS = 8  # of a run: 2 epochs of 96 rows in batches of 24
 
 
 class InProcessWorker:
@@ -318,3 +319,15 @@ def shorten_intervals(monkeypatch: Any) -> None:
     monkeypatch.setattr("brokers.dispatch.presence_publisher.REPORT_INTERVAL_S", 0.1)
     monkeypatch.setattr(coordinator, "LISTEN_S", 0.25)
     monkeypatch.setattr(duplicate_check, "_RETAINED_WAIT_S", 0.01)
+
+
+async def assert_weights(pipeline: InProcessPipeline, source: InProcessSource, steps: int = STEPS) -> None:
+    """Assert that the weights are those of the unsplit network after so many steps of the source."""
+    expected = pipeline.train_unsplit([source.name] * steps, {source.name: source.dataset})
+    assert_bitwise_equal(await pipeline.weights(source), expected)
+
+
+def abort_message(pipeline: InProcessPipeline) -> StepMessage:
+    """The message of a source that aborts its step."""
+    details = {"reason": "a test"}
+    return StepMessage(request_id=new_request_id(), verb="abort", term=pipeline.active_worker(0).term, details=details)
