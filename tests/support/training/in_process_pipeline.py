@@ -23,6 +23,7 @@ from brokers.protocol.transport import Delivery
 from sources.client.source_presence import SourcePresence
 from sources.datasets.batches import Batches, split_micro_batches
 from sources.datasets.dataset import Dataset
+from sources.training import training_loop
 from sources.training.training_loop import TrainingEventDict, TrainingLoop
 from stages.training import coordinator
 from stages.training.part_trainer import PartTrainer
@@ -319,6 +320,8 @@ def shorten_intervals(monkeypatch: Any) -> None:
     monkeypatch.setattr("brokers.dispatch.presence_publisher.REPORT_INTERVAL_S", 0.1)
     monkeypatch.setattr(coordinator, "LISTEN_S", 0.25)
     monkeypatch.setattr(duplicate_check, "_RETAINED_WAIT_S", 0.01)
+    # Terms and fetches are retried ten times as often, too.
+    monkeypatch.setattr(training_loop, "MAX_CONSECUTIVE_TERMS", 10 * training_loop.MAX_CONSECUTIVE_TERMS)
 
 
 async def assert_weights(pipeline: InProcessPipeline, source: InProcessSource, steps: int = STEPS) -> None:
