@@ -5,8 +5,7 @@ from typing import Any
 
 from brokers.errors import BadPayload, SparseError
 from brokers.protocol import safetensors_codec as codec
-from brokers.protocol.media_type import detect_content_type
-from brokers.protocol.messages import BinaryContent, Content, TensorContent
+from brokers.protocol.messages import BinaryContent, Content, TensorContent, detect_content_type
 from brokers.protocol.result_json import content_to_dict
 
 

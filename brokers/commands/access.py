@@ -7,8 +7,7 @@ import typer
 
 from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import BadFile, did_you_mean
-from brokers.security.acl import render_acl
-from brokers.security.principals import all_sites, check_usernames
+from brokers.security.acl import all_sites, check_usernames, render_acl
 
 
 def command(

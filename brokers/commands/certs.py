@@ -10,7 +10,7 @@ import typer
 
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.errors import UsageError, did_you_mean
-from brokers.security.principals import all_sites, check_usernames
+from brokers.security.acl import all_sites, check_usernames
 
 
 def command(
@@ -31,8 +31,7 @@ def command(
     Example: sparse certs examples/street.toml --out certs
     """
     # Imported here: `--help` does not need cryptography.
-    from brokers.security.cert_store import ensure_certificates
-    from brokers.security.dev_ca import pipeline_identities
+    from brokers.security.certificates import ensure_certificates, pipeline_identities
 
     pipeline = load_pipeline(file)
     check_usernames(pipeline)
@@ -55,7 +54,7 @@ def command(
 
 def _parse_hosts(pipeline: Pipeline, options: Sequence[str]) -> dict[str, list[str]]:
     """The host names of `--host` options, by site."""
-    from brokers.security.dev_ca import normalize_host
+    from brokers.security.certificates import normalize_host
 
     sites = all_sites(pipeline)
     hosts: defaultdict[str, list[str]] = defaultdict(list)

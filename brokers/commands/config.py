@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from brokers.config.bridge_rules import Bridge
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.config.schema import LinkTable, SiteTable
+from brokers.config.topology import Bridge
 from brokers.errors import BadFile
 from brokers.mqtt.client_identity import read_password
 from brokers.protocol.broker_url import BrokerAddress, parse_address

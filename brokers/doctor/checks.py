@@ -23,8 +23,8 @@ from brokers.doctor.check_result import (
 )
 from brokers.doctor.probe_client import CLEANUP_EXPIRY_S, BrokerProbe, ProbeClient, ReceivedPublish
 from brokers.errors import BrokerUnreachable, SparseError
-from brokers.mqtt.connect_errors import OperationRefused
 from brokers.mqtt.publish_packet import encode_publish_header
+from brokers.mqtt.socket_connect import OperationRefused
 from brokers.mqtt.socket_loop import ConnectionLost
 from brokers.protocol.transport import BrokerLimits, Properties, Will
 

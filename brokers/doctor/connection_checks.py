@@ -22,8 +22,8 @@ from brokers.doctor.check_result import (
 )
 from brokers.doctor.probe_client import BrokerProbe
 from brokers.errors import BrokerUnreachable
-from brokers.mqtt.connect_errors import BAD_PASSWORD, NOT_AUTHORIZED
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
+from brokers.mqtt.socket_connect import BAD_PASSWORD, NOT_AUTHORIZED
 from brokers.protocol.chunking import CHUNK_BYTES, MESSAGE_LIMIT_BYTES
 from brokers.protocol.transport import BrokerLimits
 

@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 from brokers.errors import BrokerUnreachable
 from brokers.mqtt.client_identity import resolve_identity
-from brokers.mqtt.connect_errors import OperationRefused
 from brokers.mqtt.connection import Connection, ConnectOptions, open_connection
 from brokers.mqtt.publish_packet import PublishHeader
-from brokers.mqtt.socket_connect import TlsConfig
+from brokers.mqtt.socket_connect import OperationRefused, TlsConfig
 from brokers.mqtt.socket_loop import ConnectionLost
 from brokers.protocol.broker_url import BrokerAddress
 from brokers.protocol.topics import doctor_topic

@@ -11,10 +11,9 @@ from dataclasses import replace
 from functools import partial
 
 from brokers.errors import BrokerUnreachable, Disconnected, SparseError
-from brokers.mqtt.connect_errors import AuthenticationFailed
 from brokers.mqtt.connection import RECEIVE_MAXIMUM, Connection, ConnectOptions, open_connection
 from brokers.mqtt.publish_packet import PublishHeader
-from brokers.mqtt.socket_connect import TlsConfig
+from brokers.mqtt.socket_connect import AuthenticationFailed, TlsConfig
 from brokers.mqtt.socket_loop import ConnectionLost
 from brokers.mqtt.topic_filters import Subscription, Subscriptions
 from brokers.mqtt.unacked import Unacked

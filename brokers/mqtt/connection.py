@@ -24,9 +24,15 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from brokers.errors import BrokerUnreachable, TooLarge
-from brokers.mqtt.connect_errors import OperationRefused, connack_error, connect_error, no_connack_error
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, PublishHeader, bad_packet, encode_publish_header
-from brokers.mqtt.socket_connect import TlsConfig, connect_socket
+from brokers.mqtt.socket_connect import (
+    OperationRefused,
+    TlsConfig,
+    connack_error,
+    connect_error,
+    connect_socket,
+    no_connack_error,
+)
 from brokers.mqtt.socket_loop import ConnectionLost, PacketSocket
 from brokers.protocol.broker_url import BrokerAddress
 from brokers.protocol.transport import BrokerLimits, Buffer, Properties, Will

@@ -1,12 +1,16 @@
-"""Connect to a broker address: a non-blocking socket with buffers that suit tensors, plain or TLS."""
+"""Connect to a broker address: a non-blocking socket, plain or TLS; and the errors of connecting, and of refusals.
+
+The text of an error has the cause in one line, with what to do about it.
+"""
 
 import asyncio
+import os
 import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from brokers.errors import BadFile
+from brokers.errors import BadFile, BrokerUnreachable, RequestError
 from brokers.protocol.broker_url import BrokerAddress
 
 # Measured with tests/bench/roundtrip.py: 256 KiB to 4 MiB are equally fast on loopback, and a small buffer stays in the
@@ -94,3 +98,101 @@ async def _wait_ready(
         await ready.wait()
     finally:
         remove(descriptor)
+
+
+_CERTIFICATE_REQUIRED = "it requires a client certificate: name a folder with tls.crt and tls.key in SPARSE_TLS"
+_CERTIFICATE_REJECTED = "it rejected our certificate, which may not be valid yet by its clock"
+# TLS alerts from the broker (RFC 8446, section 6.2), by OpenSSL's names.
+_ALERTS = {
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": _CERTIFICATE_REQUIRED,
+    "SSLV3_ALERT_HANDSHAKE_FAILURE": f"no TLS version or cipher in common; or {_CERTIFICATE_REQUIRED}",
+    "TLSV1_ALERT_UNKNOWN_CA": "it does not know the CA of our certificate: expected that of its ca.crt",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "our certificate has expired by its clock: renew it with `sparse certs`",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "our certificate has been revoked",
+    "SSLV3_ALERT_BAD_CERTIFICATE": _CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": _CERTIFICATE_REJECTED,
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "our certificate is not a client certificate",
+}
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING")  # answers to our handshake, by OpenSSL's names
+# OpenSSL's verification errors of the broker's certificate: openssl-verification-options(1).
+_NOT_YET_VALID, _EXPIRED, _HOST_MISMATCH, _IP_MISMATCH = 9, 10, 62, 64
+_UNTRUSTED = {18, 19, 20, 21}
+# Reason codes of CONNACK: MQTT 5.0 section 3.2.2.2.
+UNSUPPORTED_VERSION, BAD_PASSWORD, NOT_AUTHORIZED = 0x84, 0x86, 0x87
+
+
+class AuthenticationFailed(BrokerUnreachable):
+    """The broker did not accept our credentials, or we not its certificate."""
+
+    def __init__(self, address: str, reason: str, reason_code: int = 0) -> None:
+        super().__init__(address, reason, reason_code)
+        self.message = f"authentication with the broker at {address} failed: {reason}"
+
+
+class OperationRefused(RequestError):
+    """The broker refused a subscription or a publication."""
+
+    def __init__(self, operation: str, topic: str, reason: str) -> None:
+        message = f"the broker refused the {operation} {topic!r}: {reason}"
+        if reason == "Not authorized":
+            message += "; its access list does not allow this identity: check SPARSE_TLS, or the user in the address"
+        super().__init__(type(self).__name__, message, topic=topic, reason=reason)
+
+
+def connect_error(address: BrokerAddress, error: Exception) -> BrokerUnreachable:
+    """Return the error for a socket that could not be connected, or whose TLS handshake failed."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return AuthenticationFailed(str(address), _describe_untrusted(address, error))
+    if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
+        return AuthenticationFailed(str(address), _ALERTS[error.reason])
+    is_not_tls = isinstance(error, ssl.SSLEOFError) or getattr(error, "reason", "") in _NOT_TLS
+    if isinstance(error, OSError) and error.errno and not isinstance(error, socket.gaierror | ssl.SSLError):
+        reason = os.strerror(error.errno).lower()  # asyncio's own text repeats the address
+    elif is_not_tls:
+        reason = "its answer is not TLS"
+    else:
+        reason = str(getattr(error, "strerror", None) or error).lower()
+    if address.is_tls and (isinstance(error, ConnectionResetError) or is_not_tls):
+        reason += "; does it use TLS? A broker without TLS is at mqtt://"
+    return BrokerUnreachable(str(address), reason)
+
+
+def no_connack_error(address: BrokerAddress, error: Exception | None, reason: str) -> BrokerUnreachable:
+    """Return the error for a connection that ended, by an error or for another reason, before the CONNACK."""
+    if isinstance(error, ssl.SSLError) and error.reason in _ALERTS:
+        return AuthenticationFailed(str(address), _ALERTS[error.reason])
+    hint = ""
+    if address.is_tls:
+        hint = f" Perhaps {_CERTIFICATE_REQUIRED}"
+    elif isinstance(error, ConnectionResetError):
+        hint = " A broker with TLS is at mqtts://"
+    return BrokerUnreachable(str(address), f"{reason}; is it an MQTT 5 broker?{hint}")
+
+
+def connack_error(address: BrokerAddress, code: int, reason: str) -> BrokerUnreachable:
+    """Return the error for a CONNACK with a failure."""
+    if code not in (BAD_PASSWORD, NOT_AUTHORIZED):
+        return BrokerUnreachable(str(address), f"it refused: {reason}", code)
+    if address.user is None:
+        advice = "name a user in its address, SCHEME://USER@HOST, and a file with the password in SPARSE_PASSWORD_FILE"
+    elif address.password is None:
+        advice = f"name a file with the password of {address.user!r} in SPARSE_PASSWORD_FILE"
+    else:
+        advice = f"is that the password of {address.user!r}?"
+    return AuthenticationFailed(str(address), f"it refused: {reason}; {advice}", code)
+
+
+def _describe_untrusted(address: BrokerAddress, error: ssl.SSLCertVerificationError) -> str:
+    if error.verify_code in (_HOST_MISMATCH, _IP_MISMATCH):
+        host = address.host
+        return f"its certificate is not for {host!r}: `sparse certs FILE --host SITE={host}` adds that name"
+    if error.verify_code in _UNTRUSTED:
+        return (
+            "its certificate is not trusted: not signed by a known CA; "
+            "expected that of ca.crt in the folder that SPARSE_TLS names"
+        )
+    if error.verify_code == _NOT_YET_VALID:
+        return "its certificate is not valid yet: is this machine's clock right?"
+    if error.verify_code == _EXPIRED:
+        return "its certificate has expired: renew it with `sparse certs`, or is this machine's clock wrong?"
+    return f"its certificate is not trusted: {error.verify_message}"

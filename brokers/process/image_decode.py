@@ -13,8 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from brokers.errors import BadPayload, TooLarge
-from brokers.protocol.media_type import JPEG_SIGNATURE, PNG_SIGNATURE
-from brokers.protocol.messages import JPEG, PNG
+from brokers.protocol.messages import JPEG, JPEG_SIGNATURE, PNG, PNG_SIGNATURE
 
 # Pillow warns about damaged metadata; senders of pictures must not be able to fill standard error with it.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")

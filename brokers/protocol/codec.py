@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 
 from brokers.errors import BadPayload, WireError, property_error
 from brokers.protocol import safetensors_codec
-from brokers.protocol.media_type import decode_content
 from brokers.protocol.messages import (
     JSON,
     PRIORITIES,
@@ -33,6 +32,7 @@ from brokers.protocol.messages import (
     Task,
     TaskDone,
     TensorContent,
+    decode_content,
     new_request_id,
 )
 from brokers.protocol.stage_timing import HOPS_KEY, Hop, hops_from_json, hops_to_json

@@ -1,4 +1,7 @@
-"""Access list of the broker of a site, by least privilege: Mosquitto's acl_file, for 2.0 and 2.1.
+"""The clients and brokers of a pipeline by name, and the access list of a site's broker: Mosquitto's acl_file.
+
+A name is the common name of a certificate, or a user name, and states the role of its bearer. Names are unique under
+one CA. Rights are by least privilege, for Mosquitto 2.0 and 2.1.
 
 Mosquitto grants every subscription, and delivers only what the user may read; a publication without the right is
 refused at QoS 1 and dropped at QoS 0. It does not check the bridges that it keeps itself: the broker at the other end
@@ -10,9 +13,10 @@ Every client connects only to the broker of its site, and may use topics of othe
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from brokers.config.bridge_rules import topic_rules
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
+from brokers.config.topology import topic_rules
+from brokers.errors import BadFile
 from brokers.protocol.topics import (
     DOCTOR_LEVEL,
     all_presence_filter,
@@ -23,16 +27,68 @@ from brokers.protocol.topics import (
     source_inbox_topic,
     source_presence_topic,
 )
-from brokers.security.principals import (
-    MONITOR,
-    OPERATOR,
-    VIEWER,
-    all_sites,
-    broker_username,
-    camera_username,
-    source_username,
-    stage_username,
-)
+
+VIEWER = "viewer"  # reads results
+MONITOR = "monitor"  # reads presence
+OPERATOR = "operator"  # has the rights of all others
+COMMON_NAME_LIMIT = 64  # characters: RFC 5280, appendix A, ub-common-name
+
+
+def broker_username(site: str) -> str:
+    """The broker of a site, to its clients and to the brokers that it keeps bridges to."""
+    return f"broker.{site}"
+
+
+def stage_username(pipeline: Pipeline, stage: StageTable) -> str:
+    """The workers of a stage."""
+    return f"{pipeline.name}.{stage.name}"
+
+
+def source_username(pipeline: Pipeline) -> str:
+    """The sources of a pipeline, or its gateway; no stage may be named "source"."""
+    return f"{pipeline.name}.source"
+
+
+def camera_username(camera: str) -> str:
+    """An MQTT client that publishes to the ingress of its site."""
+    return f"camera.{camera}"
+
+
+def all_sites(pipeline: Pipeline) -> tuple[str, ...]:
+    """Return the sites that have a broker: those of the file, and `local` if it names none."""
+    return tuple(dict.fromkeys([*(site.name for site in pipeline.site), *pipeline.used_sites]))
+
+
+def client_usernames(pipeline: Pipeline) -> list[str]:
+    """Return the names of all clients of a pipeline's brokers."""
+    return [
+        *(stage_username(pipeline, stage) for stage in pipeline.stage),
+        source_username(pipeline),
+        *(camera_username(camera) for site in pipeline.site for camera in site.cameras),
+        VIEWER,
+        MONITOR,
+        OPERATOR,
+    ]
+
+
+def check_usernames(pipeline: Pipeline) -> None:
+    """Raise `BadFile` for names that are ambiguous, or too long for a certificate."""
+    name = pipeline.name
+    if name in ("broker", "camera") or "." in name:
+        problem = f"{name!r} is ambiguous in an access list: expected a name without a dot, not 'broker' or 'camera'"
+        raise BadFile(pipeline.path, problem, "pipeline.name")
+    sites: dict[str, str] = {}
+    for site in pipeline.site:
+        for camera in site.cameras:
+            if sites.setdefault(camera, site.name) != site.name:
+                problem = f"{camera!r} is at {sites[camera]!r} and at {site.name!r}: a camera has one site"
+                raise BadFile(pipeline.path, problem, "site.cameras")
+    for username in [*map(broker_username, all_sites(pipeline)), *client_usernames(pipeline)]:
+        if len(username) > COMMON_NAME_LIMIT:
+            length = len(username)
+            problem = f"{username!r} has {length} characters, a certificate's name has at most {COMMON_NAME_LIMIT}"
+            raise BadFile(pipeline.path, problem)
+
 
 AccessMode = Literal["read", "write", "readwrite"]
 AclRule = tuple[AccessMode, str]  # the access to the topics that match a filter

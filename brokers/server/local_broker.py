@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from brokers.config.bridge_rules import Bridge
+from brokers.config.topology import Bridge
 from brokers.errors import PortTaken, UsageError
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.server import mosquitto_conf, rumqttd_conf

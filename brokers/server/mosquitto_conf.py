@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from brokers.config.bridge_rules import Bridge, topic_rules
+from brokers.config.topology import Bridge, topic_rules
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 
 # Mosquitto allocates each packet twice, and glibc returns blocks over 128 KiB to the kernel at once, only to map and

@@ -20,8 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from brokers.telemetry.encoding import EventEncoder, QueuedEvent
-from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, ProcessRole
+from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, EventEncoder, ProcessRole, QueuedEvent
 
 log = logging.getLogger(__name__)
 

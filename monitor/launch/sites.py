@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any, Self
 
-from brokers.config.bridge_rules import Bridge
 from brokers.config.pipeline_file import Pipeline, resolve_broker_address
 from brokers.config.schema import LinkTable, SiteTable
+from brokers.config.topology import Bridge
 from brokers.errors import PortTaken, SparseError, UsageError
 from brokers.protocol.broker_url import MQTT_PORT, parse_address
 from brokers.server.link_emulator import LinkEmulator

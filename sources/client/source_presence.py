@@ -12,7 +12,7 @@ from brokers.dispatch.presence import SourceLoad, SourceRecord
 from brokers.dispatch.presence_publisher import PresencePublisher, describe_process
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.client_identity import create_transport
-from brokers.mqtt.connect_errors import OperationRefused
+from brokers.mqtt.socket_connect import OperationRefused
 
 log = logging.getLogger(__name__)
 

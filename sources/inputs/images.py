@@ -15,8 +15,7 @@ from PIL import Image
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
 from brokers.process.image_decode import decode_picture
-from brokers.protocol.media_type import JPEG_SIGNATURE, PNG_SIGNATURE
-from brokers.protocol.messages import JPEG, PNG
+from brokers.protocol.messages import JPEG, JPEG_SIGNATURE, PNG, PNG_SIGNATURE
 from sources.datasets.dataset import Dataset
 from sources.inputs.sample import Sample
 from sources.inputs.source import Source

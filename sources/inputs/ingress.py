@@ -16,8 +16,7 @@ from brokers.errors import WireError
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.client_identity import create_transport
 from brokers.process.image_decode import decode_picture
-from brokers.protocol.media_type import decode_content, detect_content_type
-from brokers.protocol.messages import JPEG, PNG, SAFETENSORS
+from brokers.protocol.messages import JPEG, PNG, SAFETENSORS, decode_content, detect_content_type
 from brokers.protocol.topics import ingress_topic, last_level
 from brokers.protocol.traceparent import TRACEPARENT, parse_traceparent
 from brokers.protocol.transport import Delivery, Transport

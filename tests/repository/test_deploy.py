@@ -12,7 +12,7 @@ import yaml
 
 from brokers.cli import main
 from brokers.config.pipeline_file import load_pipeline
-from brokers.security.principals import MONITOR, broker_username, source_username, stage_username
+from brokers.security.acl import MONITOR, broker_username, source_username, stage_username
 from deploy.dashboards.chronograf import DIALECT
 from deploy.dashboards.grafana import DATASOURCE
 from tests.support.environment.checkout import ROOT, repository_files

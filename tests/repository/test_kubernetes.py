@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from brokers.config.pipeline_file import load_pipeline
-from brokers.security.principals import MONITOR, broker_username, source_username, stage_username
+from brokers.security.acl import MONITOR, broker_username, source_username, stage_username
 from tests.support.environment.checkout import ROOT
 from tests.support.environment.external_programs import require_dependency
 

@@ -16,11 +16,9 @@ from brokers.cli import main
 from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import BrokerUnreachable
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.connect_errors import BAD_PASSWORD, NOT_AUTHORIZED, AuthenticationFailed, OperationRefused
-from brokers.mqtt.socket_connect import TlsConfig
+from brokers.mqtt.socket_connect import BAD_PASSWORD, NOT_AUTHORIZED, AuthenticationFailed, OperationRefused, TlsConfig
 from brokers.mqtt.tls_files import utc_now
-from brokers.security.cert_store import ensure_certificates
-from brokers.security.dev_ca import Identity, create_ca
+from brokers.security.certificates import Identity, create_ca, ensure_certificates
 from sources.client.offloader import Offloader
 from tests.contract.brokers.test_mqtt_client import failed_connect
 from tests.support.brokers.broker_kinds import WAIT_S, async_test, reconnected_event, run_async

@@ -10,7 +10,7 @@ import pytest
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.connect_errors import OperationRefused
+from brokers.mqtt.socket_connect import OperationRefused
 from brokers.protocol.transport import Will
 from tests.support.brokers.broker_kinds import DeliveryQueue, async_test
 from tests.support.brokers.locked_broker import SecureBroker, forge_credentials, start_secure_broker, tls_from_folder

@@ -15,11 +15,10 @@ import pytest
 from brokers.errors import BadFile, BrokerUnreachable
 from brokers.mqtt import connection, socket_loop
 from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.connect_errors import AuthenticationFailed, OperationRefused
-from brokers.mqtt.socket_connect import TlsConfig, connect_socket
+from brokers.mqtt.socket_connect import AuthenticationFailed, OperationRefused, TlsConfig, connect_socket
 from brokers.mqtt.tls_files import utc_now
 from brokers.protocol.broker_url import BrokerAddress
-from brokers.security.dev_ca import Identity, create_ca, issue_certificate
+from brokers.security.certificates import Identity, create_ca, issue_certificate
 from brokers.server.local_broker import LocalBroker, start_broker
 from tests.support.brokers.broker_kinds import WAIT_S, DeliveryQueue, reconnected_event, run_async
 from tests.support.brokers.mosquitto import start_mosquitto

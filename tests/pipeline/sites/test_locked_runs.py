@@ -10,10 +10,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from brokers.config.bridge_rules import Bridge
 from brokers.config.pipeline_file import Pipeline, load_pipeline
-from brokers.security.acl import acl_by_user
-from brokers.security.principals import all_sites, broker_username
+from brokers.config.topology import Bridge
+from brokers.security.acl import acl_by_user, all_sites, broker_username
 from tests.soak.harness.training_run import assert_weights_equal, expected_weights, write_training_pipeline_file
 from tests.support.brokers.locked_broker import SecureBroker, start_secure_broker, write_password_file
 from tests.support.brokers.ports import free_port

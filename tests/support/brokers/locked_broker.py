@@ -11,15 +11,20 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from brokers.config.bridge_rules import Bridge
 from brokers.config.pipeline_file import Pipeline, load_pipeline
+from brokers.config.topology import Bridge
 from brokers.mqtt.client import MqttTransport
 from brokers.mqtt.socket_connect import TlsConfig
 from brokers.mqtt.tls_files import utc_now
-from brokers.security.acl import render_acl
-from brokers.security.cert_store import ensure_certificates, read_ca
-from brokers.security.dev_ca import CertificateKeyPair, Identity, issue_certificate, pipeline_identities
-from brokers.security.principals import all_sites, broker_username
+from brokers.security.acl import all_sites, broker_username, render_acl
+from brokers.security.certificates import (
+    CertificateKeyPair,
+    Identity,
+    ensure_certificates,
+    issue_certificate,
+    pipeline_identities,
+    read_ca,
+)
 from brokers.server import mosquitto_conf as mosquitto
 from brokers.server.mosquitto_conf import ListenerSecurity, MosquittoConfig
 from tests.support.brokers.ports import free_port

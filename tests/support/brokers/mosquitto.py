@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from brokers.config.bridge_rules import topic_rules
-from brokers.config.topology import BridgeSides
+from brokers.config.topology import BridgeSides, topic_rules
 from tests.support.brokers.ports import free_port
 from tests.support.environment.external_programs import require_dependency
 

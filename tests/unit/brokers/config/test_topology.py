@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import PydanticCustomError
 
-from brokers.config.bridge_rules import topic_rules
 from brokers.config.schema import LinkTable, SiteTable
-from brokers.config.topology import BridgeSides, SiteTopology
+from brokers.config.topology import BridgeSides, SiteTopology, topic_rules
 
 
 def site(name: str, *to: str) -> SiteTable:

@@ -10,8 +10,7 @@ import pytest
 from brokers.errors import BadFile
 from brokers.mqtt.client_identity import create_transport, load_tls_config, read_password, resolve_identity
 from brokers.mqtt.socket_connect import TlsConfig
-from brokers.security.cert_store import ensure_certificates
-from brokers.security.dev_ca import Identity
+from brokers.security.certificates import Identity, ensure_certificates
 
 SECRET = "correct horse"
 

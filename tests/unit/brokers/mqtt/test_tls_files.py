@@ -10,8 +10,7 @@ import pytest
 from brokers.errors import BadFile, UsageError
 from brokers.mqtt import tls_files
 from brokers.mqtt.tls_files import check_tls_folder, utc_now
-from brokers.security.cert_store import ensure_certificates
-from brokers.security.dev_ca import Identity
+from brokers.security.certificates import Identity, ensure_certificates
 from tests.support.brokers.locked_broker import forge_credentials
 
 SECRET = "correct horse"

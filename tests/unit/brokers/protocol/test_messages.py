@@ -1,5 +1,3 @@
-"""Messages are valid on construction."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -7,23 +5,38 @@ from typing import Any
 
 import pytest
 
-from brokers.errors import WireError
+from brokers.errors import BadPayload, WireError
+from brokers.protocol.codec import encode
 from brokers.protocol.messages import (
     DEADLINE_LIMIT_MS,
     ECHO_LIMIT_BYTES,
     JPEG,
+    JSON,
     JSON_INTEGER_LIMIT,
+    PNG,
     SAFETENSORS,
     Activation,
     BinaryContent,
     Message,
     ReplyTo,
     TensorContent,
+    decode_content,
+    detect_content_type,
     new_request_id,
 )
 from brokers.protocol.stage_timing import HOPS_KEY
 from tests.support.errors import raises_error
-from tests.unit.brokers.protocol.strategies import DONE, FAILURE, GRADIENT, HOP, REQUEST, STEP, TASK
+from tests.unit.brokers.protocol.strategies import (
+    CONTENT,
+    DONE,
+    FAILURE,
+    GRADIENT,
+    HOP,
+    REQUEST,
+    STEP,
+    TASK,
+    packet_payload,
+)
 
 INVALID: dict[str, tuple[Message, dict[str, Any], str]] = {
     "negative deadline": (TASK, {"deadline_ms": -1.0}, "is -1"),
@@ -91,3 +104,36 @@ def test_request_ids_are_sixteen_random_bytes() -> None:
     ids = {new_request_id() for _ in range(100)}
     assert {len(request) for request in ids} == {16}
     assert len(ids) == 100
+
+
+@pytest.mark.parametrize(
+    ("declared", "payload", "expected"),
+    [
+        ("", b"\xff\xd8\xff\xe0", JPEG),
+        ("", b"\x89PNG\r\n\x1a\n..", PNG),
+        ("", packet_payload(encode(TASK)).tobytes(), SAFETENSORS),
+        ("", b' \n{"a": 1}', JSON),
+        ("", b"[1]", JSON),
+        ("", b"-1.5", JSON),
+        (";", b"[1]", JSON),
+        ("image/jpg", b"", JPEG),
+        ("Application/JSON; charset=utf-8", b"1", JSON),
+        ("text/plain", b"\xff\xd8\xff", "text/plain"),
+    ],
+)
+def test_declared_type_comes_before_the_first_bytes(declared: str, payload: bytes, expected: str) -> None:
+    assert detect_content_type(declared, memoryview(payload)) == expected
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b" ", b"hello", b"GIF89a", b"\xff\xd8", (2 << 20).to_bytes(8, "little") + b"{"]
+)
+def test_unknown_payload_raises_bad_payload(payload: bytes) -> None:
+    with pytest.raises(BadPayload, match="expected JPEG, PNG, safetensors or JSON"):
+        detect_content_type("", memoryview(payload))
+
+
+def test_only_safetensors_are_decoded() -> None:
+    body = packet_payload(encode(TASK))
+    assert decode_content("", body) == CONTENT
+    assert decode_content("text/plain", body) == BinaryContent("text/plain", body)

@@ -1,11 +1,12 @@
-"""Access lists of pipelines that train, of sites, bridges and cameras; those of inference: test_locks.py."""
-
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from brokers.config.pipeline_file import Pipeline
-from brokers.security.acl import acl_by_user, render_acl
+from brokers.errors import BadFile
+from brokers.security.acl import acl_by_user, check_usernames, render_acl
 
 
 def make_pipeline(name: str = "lesson", **tables: Any) -> Pipeline:
@@ -80,3 +81,24 @@ def test_rendered_list_repeats_no_topic() -> None:
     for block in blocks:
         topics = [line.split()[-1] for line in block.splitlines() if line.startswith("topic ")]
         assert len(topics) == len(set(topics))
+
+
+@pytest.mark.parametrize("name", ["broker", "camera", "broker.cloud", "a.b"])
+def test_ambiguous_pipeline_name_raises_bad_file(name: str) -> None:
+    with pytest.raises(BadFile, match="is ambiguous in an access list") as caught:
+        check_usernames(make_pipeline(name))
+    assert caught.value.key == "pipeline.name"
+
+
+def test_name_too_long_for_a_certificate_raises_bad_file() -> None:
+    with pytest.raises(BadFile, match="has 66 characters, a certificate's name has at most 64"):
+        check_usernames(make_pipeline("p" * 64))
+
+
+def test_camera_at_two_sites_raises_bad_file() -> None:
+    sites = [
+        {"name": "local", "links": [{"to": "cloud"}], "cameras": ["door"]},
+        {"name": "cloud", "cameras": ["door"]},
+    ]
+    with pytest.raises(BadFile, match="'door' is at 'local' and at 'cloud': a camera has one site"):
+        check_usernames(make_pipeline(site=sites))

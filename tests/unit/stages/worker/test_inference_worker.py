@@ -13,7 +13,7 @@ import pytest
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
-from brokers.mqtt.connect_errors import OperationRefused
+from brokers.mqtt.socket_connect import OperationRefused
 from brokers.protocol.messages import Failure, Message, ReplyTo, Result, Task, TaskDone, TensorContent, new_request_id
 from brokers.protocol.safetensors_codec import from_numpy, to_numpy
 from brokers.protocol.transport import Properties

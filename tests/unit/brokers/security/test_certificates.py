@@ -12,8 +12,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from brokers.config.pipeline_file import Pipeline
 from brokers.errors import BadFile, UsageError
 from brokers.mqtt.tls_files import check_tls_folder, read_certificate, utc_now
-from brokers.security.cert_store import StoredCertificate, ensure_certificates
-from brokers.security.dev_ca import certificate_hosts, is_signed_by, pipeline_identities
+from brokers.security.certificates import (
+    StoredCertificate,
+    certificate_hosts,
+    ensure_certificates,
+    is_signed_by,
+    pipeline_identities,
+)
 from tests.support.brokers.locked_broker import forge_credentials
 
 PIPELINE = {
@@ -181,7 +186,7 @@ def test_new_broker_host_makes_its_certificate_unusable(certs: Path) -> None:
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, years: int) -> None:
-    monkeypatch.setattr("brokers.security.cert_store.utc_now", lambda: utc_now().replace(year=utc_now().year + years))
+    monkeypatch.setattr("brokers.security.certificates.utc_now", lambda: utc_now().replace(year=utc_now().year + years))
 
 
 def test_expired_ca_raises_bad_file_even_with_renew(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokers.protocol.stage_timing import Hop
-from brokers.telemetry.encoding import EventEncoder, QueuedEvent
 from brokers.telemetry.schema import (
     DATAGRAM_LIMIT_BYTES,
     HOPS_LIMIT,
     TEXT_LIMIT,
     BatchProcessed,
+    EventEncoder,
     EventsDropped,
     HopMetrics,
     ProcessStarted,
+    QueuedEvent,
     RequestDone,
     StepDone,
     TaskProcessed,
