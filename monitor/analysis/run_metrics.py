@@ -4,6 +4,7 @@
 per result for inference and per row for training.
 """
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from statistics import fmean
 
 from brokers.protocol.stage_timing import STAGE_DURATIONS
 from brokers.telemetry.percentiles import percentiles
-from monitor.analysis.counter_series import CounterSeries
 from monitor.analysis.measurement_window import (
     MeasurementWindow,
     PointsByMeasurement,
@@ -79,6 +79,29 @@ class RunMetrics:
     def total_cpu_s(self) -> float | None:
         """CPU time per sample of all roles."""
         return sum(self.cpu_s.values()) if self.cpu_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class CounterSeries:
+    """Readings of a monotonic counter: at least one (time, value), in the order of time."""
+
+    readings: tuple[tuple[float, float], ...]
+
+    def value_at(self, time: float) -> float:
+        """The value, interpolated linearly; the first reading's before it, the last one's after it."""
+        after = bisect_right(self.readings, time, key=lambda reading: reading[0])
+        if after in (0, len(self.readings)):
+            return self.readings[min(after, len(self.readings) - 1)][1]
+        (begin, first), (end, last) = self.readings[after - 1], self.readings[after]
+        return first + (last - first) * (time - begin) / (end - begin)
+
+    def value_after(self, time: float) -> float:
+        """The first reading at `time` or later; without one, the last."""
+        return next((value for read_at, value in self.readings if read_at >= time), self.readings[-1][1])
+
+    def increase(self, begin: float, end: float) -> float:
+        """By how much the counter grows from `begin` to `end`."""
+        return self.value_at(end) - self.value_at(begin)
 
 
 def compute_run_metrics(points: PointsByMeasurement, warm_up: int = 0) -> RunMetrics:

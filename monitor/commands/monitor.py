@@ -1,6 +1,7 @@
 """`sparse monitor [FILE]`: the telemetry daemon of a node."""
 
 import asyncio
+import logging
 import os
 import platform
 import sys
@@ -20,9 +21,14 @@ from brokers.telemetry.schema import TelemetryEvent
 from monitor.daemon.collector import TelemetryCollector
 from monitor.daemon.daemon import Daemon
 from monitor.daemon.unix_listener import UnixListener
+from monitor.errors import BadStore
+from monitor.points.points import TelemetryPoint
 from monitor.sensors.all import SAMPLE_INTERVAL_S
 from monitor.stores.batch_writer import BatchWriter
-from monitor.stores.factory import create_writers
+from monitor.stores.influx.config import influx_target, spool_folder
+from monitor.stores.sqlite import SqliteStore
+
+log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 9100
 # By default Python lets a computing thread run for 5 ms, in which a socket that buffers ten datagrams overflows.
@@ -73,7 +79,7 @@ def command(
     telemetry = TelemetryCollector(
         node,
         os.environ.get(RUN_VARIABLE, "") if run is None else run,
-        create_writers(store, int(limit * 1e9), os.environ, for_run=with_parent),
+        _create_writers(store, int(limit * 1e9), with_parent),
         listener=UnixListener(socket or socket_path(os.environ)),
         # Another monitor may use the default socket; one that the user has named must be available.
         listener_optional=socket is None and not os.environ.get(SOCKET_VARIABLE),
@@ -81,6 +87,34 @@ def command(
         span_writer=_span_writer(traces, node) if traces is not None else None,
     )
     return asyncio.run(_serve(address, pipeline, telemetry, None if with_parent else host, port))
+
+
+def _create_writers(file: Path | None, limit_bytes: int, for_run: bool) -> list[BatchWriter[TelemetryPoint]]:
+    """A writer to a SQLite file if one is named, and to InfluxDB if the environment names a server; not started.
+
+    `for_run`: the spool for InfluxDB is beside the run's file, and a server that refuses the points is logged, since
+    the file has all of them. Raises `BadStore` and `UsageError`.
+    """
+    target = influx_target(os.environ)
+    writers: list[BatchWriter[TelemetryPoint]] = []
+    if file is not None:
+        writers.append(BatchWriter(SqliteStore(file, limit_bytes), str(file)))
+    if target is None:
+        return writers
+    from monitor.stores.influx.store import InfluxStore  # the client is slow to import
+
+    folder = file.parent / "influx-spool" if for_run and file else spool_folder(os.environ)
+    try:
+        store = InfluxStore(target, folder)
+        writers.append(BatchWriter(store, str(target)))
+        store.check()
+    except BadStore as error:
+        if not for_run:
+            for writer in writers:
+                writer.stop(0.0)
+            raise
+        log.warning("%s", error)
+    return writers
 
 
 def _span_writer(url: str, node: str) -> BatchWriter[TelemetryEvent]:

@@ -3,7 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from brokers.telemetry.schema import TelemetryEvent
@@ -12,12 +13,13 @@ from monitor.daemon.unix_listener import UnixListener
 from monitor.errors import SocketUnavailable
 from monitor.points.points import TelemetryPoint, event_to_points
 from monitor.sensors.all import SAMPLE_INTERVAL_S, Sampler
-from monitor.sensors.energy_per_sample import EnergyPerSample
+from monitor.sensors.counters import additive_energy_j
 from monitor.stores.batch_writer import BatchWriter
 
 log = logging.getLogger(__name__)
 
 _SAMPLER_STOP_S = 1.0
+_SAMPLES_LIMIT = 1 << 53  # stores hold 64 bits; rows are numbers that any sender can make up
 
 
 class TelemetryCollector:
@@ -129,3 +131,36 @@ class TelemetryCollector:
         self.add([point for event in events for point in event_to_points(event, self._node, self.run)])
         if self._span_writer:
             self._span_writer.add(events)
+
+
+class EnergyPerSample:
+    """The energy of a node and the samples processed in the same time, by run, as points of the measurement `energy`.
+
+    They share a measurement because InfluxQL cannot divide one measurement by another.
+    """
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._samples: Counter[str] = Counter()
+        self._energy_j: dict[str, float] = {}
+
+    def add(self, points: Iterable[TelemetryPoint]) -> None:
+        """Count requests with a result, rows of steps, and energy of GPUs and additive rails; ignore other points."""
+        for point in points:
+            run = point.tags["run"]
+            if point.measurement == "request" and not point.fields["error"]:
+                self._samples[run] += 1
+            elif point.measurement == "step":
+                self._samples[run] = min(self._samples[run] + int(point.fields["rows"] or 0), _SAMPLES_LIMIT)
+            elif (energy_j := additive_energy_j(point)) is not None:
+                self._energy_j[run] = self._energy_j.get(run, 0.0) + energy_j
+
+    def pop_points(self, time_ns: int) -> list[TelemetryPoint]:
+        """A point with the totals since the last call for each run that has any."""
+        points = []
+        for run in sorted({*self._samples, *self._energy_j}):
+            fields = {"energy_j": self._energy_j.get(run), "samples": self._samples[run]}
+            points.append(TelemetryPoint("energy", time_ns, {"node": self._node, "run": run}, fields))
+        self._samples.clear()
+        self._energy_j.clear()
+        return points

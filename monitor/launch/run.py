@@ -25,9 +25,8 @@ from monitor.launch.sites import SiteBrokers
 from monitor.presence.inference_stats import InferenceStats
 from monitor.presence.presence_table import PresenceTable
 from monitor.presence.training_stats import TrainingStats
-from monitor.terminal.inference_view import InferenceView
 from monitor.terminal.live import LiveView
-from monitor.terminal.training_view import TrainingView
+from monitor.terminal.views import InferenceView, TrainingView
 
 _POLL_S = 0.05
 # How long the source may wait for its requests in flight after the first Ctrl-C.

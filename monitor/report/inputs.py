@@ -14,7 +14,7 @@ from monitor.errors import BadStore, NoSamples
 from monitor.report.run import ReportRun
 from monitor.stores.base import StoreReader
 from monitor.stores.influx.config import URL_VARIABLE, influx_target
-from monitor.stores.influx.reader import InfluxReader
+from monitor.stores.influx.store import InfluxReader
 from monitor.stores.sqlite import TELEMETRY_FILE, SqliteReader
 
 INFLUX_PREFIX = "influx:"

@@ -1,7 +1,7 @@
 """The live view of a run on a terminal, or a line every few seconds where the output is no terminal.
 
-`LiveView` has the common parts: the frame, the workers by stage, and the problems. The kinds of pipeline add their own:
-inference_view.py and training_view.py.
+`LiveView` has the frame, the workers by stage, and the problems; its subclasses in views.py, one for each kind of
+pipeline, have the progress and the latest results.
 """
 
 from __future__ import annotations

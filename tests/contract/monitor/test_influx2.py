@@ -21,8 +21,7 @@ from monitor.errors import BadStore
 from monitor.points.points import TelemetryPoint
 from monitor.points.schema import MEASUREMENTS
 from monitor.stores.influx.config import InfluxTarget
-from monitor.stores.influx.reader import InfluxReader
-from monitor.stores.influx.store import InfluxStore
+from monitor.stores.influx.store import InfluxReader, InfluxStore
 from tests.contract.monitor.test_stores import NOW_NS, full_point
 from tests.support.pipelines.processes import eventually
 

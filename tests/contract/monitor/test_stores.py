@@ -15,8 +15,7 @@ from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.points.schema import MEASUREMENTS, Measurement
 from monitor.stores.base import StoreReader
 from monitor.stores.influx.http import sanitize_tag, sanitize_text
-from monitor.stores.influx.reader import InfluxReader
-from monitor.stores.influx.store import InfluxStore
+from monitor.stores.influx.store import InfluxReader, InfluxStore
 from monitor.stores.sqlite import SqliteReader, SqliteStore
 from tests.support.monitor.influx_servers import BUCKET, InfluxServer, start_influx
 from tests.support.pipelines.processes import eventually

@@ -15,8 +15,7 @@ from monitor.launch.child_process import ChildProcess
 from monitor.launch.run import _exit_error, _parse_summary, create_live_view
 from monitor.presence.inference_stats import InferenceStats
 from monitor.presence.training_stats import TrainingStats
-from monitor.terminal.inference_view import InferenceView
-from monitor.terminal.training_view import TrainingView
+from monitor.terminal.views import InferenceView, TrainingView
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from brokers.config.pipeline_file import load_pipeline
 from brokers.telemetry.percentiles import percentiles
 from monitor.presence.inference_stats import InferenceStats
-from monitor.terminal.inference_view import InferenceView
+from monitor.terminal.views import InferenceView
 from tests.support.brokers.presence_records import source_record
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 

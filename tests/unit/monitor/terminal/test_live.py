@@ -12,7 +12,7 @@ from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.dispatch.presence import SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
 from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from monitor.presence.inference_stats import InferenceStats
-from monitor.terminal.inference_view import InferenceView
+from monitor.terminal.views import InferenceView
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
 NOW_S = 100.0

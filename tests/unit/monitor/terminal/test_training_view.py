@@ -14,7 +14,7 @@ from rich.console import Console
 from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.dispatch.presence import WorkerLoad, WorkerRecord
 from monitor.presence.training_stats import TrainingStats
-from monitor.terminal.training_view import TrainingView, format_remaining, sparkline
+from monitor.terminal.views import TrainingView, format_remaining, sparkline
 from tests.support.training.training_events import (
     EventDict,
     evaluation_event,

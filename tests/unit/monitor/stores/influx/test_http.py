@@ -18,7 +18,7 @@ from monitor.stores.influx.http import (
     sanitize_tag,
     sanitize_text,
 )
-from monitor.stores.influx.reader import InfluxReader
+from monitor.stores.influx.store import InfluxReader
 from tests.support.monitor.fake_http_server import FakeHttpServer, start_fake_http_server
 
 RETRYABLE, MISCONFIGURED, REJECTED = (

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
-from monitor.daemon.autoscaling import stage_metrics
+from monitor.daemon.http_server import stage_metrics
 from monitor.presence.presence_table import PresenceTable
 from tests.support.brokers.presence_records import worker_record
 from tests.unit.monitor.presence.test_presence_table import apply_records
