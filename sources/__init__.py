@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sources.client.offloader import Offloader
     from sources.datasets.dataset import Dataset, Examples
-    from sources.inputs.sample import Sample
-    from sources.inputs.source import Source
+    from sources.inputs.source import Sample, Source
 
 __all__ = ["Dataset", "Examples", "Offloader", "Sample", "Source"]
 
@@ -26,7 +25,7 @@ _MODULES = {
     "Dataset": "sources.datasets.dataset",
     "Examples": "sources.datasets.dataset",
     "Offloader": "sources.client.offloader",
-    "Sample": "sources.inputs.sample",
+    "Sample": "sources.inputs.source",
     "Source": "sources.inputs.source",
 }
 

@@ -34,10 +34,8 @@ from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Transport
 from brokers.telemetry.client import event_client_from_environment
 from brokers.telemetry.percentiles import RecentResults
-from sources.client.adaptive_concurrency import AdaptiveConcurrency
-from sources.client.inflight_limit import InflightLimit, Slot
-from sources.client.pending_request import PendingRequest, failure_code
-from sources.client.request_table import RequestTable, count_bounded
+from sources.client.inflight_limit import AdaptiveConcurrency, InflightLimit, Slot
+from sources.client.pending_request import PendingRequest, RequestTable, count_bounded, failure_code
 from sources.client.source_presence import SourcePresence, create_source_transport
 from sources.conversion import from_content_like, to_content
 

@@ -1,24 +1,34 @@
 """The pictures of a run for people to look at: its best frames, a contact sheet, and a short clip."""
 
+import fractions
 import io
 import logging
 import queue
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import av
+import av.error
+import av.logging
+import numpy
 from PIL import Image
 
 from brokers.process.files import atomic_path, write_atomic
 from brokers.process.image_decode import RgbImage
-from sources.gallery.annotate import annotate
-from sources.gallery.best_frames import BestFrames
-from sources.gallery.clip import write_clip
-from sources.gallery.contact_sheet import CELL_PX, MAX_ASPECT_RATIO, SheetCell, draw_contact_sheet, format_counts
+from sources.gallery.drawing import (
+    CELL_PX,
+    MAX_ASPECT_RATIO,
+    SheetCell,
+    annotate,
+    draw_contact_sheet,
+    fit_image,
+    format_counts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +38,13 @@ CLIP_WIDTH_PX = (640, 960)
 MAX_CLIP_FRAMES = 600  # up to 30 MB of JPEG; beyond, every second frame is dropped, and every second one that follows
 MAX_NAME_CHARACTERS = 64  # of a source's name in a file name, for which file systems allow 255 bytes
 QUEUE_SIZE = 32  # pictures that wait to be drawn; when it is full, further ones are skipped
+T = TypeVar("T")
+# In order of preference. PyAV's wheels have libx264; every FFmpeg has MPEG-4 part 2, but not every browser plays it.
+ENCODERS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("libx264", {"preset": "superfast", "crf": "21"}),
+    ("libopenh264", {}),
+    ("mpeg4", {"qscale": "4"}),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,3 +179,75 @@ def _to_jpeg(image: Image.Image, quality: int) -> bytes:
 
 def _from_jpeg(jpeg: bytes) -> Image.Image:
     return Image.open(io.BytesIO(jpeg))
+
+
+class BestFrames(Generic[T]):
+    """Keeps the best item of each interval of the stream.
+
+    There are at most `4 * keep` intervals. When the stream outgrows them, pairs of neighbours are merged: intervals
+    double in length, and the better item of each pair stays.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._interval = 1  # in items
+        self._count = 0
+        self._best_score = 0.0
+        self._best: dict[int, tuple[float, int, T]] = {}  # number of the interval -> score, position, item
+
+    def offer(self, score: float, make: Callable[[], T]) -> None:
+        """Consider the next item of the stream; `make` creates it if it is the best of its interval so far."""
+        position = self._count
+        self._count += 1
+        if score <= 0 and self._best_score > 0:
+            return  # `best` would not return it
+        self._best_score = max(self._best_score, score)
+        if position >= 4 * self._keep * self._interval:
+            self._interval *= 2
+            ascending = sorted(self._best.values(), key=lambda entry: (entry[0], -entry[1]))
+            self._best = {entry[1] // self._interval: entry for entry in ascending}  # the better one of a pair is last
+        number = position // self._interval
+        if number not in self._best or score > self._best[number][0]:
+            self._best[number] = (score, position, make())
+
+    def best(self) -> list[T]:
+        """The `keep` best items in stream order; items of score 0 only where there are no others.
+
+        Of two items less than half an interval apart, which look alike, only the better one is chosen.
+        """
+        ranked = sorted(self._best.values(), key=lambda entry: (-entry[0], entry[1]))
+        chosen: dict[int, T] = {}  # by position
+        for _, position, item in [entry for entry in ranked if entry[0] > 0] or ranked:
+            if len(chosen) < self._keep and all(2 * abs(position - other) >= self._interval for other in chosen):
+                chosen[position] = item
+        return [item for _, item in sorted(chosen.items())]
+
+
+def write_clip(path: Path, images: Iterable[Image.Image], fps: float) -> None:
+    """Write an MP4 file (H.264, yuv420p) of the size of the first image; images of other sizes are fitted.
+
+    Raises `OSError` if the file cannot be written, or this build of FFmpeg has none of the `ENCODERS`.
+    """
+    available = [encoder for encoder in ENCODERS if encoder[0] in av.codecs_available]
+    if not available:
+        raise OSError(f"PyAV has none of the encoders {', '.join(name for name, _ in ENCODERS)}")
+    name, options = available[0]
+    av.logging.set_level(av.logging.PANIC)  # FFmpeg would write to the terminal; PyAV raises its errors anyway
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream(name, rate=fractions.Fraction(fps).limit_denominator(1000), options=dict(options))
+        assert isinstance(stream, av.VideoStream)
+        stream.pix_fmt = "yuv420p"
+        size: tuple[int, int] | None = None
+        for image in images:
+            if size is None:
+                size = (image.width // 2 * 2, image.height // 2 * 2)  # yuv420p stores one colour for 2x2 pixels
+                stream.width, stream.height = size
+            pixels = numpy.asarray(_resized(image, size))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    if 0 <= image.width - size[0] <= 1 and 0 <= image.height - size[1] <= 1:
+        return image.crop((0, 0, *size))  # sharper than scaling by a pixel
+    return fit_image(image, size, (0, 0, 0))

@@ -16,8 +16,8 @@ from sources.client.inflight_limit import Slot
 from sources.client.offloader import Offloader
 from sources.client.pending_request import PendingRequest, failure_code
 from sources.inference.run_stats import InferenceRunStats
-from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
+from sources.inputs.source import Sample
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,51 @@
-"""Statistics of an inference run: counts, latencies, and the mean time of a task at each stage."""
+"""Statistics of an inference run, and the sums by stage that those of a training run have as well."""
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from brokers.protocol.stage_timing import STAGE_DURATIONS, Hop
 from brokers.telemetry.percentiles import percentiles
-from sources.stage_totals import BYTE_COUNTS, StageTotals
+
+BYTE_COUNTS = ("bytes_in", "bytes_out")
+
+
+@dataclass(slots=True)
+class StageTotals:
+    """Sums of named values by stage, with the number of tasks and the workers that served them."""
+
+    _sums: dict[str, dict[str, float]] = field(default_factory=dict)
+    _workers: dict[str, set[str]] = field(default_factory=dict)
+
+    def add(self, stage: str, worker: str, tasks: int, values: Mapping[str, float]) -> None:
+        """Add `values`, each a sum over `tasks` tasks that `worker` completed."""
+        sums = self._sums.setdefault(stage, {})
+        for name, value in {"tasks": tasks, **values}.items():
+            sums[name] = sums.get(name, 0) + value
+        self._workers.setdefault(stage, set()).add(worker)
+
+    def stage_names(self, order: Sequence[str] = ()) -> list[str]:
+        """The stages in `order`; those that are not in it last."""
+        return sorted(self._sums, key=lambda name: order.index(name) if name in order else len(order))
+
+    def total(self, stage: str, name: str) -> float:
+        return self._sums[stage].get(name, 0)
+
+    def summary(self, order: Sequence[str], means: Collection[str]) -> dict[str, dict[str, Any]]:
+        """For each stage: `workers`, `tasks`, the mean per task of each value in `means`, and the sums of bytes."""
+        return {name: self._stage_summary(name, means) for name in self.stage_names(order)}
+
+    def _stage_summary(self, name: str, means: Collection[str]) -> dict[str, Any]:
+        sums = self._sums[name]
+        tasks = sums["tasks"]
+        return {
+            "workers": len(self._workers[name]),
+            "tasks": tasks,
+            **{key: round(sums.get(key, 0) / tasks, 3) if tasks else 0.0 for key in means},
+            **{key: sums.get(key, 0) for key in BYTE_COUNTS},
+        }
+
 
 # Percentiles are those of the newest results, so that memory stays bounded.
 _RECENT_LATENCIES = 10_000

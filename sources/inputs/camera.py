@@ -16,7 +16,7 @@ from av.container import InputContainer
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
 from brokers.process.backoff import Backoff
-from sources.inputs.sample import Sample
+from sources.inputs.source import Sample
 from sources.inputs.video import VideoSource
 
 log = logging.getLogger(__name__)

@@ -54,11 +54,11 @@ def make_dataset(table: SourceTable, folder: Path) -> Dataset:
     kind = table.kind
     dataset: Dataset
     if kind == "digits":
-        from sources.datasets.digits import Digits
+        from sources.datasets.bundled import Digits
 
         dataset = Digits()
     elif kind == "cifar10":
-        from sources.datasets.cifar10 import Cifar10
+        from sources.datasets.bundled import Cifar10
 
         dataset = Cifar10(None if table.path is None else folder / Path(table.path).expanduser())
     elif ":" in kind:

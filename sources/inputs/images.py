@@ -17,8 +17,7 @@ from brokers.errors import UsageError
 from brokers.process.image_decode import decode_picture
 from brokers.protocol.messages import JPEG, JPEG_SIGNATURE, PNG, PNG_SIGNATURE
 from sources.datasets.dataset import Dataset
-from sources.inputs.sample import Sample
-from sources.inputs.source import Source
+from sources.inputs.source import Sample, Source
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Literal
 
-from sources.inputs.sample import Sample
+from sources.inputs.source import Sample
 
 # For sources that cannot be made to wait (the ingress): beyond these the oldest sample is dropped. Samples that await
 # their acknowledgement are never dropped, and do not count: the broker bounds their number.

@@ -21,8 +21,7 @@ from brokers.errors import UsageError
 from brokers.process.download_cache import PackageOrigin, fetch_file
 from brokers.process.image_decode import RgbImage
 from brokers.protocol.messages import JPEG, SAFETENSORS
-from sources.inputs.sample import Sample
-from sources.inputs.source import Source
+from sources.inputs.source import Sample, Source
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ from typing import Any
 from brokers.process.files import atomic_path
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import pack
-from sources.inference.run_folder import write_summary
-from sources.jsonl import JsonlWriter, read_jsonl
+from sources.inference.run_folder import JsonlWriter, read_jsonl, write_summary
 from sources.training.learning_curves import plot_learning_curves
 from sources.training.run_stats import TrainingRunStats
 

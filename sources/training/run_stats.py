@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from brokers.protocol.stage_timing import STAGE_DURATIONS
 from brokers.telemetry.percentiles import percentiles
-from sources.stage_totals import BYTE_COUNTS, StageTotals
+from sources.inference.run_stats import BYTE_COUNTS, StageTotals
 
 # A curve is thinned out when it has more than twice as many points: a plot has fewer columns.
 MIN_CURVE_POINTS = 2048

@@ -18,9 +18,8 @@ from brokers.protocol.messages import TensorContent
 from brokers.protocol.training import SourceProgress, TrainingStatus
 from sources.datasets.batches import Batches, split_micro_batches
 from sources.datasets.dataset import Dataset
-from sources.training.membership import MembershipWatcher, TermOver
 from sources.training.run_settings import learning_rate, relevant_settings, settings_differences
-from sources.training.two_phase_step import Step, StepFailed, StepRunner
+from sources.training.two_phase_step import MembershipWatcher, Step, StepFailed, StepRunner, TermOver
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from brokers.protocol.transport import Properties
 from brokers.telemetry.client import event_client_from_environment
 from sources.client.source_presence import SourcePresence, create_source_transport
 from sources.datasets.dataset import Dataset
-from sources.training.membership import TermOver
 from sources.training.run_folder import TrainingRunFolder, write_weights
 from sources.training.training_loop import TrainingEventDict, TrainingLoop
+from sources.training.two_phase_step import TermOver
 
 log = logging.getLogger(__name__)
 

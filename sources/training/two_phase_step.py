@@ -1,4 +1,4 @@
-"""One training step as its source runs it: a two-phase commit over all stages.
+"""One training step as its source runs it, a two-phase commit over all stages, and the members of the pipeline.
 
 The source sends the micro-batches. A stage is *prepared* once it has done the backward pass of each of them; when all
 stages are prepared, the source tells them to *commit*. If anything fails before, the term ends and all stages return to
@@ -7,7 +7,7 @@ a version that they have in common: a step is applied on all stages or on none.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
-from brokers.errors import RequestError
+from brokers.dispatch.worker_registry import PresenceEvent, PresenceListener
+from brokers.errors import RequestError, SparseError
 from brokers.protocol.messages import (
     Failure,
     Message,
@@ -38,9 +39,59 @@ from brokers.protocol.training import (
     TrainingStatus,
     micro_batch_seed,
 )
-from sources.training.membership import MembershipWatcher, TermOver
+from brokers.protocol.transport import Transport
 
 INPUT_TENSOR = "input"  # the first stage has one input, so the network's name for it is not needed
+
+
+class TermOver(SparseError):
+    """The term of the current step has ended: the step must be repeated in the next term."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("TermOver", reason)
+
+
+class MembershipWatcher:
+    """Follows the presence records of the first stage's workers. `changed` is set when the members may have changed."""
+
+    def __init__(self, pipeline: Pipeline, transport: Transport) -> None:
+        self.changed = asyncio.Event()
+        self._pipeline = pipeline
+        self._presence = PresenceListener(transport, self._on_presence, reset_on_reconnect=True)
+
+    async def open(self) -> None:
+        await self._presence.subscribe(self._pipeline.topics(self._pipeline.stage[0]).presence_filter)
+
+    async def close(self) -> None:
+        await self._presence.close()
+
+    def _on_presence(self, event: PresenceEvent) -> None:
+        self.changed.set()
+
+    @property
+    def term(self) -> TrainingStatus | None:
+        """The newest term, with its members, as its coordinator reports it; None while there is no coordinator."""
+        coordinators = [status for status in self._statuses() if status.members]
+        return max(coordinators, key=lambda status: status.term, default=None)
+
+    @property
+    def problem(self) -> str:
+        """Why the pipeline cannot be trained, as the first stage reports it; empty if it can."""
+        return next((status.problem for status in self._statuses() if status.problem), "")
+
+    def _statuses(self) -> Iterator[TrainingStatus]:
+        now_s = time.monotonic()
+        for entry in self._presence.registry.workers.values():
+            if entry.record.training is not None and not entry.is_silent(now_s):
+                yield entry.record.training
+
+    def worker_inbox(self, term: TrainingStatus, stage: str) -> str:
+        """The inbox topic of the worker of a stage."""
+        return self._pipeline.topics(self._pipeline.find_stage(stage)).inbox(term.members[stage])
+
+    def coordinator_inbox(self, term: TrainingStatus) -> str:
+        """The inbox topic of the coordinator, which is the first stage's worker."""
+        return self.worker_inbox(term, self._pipeline.stage[0].name)
 
 
 class StepFailed(RequestError):

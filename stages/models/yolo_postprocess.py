@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from brokers.errors import UsageError
-from stages.models.darknet_layers import Anchors
+from stages.models.darknet import Anchors
 from stages.models.image_preprocess import letterbox_size
 from stages.models.yolov3 import COCO_LABELS, YOLOV3_ANCHORS, YOLOV3_TINY_ANCHORS
 

@@ -3,7 +3,9 @@
 The tables hold the layers of yolov3.cfg and yolov3-tiny.cfg; a row's index is the layer's number there.
 """
 
-from stages.models.darknet_layers import (
+from pathlib import Path
+
+from stages.models.darknet import (
     Anchors,
     Convolutional,
     Darknet,
@@ -16,19 +18,7 @@ from stages.models.darknet_layers import (
 )
 
 # The class names of COCO, in the order and spelling of Darknet's coco.names.
-# fmt: off
-COCO_LABELS = (
-    "person", "bicycle", "car", "motorbike", "aeroplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
-    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
-    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
-    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "sofa",
-    "pottedplant", "bed", "diningtable", "toilet", "tvmonitor", "laptop", "mouse", "remote", "keyboard",
-    "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors",
-    "teddy bear", "hair drier", "toothbrush",
-)
-# fmt: on
+COCO_LABELS = tuple((Path(__file__).parent / "coco.names").read_text(encoding="utf-8").splitlines())
 
 # Anchors of each detection layer, in the order of the network's outputs: large objects first.
 YOLOV3_ANCHORS: tuple[Anchors, ...] = (

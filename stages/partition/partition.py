@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from brokers.errors import UsageError
-from stages.partition.batch_analysis import find_batched_values
 from stages.partition.boundary import (
     expand_shape_tensor,
     make_shape_tensor,
@@ -37,7 +36,7 @@ from stages.partition.boundary import (
     unpack_value,
 )
 from stages.partition.fx_graph import TracedModel, trace
-from stages.partition.inplace_analysis import copy_mutated_inputs
+from stages.partition.graph_analysis import copy_mutated_inputs, find_batched_values
 
 # Methods and attributes that read the shape or dtype of a tensor, never its values.
 SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "is_floating_point"})

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from brokers.errors import SparseError, WireError
 from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_LIMIT, RNG_STATE_TENSOR, MicroBatch
 from stages.models.registry import pipeline_model_spec
-from stages.partition.part_loader import load_trainable_part
+from stages.partition.part_loader import find_weights, load_trainable_part
 from stages.partition.partition import Part, fingerprint
-from stages.partition.weight_files import find_weights
 from stages.training.optimizer_and_loss import find_loss, make_optimizer
 from stages.training.step_queue import unknown_forward_error
 from stages.worker.worker_context import WorkerContext

@@ -21,8 +21,7 @@ from brokers.protocol.training import MICRO_BATCH_KEY, MicroBatch, TrainingStatu
 from brokers.protocol.transport import Properties, Transport
 from stages.training.coordinator import Coordinator, CoordinatorCommand
 from stages.training.part_trainer import PartTrainer
-from stages.training.send_queue import SendQueue
-from stages.training.step_executor import StepExecutor
+from stages.training.step_executor import SendQueue, StepExecutor
 from stages.training.step_queue import Commit, StepOperation, StepQueue
 from stages.worker.stage_worker import StageWorker
 from stages.worker.worker_context import WorkerContext

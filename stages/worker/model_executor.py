@@ -11,9 +11,8 @@ from brokers.protocol.safetensors_codec import to_numpy, to_torch
 from stages.executor import Node, TaskContext, TaskExecutor, Tensors
 from stages.models.registry import pipeline_model_spec
 from stages.partition.boundary import value_name
-from stages.partition.part_loader import load_part
+from stages.partition.part_loader import find_weights, load_part
 from stages.partition.partition import Part, fingerprint
-from stages.partition.weight_files import find_weights
 from stages.worker.worker_context import WorkerContext
 
 # Name of the tensor that is a decoded picture, uint8 (H, W, 3), RGB; all other names are those of the network.

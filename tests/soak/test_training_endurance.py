@@ -11,7 +11,7 @@ from torch import nn
 
 from brokers.config.pipeline_file import load_pipeline
 from sources.datasets.batches import Batches, split_micro_batches
-from sources.datasets.digits import Digits
+from sources.datasets.bundled import Digits
 from sources.training.run_settings import learning_rate
 from stages.models.registry import get_model_spec
 from tests.soak.conftest import PrintLine, sizes

@@ -16,9 +16,8 @@ from PIL import Image
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
 from sources import Dataset, Examples
-from sources.datasets import digits
-from sources.datasets.cifar10 import Cifar10
-from sources.datasets.digits import Digits
+from sources.datasets import bundled
+from sources.datasets.bundled import Cifar10, Digits
 from sources.inputs.factory import make_dataset
 from sources.inputs.images import DatasetSource
 from tests.support.brokers.ports import free_port
@@ -99,7 +98,7 @@ def test_digits_are_balanced_pictures_with_a_fixed_split() -> None:
 
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    digits._split.cache_clear()
+    bundled._split.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # makes its import fail
     with raises_error(UsageError, "NotInstalled", match=r"needs scikit-learn: .* extra 'train'"):
         Digits().train()

@@ -14,13 +14,10 @@ from PIL import Image
 
 from brokers.process.image_decode import RgbImage, decode_picture
 from sources.gallery import gallery as gallery_module
-from sources.gallery.annotate import PALETTE, annotate, label_colour
-from sources.gallery.best_frames import BestFrames
-from sources.gallery.clip import write_clip
-from sources.gallery.contact_sheet import SheetCell, draw_contact_sheet, format_counts
-from sources.gallery.gallery import Gallery
+from sources.gallery.drawing import PALETTE, SheetCell, annotate, draw_contact_sheet, format_counts, label_colour
+from sources.gallery.gallery import BestFrames, Gallery, write_clip
 from sources.inference.run_folder import InferenceRunFolder
-from sources.inputs.sample import Sample
+from sources.inputs.source import Sample
 from tests.soak.harness.hostile_messages import png_bomb
 from tests.support.brokers.broker_kinds import WAIT_S
 from tests.support.environment.clips import image_bytes
@@ -144,7 +141,7 @@ def test_clip_of_a_long_stream_is_thinned_out_evenly(tmp_path: Path, monkeypatch
 def test_missing_encoder_costs_the_clip_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("sources.gallery.clip.ENCODERS", (("no-such-encoder", {}),))
+    monkeypatch.setattr("sources.gallery.gallery.ENCODERS", (("no-such-encoder", {}),))
     gallery = Gallery(tmp_path, fps=25)
     add_all(gallery, [make_result(0, 0.5)], grey())
     assert "clip" not in gallery.finish()

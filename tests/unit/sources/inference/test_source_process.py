@@ -11,9 +11,8 @@ import pytest
 
 from brokers.protocol.messages import JSON
 from sources.inference.source_process import feed_from_source
-from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Source
+from sources.inputs.source import Sample, Source
 from tests.support.brokers.broker_kinds import WAIT_S
 
 

@@ -12,8 +12,7 @@ from brokers.errors import UsageError
 from sources.inputs.camera import Camera
 from sources.inputs.factory import make_source
 from sources.inputs.images import ImageFolder
-from sources.inputs.sample import Sample
-from sources.inputs.source import Source
+from sources.inputs.source import Sample, Source
 from sources.inputs.video import VideoFile
 from tests.support.environment.clips import image_bytes, write_video
 from tests.support.errors import raises_error

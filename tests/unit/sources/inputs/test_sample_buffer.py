@@ -10,8 +10,8 @@ import pytest
 
 from brokers.protocol.messages import JSON
 from sources.inputs import sample_buffer
-from sources.inputs.sample import Sample
 from sources.inputs.sample_buffer import SampleBuffer
+from sources.inputs.source import Sample
 
 
 def sample(index: int, source: str = "a", ack: Callable[[], None] | None = None) -> Sample:

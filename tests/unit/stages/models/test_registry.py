@@ -16,7 +16,7 @@ from torchvision import models
 
 from brokers.errors import UsageError
 from brokers.process.image_decode import RgbImage
-from stages.models.darknet_layers import Darknet
+from stages.models.darknet import Darknet
 from stages.models.registry import ModelSpec, get_model_spec
 from stages.partition.partition import partition
 from tests.support.errors import raises_error

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from brokers.errors import UsageError
 from brokers.process.image_decode import RgbImage, decode_picture
-from stages.models.darknet_layers import Anchors, Darknet
-from stages.models.darknet_weights import darknet_state_dict
+from stages.models.darknet import Anchors, Darknet, darknet_state_dict
 from stages.models.image_preprocess import letterbox
 from stages.models.yolo_postprocess import Detections, postprocess_detections
 from stages.models.yolov3 import COCO_LABELS, YOLOV3_TINY_ANCHORS, yolov3_tiny

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from brokers.process.image_decode import decode_picture
-from stages.models.darknet_layers import (
+from stages.models.darknet import (
     Convolutional,
     Darknet,
     MaxPool,
@@ -20,8 +20,9 @@ from stages.models.darknet_layers import (
     Shortcut,
     Upsample,
     Yolo,
+    darknet_state_dict,
+    save_darknet_weights,
 )
-from stages.models.darknet_weights import darknet_state_dict, save_darknet_weights
 from stages.models.image_preprocess import letterbox
 from stages.models.yolo_postprocess import postprocess_detections
 from stages.models.yolov3 import yolov3, yolov3_tiny

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import stages.partition.part_loader
 from brokers.errors import UsageError
-from stages.models.darknet_layers import Darknet
-from stages.models.darknet_weights import save_darknet_weights
+from stages.models.darknet import Darknet, save_darknet_weights
 from stages.models.registry import ModelSpec, get_model_spec
-from stages.partition.part_loader import load_part, load_trainable_part
+from stages.partition import part_loader
+from stages.partition.part_loader import find_weights, load_part, load_trainable_part
 from stages.partition.partition import Part
 from tests.support.errors import raises_error
 from tests.support.training.networks import randomize_parameters
@@ -261,3 +262,26 @@ def test_no_evaluation_part_if_the_cut_layer_exists_only_in_training() -> None:
     trained, evaluated = load_trainable_part(spec, [1], 1, None, 0, "cpu")
     assert trained.training
     assert evaluated is None
+
+
+def test_existing_file_is_returned(tmp_path: Path) -> None:
+    (tmp_path / "my.weights").write_bytes(b"w")
+    assert find_weights(str(tmp_path / "my.weights")) == tmp_path / "my.weights"
+
+
+def test_unknown_name_lists_the_registered_ones() -> None:
+    with raises_error(UsageError, "UnknownWeights", match="'yolov9': expected a file, or one of yolov3, yolov3-tiny"):
+        find_weights("yolov9")
+
+
+def test_registered_name_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = ("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
+    monkeypatch.setattr(part_loader, "PUBLISHED_WEIGHTS", {"toy": published})
+    (tmp_path / "toy.weights").write_bytes(b"right")
+    assert find_weights("toy", cache=tmp_path) == tmp_path / "toy.weights"
+
+
+def test_registered_weights_have_a_checksum_and_an_origin() -> None:
+    for name, (_, sha256, origins) in part_loader.PUBLISHED_WEIGHTS.items():
+        assert len(bytes.fromhex(sha256)) == 32, name
+        assert origins, name

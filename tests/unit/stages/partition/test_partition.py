@@ -17,7 +17,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from brokers.errors import UsageError
 from stages.models import yolov3 as yolo
-from stages.models.darknet_layers import Convolutional, Darknet
+from stages.models.darknet import Convolutional, Darknet
 from stages.models.vgg import SmallVgg
 from stages.partition.fx_graph import TracedModel, trace
 from stages.partition.partition import fingerprint, partition

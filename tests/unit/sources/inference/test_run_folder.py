@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from brokers.errors import BadFile
-from sources.jsonl import JsonlWriter, read_jsonl
+from sources.inference.run_folder import JsonlWriter, read_jsonl
 
 
 def write(path: Path, *items: int) -> None:
