@@ -123,11 +123,6 @@ def test_frozen_worker_is_replaced_and_its_late_results_are_dropped(
             await asyncio.to_thread(eventually, "a lost worker", lambda: lost_workers() == {"frozen"})
             frozen.process.send_signal(signal.SIGCONT)
             await wait_until(lambda: offload.counters["duplicates"] >= 3)
-            workers = set[str]()
-            while "frozen" not in workers:
-                responses = await asyncio.gather(*(offload.request(make_content(index)) for index in range(3)))
-                assert [result_value(response) for response in responses] == [1.0, 2.0, 3.0]
-                workers = {response.result.hops[0].worker for response in responses}
             await asyncio.to_thread(eventually, "no lost worker", lambda: not lost_workers())
             assert offload.counters["results"] == offload.counters["requests"]
 

@@ -171,10 +171,9 @@ def test_source_only_uses_stages_that_are_up(sandbox: ProcessSandbox) -> None:
 def test_sweep_of_cuts_includes_the_uncut_network(sandbox: ProcessSandbox) -> None:
     require_dependency("mosquitto")
     out = sandbox.folder / "sweep"
+    options = ("--requests", "8", "--warm-up", "3", "--repeats", "1", "--out", out)
     split = ROOT / "examples" / "split.toml"
-    sweep = sandbox.start_sparse("bench", "sweep", split, "--cuts", "8", *SHORT, "--out", out).wait(
-        timeout_s=BENCH_TIMEOUT_S
-    )
+    sweep = sandbox.start_sparse("bench", "sweep", split, "--cuts", "8", *options).wait(timeout_s=BENCH_TIMEOUT_S)
     assert sweep.returncode == 0, sweep.stderr
     runs = read_runs(out)
     assert list(runs) == ["cut-8-1", "uncut-at-device-1", "uncut-at-cloud-1"]
