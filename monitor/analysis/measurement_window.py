@@ -7,7 +7,7 @@ from typing import Literal, cast
 from monitor.errors import NoSamples
 from monitor.points.points import TelemetryPoint
 
-# The points of one run by measurement, as a `StoreReader` returns them; a measurement without points may be absent.
+# The points of one run by measurement, in the order of time; a measurement without points may be absent.
 PointsByMeasurement = Mapping[str, Sequence[TelemetryPoint]]
 RunKind = Literal["inference", "training"]
 

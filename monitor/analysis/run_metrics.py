@@ -4,12 +4,14 @@
 per result for inference and per row for training.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 
 from brokers.protocol.stage_timing import STAGE_DURATIONS
 from brokers.telemetry.percentiles import percentiles
@@ -43,10 +45,6 @@ class StageTime:
     compute_ms: float = 0.0
     encode_ms: float = 0.0
 
-    @property
-    def total_ms(self) -> float:
-        return self.queue_ms + self.decode_ms + self.compute_ms + self.encode_ms
-
 
 @dataclass(frozen=True, slots=True)
 class LinkBytes:
@@ -75,10 +73,25 @@ class RunMetrics:
     energy_j: Mapping[str, float] | None  # of the node per sample, by additive sensor: "gpu 0", "rail package-0"
     energy_missing_reason: str  # empty where there is energy
 
+
+@dataclass(frozen=True, slots=True)
+class MedianRange:
+    """Repeated measurements of one metric: median, smallest and largest of `count`."""
+
+    median: float
+    minimum: float
+    maximum: float
+    count: int
+
+    @classmethod
+    def from_values(cls, values: Sequence[float]) -> MedianRange:
+        """Raises `ValueError` where there are no values."""
+        return cls(median(values), min(values), max(values), len(values))
+
     @property
-    def total_cpu_s(self) -> float | None:
-        """CPU time per sample of all roles."""
-        return sum(self.cpu_s.values()) if self.cpu_s else None
+    def bounds(self) -> tuple[float, float] | tuple[None, None]:
+        """The range; (None, None) for a single measurement, which has none."""
+        return (self.minimum, self.maximum) if self.count > 1 else (None, None)
 
 
 @dataclass(frozen=True, slots=True)

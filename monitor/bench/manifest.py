@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from brokers.errors import UsageError
 from brokers.server.mosquitto_conf import find_mosquitto
 from monitor.bench.suite import BenchCase
+from monitor.sensors.nvml import GpuSensor
 
 MANIFEST_FILE = "manifest.json"
 # The password of a broker's address anywhere in a file, comments included.
@@ -128,15 +129,19 @@ def load_manifest(folder: Path) -> Manifest | None:
 
 def hardware() -> dict[str, Any]:
     """Processor, memory, GPUs and kernel of this machine."""
-    gpus, gpu_error = _gpu_names()
+    sensor = GpuSensor()
+    readings = list(sensor.measure(0.0))
+    sensor.close()
+    gpus = [tags["model"] for measurement, tags, _ in readings if measurement == "gpu"]
+    reasons = [str(fields["reason"]) for measurement, _, fields in readings if measurement == "missing"]
     return {
         "node": platform.node() or None,
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus,
-        "gpus_missing": gpu_error,
+        "gpus": gpus or None,
+        "gpus_missing": None if gpus else "; ".join(reasons),
         "kernel": f"{platform.system()} {platform.release()}",
     }
 
@@ -176,23 +181,6 @@ def _cpu_name() -> str | None:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
     return names[0] if names else platform.processor() or platform.machine() or None
-
-
-def _gpu_names() -> tuple[list[str] | None, str | None]:
-    """The names of the NVIDIA GPUs; None, and the reason, where the driver does not answer."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return None, str(error)
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles], None
-    except pynvml.NVMLError as error:
-        return None, str(error)
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _output(*command: str, any_status: bool = False) -> str | None:

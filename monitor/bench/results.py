@@ -12,8 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from monitor.analysis.median_range import MedianRange
-from monitor.analysis.run_metrics import RunMetrics
+from monitor.analysis.run_metrics import MedianRange, RunMetrics
 from monitor.bench.summary import summarize
 
 RESULTS_FILE, CSV_FILE = "results.json", "results.csv"

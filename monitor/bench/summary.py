@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from monitor.analysis.median_range import MedianRange
-from monitor.analysis.run_metrics import RunMetrics
+from monitor.analysis.run_metrics import MedianRange, RunMetrics
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,9 @@ def _summary_columns(is_training: bool) -> list[SummaryColumn]:
         SummaryColumn("p99", "ms", -1, lambda metrics: metrics.latency_ms["p99"]),
         SummaryColumn("network", "ms", -1, lambda metrics: metrics.network_ms),
         SummaryColumn("between sites", f"kB/{sample}", -1, _link_kb),
-        SummaryColumn("CPU time", f"s/{sample}", -1, lambda metrics: metrics.total_cpu_s),
+        SummaryColumn(
+            "CPU time", f"s/{sample}", -1, lambda metrics: sum(metrics.cpu_s.values()) if metrics.cpu_s else None
+        ),
         SummaryColumn(
             "energy", f"J/{sample}", -1, lambda metrics: sum(metrics.energy_j.values()) if metrics.energy_j else None
         ),

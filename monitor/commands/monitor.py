@@ -20,7 +20,7 @@ from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE, socket_path
 from brokers.telemetry.schema import TelemetryEvent
 from monitor.daemon.collector import TelemetryCollector
 from monitor.daemon.daemon import Daemon
-from monitor.daemon.unix_listener import UnixListener
+from monitor.daemon.event_socket import UnixListener
 from monitor.errors import BadStore
 from monitor.points.points import TelemetryPoint
 from monitor.sensors.all import SAMPLE_INTERVAL_S

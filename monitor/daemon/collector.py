@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from brokers.telemetry.schema import TelemetryEvent
-from monitor.daemon.event_parser import EventReader
-from monitor.daemon.unix_listener import UnixListener
+from monitor.daemon.event_socket import EventReader, UnixListener
 from monitor.errors import SocketUnavailable
 from monitor.points.points import TelemetryPoint, event_to_points
 from monitor.sensors.all import SAMPLE_INTERVAL_S, Sampler

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline
 from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE, event_client_from_environment
-from monitor.daemon.unix_listener import PATH_LIMIT_BYTES
+from monitor.daemon.event_socket import PATH_LIMIT_BYTES
 from monitor.launch.child_process import ChildProcess, RestartLimit, kill_all, terminate_all
 from monitor.launch.sites import SiteBrokers
 from monitor.stores.sqlite import TELEMETRY_FILE

@@ -12,7 +12,6 @@ from monitor.analysis.run_metrics import MEASUREMENTS_READ
 from monitor.bench.manifest import MANIFEST_FILE, Manifest, SuiteRecord, load_manifest
 from monitor.errors import BadStore, NoSamples
 from monitor.report.run import ReportRun
-from monitor.stores.base import StoreReader
 from monitor.stores.influx.config import URL_VARIABLE, influx_target
 from monitor.stores.influx.store import InfluxReader
 from monitor.stores.sqlite import TELEMETRY_FILE, SqliteReader
@@ -149,7 +148,7 @@ def _load_influx(name: str, run_name: str) -> ReportRun:
     return _load_run(reader, name, run_name, run_name, 0)
 
 
-def _load_run(reader: StoreReader, name: str, run_name: str, label: str, warm_up: int) -> ReportRun:
+def _load_run(reader: SqliteReader | InfluxReader, name: str, run_name: str, label: str, warm_up: int) -> ReportRun:
     """One run; for a node's measurements without a run, it has the points from the time of the run."""
     points = {measurement: reader.points(measurement, run_name) for measurement in _MEASUREMENTS}
     try:

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import numpy as np
 
-from monitor.analysis.median_range import MedianRange
+from monitor.analysis.run_metrics import MedianRange
 from monitor.points.points import TelemetryPoint
 from monitor.report.run import ReportRun, number_or_none
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from brokers.protocol.stage_timing import STAGE_DURATIONS
 from monitor.analysis.measurement_window import number_or_zero
-from monitor.analysis.median_range import MedianRange
+from monitor.analysis.run_metrics import MedianRange
 from monitor.report.run import ReportRun, group_runs, number_or_none
 from monitor.report.table import (
     TOTAL,
@@ -87,6 +87,7 @@ def latency(runs: Sequence[ReportRun]) -> ReportFigure:
         f"The share of {event}s that took at most a given time. Further left is faster; a long tail at the top right "
         "is a few slow ones. Repeats are combined."
     )
+    ordered = sorted(table.floats("latency_ms"))
     plot = LinePlot(
         "latency_ms",
         "share",
@@ -94,13 +95,9 @@ def latency(runs: Sequence[ReportRun]) -> ReportFigure:
         f"share of {event}s",
         stepped=True,
         y_is_fraction=True,
-        log_x=_has_wide_range(sorted(table.floats("latency_ms"))),
+        log_x=bool(ordered) and ordered[0] > 0 and ordered[-1] > _WIDE_RANGE * ordered[len(ordered) // 2],
     )
     return ReportFigure(title, caption, table, plot, f"no {event} ended", percentiles)
-
-
-def _has_wide_range(ordered: Sequence[float]) -> bool:
-    return bool(ordered) and ordered[0] > 0 and ordered[-1] > _WIDE_RANGE * ordered[len(ordered) // 2]
 
 
 def distribution_rows(values: Iterable[float]) -> list[Row]:

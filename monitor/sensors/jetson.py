@@ -62,7 +62,8 @@ class JetsonSensor(Sensor):
         """The readings, and reports of values that cannot be read."""
         if self._rails is None:
             self._rails = []
-            if _is_jetson(self._root):
+            compatible = read_text(self._root / "proc/device-tree/compatible")
+            if "nvidia,tegra" in compatible or (self._root / "etc/nv_tegra_release").exists():
                 yield from self._find()
         for rail in self._rails:
             power_w: float | None = None
@@ -90,11 +91,6 @@ class JetsonSensor(Sensor):
         if self._load is None:
             reason = f"there is neither /{_LOADS[0]} nor a file for the load of another release"
             yield from self.report_missing("gpu", reason)
-
-
-def _is_jetson(root: Path) -> bool:
-    compatible = read_text(root / "proc/device-tree/compatible")
-    return "nvidia,tegra" in compatible or (root / "etc/nv_tegra_release").exists()
 
 
 def _find_rails(root: Path) -> list[_Rail]:

@@ -5,12 +5,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 from brokers.process.backoff import Backoff
 from monitor.errors import BadStore
-from monitor.stores.base import Sink
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +20,25 @@ _FIRST_RETRY_S, _LONGEST_RETRY_S = 1.0, 30.0
 _RETRY_WHILE_STOPPING_S = 0.1
 
 T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
+
+
+class Sink(Protocol[T_contra]):
+    """Accepts items in batches, such as a store of points; used by one thread at a time."""
+
+    @property
+    def waiting(self) -> int:
+        """Items accepted and not yet delivered."""
+
+    @property
+    def dropped(self) -> int:
+        """Items lost."""
+
+    def write(self, items: Sequence[T_contra]) -> None:
+        """Accept all items, or raise `BadStore`."""
+
+    def close(self) -> None:
+        """Deliver what waits, as far as that is possible soon. May be called twice."""
 
 
 class BatchWriter(Generic[T]):

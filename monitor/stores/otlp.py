@@ -33,7 +33,7 @@ _SCOPE = InstrumentationScope("sparse")
 
 
 class TraceExporter:
-    """A `monitor.stores.base.Sink` of events. Spans that the collector does not accept are dropped and counted."""
+    """A `Sink` of events. Spans that the collector does not accept are dropped and counted."""
 
     waiting = 0  # a write delivers or drops all spans
 

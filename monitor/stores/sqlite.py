@@ -81,7 +81,7 @@ class SqliteStore:
 
 
 class SqliteReader:
-    """A `StoreReader` of the file of a `SqliteStore`, also while it is written."""
+    """Reads points back from the file of a `SqliteStore`, also while it is written; raises `BadStore`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,10 +89,12 @@ class SqliteReader:
             raise BadStore(str(path), "there is no such file")
 
     def runs(self) -> list[str]:
+        """The names of the runs that have requests or steps, oldest first; "" is points without a run."""
         ends = "SELECT run, time_ns FROM request UNION ALL SELECT run, time_ns FROM step"
         return [str(run) for (run,) in self._query(f"SELECT run FROM ({ends}) GROUP BY run ORDER BY min(time_ns)")]
 
     def points(self, measurement: str, run: str | None = None) -> list[TelemetryPoint]:
+        """The points of a measurement, of all runs or one, in the order of time."""
         schema = MEASUREMENTS[measurement]
         columns = ", ".join(f'"{name}"' for name in (*schema.tags, *(field.name for field in schema.fields)))
         where, values = ("WHERE run = ?", (run,)) if run is not None else ("", ())

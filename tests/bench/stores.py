@@ -28,7 +28,7 @@ from typing import Any
 
 from brokers.telemetry.schema import HopMetrics, RequestDone, TaskProcessed
 from monitor.points.points import TelemetryPoint, event_to_points
-from monitor.stores.base import Store
+from monitor.stores.batch_writer import Sink
 from monitor.stores.influx.http import LineEncoder
 from monitor.stores.influx.store import InfluxStore
 from monitor.stores.sqlite import SqliteReader, SqliteStore
@@ -88,7 +88,7 @@ def make_points(count: int, begin_ns: int) -> list[TelemetryPoint]:
 class OpenStore:
     """A store, whether it has written all points that it was given, and how many points it has."""
 
-    store: Store
+    store: Sink[TelemetryPoint]
     is_drained: Callable[[], bool]
     count: Callable[[], int]
 

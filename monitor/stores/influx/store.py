@@ -138,7 +138,7 @@ class InfluxStore:
 
 
 class InfluxReader:
-    """A `StoreReader` of the points of an `InfluxStore`."""
+    """Reads the points of an `InfluxStore` back, with the methods of `SqliteReader`; raises `BadStore`."""
 
     def __init__(self, target: InfluxTarget) -> None:
         self.target = target

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, TaskProcessed, TelemetryEvent
-from monitor.daemon.event_parser import EventReader
-from monitor.daemon.unix_listener import UnixListener
+from monitor.daemon.event_socket import EventReader, UnixListener
 from tests.support.monitor.unix_client import encode_event, encode_task_event, send_datagrams, short_temp_folder
 from tests.support.pipelines.processes import eventually
 

@@ -13,7 +13,6 @@ import pytest
 from monitor.errors import BadStore
 from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.points.schema import MEASUREMENTS, Measurement
-from monitor.stores.base import StoreReader
 from monitor.stores.influx.http import sanitize_tag, sanitize_text
 from monitor.stores.influx.store import InfluxReader, InfluxStore
 from monitor.stores.sqlite import SqliteReader, SqliteStore
@@ -38,7 +37,8 @@ AWKWARD = [
 ]
 
 # Writes points to an empty store and returns its reader.
-WriteAll = Callable[[list[TelemetryPoint]], StoreReader]
+Reader = SqliteReader | InfluxReader
+WriteAll = Callable[[list[TelemetryPoint]], Reader]
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InfluxServer]:
 
 @pytest.fixture(params=["sqlite", "influx"])
 def write_all(request: pytest.FixtureRequest, tmp_path: Path) -> WriteAll:
-    def write_sqlite(points: list[TelemetryPoint]) -> StoreReader:
+    def write_sqlite(points: list[TelemetryPoint]) -> Reader:
         store = SqliteStore(tmp_path / "telemetry.sqlite")
         store.write(points)
         store.close()
         return SqliteReader(store.path)
 
-    def write_influx(points: list[TelemetryPoint]) -> StoreReader:
+    def write_influx(points: list[TelemetryPoint]) -> Reader:
         server: InfluxServer = request.getfixturevalue("server")
         server.query(f'DROP DATABASE "{BUCKET}"')
         server.query(f'CREATE DATABASE "{BUCKET}"')

@@ -9,7 +9,7 @@ import json
 import pytest
 from rich.console import Console
 
-from monitor.analysis.median_range import MedianRange
+from monitor.analysis.run_metrics import MedianRange
 from monitor.bench.results import (
     RunResult,
     comparison_table,

@@ -8,7 +8,7 @@ import pytest
 
 from brokers.telemetry.schema import RequestDone, StepDone
 from monitor.daemon.collector import EnergyPerSample, TelemetryCollector
-from monitor.daemon.unix_listener import UnixListener
+from monitor.daemon.event_socket import UnixListener
 from monitor.errors import SocketUnavailable
 from monitor.points.points import TelemetryPoint, event_to_points
 from monitor.stores.batch_writer import BatchWriter

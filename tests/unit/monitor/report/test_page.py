@@ -8,10 +8,9 @@ from typing import Any
 
 from monitor.bench.manifest import Manifest
 from monitor.report.inputs import ReportInputs
-from monitor.report.page import PageContent, inline_svg, render_page
 from monitor.report.plots import draw_figure, render_image
 from monitor.report.run import ReportRun
-from monitor.report.writer import build_figures
+from monitor.report.writer import PageContent, build_figures, inline_svg, render_page
 from tests.support.monitor.synthetic_runs import make_manifest
 from tests.unit.monitor.report.report_runs import FOUR_REQUESTS, LINK_TRAFFIC, make_repeats, make_run, summarize_runs
 

@@ -1,4 +1,4 @@
-"""The Unix datagram socket for events: read at once into a bounded buffer, so that no sender waits.
+"""The Unix datagram socket for events: read at once into a bounded buffer, so that no sender waits, and then parsed.
 
 A lock file beside the socket, held while the daemon runs, tells a stale socket from one in use. Connecting to the
 socket to find out would be a race between two daemons that start over a stale one.
@@ -10,12 +10,13 @@ import os
 import select
 import socket
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from brokers.errors import BadPayload
 from brokers.process.files import file_lock
-from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
+from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, TelemetryEvent, event_from_json
 from monitor.errors import SocketUnavailable
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,10 @@ _DATAGRAM_OVERHEAD_BYTES = 64  # memory of a datagram object, so that empty ones
 _RECEIVE_BUFFER_BYTES = 4 << 20  # of the kernel, on other systems than Linux, which has the buffer at the sender
 PATH_LIMIT_BYTES = 107  # of `sockaddr_un` without its final zero on Linux
 _CLOSE_CHECK_S = 1.0  # where a shutdown does not wake the thread, as it does on Linux
+_PARSE_INTERVAL_S = 0.1  # parsing each datagram as it arrives would cost a busy node more CPU
+_DATAGRAMS_PER_CALL = 32  # bounds the delay and the memory of one callback
+_TOO_LARGE = f"datagrams of more than {DATAGRAM_LIMIT_BYTES} bytes were dropped"
+_BUFFER_FULL = "lines were dropped: events arrive faster than they are read"
 
 
 class UnixListener:
@@ -89,6 +94,73 @@ class UnixListener:
                 return
             self._datagrams.append(datagram)
             self._buffered_bytes += size_bytes
+
+
+class EventReader:
+    """Passes the events that a listener receives to a callback, in a separate thread.
+
+    Lifecycle: `start`, `stop`. Counts are since construction.
+    """
+
+    def __init__(self, listener: UnixListener, on_events: Callable[[Sequence[TelemetryEvent]], None]) -> None:
+        self.listener = listener
+        self.event_count = 0
+        self._on_events = on_events
+        self._invalid_lines = 0
+        self._problems: Counter[str] = Counter()  # their texts are ours, with nothing that was sent
+        self._logged: Counter[str] = Counter()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="event reader", daemon=True)
+
+    @property
+    def bad_events(self) -> int:
+        """Invalid lines and oversized datagrams."""
+        return self._invalid_lines + self.listener.too_large
+
+    def start(self) -> None:
+        """Open the socket; raises as `UnixListener.open`."""
+        self.listener.open()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the socket and parse all that was received. May be called twice, and without `start`."""
+        self.listener.close()
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            stopping = self._stopping.is_set()
+            while datagrams := self.listener.take(_DATAGRAMS_PER_CALL):
+                self._parse(datagrams)
+            self._log_problems()
+            if stopping:
+                return
+            self._stopping.wait(_PARSE_INTERVAL_S)
+
+    def _parse(self, datagrams: Sequence[bytes]) -> None:
+        events = []
+        for datagram in datagrams:
+            for line in datagram.split(b"\n"):
+                if not line or line.isspace():
+                    continue
+                try:
+                    events.append(event_from_json(line))
+                except BadPayload as error:
+                    self._invalid_lines += 1
+                    self._problems[f"lines on the event socket are {error.problem}"] += 1
+        self.event_count += len(events)
+        if events:
+            self._on_events(events)
+
+    def _log_problems(self) -> None:
+        """One line for each kind of problem since the last call; the log's rate limit bounds a flood of them."""
+        self._problems[_TOO_LARGE] = self.listener.too_large
+        self._problems[_BUFFER_FULL] = self.listener.dropped
+        for problem, count in (self._problems - self._logged).items():
+            log.warning("%d %s", count, problem)
+        self._logged = self._problems.copy()
 
 
 def _wake(receiver: socket.socket) -> None:

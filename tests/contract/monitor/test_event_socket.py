@@ -13,7 +13,7 @@ import pytest
 
 from brokers.errors import UsageError
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES
-from monitor.daemon.unix_listener import UnixListener
+from monitor.daemon.event_socket import UnixListener
 from monitor.errors import SocketUnavailable
 from tests.support.monitor.unix_client import send_datagrams, short_temp_folder
 from tests.support.pipelines.processes import eventually
