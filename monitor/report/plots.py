@@ -1,10 +1,14 @@
-"""Plots of a report's tables by matplotlib, as SVG, PDF and PNG."""
+"""Plots of a report's tables by matplotlib, as SVG, PDF and PNG.
+
+Colours are told apart by colour-blind readers; dashes, markers and hatches by those of grey prints.
+"""
 
 import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -14,21 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from monitor.report.plot_style import (
-    BACKGROUND,
-    COLOUR_SETTINGS,
-    FIGURE_WIDTH_IN,
-    FOREGROUND,
-    GRIDLINE,
-    LINE_STYLES,
-    MUTED,
-    PNG_DPI,
-    STYLE_SHEET,
-    display_label,
-    part_styles,
-)
 from monitor.report.table import TOTAL, DataTable, LinePlot, ReportFigure, StackedBars, format_number
 
+# The width of a phone, or of half a desktop page; scaled to three quarters, that of a column of a paper.
+_FIGURE_WIDTH_IN, _PNG_DPI = 4.7, 200
+# Not quite black, white and grey: the page replaces these in the SVG by its own colours, which a dark screen inverts.
+FOREGROUND, MUTED, GRIDLINE, BACKGROUND = "#1f2328", "#57606b", "#e3e6ea", "#fffffe"
+IDLE_FILL = "#d0d5db"
+_LABEL_CHARACTERS = 34
 ImageFormat = Literal["png", "svg", "pdf"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("svg", "pdf", "png")
 
@@ -44,6 +41,69 @@ _MARKERS_PER_LINE = 8  # so that lines can be told apart without colour
 _LETTER_SHARE, _GAP_SHARE, _STAGE_CHARACTERS = 0.022, 0.04, 24
 
 
+class _LineStyle(NamedTuple):
+    """The style of one run in all figures."""
+
+    colour: str
+    linestyle: Any
+    marker: str
+
+
+class _PartStyle(NamedTuple):
+    """The style of one part of a stacked bar."""
+
+    colour: str
+    hatch: str
+
+
+# The palette of Okabe and Ito, https://jfly.uni-koeln.de/color/, without its yellow, which is too faint for a line.
+BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#cc79a7"
+ORANGE, SKY, GREY = "#e69f00", "#56b4e9", "#7f7f7f"
+
+LINE_STYLES = (
+    _LineStyle(BLUE, "-", "o"),
+    _LineStyle(VERMILION, (0, (5, 1.6)), "s"),
+    _LineStyle(GREEN, (0, (1.4, 1.2)), "^"),
+    _LineStyle(PURPLE, (0, (6, 1.5, 1.2, 1.5)), "D"),
+    _LineStyle(ORANGE, (0, (3, 1, 1, 1, 1, 1)), "v"),
+    _LineStyle(SKY, (0, (8, 2)), "P"),
+    _LineStyle(GREY, (0, (2, 1)), "X"),
+)
+_PART_STYLES = {
+    "queue": _PartStyle(SKY, ""),
+    "decode": _PartStyle(ORANGE, "//"),
+    "compute": _PartStyle(BLUE, ""),
+    "encode": _PartStyle(PURPLE, "\\\\"),
+    "network": _PartStyle(VERMILION, "...."),
+    "forward": _PartStyle(BLUE, ""),
+    "backward": _PartStyle(SKY, "//"),
+    "update": _PartStyle(GREEN, "...."),
+    "idle": _PartStyle(IDLE_FILL, ""),
+}
+_OTHER_PART_STYLES = (
+    _PartStyle(BLUE, ""),
+    _PartStyle(ORANGE, "//"),
+    _PartStyle(GREEN, "\\\\"),
+    _PartStyle(VERMILION, "...."),
+    _PartStyle(SKY, ""),
+    _PartStyle(PURPLE, "xx"),
+    _PartStyle(GREY, "--"),
+)
+
+# matplotlib's settings: those that do not depend on the colours above are in the style sheet.
+_STYLE_SHEET = Path(__file__).with_name("plots.mplstyle")
+_COLOUR_SETTINGS: Any = {
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": FOREGROUND,
+    "figure.facecolor": BACKGROUND,
+    "hatch.color": BACKGROUND,
+    "legend.labelcolor": FOREGROUND,
+    "text.color": FOREGROUND,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+}
+
+
 def draw_figure(figure: ReportFigure, run_labels: Sequence[str]) -> Figure:
     """Plot a figure; `run_labels` are all runs of the report, which gives each the same colour in every figure."""
     with _settings():
@@ -56,13 +116,13 @@ def render_image(drawing: Figure, kind: ImageFormat) -> bytes:
     """The content of an image file; the same figure gives the same bytes."""
     file = io.BytesIO()
     with _settings():
-        drawing.savefig(file, format=kind, dpi=PNG_DPI, metadata=_METADATA[kind])
+        drawing.savefig(file, format=kind, dpi=_PNG_DPI, metadata=_METADATA[kind])
     return file.getvalue()
 
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    with mpl.rc_context(COLOUR_SETTINGS, STYLE_SHEET), warnings.catch_warnings():
+    with mpl.rc_context(_COLOUR_SETTINGS, _STYLE_SHEET), warnings.catch_warnings():
         # Letters that the font lacks, in the name of a run, are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         yield
@@ -71,7 +131,7 @@ def _settings() -> Iterator[None]:
 def _draw_lines(table: DataTable, plot: LinePlot, run_labels: Sequence[str]) -> Figure:
     panels = table.distinct(plot.panel)[:MAX_PANELS] if plot.panel else [""]
     height = 3.0 if len(panels) == 1 else 0.7 + 1.6 * len(panels)
-    drawing = Figure(figsize=(FIGURE_WIDTH_IN, height), layout="constrained")
+    drawing = Figure(figsize=(_FIGURE_WIDTH_IN, height), layout="constrained")
     all_axes = drawing.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     names = table.distinct(plot.series)
     styled = list(run_labels) if set(names) <= set(run_labels) else names
@@ -82,9 +142,9 @@ def _draw_lines(table: DataTable, plot: LinePlot, run_labels: Sequence[str]) -> 
         for name in rows.distinct(plot.series):
             lines[name] = _draw_line(axes, rows.where(plot.series, name), plot, styled.index(name))
         if plot.panel and plot.series == "run":
-            axes.set_ylabel(display_label(panel))
+            axes.set_ylabel(_display_label(panel))
         elif plot.panel:
-            axes.set_title(display_label(panel), loc="left", fontsize=9.5, color=MUTED)
+            axes.set_title(_display_label(panel), loc="left", fontsize=9.5, color=MUTED)
     # After all lines of all panels, which share the x axis: fixed limits do not follow the data.
     right = max(axes.dataLim.x1 for axes in all_axes)
     for axes in all_axes:
@@ -145,10 +205,10 @@ def _set_limits(axes: Axes, plot: LinePlot, right: float) -> None:
 def _draw_bars(table: DataTable, plot: StackedBars) -> Figure:
     bars = table.distinct(plot.bar)
     height = 1.35 + (0.58 if plot.group_by else 0.42) * len(bars)
-    drawing = Figure(figsize=(FIGURE_WIDTH_IN, height), layout="constrained")
+    drawing = Figure(figsize=(_FIGURE_WIDTH_IN, height), layout="constrained")
     axes = drawing.subplots()
     parts, totals = table.where(plot.part, TOTAL, differs=True), table.where(plot.part, TOTAL)
-    styles = part_styles(parts.distinct(plot.part))
+    styles = _part_styles(parts.distinct(plot.part))
     values, low, high = totals.floats(plot.value), totals.floats("low"), totals.floats("high")
     # Where each bar or its error bar ends; a bound that is not known is NaN, which fmax ignores.
     ends = np.fmax([sum(parts.where(plot.bar, bar).floats(plot.value)) for bar in bars], high)
@@ -165,7 +225,7 @@ def _draw_bars(table: DataTable, plot: StackedBars) -> Figure:
             _write_stages(axes, index, rows, plot, max(ends) or 1.0)
     bounds = _error_bars(values, low, high)
     axes.errorbar(values, range(len(bars)), xerr=bounds, fmt="none", ecolor=FOREGROUND, elinewidth=1)
-    axes.set_yticks(range(len(bars)), [display_label(bar) for bar in bars])
+    axes.set_yticks(range(len(bars)), [_display_label(bar) for bar in bars])
     axes.set_ylim(len(bars) - 0.5, -0.62)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.1)
@@ -185,7 +245,7 @@ def _write_stages(axes: Axes, index: int, rows: DataTable, plot: StackedBars, wi
     left = 0.0
     for stage in rows.distinct(plot.group_by):
         length = sum(rows.where(plot.group_by, stage).floats(plot.value))
-        text = display_label(stage, _STAGE_CHARACTERS)
+        text = _display_label(stage, _STAGE_CHARACTERS)
         if stage and length > (_LETTER_SHARE * len(text) + _GAP_SHARE) * width:
             axes.plot([left, left + length], [index - 0.31] * 2, color=MUTED, linewidth=0.8, solid_capstyle="butt")
             axes.text(
@@ -195,10 +255,26 @@ def _write_stages(axes: Axes, index: int, rows: DataTable, plot: StackedBars, wi
 
 
 def _draw_legend(drawing: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
-    labels = [display_label(name) for name in names]
+    labels = [_display_label(name) for name in names]
     columns = max(1, min(len(labels), _LEGEND_CHARACTERS // (max(len(label) for label in labels) + 6)))
     drawing.set_figheight(drawing.get_figheight() + _LEGEND_ROW_IN * (-(-len(labels) // columns) - 1))
     # matplotlib fills a legend column by column; readers expect it row by row.
     order = [index for column in range(columns) for index in range(column, len(labels), columns)]
     handles, labels = [handles[index] for index in order], [labels[index] for index in order]
     drawing.legend(handles, labels, loc="outside upper left", ncols=columns)
+
+
+def _part_styles(names: Sequence[str]) -> dict[str, _PartStyle]:
+    """A style per part of a bar."""
+    unused = iter(range(len(names)))
+    return {
+        name: _PART_STYLES.get(name) or _OTHER_PART_STYLES[next(unused) % len(_OTHER_PART_STYLES)] for name in names
+    }
+
+
+def _display_label(name: str, characters: int = _LABEL_CHARACTERS) -> str:
+    """A name as printable text on one line of at most `characters`."""
+    text = " ".join("".join(letter if letter.isprintable() else "?" for letter in name).split()) or "(no name)"
+    text = text if len(text) <= characters else f"{text[: characters - 1]}…"
+    # matplotlib omits labels with a leading underscore from a legend.
+    return f" {text}" if text.startswith("_") else text

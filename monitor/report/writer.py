@@ -15,12 +15,21 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from monitor.bench.summary import SummaryColumn, SummaryRow, summarize
+from monitor.bench.results import SummaryColumn, SummaryRow, summarize
 from monitor.errors import bad_folder
 from monitor.report import resource_figures, workload_figures
 from monitor.report.inputs import ReportInputs
-from monitor.report.plot_style import BACKGROUND, FOREGROUND, GRIDLINE, IDLE_FILL, LINE_STYLES, MUTED
-from monitor.report.plots import IMAGE_FORMATS, draw_figure, render_image
+from monitor.report.plots import (
+    BACKGROUND,
+    FOREGROUND,
+    GRIDLINE,
+    IDLE_FILL,
+    IMAGE_FORMATS,
+    LINE_STYLES,
+    MUTED,
+    draw_figure,
+    render_image,
+)
 from monitor.report.run import ReportRun, group_runs
 from monitor.report.table import Cell, DataTable, ReportFigure, Row, format_number
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from brokers.telemetry.schema import ProcessStarted, ProcessStopped, TelemetryEvent
 from monitor.points.points import TelemetryPoint
 from monitor.sensors.base import Sensor
-from monitor.sensors.host import HostSensor
+from monitor.sensors.host import HostSensor, NetworkSensor
 from monitor.sensors.jetson import JetsonSensor
-from monitor.sensors.network import NetworkSensor
 from monitor.sensors.nvml import GpuSensor
 from monitor.sensors.processes import ProcessSensor
 from monitor.sensors.rapl import RaplSensor

@@ -1,6 +1,10 @@
-"""The machine itself: CPU, load and memory; in a container with a memory limit, the container's memory."""
+"""The machine itself: CPU, load, memory and network interfaces.
 
-from collections.abc import Callable, Iterator
+In a container with a memory limit, memory is the container's.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,12 +12,15 @@ import psutil
 
 from monitor.points.points import FieldValue
 from monitor.sensors.base import Reading, Sensor, read_number, read_text
+from monitor.sensors.counters import MonotonicCounter
 
 _IDLE = ("idle", "iowait")
 _INCLUDED = ("guest", "guest_nice")  # Linux counts these times in `user` and `nice` too
 # The files of a control group with its limit and its usage, and the line of `memory.stat` with reclaimable cache.
 _CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+# Byte counters have 32 bits on some drivers, and restart when an interface is removed and added again.
+_ByteCounter = partial(MonotonicCounter, 1 << 32, restarts=True)
 
 
 class HostSensor(Sensor):
@@ -30,7 +37,12 @@ class HostSensor(Sensor):
     def measure(self, now_s: float) -> Iterator[Reading]:
         """One point, and reports of values that cannot be read."""
         fields: dict[str, FieldValue] = {}
-        for name, read in (("cpu", self._cpu), ("load", _load), ("memory", self._memory)):
+        readers: dict[str, Callable[[], dict[str, FieldValue]]] = {
+            "cpu": self._cpu,
+            "load": lambda: {"load": psutil.getloadavg()[0]},
+            "memory": self._memory,
+        }
+        for name, read in readers.items():
             try:
                 fields |= read()
             except (OSError, NotImplementedError, RuntimeError, psutil.Error) as error:
@@ -54,10 +66,6 @@ class HostSensor(Sensor):
         usage = cgroup_memory(self._root, below_bytes=machine.total)
         usage = usage or MemoryUsage(machine.total - machine.available, machine.total)
         return {"memory_used_bytes": usage.used_bytes, "memory_total_bytes": usage.total_bytes}
-
-
-def _load() -> dict[str, FieldValue]:
-    return {"load": psutil.getloadavg()[0]}
 
 
 class MemoryUsage(NamedTuple):
@@ -106,3 +114,63 @@ def _groups(mount: Path, path: str) -> list[Path]:
     if ".." in parts or not mount.joinpath(*parts).is_dir():
         parts = []
     return [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def read_interface_counters() -> Mapping[str, Any]:
+    """The system's counters by interface; psutil's own `nowrap` would take each 32-bit wrap for a restart."""
+    return psutil.net_io_counters(pernic=True, nowrap=False)
+
+
+class _Interface:
+    def __init__(self) -> None:
+        self._received = _ByteCounter()
+        self._sent = _ByteCounter()
+        self._errors = MonotonicCounter()  # a sum of four counters: the increase after a restart is unknown
+
+    def fields(self, counts: Any, elapsed_s: float) -> dict[str, FieldValue]:
+        received = self._received.increase(counts.bytes_recv)
+        sent = self._sent.increase(counts.bytes_sent)
+        return {
+            "received_bytes": received,
+            "sent_bytes": sent,
+            "received_bytes_per_s": received / elapsed_s if received is not None and elapsed_s > 0 else None,
+            "sent_bytes_per_s": sent / elapsed_s if sent is not None and elapsed_s > 0 else None,
+            "errors": self._errors.increase(_error_count(counts)),
+        }
+
+
+class NetworkSensor(Sensor):
+    """The measurement `interface`: a point for each interface that has ever carried a packet.
+
+    An interface has its first point in its second sample: its counters may include traffic from before it was moved
+    here, as those of containers do.
+    """
+
+    name = "network"
+
+    def __init__(self, read: Callable[[], Mapping[str, Any]] = read_interface_counters) -> None:
+        super().__init__()
+        self._read = read
+        self._interfaces: dict[str, _Interface] = {}
+        self._last_s = 0.0
+
+    def measure(self, now_s: float) -> Iterator[Reading]:
+        """The interfaces in the system's order; none for the first sample."""
+        try:
+            counters = self._read()
+        except (OSError, RuntimeError, psutil.Error) as error:
+            self._interfaces = {}
+            yield from self.report_missing("", error)
+            return
+        elapsed_s = now_s - self._last_s
+        self._last_s = now_s
+        known = self._interfaces
+        self._interfaces = {name: known.get(name) or _Interface() for name in counters}
+        for name, counts in counters.items():
+            fields = self._interfaces[name].fields(counts, elapsed_s)
+            if name in known and any((counts.bytes_recv, counts.bytes_sent, _error_count(counts))):
+                yield "interface", {"interface": name}, fields
+
+
+def _error_count(counts: Any) -> int:
+    return int(counts.errin + counts.errout + counts.dropin + counts.dropout)

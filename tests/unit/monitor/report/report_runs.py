@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from monitor.bench.summary import SummaryColumn, SummaryRow, summarize
+from monitor.bench.results import SummaryColumn, SummaryRow, summarize
 from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.report.run import ReportRun, group_runs
 from monitor.report.table import DataTable

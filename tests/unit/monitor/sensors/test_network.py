@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from monitor.points.points import TelemetryPoint
-from monitor.sensors.network import NetworkSensor, read_interface_counters
+from monitor.sensors.host import NetworkSensor, read_interface_counters
 from tests.support.monitor.points import assert_matches_schema, missing_reasons
 from tests.support.pipelines.processes import eventually
 
