@@ -1,4 +1,4 @@
-"""Presence records: the retained JSON messages in which workers and sources publish that they are up, and their load.
+"""Presence records: retained JSON messages with the state and load of a worker or source.
 
 They are read in one place only: brokers/dispatch/worker_registry.py.
 """
@@ -25,7 +25,7 @@ RECORD_EXPIRY_S = 60
 REASON_LIMIT = 32
 OTHER_REASON = "other"
 FORMAT_LIMIT = 32
-# A worker's capacity is the batch that it computes, and so many tasks that are on their way to it or from it.
+# Capacity = batch size + this: tasks in transit to or from the worker.
 PREFETCH_TASKS = 2
 
 # One level of a topic: a record from the network must not direct a sender to a topic of the attacker's choice.
@@ -57,6 +57,12 @@ def _normalize_own_counts(counts: Any, info: ValidationInfo) -> Any:
     return normalize_reason_counts(counts) if info.mode == "python" else counts
 
 
+def _validate_version(version: Any) -> Any:
+    check_version(version)  # pydantic lets an error that is no `ValueError` through
+    return version
+
+
+_Version = Annotated[str, BeforeValidator(_validate_version)]
 _Counts = Annotated[dict[_Name, _Count], Field(max_length=REASON_LIMIT), BeforeValidator(_normalize_own_counts)]
 
 
@@ -65,12 +71,12 @@ class _PresenceRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    version: str = PROTOCOL_VERSION
+    version: _Version = PROTOCOL_VERSION  # the first field: a later version may have others
     pipeline: _Name
     site: _Name
     node: str
-    pid: int
-    # In containers every process has the same process id: `instance` tells a restarted process from the one before.
+    pid: _Count
+    # In containers every process has the same process id: `instance` distinguishes a restarted process from its predecessor.
     instance: str = Field(default="", max_length=64, description="random text, new in each process; optional")
     up_s: _Seconds | None = Field(default=None, description="seconds since it joined; None: not stated")
     state: _State = "up"
@@ -84,11 +90,9 @@ class _PresenceRecord(BaseModel):
         if len(payload) > RECORD_LIMIT_BYTES:
             raise BadPayload(JSON, f"not a presence record: {len(payload)} bytes, at most {RECORD_LIMIT_BYTES}")
         try:
-            record = cls.model_validate_json(payload)
+            return cls.model_validate_json(payload)
         except ValidationError as error:
             raise BadPayload(JSON, f"not a presence record: {first_mistake(error)}") from None
-        check_version(record.version)
-        return record
 
 
 class WorkerLoad(BaseModel):
@@ -120,7 +124,7 @@ class WorkerRecord(_PresenceRecord):
     device: str
     fingerprint: str = Field(description="of the model's part: all workers of a stage must agree")
     capacity: int = Field(ge=1, description="tasks that one sender may have at this worker at a time")
-    max_message_bytes: int = MESSAGE_LIMIT_BYTES
+    max_message_bytes: int = Field(default=MESSAGE_LIMIT_BYTES, ge=1)
     formats: tuple[_Format, ...] = Field(
         default=(), max_length=FORMAT_LIMIT, description="Content Types that it accepts; empty: not stated"
     )
@@ -167,7 +171,7 @@ class SourceLoad(BaseModel):
 
 
 class SourceRecord(_PresenceRecord):
-    """The presence record of a source: how its requests fare, which only their owner knows."""
+    """The presence record of a source: counts and latencies of its requests."""
 
     source: _Name
     load: SourceLoad = SourceLoad()

@@ -74,6 +74,7 @@ class StageClient:
         record = await self._wait_for_worker(task, timeout_s, avoid)
         worker = record.worker
         if task.content.nbytes > record.max_message_bytes:
+            self.task_done(worker, task.request_id)  # the worker may be reserved for it
             what = f"request {task.request_id.hex()} to worker {worker!r}"
             raise TooLarge(what, record.max_message_bytes, task.content.nbytes)
         sent = LostTask(task.request_id, task.attempt, task.reply_to, self.topics.stage, worker)

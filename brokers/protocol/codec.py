@@ -142,7 +142,7 @@ def decode(properties: Properties, payload: memoryview) -> Message:
     return decoder(common, properties, user, payload)
 
 
-def check_version(version: str) -> None:
+def check_version(version: object) -> None:
     """Raise `WireError` ("VersionMismatch") for a message of another protocol version."""
     if version != PROTOCOL_VERSION:
         message = f"expected protocol version {PROTOCOL_VERSION}, got {version!r}"

@@ -20,9 +20,10 @@ _Count = Annotated[int, Field(ge=0, le=_LIMIT)]
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One stage's part of a request: durations by the worker's monotonic clock, so that no clocks need to agree.
+    """One stage's part of a request: durations by the worker's monotonic clock, so clocks need not be synchronised.
 
-    `batch` is the number of requests that were computed together.
+    `batch` is the number of requests that were computed together. The limits are checked when hops are parsed, not
+    on construction.
     """
 
     stage: str
@@ -33,7 +34,7 @@ class Hop:
     encode_ms: _Duration = 0.0
     bytes_in: _Count = 0
     bytes_out: _Count = 0
-    batch: _Count = 1
+    batch: Annotated[int, Field(ge=1, le=_LIMIT)] = 1
 
     @property
     def total_ms(self) -> float:

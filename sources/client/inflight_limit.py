@@ -97,7 +97,7 @@ class AdaptiveConcurrency:
         empty_latency_ms = max(0.0, latency_ms - sum(hop.queue_ms for hop in hops))
         self._empty_latency_ms = _moving_mean(self._empty_latency_ms, empty_latency_ms)
         for hop in hops:
-            busy_ms = hop.decode_ms + hop.compute_ms / max(1, hop.batch) + hop.encode_ms
+            busy_ms = hop.decode_ms + hop.compute_ms / hop.batch + hop.encode_ms
             self._task_ms[hop.stage] = _moving_mean(self._task_ms.get(hop.stage, 0.0), busy_ms)
 
     def limit(self, upper_bound: int) -> int:

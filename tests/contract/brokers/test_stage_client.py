@@ -10,7 +10,7 @@ import pytest
 
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import WorkerRecord
-from brokers.dispatch.stage_client import StageClient
+from brokers.dispatch.stage_client import ISOLATE_FROM_ATTEMPT, StageClient
 from brokers.dispatch.worker_pool import LostTask
 from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.errors import Disconnected, NoWorker, TooLarge
@@ -74,10 +74,10 @@ class Fixture:
         return sending
 
 
-def make_task(request: bytes | None = None, attempt: int = 1) -> Task:
+def make_task(request: bytes | None = None, attempt: int = 1, content: bytes = b"1") -> Task:
     return Task(
         request_id=request or new_request_id(),
-        content=BinaryContent("application/json", b"1"),
+        content=BinaryContent("application/json", content),
         reply_to=ReplyTo("back"),
         attempt=attempt,
     )
@@ -125,9 +125,20 @@ def test_one_freed_credit_resumes_one_sender() -> None:
 def test_message_over_the_workers_limit_raises_too_large() -> None:
     async def test() -> None:
         async with Fixture() as fixture:
-            await fixture.publish(make_worker_record(max_message_bytes=0))
+            await fixture.publish(make_worker_record(max_message_bytes=1))
             with pytest.raises(TooLarge):
-                await fixture.send(make_task())
+                await fixture.send(make_task(content=b"12"))
+
+    run_async(test())
+
+
+def test_too_large_isolated_request_releases_its_worker() -> None:
+    async def test() -> None:
+        async with Fixture() as fixture:
+            await fixture.publish(make_worker_record(max_message_bytes=1))
+            with pytest.raises(TooLarge):
+                await fixture.send(make_task(attempt=ISOLATE_FROM_ATTEMPT, content=b"12"))
+            assert await fixture.send(make_task(), timeout_s=0.02) == "w"
 
     run_async(test())
 

@@ -56,11 +56,14 @@ def test_optional_fields_have_defaults() -> None:
 
 
 BAD_NAMES = [{"worker": "a/b"}, {"worker": "#"}, {"worker": ""}, {"worker": "a\n"}, {"stage": "+"}, {"pipeline": "ü"}]
-BAD_TYPES = [{"worker": 5}, {"capacity": 0}, {"capacity": "many"}, {"state": "asleep"}, {"pid": None}, {"load": 5}]
+BAD_TYPES = [{"worker": 5}, {"capacity": 0}, {"capacity": "many"}, {"state": "asleep"}, {"load": 5}]
+BAD_NUMBERS = [{"pid": None}, {"pid": -1}, {"pid": 1 << 53}, {"max_message_bytes": 0}, {"max_message_bytes": -5}]
 BAD_LOADS = [{"task_ms": -1}, {"busy": 2}, {"task_ms": float("nan")}, {"rate": float("inf")}, {"queue": 0.5}]
 
 
-@pytest.mark.parametrize("change", BAD_NAMES + BAD_TYPES + [{"load": load} for load in BAD_LOADS], ids=str)
+@pytest.mark.parametrize(
+    "change", BAD_NAMES + BAD_TYPES + BAD_NUMBERS + [{"load": load} for load in BAD_LOADS], ids=str
+)
 def test_malformed_worker_record_raises_bad_payload_naming_the_field(change: dict[str, Any]) -> None:
     with pytest.raises(BadPayload, match=f"not a presence record: {next(iter(change))}"):
         parse_changed(WORKER, change)
@@ -99,6 +102,12 @@ def test_malformed_source_record_raises_bad_payload(change: dict[str, Any]) -> N
 def test_other_protocol_version_raises_version_mismatch(record: WorkerRecord | SourceRecord) -> None:
     with raises_error(WireError, "VersionMismatch"):
         parse_changed(record, {"version": "2"})
+
+
+@pytest.mark.parametrize("version", ["2", 2, None])
+def test_version_is_checked_before_the_other_fields(version: object) -> None:
+    with raises_error(WireError, "VersionMismatch"):
+        WorkerRecord.from_bytes(json.dumps({"capacity": "many", "version": version}).encode())
 
 
 @given(st.binary(max_size=60))

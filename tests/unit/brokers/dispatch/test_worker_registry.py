@@ -196,7 +196,8 @@ def test_rejected_message_leaves_the_entry_and_is_logged_once(caplog: pytest.Log
     registry = WorkerRegistry()
     publish(registry, WORKER, 0.0)
     assert publish(registry, b"garbage", 1.0) == ["rejected"]
-    [event] = registry.on_message(TOPIC, make_worker_record(version="2").to_bytes(), 1.0)
+    other_version = WORKER.model_copy(update={"version": "2"})
+    [event] = registry.on_message(TOPIC, other_version.to_bytes(), 1.0)
     assert event.error is not None
     assert event.error.code == "VersionMismatch"
     assert registry.workers[TOPIC].last_seen_s == 0.0

@@ -54,6 +54,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 TOPICS = st.text("abcäß☃/", min_size=1, max_size=20)
 INBOXES = TOPICS | st.just("")
 COUNTS = st.integers(0, 1 << 53)
+BATCHES = st.integers(1, 1 << 53)
 MILLISECONDS = st.integers(0, 10**9).map(lambda thousandths: thousandths / 1000)
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 53), 1 << 53) | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -61,7 +62,7 @@ JSON_VALUES = st.recursive(
     max_leaves=6,
 )
 HOP_LISTS = st.lists(
-    st.builds(Hop, TEXTS, TEXTS, *[MILLISECONDS] * 4, bytes_in=COUNTS, bytes_out=COUNTS, batch=COUNTS), max_size=3
+    st.builds(Hop, TEXTS, TEXTS, *[MILLISECONDS] * 4, bytes_in=COUNTS, bytes_out=COUNTS, batch=BATCHES), max_size=3
 ).map(tuple)
 
 

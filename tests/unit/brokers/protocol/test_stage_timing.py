@@ -28,7 +28,8 @@ def test_fields_may_be_missing_or_unknown() -> None:
 @pytest.mark.parametrize(
     "text",
     NOT_HOPS
-    + [f'[{{"stage":"a","worker":"b","{key}":{value}}}]' for key in ("queue_ms", "batch") for value in NOT_NUMBERS],
+    + [f'[{{"stage":"a","worker":"b","{key}":{value}}}]' for key in ("queue_ms", "batch") for value in NOT_NUMBERS]
+    + ['[{"stage":"a","worker":"b","batch":0}]'],
     ids=lambda text: text[:60],
 )
 def test_malformed_hops_raise_bad_property(text: str) -> None:
