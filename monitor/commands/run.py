@@ -47,7 +47,7 @@ def command(
     if summary is None:
         return status
     summary["broker"] = sites.source_broker.label
-    summary["files"] = {**summary["files"], "telemetry": run.monitor.telemetry_file}
+    summary["files"]["telemetry"] = TELEMETRY_FILE if (folder / TELEMETRY_FILE).exists() else None
     if sites.links:
         summary["links"] = [link.summary() for link in sites.links]
     if json:

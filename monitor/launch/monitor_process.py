@@ -30,7 +30,6 @@ class RunMonitor:
 
     def __init__(self, pipeline: Pipeline, sites: SiteBrokers, folder: Path, enabled: bool = True) -> None:
         self._sites = sites
-        self._folder = folder
         self._enabled = enabled
         node_socket = os.environ.get(SOCKET_VARIABLE) if enabled else None
         # Without telemetry, the path of a socket that does not exist: no path would mean the node's default one.
@@ -55,11 +54,6 @@ class RunMonitor:
     def environment(self) -> dict[str, str]:
         """The variables by which the other processes of the run find the monitor."""
         return {RUN_VARIABLE: self._run, SOCKET_VARIABLE: str(self._socket)}
-
-    @property
-    def telemetry_file(self) -> str | None:
-        """The name of the telemetry file in the run's folder; None if it is missing."""
-        return TELEMETRY_FILE if (self._folder / TELEMETRY_FILE).exists() else None
 
     def start(self) -> None:
         if self._child:
