@@ -21,7 +21,7 @@ from tests.support.training.in_process_pipeline import (
 )
 from tests.support.training.striped_images import StripedImages
 
-PRESENCE_TIMEOUT_S = 5.0  # longer than any stall of a busy machine
+PRESENCE_TIMEOUT_S = 2.0
 EPOCHS = 6
 STEPS = 4 * EPOCHS
 
