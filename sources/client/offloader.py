@@ -141,8 +141,6 @@ class Offloader:
             duplicates=self.counters["duplicates"],
         )
 
-    # Lifecycle ----------------------------------------------------------------------------------------------------
-
     async def __aenter__(self) -> Offloader:
         await self.channel.open(will=self._presence.will)
         self._events.open()
@@ -174,8 +172,6 @@ class Offloader:
         """End all requests, present and future, with `Disconnected`."""
         self._requests.fail_all(Disconnected(self.channel.transport.address, reason))
         await self._first_stage.close()
-
-    # Requests -----------------------------------------------------------------------------------------------------
 
     async def __call__(self, value: Any, *, deadline_ms: float | None = None, priority: Priority | None = None) -> Any:
         """Offload one value and return its result.
@@ -234,7 +230,7 @@ class Offloader:
         self.counters["results"] += 1
         self._recent.add(request.latency_ms, time.monotonic())
         if request.attempt == 1:  # the latency of a retried request includes the time to detect the fault
-            self._requests.record_latency(request.latency_ms / 1000)
+            self._requests.latencies_s.append(request.latency_ms / 1000)
             self._concurrency.observe(request.result.hops, request.latency_ms)
         return request
 
@@ -250,12 +246,12 @@ class Offloader:
             raise request.deadline_passed("the source, while it waited for a slot") from None
 
     async def _run(self, request: PendingRequest, slot: Slot) -> None:
-        self._requests.add(request)
+        self._requests[request.request_id] = request
         slot.add_bytes(request.content.nbytes)
         try:
             request.result = await self._attempt_until_done(request)
         finally:
-            self._requests.remove(request)
+            del self._requests[request.request_id]
             self._first_stage.task_done(request.worker, request.request_id)
 
     async def _attempt_until_done(self, request: PendingRequest) -> Result:

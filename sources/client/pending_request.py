@@ -4,7 +4,6 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from brokers.dispatch.presence import OTHER_REASON, REASON_LIMIT
@@ -180,32 +179,17 @@ def count_bounded(counts: Counter[str], reason: str) -> None:
     counts[reason[:_REASON_CHARACTERS] if known else OTHER_REASON] += 1
 
 
-class RequestTable:
-    """Matches responses to pending requests. The first result counts; later duplicates are dropped and counted."""
+class RequestTable(dict[bytes, PendingRequest]):
+    """The pending requests by id. The first result counts; later duplicates are dropped and counted."""
 
     def __init__(self, lease_s: float) -> None:
+        super().__init__()
         self.counters: Counter[str] = Counter()
-        self._by_id: dict[bytes, PendingRequest] = {}
-        self._latencies_s: deque[float] = deque(maxlen=_RECENT_LATENCIES)
+        self.latencies_s: deque[float] = deque(maxlen=_RECENT_LATENCIES)
         self._lease_s = lease_s
 
-    def __len__(self) -> int:
-        return len(self._by_id)
-
-    def __iter__(self) -> Iterator[PendingRequest]:
-        return iter(self._by_id.values())
-
-    def add(self, request: PendingRequest) -> None:
-        self._by_id[request.request_id] = request
-
-    def remove(self, request: PendingRequest) -> None:
-        del self._by_id[request.request_id]
-
-    def record_latency(self, latency_s: float) -> None:
-        self._latencies_s.append(latency_s)
-
     def on_message(self, message: Message) -> None:
-        request = self._by_id.get(message.request_id)
+        request = self.get(message.request_id)
         if request is None:
             # A second result: an attempt that was believed lost was answered after a later one.
             self.counters["duplicates"] += 1
@@ -216,39 +200,39 @@ class RequestTable:
 
     def on_malformed(self, error: WireError, properties: Properties) -> None:
         """A response that cannot be decoded fails the attempt."""
-        if request := self._by_id.get(properties.correlation_data):
+        if request := self.get(properties.correlation_data):
             request.fail_attempt("?", "?", error.code, f"its result: {error}")
 
     def on_task_lost(self, lost: LostTask) -> None:
         """The worker that held the task is lost."""
         if lost.cause == "disconnected":
             return  # `on_reconnect` retries every request
-        request = self._by_id.get(lost.request)
+        request = self.get(lost.request)
         if request is not None and lost.attempt == request.attempt:
             reason = f"worker {lost.worker!r} was lost while it held the request"
             request.fail_attempt(lost.stage, lost.worker, "WorkerLost", reason)
 
     async def on_reconnect(self) -> None:
         """Retry every request: messages in transit when the connection broke may be lost."""
-        for request in self:
+        for request in self.values():
             request.trigger_retry("Reconnected")
 
     def fail_all(self, error: Disconnected) -> None:
         """End every request with `error`."""
-        for request in self:
+        for request in self.values():
             request.responses.put_nowait(error)
 
     def schedule_overdue_retries(self) -> None:
         """Retry the present requests that stay without a response: a worker of a later stage was lost, or a bridge."""
         timeout_s = self._lease_s / 4
-        if self._latencies_s:
+        if self.latencies_s:
             # Capped: the slowest recent request may itself have waited for a lost one.
-            timeout_s = min(timeout_s, max(OVERDUE_MIN_S, OVERDUE_FACTOR * max(self._latencies_s)))
+            timeout_s = min(timeout_s, max(OVERDUE_MIN_S, OVERDUE_FACTOR * max(self.latencies_s)))
         loop = asyncio.get_running_loop()
-        for request in self:
+        for request in self.values():
             loop.call_later(timeout_s, self._retry_overdue, request.request_id, request.attempt)
 
     def _retry_overdue(self, request_id: bytes, attempt: int) -> None:
-        request = self._by_id.get(request_id)
+        request = self.get(request_id)
         if request is not None and request.attempt == attempt:
             request.trigger_retry("Suspect")

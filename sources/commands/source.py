@@ -48,8 +48,16 @@ def command(
             exit_with_parent(shutdown)
         if pipeline.is_training:
             source_name = validate_name("source", name or pipeline.source.name)
-            return await _train(pipeline, address, source_name, folder, resume, pictures, shutdown)
-        return await _infer(pipeline, address, folder, pictures, shutdown)
+            from sources.training.training_run import TrainingRun, TrainingRunFolder
+
+            dataset = make_dataset(pipeline.source, pipeline.folder)
+            training_folder = TrainingRunFolder(folder, pipeline.name, pictures)
+            training = TrainingRun(pipeline, address, source_name, dataset, training_folder, resume=resume)
+            return await training.run(shutdown)
+        source = None if pipeline.source.kind == "ingress" else make_source(pipeline.source, pipeline.folder)
+        frames_per_s = getattr(source, "frames_per_s", _DEFAULT_FRAMES_PER_S)
+        run_folder = InferenceRunFolder(folder, title=pipeline.name, frames_per_s=frames_per_s, pictures=pictures)
+        return await run_inference(pipeline, address, source, run_folder, shutdown)
 
     with add_error_context(pipeline):
         summary = asyncio.run(run())
@@ -61,32 +69,6 @@ def command(
         return EXIT_INTERRUPTED
     is_complete = pipeline.is_training or summary["results"] == summary["requests"]
     return 0 if is_complete or shutdown.is_set() else 1
-
-
-async def _infer(
-    pipeline: Pipeline, address: str, folder: Path, pictures: bool, shutdown: asyncio.Event
-) -> dict[str, Any]:
-    source = None if pipeline.source.kind == "ingress" else make_source(pipeline.source, pipeline.folder)
-    frames_per_s = getattr(source, "frames_per_s", _DEFAULT_FRAMES_PER_S)
-    run_folder = InferenceRunFolder(folder, title=pipeline.name, frames_per_s=frames_per_s, pictures=pictures)
-    return await run_inference(pipeline, address, source, run_folder, shutdown)
-
-
-async def _train(
-    pipeline: Pipeline,
-    address: str,
-    name: str,
-    folder: Path,
-    resume: bool,
-    pictures: bool,
-    shutdown: asyncio.Event,
-) -> dict[str, Any]:
-    from sources.training.run_folder import TrainingRunFolder
-    from sources.training.training_run import TrainingRun
-
-    dataset = make_dataset(pipeline.source, pipeline.folder)
-    run_folder = TrainingRunFolder(folder, pipeline.name, pictures)
-    return await TrainingRun(pipeline, address, name, dataset, run_folder, resume=resume).run(shutdown)
 
 
 def _summary_line(pipeline: Pipeline, summary: dict[str, Any]) -> str:

@@ -45,7 +45,6 @@ class Digits(Dataset):
 
 @functools.cache
 def _split() -> tuple[Examples, Examples]:
-    """The training and the test examples."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

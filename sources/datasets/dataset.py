@@ -1,8 +1,11 @@
-"""Dataset: the interface of everything that provides labelled examples, for training and for testing."""
+"""Dataset, the interface of everything that provides labelled examples, and the batches of one.
+
+A batch is a function of its step number only, so that a step can be repeated after a crash.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import numpy
@@ -12,6 +15,11 @@ from brokers.errors import UsageError
 
 Inputs = NDArray[numpy.uint8] | NDArray[numpy.float32]
 Labels = NDArray[numpy.int64]
+SHIFT_DIVISOR = 8  # augmentation shifts by up to an eighth of the side: the usual 4 pixels for the 32 of CIFAR
+# Random streams below one seed, modulo 2^64: numpy's are not negative. The stream precedes the step number: numpy pads
+# a short seed with zeros, so (seed, 1) and (seed, 1, 0) would be equal.
+ORDER_STREAM = 0
+AUGMENTATION_STREAM = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,3 +97,69 @@ class Dataset(Protocol):
     def test(self) -> Examples:
         """The test examples, none of them among the training examples."""
         ...
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of any number of epochs.
+
+    An epoch has each example once; its last batch is smaller if `batch_size` does not divide their number. `seed` with
+    the number of the epoch or step determines the order (`shuffle`) and the augmentation (`augment`): a shift by up to
+    an eighth of the side, filled with black, and with `horizontal_flip` a mirror image for half of the pictures.
+
+    Raises `UsageError` ("CannotAugment") for inputs that are not pictures.
+    """
+
+    examples: Examples
+    batch_size: int
+    seed: int = 0
+    _: KW_ONLY
+    shuffle: bool = True
+    augment: bool = False
+    horizontal_flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.augment and self.examples.inputs.ndim != 4:
+            shape = list(self.examples.inputs.shape[1:])
+            message = f"only pictures (C, H, W) can be augmented, the inputs of this data set are {shape}"
+            raise UsageError("CannotAugment", message, key="training.augment")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.examples) // self.batch_size)
+
+    def batch(self, step: int) -> tuple[Inputs, Labels]:
+        """Copies of the inputs (B, ...) and labels (B,) of a step, counted from 0 over all epochs."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        rows = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        inputs, labels = self.examples.inputs[rows], self.examples.labels[rows]
+        if self.augment:
+            inputs = self._augmented(inputs, numpy.random.default_rng((self.seed % 2**64, AUGMENTATION_STREAM, step)))
+        return inputs, labels
+
+    def _order(self, epoch: int) -> NDArray[numpy.int64]:
+        """The row numbers of an epoch in its order, (N,)."""
+        if not self.shuffle:
+            return numpy.arange(len(self.examples))
+        return numpy.random.default_rng((self.seed % 2**64, ORDER_STREAM, epoch)).permutation(len(self.examples))
+
+    def _augmented(self, pictures: NDArray[Any], random: numpy.random.Generator) -> NDArray[Any]:
+        """Shift and mirror pictures (B, C, H, W) in one gather."""
+        count, _, height, width = pictures.shape
+        down, right = height // SHIFT_DIVISOR, width // SHIFT_DIVISOR
+        padded = numpy.pad(pictures, ((0, 0), (0, 0), (down, down), (right, right)))
+        rows = random.integers(0, 2 * down + 1, (count, 1)) + numpy.arange(height)  # (B, H)
+        columns = random.integers(0, 2 * right + 1, (count, 1)) + numpy.arange(width)  # (B, W)
+        if self.horizontal_flip:
+            flipped = random.random((count, 1)) < 0.5
+            columns = numpy.where(flipped, columns[:, ::-1], columns)
+        picture = numpy.arange(count)[:, numpy.newaxis, numpy.newaxis]
+        augmented = padded[picture, :, rows[:, :, numpy.newaxis], columns[:, numpy.newaxis, :]]  # (B, H, W, C)
+        return numpy.ascontiguousarray(augmented.transpose(0, 3, 1, 2))
+
+
+def split_micro_batches(inputs: Inputs, labels: Labels, count: int) -> list[tuple[Inputs, Labels]]:
+    """Split a batch into `count` views of nearly equal size, in order; fewer if it has fewer rows."""
+    count = min(count, len(labels))
+    split_inputs: list[Any] = numpy.array_split(inputs, count)  # numpy's types lose the dtype
+    return list(zip(split_inputs, numpy.array_split(labels, count), strict=True))

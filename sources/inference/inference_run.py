@@ -16,8 +16,7 @@ from sources.client.inflight_limit import Slot
 from sources.client.offloader import Offloader
 from sources.client.pending_request import PendingRequest, failure_code
 from sources.inference.run_stats import InferenceRunStats
-from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Sample
+from sources.inputs.source import Sample, SampleBuffer
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +91,6 @@ class InferenceRun:
             log.warning("could not publish a result of source %s: %s", source, error)
             return not isinstance(error, Disconnected)
         return True
-
-    # One sample -------------------------------------------------------------------------------------------------------
 
     async def _start_next(self) -> bool:
         """Start the task of the next sample and wait until it has taken the sample; False without one."""

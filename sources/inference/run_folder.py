@@ -40,7 +40,11 @@ class InferenceRunFolder:
         """Write one result, and add its picture to the gallery. Blocks: not for the event loop."""
         self._results.append(result)
         if self._pictures and sample.load_image is not None and "error" not in result:
-            self._open_gallery().add(sample.load_image, result)
+            if self._gallery is None:  # imported here: a device without pictures may not have PyAV
+                from sources.gallery.gallery import Gallery
+
+                self._gallery = Gallery(self.folder, fps=self._frames_per_s, title=self._title)
+            self._gallery.add(sample.load_image, result)
 
     def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write pictures and summary; return the summary with the names of the files."""
@@ -51,13 +55,6 @@ class InferenceRunFolder:
         except OSError as error:  # the results are written, so the run has not failed
             log.warning("the pictures could not be written: %s", error)
         return write_summary(self.folder, summary, {"results": RESULTS_FILE, **files})
-
-    def _open_gallery(self) -> Gallery:
-        if self._gallery is None:
-            from sources.gallery.gallery import Gallery  # imports PyAV, which a device without pictures may not have
-
-            self._gallery = Gallery(self.folder, fps=self._frames_per_s, title=self._title)
-        return self._gallery
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:

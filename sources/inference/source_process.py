@@ -14,8 +14,7 @@ from sources.client.offloader import Offloader
 from sources.inference.inference_run import InferenceRun
 from sources.inference.run_folder import InferenceRunFolder
 from sources.inputs.ingress import IngressGateway, create_session_transport
-from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Source
+from sources.inputs.source import SampleBuffer, Source
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ def make_source(table: SourceTable, folder: Path) -> Source:
     kind = table.kind
     # Imported where needed: PyAV may be missing on a device that sends sensor readings only.
     if kind == "camera":
-        from sources.inputs.camera import Camera
+        from sources.inputs.video import Camera
 
         return Camera(table)
     if kind in DATASET_KINDS:
@@ -127,7 +127,6 @@ def _unknown_kind(kind: str, known: tuple[str, ...]) -> UsageError:
 
 
 def _bad_class(kind: str, reason: str) -> UsageError:
-    """The error for a source or data set class of the user that cannot be used."""
     return UsageError("BadSourceClass", f"source {kind!r}: {reason}", key="source.kind", kind=kind)
 
 

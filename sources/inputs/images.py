@@ -95,13 +95,10 @@ class DatasetSource(Source):
         for index in itertools.count():
             if self._closed.is_set() or (index == len(self._pictures) and not self._loop):
                 return
-            yield self._sample(index)
-
-    def _sample(self, index: int) -> Sample:
-        picture = numpy.ascontiguousarray(self._pictures[index % len(self._pictures)], numpy.uint8)
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, "PNG")
-        return Sample(self.name, index, file.getvalue(), PNG, lambda: picture)
+            picture = numpy.ascontiguousarray(self._pictures[index % len(self._pictures)], numpy.uint8)
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "PNG")
+            yield Sample(self.name, index, file.getvalue(), PNG, functools.partial(numpy.asarray, picture))
 
     def close(self) -> None:
         self._closed.set()

@@ -20,8 +20,7 @@ from brokers.protocol.messages import JPEG, PNG, SAFETENSORS, decode_content, de
 from brokers.protocol.topics import ingress_topic, last_level
 from brokers.protocol.traceparent import TRACEPARENT, parse_traceparent
 from brokers.protocol.transport import Delivery, Transport
-from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Sample
+from sources.inputs.source import Sample, SampleBuffer
 
 log = logging.getLogger(__name__)
 

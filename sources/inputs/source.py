@@ -1,11 +1,13 @@
-"""Sample and Source: one input of a pipeline, and the interface of everything that yields samples."""
+"""Samples, the inputs of a pipeline; Source, the interface of everything that yields them; the buffer in between."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from brokers.protocol.messages import BinaryContent, Content
 from brokers.protocol.traceparent import TraceContext
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from brokers.process.image_decode import RgbImage
+# For sources that cannot be made to wait (the ingress): beyond these the oldest sample is dropped. Samples that await
+# their acknowledgement are never dropped, and do not count: the broker bounds their number.
+BACKLOG_LIMIT = 1024
+BACKLOG_LIMIT_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,3 +97,64 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Make `samples` end soon, and release resources. Called from any thread, at any time, possibly twice."""
+
+
+class SampleBuffer:
+    """A bounded queue of samples between a source and the pipeline, for one event loop.
+
+    With `keep="all"` it keeps every sample in order; with `keep="latest"` one replaces the older one of its source.
+    """
+
+    def __init__(self, keep: Literal["all", "latest"]) -> None:
+        self.dropped: Counter[str] = Counter()  # by reason
+        self.keeps_latest = keep == "latest"
+        self._queue: OrderedDict[object, Sample] = OrderedDict()
+        self._droppable = 0
+        self._droppable_bytes = 0
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    async def put(self, sample: Sample) -> None:
+        """Add a sample of a source that can wait: with `keep="all"`, wait until the buffer is empty."""
+        await self._wait_until(lambda: not self._queue or self._closed or self.keeps_latest)
+        self.put_nowait(sample)
+
+    def put_nowait(self, sample: Sample) -> None:
+        """Add a sample of a source that cannot wait; samples it displaces are dropped and counted."""
+        key = sample.source if self.keeps_latest else object()
+        if (older := self._queue.get(key)) is not None:
+            # Assigning to an existing key keeps its position in the queue, so no source starves another.
+            self.dropped["superseded"] += 1
+            self._count(older, -1)
+        self._queue[key] = sample
+        self._count(sample, 1)
+        while self._droppable > BACKLOG_LIMIT or (self._droppable_bytes > BACKLOG_LIMIT_BYTES and self._droppable > 1):
+            oldest = next(key for key, waiting in self._queue.items() if waiting.ack is None)
+            self._count(self._queue.pop(oldest), -1)
+            self.dropped["backlog_full"] += 1
+        self._changed.set()
+
+    async def get(self) -> Sample | None:
+        """The next sample; None once the buffer is closed and empty."""
+        await self._wait_until(lambda: bool(self._queue) or self._closed)
+        if not self._queue:
+            return None
+        _, sample = self._queue.popitem(last=False)
+        self._count(sample, -1)
+        self._changed.set()
+        return sample
+
+    def close(self) -> None:
+        """Add no more samples; those in the buffer can still be taken."""
+        self._closed = True
+        self._changed.set()
+
+    async def _wait_until(self, predicate: Callable[[], bool]) -> None:
+        while not predicate():
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _count(self, sample: Sample, change: Literal[1, -1]) -> None:
+        if sample.ack is None:
+            self._droppable += change
+            self._droppable_bytes += change * sample.nbytes

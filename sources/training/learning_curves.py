@@ -158,14 +158,8 @@ def _add_epoch_axis(axes: Axes, stats: TrainingRunStats) -> None:
     if not stats.total_epochs or last is None or last.step * stats.total_epochs < stats.total_steps:
         return
     steps_per_epoch = stats.total_steps / stats.total_epochs
-
-    def to_epoch(step: Any) -> Any:
-        return step / steps_per_epoch
-
-    def to_step(epoch: Any) -> Any:
-        return epoch * steps_per_epoch
-
-    epochs = axes.secondary_xaxis("top", functions=(to_epoch, to_step))
+    to_epoch_and_back = (lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch)
+    epochs = axes.secondary_xaxis("top", functions=to_epoch_and_back)
     epochs.xaxis.set_major_locator(MaxNLocator(integer=True, steps=_TICK_STEPS))
     epochs.set_xlabel("epoch", color=_GREY)
     epochs.tick_params(colors=_GREY)

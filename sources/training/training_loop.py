@@ -16,8 +16,7 @@ from brokers.dispatch.channel import MessageChannel
 from brokers.errors import RequestError, UsageError
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.training import SourceProgress, TrainingStatus
-from sources.datasets.batches import Batches, split_micro_batches
-from sources.datasets.dataset import Dataset
+from sources.datasets.dataset import Batches, Dataset, split_micro_batches
 from sources.training.run_settings import learning_rate, relevant_settings, settings_differences
 from sources.training.two_phase_step import MembershipWatcher, Step, StepFailed, StepRunner, TermOver
 
@@ -98,8 +97,6 @@ class TrainingLoop:
         """Stop after the current step, which then includes a checkpoint."""
         self.stop_requested.set()
         self.membership.changed.set()
-
-    # The run ----------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Train to the end.
@@ -217,8 +214,6 @@ class TrainingLoop:
             }
         )
         return term
-
-    # Steps and evaluations --------------------------------------------------------------------------------------------
 
     async def _run_step(self, term: TrainingStatus) -> None:
         number = self.completed_steps

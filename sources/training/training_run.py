@@ -1,36 +1,106 @@
-"""A training run from connecting to the summary: trains, publishes the events, fetches and writes the weights."""
+"""A training run from connecting to the summary: trains, publishes the events, fetches and writes the weights.
+
+Its output folder holds its events as JSON lines, weights, learning curves, a summary.
+"""
 
 import asyncio
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
-from brokers.dispatch.worker_registry import PresenceListener, WorkerRegistry
+from brokers.dispatch.worker_registry import PresenceListener
 from brokers.errors import SparseError, UsageError
-from brokers.protocol.messages import JSON
+from brokers.process.files import atomic_path
+from brokers.protocol.messages import JSON, TensorContent
 from brokers.protocol.result_json import encode_json
+from brokers.protocol.safetensors_codec import pack
 from brokers.protocol.topics import results_topic, source_presence_topic
 from brokers.protocol.transport import Properties
 from brokers.telemetry.client import event_client_from_environment
 from sources.client.source_presence import SourcePresence, create_source_transport
 from sources.datasets.dataset import Dataset
-from sources.training.run_folder import TrainingRunFolder, write_weights
+from sources.inference.run_folder import JsonlWriter, read_jsonl, write_summary
+from sources.training.learning_curves import plot_learning_curves
+from sources.training.run_stats import TrainingRunStats
 from sources.training.training_loop import TrainingEventDict, TrainingLoop
 from sources.training.two_phase_step import TermOver
 
 log = logging.getLogger(__name__)
 
+EVENTS_FILE = "training.jsonl"
+CURVES_FILE = "training.png"
+MODEL_FILE = "model.safetensors"
+PARTS_FOLDER = "parts"
 # Retained presence records follow the SUBACK at once; a source that is up renews its record each second.
 _RETAINED_WAIT_S = 0.15
 _RENEWAL_WAIT_S = 2.5
 # At a shutdown: for the step in progress, for the weights, for the last events.
 STOP_TIMEOUT_S = 10.0
 _TELEMETRY_KEYS = ("step", "epoch", "rows", "step_ms", "loss", "accuracy")
+
+
+class TrainingRunFolder:
+    """Writes each event as it happens, and keeps the statistics. Events of a run that is resumed come first.
+
+    Raises `BadFile` where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, title: str, pictures: bool) -> None:
+        self.folder = folder
+        self.stats = TrainingRunStats(title)
+        self._events = JsonlWriter(folder / EVENTS_FILE)
+        self._title = title
+        self._pictures = pictures
+        for event in read_jsonl(folder / EVENTS_FILE):
+            self.stats.add(event)
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        self.stats.add(event)
+        self._events.append(event)
+
+    def finish(self, summary: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+        """Plot the curves and write the summary; return it with the names of all files."""
+        self.close()
+        return write_summary(self.folder, summary, {**files, "events": EVENTS_FILE, **self._plot()})
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _plot(self) -> dict[str, str]:
+        if not self._pictures or not self.stats.executed_steps:
+            return {}
+        try:
+            plot_learning_curves(self.stats, self.folder / CURVES_FILE, self._title)
+        except ImportError as error:
+            log.warning("no learning curves, %s: install the extra 'train' of sparse-mqtt", error)
+            return {}
+        except OSError as error:  # the events are written, so the run has not failed
+            log.warning("the learning curves could not be written: %s", error)
+            return {}
+        return {"curves": CURVES_FILE}
+
+
+def write_weights(folder: Path, parts: Mapping[str, TensorContent]) -> dict[str, str]:
+    """Write the weights of a trained pipeline atomically; return the names of the files by kind.
+
+    `parts/STAGE.safetensors` are those of each stage, `model.safetensors` has the names of the uncut network. Raises
+    `OSError`.
+    """
+    (folder / PARTS_FOLDER).mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor for part in parts.values() for name, tensor in part.tensors.items()}
+    files = {f"{PARTS_FOLDER}/{stage}.safetensors": part for stage, part in parts.items()}
+    for name, content in {**files, MODEL_FILE: TensorContent(tensors)}.items():
+        # Message content has the format of a safetensors file.
+        with atomic_path(folder / name) as partial, partial.open("wb") as file:
+            file.writelines(pack(content.tensors, content.metadata))
+    return {"model": MODEL_FILE, "parts": f"{PARTS_FOLDER}/"}
 
 
 class TrainingRun:
@@ -128,7 +198,9 @@ class TrainingRun:
             if not listener.registry.sources:
                 return
             # The retained record may be a leftover of a source that was killed; a running one renews it.
-            if await listener.wait_for(_has_renewed_source, _RENEWAL_WAIT_S):
+            if await listener.wait_for(
+                lambda registry: any(entry.is_renewed for entry in registry.sources.values()), _RENEWAL_WAIT_S
+            ):
                 message = f"a source {self._name!r} trains this pipeline: stop it, or choose another name with --name"
                 raise UsageError("DuplicateSource", message, source=self._name)
         finally:
@@ -156,7 +228,3 @@ class TrainingRun:
     def _load(self) -> SourceLoad:
         done = self._loop.completed_micro_batches
         return SourceLoad(requests=done, results=done)
-
-
-def _has_renewed_source(registry: WorkerRegistry) -> bool:
-    return any(entry.is_renewed for entry in registry.sources.values())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
-from brokers.dispatch.worker_registry import PresenceEvent, PresenceListener
+from brokers.dispatch.worker_registry import PresenceListener
 from brokers.errors import RequestError, SparseError
 from brokers.protocol.messages import (
     Failure,
@@ -57,16 +57,13 @@ class MembershipWatcher:
     def __init__(self, pipeline: Pipeline, transport: Transport) -> None:
         self.changed = asyncio.Event()
         self._pipeline = pipeline
-        self._presence = PresenceListener(transport, self._on_presence, reset_on_reconnect=True)
+        self._presence = PresenceListener(transport, lambda event: self.changed.set(), reset_on_reconnect=True)
 
     async def open(self) -> None:
         await self._presence.subscribe(self._pipeline.topics(self._pipeline.stage[0]).presence_filter)
 
     async def close(self) -> None:
         await self._presence.close()
-
-    def _on_presence(self, event: PresenceEvent) -> None:
-        self.changed.set()
 
     @property
     def term(self) -> TrainingStatus | None:
@@ -88,10 +85,6 @@ class MembershipWatcher:
     def worker_inbox(self, term: TrainingStatus, stage: str) -> str:
         """The inbox topic of the worker of a stage."""
         return self._pipeline.topics(self._pipeline.find_stage(stage)).inbox(term.members[stage])
-
-    def coordinator_inbox(self, term: TrainingStatus) -> str:
-        """The inbox topic of the coordinator, which is the first stage's worker."""
-        return self.worker_inbox(term, self._pipeline.stage[0].name)
 
 
 class StepFailed(RequestError):
@@ -260,7 +253,8 @@ class StepRunner:
                 raise _Stalled(f"source {self._name} received no response for {lease_s:g} s") from None
 
     async def _abort(self, term: TrainingStatus, step: Step, reason: str) -> None:
-        await self._send(self._membership.coordinator_inbox(term), step.step_id, "abort", term, reason=reason)
+        coordinator_inbox = self._membership.worker_inbox(term, self._pipeline.stage[0].name)
+        await self._send(coordinator_inbox, step.step_id, "abort", term, reason=reason)
 
     async def _send(self, inbox: str, request_id: bytes, verb: StepVerb, term: TrainingStatus, **details: Any) -> None:
         message = StepMessage(

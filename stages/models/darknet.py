@@ -187,16 +187,16 @@ def header_bytes(path: str | Path) -> int:
         with open(path, "rb") as file:
             data = file.read(20)
     except OSError as error:
-        raise _not_darknet_error(path, error.strerror) from error
-    if len(data) < 16:
-        raise _not_darknet_error(path, f"the header needs 16 or 20 bytes, the file has {len(data)}")
-    version = struct.unpack_from("<3i", data)
-    if not all(0 <= number < VERSION_LIMIT for number in version):
-        raise _not_darknet_error(path, f"the first three integers are {version}, expected 0 to {VERSION_LIMIT - 1}")
+        raise _weights_error("NotDarknet", path, f"is not a Darknet weights file: {error.strerror}") from error
+    version = struct.unpack_from("<3i", data.ljust(12, b"\0"))
     size = 20 if version[:2] >= (0, 2) else 16
     if size > len(data):
-        raise _not_darknet_error(path, f"the header needs {size} bytes, the file has {len(data)}")
-    return size
+        problem = f"the header needs {'16 or 20' if len(data) < 16 else size} bytes, the file has {len(data)}"
+    elif not all(0 <= number < VERSION_LIMIT for number in version):
+        problem = f"the first three integers are {version}, expected 0 to {VERSION_LIMIT - 1}"
+    else:
+        return size
+    raise _weights_error("NotDarknet", path, f"is not a Darknet weights file: {problem}")
 
 
 def darknet_state_dict(model: Darknet, path: str | Path) -> dict[str, Tensor]:
@@ -258,10 +258,6 @@ def _check_size(model: Darknet, path: str | Path, offset: int) -> None:
     if actual_bytes > expected_bytes:
         problem = f"continues after the last layer: {comparison}: made for another network"
         raise _weights_error("DarknetTrailing", path, problem, **sizes)
-
-
-def _not_darknet_error(path: str | Path, reason: str | None) -> UsageError:
-    return _weights_error("NotDarknet", path, f"is not a Darknet weights file: {reason}")
 
 
 def _weights_error(code: str, path: str | Path, problem: str, **fields: int) -> UsageError:

@@ -34,16 +34,6 @@ YOLOV3_TINY_ANCHORS: tuple[Anchors, ...] = (
 )
 
 
-def yolov3(classes: int = len(COCO_LABELS)) -> Darknet:
-    """YOLOv3: 107 layers, detections at 82, 94 and 106; 61.9 million parameters for COCO's 80 classes."""
-    return Darknet(_yolov3_rows(classes), classes)
-
-
-def yolov3_tiny(classes: int = len(COCO_LABELS)) -> Darknet:
-    """YOLOv3-tiny: 24 layers, detections at 16 and 23; 8.8 million parameters for COCO's 80 classes."""
-    return Darknet(_yolov3_tiny_rows(classes), classes)
-
-
 def _conv(filters: int, size: int, stride: int = 1) -> LayerSpec:
     return LayerSpec(Convolutional, filters=filters, size=size, stride=stride)
 
@@ -68,7 +58,12 @@ def _pyramid(filters: int) -> list[LayerSpec]:
     return [_conv(filters, 1), _conv(2 * filters, 3)] * 3
 
 
-def _yolov3_rows(classes: int) -> list[LayerSpec]:
+def yolov3(classes: int = len(COCO_LABELS)) -> Darknet:
+    """YOLOv3: 107 layers, detections at 82, 94 and 106; 61.9 million parameters for COCO's 80 classes."""
+    return Darknet(yolov3_rows(classes), classes)
+
+
+def yolov3_rows(classes: int) -> list[LayerSpec]:
     rows = [_conv(32, 3)]
     for filters, count in ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4)):
         rows += _residuals(filters, count)
@@ -83,7 +78,8 @@ def _yolov3_rows(classes: int) -> list[LayerSpec]:
     return rows
 
 
-def _yolov3_tiny_rows(classes: int) -> list[LayerSpec]:
+def yolov3_tiny(classes: int = len(COCO_LABELS)) -> Darknet:
+    """YOLOv3-tiny: 24 layers, detections at 16 and 23; 8.8 million parameters for COCO's 80 classes."""
     rows = []
     for filters in (16, 32, 64, 128, 256):
         rows += [_conv(filters, 3), LayerSpec(MaxPool, size=2, stride=2)]
@@ -93,4 +89,4 @@ def _yolov3_tiny_rows(classes: int) -> list[LayerSpec]:
     rows += [_route(-4), _conv(128, 1), LayerSpec(Upsample, stride=2), _route(-1, 8)]
     rows += [_conv(256, 3)]
     rows += _detection(YOLOV3_TINY_ANCHORS[1], classes)  # 22, 23
-    return rows
+    return Darknet(rows, classes)

@@ -28,7 +28,9 @@ from torch import Tensor, fx, nn
 
 from brokers.errors import UsageError
 from stages.partition.boundary import (
+    copy_mutated_inputs,
     expand_shape_tensor,
+    find_batched_values,
     make_shape_tensor,
     name_results,
     pack_result,
@@ -36,7 +38,6 @@ from stages.partition.boundary import (
     unpack_value,
 )
 from stages.partition.fx_graph import TracedModel, trace
-from stages.partition.graph_analysis import copy_mutated_inputs, find_batched_values
 
 # Methods and attributes that read the shape or dtype of a tensor, never its values.
 SHAPE_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "is_floating_point"})

@@ -90,8 +90,6 @@ class Coordinator:
     _phase_begin_s: float = 0.0
     _progress_s: float = 0.0  # the last progress of a step
 
-    # Events -----------------------------------------------------------------------------------------------------------
-
     def on_worker(self, record: WorkerRecord, *, is_live: bool = True) -> None:
         """A worker has published its presence record; `is_live` is False for a retained one."""
         key = (record.stage, record.worker)
@@ -126,8 +124,6 @@ class Coordinator:
         if self.phase != "waiting":
             self.phase = "waiting"
             self.term_reason = reason
-
-    # Decisions --------------------------------------------------------------------------------------------------------
 
     def tick(
         self, now_s: float, unix_ms: int, sources: Collection[str] = (), lost_sources: Collection[str] = ()
@@ -264,8 +260,6 @@ class Coordinator:
         self.problem = problem
         self.term_reason = problem
         self._retry_s = now_s + RETRY_DELAY_S
-
-    # Status -----------------------------------------------------------------------------------------------------------
 
     def extend_status(self, status: TrainingStatus) -> TrainingStatus:
         """Add the term and its members to the status of this worker, if it leads: sources train with these."""

@@ -100,8 +100,6 @@ class PartTrainer:
         self._optimizer = make_optimizer(self._pipeline.training, self._part.parameters(), self._folder)
         self.version = 0
 
-    # A step -----------------------------------------------------------------------------------------------------------
-
     def forward(
         self, micro_batch: MicroBatch, request: bytes, tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor] | MicroBatchMetrics:
@@ -215,8 +213,6 @@ class PartTrainer:
                 for name, buffer in self._part.named_buffers():
                     buffer.copy_(self._initial_buffers[name])
             self._initial_buffers = None
-
-    # Versions ---------------------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
         """Copy the part's state as of its version, on the CPU, with the names of the unsplit network."""

@@ -110,8 +110,6 @@ class StepExecutor:
             pending_forwards=len(self._part_trainer.activations),
         )
 
-    # A step -----------------------------------------------------------------------------------------------------------
-
     async def execute(self, operation: StepOperation) -> None:
         """Run one operation and send its output. Raises the errors of the network, the loss and the optimizer."""
         with self._telemetry.record_operation(operation):
@@ -125,11 +123,8 @@ class StepExecutor:
 
     def send_prepared(self, operation: Forward | Backward, term: int) -> None:
         """Notify the source that this stage is prepared to commit the step, with the durations of its operations."""
-        details = {
-            "stage": self._context.stage.name,
-            "worker": self._context.worker,
-            **self._telemetry.pop_step_sums(),
-        }
+        place = {"stage": self._context.stage.name, "worker": self._context.worker}
+        details = place | self._telemetry.pop_step_sums()
         step = bytes.fromhex(operation.micro_batch.step)
         prepared = StepMessage(request_id=step, verb="prepared", term=term, details=details)
         self._send_queue.send(operation.task.reply_to.topic, prepared)
@@ -213,8 +208,6 @@ class StepExecutor:
         details = {"stage": self._context.stage.name, "worker": self._context.worker, "version": version}
         committed = StepMessage(request_id=message.request_id, verb="committed", term=message.term, details=details)
         self._send_queue.send(message.sender_inbox, committed)
-
-    # Versions ---------------------------------------------------------------------------------------------------------
 
     async def try_save_checkpoint(self) -> None:
         """Save the version in memory before this worker leaves, so that its successor can continue from it."""

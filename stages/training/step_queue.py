@@ -2,15 +2,22 @@
 
 * Steps run one after the other, in the order in which their first micro-batches arrived; they are never interleaved.
 * Operations of a step run in the order of the schedule, for any order of messages: gradients accumulate in one order
-  only.
+  only, that of the micro-batches, as in the unsplit network, to the last bit.
 * A training step ends with its commit, an evaluation with its last forward. A failed step blocks the queue until the
   term ends.
+
+Schedules:
+
+* gpipe (Huang et al., 2019): all forwards, then all backwards; a stage saves one forward per micro-batch of the step.
+* 1f1b (PipeDream-Flush, as in Megatron-LM): the n-th stage from the end begins with n forwards, then alternates one
+  backward and one forward; it saves at most n forwards.
 """
 
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -24,12 +31,29 @@ from brokers.protocol.training import (
     SETTINGS_LIMIT_CHARACTERS,
     MicroBatch,
     SourceProgress,
+    StepMode,
 )
-from stages.training.schedule import ScheduledOp, ScheduleName, operations
 
+ScheduleName = Literal["1f1b", "gpipe"]
+ScheduledOp = tuple[Literal["forward", "backward"], int]  # the operation and the index of its micro-batch
 # Each source has one or two steps in the queue.
 STEPS_LIMIT = 128
 STEPS_LIMIT_BYTES = 512 << 20
+
+
+def operations(
+    name: ScheduleName, stage: int, stages: int, count: int, mode: StepMode = "train"
+) -> tuple[ScheduledOp, ...]:
+    """Return the operations of stage number `stage` (from 0) of `stages`, in a step of `count` micro-batches."""
+    if mode == "evaluate":
+        return tuple(("forward", index) for index in range(count))
+    warmup = count if name == "gpipe" else min(count, stages - stage)
+    ops: list[ScheduledOp] = [("forward", index) for index in range(warmup)]
+    for index in range(count):
+        ops.append(("backward", index))
+        if warmup + index < count:
+            ops.append(("forward", warmup + index))
+    return tuple(ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +148,6 @@ class StepQueue:
         """The sources of all queued steps."""
         return {step.source for step in self._steps.values()}
 
-    # Incoming messages ------------------------------------------------------------------------------------------------
-
     def add_task(self, task: Task, micro_batch: MicroBatch) -> None:
         """Queue a micro-batch. Raises `WireError` "Busy", "StaleTerm", "WorkerOnStandby" or "BadStep"."""
         self._check_term(micro_batch.term)
@@ -178,8 +200,6 @@ class StepQueue:
             raise _stale_term_error(self.term, term)
         if self.is_standby:
             raise _standby_error(term)
-
-    # Operations -------------------------------------------------------------------------------------------------------
 
     def next_operation(self) -> StepOperation | None:
         """Return the next operation in order; None while a message that it needs is missing."""

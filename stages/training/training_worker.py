@@ -56,8 +56,6 @@ class TrainingWorker(StageWorker):
         self._disconnects = 0
         self.set_state("standby")
 
-    # Lifecycle --------------------------------------------------------------------------------------------------------
-
     async def _load(self) -> tuple[str, tuple[str, ...]]:
         fingerprint = await self.executor.start()
         self.step_queue.stand_by(self.executor.checkpoints.term)  # the checkpoints prove that this term has begun
@@ -105,8 +103,6 @@ class TrainingWorker(StageWorker):
             self.coordinator.end_term("the first stage was disconnected")
         await self.report()
 
-    # Incoming messages ------------------------------------------------------------------------------------------------
-
     def _on_message(self, topic: str, message: Message) -> None:
         try:
             match message:
@@ -144,8 +140,6 @@ class TrainingWorker(StageWorker):
             failure = self.context.failure(message.request_id, code, str(error) or code, retry=retry)
             self.send_queue.send(topic, failure)
 
-    # Operations -------------------------------------------------------------------------------------------------------
-
     async def _run_operation(self, operation: StepOperation) -> None:
         """Run one operation; its error fails the step, and is reported to the source."""
         term = self.step_queue.term
@@ -166,8 +160,6 @@ class TrainingWorker(StageWorker):
             self.presence.record_compute(1, now_s - begin_s)
             if self.coordinator:
                 self.coordinator.on_progress(now_s)
-
-    # Commands ---------------------------------------------------------------------------------------------------------
 
     async def _handle_command(self, command: StepMessage) -> None:
         try:
@@ -230,8 +222,6 @@ class TrainingWorker(StageWorker):
             self._commands = [StepMessage(request_id=bytes(REQUEST_ID_BYTES), verb="abort", term=term), *later]
             self._wake.set()
 
-    # Coordination -----------------------------------------------------------------------------------------------------
-
     def _on_presence(self, event: PresenceEvent) -> None:
         if self.coordinator is None:
             # Members are in the record of the leader: if it names another worker of our stage, that one trains.
@@ -275,7 +265,6 @@ class TrainingWorker(StageWorker):
         self._tick()
 
     def _tick(self) -> None:
-        """Let the coordinator decide, and send its commands."""
         if self.coordinator is None:
             return
         was_leader = self.coordinator.is_leader

@@ -13,7 +13,8 @@ def group_compatible(requests: Sequence[Tensors]) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for index, tensors in enumerate(requests):
         # Tensors without rows, or with different numbers of rows, cannot be split again: such a request stays alone.
-        rows = {_count_rows(value) for value in tensors.values()}
+        shapes = [getattr(value, "shape", ()) for value in tensors.values()]
+        rows = {shape[0] if shape else None for shape in shapes}
         key: Any = index
         if len(rows) == 1 and None not in rows:
             key = tuple(sorted((name, str(value.dtype), tuple(value.shape[1:])) for name, value in tensors.items()))
@@ -48,11 +49,6 @@ def split_outputs(tensors: Tensors, rows: Sequence[int]) -> list[Tensors]:
         outputs.append({name: value[begin : begin + count] for name, value in tensors.items()})
         begin += count
     return outputs
-
-
-def _count_rows(value: Any) -> int | None:
-    shape = getattr(value, "shape", ())
-    return int(shape[0]) if shape else None
 
 
 def _concatenate(values: list[Any]) -> Any:

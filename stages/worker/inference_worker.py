@@ -40,8 +40,6 @@ class InferenceWorker(StageWorker):
         self._dispatched: dict[bytes, tuple[str, TensorContent]] = {}  # by request id, in the current batch
         self._is_loaded = False
 
-    # Lifecycle --------------------------------------------------------------------------------------------------------
-
     async def _load(self) -> tuple[str, tuple[str, ...]]:
         await self.run_in_thread(self._executor.start, self)
         self._is_loaded = True
@@ -74,13 +72,8 @@ class InferenceWorker(StageWorker):
         if self._is_loaded:
             await self.run_in_thread(self._executor.stop)
 
-    def _tick(self) -> None:
-        self._drop_expired()
-
     async def report(self) -> None:
         await self.presence.report(len(self._queue), self._queue.oldest_arrival_s, self.counters)
-
-    # Incoming messages ------------------------------------------------------------------------------------------------
 
     def _on_message(self, topic: str, message: Message) -> None:
         match message:
@@ -110,8 +103,6 @@ class InferenceWorker(StageWorker):
         self.counters["malformed"] += 1
         self._sender.send_in_background(self._sender.reject_malformed(error, properties))
 
-    # Batches ----------------------------------------------------------------------------------------------------------
-
     async def _acquire_unsent_slot(self) -> bool:
         """Wait until the outputs of an earlier batch are sent; return False if that fails while this worker drains."""
         while True:
@@ -133,10 +124,10 @@ class InferenceWorker(StageWorker):
         deadline_s = first.arrived_s + self.context.stage.max_wait_ms / 1000
         while len(self._queue) < size and not self._is_draining and (left_s := deadline_s - time.monotonic()) > 0:
             await self._wait_for_wake(left_s)
-        self._drop_expired()
+        self._tick()
         return self._queue.take(size)
 
-    def _drop_expired(self) -> None:
+    def _tick(self) -> None:
         """Fail the tasks whose deadline has passed, without computing them."""
         for queued in self._queue.pop_expired(time.monotonic()):
             self.counters["expired"] += 1

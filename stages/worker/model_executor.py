@@ -84,7 +84,10 @@ class ModelExecutor(TaskExecutor):
                 problem = f"stage {self._stage.name!r} expects {sorted(names)}, got {sorted(tensors)}"
                 raise BadPayload("tensors", problem)
             tensors = {names[0]: next(iter(tensors.values()))}  # a single tensor needs no name
-        return {name: _widen(tensor) for name, tensor in tensors.items()}
+        return {
+            name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+            for name, tensor in tensors.items()
+        }
 
     @torch.inference_mode()
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
@@ -106,7 +109,10 @@ class ModelExecutor(TaskExecutor):
             return content.tensors
         if self._is_last:
             return tensors
-        return {name: self._narrow(tensor) for name, tensor in tensors.items()}
+        return {
+            name: tensor.to(self._wire_dtype) if tensor.dtype is torch.float32 else tensor
+            for name, tensor in tensors.items()
+        }
 
     def _preprocess(self, picture: RgbImage, task: TaskContext) -> Tensors:
         """Convert a picture, uint8 (H, W, 3), to the network's input; its size travels on with the request."""
@@ -119,14 +125,7 @@ class ModelExecutor(TaskExecutor):
         task.metadata[PICTURE] = f"{width}x{height}"
         return {self._part.input_names[0]: self._spec.preprocess(picture)}
 
-    def _narrow(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._wire_dtype) if tensor.dtype is torch.float32 else tensor
-
 
 def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor, non_blocking=True)
-
-
-def _widen(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -54,8 +54,6 @@ class ResultSender:
         self._clients: dict[str, StageClient] = {}
         self._sends: set[asyncio.Task[None]] = set()
 
-    # Lifecycle --------------------------------------------------------------------------------------------------------
-
     async def open(self) -> None:
         """Start to watch the workers of the next stage."""
         if self._next_stage:
@@ -88,8 +86,6 @@ class ResultSender:
         self._sends.discard(send)
         if not send.cancelled() and (error := send.exception()):
             log.warning("could not send a message: %s", error)
-
-    # Results of tasks -------------------------------------------------------------------------------------------------
 
     async def deliver(self, queued: QueuedTask) -> None:
         """Send the outputs or the error of a task, then return its credit to its sender.
@@ -187,8 +183,6 @@ class ResultSender:
             span=queued.trace.span_id,
             parent=task.trace.span_id if task.trace else "",
         )
-
-    # Refusals and replies ---------------------------------------------------------------------------------------------
 
     async def reject(self, task: Task, code: str, reason: str) -> None:
         """Refuse a task that another worker may accept."""

@@ -15,9 +15,8 @@ from typing import Any, Literal, TypeVar
 from brokers.dispatch.channel import MessageChannel
 from brokers.errors import SparseError
 from brokers.protocol.transport import Transport
-from stages.worker.duplicate_check import DuplicateCheck
 from stages.worker.worker_context import WorkerContext
-from stages.worker.worker_presence import WorkerPresence
+from stages.worker.worker_presence import DuplicateCheck, WorkerPresence
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +45,6 @@ class StageWorker(ABC):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"compute-{self.stage}")
         self._is_draining = False
         self._wake = asyncio.Event()  # set when `_work` may have something to do
-
-    # Lifecycle --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Load the model, connect and join the stage.
@@ -110,8 +107,6 @@ class StageWorker(ABC):
         except SparseError as error:
             log.warning("worker %s could not announce that it is %s: %s", self.worker, state, error)
 
-    # Implemented by the kinds of workers -----------------------------------------------------------------------------
-
     @abstractmethod
     async def _load(self) -> tuple[str, tuple[str, ...]]:
         """Load the model; return its fingerprint and the Content Types that it accepts."""
@@ -141,8 +136,6 @@ class StageWorker(ABC):
 
     async def _on_reconnect(self) -> None:
         await self.report()
-
-    # Helpers ----------------------------------------------------------------------------------------------------------
 
     async def run_in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function in the compute thread."""

@@ -1,11 +1,23 @@
-"""The presence record of a worker: its state and its load, published every second while it is up."""
+"""The presence record of a worker, with its state and load; detection of conflicting workers through these records.
 
+Workers conflict if two have one id, or two of one stage different models. A worker checks twice. Before it joins, it
+reads the records of its stage; a retained record may have outlived its worker, so only a record that is renewed
+prevents the worker from joining. Two workers that start at the same instant see no record of each other and both join,
+so each watches for CONFLICT_WATCH_S more. Neither clocks nor message delays tell which was first: of two that watch,
+the one with the smaller (id, instance) stays, a rule that both apply to the same two records.
+"""
+
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Literal
 
 from brokers.dispatch.presence import PREFETCH_TASKS, WorkerLoad, WorkerRecord
 from brokers.dispatch.presence_publisher import PresencePublisher, describe_process
+from brokers.dispatch.worker_registry import PresenceEntry, PresenceEvent, PresenceListener, WorkerRegistry
+from brokers.errors import SparseError, UsageError
+from brokers.protocol.topics import StageTopics
 from brokers.protocol.training import TrainingStatus
 from brokers.protocol.transport import Transport
 from stages.worker.worker_context import WorkerContext
@@ -15,6 +27,12 @@ _NEWEST_WEIGHT = 0.2
 # A worker reports every second, even while its compute thread is busy: after a longer gap its process was frozen.
 _FROZEN_S = 5.0
 _COUNTERS = ("failed", "malformed", "rejected", "expired")
+# Three renewals of a record, which is published every second.
+CONFLICT_WATCH_S = 3.0
+# The broker sends retained records right after its SUBACK; ample on one machine and on a fog link.
+_RETAINED_WAIT_S = 0.1
+# Two renewals, on a busy machine.
+_RENEWAL_TIMEOUT_S = 2.5
 
 
 class WorkerPresence(PresencePublisher[WorkerRecord]):
@@ -52,8 +70,6 @@ class WorkerPresence(PresencePublisher[WorkerRecord]):
     async def _on_reconnect(self) -> None:
         self._reconnects += 1
 
-    # Load -------------------------------------------------------------------------------------------------------------
-
     def record_queue_waits(self, waits_s: Sequence[float]) -> None:
         """Tasks have left the queue after these times."""
         self._interval_waits_s += waits_s
@@ -83,8 +99,6 @@ class WorkerPresence(PresencePublisher[WorkerRecord]):
         waits_s = self._interval_waits_s
         mean_s = sum(waits_s) / len(waits_s) if waits_s else 0.0
         return mean_s if oldest_arrival_s is None else max(mean_s, now_s - oldest_arrival_s)
-
-    # The record -------------------------------------------------------------------------------------------------------
 
     async def report(
         self, queue: int, oldest_arrival_s: float | None = None, counters: Mapping[str, int] | None = None
@@ -119,3 +133,93 @@ class WorkerPresence(PresencePublisher[WorkerRecord]):
         self._is_revoked = True
         if keep_record:
             self._joined_s = None
+
+
+class DuplicateCheck:
+    """Checks one worker against the others of its stage, through their presence records."""
+
+    def __init__(self, transport: Transport, topics: StageTopics, presence: WorkerPresence) -> None:
+        self._topics = topics
+        self._presence = presence
+        self._listener = PresenceListener(transport, self._on_event)
+        self._malformed_records = 0  # on our own topic: by a worker of the same id and another version
+        self._must_leave = asyncio.Event()
+        self._conflict: UsageError | None = None
+
+    async def check(self) -> None:
+        """Raise `UsageError` "WorkerConflict" if a live worker conflicts with this one, which has not joined yet."""
+        await self._listener.subscribe(self._topics.peer_presence_filter)
+        await asyncio.sleep(_RETAINED_WAIT_S)
+        await self._listener.wait_for(lambda registry: not self._is_uncertain(registry), _RENEWAL_TIMEOUT_S)
+        own = self._presence.record
+        for entry in find_conflicts(own, self._listener.registry):
+            if entry.is_renewed:
+                raise conflict_error(own, entry.record)
+        if self._malformed_records > 1:
+            raise conflict_error(own, None)
+
+    def _is_uncertain(self, registry: WorkerRegistry) -> bool:
+        """Whether there are conflicting records, and none has been renewed yet."""
+        entries = find_conflicts(self._presence.record, registry)
+        is_known = any(entry.is_renewed for entry in entries) or self._malformed_records > 1
+        return bool(entries or self._malformed_records) and not is_known
+
+    async def watch(self) -> None:
+        """Watch for CONFLICT_WATCH_S after the worker has joined. Raises `UsageError` "WorkerConflict"."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CONFLICT_WATCH_S):
+                await self._must_leave.wait()
+        if self._conflict is not None:
+            raise self._conflict
+        with suppress(SparseError):
+            await self._listener.unsubscribe()
+
+    async def close(self) -> None:
+        await self._listener.close()
+
+    def _on_event(self, event: PresenceEvent) -> None:
+        own = self._presence.record
+        if event.kind == "rejected" and event.topic == own.topic:
+            self._malformed_records += 1
+        # Others judge by our published `up_s`: when it has passed CONFLICT_WATCH_S for them, this worker stays.
+        up_s = self._presence.up_s
+        other = event.worker
+        if up_s is None or up_s >= CONFLICT_WATCH_S or other is None or self._conflict is not None:
+            return
+        if event.kind not in ("appeared", "updated", "gap") or event.retained or other.instance == own.instance:
+            return
+        if must_leave(own, other):
+            self._conflict = conflict_error(own, other)
+            self._presence.revoke(keep_record=other.worker == own.worker)
+            self._must_leave.set()
+
+
+def find_conflicts(own: WorkerRecord, registry: WorkerRegistry) -> list[PresenceEntry[WorkerRecord]]:
+    """Return the entries with our id or another model, ours first."""
+    entries = [entry for entry in registry.workers.values() if _is_conflict(own, entry.record)]
+    return sorted(entries, key=lambda entry: (entry.record.worker != own.worker, entry.record.worker))
+
+
+def must_leave(own: WorkerRecord, other: WorkerRecord) -> bool:
+    """Whether the worker `own`, which still watches for conflicts, must leave because of another live worker."""
+    if other.state == "stopped" or not _is_conflict(own, other):
+        return False
+    other_watches = other.up_s is not None and other.up_s < CONFLICT_WATCH_S
+    return not other_watches or (own.worker, own.instance) > (other.worker, other.instance)
+
+
+def _is_conflict(own: WorkerRecord, other: WorkerRecord) -> bool:
+    return other.worker == own.worker or other.fingerprint != own.fingerprint
+
+
+def conflict_error(own: WorkerRecord, other: WorkerRecord | None) -> UsageError:
+    """Return the error for a worker that cannot join; `other` is None if its record is malformed."""
+    if other is None or other.worker == own.worker:
+        place = f" (process {other.pid} on {other.node!r})" if other else ""
+        problem = f"another worker of this id{place} is up: stop it, or choose another id with --worker"
+    else:
+        problem = (
+            f"worker {other.worker!r} serves stage {other.stage!r} with the model {other.fingerprint!r}, this one has "
+            f"{own.fingerprint!r}: use the same weights and cuts for all workers, or another pipeline name"
+        )
+    return UsageError("WorkerConflict", f"worker {own.worker!r} cannot join: {problem}", worker=own.worker)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from brokers.config.pipeline_file import load_pipeline
-from sources.datasets.batches import Batches, split_micro_batches
 from sources.datasets.bundled import Digits
+from sources.datasets.dataset import Batches, split_micro_batches
 from sources.training.run_settings import learning_rate
 from stages.models.registry import get_model_spec
 from tests.soak.conftest import PrintLine, sizes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stages.training.schedule import ScheduleName, operations
+from stages.training.step_queue import ScheduleName, operations
 
 # Simulated steps: by then each takes as long as the one before it.
 _STEPS = 4

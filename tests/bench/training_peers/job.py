@@ -16,7 +16,7 @@ from torch import nn
 from stages.models.registry import get_model_spec
 from stages.partition.part_loader import load_trainable_part
 from stages.partition.partition import Part
-from stages.training.schedule import ScheduleName
+from stages.training.step_queue import ScheduleName
 
 INPUT_SHAPE = (3, 32, 32)
 CLASSES = 10

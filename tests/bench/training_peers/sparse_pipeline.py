@@ -14,7 +14,7 @@ from brokers.mqtt.client import MqttTransport
 from brokers.server.local_broker import BrokerKind, start_broker
 from sources.datasets.dataset import Dataset, Examples
 from sources.training.training_loop import TrainingEventDict, TrainingLoop
-from stages.training.schedule import ScheduleName
+from stages.training.step_queue import ScheduleName
 from tests.bench.harness.processes import start_stages
 from tests.bench.training_peers.job import BATCH_COUNT, TrainingJob
 

@@ -18,8 +18,7 @@ from brokers.protocol.transport import Transport
 from brokers.server.local_broker import start_broker
 from sources.client.offloader import Offloader
 from sources.inference.inference_run import InferenceRun
-from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Sample
+from sources.inputs.source import Sample, SampleBuffer
 from stages.executor import FunctionExecutor
 from stages.worker.inference_worker import InferenceWorker
 from stages.worker.worker_context import WorkerContext

@@ -39,7 +39,7 @@ from sources.client import pending_request
 from stages.models import registry
 from stages.training import step_queue
 from stages.worker import model_executor, result_sender, task_queue
-from stages.worker.duplicate_check import CONFLICT_WATCH_S
+from stages.worker.worker_presence import CONFLICT_WATCH_S
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.channel_ends import INBOX_TOPIC, RecordingTransport, open_listening_channel
 from tests.support.brokers.in_memory import MemoryBroker

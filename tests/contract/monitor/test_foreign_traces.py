@@ -20,7 +20,7 @@ from brokers.telemetry.schema import RequestDone, TaskProcessed
 from sources.client.offloader import Offloader
 from sources.inference.inference_run import InferenceRun
 from sources.inputs.ingress import IngressGateway
-from sources.inputs.sample_buffer import SampleBuffer
+from sources.inputs.source import SampleBuffer
 from stages.executor import FunctionExecutor
 from stages.worker.inference_worker import InferenceWorker
 from stages.worker.worker_context import WorkerContext

@@ -15,7 +15,7 @@ import pytest
 from brokers.dispatch.presence import WorkerRecord
 from brokers.protocol.topics import StageTopics
 from brokers.server.local_broker import LocalBroker
-from stages.worker.duplicate_check import CONFLICT_WATCH_S
+from stages.worker.worker_presence import CONFLICT_WATCH_S
 from tests.support.brokers.presence import WorkerRecords, wait_for_workers, watch_workers
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 from tests.support.pipelines.processes import CommandResult, ProcessSandbox, eventually

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sources.datasets.batches import Batches
+from sources.datasets.dataset import Batches
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
 from tests.support.training.striped_images import StripedImages

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from brokers.config.pipeline_file import Pipeline
 from brokers.protocol.training import LABELS_TENSOR, MicroBatch, micro_batch_seed
 from stages.training.part_trainer import MicroBatchMetrics, PartTrainer
-from stages.training.schedule import ScheduledOp, ScheduleName, operations
+from stages.training.step_queue import ScheduledOp, ScheduleName, operations
 from stages.worker.worker_context import WorkerContext
 from tests.support.environment.checkout import ROOT
 

@@ -21,14 +21,13 @@ from brokers.protocol.messages import Message, StepMessage, new_request_id
 from brokers.protocol.safetensors_codec import to_torch
 from brokers.protocol.transport import Delivery
 from sources.client.source_presence import SourcePresence
-from sources.datasets.batches import Batches, split_micro_batches
-from sources.datasets.dataset import Dataset
+from sources.datasets.dataset import Batches, Dataset, split_micro_batches
 from sources.training import training_loop
 from sources.training.training_loop import TrainingEventDict, TrainingLoop
 from stages.training import coordinator
 from stages.training.part_trainer import PartTrainer
 from stages.training.training_worker import TrainingWorker
-from stages.worker import duplicate_check, stage_worker
+from stages.worker import stage_worker, worker_presence
 from stages.worker.worker_context import WorkerContext
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
@@ -319,7 +318,7 @@ def shorten_intervals(monkeypatch: Any) -> None:
     monkeypatch.setattr(stage_worker, "ThreadPoolExecutor", lambda *_, **__: thread)
     monkeypatch.setattr("brokers.dispatch.presence_publisher.REPORT_INTERVAL_S", 0.1)
     monkeypatch.setattr(coordinator, "LISTEN_S", 0.25)
-    monkeypatch.setattr(duplicate_check, "_RETAINED_WAIT_S", 0.01)
+    monkeypatch.setattr(worker_presence, "_RETAINED_WAIT_S", 0.01)
     # Terms and fetches are retried ten times as often, too.
     monkeypatch.setattr(training_loop, "MAX_CONSECUTIVE_TERMS", 10 * training_loop.MAX_CONSECUTIVE_TERMS)
 

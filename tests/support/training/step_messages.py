@@ -12,8 +12,7 @@ import numpy as np
 from brokers.protocol.messages import Activation, Gradient, ReplyTo, StepMessage, Task, TensorContent
 from brokers.protocol.safetensors_codec import from_numpy
 from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_KEY, MicroBatch, StepMode
-from stages.training.schedule import ScheduleName
-from stages.training.step_queue import Backward, Commit, Forward, StepOperation, StepQueue
+from stages.training.step_queue import Backward, Commit, Forward, ScheduleName, StepOperation, StepQueue
 
 TERM = 5
 Incoming = tuple[Literal["task", "labels", "gradient", "commit"], int]  # the kind, and the index of the micro-batch

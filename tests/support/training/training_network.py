@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from brokers.protocol.training import micro_batch_seed
-from sources.datasets.batches import Batches, split_micro_batches
+from sources.datasets.dataset import Batches, split_micro_batches
 from tests.support.training.striped_images import CLASSES
 
 MODEL = "tests.support.training.training_network:small_network"

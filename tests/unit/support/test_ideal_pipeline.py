@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.training.schedule import ScheduleName
+from stages.training.step_queue import ScheduleName
 from tests.bench.training_peers.ideal_pipeline import StageTimes, ideal_step_s
 
 SCHEDULES: tuple[ScheduleName, ...] = ("gpipe", "1f1b")

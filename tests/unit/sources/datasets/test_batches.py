@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from brokers.errors import UsageError
-from sources.datasets.batches import Batches, split_micro_batches
-from sources.datasets.dataset import Examples
+from sources.datasets.dataset import Batches, Examples, split_micro_batches
 from tests.support.errors import raises_error
 
 SIDE = 16

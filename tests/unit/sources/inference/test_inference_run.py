@@ -22,8 +22,7 @@ from sources.client.inflight_limit import InflightLimit
 from sources.client.offloader import Offloader
 from sources.client.pending_request import PendingRequest
 from sources.inference.inference_run import InferenceRun
-from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Sample
+from sources.inputs.source import Sample, SampleBuffer
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 

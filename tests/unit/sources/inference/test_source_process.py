@@ -11,8 +11,7 @@ import pytest
 
 from brokers.protocol.messages import JSON
 from sources.inference.source_process import feed_from_source
-from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Sample, Source
+from sources.inputs.source import Sample, SampleBuffer, Source
 from tests.support.brokers.broker_kinds import WAIT_S
 
 

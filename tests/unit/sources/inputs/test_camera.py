@@ -9,8 +9,8 @@ import pytest
 
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
-from sources.inputs import camera as camera_module
-from sources.inputs.camera import Camera, CameraUnavailable
+from sources.inputs import video as video_module
+from sources.inputs.video import Camera, CameraUnavailable
 from tests.support.brokers.broker_kinds import WAIT_S
 from tests.support.environment.clips import frame_number, image_bytes, video_bytes
 from tests.support.errors import raises_error
@@ -102,7 +102,7 @@ def test_slow_consumer_gets_the_newest_frame(start_server: Callable[[Serve], Str
 def test_stream_that_ends_is_reopened(
     start_server: Callable[[Serve], StreamServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(camera_module, "REOPEN_FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(video_module, "REOPEN_FIRST_DELAY_S", 0.01)
     closed = threading.Event()
 
     def serve(connection: socket.socket, number: int) -> None:
@@ -126,7 +126,7 @@ def test_stream_that_ends_is_reopened(
 def test_close_ends_a_camera_that_waits_for_a_frame(
     start_server: Callable[[Serve], StreamServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(camera_module, "READ_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(video_module, "READ_TIMEOUT_S", 0.5)
     sent_all, ended = threading.Event(), threading.Event()
 
     def serve(connection: socket.socket, _: int) -> None:

@@ -9,11 +9,10 @@ import pytest
 
 from brokers.config.schema import SourceTable
 from brokers.errors import UsageError
-from sources.inputs.camera import Camera
 from sources.inputs.factory import make_source
 from sources.inputs.images import ImageFolder
 from sources.inputs.source import Sample, Source
-from sources.inputs.video import VideoFile
+from sources.inputs.video import Camera, VideoFile
 from tests.support.environment.clips import image_bytes, write_video
 from tests.support.errors import raises_error
 

@@ -12,7 +12,7 @@ from brokers.protocol.messages import JPEG, JSON
 from brokers.protocol.transport import Delivery, Properties
 from sources.inputs import ingress
 from sources.inputs.ingress import IngressGateway, sample_from_delivery
-from sources.inputs.sample_buffer import SampleBuffer
+from sources.inputs.source import SampleBuffer
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.environment.clips import frame_number, image_bytes

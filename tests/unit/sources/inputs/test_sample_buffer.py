@@ -9,9 +9,8 @@ from typing import Literal
 import pytest
 
 from brokers.protocol.messages import JSON
-from sources.inputs import sample_buffer
-from sources.inputs.sample_buffer import SampleBuffer
-from sources.inputs.source import Sample
+from sources.inputs import source as source_module
+from sources.inputs.source import Sample, SampleBuffer
 
 
 def sample(index: int, source: str = "a", ack: Callable[[], None] | None = None) -> Sample:
@@ -91,7 +90,7 @@ def test_fast_source_does_not_starve_a_slow_one() -> None:
 
 @pytest.mark.parametrize(("name", "limit"), [("BACKLOG_LIMIT", 3), ("BACKLOG_LIMIT_BYTES", 3)])
 def test_full_backlog_drops_its_oldest_sample(monkeypatch: pytest.MonkeyPatch, name: str, limit: int) -> None:
-    monkeypatch.setattr(sample_buffer, name, limit)
+    monkeypatch.setattr(source_module, name, limit)
 
     async def test(buffer: SampleBuffer) -> None:
         for index in range(5):
@@ -103,7 +102,7 @@ def test_full_backlog_drops_its_oldest_sample(monkeypatch: pytest.MonkeyPatch, n
 
 
 def test_samples_that_await_acknowledgement_are_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_buffer, "BACKLOG_LIMIT", 1)
+    monkeypatch.setattr(source_module, "BACKLOG_LIMIT", 1)
 
     async def test(buffer: SampleBuffer) -> None:
         for index in range(4):

@@ -18,8 +18,8 @@ from brokers.process.image_decode import RgbImage
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from sources.training.learning_curves import plot_learning_curves
-from sources.training.run_folder import MODEL_FILE, TrainingRunFolder, write_weights
 from sources.training.run_stats import TrainingRunStats
+from sources.training.training_run import MODEL_FILE, TrainingRunFolder, write_weights
 from stages.partition.partition import partition
 from tests.support.environment.full_disk import full_disk
 from tests.support.training.training_events import EventDict, evaluation_event, rollback_event, run_events, step_event

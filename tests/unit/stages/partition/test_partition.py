@@ -43,7 +43,7 @@ def narrow_yolov3() -> Darknet:
     """YOLOv3 with an eighth of its channels."""
     rows = [
         row if row.kind is not Convolutional or row.linear else replace(row, filters=row.filters // 8)
-        for row in yolo._yolov3_rows(80)
+        for row in yolo.yolov3_rows(80)
     ]
     return Darknet(rows, 80)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.training.schedule import ScheduledOp, ScheduleName, operations
+from stages.training.step_queue import ScheduledOp, ScheduleName, operations
 
 NAMES: tuple[ScheduleName, ...] = ("1f1b", "gpipe")
 names = st.sampled_from(NAMES)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.training import LABELS_TENSOR, MicroBatch
-from sources.training.run_folder import MODEL_FILE, write_weights
+from sources.training.training_run import MODEL_FILE, write_weights
 from stages.models.vgg import SmallVgg
 from stages.partition.fx_graph import trace
 from stages.training.checkpoints import Checkpoint, CheckpointStore
 from stages.training.part_trainer import MicroBatchMetrics
-from stages.training.schedule import ScheduleName
+from stages.training.step_queue import ScheduleName
 from tests.support.training.in_process_parts import (
     InProcessParts,
     StepBatch,

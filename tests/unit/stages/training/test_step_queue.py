@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from brokers.errors import WireError
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_numpy
-from stages.training.schedule import ScheduleName, operations
-from stages.training.step_queue import STEPS_LIMIT, Backward, Forward
+from stages.training.step_queue import STEPS_LIMIT, Backward, Forward, ScheduleName, operations
 from tests.support.errors import raises_error
 from tests.support.training.step_messages import (
     TERM,

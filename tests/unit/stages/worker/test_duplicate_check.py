@@ -11,10 +11,9 @@ from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.presence import WorkerRecord
 from brokers.errors import UsageError
 from brokers.protocol.topics import StageTopics
-from stages.worker import duplicate_check
-from stages.worker.duplicate_check import CONFLICT_WATCH_S, DuplicateCheck, conflict_error, must_leave
+from stages.worker import worker_presence
 from stages.worker.worker_context import WorkerContext
-from stages.worker.worker_presence import WorkerPresence
+from stages.worker.worker_presence import CONFLICT_WATCH_S, DuplicateCheck, WorkerPresence, conflict_error, must_leave
 from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.brokers.presence_records import make_worker_record
@@ -69,7 +68,7 @@ async def join_together(*marks: tuple[str, str], leaving: int) -> list[str]:
 
 
 def test_of_two_models_that_join_together_one_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicate_check, "CONFLICT_WATCH_S", WAIT_S)
+    monkeypatch.setattr(worker_presence, "CONFLICT_WATCH_S", WAIT_S)
     [message] = asyncio.run(join_together(("a", "one"), ("b", "two"), leaving=1))
     assert message == str(
         conflict_error(make_worker_record("b", fingerprint="two"), make_worker_record("a", fingerprint="one"))
@@ -77,13 +76,13 @@ def test_of_two_models_that_join_together_one_leaves(monkeypatch: pytest.MonkeyP
 
 
 def test_of_two_workers_of_one_id_that_join_together_one_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicate_check, "CONFLICT_WATCH_S", WAIT_S)
+    monkeypatch.setattr(worker_presence, "CONFLICT_WATCH_S", WAIT_S)
     [message] = asyncio.run(join_together(("w", "one"), ("w", "one"), leaving=1))
     assert message.startswith("worker 'w' cannot join: another worker of this id (process ")
 
 
 def test_workers_of_one_model_that_join_together_all_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicate_check, "CONFLICT_WATCH_S", 0.3)
+    monkeypatch.setattr(worker_presence, "CONFLICT_WATCH_S", 0.3)
     assert asyncio.run(join_together(*((f"w{number}", "one") for number in range(5)), leaving=0)) == []
 
 
@@ -107,7 +106,7 @@ def test_worker_does_not_join_while_a_conflicting_one_is_up(worker: str, fingerp
 def test_retained_record_of_a_dead_worker_does_not_prevent_joining(
     monkeypatch: pytest.MonkeyPatch, payload: bytes
 ) -> None:
-    monkeypatch.setattr(duplicate_check, "_RENEWAL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(worker_presence, "_RENEWAL_TIMEOUT_S", 0.1)
 
     async def test() -> None:
         hub = MemoryBroker()

@@ -18,7 +18,7 @@ from brokers.protocol.messages import Failure, Message, ReplyTo, Result, Task, T
 from brokers.protocol.safetensors_codec import from_numpy, to_numpy
 from brokers.protocol.transport import Properties
 from stages.executor import FunctionExecutor, Node, TaskContext, TaskExecutor, Tensors
-from stages.worker import duplicate_check
+from stages.worker import worker_presence
 from stages.worker.inference_worker import InferenceWorker
 from stages.worker.result_sender import REASON_MAX_CHARS, failure_reason
 from stages.worker.worker_context import WorkerContext
@@ -33,7 +33,7 @@ INBOX = "client/inbox"
 
 @pytest.fixture(autouse=True)
 def _short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicate_check, "_RETAINED_WAIT_S", 0.01)
+    monkeypatch.setattr(worker_presence, "_RETAINED_WAIT_S", 0.01)
 
 
 class GatedExecutor(TaskExecutor):
