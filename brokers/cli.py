@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `sparse` with these arguments (default: those of the process) and return its exit status."""
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()  # here, where a closed pipe can still be told from a failure
+        sys.stdout.flush()  # here, where a closed pipe can still be distinguished from a failure
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except (SparseError, OSError, BaseExceptionGroup) as error:

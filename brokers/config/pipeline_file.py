@@ -79,13 +79,13 @@ class Pipeline(ConfigTable):
                 hint = did_you_mean(site, sorted(known))
                 raise config_error(f"{key}.site", f"no site {site!r}{hint}: expected one of {', '.join(sorted(known))}")
         topology = self.topology
-        home = self.source.site
+        source_site = self.source.site
         declared = [site.name for site in self.site] if len(self.site) > 1 else []
         for name in dict.fromkeys([*self.used_sites, *declared]):
-            if not topology.path(home, name):
+            if not topology.path(source_site, name):
                 raise config_error(
                     f"site.{name}",
-                    f"no links connect it with {home!r}, the site of the source: "
+                    f"no links connect it with {source_site!r}, the site of the source: "
                     f"expected links = [{{ to = {name!r} }}] in a [[site]] on the way",
                 )
 

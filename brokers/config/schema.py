@@ -22,25 +22,25 @@ def config_error(key: str, problem: str) -> PydanticCustomError:
     return PydanticCustomError("config_error", "{key}: {problem}", {"key": key, "problem": problem})
 
 
-def _check(function: Callable[[str], object]) -> AfterValidator:
+def _validated_by(function: Callable[[str], object]) -> AfterValidator:
     """A validator that accepts the texts for which `function` raises no `UsageError`."""
 
-    def check(text: str) -> str:
+    def validate(text: str) -> str:
         try:
             function(text)
         except UsageError as error:
             raise ValueError(str(error)) from None
         return text
 
-    return AfterValidator(check)
+    return AfterValidator(validate)
 
 
 def _name_of(kind: str) -> AfterValidator:
-    return _check(lambda name: validate_name(kind, name))
+    return _validated_by(lambda name: validate_name(kind, name))
 
 
 class ConfigTable(BaseModel):
-    """A table without unknown keys, and without conversion between types."""
+    """Base class of the tables: unknown keys are errors, and values are not converted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -60,7 +60,9 @@ class PipelineTable(ConfigTable):
     lease_s: float = Field(
         default=LEASE_S, gt=0, le=86_400, description="a request without an answer for this long is sent again"
     )
-    nms: float = Field(default=0.45, ge=0, le=1, description="overlap from which the weaker of two boxes is dropped")
+    nms: float = Field(
+        default=0.45, ge=0, le=1, description="IoU above which the detection with the lower score is suppressed"
+    )
 
 
 class StageTable(ConfigTable):
@@ -99,15 +101,15 @@ class LinkTable(ConfigTable):
 
     @property
     def is_emulated(self) -> bool:
-        """Whether it is slower than a link within one machine."""
+        """Whether `sparse run` emulates a delay or a rate for this link."""
         return bool(self.delay_ms or self.rate_mbit)
 
 
 class SiteTable(ConfigTable):
-    """`[[site]]`: a site with its own broker; one without an address is started on this machine."""
+    """`[[site]]`: a site and its broker; without `broker`, `sparse run` starts one."""
 
     name: Annotated[str, _name_of("site")]
-    broker: Annotated[str, _check(parse_address)] | None = None
+    broker: Annotated[str, _validated_by(parse_address)] | None = None
     links: tuple[LinkTable, ...] = Field(default=(), strict=False, description="the bridges that its broker runs")
     cameras: tuple[Annotated[str, _name_of("source")], ...] = Field(
         default=(), strict=False, description="MQTT clients that may publish to its ingress topics"
@@ -144,7 +146,7 @@ class SourceTable(ConfigTable):
 class TrainingTable(ConfigTable):
     """`[training]`: the data set, optimizer and schedule of a training pipeline."""
 
-    batch: int = Field(default=64, ge=1, description="rows of a step")
+    batch: int = Field(default=64, ge=1, description="batch size: examples per optimizer step")
     micro_batches: int = Field(default=4, ge=1, le=256, description="micro-batches of a step")
     epochs: int = Field(default=10, ge=1)
     optimizer: str = Field(default="sgd", description="sgd, adam, adamw, or package.module:Class")

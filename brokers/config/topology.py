@@ -10,6 +10,7 @@ matches rules of both directions, so a retained record is never sent back to whe
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +31,16 @@ class BridgeSides:
 
 @dataclass(frozen=True, slots=True)
 class SiteTopology:
-    """The tree: the neighbours of each site."""
+    """An undirected graph without loops: the neighbours of each site."""
 
     neighbours: dict[str, list[str]]
 
     @classmethod
     def from_sites(cls, sites: Sequence[SiteTable]) -> SiteTopology:
-        """Read the links of `[[site]]` tables; raises `ValueError` (`config_error`) if they are not a tree."""
+        """Read the links of `[[site]]` tables.
+
+        Raises `ValueError` (`config_error`) if a link names an unknown site or closes a loop.
+        """
         topology = cls({site.name: [] for site in sites})
         for site in sites:
             for link in site.links:
@@ -55,20 +59,18 @@ class SiteTopology:
         self.neighbours[to].append(site)
 
     def path(self, start: str, end: str) -> tuple[str, ...]:
-        """The sites from `start` to `end`, both included; empty if no bridges connect them."""
-        paths: list[tuple[str, ...]] = [(start,)]
-        for path in paths:
+        """The sites from `start` to `end`, both included, once if they are one; empty if no bridges connect them."""
+        paths: deque[tuple[str, ...]] = deque([(start,)])
+        while paths:
+            path = paths.popleft()
             if path[-1] == end:
                 return path
-            paths += [(*path, name) for name in self.neighbours.get(path[-1], ()) if name not in path]
+            paths.extend((*path, name) for name in self.neighbours.get(path[-1], ()) if name not in path)
         return ()
-
-    def reachable(self, start: str) -> frozenset[str]:
-        """All sites that bridges connect with `start`, itself included."""
-        return frozenset(name for name in self.neighbours if self.path(start, name))
 
     def bridge_sides(self, site: str, to: str) -> BridgeSides:
         """The sites on both sides of the bridge from `site` to its neighbour `to`."""
+        # `to` is the first site after `site` on the path.
         far = tuple(name for name in self.neighbours if to in self.path(site, name)[1:2])
         near = tuple(name for name in self.neighbours if name not in far and self.path(site, name))
         return BridgeSides(near, far)

@@ -76,7 +76,7 @@ class _PresenceRecord(BaseModel):
     site: _Name
     node: str
     pid: _Count
-    # In containers every process has the same process id: `instance` distinguishes a restarted process from its predecessor.
+    # In containers every process has the same process id: `instance` distinguishes a restarted process from the former.
     instance: str = Field(default="", max_length=64, description="random text, new in each process; optional")
     up_s: _Seconds | None = Field(default=None, description="seconds since it joined; None: not stated")
     state: _State = "up"

@@ -1,8 +1,8 @@
-"""Which worker of a stage gets the next task: credit-based flow control with leases, decided by the sender.
+"""Dispatch to the workers of one stage: credit-based flow control with leases, decided by the sender.
 
 The sender decides, because only a sender can keep all chunks of a message with one worker and give unequal workers
-unequal shares. A broker deals the messages of a shared subscription without looking at their readers, and does not
-give the messages of a dead worker to another.
+unequal shares. A broker distributes the messages of a shared subscription regardless of the load of the subscribers,
+and does not give the messages of a lost worker to another.
 """
 
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ from brokers.protocol.messages import ReplyTo
 
 # Lease: if `done` has not arrived after this long, assume that the message was lost and free the slot.
 LEASE_S = 60.0
-# The task time that a worker last reported says less and less while the worker is idle, since its first task may have
-# been slow for being the first. The estimate halves this often, until the worker is tried again.
+# The task time that a worker last reported becomes outdated while the worker is idle (its first task includes warm-up).
+# The estimate halves this often, until the worker is tried again.
 ESTIMATE_HALF_LIFE_S = 5.0
 
 
@@ -48,7 +48,7 @@ class _WorkerState:
     @property
     def has_credit(self) -> bool:
         # Of the uncertain requests no more can be unfinished than the worker has in its queue. Counting those keeps a
-        # worker whose records arrive late, again and again, from being given every request.
+        # worker whose records arrive late repeatedly from being given every request.
         held = len(self.assigned) + min(len(self.uncertain), self.record.load.queue)
         return self.is_up and self.reserved_for is None and held < self.record.capacity
 

@@ -99,7 +99,7 @@ class BridgeDirection:
             return ok("chunk", f"{chunk} arrives")
 
     async def check_presence(self) -> list[CheckResult]:
-        """Publish the record of a worker at the start; look for it at the end, before and after the worker's death."""
+        """Publish a worker's record at the start; look for it at the end, before and after its client is killed."""
         site = self.start.site
         topic = StageTopics(site, DOCTOR_LEVEL, self.stage).presence(_WORKER)
         rule = f"topic sparse/{site}/+/+/up/+ in 1"

@@ -1,7 +1,8 @@
 """Encode messages as MQTT properties and payload, and decode them; docs/protocol.md is the specification.
 
-`encode` and `decode` are inverse functions. Routing is in the MQTT 5 properties, where brokers, bridges and tools such
-as mosquitto_sub can read it; shapes and dtypes are in the safetensors header; nothing is in both.
+`encode` and `decode` are inverse functions, except that a task without `sender_inbox` is decoded with its reply topic
+as one. Routing is in the MQTT 5 properties, where brokers, bridges and tools such as mosquitto_sub can read it; shapes
+and dtypes are in the safetensors header; nothing is in both.
 """
 
 import json

@@ -135,7 +135,7 @@ def _check_content(content: Content, hops: tuple[Hop, ...]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task(_MessageBase):
-    """The first hop of a request.
+    """A request for the first stage.
 
     `sender_inbox` is where the worker sends `TaskDone`; `trace` is the span that caused the task; `hops` are the
     timings of earlier stages; `deadline_ms` is the time left when it is sent.
@@ -151,6 +151,7 @@ class Task(_MessageBase):
     hops: tuple[Hop, ...] = ()
 
     def __post_init__(self) -> None:
+        # Not super(): `slots=True` creates a new class, and zero-argument super() refers to the old one.
         _MessageBase.__post_init__(self)
         _check_content(self.content, self.hops)
         _check_reply_topic(self.sender_inbox)
@@ -164,7 +165,10 @@ class Task(_MessageBase):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activation(Task):
-    """A further hop. In training, `sender_inbox` is the inbox of the worker that keeps the saved forward."""
+    """A request for a later stage: the tensors that crossed the cut.
+
+    In training, `sender_inbox` is the worker that holds the activations saved for the backward pass.
+    """
 
     def __post_init__(self) -> None:
         Task.__post_init__(self)
@@ -187,7 +191,7 @@ class Result(_MessageBase):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure(_MessageBase):
-    """A stage could not do its part: `error` is the code, `reason` one line for the user.
+    """A stage could not process the request: `error` is the code, `reason` one line for the user.
 
     `retry`: another worker, or this one later, may succeed (it was full, it is shutting down).
     """

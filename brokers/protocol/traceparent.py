@@ -26,7 +26,10 @@ _SAMPLED = 1  # the only flag of version 00; the others are sent as zeros (secti
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """One span. `trace_id` has 32 hexadecimal digits in lower case, `span_id` 16; `sampled`: it may be recorded."""
+    """One span. `trace_id` has 32 lower-case hexadecimal digits, `span_id` 16.
+
+    `sampled`: the trace may be recorded.
+    """
 
     trace_id: str
     span_id: str
@@ -68,5 +71,5 @@ def start_span(request_id: bytes, parent: TraceContext | None) -> TraceContext:
 
 
 def _new_span_id() -> str:
-    # Not from `random`: two workers may have seeded it alike.
+    # Not from `random`: two workers may have been seeded with the same value.
     return f"{secrets.randbits(64) or 1:016x}"

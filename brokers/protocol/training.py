@@ -1,4 +1,4 @@
-"""What training adds to the protocol: the description of a micro-batch, and the training status in presence records.
+"""Training extensions of the protocol: the description of a micro-batch, and the training status in presence records.
 
 A *step* is one batch of one source, cut into micro-batches; two-phase commit makes it a new *version* of the weights on
 all stages or on none. A *term* (as in Raft) is a period with fixed members, one worker a stage: when a member is lost

@@ -49,7 +49,7 @@ class Will:
 
 @dataclass(frozen=True, slots=True)
 class BrokerLimits:
-    """What the broker announced in its CONNACK, with MQTT's own defaults (MQTT 5.0 section 3.2.2.3)."""
+    """The limits in the broker's CONNACK, with MQTT's own defaults (MQTT 5.0 section 3.2.2.3)."""
 
     max_packet_bytes: int
     receive_maximum: int = 65535

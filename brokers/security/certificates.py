@@ -219,10 +219,13 @@ def ensure_certificates(
             action: Literal["made", "kept", "renewed"] = "kept"
             certificate = existing.get(identity.name)
             if certificate is None:
-                home = folder / identity.name
-                action = "renewed" if (home / CERT_FILE).exists() else "made"
+                identity_folder = folder / identity.name
+                action = "renewed" if (identity_folder / CERT_FILE).exists() else "made"
                 pair = issue_certificate(ca, identity, now, days)
-                _write(home, {CA_FILE: ca.certificate_pem, KEY_FILE: pair.key_pem, CERT_FILE: pair.certificate_pem})
+                _write(
+                    identity_folder,
+                    {CA_FILE: ca.certificate_pem, KEY_FILE: pair.key_pem, CERT_FILE: pair.certificate_pem},
+                )
                 certificate = pair.certificate
             expires, hosts = certificate.not_valid_after_utc, certificate_hosts(certificate)
             stored.append(StoredCertificate(identity.name, action, expires, hosts))
@@ -247,19 +250,19 @@ def read_ca(folder: Path, now: datetime) -> CertificateKeyPair:
     return CertificateKeyPair(certificate, key)
 
 
-def _read(home: Path, identity: Identity, ca: CertificateKeyPair, now: datetime) -> x509.Certificate | None:
+def _read(identity_folder: Path, identity: Identity, ca: CertificateKeyPair, now: datetime) -> x509.Certificate | None:
     """Return the existing certificate of an identity, None if it has no files; raise for one that cannot be used."""
-    if not _exists(home, CERT_FILE, KEY_FILE):
+    if not _exists(identity_folder, CERT_FILE, KEY_FILE):
         return None
-    path = home / CERT_FILE
+    path = identity_folder / CERT_FILE
     try:
-        certificate, _ = read_cert_and_key(path, home / KEY_FILE)
+        certificate, _ = read_cert_and_key(path, identity_folder / KEY_FILE)
         check_validity(path, certificate, now)
-        trusted = read_certificate(home / CA_FILE)
+        trusted = read_certificate(identity_folder / CA_FILE)
     except BadFile as error:
         raise _unusable_error(str(error), identity) from None
     if trusted != ca.certificate or not is_signed_by(certificate, ca.certificate):
-        raise _unusable_error(f"{path}: is not signed by the CA in {home.parent / CA_FOLDER}", identity)
+        raise _unusable_error(f"{path}: is not signed by the CA in {identity_folder.parent / CA_FOLDER}", identity)
     hosts = certificate_hosts(certificate)
     for host in identity.hosts:
         if normalize_host(host) not in hosts:
@@ -273,21 +276,21 @@ def _unusable_error(problem: str, identity: Identity) -> UsageError:
     return UsageError("UnusableCertificate", message, identity=identity.name)
 
 
-def _exists(home: Path, *names: str) -> bool:
+def _exists(identity_folder: Path, *names: str) -> bool:
     """Return whether any of the files exists; raise `BadFile` if their folder is not a folder."""
     try:
-        if home.exists() and not home.is_dir():
-            raise BadFile(str(home), "is not a folder")
-        return any((home / name).exists() for name in names)
+        if identity_folder.exists() and not identity_folder.is_dir():
+            raise BadFile(str(identity_folder), "is not a folder")
+        return any((identity_folder / name).exists() for name in names)
     except OSError as error:
-        raise unreadable_error(home, error) from None
+        raise unreadable_error(identity_folder, error) from None
 
 
-def _write(home: Path, files: dict[str, bytes]) -> None:
+def _write(identity_folder: Path, files: dict[str, bytes]) -> None:
     """Write files atomically, readable by their owner only; certificates, which are public, by all users."""
-    home.mkdir(mode=0o700, exist_ok=True)
+    identity_folder.mkdir(mode=0o700, exist_ok=True)
     for name, data in files.items():
-        with atomic_path(home / name) as partial:
+        with atomic_path(identity_folder / name) as partial:
             partial.touch(mode=0o600)  # before a byte of a key is in it
             partial.write_bytes(data)
             if name.endswith(".crt"):

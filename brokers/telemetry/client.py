@@ -2,7 +2,7 @@
 
 An event is appended to a bounded queue. A thread encodes the queued events as JSON lines and sends many of them in one
 datagram. While the monitor is absent, slow or restarting, events wait in the queue; when the queue is full the oldest
-are dropped, and the monitor is told their number. See brokers/telemetry/schema.py for the events.
+are dropped, and their number is reported to the monitor. See brokers/telemetry/schema.py for the events.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _DRAIN_TIMEOUT_S = 45.0
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """How the cases are measured."""
+    """Measurement settings of a benchmark."""
 
     repeats: int
     warm_up: int  # requests or steps at the start of each run that are not measured

@@ -53,12 +53,12 @@ class BenchCase:
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites on the paths from the source to the stages."""
-        home = self.pipeline.source.site
+        source_site = self.pipeline.source.site
         stage_sites = [stage.site for stage in self.pipeline.stage]
         if "stage" in self.overrides:
             stage_sites = [stage.get("site", LOCAL_SITE) for stage in self.overrides["stage"]]
-        paths = [self.pipeline.topology.path(home, site) or (site,) for site in stage_sites]
-        return tuple(dict.fromkeys([home, *(site for path in paths for site in path)]))
+        paths = [self.pipeline.topology.path(source_site, site) or (site,) for site in stage_sites]
+        return tuple(dict.fromkeys([source_site, *(site for path in paths for site in path)]))
 
     def to_toml(self) -> str:
         """The pipeline file with the overrides applied and its paths made absolute, valid in any folder.

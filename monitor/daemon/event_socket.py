@@ -1,7 +1,7 @@
 """The Unix datagram socket for events: read at once into a bounded buffer, so that no sender waits, and then parsed.
 
-A lock file beside the socket, held while the daemon runs, tells a stale socket from one in use. Connecting to the
-socket to find out would be a race between two daemons that start over a stale one.
+A lock file beside the socket, held while the daemon runs, distinguishes a stale socket from one in use. Connecting to
+the socket to find out would be a race between two daemons that start over a stale one.
 """
 
 import contextlib

@@ -114,7 +114,7 @@ class PipelineRun:
         finally:
             await transport.close()
             await asyncio.to_thread(self._stop)
-        if self._shutdown.is_set():  # a service that is told to stop has not failed
+        if self._shutdown.is_set():  # a service stopped on request has not failed
             status = EXIT_INTERRUPTED if self._shutdown.interrupted else 0
         return status, summary
 

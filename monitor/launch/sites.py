@@ -186,8 +186,8 @@ class SiteBrokers:
         """Start a Mosquitto per site, with bridges; `port` is that of the source's site, 0 any free one."""
         sites = cls(pipeline.source.site, {})
         tables = {site.name: site for site in pipeline.site}
-        reachable = pipeline.topology.reachable(sites.source_site)
-        targets = {name: [link.to for link in tables[name].links] for name in tables if name in reachable}
+        connected = [name for name in tables if pipeline.topology.path(sites.source_site, name)]
+        targets = {name: [link.to for link in tables[name].links] for name in connected}
         bridged = {to for links in targets.values() for to in links}
         with ExitStack() as started:
             for site in TopologicalSorter(targets).static_order():  # a site after those that it has bridges to

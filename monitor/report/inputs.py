@@ -116,7 +116,7 @@ def _load_bench(folder: Path, manifest: Manifest, skipped: list[str]) -> list[Re
 
 
 def _sweep_setting(suite: SuiteRecord) -> tuple[str, float | None] | None:
-    """What a sweep varied, and its value; the value is None for a point without one, such as an uncut network."""
+    """The varied setting of a sweep, and its value; None for a point without a value, such as an uncut network."""
     varied = suite.sweep_point.get("sweep")
     value = suite.sweep_point.get(varied or "")
     return (varied, None if value is None else float(value)) if varied else None

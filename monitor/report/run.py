@@ -41,12 +41,12 @@ class ReportRun:
 
     @property
     def event(self) -> str:
-        """What the run consists of."""
+        """The unit of progress: step or request."""
         return "step" if self.is_training else "request"
 
     @property
     def sample(self) -> str:
-        """What the run counts."""
+        """The unit of throughput: row or request."""
         return "row" if self.is_training else "request"
 
     @cached_property

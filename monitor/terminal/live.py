@@ -118,7 +118,7 @@ class LiveView(ABC):
         )
 
     def _problems(self) -> list[tuple[str, str]]:
-        """What the sources report as retried, dropped and failed, with the reasons; only what occurred."""
+        """Retries, drops and failures of the sources, with reasons; empty ones left out."""
         counts_by_problem = self._stats.problem_counts()
         return [(problem, format_counts(counts)) for problem, counts in counts_by_problem.items() if counts]
 

@@ -2,8 +2,8 @@
 
 A live source keeps as few requests in flight as give full throughput. A pipeline is saturated when its slowest stage
 never waits. By Little's law that takes T / M requests in flight, with T the latency of an empty pipeline and M the time
-that the slowest stage needs for one task; one more covers the way back. Any further request only waits in a queue, and
-its result is older when it arrives.
+that the slowest stage needs for one task; one more covers the return of the result. Any further request only waits in
+a queue, and its result is older when it arrives.
 """
 
 from __future__ import annotations

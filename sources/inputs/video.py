@@ -46,7 +46,7 @@ REOPEN_LONGEST_DELAY_S = 10.0
 
 
 class VideoSource(Source):
-    """What a video file and a camera have in common: opening a container, decoding it, making samples of frames."""
+    """Base class of video files and cameras: opens a container, decodes it, makes samples of frames."""
 
     def __init__(self, table: SourceTable) -> None:
         self.name = table.name

@@ -1,4 +1,4 @@
-"""What the steps of a training run depend on: its settings, and the learning rate of each step."""
+"""Settings of a training run, and the learning rate of each step."""
 
 import hashlib
 import json

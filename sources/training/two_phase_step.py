@@ -1,7 +1,7 @@
 """One training step as its source runs it, a two-phase commit over all stages, and the members of the pipeline.
 
 The source sends the micro-batches. A stage is *prepared* once it has done the backward pass of each of them; when all
-stages are prepared, the source tells them to *commit*. If anything fails before, the term ends and all stages return to
+stages are prepared, the source sends them *commit*. If anything fails before, the term ends and all stages return to
 a version that they have in common: a step is applied on all stages or on none.
 """
 
@@ -108,7 +108,7 @@ class Step:
         number: of the source's steps, from 0.
         micro_batches: inputs (B, ...) and labels (B, ...) of each.
         seed: of the run; random layers are seeded from it and the numbers of step and micro-batch.
-        make_commit_details: called when the step is committed: by then the run may have been told to stop.
+        make_commit_details: called when the step is committed: by then a stop may have been requested.
     """
 
     number: int

@@ -1,7 +1,8 @@
 """The worker of a training pipeline: runs the steps of one stage, and takes part in the terms of its coordinator.
 
 The step queue decides which operation is next, the step executor runs it. In the first stage each worker also has a
-coordinator, which decides who trains and from which version; workers of later stages follow the one that leads.
+coordinator, which decides which workers train, and from which version; workers of later stages follow the leader's
+coordinator.
 """
 
 import logging

@@ -3,8 +3,8 @@
 Workers conflict if two have one id, or two of one stage different models. A worker checks twice. Before it joins, it
 reads the records of its stage; a retained record may have outlived its worker, so only a record that is renewed
 prevents the worker from joining. Two workers that start at the same instant see no record of each other and both join,
-so each watches for CONFLICT_WATCH_S more. Neither clocks nor message delays tell which was first: of two that watch,
-the one with the smaller (id, instance) stays, a rule that both apply to the same two records.
+so each watches for CONFLICT_WATCH_S more. The order of joining cannot be determined from clocks or delays: of two that
+watch, the one with the smaller (id, instance) stays, a rule that both apply to the same two records.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ class WorkerPresence(PresencePublisher[WorkerRecord]):
         self._is_revoked = False
         self._done = 0
         self._task_ms = 0.0
-        self._thawed_s = 0.0  # when this process was last found to have been frozen
+        self._last_freeze_end_s = 0.0  # when this process was last found to have been frozen
         self._interval_begin_s = time.monotonic()
         self._interval_busy_s = 0.0
         self._interval_done = 0
@@ -81,7 +81,7 @@ class WorkerPresence(PresencePublisher[WorkerRecord]):
         self._detect_freeze(now_s)
         if not self._done:
             self._task_ms = task_ms
-        elif now_s - seconds >= self._thawed_s:  # a time that includes a freeze says nothing about the speed
+        elif now_s - seconds >= self._last_freeze_end_s:  # a time that includes a freeze says nothing about the speed
             self._task_ms = (1 - _NEWEST_WEIGHT) * self._task_ms + _NEWEST_WEIGHT * task_ms
         self._done += tasks
         self._interval_done += tasks
@@ -89,7 +89,7 @@ class WorkerPresence(PresencePublisher[WorkerRecord]):
 
     def _detect_freeze(self, now_s: float) -> None:
         if now_s - self._interval_begin_s > _FROZEN_S:
-            self._thawed_s = now_s
+            self._last_freeze_end_s = now_s
 
     def _mean_wait_s(self, oldest_arrival_s: float | None, now_s: float) -> float:
         """Return how long tasks wait: the mean of those begun in this interval, or the oldest queued one's if longer.

@@ -1,4 +1,4 @@
-"""The training job of the benchmark: one network, cut, data, loss and optimizer for all contestants."""
+"""The training job of the benchmark: one network, cut, data, loss and optimizer for all implementations compared."""
 
 from __future__ import annotations
 

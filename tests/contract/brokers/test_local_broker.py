@@ -38,7 +38,7 @@ def kind(request: pytest.FixtureRequest) -> BrokerKind:
 
 @pytest.fixture(name="temporary_folder")
 def _temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where brokers keep their files."""
+    """The temporary folder of the brokers."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""What every transport promises (brokers/protocol/transport.py), on each of them."""
+"""The contract of `Transport`, on each implementation."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from monitor.daemon.daemon import Daemon
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.brokers.ports import free_port
-from tests.support.brokers.presence_records import source_record, worker_record
+from tests.support.brokers.presence_records import source_publication, worker_publication
 from tests.support.monitor.http_client import fetch_metrics, fetch_stages, http_get
 from tests.support.monitor.prometheus_series import series_value
 
@@ -23,10 +23,10 @@ MALFORMED = [
     ("sparse/local/street/body/up/x", b"[" * 60_000),
     ("sparse/local/street/body/up/x", b"null"),
     ("sparse/local/street/body/up/x", b"{" + b'"a": 1,' * 100_000 + b"}"),
-    ("sparse/local/street/body/up/x", worker_record("w1")[1].to_bytes()),
-    ("sparse/local/street/body/up/x", worker_record("x")[1].model_copy(update={"version": "9"}).to_bytes()),
-    ("sparse/local/street/source/up/x", worker_record("x", "source")[1].to_bytes()),
-    ('sparse/a b/\u00e9{}"/body/up/x', worker_record("x")[1].to_bytes()),
+    ("sparse/local/street/body/up/x", worker_publication("w1")[1].to_bytes()),
+    ("sparse/local/street/body/up/x", worker_publication("x")[1].model_copy(update={"version": "9"}).to_bytes()),
+    ("sparse/local/street/source/up/x", worker_publication("x", "source")[1].to_bytes()),
+    ('sparse/a b/\u00e9{}"/body/up/x', worker_publication("x")[1].to_bytes()),
 ]
 
 
@@ -48,7 +48,7 @@ def test_malformed_records_are_counted_and_change_nothing() -> None:
         async with watching(MemoryBroker()) as (port, client):
             for topic, payload in MALFORMED:
                 await client.publish(topic, payload, retain=True)
-            topic, record = worker_record("w1", queue=3)
+            topic, record = worker_publication("w1", queue=3)
             await client.publish(topic, record.to_bytes(), retain=True)
             series = await asyncio.to_thread(fetch_metrics, port)
             assert series_value(series, "sparse_workers", state="up") == 1
@@ -64,7 +64,7 @@ def test_stages_are_unavailable_without_the_broker() -> None:
     async def test() -> None:
         broker = MemoryBroker()
         async with watching(broker) as (port, client):
-            for topic, record in (worker_record(queue=3), source_record(window=4)):
+            for topic, record in (worker_publication(queue=3), source_publication(window=4)):
                 await client.publish(topic, record.to_bytes(), retain=True)
             connected = await asyncio.to_thread(http_get, port, "/health")
             assert connected == (200, "text/plain; charset=utf-8", "connected to memory://hub\n")

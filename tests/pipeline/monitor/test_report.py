@@ -77,7 +77,7 @@ def test_browser_shows_every_figure_without_errors(
 ) -> None:
     require_dependency(CHROMIUM)
     page = render_page(comparison_sandbox, comparison_sandbox.folder / "report" / "index.html", width)
-    assert page.console_errors == []
+    assert page.console_messages == []
     assert page.requests == []
     assert page.viewport_width == width
     assert page.scroll_width <= width

@@ -185,7 +185,7 @@ class Attacker:
         if kind == "presence" and self._mutator.rng.random() < 0.6:
             # Not the state "up": a client that may forge it draws tasks to itself, which access lists must prevent.
             states = {"state": self._mutator.rng.choice(("draining", "stopped"))}
-            worker = f"ghost-{self._mutator.rng.randrange(10_000)}"
+            worker = f"fake-{self._mutator.rng.randrange(10_000)}"
             payload = forged_worker_record(
                 worker, "double", node="n" * self._mutator.rng.choice((1, 10, 10_000)), **states
             )
@@ -204,8 +204,8 @@ class Attacker:
             ],
             "source": sorted(self._source_inboxes),
             "presence": [
-                f"{PIPELINE_TOPIC}/double/up/ghost-#",
-                f"{PIPELINE_TOPIC}/last/up/ghost-#",
+                f"{PIPELINE_TOPIC}/double/up/fake-#",
+                f"{PIPELINE_TOPIC}/last/up/fake-#",
                 f"{PIXELS_TOPIC}/up/#",
                 "sparse/local/other/x/up/#",
             ],

@@ -43,10 +43,11 @@ class MessageRecorder:
 async def open_listening_channel(
     transport: Transport, assembler: Assembler | None = None
 ) -> tuple[MessageChannel, MessageRecorder]:
-    line, ear = MessageChannel(transport, assembler=assembler), MessageRecorder()
-    await line.open()
-    await line.subscribe(INBOX_TOPIC, ear.on_message, ear.on_malformed)
-    return line, ear
+    channel = MessageChannel(transport, assembler=assembler)
+    recorder = MessageRecorder()
+    await channel.open()
+    await channel.subscribe(INBOX_TOPIC, recorder.on_message, recorder.on_malformed)
+    return channel, recorder
 
 
 def make_task(values: NDArray[np.float32] | None = None) -> Task:

@@ -25,7 +25,7 @@ BRIDGE_TOPIC_LINES = tuple(
 
 @contextmanager
 def start_mosquitto(folder: Path, *lines: str, allow_anonymous: bool = True, port: int = 0) -> Iterator[int]:
-    """Start a Mosquitto with these lines after those of its listener; yields its port."""
+    """Start Mosquitto with `lines` appended to its configuration; yields its port."""
     port = port or free_port()
     path = folder / f"mosquitto-{port}.conf"
     # Started by root, it would switch to a user who cannot read the files of the test.
@@ -35,9 +35,13 @@ def start_mosquitto(folder: Path, *lines: str, allow_anonymous: bool = True, por
         f"user {getpass.getuser()}",
     ]
     path.write_text("\n".join([*header, *lines, ""]))
-    with subprocess.Popen([require_dependency("mosquitto"), "-c", path], stderr=subprocess.DEVNULL) as process:
+    log = folder / f"mosquitto-{port}.log"
+    with (
+        log.open("w") as log_file,
+        subprocess.Popen([require_dependency("mosquitto"), "-c", path], stderr=log_file) as process,
+    ):
         try:
-            _wait_for_listener(port)
+            _wait_for_listener(port, process, log)
             yield port
         finally:
             process.kill()
@@ -47,20 +51,21 @@ def start_mosquitto(folder: Path, *lines: str, allow_anonymous: bool = True, por
 def start_bridged_brokers(
     folder: Path, *lines: str, far_lines: tuple[str, ...] = (), topic_lines: tuple[str, ...] = BRIDGE_TOPIC_LINES
 ) -> Iterator[tuple[int, int]]:
-    """Start the brokers of sites `near` and `far`, with a bridge of the first; yields their ports."""
+    """Start the brokers of sites `near` and `far`; `near` runs the bridge. Yields their ports."""
     with ExitStack() as stack:
         far_port = stack.enter_context(start_mosquitto(folder, *far_lines))
         bridge = ["connection near-to-far", f"address 127.0.0.1:{far_port}", "notifications false", *lines]
         yield stack.enter_context(start_mosquitto(folder, *bridge, *topic_lines)), far_port
 
 
-def _wait_for_listener(port: int) -> None:
+def _wait_for_listener(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     end_s = time.monotonic() + WAIT_S
     while True:
+        assert process.poll() is None, f"mosquitto exited with {process.returncode}: {log.read_text()}"
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
         except OSError:
-            assert time.monotonic() < end_s, f"nothing listens at {port}"
+            assert time.monotonic() < end_s, f"nothing listens at {port}: {log.read_text()}"
             time.sleep(_POLL_S)
         else:
             return

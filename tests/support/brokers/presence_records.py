@@ -18,7 +18,7 @@ def make_worker_record(
     )
 
 
-def worker_record(
+def worker_publication(
     worker: str = "w1", stage: str = "body", *, pipeline: str = "street", site: str = "local", **fields: Any
 ) -> tuple[str, WorkerRecord]:
     """A presence topic and the record on it; fields of the load may be given as fields of the record."""
@@ -29,7 +29,7 @@ def worker_record(
     return record.topic, record
 
 
-def source_record(source: str = "cam", *, node: str = "here", **load: Any) -> tuple[str, SourceRecord]:
+def source_publication(source: str = "cam", *, node: str = "here", **load: Any) -> tuple[str, SourceRecord]:
     """A presence topic and the record on it, of a source of pipeline `street`."""
     record = SourceRecord(
         source=source, pipeline="street", site="local", node=node, pid=1, load=SourceLoad.model_validate(load)

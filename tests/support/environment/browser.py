@@ -1,4 +1,4 @@
-"""Pages in a headless browser: errors on its console, requests, the width of the page and the boxes of its figures."""
+"""Render a page in headless Chromium and measure it: console messages, requests, page width, figure boxes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox
 
 CHROMIUM = "chromium"
 # Windows of Chromium are at least 500 pixels wide, so the page is shown in a frame.
-_HOST = """<!DOCTYPE html><html lang="en"><head><title>probe</title></head><body>
+_PROBE_PAGE = """<!DOCTYPE html><html lang="en"><head><title>probe</title></head><body>
 <iframe srcdoc="{page}" style="border: 0; width: {width}px; height: 900px"></iframe>
 <pre id="probe"></pre>
 <script>
@@ -31,8 +31,8 @@ window.onload = () => {{
   }});
 }};
 </script></body></html>"""
-# Errors of the page in the log of Chromium.
-_CONSOLE_ERROR = re.compile(r":(?:CONSOLE|ERROR:CONSOLE)[:(]")
+# Console messages of the page, of any level, in the log of Chromium.
+_CONSOLE_MESSAGE = re.compile(r":CONSOLE[:(]")
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class RenderedPage:
     scroll_width: int  # of the page
     figure_boxes: dict[str, tuple[float, float, float]]  # by id: width, height, right edge
     requests: list[str]
-    console_errors: list[str]
+    console_messages: list[str]
 
 
 def render_page(sandbox: ProcessSandbox, page: Path, width: int) -> RenderedPage:
     """Open the page in a frame of this width, with a script that measures it."""
     probe = sandbox.folder / f"probe-{width}.html"
-    probe.write_text(_HOST.format(page=escape(page.read_text()), width=width))
+    probe.write_text(_PROBE_PAGE.format(page=escape(page.read_text()), width=width))
     with short_temp_folder() as folder:  # Chromium creates sockets in it
         result = sandbox.start(
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
@@ -62,5 +62,5 @@ def render_page(sandbox: ProcessSandbox, page: Path, width: int) -> RenderedPage
     assert match, result.stdout[-500:]
     measured: dict[str, Any] = json.loads(unescape(match[1]))
     figures = {name: (width, height, right) for name, width, height, right in measured["figures"]}
-    errors = [line for line in result.stderr.splitlines() if _CONSOLE_ERROR.search(line)]
-    return RenderedPage(measured["inner"], measured["scroll"], figures, measured["requests"], errors)
+    messages = [line for line in result.stderr.splitlines() if _CONSOLE_MESSAGE.search(line)]
+    return RenderedPage(measured["inner"], measured["scroll"], figures, measured["requests"], messages)

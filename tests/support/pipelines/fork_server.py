@@ -207,7 +207,7 @@ class _Child:
 
 @dataclass(frozen=True)
 class _ForkRequest:
-    """What a forked process shall run."""
+    """The command of a forked process and its environment."""
 
     arguments: list[str]
     environment: dict[str, str]

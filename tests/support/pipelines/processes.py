@@ -41,7 +41,7 @@ def eventually(description: str, poll: Callable[[], T], timeout_s: float = PROCE
 
 
 class Process(Protocol):
-    """What tests use of `subprocess.Popen`, and a forked process has as well."""
+    """The common interface of `subprocess.Popen` and a forked process."""
 
     pid: int
     returncode: int | None

@@ -22,7 +22,7 @@ from brokers.errors import BadPayload
 from brokers.protocol.topics import StageTopics, all_presence_filter
 from tests.support.brokers.broker_kinds import run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
-from tests.support.brokers.presence_records import make_worker_record, source_record
+from tests.support.brokers.presence_records import make_worker_record, source_publication
 
 WORKER = make_worker_record()
 TOPIC = WORKER.topic
@@ -138,7 +138,7 @@ def test_first_live_record_alone_is_no_renewal() -> None:
 def test_reset_loses_all_and_ignores_retained_records_from_then_on() -> None:
     registry = WorkerRegistry()
     publish(registry, WORKER)
-    topic, source = source_record()
+    topic, source = source_publication()
     registry.on_message(topic, source.to_bytes(), 0.0)
     assert describe(registry.reset()) == ["lost disconnected"] * 2
     assert registry.reset() == []
@@ -148,7 +148,7 @@ def test_reset_loses_all_and_ignores_retained_records_from_then_on() -> None:
 
 def test_sources_are_kept_apart_from_workers() -> None:
     registry = WorkerRegistry()
-    topic, record = source_record("cam")
+    topic, record = source_publication("cam")
     [event] = registry.on_message(topic, record.to_bytes(), 0.0)
     assert (event.kind, event.source, event.worker, event.name) == ("appeared", record, None, "cam")
     assert list(registry.sources) == [topic]
@@ -213,7 +213,7 @@ def test_entries_and_log_lines_are_bounded(caplog: pytest.LogCaptureFixture) -> 
         registry.on_message(record.topic, record.to_bytes(), 0.0)
     assert (len(registry.workers), registry.rejected) == (ENTRY_LIMIT, 100)
     assert len(caplog.records) < 100
-    topic, source = source_record()
+    topic, source = source_publication()
     assert describe(registry.on_message(topic, source.to_bytes(), 0.0)) == ["appeared"], "sources have their own limit"
     first = next(iter(registry.workers))
     assert describe(registry.on_message(first, registry.workers[first].record.to_bytes(), 1.0)) == ["updated"]

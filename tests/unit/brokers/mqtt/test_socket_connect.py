@@ -1,3 +1,5 @@
+"""Explanation of failed connections: what TLS alerts, refusals and system errors suggest to the user."""
+
 from __future__ import annotations
 
 import ssl

@@ -1,4 +1,4 @@
-"""Sending with a bounded queue, and keep-alive, on a socket whose peer is in the hands of the test."""
+"""Sending with a bounded queue, and keep-alive, on a socket whose peer the test controls."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Messages: the checks of their fields, and the content type of a payload."""
+
 from __future__ import annotations
 
 from dataclasses import replace

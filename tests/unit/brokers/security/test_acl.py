@@ -1,3 +1,5 @@
+"""The access control list: the topics that each user of a pipeline may read and write."""
+
 from __future__ import annotations
 
 from typing import Any

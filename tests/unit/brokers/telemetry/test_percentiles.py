@@ -1,3 +1,5 @@
+"""Nearest-rank percentiles, and the rate of the last seconds."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -20,7 +20,7 @@ from monitor.daemon.prometheus import (
 )
 from monitor.points.points import TelemetryPoint
 from monitor.presence.presence_table import TEXT_LIMIT_CHARACTERS, PresenceTable
-from tests.support.brokers.presence_records import source_record, worker_record
+from tests.support.brokers.presence_records import source_publication, worker_publication
 from tests.support.environment.checkout import ROOT
 from tests.support.monitor.prometheus_series import SeriesValues, parse_exposition, select_series, series_value
 from tests.unit.monitor.presence.test_presence_table import apply_records
@@ -43,7 +43,7 @@ def test_metrics_of_worker_are_its_record_with_durations_in_seconds() -> None:
         "queue": 4, "queue_ms": 250.0, "task_ms": 12.5, "busy": 0.75, "rate": 3.5,
         "done": 9, "failed": 8, "malformed": 7, "rejected": 6, "expired": 5,
     }  # fmt: skip
-    record = worker_record("w1", "body", site="cloud", node="rack", **load)
+    record = worker_publication("w1", "body", site="cloud", node="rack", **load)
     series = presence_series(apply_records(PresenceTable(), record))
     labels = {"site": "cloud", "pipeline": "street", "stage": "body", "worker": "w1", "node": "rack"}
     values = {name: value for (name, key), value in series.items() if key == frozenset(labels.items())}
@@ -61,7 +61,7 @@ def test_metrics_of_source_are_its_record_with_counts_by_reason() -> None:
         "latency_ms": {"p50": 200.0, "p99": 900.0}, "dropped": {"superseded": 7},
         "retries": {"WorkerLost": 5, "NoAnswer": 1}, "failed": {"PoisonRequest": 2},
     }  # fmt: skip
-    series = presence_series(apply_records(PresenceTable(), source_record("cam", **load)))
+    series = presence_series(apply_records(PresenceTable(), source_publication("cam", **load)))
     labels = {"site": "local", "pipeline": "street", "source": "cam", "node": "here"}
     for name in ("in_flight", "waiting", "window", "rate"):
         assert series_value(series, f"sparse_source_{name}", **labels) == load[name]
@@ -75,9 +75,9 @@ def test_metrics_of_source_are_its_record_with_counts_by_reason() -> None:
 
 
 def test_workers_are_counted_by_stage_and_state_and_lost_ones_have_no_metrics() -> None:
-    table = apply_records(PresenceTable(), worker_record("old"), source_record("old"))
-    apply_records(table, worker_record("a"), worker_record("b", state="draining"), now_s=PRESENCE_TIMEOUT_S)
-    apply_records(table, worker_record("c", "tail", state="standby"), now_s=PRESENCE_TIMEOUT_S)
+    table = apply_records(PresenceTable(), worker_publication("old"), source_publication("old"))
+    apply_records(table, worker_publication("a"), worker_publication("b", state="draining"), now_s=PRESENCE_TIMEOUT_S)
+    apply_records(table, worker_publication("c", "tail", state="standby"), now_s=PRESENCE_TIMEOUT_S)
     series = presence_series(table, PRESENCE_TIMEOUT_S + 1)
     counts = {
         (dict(labels)["stage"], dict(labels)["state"]): value
@@ -94,14 +94,16 @@ def test_workers_are_counted_by_stage_and_state_and_lost_ones_have_no_metrics() 
     "node", ['a "quoted" one', "back\\slash", "two\nlines", "\\n", 'end\\"', "", "Küche 🍳", "\r\t"]
 )
 def test_any_text_in_a_label_is_escaped(node: str) -> None:
-    table = apply_records(PresenceTable(), worker_record("w1", node=node, queue=5), source_record("cam", node=node))
+    table = apply_records(
+        PresenceTable(), worker_publication("w1", node=node, queue=5), source_publication("cam", node=node)
+    )
     series = presence_series(table)
     assert series_value(series, "sparse_worker_queue", worker="w1", node=node) == 5
     assert series_value(series, "sparse_source_window", source="cam", node=node) == 0
 
 
 def test_record_on_foreign_topics_is_one_series() -> None:
-    topic, record = worker_record("w1", queue=1)
+    topic, record = worker_publication("w1", queue=1)
     foreign = [(topic.replace("/w1", "/w2"), record), (f"{topic}/x", record)]
     series = presence_series(apply_records(PresenceTable(), (topic, record), *foreign, (topic, record)))
     assert series_value(series, "sparse_worker_queue", worker="w1") == 1
@@ -111,9 +113,9 @@ def test_record_on_foreign_topics_is_one_series() -> None:
 def test_number_of_workers_and_sources_on_page_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prometheus, "WORKERS_SHOWN", 5)
     monkeypatch.setattr(prometheus, "SOURCES_SHOWN", 3)
-    table = apply_records(PresenceTable(), worker_record("real"), source_record("real"))
-    apply_records(table, *(worker_record(f"fake{number}") for number in range(9)))
-    apply_records(table, *(source_record(f"fake{number}") for number in range(9)))
+    table = apply_records(PresenceTable(), worker_publication("real"), source_publication("real"))
+    apply_records(table, *(worker_publication(f"fake{number}") for number in range(9)))
+    apply_records(table, *(source_publication(f"fake{number}") for number in range(9)))
     series = presence_series(table)
     assert len(select_series(series, "sparse_worker_queue")) == 5
     assert len(select_series(series, "sparse_source_window")) == 3
@@ -129,8 +131,8 @@ def test_largest_page_is_a_few_megabytes() -> None:
     reasons = {f"{number:064}": (1 << 53) - 1 for number in range(REASON_LIMIT)}
     name, node = "n" * 64, "\\" * TEXT_LIMIT_CHARACTERS
     places: dict[str, Any] = {"pipeline": name, "site": name, "node": node}
-    worker = apply_records(PresenceTable(), worker_record(name, name, **places))
-    source = apply_records(PresenceTable(), source_record(name, node=node, dropped=reasons, retries=reasons))
+    worker = apply_records(PresenceTable(), worker_publication(name, name, **places))
+    source = apply_records(PresenceTable(), source_publication(name, node=node, dropped=reasons, retries=reasons))
     worker_bytes, source_bytes = (len(render(table)) for table in (worker, source))
     assert WORKERS_SHOWN * worker_bytes + SOURCES_SHOWN * source_bytes < 20_000_000
 
@@ -165,7 +167,7 @@ def test_node_without_a_broker_has_no_other_metrics() -> None:
 
 def test_documentation_lists_all_series() -> None:
     load: dict[str, Any] = {"dropped": {"a": 1}, "retries": {"a": 1}, "failed": {"a": 1}}
-    table = apply_records(PresenceTable(), worker_record(), source_record("cam", **load))
+    table = apply_records(PresenceTable(), worker_publication(), source_publication("cam", **load))
     names = {name for name, _ in presence_series(table)} | set(POINT_METRICS)
     text = (ROOT / "docs" / "operations.md").read_text()
     section = text.partition("## The monitor")[2].partition("\n## ")[0]

@@ -1,4 +1,4 @@
-"""What a run does with its processes' outputs and exits; tests/pipeline/cli runs whole pipelines."""
+"""Handling of the outputs and exits of a run's processes; tests/pipeline/cli runs whole pipelines."""
 
 from __future__ import annotations
 

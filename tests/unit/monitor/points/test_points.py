@@ -19,7 +19,7 @@ from brokers.telemetry.schema import (
 )
 from monitor.points.points import event_to_points, presence_to_points
 from monitor.points.schema import MEASUREMENTS
-from tests.support.brokers.presence_records import source_record, worker_record
+from tests.support.brokers.presence_records import source_publication, worker_publication
 
 PLACE: dict[str, Any] = {"time_ns": 77, "site": "edge", "pipeline": "street"}
 HOPS = (HopMetrics(stage="head", worker="h1", compute_ms=2.0), HopMetrics(stage="head", worker="h1"))
@@ -62,8 +62,8 @@ def test_two_hops_through_one_worker_have_different_times() -> None:
 
 def test_presence_record_becomes_point_with_all_tags_and_fields_of_schema() -> None:
     load: dict[str, Any] = {"queue": 4, "queue_ms": 250.0, "done": 9, "busy": 0.75, "task_ms": 12.5}
-    _, worker = worker_record("w1", node="rack", **load)
-    _, source = source_record("cam", node="tower", window=4, dropped={"a": 2, "b": 1}, retries={"WorkerLost": 5})
+    _, worker = worker_publication("w1", node="rack", **load)
+    _, source = source_publication("cam", node="tower", window=4, dropped={"a": 2, "b": 1}, retries={"WorkerLost": 5})
     stage_point, source_point = presence_to_points([worker, source], 77, "r1")
     assert stage_point.tags == {
         "node": "rack", "run": "r1", "site": "local", "pipeline": "street", "stage": "body", "worker": "w1",

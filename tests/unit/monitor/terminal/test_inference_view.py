@@ -13,7 +13,7 @@ from brokers.config.pipeline_file import load_pipeline
 from brokers.telemetry.percentiles import percentiles
 from monitor.presence.inference_stats import InferenceStats
 from monitor.terminal.views import InferenceView
-from tests.support.brokers.presence_records import source_record
+from tests.support.brokers.presence_records import source_publication
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
 
 
@@ -50,7 +50,7 @@ def test_counts_of_drops_and_failures_come_from_results_until_the_source_reports
     screen = render(view)
     assert "3 dropped" in screen
     assert "1 failed" in screen
-    topic, record = source_record("door", dropped={"superseded": 3})
+    topic, record = source_publication("door", dropped={"superseded": 3})
     view._stats.on_presence(topic, record.to_bytes(), 0.0)
     screen = render(view)
     assert "3 dropped" not in screen

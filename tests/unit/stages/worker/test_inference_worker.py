@@ -1,4 +1,4 @@
-"""`InferenceWorker` and `StageWorker`: the way of a task, draining, and a broker that refuses publications."""
+"""`InferenceWorker` and `StageWorker`: the processing of a task, draining, and a broker that refuses publications."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_refused_reports_are_logged_once_and_do_not_stop_the_work(
     with_harness(test)
 
 
-def test_worker_stops_although_its_farewell_is_refused() -> None:
+def test_worker_stops_although_its_stopped_record_is_refused() -> None:
     async def test(harness: Harness) -> None:
         await harness.start_worker(GatedExecutor(), transport=RefusingTransport(harness.hub))
 

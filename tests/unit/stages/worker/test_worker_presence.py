@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +46,8 @@ class Clock:
 @pytest.fixture(name="clock")
 def _clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(time, "monotonic", lambda: clock.now_s)
+    for module in ("stages.worker.worker_presence", "brokers.dispatch.presence_publisher"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: clock.now_s))
     return clock
 
 
@@ -84,15 +85,15 @@ def test_record_has_the_load_of_the_interval(
     assert transport.newest.up_s == 1.0
 
 
-def test_wait_is_the_mean_of_begun_tasks_or_that_of_the_oldest(
+def test_queue_time_is_the_mean_or_the_age_of_the_oldest_task(
     presence: WorkerPresence, transport: RecordingTransport, clock: Clock
 ) -> None:
-    waits_ms = []
+    queue_times_ms = []
     for begun_s, oldest_s in [([], None), ([0.2, 0.4], None), ([], None), ([], 5.0), ([0.1], 2.0), ([3.0], 2.0)]:
         presence.record_queue_waits(begun_s)
         run_async(presence.report(9, None if oldest_s is None else clock.now_s - oldest_s))
-        waits_ms.append(transport.newest.load.queue_ms)
-    assert waits_ms == [0, 300, 0, 5000, 2000, 3000]
+        queue_times_ms.append(transport.newest.load.queue_ms)
+    assert queue_times_ms == [0, 300, 0, 5000, 2000, 3000]
 
 
 def test_task_time_ignores_a_task_that_was_frozen(
@@ -119,7 +120,7 @@ def test_removal_publishes_stopped_and_removes_the_record(
     presence: WorkerPresence, transport: RecordingTransport
 ) -> None:
     run_async(presence.remove())
-    assert transport.published == []  # it has not joined
+    assert transport.published == []  # nothing was published before
     run_async(presence.report(0))
     run_async(presence.remove())
     assert WorkerRecord.from_bytes(transport.published[1][1]).state == "stopped"
@@ -127,7 +128,7 @@ def test_removal_publishes_stopped_and_removes_the_record(
 
 
 @pytest.mark.parametrize("keep_record", [False, True])
-def test_revoked_worker_reports_no_more(
+def test_revoked_worker_publishes_nothing(
     presence: WorkerPresence, transport: RecordingTransport, keep_record: bool
 ) -> None:
     run_async(presence.report(0))
