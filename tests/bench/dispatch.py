@@ -7,7 +7,7 @@ are counted at the client, with a fixed number of requests in flight for each wo
 
 * offloader: an `Offloader`, which picks a worker for each request;
 * shared_subscription: the same workers, through the stage's shared task topic, by a plain MQTT 5 client: one message a
-  request at QoS 1, with Response Topic and Correlation Data. The broker deals the messages out in turns.
+  request at QoS 1, with Response Topic and Correlation Data. The broker distributes the messages in turns.
 
 Measured are 1, 2, 4 and 8 workers of 50 ms; one worker of 20 ms beside one of 100 ms (together 60/s); and how many
 requests are never answered when the worker of 100 ms is killed halfway. "of linear" is the share of what the sleeps

@@ -14,7 +14,7 @@ VGG-11 with a small head on 32x32, two stages of one thread, SGD with momentum, 
 * sparse: two workers and a source through a broker, by both schedules.
 
 All train the same parts on the same batches: a run in which their losses differ fails. A rate is that of the median
-step, the figures are medians over rounds through all contestants. Compare ratios of one run on a quiet machine: other
+step, the figures are medians over rounds of all implementations. Compare ratios of one run on a quiet machine: other
 load slows the pipelines most, because they need both cores.
 """
 
@@ -45,7 +45,7 @@ SWEEP_ROWS = 512  # measured for each batch size: small batches need more steps
 # PyTorch scales losses and gradients at another place, so the last bits differ, and more of them after each step.
 LOSS_TOLERANCE = 1e-3
 COMPARED_STEPS = 3
-# Key of a ratio -> contestant that our better schedule is compared with.
+# Key of a ratio -> implementation that our better schedule is compared with.
 RATIOS = {
     "of_slowest": "slowest",
     "of_ideal": "ideal",
@@ -56,9 +56,9 @@ RATIOS = {
 
 
 def run_round(job: TrainingJob, kind: BrokerKind) -> dict[str, Any]:
-    """Measure all contestants once.
+    """Measure all implementations once.
 
-    Returns `rates` in rows a second by contestant, `stages`, the milliseconds of a step by stage, and `steps_s`.
+    Returns `rates` in rows a second by implementation, `stages`, the milliseconds of a step by stage, and `steps_s`.
     """
     whole = replace(job, cuts=())
     stages_alone = measure_stages_alone(job, SOLO_STEPS)
@@ -70,10 +70,10 @@ def run_round(job: TrainingJob, kind: BrokerKind) -> dict[str, Any]:
     }
     stages: dict[str, Any] = {"alone": [stage.step_breakdown_ms(job.micro_batches) for stage in stages_alone]}
     runs: dict[str, Any] = {}
-    for contestant, tune_malloc in (("torch", False), ("tuned", True)):
+    for implementation, tune_malloc in (("torch", False), ("tuned", True)):
         with tempfile.TemporaryDirectory() as folder:
             results = run_torch_pipeline(replace(job, tune_malloc=tune_malloc), Path(folder))
-        runs |= {f"{contestant} {schedule}": run for schedule, run in results.items()}
+        runs |= {f"{implementation} {schedule}": run for schedule, run in results.items()}
     for schedule in job.schedules:
         with tempfile.TemporaryDirectory() as folder:
             run = run_sparse_pipeline(job, schedule, kind, Path(folder))
@@ -85,7 +85,7 @@ def run_round(job: TrainingJob, kind: BrokerKind) -> dict[str, Any]:
 
 
 def _check_losses(expected: Sequence[float], losses: Mapping[str, Sequence[float]]) -> None:
-    """Exit unless all contestants have trained the same."""
+    """Exit unless all implementations have trained the same."""
     for name, actual in losses.items():
         for step, (expected_loss, loss) in enumerate(zip(expected, actual, strict=False)):
             if not abs(expected_loss - loss) <= LOSS_TOLERANCE:
@@ -109,9 +109,9 @@ def _ratio(rates: Mapping[str, float], other: str) -> float:
     return best_rate(rates, "sparse") / best_rate(rates, other)
 
 
-def best_rate(rates: Mapping[str, float], contestant: str) -> float:
-    """The rate of a contestant, of its better schedule if it has two."""
-    return max(rate for name, rate in rates.items() if name.startswith(contestant))
+def best_rate(rates: Mapping[str, float], implementation: str) -> float:
+    """The rate of an implementation, of its better schedule if it has two."""
+    return max(rate for name, rate in rates.items() if name.startswith(implementation))
 
 
 def print_tables(title: str, rows: Sequence[Mapping[str, Any]], first: str) -> None:
@@ -124,7 +124,7 @@ def print_tables(title: str, rows: Sequence[Mapping[str, Any]], first: str) -> N
 
 
 def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot rows a second over the batch size, for each contestant."""
+    """Plot rows a second over the batch size, for each implementation."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     batches = [row["batch"] for row in rows]
@@ -144,8 +144,8 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=10, help="measured, of each contestant a round (default 10)")
-    parser.add_argument("--rounds", type=int, default=2, help="through all contestants (default 2)")
+    parser.add_argument("--steps", type=int, default=10, help="measured, of each implementation a round (default 10)")
+    parser.add_argument("--rounds", type=int, default=2, help="of all implementations (default 2)")
     parser.add_argument("--cut", type=int, action="append", help="after this layer; may be repeated (default 6 and 11)")
     sweep_help = (
         f"batches of {SWEEP_BATCHES[0]} to {SWEEP_BATCHES[-1]} rows at cut {SWEEP_CUT} instead; ignores --steps"

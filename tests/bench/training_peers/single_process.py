@@ -70,7 +70,7 @@ def _measure_stage(
 
 
 def unsplit_losses(job: TrainingJob, steps: int) -> list[float]:
-    """The mean losses of the first steps of the unsplit network, which all contestants should have."""
+    """The mean losses of the first steps of the unsplit network, which all implementations should have."""
     module = SingleTensorPart(job.build_part(0))
     optimizer = job.build_optimizer(module)
     inputs, labels = map(torch.from_numpy, job.examples())
