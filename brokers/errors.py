@@ -46,9 +46,6 @@ def error_code(error: BaseException) -> str:
     return error.code if isinstance(error, SparseError) else type(error).__name__
 
 
-# Mistakes of the user -----------------------------------------------------------------------------------------------
-
-
 class UsageError(SparseError):
     """A mistake in a file, an argument or the environment.
 
@@ -95,9 +92,6 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-# Messages that break the protocol -----------------------------------------------------------------------------------
-
-
 class WireError(SparseError):
     """A message that breaks docs/protocol.md or cannot be accepted.
 
@@ -137,9 +131,6 @@ def first_mistake(error: ValidationError) -> str:
 def property_error(name: str, problem: str) -> WireError:
     """Return the error for an MQTT property, or a metadata key, that is missing or has a forbidden value."""
     return WireError("BadProperty", f"property {name!r} {problem}", name=name)
-
-
-# Requests -----------------------------------------------------------------------------------------------------------
 
 
 class RequestError(SparseError):

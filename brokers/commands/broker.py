@@ -10,7 +10,7 @@ import typer
 from brokers.errors import SparseError
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent
 from brokers.protocol.broker_url import MQTT_PORT
-from brokers.server.local_broker import LocalBroker, start_broker
+from brokers.server.local_broker import start_broker
 
 _POLL_S = 0.2
 
@@ -36,15 +36,12 @@ async def _run(kind: Literal["mosquitto", "embedded"] | None, host: str, port: i
     shutdown.install_signal_handlers()
     with start_broker(kind=kind, host=host, port=port) as broker:
         print(f"{broker.kind} listens on {broker.address}; press Ctrl-C to stop it", file=sys.stderr)  # noqa: T201
-        await _wait(broker, shutdown)
+        while not shutdown.is_set():
+            if not broker.is_running:
+                output = broker.last_output() or "without any output"
+                message = f"the {broker.kind} broker at {broker.address} ended by itself: {output}"
+                raise SparseError("BrokerEnded", message)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_POLL_S):
+                    await shutdown.wait()
     return EXIT_INTERRUPTED if shutdown.interrupted else 0
-
-
-async def _wait(broker: LocalBroker, shutdown: ShutdownEvent) -> None:
-    while not shutdown.is_set():
-        if not broker.is_running:
-            output = broker.last_output() or "without any output"
-            raise SparseError("BrokerEnded", f"the {broker.kind} broker at {broker.address} ended by itself: {output}")
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_POLL_S):
-                await shutdown.wait()

@@ -53,7 +53,6 @@ def command(
 
 
 def _parse_hosts(pipeline: Pipeline, options: Sequence[str]) -> dict[str, list[str]]:
-    """The host names of `--host` options, by site."""
     from brokers.security.certificates import normalize_host
 
     sites = all_sites(pipeline)

@@ -11,7 +11,7 @@ from brokers.config.pipeline_file import Pipeline, load_pipeline
 from brokers.config.schema import LinkTable, SiteTable
 from brokers.config.topology import Bridge
 from brokers.errors import BadFile
-from brokers.mqtt.client_identity import read_password
+from brokers.mqtt.client import read_password
 from brokers.protocol.broker_url import BrokerAddress, parse_address
 from brokers.server.mosquitto_conf import ListenerSecurity, MosquittoConfig, render
 
@@ -84,7 +84,6 @@ def _broker_address(pipeline: Pipeline, site: SiteTable) -> BrokerAddress:
 
 
 def _make_bridge(pipeline: Pipeline, site: SiteTable, link: LinkTable, certs: Path) -> Bridge:
-    """The bridge of a link of `site`; raises `BadFile`."""
     remote = _broker_address(pipeline, pipeline.find_site(link.to))
     local = _broker_address(pipeline, site)
     if remote.is_unix_socket:
@@ -92,6 +91,12 @@ def _make_bridge(pipeline: Pipeline, site: SiteTable, link: LinkTable, certs: Pa
     if (local.host, local.port) == (remote.host, remote.port):
         problem = f"a broker cannot have a bridge to itself: sites {site.name!r} and {link.to!r} share {remote}"
         raise BadFile(pipeline.path, problem, f"site.{site.name}.links")
+    password = None
+    if link.password_file is not None:
+        path = pipeline.folder / link.password_file
+        password = read_password(path)
+        if password != password.strip():
+            raise BadFile(str(path), "the password begins or ends with a space, which mosquitto.conf does not allow")
     return Bridge(
         site.name,
         link.to,
@@ -99,16 +104,9 @@ def _make_bridge(pipeline: Pipeline, site: SiteTable, link: LinkTable, certs: Pa
         remote.port,
         pipeline.topology.bridge_sides(site.name, link.to),
         user=link.user,
-        password=_read_password(pipeline.folder / link.password_file) if link.password_file is not None else None,
+        password=password,
         tls=certs if remote.is_tls else None,
     )
-
-
-def _read_password(path: Path) -> str:
-    password = read_password(path)
-    if password != password.strip():
-        raise BadFile(str(path), "the password begins or ends with a space, which mosquitto.conf does not allow")
-    return password
 
 
 def _is_private(address: BrokerAddress) -> bool:

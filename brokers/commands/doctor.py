@@ -1,7 +1,5 @@
 """`sparse broker doctor`: whether a broker meets the needs of Sparse, and what to change if not."""
 
-from __future__ import annotations
-
 import asyncio
 import json as jsonlib
 import os
@@ -10,18 +8,17 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import Annotated, TextIO
 
 import typer
 
 from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline, load_pipeline, resolve_broker_address
+from brokers.doctor.probe_client import format_bytes, is_usable
+from brokers.doctor.runner import SIZES_BYTES, DoctorRun, format_table
 from brokers.errors import UsageError
 from brokers.process.shutdown import EXIT_INTERRUPTED
 from brokers.protocol.broker_url import parse_address
 from brokers.protocol.topics import validate_name
-
-if TYPE_CHECKING:
-    from brokers.doctor.runner import DoctorRun
 
 _CUTS_TIMEOUT_S = 300.0  # to build a large network, and run it once
 
@@ -57,10 +54,6 @@ def _parse_options(
     url: str | None, pipeline: Pipeline | None, across: str | None, start: str | None, to: str | None
 ) -> DoctorRun:
     """The run; raises `UsageError` before any connection is made."""
-    from brokers.doctor.check_result import format_bytes
-    from brokers.doctor.runner import DoctorRun
-    from brokers.doctor.throughput import SIZES_BYTES
-
     first = start or (pipeline.source.site if pipeline else "")
     others = [site for site in pipeline.used_sites if site != first] if pipeline else []
     second = to or (others[0] if others else "")
@@ -113,9 +106,6 @@ async def _run_until_sigterm(run: DoctorRun) -> bool:
 
 
 def _print_summary(run: DoctorRun, out: TextIO, json: bool) -> int:
-    from brokers.doctor.check_result import is_usable
-    from brokers.doctor.throughput import format_table
-
     usable = is_usable(run.results)
     if run.throughput:
         print("", *format_table(run.throughput), "", sep="\n", file=out)

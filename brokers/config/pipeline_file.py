@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -30,6 +30,7 @@ from brokers.protocol.topics import NAME_PATTERN, StageTopics
 
 BROKER_VARIABLE = "SPARSE_BROKER"
 _VALUE_LIMIT_CHARACTERS = 100
+T = TypeVar("T", StageTable, SiteTable)
 
 
 class Pipeline(ConfigTable):
@@ -132,20 +133,18 @@ class Pipeline(ConfigTable):
 
     def find_stage(self, name: str) -> StageTable:
         """The stage of this name; raises `BadFile`."""
-        for stage in self.stage:
-            if stage.name == name:
-                return stage
-        names = [stage.name for stage in self.stage]
-        raise BadFile(self.path, f"no stage {name!r}{did_you_mean(name, names)}: expected one of {', '.join(names)}")
+        return self._find("stage", self.stage, name)
 
     def find_site(self, name: str) -> SiteTable:
         """The `[[site]]` of this name; raises `BadFile`."""
-        for site in self.site:
-            if site.name == name:
-                return site
-        names = [site.name for site in self.site]
-        expected = f"expected one of {', '.join(names)}" if names else "the file has no [[site]]"
-        raise BadFile(self.path, f"no site {name!r}{did_you_mean(name, names)}: {expected}")
+        return self._find("site", self.site, name)
+
+    def _find(self, kind: str, tables: tuple[T, ...], name: str) -> T:
+        named = {table.name: table for table in tables}
+        if name in named:
+            return named[name]
+        expected = f"expected one of {', '.join(named)}" if named else f"the file has no [[{kind}]]"
+        raise BadFile(self.path, f"no {kind} {name!r}{did_you_mean(name, list(named))}: {expected}")
 
     def part_index(self, stage: StageTable) -> int:
         """Which part of the cut network the stage serves (a stage with an executor serves none)."""

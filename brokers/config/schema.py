@@ -57,9 +57,7 @@ class PipelineTable(ConfigTable):
     labels: tuple[str, ...] = Field(default=(), strict=False, description="class names of a classifier")
     seed: int = 0
     threshold: float = Field(default=0.5, ge=0, le=1, description="minimum score of a detection")
-    lease_s: float = Field(
-        default=LEASE_S, gt=0, le=86_400, description="a request without an answer for this long is sent again"
-    )
+    lease_s: float = Field(default=LEASE_S, gt=0, le=86_400, description="a request unanswered this long is sent again")
     nms: float = Field(
         default=0.45, ge=0, le=1, description="IoU above which the detection with the lower score is suppressed"
     )

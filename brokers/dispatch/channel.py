@@ -26,14 +26,12 @@ from brokers.protocol.transport import Delivery, Properties, Transport, Will
 
 log = logging.getLogger(__name__)
 
-# Bytes of a PUBLISH beside its payload: topic, properties, packet id.
-HEADER_RESERVE_BYTES = 2048
+HEADER_RESERVE_BYTES = 2048  # bytes of a PUBLISH beside its payload: topic, properties, packet id
 # The properties of a chunked message are kept until it is whole, for up to a thousand messages at once.
 CHUNK_HEADER_LIMIT_BYTES = 8192
 _EXPIRY_CHECK_S = 1.0
 
-# Called with the topic.
-MessageHandler = Callable[[str, Message], None]
+MessageHandler = Callable[[str, Message], None]  # called with the topic
 # Called with the properties of the malformed message, which may name the sender.
 MalformedHandler = Callable[[WireError, Properties], None]
 

@@ -134,7 +134,6 @@ class WorkerRecord(_PresenceRecord):
 
     @property
     def topic(self) -> str:
-        """The presence topic that this record belongs on."""
         return StageTopics(self.site, self.pipeline, self.stage).presence(self.worker)
 
     @property
@@ -178,5 +177,4 @@ class SourceRecord(_PresenceRecord):
 
     @property
     def topic(self) -> str:
-        """The presence topic that this record belongs on."""
         return source_presence_topic(self.site, self.pipeline, self.source)

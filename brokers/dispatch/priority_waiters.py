@@ -37,7 +37,6 @@ class PriorityWaiters:
                 self.notified -= 1
 
     def notify(self) -> None:
-        """Resume the first waiter."""
         for queue in self._queues:
             while queue:
                 waiter = queue.popleft()
@@ -47,6 +46,5 @@ class PriorityWaiters:
                     return
 
     def notify_all(self) -> None:
-        """Resume all tasks that wait now."""
         for _ in range(len(self)):
             self.notify()

@@ -16,10 +16,8 @@ from brokers.protocol.topics import StageTopics
 
 log = logging.getLogger(__name__)
 
-# A wait for a worker that is longer than this is logged.
-_LOG_WAIT_AFTER_S = 3.0
-# The end of a lease is not notified: a sender that waits looks for it this often.
-_LEASE_CHECK_S = 1.0
+_LOG_WAIT_AFTER_S = 3.0  # a wait for a worker that is longer than this is logged
+_LEASE_CHECK_S = 1.0  # the end of a lease is not notified: a sender that waits looks for it this often
 # A request that is sent for the third time may be what kills its workers. It gets a worker to itself, so that no other
 # request is blamed when that worker is lost.
 ISOLATE_FROM_ATTEMPT = 3
@@ -54,7 +52,6 @@ class StageClient:
         self._closed = False
 
     def __len__(self) -> int:
-        """How many workers are up."""
         return len(self._dispatcher)
 
     async def open(self) -> None:
@@ -87,7 +84,6 @@ class StageClient:
         return worker
 
     def task_done(self, worker: str, request: bytes) -> None:
-        """Return the credit that a request used at a worker."""
         self._dispatcher.task_done(worker, request)
         self._waiters.notify()
         self._isolated_waiters.notify_all()
@@ -101,8 +97,11 @@ class StageClient:
                 now_s = time.monotonic()
                 if record := self._dispatcher.pick(now_s, avoid, isolate):
                     return record
-                if now_s - begin_s > _LOG_WAIT_AFTER_S:
-                    self._log_wait()
+                if now_s - begin_s > _LOG_WAIT_AFTER_S and not len(self) and not self._is_wait_logged:
+                    self._is_wait_logged = True
+                    log.warning(
+                        "stage %s of %s has no worker: waiting for one", self.topics.stage, self.topics.pipeline
+                    )
                 left_s = begin_s + timeout_s - now_s
                 if left_s <= 0:
                     raise NoWorker(self.topics.pipeline, self.topics.stage, timeout_s)
@@ -117,11 +116,6 @@ class StageClient:
     def _notify_all(self) -> None:
         self._waiters.notify_all()
         self._isolated_waiters.notify_all()
-
-    def _log_wait(self) -> None:
-        if not len(self) and not self._is_wait_logged:
-            self._is_wait_logged = True
-            log.warning("stage %s of %s has no worker: waiting for one", self.topics.stage, self.topics.pipeline)
 
     def _on_presence(self, event: PresenceEvent) -> None:
         record = event.worker

@@ -11,8 +11,7 @@ from typing import Literal
 from brokers.dispatch.presence import WorkerRecord
 from brokers.protocol.messages import ReplyTo
 
-# Lease: if `done` has not arrived after this long, assume that the message was lost and free the slot.
-LEASE_S = 60.0
+LEASE_S = 60.0  # lease: if `done` has not arrived after this long, assume that the message was lost and free the slot
 # The task time that a worker last reported becomes outdated while the worker is idle (its first task includes warm-up).
 # The estimate halves this often, until the worker is tried again.
 ESTIMATE_HALF_LIFE_S = 5.0
@@ -33,8 +32,7 @@ class LostTask:
 @dataclass(slots=True)
 class _WorkerState:
     record: WorkerRecord
-    # Request id -> when it was sent, in seconds.
-    assigned: dict[bytes, float] = field(default_factory=dict)
+    assigned: dict[bytes, float] = field(default_factory=dict)  # request id -> when it was sent, in seconds
     # The same for requests sent before a gap in the worker's records: their `done` messages may be lost.
     uncertain: dict[bytes, float] = field(default_factory=dict)
     settled_done: int = 0  # count of finished tasks from which on the uncertain requests are finished too
@@ -42,19 +40,14 @@ class _WorkerState:
     idle_since_s: float = 0.0
 
     @property
-    def is_up(self) -> bool:
-        return self.record.state == "up"
-
-    @property
     def has_credit(self) -> bool:
         # Of the uncertain requests no more can be unfinished than the worker has in its queue. Counting those keeps a
         # worker whose records arrive late repeatedly from being given every request.
         held = len(self.assigned) + min(len(self.uncertain), self.record.load.queue)
-        return self.is_up and self.reserved_for is None and held < self.record.capacity
+        return self.record.state == "up" and self.reserved_for is None and held < self.record.capacity
 
     @property
     def all_requests(self) -> dict[bytes, float]:
-        """The requests that the worker has, or may have."""
         return self.uncertain | self.assigned
 
     def update(self, record: WorkerRecord, *, gap: bool) -> list[bytes]:
@@ -93,7 +86,7 @@ class Dispatcher:
 
     def __len__(self) -> int:
         """How many workers are up."""
-        return sum(worker.is_up for worker in self._workers.values())
+        return sum(worker.record.state == "up" for worker in self._workers.values())
 
     def update(self, record: WorkerRecord, now_s: float, *, gap: bool = False) -> None:
         """Take a worker's record into account; `gap`: messages to or from the worker may have been lost before it."""
@@ -165,7 +158,7 @@ class Dispatcher:
 
     def _workers_of_one_model(self) -> list[_WorkerState]:
         """The workers that are up with the model of the first of them: all attempts of a request get one model."""
-        up = [worker for worker in self._workers.values() if worker.is_up]
+        up = [worker for worker in self._workers.values() if worker.record.state == "up"]
         return [worker for worker in up if worker.record.fingerprint == up[0].record.fingerprint]
 
 

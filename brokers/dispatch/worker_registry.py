@@ -45,10 +45,8 @@ log = logging.getLogger(__name__)
 PRESENCE_TIMEOUT_S = 10.0
 PRESENCE_GAP_S = 3.0
 FORGET_AFTER_S = 300.0
-# More than any deployment has, and a bound on the memory that a hostile client can make us use.
-ENTRY_LIMIT = 4096
-# Topics whose first malformed record is logged.
-_LOGGED_TOPICS_LIMIT = 64
+ENTRY_LIMIT = 4096  # more than any deployment has, and a bound on the memory that a hostile client can make us use
+_LOGGED_TOPICS_LIMIT = 64  # topics whose first malformed record is logged
 _TICK_S = 1.0
 
 PresenceRecord = WorkerRecord | SourceRecord
@@ -75,12 +73,10 @@ class PresenceEvent:
 
     @property
     def worker(self) -> WorkerRecord | None:
-        """The record, if it is a worker's."""
         return self.record if isinstance(self.record, WorkerRecord) else None
 
     @property
     def source(self) -> SourceRecord | None:
-        """The record, if it is a source's."""
         return self.record if isinstance(self.record, SourceRecord) else None
 
 
@@ -227,9 +223,7 @@ class PresenceListener:
     ) -> None:
         self.registry = WorkerRegistry()
         self._transport = transport
-        self._callbacks: list[EventCallback] = []
-        if on_event is not None:
-            self._callbacks.append(on_event)
+        self._callbacks = [] if on_event is None else [on_event]
         self._reset_on_reconnect = reset_on_reconnect
         self._filters: list[str] = []
         self._changed = asyncio.Event()
@@ -237,7 +231,6 @@ class PresenceListener:
         self._closed = False
 
     def add_callback(self, on_event: EventCallback) -> None:
-        """Have `on_event` called for each further event."""
         self._callbacks.append(on_event)
 
     async def subscribe(self, *topic_filters: str) -> None:

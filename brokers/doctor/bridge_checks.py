@@ -5,14 +5,21 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES
-from brokers.doctor.check_result import FIX_PACKET_SIZE, CheckResult, fail, format_bytes, is_usable, ok
 from brokers.doctor.checks import TEST_PROPERTIES, is_topic_cleared, properties_result, run_check
-from brokers.doctor.probe_client import BrokerProbe, ProbeClient
-from brokers.doctor.throughput import MessagePath
+from brokers.doctor.probe_client import (
+    FIX_PACKET_SIZE,
+    BrokerProbe,
+    CheckResult,
+    ProbeClient,
+    fail,
+    format_bytes,
+    is_usable,
+    ok,
+)
 from brokers.protocol.chunking import CHUNK_BYTES
 from brokers.protocol.topics import DOCTOR_LEVEL, StageTopics
 from brokers.protocol.transport import Will
@@ -41,7 +48,6 @@ class BridgeDirection:
 
     @property
     def inbox(self) -> str:
-        """The inbox topic of a worker at the end."""
         return StageTopics(self.end.site, DOCTOR_LEVEL, self.stage).inbox(_WORKER)
 
     @asynccontextmanager
@@ -75,14 +81,11 @@ class BridgeDirection:
         counts = [Counter(bytes(message.payload) for message in each) for each in ([first, *remote], local)]
         copies = max(max(count.values(), default=0) for count in counts)
         if copies > 1:
-            message = (
-                f"{self.name}: a message arrived {copies} times: the bridges make a loop, or there are two of them"
-            )
+            message = f"{self.name}: a message arrived {copies} times: the bridges make a loop, or there are two"
             return [forwarded, fail("duplicates", message, _FIX_LOOP)]
         return [forwarded, ok("duplicates", f"{self.name}: each message arrives once, at both brokers")]
 
     async def check_properties(self) -> CheckResult:
-        """Publish with all properties that Sparse uses."""
         fix = "Mosquitto: bridge_protocol_version mqttv50, in the bridge's connection"
         async with self.clients() as (sender, reader):
             await sender.publish(self.inbox, b"properties", TEST_PROPERTIES)
@@ -135,14 +138,14 @@ class BridgeDirection:
         return False
 
 
-def _directions(near: BrokerProbe, far: BrokerProbe) -> tuple[BridgeDirection, BridgeDirection]:
+def bridge_directions(near: BrokerProbe, far: BrokerProbe) -> tuple[BridgeDirection, BridgeDirection]:
     stage = near.name
     return BridgeDirection(near, far, stage), BridgeDirection(far, near, stage)
 
 
 async def check_bridge(near: BrokerProbe, far: BrokerProbe) -> AsyncIterator[CheckResult]:
     """Yield the results of both directions; only forwarding if it fails or the bridges make a loop."""
-    directions = _directions(near, far)
+    directions = bridge_directions(near, far)
     forwarding = [result for each in directions for result in await run_check("bridge", each.check_forwarding)]
     for result in forwarding:
         yield result
@@ -154,14 +157,3 @@ async def check_bridge(near: BrokerProbe, far: BrokerProbe) -> AsyncIterator[Che
         ):
             for result in await run_check(name, check):
                 yield result
-
-
-@asynccontextmanager
-async def bridge_paths(near: BrokerProbe, far: BrokerProbe) -> AsyncIterator[tuple[MessagePath, MessagePath]]:
-    """The two paths of a round trip across the bridge."""
-    async with AsyncExitStack() as stack:
-        outbound, inbound = [
-            MessagePath(*await stack.enter_async_context(direction.clients()), direction.inbox)
-            for direction in _directions(near, far)
-        ]
-        yield outbound, inbound

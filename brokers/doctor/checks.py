@@ -9,19 +9,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES
-from brokers.doctor.check_result import (
+from brokers.doctor.probe_client import (
     CHUNK_PACKET_BYTES,
+    CLEANUP_EXPIRY_S,
     FIX_PACKET_SIZE,
     FIX_QOS,
     FIX_RETAIN,
     FIX_SHARED_SUBSCRIPTION,
+    BrokerProbe,
     CheckResult,
+    ProbeClient,
+    ReceivedPublish,
     fail,
     format_bytes,
     ok,
     warn,
 )
-from brokers.doctor.probe_client import CLEANUP_EXPIRY_S, BrokerProbe, ProbeClient, ReceivedPublish
 from brokers.errors import BrokerUnreachable, SparseError
 from brokers.mqtt.publish_packet import encode_publish_header
 from brokers.mqtt.socket_connect import OperationRefused
@@ -74,9 +77,7 @@ async def check_broker(probe: BrokerProbe, limits: BrokerLimits) -> AsyncIterato
 
 
 async def run_check(
-    name: str,
-    check: Callable[[], Awaitable[CheckResult | list[CheckResult]]],
-    timeout_s: float = CHECK_TIMEOUT_S,
+    name: str, check: Callable[[], Awaitable[CheckResult | list[CheckResult]]], timeout_s: float = CHECK_TIMEOUT_S
 ) -> list[CheckResult]:
     """Run a check; a broker that disconnects it, refuses an operation or never answers fails the check."""
     try:
@@ -94,7 +95,6 @@ async def run_check(
 
 
 async def check_delivery(probe: BrokerProbe) -> CheckResult:
-    """Publish to a subscriber at QoS 0 and 1."""
     topic = probe.topic("deliver")
     async with probe.client() as sender, probe.client() as reader:
         await reader.subscribe(topic, probe.qos)
@@ -111,7 +111,6 @@ async def check_delivery(probe: BrokerProbe) -> CheckResult:
 
 
 async def check_properties(probe: BrokerProbe) -> CheckResult:
-    """Publish with all properties that Sparse uses."""
     topic = probe.topic("properties")
     async with probe.client() as sender, probe.client() as reader:
         await reader.subscribe(topic)
@@ -138,7 +137,6 @@ def properties_result(message: ReceivedPublish | None, prefix: str = "", fix: st
 
 
 async def check_retained(probe: BrokerProbe) -> CheckResult:
-    """Publish a retained message, subscribe later, and clear it."""
     topic = probe.topic("retained")
     async with probe.client() as sender:
         await probe.publish_record(sender, topic)
@@ -183,7 +181,6 @@ async def check_will(probe: BrokerProbe) -> CheckResult:
 
 
 async def check_shared_subscription(probe: BrokerProbe) -> CheckResult:
-    """Publish to a group of two subscribers."""
     topic = probe.topic("tasks")
     group = f"$share/{probe.name}/{topic}"
     sent = SHARED_MESSAGES

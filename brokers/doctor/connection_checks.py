@@ -8,19 +8,19 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES
-from brokers.doctor.check_result import (
+from brokers.doctor.probe_client import (
     CHUNK_PACKET_BYTES,
     FIX_PACKET_SIZE,
     FIX_QOS,
     FIX_RETAIN,
     FIX_SHARED_SUBSCRIPTION,
+    BrokerProbe,
     CheckResult,
     fail,
     format_bytes,
     ok,
     warn,
 )
-from brokers.doctor.probe_client import BrokerProbe
 from brokers.errors import BrokerUnreachable
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.mqtt.socket_connect import BAD_PASSWORD, NOT_AUTHORIZED

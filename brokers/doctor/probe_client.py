@@ -1,28 +1,92 @@
-"""MQTT clients for the checks of a broker: they connect once, use their own topics, and leave nothing behind.
+"""MQTT clients for the checks of a broker, and the results of checks: how they are printed, and the fixes they name.
 
-They do not reconnect, so that every disconnection is seen. However the checks end, retained messages are cleared and
-sessions ended; what a killed process could not remove expires within a minute.
+The clients connect once, use their own topics, and leave nothing behind. They do not reconnect, so that every
+disconnection is seen. However the checks end, retained messages are cleared and sessions ended; what a killed process
+could not remove expires within a minute.
+
+"FAIL" stops a pipeline or loses its messages; "warn" matters to some pipelines. Fixes are lines of mosquitto.conf where
+there are any, and a description for other brokers.
 """
 
 import asyncio
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator
+import textwrap
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
+from brokers.dispatch.channel import HEADER_RESERVE_BYTES
 from brokers.errors import BrokerUnreachable
-from brokers.mqtt.client_identity import resolve_identity
+from brokers.mqtt.client import resolve_identity
 from brokers.mqtt.connection import Connection, ConnectOptions, open_connection
-from brokers.mqtt.publish_packet import PublishHeader
+from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, PublishHeader
 from brokers.mqtt.socket_connect import OperationRefused, TlsConfig
 from brokers.mqtt.socket_loop import ConnectionLost
 from brokers.protocol.broker_url import BrokerAddress
+from brokers.protocol.chunking import CHUNK_BYTES
 from brokers.protocol.topics import doctor_topic
 from brokers.protocol.transport import Properties, Will
+
+CheckLevel = Literal["ok", "warn", "FAIL"]
+
+LINE_WIDTH = 80  # of a terminal that was never resized
+_LEVEL_WIDTH = 6
+_CHECK_WIDTH = 13
+
+CHUNK_PACKET_BYTES = CHUNK_BYTES + HEADER_RESERVE_BYTES
+FIX_PACKET_SIZE = f"Mosquitto: max_packet_size {MAX_REMAINING_BYTES}; else: allow packets of {CHUNK_PACKET_BYTES} bytes"
+FIX_QOS = "Mosquitto: max_qos 2; else: allow QoS 1"
+FIX_RETAIN = "Mosquitto: retain_available true; else: allow retained messages"
+FIX_SHARED_SUBSCRIPTION = "Mosquitto has them by default; else: enable shared subscriptions"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The result of one check; `fix` says what to change, and is empty only if the result is ok."""
+
+    level: CheckLevel
+    check: str
+    message: str
+    fix: str = ""
+    broker: str = ""  # address of the broker, for `--json` with two brokers
+
+    def to_lines(self) -> list[str]:
+        """The result in lines of at most 80 characters, the fix last."""
+        indent = " " * (_LEVEL_WIDTH + _CHECK_WIDTH)
+        head = f"{self.level:<{_LEVEL_WIDTH}}{self.check:<{_CHECK_WIDTH}}"
+        lines = _wrap(self.message, head, indent)
+        return lines + _wrap(self.fix, f"{indent}-> ", f"{indent}   ") if self.fix else lines
+
+
+ok = partial(CheckResult, "ok")
+warn = partial(CheckResult, "warn")
+fail = partial(CheckResult, "FAIL")
+
+
+def is_usable(results: Iterable[CheckResult]) -> bool:
+    """Whether no check failed; warnings do not count."""
+    return all(result.level != "FAIL" for result in results)
+
+
+def format_bytes(count: int) -> str:
+    """A size: in KiB or MiB if that is exact, else in bytes."""
+    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size and count % size == 0:
+            return f"{count // size} {unit}"
+    return f"{count:,} bytes"
+
+
+def _wrap(text: str, first: str, rest: str) -> list[str]:
+    lines = textwrap.wrap(
+        text, LINE_WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=True, break_on_hyphens=False
+    )
+    return lines or [first.rstrip()]
+
 
 CONNECT_TIMEOUT_S = 10.0
 RECEIVE_TIMEOUT_S = 3.0  # for a message that should arrive at once
@@ -112,7 +176,6 @@ class BrokerProbe:
             await client.close()
 
     def clear_on_exit(self, topic: str) -> None:
-        """Clear the retained message of this topic at the end."""
         self._retained.add(topic)
 
     async def publish_record(self, client: ProbeClient, topic: str) -> None:

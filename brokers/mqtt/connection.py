@@ -151,8 +151,6 @@ class Connection:
         self.lost.add_done_callback(self._fail_acks)
         self.limits = BrokerLimits(MAX_REMAINING_BYTES)
 
-    # Lifecycle --------------------------------------------------------------------------------------------------------
-
     async def start(self) -> None:
         """Send CONNECT and wait for CONNACK; raise `BrokerUnreachable`. The caller sets the time limit."""
         address = self._options.address
@@ -198,8 +196,6 @@ class Connection:
     def abort(self, reason: str) -> None:
         """Close at once, without DISCONNECT: the broker publishes the will."""
         self._packets.close(reason)
-
-    # Outgoing packets -------------------------------------------------------------------------------------------------
 
     async def publish(
         self,
@@ -269,13 +265,9 @@ class Connection:
         return not self.lost.done()
 
     def set_reading_paused(self, paused: bool) -> None:
-        """Pause or resume reading from the socket."""
         self._packets.set_reading_paused(paused)
 
-    # Incoming packets -------------------------------------------------------------------------------------------------
-
     def on_publish(self, header: PublishHeader, payload: memoryview) -> None:
-        """Handle a PUBLISH from the reader."""
         if self._publish_callback(header, payload) and header.qos == 1:
             self.send_puback(header.packet_id)
 
@@ -313,8 +305,6 @@ class Connection:
             self._packets.close(f"the broker ended it: {reason}")
         elif reason.value >= _FAILURE:
             self._packets.close(f"a packet from the broker cannot be read: {reason}; does it speak MQTT 5?")
-
-    # Acknowledgements -------------------------------------------------------------------------------------------------
 
     def _expect_ack(self, packet_type: int, packet_id: int | None) -> asyncio.Future[int]:
         self._packets.raise_if_lost()

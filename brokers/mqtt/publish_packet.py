@@ -137,15 +137,14 @@ def _encode_properties(properties: Properties) -> bytes:
     out = bytearray()
     if properties.expiry_s is not None:
         out += struct.pack("!BI", _EXPIRY, properties.expiry_s)
-    if properties.content_type:
-        out.append(_CONTENT_TYPE)
-        out += _encode_field("content type", properties.content_type.encode())
-    if properties.response_topic:
-        out.append(_RESPONSE_TOPIC)
-        out += _encode_field("response topic", properties.response_topic.encode())
-    if properties.correlation_data:
-        out.append(_CORRELATION)
-        out += _encode_field("correlation data", properties.correlation_data)
+    for identifier, what, data in (
+        (_CONTENT_TYPE, "content type", properties.content_type.encode()),
+        (_RESPONSE_TOPIC, "response topic", properties.response_topic.encode()),
+        (_CORRELATION, "correlation data", properties.correlation_data),
+    ):
+        if data:
+            out.append(identifier)
+            out += _encode_field(what, data)
     for name, value in properties.user_properties:
         out.append(_USER)
         out += _encode_field("user property", name.encode())

@@ -115,8 +115,16 @@ _ALERTS = {
 }
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING")  # answers to our handshake, by OpenSSL's names
 # OpenSSL's verification errors of the broker's certificate: openssl-verification-options(1).
-_NOT_YET_VALID, _EXPIRED, _HOST_MISMATCH, _IP_MISMATCH = 9, 10, 62, 64
-_UNTRUSTED = {18, 19, 20, 21}
+_HOST_MISMATCHES = (62, 64)
+_CA_UNKNOWN = (
+    "its certificate is not trusted: not signed by a known CA; "
+    "expected that of ca.crt in the folder that SPARSE_TLS names"
+)
+_UNTRUSTED = {
+    9: "its certificate is not valid yet: is this machine's clock right?",
+    10: "its certificate has expired: renew it with `sparse certs`, or is this machine's clock wrong?",
+    **dict.fromkeys((18, 19, 20, 21), _CA_UNKNOWN),
+}
 # Reason codes of CONNACK: MQTT 5.0 section 3.2.2.2.
 UNSUPPORTED_VERSION, BAD_PASSWORD, NOT_AUTHORIZED = 0x84, 0x86, 0x87
 
@@ -183,16 +191,7 @@ def connack_error(address: BrokerAddress, code: int, reason: str) -> BrokerUnrea
 
 
 def _describe_untrusted(address: BrokerAddress, error: ssl.SSLCertVerificationError) -> str:
-    if error.verify_code in (_HOST_MISMATCH, _IP_MISMATCH):
+    if error.verify_code in _HOST_MISMATCHES:
         host = address.host
         return f"its certificate is not for {host!r}: `sparse certs FILE --host SITE={host}` adds that name"
-    if error.verify_code in _UNTRUSTED:
-        return (
-            "its certificate is not trusted: not signed by a known CA; "
-            "expected that of ca.crt in the folder that SPARSE_TLS names"
-        )
-    if error.verify_code == _NOT_YET_VALID:
-        return "its certificate is not valid yet: is this machine's clock right?"
-    if error.verify_code == _EXPIRED:
-        return "its certificate has expired: renew it with `sparse certs`, or is this machine's clock wrong?"
-    return f"its certificate is not trusted: {error.verify_message}"
+    return _UNTRUSTED.get(error.verify_code, f"its certificate is not trusted: {error.verify_message}")

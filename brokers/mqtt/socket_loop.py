@@ -91,7 +91,6 @@ class PacketSocket:
             await future
 
     def raise_if_lost(self) -> None:
-        """Raise `ConnectionLost` if the connection has ended."""
         if self.lost.done():
             raise ConnectionLost(self.lost.result())
 

@@ -44,7 +44,6 @@ def _read(path: Path) -> bytes:
 
 
 def unreadable_error(path: Path, error: OSError) -> BadFile:
-    """Return the error for a file or folder that cannot be read."""
     return BadFile(str(path), f"cannot be read: {(error.strerror or str(error)).lower()}")
 
 

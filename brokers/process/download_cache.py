@@ -151,15 +151,11 @@ def fetch_file(name: str, sha256: str, origins: Sequence[DownloadOrigin], cache:
 def _is_cached(path: Path, sha256: str) -> bool:
     if not path.is_file():
         return False
-    actual = _sha256(path)
+    with path.open("rb") as file:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != sha256:
         log.warning("%s: expected SHA-256 %s, got %s; it will be replaced", path, sha256, actual)
     return actual == sha256
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(path: Path, sha256: str, origins: Sequence[DownloadOrigin]) -> None:

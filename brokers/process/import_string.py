@@ -47,13 +47,10 @@ def describe_exception(error: BaseException, folder: str | Path) -> str:
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     if isinstance(error, SyntaxError):  # which has its own line number
         return text if error.lineno is None or "line " in text else f"{text} (line {error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_import_machinery(frame.filename)]
+    machinery = ("<frozen importlib", __file__, importlib.__file__)
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith(machinery)]
     root = Path(folder).resolve()
     user_frames = [frame for frame in frames if root in Path(frame.filename).resolve().parents]
     for frame in (user_frames or frames)[-1:]:
         return f"{text} ({Path(frame.filename).name}, line {frame.lineno})"
     return text
-
-
-def _is_import_machinery(filename: str) -> bool:
-    return filename.startswith("<frozen importlib") or filename in (__file__, importlib.__file__)

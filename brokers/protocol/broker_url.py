@@ -30,12 +30,13 @@ class BrokerAddress:
     def is_unix_socket(self) -> bool:
         return self.scheme == "mqtt+unix"
 
+    @property
+    def host_and_port(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
     def __str__(self) -> str:
         user = f"{self.user}@" if self.user else ""
-        if self.is_unix_socket:
-            return f"{self.scheme}://{user}{self.host}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{user}{host}:{self.port}"
+        return f"{self.scheme}://{user}{self.host if self.is_unix_socket else self.host_and_port}"
 
 
 def parse_address(text: str) -> BrokerAddress:

@@ -27,14 +27,12 @@ from brokers.errors import TooLarge, WireError
 
 # Fastest on loopback (tests/bench/roundtrip.py --chunks): smaller ones cost calls, larger ones leave the pipe empty.
 CHUNK_BYTES = 512 * 1024
-# A thousand 640x480 float32 frames; a larger claim is a mistake or an attack.
-MESSAGE_LIMIT_BYTES = 1 << 30
+MESSAGE_LIMIT_BYTES = 1 << 30  # a thousand 640x480 float32 frames; a larger claim is a mistake or an attack
 # Pages are touched only as bytes arrive, so a false claim costs address space but no memory.
 TOTAL_LIMIT_BYTES = 2 << 30
 MESSAGE_COUNT_LIMIT = 1024
 CHUNK_TIMEOUT_S = 30.0
-# So many completed and dropped messages are remembered, to ignore their late chunks.
-_ENDED_LIMIT = 1024
+_ENDED_LIMIT = 1024  # so many completed and dropped messages are remembered, to ignore their late chunks
 _HEADER = re.compile(r"[0-9]{1,19}/[0-9]{1,19}")
 
 MessageKey = tuple[Any, ...]

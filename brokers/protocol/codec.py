@@ -41,12 +41,11 @@ from brokers.protocol.traceparent import TRACEPARENT, parse_traceparent
 from brokers.protocol.transport import Buffer, Properties
 
 PROTOCOL_VERSION = "1"
-# The smallest deadline that can be encoded.
-_SHORTEST_DEADLINE_MS = 0.001
+_SHORTEST_DEADLINE_MS = 0.001  # the smallest deadline that can be encoded
 
 _UserProperties = Mapping[str, str]
-_CommonFields = dict[str, Any]  # the fields of all messages
-_Decoder = Callable[[_CommonFields, Properties, _UserProperties, memoryview], Message]
+_Fields = dict[str, Any]  # the fields of all messages
+_Decoder = Callable[[_Fields, Properties, _UserProperties, memoryview], Message]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +58,6 @@ class EncodedMessage:
     @property
     def nbytes(self) -> int:
         return sum(memoryview(buffer).nbytes for buffer in self.buffers)
-
-
-# Encode -------------------------------------------------------------------------------------------------------------
 
 
 def encode(message: Message) -> EncodedMessage:
@@ -82,7 +78,7 @@ def encode(message: Message) -> EncodedMessage:
         case Result():
             content_type, buffers = _encode_content(message.content, message.hops)
         case Failure():
-            content_type, buffers = _encode_json(message.as_dict())
+            content_type, buffers = JSON, (json.dumps(message.as_dict()).encode(),)
         case TaskDone():
             user += [("verb", "done"), ("worker", message.worker)]
         case Gradient():
@@ -91,7 +87,7 @@ def encode(message: Message) -> EncodedMessage:
         case StepMessage():
             response_topic = message.sender_inbox
             user += [("verb", message.verb), ("term", str(message.term))]
-            content_type, buffers = _encode_json(message.details)
+            content_type, buffers = JSON, (json.dumps(message.details).encode(),)
     return EncodedMessage(Properties(content_type, message.request_id, response_topic, expiry_s, tuple(user)), buffers)
 
 
@@ -120,13 +116,6 @@ def _encode_content(content: Content, hops: tuple[Hop, ...] = ()) -> tuple[str, 
         return content.content_type, (content.data,)
     metadata = {**content.metadata, HOPS_KEY: hops_to_json(hops)} if hops else content.metadata
     return SAFETENSORS, tuple(safetensors_codec.pack(content.tensors, metadata))
-
-
-def _encode_json(fields: Mapping[str, Any]) -> tuple[str, tuple[Buffer, ...]]:
-    return JSON, (json.dumps(fields).encode(),)
-
-
-# Decode -------------------------------------------------------------------------------------------------------------
 
 
 def decode(properties: Properties, payload: memoryview) -> Message:
@@ -178,7 +167,7 @@ def make_failure_reply(
 def _parse_reply_address(properties: Properties, user: _UserProperties) -> ReplyTo | None:
     try:
         if "sparse" not in user:
-            reply_to = _foreign_reply_to(properties)
+            reply_to = ReplyTo(properties.response_topic, "json", properties.correlation_data)
         else:
             try:
                 reply_to = _decode_reply_to(properties, user)
@@ -193,17 +182,13 @@ def _decode_foreign_task(properties: Properties, user: _UserProperties, payload:
     return Task(
         request_id=new_request_id(),
         content=decode_content(properties.content_type, payload),
-        reply_to=_foreign_reply_to(properties),
+        reply_to=ReplyTo(properties.response_topic, "json", properties.correlation_data),
         deadline_ms=None if properties.expiry_s is None else 1000.0 * properties.expiry_s,
         trace=parse_traceparent(user.get(TRACEPARENT)),
     )
 
 
-def _foreign_reply_to(properties: Properties) -> ReplyTo:
-    return ReplyTo(properties.response_topic, "json", properties.correlation_data)
-
-
-def _decode_task(common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview) -> Task:
+def _decode_task(common: _Fields, properties: Properties, user: _UserProperties, payload: memoryview) -> Task:
     message_class = Activation if user["kind"] == "activation" else Task
     content, hops = _decode_content(properties, payload)
     return message_class(
@@ -242,14 +227,12 @@ def _decode_reply_to(properties: Properties, user: _UserProperties) -> ReplyTo:
     return ReplyTo(topic, cast(Literal["safetensors", "json"], accept), echo)
 
 
-def _decode_result(common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview) -> Result:
+def _decode_result(common: _Fields, properties: Properties, user: _UserProperties, payload: memoryview) -> Result:
     content, hops = _decode_content(properties, payload)
     return Result(**common, content=content, hops=hops)
 
 
-def _decode_failure(
-    common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview
-) -> Failure:
+def _decode_failure(common: _Fields, properties: Properties, user: _UserProperties, payload: memoryview) -> Failure:
     fields = _decode_json_object(payload)
     texts = {name: fields.get(name) for name in ("stage", "worker", "error", "reason")}
     retry = fields.get("retry")
@@ -258,25 +241,21 @@ def _decode_failure(
     return Failure(**common, retry=retry, **cast(Any, texts))
 
 
-def _decode_done(common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview) -> TaskDone:
+def _decode_done(common: _Fields, properties: Properties, user: _UserProperties, payload: memoryview) -> TaskDone:
     verb = _get_required(user, "verb")
     if verb != "done":
         raise property_error("verb", f"must be done, is {verb!r}")
     return TaskDone(**common, worker=_get_required(user, "worker"))
 
 
-def _decode_gradient(
-    common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview
-) -> Gradient:
+def _decode_gradient(common: _Fields, properties: Properties, user: _UserProperties, payload: memoryview) -> Gradient:
     content = decode_content(properties.content_type or SAFETENSORS, payload)
     if not isinstance(content, TensorContent):
         raise property_error("Content Type", f"of a gradient must be {SAFETENSORS}, is {content.content_type}")
     return Gradient(**common, content=content, sender_inbox=properties.response_topic)
 
 
-def _decode_step(
-    common: _CommonFields, properties: Properties, user: _UserProperties, payload: memoryview
-) -> StepMessage:
+def _decode_step(common: _Fields, properties: Properties, user: _UserProperties, payload: memoryview) -> StepMessage:
     return StepMessage(
         **common,
         verb=cast(StepVerb, _get_required(user, "verb")),
@@ -309,8 +288,6 @@ _CODECS: tuple[tuple[type, str, _Decoder], ...] = (
 _KINDS = {message_class: kind for message_class, kind, _ in _CODECS}
 _DECODERS = {kind: decoder for _, kind, decoder in _CODECS}
 
-
-# User properties ----------------------------------------------------------------------------------------------------
 
 _DIGITS = re.compile(r"[0-9]+")
 _MILLISECONDS = re.compile(r"[0-9]{1,13}(\.[0-9]{1,9})?")

@@ -30,8 +30,7 @@ REQUEST_ID_BYTES = 16
 DEADLINE_LIMIT_MS = 1000.0 * 0xFFFF_FFFF
 # Correlation Data of a foreign client; stages pass it on as hexadecimal, which is twice as long.
 ECHO_LIMIT_BYTES = 256
-# Integers that JSON readers can represent exactly.
-JSON_INTEGER_LIMIT = 1 << 53
+JSON_INTEGER_LIMIT = 1 << 53  # integers that JSON readers can represent exactly
 # Mosquitto closes the connection of a client that publishes to a topic of 200 levels or more.
 _TOPIC_LEVELS = 64
 _TOPIC_BYTES = 1024
@@ -42,8 +41,7 @@ JPEG = "image/jpeg"
 PNG = "image/png"
 
 Priority = Literal["interactive", "background"]
-# In the order in which queues serve them.
-PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)  # in the order in which queues serve them
 
 StepVerb = Literal[
     "prepared", "commit", "committed", "abort", "quiesce", "quiesced", "restore", "restored", "fetch_weights"
@@ -203,7 +201,6 @@ class Failure(_MessageBase):
     retry: bool = False
 
     def as_dict(self) -> dict[str, object]:
-        """Return the fields of its JSON object."""
         return {
             "request": self.request_id.hex(),
             "error": self.error,

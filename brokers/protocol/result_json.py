@@ -12,8 +12,7 @@ from brokers.protocol.messages import SAFETENSORS, BinaryContent, Content, Tenso
 from brokers.protocol.safetensors_codec import TensorView, to_numpy
 from brokers.protocol.stage_timing import Hop
 
-# Of a larger tensor only dtype and shape are given: JSON is for users and rule engines.
-_VALUES_LIMIT = 4096
+_VALUES_LIMIT = 4096  # of a larger tensor only dtype and shape are given: JSON is for users and rule engines
 _SCORE_DIGITS = 4
 _BOX_DIGITS = 1
 # The dtypes that numpy (BF16 as float32) and JSON can represent.

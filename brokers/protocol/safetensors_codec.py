@@ -81,9 +81,6 @@ def _check_size(tensor: str, dtype: str, shape: Sequence[int], actual_bytes: int
         raise WireError("ShapeMismatch", message, expected_bytes=expected_bytes, actual_bytes=actual_bytes)
 
 
-# numpy and torch ----------------------------------------------------------------------------------------------------
-
-
 def from_numpy(array: np.ndarray[Any, Any]) -> TensorView:
     """Return a view of `array`: its own memory if it is contiguous and little-endian, otherwise a copy."""
     array = np.asarray(array)
@@ -147,9 +144,6 @@ def from_array(value: Any) -> TensorView:
     if type(value).__module__.partition(".")[0] == "torch":
         return from_torch(value)
     return from_numpy(np.asarray(value))
-
-
-# The safetensors body -----------------------------------------------------------------------------------------------
 
 
 def pack(tensors: Mapping[str, TensorView], metadata: Mapping[str, str]) -> list[memoryview]:
@@ -241,7 +235,6 @@ def _check_metadata(metadata: Any) -> dict[str, str]:
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """Return dtype, shape, begin and end of a tensor."""
 
     def is_count(value: Any) -> bool:
         return type(value) is int and 0 <= value < 1 << 63
@@ -258,9 +251,6 @@ def _parse_entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)) or offsets[0] > offsets[1]:
         raise _bad_header(f"tensor {name!r} needs data_offsets of a begin and an end")
     return dtype, tuple(shape), offsets[0], offsets[1]
-
-
-# Errors -------------------------------------------------------------------------------------------------------------
 
 
 def _bad_header(problem: str) -> WireError:

@@ -8,8 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from brokers.errors import property_error
 
-# The metadata key of the hops; keys that start with "sparse." are reserved.
-HOPS_KEY = "sparse.hops"
+HOPS_KEY = "sparse.hops"  # the metadata key of the hops; keys that start with "sparse." are reserved
 # The four durations of a task at one stage, in the order in which they happen.
 STAGE_DURATIONS = ("queue_ms", "decode_ms", "compute_ms", "encode_ms")
 # A float represents integers up to this exactly: more than any duration or size, and safe to add up.
@@ -41,7 +40,6 @@ class Hop:
         return sum(self.durations().values())
 
     def durations(self) -> dict[str, float]:
-        """Return the four durations by name."""
         return {name: getattr(self, name) for name in STAGE_DURATIONS}
 
 
@@ -49,7 +47,6 @@ _HOPS = TypeAdapter(tuple[Hop, ...])
 
 
 def hops_to_json(hops: tuple[Hop, ...]) -> str:
-    """Return the metadata value of `hops`."""
     names = Hop.__dataclass_fields__  # not dataclasses.asdict, which copies deeply and takes five times as long
     return json.dumps([{name: getattr(hop, name) for name in names} for hop in hops], separators=(",", ":"))
 

@@ -12,10 +12,8 @@ from brokers.errors import UsageError
 ROOT = "sparse"
 # The second level of the topics that are not of a pipeline, and so not names of pipelines.
 RESERVED_PIPELINE_NAMES = frozenset({"ingress", "results", "source"})
-# In the presence topic of a source, the level of the stage; not the name of a stage.
-SOURCE_LEVEL = "source"
-# The site that `sparse broker doctor` uses, and its pipeline where it tests a bridge.
-DOCTOR_LEVEL = "doctor"
+SOURCE_LEVEL = "source"  # in the presence topic of a source, the level of the stage; not the name of a stage
+DOCTOR_LEVEL = "doctor"  # the site that `sparse broker doctor` uses, and its pipeline where it tests a bridge
 NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 _NAME = re.compile(NAME_PATTERN)
 

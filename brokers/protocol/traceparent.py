@@ -45,7 +45,6 @@ class TraceContext:
         return TraceContext(self.trace_id, _new_span_id(), self.sampled)
 
     def to_traceparent(self) -> str:
-        """Return the value of the user property."""
         return f"{_VERSION}-{self.trace_id}-{self.span_id}-{_SAMPLED if self.sampled else 0:02x}"
 
 

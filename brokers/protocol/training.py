@@ -19,8 +19,7 @@ from brokers.errors import first_mistake, property_error
 from brokers.protocol.messages import JSON_INTEGER_LIMIT, REQUEST_ID_BYTES
 from brokers.protocol.topics import NAME_PATTERN
 
-# The metadata key of the micro-batch that an activation belongs to.
-MICRO_BATCH_KEY = "sparse.micro"
+MICRO_BATCH_KEY = "sparse.micro"  # the metadata key of the micro-batch that an activation belongs to
 # Tensors that travel with an activation in addition to the ones that cross the cut.
 LABELS_TENSOR = "sparse.labels"
 RNG_STATE_TENSOR = "sparse.random"
@@ -58,7 +57,6 @@ class MicroBatch:
             raise ValueError(f"index must be less than count, which is {self.count}, is {self.index}")
 
     def to_json(self) -> str:
-        """Return the metadata value."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @classmethod

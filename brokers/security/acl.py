@@ -60,7 +60,6 @@ def all_sites(pipeline: Pipeline) -> tuple[str, ...]:
 
 
 def client_usernames(pipeline: Pipeline) -> list[str]:
-    """Return the names of all clients of a pipeline's brokers."""
     return [
         *(stage_username(pipeline, stage) for stage in pipeline.stage),
         source_username(pipeline),
@@ -125,7 +124,10 @@ def acl_by_user(pipeline: Pipeline, site: str) -> dict[str, dict[str, AccessMode
         for link in table.links:
             if link.to == site:
                 for user in {broker_username(table.name), link.user or broker_username(table.name)}:
-                    grant(user, _bridge_rules(pipeline, table.name, site))
+                    forwarded = topic_rules(pipeline.topology.bridge_sides(table.name, site))
+                    grant(
+                        user, [("read" if each.direction == "in" else "write", each.topic_filter) for each in forwarded]
+                    )
     grant(MONITOR, [("read", all_presence_filter(pipeline=pipeline.name))])
     grant(OPERATOR, _operator_rules(pipeline))
     return users
@@ -191,12 +193,6 @@ def _source_rules(pipeline: Pipeline) -> Iterator[AclRule]:
     if pipeline.source.kind == "ingress" and not pipeline.is_training:
         yield "read", ingress_topic(site)
     yield "write", results_topic(site)
-
-
-def _bridge_rules(pipeline: Pipeline, other: str, site: str) -> Iterator[AclRule]:
-    """The bridge that the broker of `other` keeps to that of `site`."""
-    for rule in topic_rules(pipeline.topology.bridge_sides(other, site)):
-        yield "read" if rule.direction == "in" else "write", rule.topic_filter
 
 
 def _operator_rules(pipeline: Pipeline) -> Iterator[AclRule]:

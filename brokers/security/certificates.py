@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -39,6 +39,7 @@ CA_DAYS = 3650  # it stays when certificates are renewed, so that no machine nee
 CLOCK_SKEW = timedelta(minutes=5)  # how far the clock of a small device may be behind the one of the CA's machine
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")  # hosts of every broker, on its own machine
 
+E = TypeVar("E", bound=x509.ExtensionType)
 SigningKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
@@ -69,18 +70,14 @@ class CertificateKeyPair:
 
 def pipeline_identities(pipeline: Pipeline, hosts: Mapping[str, Sequence[str]]) -> tuple[Identity, ...]:
     """Return the identities of a pipeline; `hosts` adds host names to sites' brokers, beside those in the file."""
-    brokers = (
-        Identity(broker_username(site), _broker_hosts(pipeline, site, hosts.get(site, ())))
-        for site in all_sites(pipeline)
-    )
+    brokers = []
+    for site in all_sites(pipeline):
+        configured = pipeline.configured_broker(site)
+        address = parse_address(configured) if configured else None
+        own = [address.host] if address and not address.is_unix_socket else []
+        names = dict.fromkeys([*own, *hosts.get(site, ()), *_LOOPBACK])
+        brokers.append(Identity(broker_username(site), tuple(names)))
     return (*brokers, *map(Identity, client_usernames(pipeline)))
-
-
-def _broker_hosts(pipeline: Pipeline, site: str, more: Sequence[str]) -> tuple[str, ...]:
-    configured = pipeline.configured_broker(site)
-    address = parse_address(configured) if configured else None
-    hosts = [address.host] if address and not address.is_unix_socket else []
-    return tuple(dict.fromkeys([*hosts, *more, *_LOOPBACK]))
 
 
 def create_ca(now: datetime, days: int = CA_DAYS) -> CertificateKeyPair:
@@ -98,7 +95,12 @@ def issue_certificate(ca: CertificateKeyPair, identity: Identity, now: datetime,
     builder = _builder(_common_name(identity.name), ca.certificate.subject, key, now, end, is_ca=False)
     usages = [ExtendedKeyUsageOID.CLIENT_AUTH, *([ExtendedKeyUsageOID.SERVER_AUTH] if identity.hosts else [])]
     builder = builder.add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-    builder = builder.add_extension(_authority_key_id(ca.certificate), critical=False)
+    own_id = _extension(ca.certificate, x509.SubjectKeyIdentifier)
+    if own_id is not None:
+        authority_id = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own_id)
+    else:  # a CA that was not made by `create_ca`
+        authority_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.key.public_key())
+    builder = builder.add_extension(authority_id, critical=False)
     if identity.hosts:
         names = x509.SubjectAlternativeName([_general_name(host) for host in identity.hosts])
         builder = builder.add_extension(names, critical=False)
@@ -106,13 +108,7 @@ def issue_certificate(ca: CertificateKeyPair, identity: Identity, now: datetime,
 
 
 def _builder(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
-    now: datetime,
-    end: datetime,
-    *,
-    is_ca: bool,
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, now: datetime, end: datetime, *, is_ca: bool
 ) -> x509.CertificateBuilder:
     public_key, serial = key.public_key(), x509.random_serial_number()
     builder = x509.CertificateBuilder(issuer, subject, public_key, serial, now - CLOCK_SKEW, end)
@@ -132,13 +128,11 @@ def _builder(
     return builder.add_extension(constraints, critical=True).add_extension(usage, critical=True)
 
 
-def _authority_key_id(ca: x509.Certificate) -> x509.AuthorityKeyIdentifier:
-    """Return the identifier of the CA's key, as the CA's own certificate has it."""
+def _extension(certificate: x509.Certificate, kind: type[E]) -> E | None:
     try:
-        own = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    except x509.ExtensionNotFound:  # a CA that was not made by `create_ca`
-        return x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.public_key())  # type: ignore[arg-type]
-    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
 
 
 def _common_name(name: str) -> x509.Name:
@@ -159,19 +153,7 @@ def normalize_host(host: str) -> str:
 
 def certificate_hosts(certificate: x509.Certificate) -> tuple[str, ...]:
     """Return the host names and addresses that a certificate is for."""
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return ()
-    return tuple(str(name.value) for name in names)
-
-
-def is_ca(certificate: x509.Certificate) -> bool:
-    """Return whether a certificate may sign others."""
-    try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except x509.ExtensionNotFound:
-        return False
+    return tuple(str(name.value) for name in _extension(certificate, x509.SubjectAlternativeName) or ())
 
 
 def is_signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
@@ -241,7 +223,8 @@ def read_ca(folder: Path, now: datetime) -> CertificateKeyPair:
     certificate, key = read_cert_and_key(path, key_path)
     if not isinstance(key, SigningKey):
         raise BadFile(str(key_path), "expected an elliptic-curve key or an RSA key")
-    if not is_ca(certificate):
+    constraints = _extension(certificate, x509.BasicConstraints)
+    if constraints is None or not constraints.ca:
         raise BadFile(str(path), "is not a CA certificate")
     if now > certificate.not_valid_after_utc:
         expired = f"expired at {certificate.not_valid_after_utc:%Y-%m-%d}"

@@ -151,7 +151,6 @@ class _DelayQueue:
             self._changed.notify_all()
 
     async def get(self) -> bytes:
-        """Return the next piece when it is due."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._pieces)
         due_s, piece = self._pieces[0]

@@ -6,39 +6,35 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Template
 from typing import Literal, Self
 
 from brokers.config.topology import Bridge
 from brokers.errors import PortTaken, UsageError
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
-from brokers.server import mosquitto_conf, rumqttd_conf
+from brokers.protocol.broker_url import BrokerAddress
+from brokers.server import mosquitto_conf
 from brokers.server.mosquitto_conf import MosquittoConfig
 
 BrokerKind = Literal["mosquitto", "embedded"]
 
 _POLL_S = 0.01
 _KILL_TIMEOUT_S = 1.0  # ample for the kernel to end a process
-# The broker runs under a shell that waits for two events: the exit of the broker, and the end of the shell's standard
-# input, a pipe whose other end only we hold. However we exit, the pipe closes, the shell stops the broker and removes
-# its folder. It has its own session, so that Ctrl-C in a terminal does not reach the broker, which is still needed for
-# a clean shutdown. At last it kills its process group, itself included.
-_GUARD = """\
-folder=$1; log=$2; shift 2
-exec 3<&0
-"$@" </dev/null >>"$log" 2>&1 3<&- &
-broker=$!
-echo $broker
-(read -r _ <&3; kill $broker 2>/dev/null; sleep 3; kill -9 $broker 2>/dev/null) >/dev/null 2>&1 &
-exec 3<&-
-wait $broker
-tail -n 3 "$log" | tr '\\n' ' '
-rm -rf "$folder"
-kill -9 0
+_GUARD = Path(__file__).with_name("guard.sh").read_text(encoding="utf-8")
+_RUMQTTD_CONF = Path(__file__).with_name("rumqttd.toml").read_text(encoding="utf-8")
+# Run in a child process, because rumqttd cannot be stopped. It logs every packet as an error, hence the level.
+_RUMQTTD_PROGRAM = """\
+import logging, sys
+logging.basicConfig(level=logging.WARNING)
+logging.getLogger("rumqttd").setLevel(logging.CRITICAL)
+from iotcore import IotCoreBroker
+IotCoreBroker(config_path=sys.argv[1]).run_forever()
 """
 
 
@@ -55,8 +51,7 @@ class LocalBroker:
 
     @property
     def address(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"mqtt://{host}:{self.port}"
+        return str(BrokerAddress("mqtt", self.host, self.port))
 
     @property
     def is_running(self) -> bool:
@@ -147,7 +142,8 @@ def start_broker(
     if kind == "mosquitto":
         conf = mosquitto_conf.render(MosquittoConfig(port, host, max_packet_bytes, bridges, accepts_bridges))
     else:
-        conf = rumqttd_conf.render(host, port, max_packet_bytes)
+        address = BrokerAddress("mqtt", host, port)
+        conf = Template(_RUMQTTD_CONF).substitute(listen=address.host_and_port, max_packet_bytes=max_packet_bytes)
     broker = LocalBroker(kind, host, port)
     broker.start(conf, log_path, timeout_s)
     return broker
@@ -158,7 +154,7 @@ def _command(kind: BrokerKind, folder: Path, conf: str) -> list[str]:
     path = folder / ("broker.conf" if kind == "mosquitto" else "broker.toml")
     path.write_text(conf, encoding="utf-8")
     if kind == "embedded":
-        return rumqttd_conf.command(str(path))
+        return [sys.executable, "-I", "-c", _RUMQTTD_PROGRAM, str(path)]  # -I: no local folder can shadow the wheel
     program = mosquitto_conf.find_mosquitto()
     if program is None:
         raise _start_error(kind, "the program mosquitto is not installed")

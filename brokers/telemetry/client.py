@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from brokers.telemetry.schema import DATAGRAM_LIMIT_BYTES, EventEncoder, ProcessRole, QueuedEvent
@@ -31,18 +30,14 @@ _SOCKET_NAME = "sparse-monitor.sock"
 # "start" is for another process that cannot send it itself: a broker.
 EventName = Literal["start", "task_processed", "batch_processed", "request_done", "step_done", "link_traffic"]
 
-# About 6 MB: the events of 40 s of a worker that does 100 tasks per second.
-QUEUE_LIMIT = 8192
-# Events are collected this long before they are sent, unless so many are queued.
-_COLLECT_S = 0.05
+QUEUE_LIMIT = 8192  # about 6 MB: the events of 40 s of a worker that does 100 tasks per second
+_COLLECT_S = 0.05  # events are collected this long before they are sent, unless so many are queued
 _SEND_AT_ONCE = 1024
-# Events taken from the queue at a time: usually they fit one datagram.
-_TAKE_LIMIT = 256
+_TAKE_LIMIT = 256  # events taken from the queue at a time: usually they fit one datagram
 RECONNECT_INTERVAL_S = 1.0
 # Timeout of one send to a slow monitor; between two sends the thread checks whether the client was closed.
 _SEND_TIMEOUT_S = 0.25
-# `close` waits this long for the queued events to be sent.
-CLOSE_TIMEOUT_S = 1.0
+CLOSE_TIMEOUT_S = 1.0  # `close` waits this long for the queued events to be sent
 # The monitor is not running, has ended, or belongs to another user: normal, and not logged.
 _ABSENT_ERRNOS = frozenset(
     {errno.ENOENT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE, errno.EACCES}
@@ -111,9 +106,7 @@ class EventClient:
         self.open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def open(self) -> None:
@@ -165,8 +158,6 @@ class EventClient:
             self._has_events.set()
         if count >= _SEND_AT_ONCE and not self._has_many_events.is_set():
             self._has_many_events.set()
-
-    # The thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._closing.is_set():

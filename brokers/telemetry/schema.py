@@ -57,22 +57,22 @@ class _EventBase(BaseModel):
     pipeline: _Text = ""
 
 
-class ProcessStarted(_EventBase):
+class _ProcessEvent(_EventBase):
+    role: ProcessRole = "other"
+    name: _Text = ""
+    pid: _Count = 0
+
+
+class ProcessStarted(_ProcessEvent):
     """A process starts; the monitor samples it from now on, if it can see it."""
 
     event: Literal["start"] = "start"
-    role: ProcessRole = "other"
-    name: _Text = ""
-    pid: _Count = 0
 
 
-class ProcessStopped(_EventBase):
+class ProcessStopped(_ProcessEvent):
     """A process ends."""
 
     event: Literal["stop"] = "stop"
-    role: ProcessRole = "other"
-    name: _Text = ""
-    pid: _Count = 0
 
 
 class TaskProcessed(HopMetrics, _EventBase):
@@ -181,8 +181,7 @@ def _describe(error: ValidationError) -> str:
             return first_mistake(error)
 
 
-# The name of an event, its Unix time in nanoseconds, and its fields.
-QueuedEvent = tuple[str, int, Mapping[str, Any]]
+QueuedEvent = tuple[str, int, Mapping[str, Any]]  # the name of an event, its Unix time in nanoseconds, and its fields
 # These are about a process or a site; all others are about the work of a stage or source.
 _EVENTS_WITHOUT_WORK = frozenset({"start", "stop", "link_traffic", "events_dropped"})
 _HOP_FIELDS = tuple(Hop.__dataclass_fields__)

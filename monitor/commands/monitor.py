@@ -13,7 +13,7 @@ import typer
 from brokers.config.pipeline_file import Pipeline, load_pipeline, require_broker_address, resolve_broker_address
 from brokers.config.schema import LOCAL_SITE
 from brokers.errors import BrokerUnreachable, SparseError
-from brokers.mqtt.client_identity import create_transport
+from brokers.mqtt.client import create_transport
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.broker_url import parse_address
 from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE, socket_path

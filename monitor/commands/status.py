@@ -12,7 +12,7 @@ from rich.console import Console
 from brokers.config.pipeline_file import load_pipeline, require_broker_address
 from brokers.config.schema import LOCAL_SITE
 from brokers.dispatch.worker_registry import PresenceListener, WorkerRegistry
-from brokers.mqtt.client_identity import create_transport
+from brokers.mqtt.client import create_transport
 from brokers.protocol.broker_url import parse_address
 from brokers.protocol.topics import all_presence_filter
 from monitor.terminal.status_tables import sources_table, workers_table

@@ -13,8 +13,7 @@ from brokers.cli import EXIT_USAGE
 from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import SparseError, UsageError
-from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.client_identity import create_transport
+from brokers.mqtt.client import MqttTransport, create_transport
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import all_presence_filter, ingress_topic, results_topic
 from brokers.protocol.transport import Delivery

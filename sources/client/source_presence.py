@@ -10,8 +10,7 @@ from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad, SourceRecord
 from brokers.dispatch.presence_publisher import PresencePublisher, describe_process
-from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.client_identity import create_transport
+from brokers.mqtt.client import MqttTransport, create_transport
 from brokers.mqtt.socket_connect import OperationRefused
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,7 @@ from typing import Any
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.errors import WireError
-from brokers.mqtt.client import MqttTransport
-from brokers.mqtt.client_identity import create_transport
+from brokers.mqtt.client import MqttTransport, create_transport
 from brokers.process.image_decode import decode_picture
 from brokers.protocol.messages import JPEG, PNG, SAFETENSORS, decode_content, detect_content_type
 from brokers.protocol.topics import ingress_topic, last_level

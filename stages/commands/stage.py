@@ -45,7 +45,7 @@ def command(
 
     Example: sparse stage examples/street.toml body --broker mqtt://127.0.0.1:1883
     """
-    from brokers.mqtt.client_identity import create_transport
+    from brokers.mqtt.client import create_transport
 
     pipeline = load_pipeline(file)
     stage = pipeline.find_stage(name)

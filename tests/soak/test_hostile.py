@@ -21,10 +21,10 @@ import numpy as np
 import psutil
 import pytest
 
+from brokers.cli import INTERVAL_S, MAX_LINE_CHARACTERS, MAX_LINES
 from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import SparseError
 from brokers.mqtt.client import MqttTransport
-from brokers.process import log_rate_limit
 from brokers.protocol.messages import JSON
 from brokers.protocol.transport import Delivery, Properties
 from sources.client.offloader import Offloader
@@ -220,11 +220,11 @@ def check_logs(pipeline: AttackedPipeline, print_line: PrintLine) -> None:
     assert len(logs) >= 5
     for name, text in logs.items():
         assert "Traceback" not in text, f"{name}: {text[text.index('Traceback') - 500 :][:3000]}"
-        assert all(len(line) < 4 * log_rate_limit.MAX_LINE_CHARACTERS for line in text.splitlines())
+        assert all(len(line) < 4 * MAX_LINE_CHARACTERS for line in text.splitlines())
     lines = {name: text.count("\n") for name, text in logs.items()}
     print_line(f"log lines: {lines}, {sum(map(len, logs.values()))} characters")
     age_s = time.time() - min(process.create_time() for process in pipeline.processes().values())
-    assert sum(lines.values()) < CALL_SITES * log_rate_limit.MAX_LINES * (1 + age_s / log_rate_limit.INTERVAL_S)
+    assert sum(lines.values()) < CALL_SITES * MAX_LINES * (1 + age_s / INTERVAL_S)
 
 
 @pytest.mark.parametrize("count", sizes(3_000, 40_000))

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from brokers.doctor import bridge_checks
-from brokers.doctor.check_result import CheckResult
-from brokers.doctor.probe_client import BrokerProbe, open_probe
+from brokers.doctor.probe_client import BrokerProbe, CheckResult, open_probe
 from brokers.doctor.runner import DoctorRun
 from brokers.protocol.broker_url import parse_address
 from tests.support.brokers.broker_kinds import WAIT_S

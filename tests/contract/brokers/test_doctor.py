@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from brokers.doctor import checks, connection_checks, probe_client
-from brokers.doctor.check_result import CheckResult
-from brokers.doctor.probe_client import BrokerProbe, open_probe
+from brokers.doctor.probe_client import BrokerProbe, CheckResult, open_probe
 from brokers.doctor.runner import DoctorRun
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.protocol.broker_url import parse_address

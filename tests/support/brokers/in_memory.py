@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from brokers.errors import BrokerUnreachable, Disconnected, TooLarge
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, encode_publish_header
-from brokers.mqtt.topic_filters import Subscription, Subscriptions, filter_matches, split_shared_filter
+from brokers.mqtt.subscriptions import Subscription, Subscriptions, filter_matches, split_shared_filter
 from brokers.protocol.transport import BrokerLimits, Buffer, BufferProvider, Delivery, Handler, Properties, Will
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,8 @@ import pytest
 
 from brokers.doctor import checks
 from brokers.doctor.bridge_checks import BridgeDirection
-from brokers.doctor.check_result import CheckResult
 from brokers.doctor.checks import TEST_PROPERTIES
-from brokers.doctor.probe_client import BrokerProbe, ReceivedPublish
+from brokers.doctor.probe_client import BrokerProbe, CheckResult, ReceivedPublish
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES, PublishHeader
 from brokers.mqtt.socket_loop import ConnectionLost
 from brokers.protocol.transport import BrokerLimits, Properties

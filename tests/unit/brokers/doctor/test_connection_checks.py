@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from brokers.doctor.check_result import CHUNK_PACKET_BYTES
 from brokers.doctor.connection_checks import (
     MIN_PACKET_BYTES,
     MIN_RECEIVE_MAXIMUM,
@@ -15,6 +14,7 @@ from brokers.doctor.connection_checks import (
     cut_results,
     tls_result,
 )
+from brokers.doctor.probe_client import CHUNK_PACKET_BYTES
 from brokers.mqtt.publish_packet import MAX_REMAINING_BYTES
 from brokers.protocol.chunking import MESSAGE_LIMIT_BYTES
 from brokers.protocol.transport import BrokerLimits

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brokers.errors import UsageError
-from brokers.mqtt.topic_filters import filter_matches
+from brokers.mqtt.subscriptions import filter_matches
 from brokers.protocol import topics
 from brokers.protocol.topics import RESERVED_PIPELINE_NAMES, StageTopics, last_level, validate_name
 from tests.support.errors import raises_error

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from brokers.errors import BadFile
-from brokers.mqtt.client_identity import create_transport, load_tls_config, read_password, resolve_identity
+from brokers.mqtt.client import create_transport, load_tls_config, read_password, resolve_identity
 from brokers.mqtt.socket_connect import TlsConfig
 from brokers.security.certificates import Identity, ensure_certificates
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from brokers.doctor.check_result import CheckResult, format_bytes, is_usable
+from brokers.doctor.probe_client import CheckResult, format_bytes, is_usable
 
 
 def test_only_failures_make_a_broker_unusable() -> None:

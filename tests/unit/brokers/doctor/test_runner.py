@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brokers.doctor.throughput import ThroughputResult, format_table
+from brokers.doctor.runner import ThroughputResult, format_table
 
 
 def test_table_fits_a_terminal_and_shows_the_slower_direction() -> None:
