@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from brokers.dispatch.worker_pool import LEASE_S
+from brokers.dispatch.dispatcher import LEASE_S
 from brokers.errors import UsageError
 from brokers.protocol.broker_url import parse_address
 from brokers.protocol.messages import DEADLINE_LIMIT_MS, Priority

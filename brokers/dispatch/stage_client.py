@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from brokers.dispatch.channel import MessageChannel
+from brokers.dispatch.dispatcher import LEASE_S, Dispatcher, LostTask
 from brokers.dispatch.presence import WorkerRecord
 from brokers.dispatch.priority_waiters import PriorityWaiters
-from brokers.dispatch.worker_pool import LEASE_S, Dispatcher, LostTask
 from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S, PresenceEvent, PresenceListener
 from brokers.errors import Disconnected, NoWorker, TooLarge
 from brokers.protocol.messages import PRIORITIES, Task

@@ -27,7 +27,7 @@ from monitor.points.points import TelemetryPoint
 from monitor.sensors.counters import is_additive
 
 # The measurements of `monitor.points.schema` that `compute_run_metrics` uses.
-MEASUREMENTS_READ = ("request", "hop", "task", "batch", "step", "link", "life", "process", "gpu", "power", "missing")
+METRIC_INPUTS = ("request", "hop", "task", "batch", "step", "link", "lifecycle", "process", "gpu", "power", "missing")
 # Processes that measure: their CPU time is no cost of the pipeline.
 OBSERVER_ROLES = frozenset({"monitor", "bench"})
 _POWER_SENSORS = ("gpu", "rapl", "jetson")
@@ -120,7 +120,7 @@ class CounterSeries:
 def compute_run_metrics(points: PointsByMeasurement, warm_up: int = 0) -> RunMetrics:
     """The metrics of a run without its first `warm_up` requests or steps.
 
-    `points` holds the measurements in `MEASUREMENTS_READ`. Raises `NoSamples`.
+    `points` holds the measurements in `METRIC_INPUTS`. Raises `NoSamples`.
     """
     window = select_window(points, warm_up)
     trains = window.kind == "training"
@@ -208,7 +208,7 @@ def _cpu(points: PointsByMeasurement, window: MeasurementWindow, samples: int) -
     """
     started_ns = {
         (point.tags.get("role", ""), point.tags.get("name", ""), str(point.fields.get("pid"))): point.time_ns
-        for point in points.get("life", ())
+        for point in points.get("lifecycle", ())
         if point.fields.get("event") == "start"
     }
     by_process: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)

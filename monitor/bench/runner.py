@@ -19,7 +19,7 @@ from brokers.process.files import write_atomic
 from brokers.process.shutdown import ShutdownEvent
 from brokers.server.mosquitto_conf import find_mosquitto
 from brokers.telemetry.client import RUN_VARIABLE, SOCKET_VARIABLE
-from monitor.analysis.run_metrics import MEASUREMENTS_READ, compute_run_metrics
+from monitor.analysis.run_metrics import METRIC_INPUTS, compute_run_metrics
 from monitor.bench.manifest import MANIFEST_FILE, Manifest, git_revision, hardware, suite_record, versions
 from monitor.bench.results import CSV_FILE, RESULTS_FILE, RunResult, format_run, results_to_csv, results_to_json
 from monitor.bench.suite import BenchCase
@@ -129,7 +129,7 @@ class BenchRunner:
             return RunResult(case.name, folder.name, error=error)
         try:
             reader = SqliteReader(folder / TELEMETRY_FILE)
-            points = {measurement: reader.points(measurement) for measurement in MEASUREMENTS_READ}
+            points = {measurement: reader.points(measurement) for measurement in METRIC_INPUTS}
             return RunResult(case.name, folder.name, compute_run_metrics(points, self.plan.warm_up))
         except (BadStore, NoSamples) as error:
             return RunResult(case.name, folder.name, error=str(error))

@@ -14,8 +14,8 @@ from monitor.points.schema import MEASUREMENTS
 FieldValue = float | int | bool | str | None
 
 _MEASUREMENTS_OF_EVENTS = {
-    "start": "life",
-    "stop": "life",
+    "start": "lifecycle",
+    "stop": "lifecycle",
     "task_processed": "task",
     "batch_processed": "batch",
     "request_done": "request",

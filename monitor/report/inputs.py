@@ -8,7 +8,7 @@ from pathlib import Path
 
 from brokers.errors import UsageError
 from monitor.analysis.measurement_window import select_window
-from monitor.analysis.run_metrics import MEASUREMENTS_READ
+from monitor.analysis.run_metrics import METRIC_INPUTS
 from monitor.bench.manifest import MANIFEST_FILE, Manifest, SuiteRecord, load_manifest
 from monitor.errors import BadStore, NoSamples
 from monitor.report.run import ReportRun
@@ -19,7 +19,7 @@ from monitor.stores.sqlite import TELEMETRY_FILE, SqliteReader
 INFLUX_PREFIX = "influx:"
 # Measurements of a node, which a monitor that serves several runs stores without the name of a run.
 _NODE_MEASUREMENTS = ("interface", "process", "gpu", "power", "missing")
-_MEASUREMENTS = dict.fromkeys((*MEASUREMENTS_READ, *_NODE_MEASUREMENTS))
+_MEASUREMENTS = dict.fromkeys((*METRIC_INPUTS, *_NODE_MEASUREMENTS))
 # Samples of a node shortly before and after a run, between which its first and last moment are interpolated.
 _MARGIN_NS = 2_000_000_000
 

@@ -6,8 +6,8 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from brokers.dispatch.dispatcher import LostTask
 from brokers.dispatch.presence import OTHER_REASON, REASON_LIMIT
-from brokers.dispatch.worker_pool import LostTask
 from brokers.errors import DeadlinePassed, Disconnected, RequestFailed, WireError, error_code
 from brokers.process.backoff import Backoff
 from brokers.protocol.messages import (

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from brokers.dispatch.channel import MessageChannel
+from brokers.dispatch.dispatcher import LostTask
 from brokers.dispatch.stage_client import StageClient
-from brokers.dispatch.worker_pool import LostTask
 from brokers.errors import NoWorker, WireError, error_code
 from brokers.protocol.codec import EncodedMessage, make_failure_reply
 from brokers.protocol.messages import JSON, Activation, Failure, ReplyTo, Result, Task, TaskDone

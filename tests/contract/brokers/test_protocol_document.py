@@ -14,7 +14,7 @@ import brokers.errors
 import brokers.protocol.messages
 import brokers.protocol.stage_timing
 import stages.training.step_executor  # all subclasses of SparseError that a stage raises
-from brokers.dispatch import channel, presence, worker_pool, worker_registry
+from brokers.dispatch import channel, dispatcher, presence, worker_registry
 from brokers.dispatch.presence import LatencyPercentiles, SourceLoad, SourceRecord, WorkerLoad, WorkerRecord
 from brokers.errors import WireError
 from brokers.mqtt.publish_packet import encode_publish_header, parse_publish_header
@@ -325,7 +325,7 @@ LIMITS = {
     "unfinished messages of a receiver, together": chunking.TOTAL_LIMIT_BYTES,
     "unfinished messages of a receiver": chunking.MESSAGE_COUNT_LIMIT,
     "timeout of an unfinished message": chunking.CHUNK_TIMEOUT_S,
-    "lease of a request": worker_pool.LEASE_S,
+    "lease of a request": dispatcher.LEASE_S,
     "presence timeout": worker_registry.PRESENCE_TIMEOUT_S,
     "presence record": presence.RECORD_LIMIT_BYTES,
     "reasons in an object of counts": presence.REASON_LIMIT,

@@ -9,9 +9,9 @@ from contextlib import suppress
 import pytest
 
 from brokers.dispatch.channel import MessageChannel
+from brokers.dispatch.dispatcher import LostTask
 from brokers.dispatch.presence import WorkerRecord
 from brokers.dispatch.stage_client import ISOLATE_FROM_ATTEMPT, StageClient
-from brokers.dispatch.worker_pool import LostTask
 from brokers.dispatch.worker_registry import PRESENCE_TIMEOUT_S
 from brokers.errors import Disconnected, NoWorker, TooLarge
 from brokers.protocol.messages import BinaryContent, ReplyTo, Task, new_request_id

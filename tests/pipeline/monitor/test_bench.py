@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from brokers.server.local_broker import start_broker
-from monitor.analysis.run_metrics import MEASUREMENTS_READ, compute_run_metrics
+from monitor.analysis.run_metrics import METRIC_INPUTS, compute_run_metrics
 from monitor.bench.manifest import Manifest, load_manifest
 from monitor.stores.sqlite import SqliteReader
 from tests.soak.harness.training_run import BATCH, write_training_pipeline_file
@@ -54,7 +54,7 @@ def test_inference_suites_are_measured(sandbox: ProcessSandbox) -> None:
     for name in names:
         run = runs[f"{name}-1"]
         reader = SqliteReader(out / f"{name}-1" / "telemetry.sqlite")
-        points = {measurement: reader.points(measurement) for measurement in MEASUREMENTS_READ}
+        points = {measurement: reader.points(measurement) for measurement in METRIC_INPUTS}
         assert len(points["request"]) == 30
         assert run["samples"] == 25
         assert run["throughput_per_s"] == round(compute_run_metrics(points, 5).throughput_per_s, 4)
@@ -163,8 +163,8 @@ def test_source_only_uses_stages_that_are_up(sandbox: ProcessSandbox) -> None:
     run = read_runs(out)["far-1"]
     assert run["samples"] == 30
     assert "stages.a.compute_ms" in run
-    lives = SqliteReader(out / "far-1" / "telemetry.sqlite").points("life")
-    assert "source" in {life.tags["role"] for life in lives}
+    lifecycle_points = SqliteReader(out / "far-1" / "telemetry.sqlite").points("lifecycle")
+    assert "source" in {point.tags["role"] for point in lifecycle_points}
     assert read_manifest(out).mode == "source"
 
 

@@ -94,11 +94,11 @@ def test_events_of_inference_are_consistent(
     eventually("three processes to exit", lambda: len(monitor.events_of_kind("stop")) == 3)
     processes = {("stage", "head1"), ("stage", "tail1"), ("source", "me")}
     for kind in (ProcessStarted, ProcessStopped):
-        lives = [event for event in monitor.events if isinstance(event, kind)]
-        assert len(lives) == len(processes)
-        assert {(life.role, life.name) for life in lives} == processes
-        assert {(life.run, life.site, life.pipeline) for life in lives} == {("r7", "local", "test")}
-        assert all(life.pid for life in lives)
+        lifecycle_events = [event for event in monitor.events if isinstance(event, kind)]
+        assert len(lifecycle_events) == len(processes)
+        assert {(event.role, event.name) for event in lifecycle_events} == processes
+        assert {(event.run, event.site, event.pipeline) for event in lifecycle_events} == {("r7", "local", "test")}
+        assert all(event.pid for event in lifecycle_events)
     assert len(requests_of(monitor)) == count
     for name in ("head", "tail"):
         assert [batch.tasks for batch in batches_of(monitor, name)] == [4] * (count // 4)

@@ -69,10 +69,13 @@ def test_records_of_a_run_are_complete(sandbox: ProcessSandbox, embedded_broker:
     for point in read_points(file, "batch"):
         batches[point.tags["stage"]] += int(point.fields["tasks"] or 0)
     assert batches == dict.fromkeys(STAGES, count)
-    lives = Counter((point.tags["role"], point.fields["event"]) for point in read_points(file, "life"))
+    lifecycle_counts = Counter((point.tags["role"], point.fields["event"]) for point in read_points(file, "lifecycle"))
     processes = {"run": 1, "stage": 2, "source": 1}
-    assert lives == {(role, event): number for role, number in processes.items() for event in ("start", "stop")}
-    for measurement in ("request", "hop", "task", "batch", "life", "node", "process", "stage", "source", "monitor"):
+    assert lifecycle_counts == {
+        (role, event): number for role, number in processes.items() for event in ("start", "stop")
+    }
+    reported = ("request", "hop", "task", "batch", "lifecycle", "node", "process", "stage", "source", "monitor")
+    for measurement in reported:
         points = read_points(file, measurement)
         assert points, measurement
         assert {point.tags["run"] for point in points} == {"out"}
@@ -176,7 +179,7 @@ def test_no_telemetry_sends_no_events(sandbox: ProcessSandbox, embedded_broker: 
         run = start_run(sandbox, embedded_broker, 20, "--no-telemetry", SPARSE_MONITOR=str(socket))
         assert wait_for_summary(run, 20)["files"]["telemetry"] is None
         assert monitor.wait(signal.SIGTERM).returncode == 0
-    assert read_points(file, "life") == []
+    assert read_points(file, "lifecycle") == []
     assert read_points(file, "node")
 
 

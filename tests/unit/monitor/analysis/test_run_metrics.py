@@ -119,7 +119,7 @@ def process(at_s: float, role: str, pid: int, cpu_s: float | None) -> TelemetryP
 
 
 def process_start(at_s: float, role: str, pid: int) -> TelemetryPoint:
-    return make_point("life", at_s, {"role": role, "name": f"{role}-1"}, event="start", pid=pid)
+    return make_point("lifecycle", at_s, {"role": role, "name": f"{role}-1"}, event="start", pid=pid)
 
 
 def test_cpu_time_of_window_is_summed_by_role() -> None:
@@ -135,7 +135,7 @@ def test_cpu_time_of_window_is_summed_by_role() -> None:
         process(10.0, "monitor", 4, 1.0),
         process(13.0, "monitor", 4, 9.0),
     ]
-    points = {"request": REQUESTS, "process": samples, "life": [process_start(11.5, "stage", 2)]}
+    points = {"request": REQUESTS, "process": samples, "lifecycle": [process_start(11.5, "stage", 2)]}
     metrics = compute_run_metrics(points, warm_up=2)
     # Process 1 has 5.5 s at 11.0 and 7.5 s at 13.0.
     assert metrics.cpu_s == {"stage": pytest.approx((2.0 + 0.7) / 2), "source": 0.0}
@@ -145,7 +145,7 @@ def test_cpu_time_of_window_is_summed_by_role() -> None:
 def test_cpu_time_before_window_does_not_count() -> None:
     """The process imports for seconds, starts just before the window, and has its first sample inside it."""
     samples = [process(11.4, "source", 7, 3.0), process(13.0, "source", 7, 3.5)]
-    points = {"request": REQUESTS, "process": samples, "life": [process_start(10.9, "source", 7)]}
+    points = {"request": REQUESTS, "process": samples, "lifecycle": [process_start(10.9, "source", 7)]}
     assert compute_run_metrics(points, warm_up=2).cpu_s == {"source": pytest.approx(0.25)}
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brokers.dispatch.dispatcher import ESTIMATE_HALF_LIFE_S, LEASE_S, Dispatcher, LostTask
 from brokers.dispatch.presence import WorkerLoad, WorkerRecord
-from brokers.dispatch.worker_pool import ESTIMATE_HALF_LIFE_S, LEASE_S, Dispatcher, LostTask
 from brokers.protocol.messages import ReplyTo
 from tests.support.brokers.presence_records import make_worker_record
 
