@@ -1,6 +1,6 @@
 """Worker processes that conflict with one that is up: the same id, or another model.
 
-tests/unit/stages/worker/test_duplicate_check.py shows which of two workers stays.
+tests/unit/stages/worker/test_worker_presence_conflicts.py shows which of two workers stays.
 """
 
 from __future__ import annotations
