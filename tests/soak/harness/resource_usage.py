@@ -80,7 +80,7 @@ class ResourceTrend:
 
 
 class ResourceRecorder:
-    """Samples processes when it is told to: at counts of requests or steps, so that the machine's speed is irrelevant.
+    """Samples processes on request: at counts of requests or steps, so that the machine's speed is irrelevant.
 
     `processes` maps names to process ids.
     """
