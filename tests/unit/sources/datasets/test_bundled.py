@@ -23,7 +23,7 @@ from sources.inputs.images import DatasetSource
 from tests.support.brokers.ports import free_port
 from tests.support.errors import raises_error
 
-MODULE = "tests.unit.sources.datasets.test_datasets"
+MODULE = "tests.unit.sources.datasets.test_bundled"
 
 
 def labels(*values: int) -> NDArray[numpy.int64]:
@@ -170,7 +170,7 @@ def test_wrong_data_set_raises_usage_error(table: dict[str, Any], code: str, tex
 
 
 def test_exception_of_an_own_class_is_reported_with_its_line() -> None:
-    with raises_error(UsageError, "BadSourceClass", match=r"ZeroDivisionError: no waves \(test_datasets.py, line \d+"):
+    with raises_error(UsageError, "BadSourceClass", match=r"ZeroDivisionError: no waves \(test_bundled.py, line \d+"):
         make({"kind": f"{MODULE}:Waves"}).test()
 
 
