@@ -7,7 +7,7 @@ import itertools
 import json
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -251,10 +251,9 @@ class Attacker:
             async with asyncio.timeout(PROCESS_TIMEOUT_S):
                 while not event.is_set():
                     await self._transport.publish(topic, payload, properties)
-                    try:
-                        await asyncio.wait_for(event.wait(), _PROBE_RETRY_S)
-                    except TimeoutError:
-                        continue
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_PROBE_RETRY_S):
+                            await event.wait()
         except TimeoutError:
             raise AssertionError(f"no answer to a probe at {topic}: {json.dumps(self.sent)}") from None
         finally:
