@@ -2,7 +2,8 @@
 
 It imports no other package, so that `.ci/run` can build the image while packages are being installed. The build uses
 pip's configuration of this machine: a mirror of the package index, and a CPU build of PyTorch in a local folder, if
-there is one. Elsewhere PyTorch comes from its own index, as in the image that a user builds.
+there is one. Elsewhere PyTorch comes from its own index, as in the image that a user builds; where that is out of
+reach, from the package index, whose CUDA build is larger by 5 GB.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ IMAGE_TAG = "sparse:0.1.0"
 # The first free one serves the local folder. It is part of the command that installs PyTorch: a small range of ports
 # lets a repeated build use the cached layer.
 WHEEL_SERVER_PORTS = range(18970, 18990)
+_INDEX_TIMEOUT_S = 10.0
 _WHEEL = re.compile(r"torch-([^-]+)-cp(\d+)-.*x86_64\.whl")
 
 
@@ -66,7 +69,7 @@ def build_arguments(lock: IO[str]) -> Iterator[list[str]]:
             arguments += ["--build-arg", f"{argument}={addresses}"]
     wheel = find_local_torch_wheel(settings)
     if wheel is None:
-        yield arguments
+        yield arguments if _is_torch_index_reachable() else [*arguments, "--build-arg", "TORCH_INDEX="]
         return
     folder, version = wheel
     server = _serve(folder)
@@ -79,6 +82,17 @@ def build_arguments(lock: IO[str]) -> Iterator[list[str]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def _is_torch_index_reachable() -> bool:
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    index = re.search(r"^ARG TORCH_INDEX=(\S+)$", dockerfile, re.MULTILINE)
+    assert index is not None
+    try:
+        with urllib.request.urlopen(f"{index[1]}/torch/", timeout=_INDEX_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
 
 
 def build_image(tag: str = IMAGE_TAG, *options: str) -> None:
