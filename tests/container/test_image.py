@@ -15,7 +15,7 @@ from tests.support.pipelines.processes import eventually
 
 pytestmark = pytest.mark.slow
 
-# Without PyTorch and the libraries that only it needs: its CPU build has as much again, its CUDA build seven times that.
+# Without PyTorch and its own libraries: the CPU build has as much again, the CUDA build seven times as much.
 SIZE_LIMIT_BYTES = 800_000_000
 TORCH_FOLDERS = "torch nvidia triton cuda"
 
