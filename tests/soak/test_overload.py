@@ -51,7 +51,7 @@ def test_live_source_counts_dropped_samples(
     assert summary["results"] == summary["requests"] == len(rows)
     assert summary["results"] + summary["dropped"] == int(stop_file.read_text())
     assert [row for row in rows if row["values"] != expected_result(row["index"])] == []
-    check_order_and_drops(rows)
+    check_results_and_drops(rows)
     for trend in recorder.trends():
         print_line(str(trend))
         trend.assert_bounded(GROWTH_LIMIT_BYTES)
@@ -86,17 +86,18 @@ def test_dropped_frames_at_the_ingress_are_counted(
     # All frames of the camera, and those of the probe that were published after the gateway had subscribed.
     counted = summary["requests"] + summary["dropped"]
     assert 0 < counted - len(camera.publish_times_s) <= len(probe.publish_times_s)
-    check_order_and_drops(camera.results)
+    check_results_and_drops(camera.results)
     for trend in recorder.trends():
         print_line(str(trend))
         trend.assert_bounded(GROWTH_LIMIT_BYTES)
 
 
-def check_order_and_drops(rows: Sequence[dict[str, Any]]) -> None:
-    """Assert that each result is newer than the one before, and that its count of drops covers the gaps so far."""
+def check_results_and_drops(rows: Sequence[dict[str, Any]]) -> None:
+    """Assert that each sample has one result, and that the count of drops of each covers the gaps before it."""
     assert not [row for row in rows if "error" in row]
     indexes = [row["index"] for row in rows]
-    assert indexes == sorted(set(indexes))
-    for earlier_results, row in enumerate(rows):
+    assert len(indexes) == len(set(indexes))
+    # Results are published as they are ready: the first two may change places.
+    for earlier_results, row in enumerate(sorted(rows, key=lambda row: int(row["index"]))):
         assert row["dropped"] >= row["index"] - earlier_results, row
     assert rows[-1]["dropped"] > 0, "the source was not faster than the pipeline: the test shows nothing"
