@@ -36,6 +36,7 @@ class SqliteStore:
             self._connection.execute("PRAGMA synchronous=NORMAL")
             for measurement in MEASUREMENTS.values():
                 self._connection.execute(_create_table(measurement))
+                self._check_columns(measurement)
             self._connection.commit()
         except (OSError, sqlite3.Error) as error:
             raise BadStore(str(path), str(error)) from None
@@ -59,6 +60,14 @@ class SqliteStore:
         with suppress(sqlite3.Error):  # a reader has it open
             self._connection.execute("PRAGMA journal_mode=DELETE")
         self._connection.close()
+
+    def _check_columns(self, measurement: Measurement) -> None:
+        """Refuse a file of another version: rows are inserted by position."""
+        columns = [row[1] for row in self._connection.execute(f'PRAGMA table_info("{measurement.name}")')]
+        if columns != ["time_ns", *_columns(measurement)]:
+            self._connection.close()
+            problem = f"its table {measurement.name!r} has the columns of another version of Sparse: name another file"
+            raise BadStore(str(self.path), problem)
 
     def _used_bytes(self) -> int:
         pages, free_pages, page_bytes = (
@@ -96,7 +105,8 @@ class SqliteReader:
     def points(self, measurement: str, run: str | None = None) -> list[TelemetryPoint]:
         """The points of a measurement, of all runs or one, in the order of time."""
         schema = MEASUREMENTS[measurement]
-        columns = ", ".join(f'"{name}"' for name in (*schema.tags, *(field.name for field in schema.fields)))
+        # With its table: SQLite takes a quoted name alone for a text where there is no such column.
+        columns = ", ".join(f'"{measurement}"."{name}"' for name in _columns(schema))
         where, values = ("WHERE run = ?", (run,)) if run is not None else ("", ())
         rows = self._query(f'SELECT time_ns, {columns} FROM "{measurement}" {where} ORDER BY time_ns', values)
         return [row_to_point(measurement, row) for row in rows]
@@ -112,6 +122,10 @@ class SqliteReader:
             raise BadStore(str(self.path), problem) from None
 
 
+def _columns(measurement: Measurement) -> list[str]:
+    return [*measurement.tags, *(field.name for field in measurement.fields)]
+
+
 def _create_table(measurement: Measurement) -> str:
     tags = [f"\"{tag}\" TEXT NOT NULL DEFAULT ''" for tag in measurement.tags]
     fields = [f'"{field.name}" {_TYPES[field.type]}' for field in measurement.fields]
@@ -120,7 +134,7 @@ def _create_table(measurement: Measurement) -> str:
 
 
 def _insert(measurement: Measurement) -> str:
-    placeholders = ", ".join("?" * (1 + len(measurement.tags) + len(measurement.fields)))
+    placeholders = ", ".join("?" * (1 + len(_columns(measurement))))
     return f'INSERT INTO "{measurement.name}" VALUES ({placeholders})'
 
 

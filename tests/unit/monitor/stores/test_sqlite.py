@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
+from monitor.errors import BadStore
 from monitor.points.points import FieldValue, TelemetryPoint
 from monitor.stores.sqlite import SqliteReader, SqliteStore
+from tests.support.errors import raises_error
 
 LIMIT_BYTES = 500_000
 BATCH_POINTS = 200
@@ -52,3 +56,14 @@ def test_closed_store_is_one_file_without_a_limit(tmp_path: Path) -> None:
     store.close()
     assert len(SqliteReader(tmp_path / "telemetry.sqlite").points("task")) == 5 * BATCH_POINTS
     assert [path.name for path in tmp_path.iterdir()] == ["telemetry.sqlite"]
+
+
+def test_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "telemetry.sqlite"
+    SqliteStore(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("ALTER TABLE request RENAME COLUMN attempts TO tries")
+    with raises_error(BadStore, "BadStore", match="'request' has the columns of another version"):
+        SqliteStore(path)
+    with raises_error(BadStore, "BadStore", match="no such column: request.attempts"):
+        SqliteReader(path).points("request")
