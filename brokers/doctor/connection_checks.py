@@ -40,7 +40,7 @@ MQTT311_TIMEOUT_S = 5.0
 
 
 async def check_connection(probe: BrokerProbe) -> tuple[list[CheckResult], BrokerLimits | None]:
-    """Connect, and judge what the broker announces; the limits are None if it accepts no connection."""
+    """Connect, and check the limits that the broker announces; None in their place if it accepts no connection."""
     begin_s = time.monotonic()
     try:
         async with probe.client() as client:
