@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from brokers.telemetry.percentiles import RecentResults
+from brokers.telemetry.recent_results import RecentResults
 from monitor.presence.presence_table import PresenceTable
 
 TEXT_LIMIT = 400

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from brokers.telemetry.percentiles import RATE_WINDOW_S
+from brokers.telemetry.recent_results import RATE_WINDOW_S
 from monitor.presence.inference_stats import sanitize_text
 from monitor.presence.presence_table import PresenceTable
 

@@ -33,7 +33,7 @@ from brokers.protocol.topics import source_inbox_topic
 from brokers.protocol.traceparent import TraceContext
 from brokers.protocol.transport import Transport
 from brokers.telemetry.client import event_client_from_environment
-from brokers.telemetry.percentiles import RecentResults
+from brokers.telemetry.recent_results import RecentResults
 from sources.client.inflight_limit import AdaptiveConcurrency, InflightLimit, Slot
 from sources.client.pending_request import PendingRequest, RequestTable, count_bounded, failure_code
 from sources.client.source_presence import SourcePresence, create_source_transport

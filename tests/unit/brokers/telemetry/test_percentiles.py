@@ -1,11 +1,10 @@
-"""Nearest-rank percentiles, and the rate of the last seconds."""
+"""Nearest-rank percentiles."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from brokers.telemetry.percentiles import RecentResults, percentiles
+from brokers.telemetry.percentiles import percentiles
 
 
 @pytest.mark.parametrize(
@@ -24,22 +23,3 @@ def test_percentile_is_the_nearest_rank(values: list[float], p50: float, p95: fl
 
 def test_percents_may_be_chosen() -> None:
     assert percentiles([1.0, 2.0, 3.0], (0, 99.9, 100)) == {"p0": 1.0, "p99.9": 3.0, "p100": 3.0}
-
-
-def test_rate_is_that_of_the_last_seconds() -> None:
-    results = RecentResults()
-    assert (results.rate(0.0), results.latency_ms(99)) == (0.0, {"p99": 0.0})
-    for index in range(1, 2001):
-        results.add(float(index % 100), index / 10)  # ten a second
-    assert results.rate(200.0) == pytest.approx(10.0, rel=0.05)
-    assert results.rate(300.0) == 0.0
-    newest = [float(index % 100) for index in range(2001 - 1024, 2001)]
-    expected = np.percentile(newest, [50, 99], method="inverted_cdf").tolist()
-    assert list(results.latency_ms(50, 99).values()) == expected
-
-
-def test_rate_of_more_results_than_are_remembered_is_of_those() -> None:
-    results = RecentResults()
-    for index in range(5000):
-        results.add(1.0, index / 1000)  # a thousand a second
-    assert results.rate(5.0) == pytest.approx(1000, rel=0.05)
