@@ -165,7 +165,8 @@ def test_requests_lost_in_a_short_outage_are_sent_again(sandbox: ProcessSandbox)
         link.enable()
         summary = run.wait().json_output
     assert (summary["results"], summary["lost"], summary["failed"]) == (20, 0, 0)
-    assert summary["retries_by_reason"].get("Suspect", 0) >= 1
+    # "Suspect"; "WorkerLost" if the bridge took so long to reconnect that the worker's records were missed for 10 s.
+    assert {"Suspect", "WorkerLost"} & set(summary["retries_by_reason"])
     sandbox.assert_nothing_left()
 
 
