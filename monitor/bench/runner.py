@@ -152,6 +152,7 @@ class BenchRunner:
             child.environment = {**child.environment, **monitor.environment}
             monitor.start()
             try:
+                await monitor.wait_until_listening(shutdown)
                 await self._run_child(child, shutdown)
             finally:
                 await asyncio.to_thread(monitor.stop)

@@ -1,9 +1,11 @@
 """The telemetry monitor of a run: a child process that stores the events of the run's other processes.
 
-A run neither fails because of its monitor nor waits for it. Where SPARSE_MONITOR names the socket of the node's
+A run does not fail because of its monitor, and waits for it only at the start, so that the first events of a short
+source are stored. Where SPARSE_MONITOR names the socket of the node's
 monitor, the processes of the run send their events there, and no monitor is started.
 """
 
+import asyncio
 import os
 import secrets
 import shutil
@@ -21,6 +23,9 @@ from monitor.stores.sqlite import TELEMETRY_FILE
 
 _RESTART_LIMIT = 4  # each start costs the workers a second of processor time
 _LINK_TRAFFIC_INTERVAL_S = 0.5
+_POLL_S = 0.05
+# How long the source of a run may wait for a monitor that neither listens nor exits.
+_START_TIMEOUT_S = 30.0
 # How long the monitor may take to write what it has received.
 _DRAIN_TIMEOUT_S = 12.0
 
@@ -60,6 +65,14 @@ class RunMonitor:
             self._child.start()
         if self._enabled:
             self._events.open()
+
+    async def wait_until_listening(self, shutdown: asyncio.Event) -> None:
+        """Wait until the monitor receives events; not after its exit, a shutdown, or a timeout."""
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while self._child and not self._socket.exists() and time.monotonic() < deadline_s:
+            if self._child.exit_status is not None or shutdown.is_set():
+                return
+            await asyncio.sleep(_POLL_S)
 
     def supervise(self, print_line: Callable[[str], None]) -> None:
         """Restart the monitor if it has exited; report the run's brokers and the traffic of its links."""

@@ -108,6 +108,7 @@ class PipelineRun:
                     worker.start()
                 await self._subscribe(transport)
                 await self._wait_for_workers()
+                await self.monitor.wait_until_listening(self._shutdown)
                 if not self._shutdown.is_set():
                     status, summary = await self._run_source()
         finally:
