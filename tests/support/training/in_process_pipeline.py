@@ -189,6 +189,11 @@ class InProcessPipeline:
     async def add_source(
         self, name: str = "source", dataset: Dataset | None = None, *, resume: bool = False
     ) -> InProcessSource:
+        """Start a source; an earlier one of the same name is closed, as its process would have exited."""
+        for earlier in [source for source in self.sources if source.name == name]:
+            await earlier.close()
+            self.sources.remove(earlier)
+
         def on_event(event: TrainingEventDict) -> None:
             self.on_event(event)  # as it is set then
 
