@@ -152,7 +152,8 @@ class BenchRunner:
             child.environment = {**child.environment, **monitor.environment}
             monitor.start()
             try:
-                await monitor.wait_until_listening(shutdown)
+                while monitor.is_starting and not shutdown.is_set():  # noqa: ASYNC110 - it has no event
+                    await asyncio.sleep(_POLL_S)
                 await self._run_child(child, shutdown)
             finally:
                 await asyncio.to_thread(monitor.stop)

@@ -1,11 +1,10 @@
 """The telemetry monitor of a run: a child process that stores the events of the run's other processes.
 
-A run does not fail because of its monitor, and waits for it only at the start, so that the first events of a short
-source are stored. Where SPARSE_MONITOR names the socket of the node's
-monitor, the processes of the run send their events there, and no monitor is started.
+A run does not fail because of its monitor. It waits for its monitor only before the source starts, since a short source
+could exit before its events can be received. Where SPARSE_MONITOR names the socket of the node's monitor, the processes
+of the run send their events there, and no monitor is started.
 """
 
-import asyncio
 import os
 import secrets
 import shutil
@@ -23,8 +22,7 @@ from monitor.stores.sqlite import TELEMETRY_FILE
 
 _RESTART_LIMIT = 4  # each start costs the workers a second of processor time
 _LINK_TRAFFIC_INTERVAL_S = 0.5
-_POLL_S = 0.05
-# How long the source of a run may wait for a monitor that neither listens nor exits.
+# How long the source may wait for a monitor that neither receives events nor exits.
 _START_TIMEOUT_S = 30.0
 # How long the monitor may take to write what it has received.
 _DRAIN_TIMEOUT_S = 12.0
@@ -51,6 +49,7 @@ class RunMonitor:
                 restart_limit=RestartLimit(_RESTART_LIMIT),
             )
         self._gave_up = False
+        self._start_deadline_s = 0.0
         self._links_sent_s = 0.0
         self._announced_pids: set[int] = set()
         self._events = event_client_from_environment(self.environment, "run", pipeline.name, pipeline=pipeline.name)
@@ -62,17 +61,18 @@ class RunMonitor:
 
     def start(self) -> None:
         if self._child:
+            self._start_deadline_s = time.monotonic() + _START_TIMEOUT_S
             self._child.start()
         if self._enabled:
             self._events.open()
 
-    async def wait_until_listening(self, shutdown: asyncio.Event) -> None:
-        """Wait until the monitor receives events; not after its exit, a shutdown, or a timeout."""
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while self._child and not self._socket.exists() and time.monotonic() < deadline_s:
-            if self._child.exit_status is not None or shutdown.is_set():
-                return
-            await asyncio.sleep(_POLL_S)
+    @property
+    def is_starting(self) -> bool:
+        """Whether the monitor runs but does not receive events yet; False after `_START_TIMEOUT_S`."""
+        child = self._child
+        if child is None or child.exit_status is not None or time.monotonic() > self._start_deadline_s:
+            return False
+        return not self._socket.exists()
 
     def supervise(self, print_line: Callable[[str], None]) -> None:
         """Restart the monitor if it has exited; report the run's brokers and the traffic of its links."""

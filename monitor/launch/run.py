@@ -108,7 +108,6 @@ class PipelineRun:
                     worker.start()
                 await self._subscribe(transport)
                 await self._wait_for_workers()
-                await self.monitor.wait_until_listening(self._shutdown)
                 if not self._shutdown.is_set():
                     status, summary = await self._run_source()
         finally:
@@ -142,9 +141,12 @@ class PipelineRun:
         await transport.subscribe(results_topic(self._pipeline.source.site), on_result, qos=1)
 
     async def _wait_for_workers(self) -> None:
-        """Wait until every stage has a worker, or for a shutdown. Raises `SparseError` when a worker exits."""
+        """Wait until every stage has a worker and the monitor has started, or for a shutdown.
+
+        Raises `SparseError` when a worker exits.
+        """
         stages = {stage.name for stage in self._pipeline.stage}
-        while not stages <= self._presence.stages_up() and not self._shutdown.is_set():
+        while (not stages <= self._presence.stages_up() or self.monitor.is_starting) and not self._shutdown.is_set():
             exited = [worker for worker in self._workers if worker.exit_status is not None]
             if any(worker.exit_status == -signal.SIGINT for worker in exited):
                 self._shutdown.interrupted = True  # the Ctrl-C reached a worker as well, and sooner than us

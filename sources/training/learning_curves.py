@@ -107,6 +107,7 @@ def _plot_accuracy(axes: Axes, stats: TrainingRunStats) -> None:
     points = [point for point in stats.train_curve.plot_points if point.accuracy is not None]
     tests = [point for point in stats.test_curve.plot_points if point.accuracy is not None]
     _plot_curve(axes, "accuracy", points, tests, "{:.1%}")
+    # No label above 100 %; the tick at 100 % may be 1.0000000000000002.
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value < 1.01 else "")
     best, last = stats.best_test, tests[-1].accuracy if tests else None
     if best is not None and best.accuracy is not None and last is not None and best.accuracy > last:

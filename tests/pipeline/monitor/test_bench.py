@@ -18,7 +18,7 @@ from tests.soak.harness.training_run import BATCH, write_training_pipeline_file
 from tests.support.environment.checkout import ROOT
 from tests.support.environment.external_programs import require_dependency
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
-from tests.support.pipelines.processes import ProcessSandbox, eventually
+from tests.support.pipelines.processes import ProcessSandbox, eventually, start_with_slow_monitor
 
 BENCH_TIMEOUT_S = 280.0
 SHORT = ("--requests", "30", "--warm-up", "5", "--repeats", "1")
@@ -148,26 +148,18 @@ def test_killed_benchmark_leaves_no_processes(sandbox: ProcessSandbox) -> None:
     eventually("the end of all processes", lambda: not sandbox.live_processes())
 
 
-# Imported by Python before anything else: a monitor that takes longer to start than a short source to end.
-SLOW_MONITOR = "import sys, time\nif 'monitor' in sys.orig_argv:\n    time.sleep(6)\n"
-
-
 def test_source_only_uses_stages_that_are_up(sandbox: ProcessSandbox) -> None:
     require_dependency("mosquitto")
     path = write_pipeline_file(
         sandbox.folder, [stage_table("a", "double", site="here")], counting_source_table(40, site="here"), name="far"
     )
-    slow_monitor = sandbox.folder / "slow"
-    slow_monitor.mkdir()
-    (slow_monitor / "sitecustomize.py").write_text(SLOW_MONITOR)
     out = sandbox.folder / "bench"
     options = ("--source-only", "--repeats", "1", "--warm-up", "10", "--out", out)
     with start_broker(kind="mosquitto") as broker:
         path.write_text(path.read_text() + f'[[site]]\nname = "here"\nbroker = "{broker.address}"\n')
         stage = sandbox.start_sparse("stage", path, "a")
         eventually("the stage", lambda: "serves" in stage.read_stderr())
-        environment = {"PYTHONPATH": str(slow_monitor)}
-        bench = sandbox.start_sparse("bench", path, *options, environment=environment, forked=False).wait()
+        bench = start_with_slow_monitor(sandbox, "bench", path, *options).wait()
     assert bench.returncode == 0, bench.stderr
     run = read_runs(out)["far-1"]
     assert run["samples"] == 30

@@ -17,7 +17,7 @@ from tests.support.monitor.prometheus_series import series_value
 from tests.support.monitor.telemetry_file import finished_request_ids, read_points
 from tests.support.monitor.unix_client import encode_event, encode_task_event, send_datagrams, short_temp_folder
 from tests.support.pipelines.pipeline_files import counting_source_table, stage_table, write_pipeline_file
-from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually
+from tests.support.pipelines.processes import ProcessSandbox, RunningCommand, eventually, start_with_slow_monitor
 
 STAGES = ("first", "second")
 
@@ -83,6 +83,15 @@ def test_records_of_a_run_are_complete(sandbox: ProcessSandbox, embedded_broker:
     last = read_points(file, "monitor")[-1].fields
     assert (last["bad_events"], last["dropped_events"], last["dropped_points"]) == (0, 0, 0)
     sandbox.assert_nothing_left()
+
+
+def test_source_starts_after_a_slow_monitor(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
+    count = 20
+    path = write_pipeline_file(sandbox.folder, [stage_table("first", "double")], counting_source_table(count))
+    out = sandbox.folder / "out"
+    run = start_with_slow_monitor(sandbox, "run", path, "--broker", embedded_broker.address, "--json", "--out", out)
+    summary = wait_for_summary(run, count)
+    assert Counter(finished_request_ids(out / summary["files"]["telemetry"])) == Counter(result_ids(out))
 
 
 def test_run_without_a_monitor_has_all_results(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:

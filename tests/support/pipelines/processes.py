@@ -224,3 +224,12 @@ def process_sandbox(folder: Path, environment: Mapping[str, str] | None = None) 
         yield sandbox
     finally:
         sandbox.kill_all()
+
+
+def start_with_slow_monitor(sandbox: ProcessSandbox, *arguments: str | Path) -> RunningCommand:
+    """Start a `sparse` command whose monitor takes longer to start than a short source takes to finish."""
+    folder = sandbox.folder / "slow-monitor"
+    folder.mkdir()
+    # Python imports it before anything else.
+    (folder / "sitecustomize.py").write_text("import sys, time\nif 'monitor' in sys.orig_argv:\n    time.sleep(6)\n")
+    return sandbox.start_sparse(*arguments, environment={"PYTHONPATH": str(folder)}, forked=False)
