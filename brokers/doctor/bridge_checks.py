@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES
 from brokers.doctor.checks import TEST_PROPERTIES, is_topic_cleared, properties_result, run_check
@@ -15,6 +16,7 @@ from brokers.doctor.probe_client import (
     BrokerProbe,
     CheckResult,
     ProbeClient,
+    ReceivedPublish,
     fail,
     format_bytes,
     is_usable,
@@ -25,6 +27,7 @@ from brokers.protocol.topics import DOCTOR_LEVEL, StageTopics
 from brokers.protocol.transport import Will
 
 BRIDGE_TIMEOUT_S = 10.0  # a bridge that was started with its broker needs some seconds to connect
+RECONNECT_TIMEOUT_S = 40.0  # Mosquitto waits for 5 to 30 s before it connects a bridge again
 _REPEAT_S = 0.5  # messages of QoS 0 are lost until the bridge is connected
 _COPIES_WAIT_S = 1.0  # for duplicates to arrive
 _WORKER = "probe"
@@ -57,17 +60,25 @@ class BridgeDirection:
             await reader.subscribe(self.inbox)
             yield sender, reader
 
+    async def publish_until_received(
+        self, sender: ProbeClient, reader: ProbeClient, timeout_s: float
+    ) -> tuple[ReceivedPublish | None, float]:
+        """Publish messages until one arrives; returns it, and the ms since the last was published."""
+        end_s = time.monotonic() + timeout_s
+        message = None
+        after_ms = 0.0
+        while message is None and time.monotonic() < end_s:
+            begin_s = time.monotonic()
+            await sender.publish(self.inbox, secrets.token_bytes(4), TEST_PROPERTIES)
+            message = await reader.receive(_REPEAT_S)
+            after_ms = 1000 * (time.monotonic() - begin_s)
+        return message, after_ms
+
     async def check_forwarding(self) -> list[CheckResult]:
         """Publish until a message arrives, and then count the copies of each at both ends."""
         async with self.clients() as (sender, reader), self.start.client() as local_reader:
             await local_reader.subscribe(self.inbox)
-            end_s = time.monotonic() + BRIDGE_TIMEOUT_S
-            first = None
-            while first is None and time.monotonic() < end_s:
-                begin_s = time.monotonic()
-                await sender.publish(self.inbox, secrets.token_bytes(4), TEST_PROPERTIES)
-                first = await reader.receive(_REPEAT_S)
-                after_ms = 1000 * (time.monotonic() - begin_s)
+            first, after_ms = await self.publish_until_received(sender, reader, BRIDGE_TIMEOUT_S)
             if first is None:
                 fix = (
                     f"Mosquitto at {self.start.site}: topic sparse/{self.end.site}/+/+/in/+ out 0, and the other lines "
@@ -94,10 +105,16 @@ class BridgeDirection:
     async def check_chunk(self) -> CheckResult:
         """Publish a chunk as large as the sender's own broker allows: the sender knows no other limit."""
         async with self.clients() as (sender, reader):
+            # A chunk of the other direction may have disconnected the bridge.
+            if (await self.publish_until_received(sender, reader, RECONNECT_TIMEOUT_S))[0] is None:
+                message = f"{self.name}: the bridge has not connected again after a chunk that was too large"
+                return fail("chunk", message, f"{FIX_PACKET_SIZE}; at both brokers")
             chunk_bytes = max(1, min(CHUNK_BYTES, sender.limits.max_packet_bytes - HEADER_RESERVE_BYTES))
             await sender.publish(self.inbox, bytes(chunk_bytes), TEST_PROPERTIES)
             chunk = f"{self.name}: a chunk of {format_bytes(chunk_bytes)}, the size that senders use there,"
-            if await reader.receive() is None:
+            while (received := await reader.receive()) is not None and len(received.payload) != chunk_bytes:
+                pass  # a message that was published again just before the first arrived
+            if received is None:
                 return fail("chunk", f"{chunk} is lost", f"{FIX_PACKET_SIZE}; at both brokers")
             return ok("chunk", f"{chunk} arrives")
 
@@ -149,11 +166,13 @@ async def check_bridge(near: BrokerProbe, far: BrokerProbe) -> AsyncIterator[Che
     forwarding = [result for each in directions for result in await run_check("bridge", each.check_forwarding)]
     for result in forwarding:
         yield result
-    for direction in directions if is_usable(forwarding) else ():
-        for name, check in (
-            ("properties", direction.check_properties),
-            ("chunk", direction.check_chunk),
-            ("presence", direction.check_presence),
-        ):
-            for result in await run_check(name, check):
+    if not is_usable(forwarding):
+        return
+    for name, check in (
+        ("properties", BridgeDirection.check_properties),
+        ("presence", BridgeDirection.check_presence),
+        ("chunk", BridgeDirection.check_chunk),  # the last: a broker that refuses a chunk disconnects the bridge
+    ):
+        for direction in directions:
+            for result in await run_check(name, partial(check, direction), 2 * RECONNECT_TIMEOUT_S):
                 yield result

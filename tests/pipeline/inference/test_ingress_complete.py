@@ -22,9 +22,10 @@ from brokers.server.local_broker import LocalBroker, start_broker
 from tests.support.brokers.presence import wait_for_workers
 from tests.support.environment.external_programs import require_broker
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
-from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, ProcessSandbox, RunningCommand
+from tests.support.pipelines.processes import PROCESS_TIMEOUT_S, CommandResult, ProcessSandbox, RunningCommand
 
-STEP = stage_table("step", "SleepExecutor", settings={"seconds": 0.03})
+STEP_S = 0.03
+STEP = stage_table("step", "SleepExecutor", settings={"seconds": STEP_S})
 
 
 @pytest.fixture(name="mosquitto")
@@ -39,7 +40,7 @@ class Camera:
 
     def __init__(self, address: str) -> None:
         self._transport = MqttTransport(address)
-        self._next = 0
+        self.published = 0
         self._result_received = asyncio.Event()
         self._has_greeted = asyncio.Event()
         self.results: list[dict[str, Any]] = []
@@ -68,9 +69,26 @@ class Camera:
                 await asyncio.sleep(0.1)
 
     async def publish(self, count: int) -> None:
-        for number in range(self._next, self._next + count):
+        for number in range(self.published, self.published + count):
+            self.published += 1
             await self._transport.publish(ingress_topic("local", "camera"), b'{"values": %d}' % number, qos=1)
-        self._next += count
+
+    async def publish_until_exit(self, gateway: RunningCommand, result_count: int, number: int) -> CommandResult:
+        """Signal the gateway after so many results; publish until it exits, so that it always has frames to receive."""
+        has_exited = False
+
+        async def publish_all() -> None:
+            await self.publish(60)
+            while not has_exited:
+                await self.publish(1)
+                await asyncio.sleep(STEP_S)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(publish_all())
+            await self.wait_until(lambda: len(self.counts) >= result_count)
+            result = await asyncio.to_thread(gateway.wait, number)
+            has_exited = True
+        return result
 
     async def wait_until(self, predicate: Callable[[], object]) -> None:
         """Wait for results until the predicate holds."""
@@ -106,17 +124,14 @@ def test_killed_gateway_loses_no_frame(sandbox: ProcessSandbox, mosquitto: Local
         async with Camera(mosquitto.address) as camera:
             first = start_gateway(sandbox, path, mosquitto.address)
             await camera.greet()
-            await camera.publish(120)
-            await camera.wait_until(lambda: len(camera.counts) >= 20)
-            await asyncio.to_thread(first.wait, signal.SIGKILL)
-            assert len(camera.counts) < 120, "it was killed too late for this test"
+            await camera.publish_until_exit(first, 20, signal.SIGKILL)
             await camera.publish(30)
             second = start_gateway(sandbox, path, mosquitto.address)
-            await camera.wait_until(lambda: len(camera.counts) == 150)
+            await camera.wait_until(lambda: len(camera.counts) == camera.published)
             result = await asyncio.to_thread(second.wait, signal.SIGTERM)
             assert result.returncode == 0, result.stderr
             assert result.json_output["failed"] == 0
-            assert sorted(camera.counts) == list(range(150))
+            assert sorted(camera.counts) == list(range(camera.published))
             # A second result is marked. It had been published, but not acknowledged, when the gateway was killed.
             for number, count in camera.counts.items():
                 results = [each for each in camera.results if round(each["values"]["values"]) == number]
@@ -134,15 +149,14 @@ def test_stopped_gateway_leaves_the_rest_at_the_broker(sandbox: ProcessSandbox, 
         async with Camera(mosquitto.address) as camera:
             first = start_gateway(sandbox, path, mosquitto.address)
             await camera.greet()
-            await camera.publish(120)
-            await camera.wait_until(lambda: len(camera.counts) >= 5)
-            result = await asyncio.to_thread(first.wait, signal.SIGTERM)
+            result = await camera.publish_until_exit(first, 5, signal.SIGTERM)
             assert result.returncode == 0, result.stderr
-            assert result.json_output["requests"] == result.json_output["results"] < 120
+            assert result.json_output["requests"] == result.json_output["results"]
+            await camera.publish(30)
             second = start_gateway(sandbox, path, mosquitto.address)
-            await camera.wait_until(lambda: len(camera.counts) == 120)
+            await camera.wait_until(lambda: len(camera.counts) == camera.published)
             await asyncio.to_thread(second.wait, signal.SIGTERM)
-            assert camera.counts == Counter(range(120))
+            assert camera.counts == Counter(range(camera.published))
 
     asyncio.run(main())
 
