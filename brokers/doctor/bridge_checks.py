@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from brokers.dispatch.channel import HEADER_RESERVE_BYTES
-from brokers.doctor.checks import TEST_PROPERTIES, is_topic_cleared, properties_result, run_check
+from brokers.doctor.checks import (
+    CHECK_TIMEOUT_S,
+    TEST_PROPERTIES,
+    is_topic_cleared,
+    properties_result,
+    run_check,
+)
 from brokers.doctor.probe_client import (
     FIX_PACKET_SIZE,
     BrokerProbe,
@@ -27,7 +33,7 @@ from brokers.protocol.topics import DOCTOR_LEVEL, StageTopics
 from brokers.protocol.transport import Will
 
 BRIDGE_TIMEOUT_S = 10.0  # a bridge that was started with its broker needs some seconds to connect
-RECONNECT_TIMEOUT_S = 40.0  # Mosquitto waits for 5 to 30 s before it connects a bridge again
+RECONNECT_TIMEOUT_S = 40.0  # Mosquitto, by default, waits for 5 to 30 s before it connects a bridge again
 _REPEAT_S = 0.5  # messages of QoS 0 are lost until the bridge is connected
 _COPIES_WAIT_S = 1.0  # for duplicates to arrive
 _WORKER = "probe"
@@ -60,10 +66,10 @@ class BridgeDirection:
             await reader.subscribe(self.inbox)
             yield sender, reader
 
-    async def publish_until_received(
+    async def _publish_until_received(
         self, sender: ProbeClient, reader: ProbeClient, timeout_s: float
     ) -> tuple[ReceivedPublish | None, float]:
-        """Publish messages until one arrives; returns it, and the ms since the last was published."""
+        """Publish messages until one arrives; return it, and how many milliseconds ago the last one was published."""
         end_s = time.monotonic() + timeout_s
         message = None
         after_ms = 0.0
@@ -78,7 +84,7 @@ class BridgeDirection:
         """Publish until a message arrives, and then count the copies of each at both ends."""
         async with self.clients() as (sender, reader), self.start.client() as local_reader:
             await local_reader.subscribe(self.inbox)
-            first, after_ms = await self.publish_until_received(sender, reader, BRIDGE_TIMEOUT_S)
+            first, after_ms = await self._publish_until_received(sender, reader, BRIDGE_TIMEOUT_S)
             if first is None:
                 fix = (
                     f"Mosquitto at {self.start.site}: topic sparse/{self.end.site}/+/+/in/+ out 0, and the other lines "
@@ -105,9 +111,9 @@ class BridgeDirection:
     async def check_chunk(self) -> CheckResult:
         """Publish a chunk as large as the sender's own broker allows: the sender knows no other limit."""
         async with self.clients() as (sender, reader):
-            # A chunk of the other direction may have disconnected the bridge.
-            if (await self.publish_until_received(sender, reader, RECONNECT_TIMEOUT_S))[0] is None:
-                message = f"{self.name}: the bridge has not connected again after a chunk that was too large"
+            first, _ = await self._publish_until_received(sender, reader, RECONNECT_TIMEOUT_S)
+            if first is None:
+                message = f"{self.name}: messages are no longer forwarded, as after a chunk that a broker refused"
                 return fail("chunk", message, f"{FIX_PACKET_SIZE}; at both brokers")
             chunk_bytes = max(1, min(CHUNK_BYTES, sender.limits.max_packet_bytes - HEADER_RESERVE_BYTES))
             await sender.publish(self.inbox, bytes(chunk_bytes), TEST_PROPERTIES)
@@ -168,11 +174,12 @@ async def check_bridge(near: BrokerProbe, far: BrokerProbe) -> AsyncIterator[Che
         yield result
     if not is_usable(forwarding):
         return
-    for name, check in (
-        ("properties", BridgeDirection.check_properties),
-        ("presence", BridgeDirection.check_presence),
-        ("chunk", BridgeDirection.check_chunk),  # the last: a broker that refuses a chunk disconnects the bridge
+    for name, check, timeout_s in (
+        ("properties", BridgeDirection.check_properties, CHECK_TIMEOUT_S),
+        ("presence", BridgeDirection.check_presence, CHECK_TIMEOUT_S),
+        # The last, since a broker that refuses a chunk disconnects the bridge.
+        ("chunk", BridgeDirection.check_chunk, CHECK_TIMEOUT_S + RECONNECT_TIMEOUT_S),
     ):
         for direction in directions:
-            for result in await run_check(name, partial(check, direction), 2 * RECONNECT_TIMEOUT_S):
+            for result in await run_check(name, partial(check, direction), timeout_s):
                 yield result

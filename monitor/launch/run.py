@@ -107,7 +107,7 @@ class PipelineRun:
                 for worker in self._workers:
                     worker.start()
                 await self._subscribe(transport)
-                await self._wait_for_workers()
+                await self._wait_until_ready()
                 if not self._shutdown.is_set():
                     status, summary = await self._run_source()
         finally:
@@ -140,7 +140,7 @@ class PipelineRun:
         await transport.subscribe(all_presence_filter(pipeline=self._pipeline.name), on_presence, qos=1)
         await transport.subscribe(results_topic(self._pipeline.source.site), on_result, qos=1)
 
-    async def _wait_for_workers(self) -> None:
+    async def _wait_until_ready(self) -> None:
         """Wait until every stage has a worker and the monitor has started, or for a shutdown.
 
         Raises `SparseError` when a worker exits.

@@ -95,6 +95,26 @@ def test_missing_bridge_ends_the_checks(tmp_path: Path, monkeypatch: pytest.Monk
         assert "topic sparse/far/+/+/in/+ out 0" in results["bridge", "near to far"].fix
 
 
+def test_bridge_that_has_disconnected_fails_the_check_of_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge_checks, "RECONNECT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(bridge_checks, "_REPEAT_S", 0.1)
+
+    async def test(near_port: int, far_port: int) -> CheckResult:
+        async with (
+            open_probe(f"mqtt://127.0.0.1:{near_port}", "near") as near,
+            open_probe(f"mqtt://127.0.0.1:{far_port}", "far") as far,
+        ):
+            return await bridge_checks.bridge_directions(near, far)[0].check_chunk()
+
+    with start_mosquitto(tmp_path) as near_port, start_mosquitto(tmp_path) as far_port:
+        result = asyncio.run(test(near_port, far_port))
+    assert result.level == "FAIL"
+    assert result.message.startswith("near to far: messages are no longer forwarded")
+    assert "max_packet_size" in result.fix
+
+
 def test_two_bridges_between_the_same_sites_end_the_checks(tmp_path: Path) -> None:
     far_port = free_port()
 

@@ -73,7 +73,7 @@ class Camera:
             self.published += 1
             await self._transport.publish(ingress_topic("local", "camera"), b'{"values": %d}' % number, qos=1)
 
-    async def publish_until_exit(self, gateway: RunningCommand, result_count: int, number: int) -> CommandResult:
+    async def publish_until_exit(self, gateway: RunningCommand, result_count: int, signal_number: int) -> CommandResult:
         """Signal the gateway after so many results; publish until it exits, so that it always has frames to receive."""
         has_exited = False
 
@@ -86,7 +86,7 @@ class Camera:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(publish_all())
             await self.wait_until(lambda: len(self.counts) >= result_count)
-            result = await asyncio.to_thread(gateway.wait, number)
+            result = await asyncio.to_thread(gateway.wait, signal_number)
             has_exited = True
         return result
 
