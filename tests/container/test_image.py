@@ -61,9 +61,9 @@ def test_container_exits_on_sigterm_before_its_handler_is_installed(image: str, 
 STUB = """\
 FROM {base}
 RUN site=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \\
-    mkdir -p $site/torch $site/torch-2.9.0.dist-info && \\
-    echo '__version__ = "2.9.0"' > $site/torch/__init__.py && \\
-    printf 'Metadata-Version: 2.1\\nName: torch\\nVersion: 2.9.0\\n' > $site/torch-2.9.0.dist-info/METADATA
+    mkdir -p $site/torch $site/torch-2.15.0.dist-info && \\
+    echo '__version__ = "2.15.0"' > $site/torch/__init__.py && \\
+    printf 'Metadata-Version: 2.1\\nName: torch\\nVersion: 2.15.0\\n' > $site/torch-2.15.0.dist-info/METADATA
 """
 
 
@@ -78,7 +78,7 @@ def test_torch_of_the_base_image_is_kept(image: str) -> None:
         build_image("sparse:test-base", "--target", "torch", *arguments)
         code = "import torch; print(torch.__version__, torch.__file__)"
         version, file = docker("run", "--rm", "sparse:test-base", "python3", "-c", code).split()
-        assert version == "2.9.0"
+        assert version == "2.15.0"
         assert not file.startswith("/opt/sparse")
     finally:
         docker("image", "rm", "--force", "sparse:test-base", "sparse-test-base")

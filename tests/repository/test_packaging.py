@@ -8,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.support.environment.checkout import PACKAGES, ROOT, repository_files
 
@@ -51,10 +53,17 @@ def test_lock_has_names_and_versions_only() -> None:
         assert version.replace(".", "").isalnum(), pin
 
 
-def test_lock_pins_all_dependencies_of_the_project() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["dev"]
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pinned = {line.partition("==")[0] for line in lines}
-    names = {line.split(";")[0].split(">")[0].split("=")[0].strip() for line in requirements}
-    assert names - pinned == set()
+def test_minimum_of_every_dependency_is_the_locked_version() -> None:
+    """The tests run with the locked versions only, so an older minimum would be a claim that nothing tests."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = settings["project"]
+    lines = [*settings["build-system"]["requires"], *project["dependencies"]]
+    lines += [line for extra in project["optional-dependencies"].values() for line in extra]
+    pins = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line)
+    for line in lines:
+        requirement = Requirement(line)
+        assert requirement.name in pins, f"{requirement.name} is not in requirements.lock: make lock"
+        (bound,) = requirement.specifier
+        assert bound.operator in {">=", "=="}, line
+        locked = pins[requirement.name]
+        assert Version(bound.version) == Version(locked), f"pyproject.toml: {line}: the tested version is {locked}"
