@@ -46,6 +46,12 @@ def error_code(error: BaseException) -> str:
     return error.code if isinstance(error, SparseError) else type(error).__name__
 
 
+def describe_error(error: BaseException) -> str:
+    """Return class and message of an exception as one line; only the message where that says enough."""
+    message = " ".join(str(error).split())
+    return message if message and isinstance(error, SparseError | OSError) else f"{type(error).__name__}: {message}"
+
+
 class UsageError(SparseError):
     """A mistake in a file, an argument or the environment.
 

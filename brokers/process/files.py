@@ -4,10 +4,13 @@ import contextlib
 import fcntl
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+_PROBE_BYTES = 4096  # a block of most file systems: an empty file fits on a full disk
 
 
 @contextlib.contextmanager
@@ -38,6 +41,14 @@ def write_atomic(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Write `data` to `path` atomically (see `atomic_path`). Raises `OSError`."""
     with atomic_path(path, durable=durable) as partial:
         partial.write_bytes(data)
+
+
+def check_writable(folder: Path) -> None:
+    """Create `folder` if it is missing, write a file in it, and delete that. Raises `OSError`, such as a full disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-", suffix=".part") as file:
+        file.write(bytes(_PROBE_BYTES))
+        file.flush()
 
 
 def _flush(path: Path) -> None:

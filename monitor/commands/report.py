@@ -2,13 +2,13 @@
 
 import json as jsonlib
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from brokers.process.files import new_run_folder
+from brokers.process.plotting import import_matplotlib
 from monitor.errors import extra_missing
 
 
@@ -30,8 +30,10 @@ def command(
 
     Example: sparse report runs/cloud-20260101-120000 runs/cloudlet-20260101-121500
     """
-    if find_spec("matplotlib") is None:  # before the runs are loaded, which may take a while
-        raise extra_missing("plotting figures", "report")
+    try:
+        import_matplotlib()  # before the runs are loaded, which may take a while
+    except ImportError:
+        raise extra_missing("plotting figures", "report") from None
     from monitor.report.inputs import load_runs
     from monitor.report.writer import write_report
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from brokers.process.plotting import default_style
 from monitor.report.table import TOTAL, DataTable, LinePlot, ReportFigure, StackedBars, format_number
 
 # The width of a phone, or of half a desktop page; scaled to three quarters, that of a column of a paper.
@@ -122,7 +122,7 @@ def render_image(drawing: Figure, kind: ImageFormat) -> bytes:
 
 @contextmanager
 def _settings() -> Iterator[None]:
-    with mpl.rc_context(_COLOUR_SETTINGS, _STYLE_SHEET), warnings.catch_warnings():
+    with default_style(_STYLE_SHEET, _COLOUR_SETTINGS), warnings.catch_warnings():
         # Letters that the font lacks, in the name of a run, are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         yield

@@ -3,6 +3,7 @@
 The page is one self-contained HTML file, rendered from page.html.jinja.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from brokers.errors import describe_error
 from monitor.bench.results import SummaryColumn, SummaryRow, summarize
 from monitor.errors import bad_folder
 from monitor.report import resource_figures, workload_figures
@@ -32,6 +34,8 @@ from monitor.report.plots import (
 )
 from monitor.report.run import ReportRun, group_runs
 from monitor.report.table import Cell, DataTable, ReportFigure, Row, format_number
+
+log = logging.getLogger(__name__)
 
 PAGE_FILE, FIGURES_FOLDER, DATA_FOLDER = "index.html", "figures", "data"
 PERCENTILES_SUFFIX, SUMMARY_NAME = "-percentiles", "summary"
@@ -105,22 +109,31 @@ def _write(folder: Path, inputs: ReportInputs, on_figure: Callable[[str], None])
     images.mkdir(parents=True, exist_ok=True)
     data.mkdir(parents=True, exist_ok=True)
     (data / f"{SUMMARY_NAME}.csv").write_text(summary.to_csv())
+    plotted: list[ReportFigure] = []
     for figure in figures:
         on_figure(figure.title)
-        drawing = draw_figure(figure, [row.label for row in rows])
-        for kind in IMAGE_FORMATS:
-            (images / f"{figure.name}.{kind}").write_bytes(render_image(drawing, kind))
+        try:
+            drawing = draw_figure(figure, [row.label for row in rows])
+            files = {kind: render_image(drawing, kind) for kind in IMAGE_FORMATS}
+        except Exception as error:  # noqa: BLE001 - the other figures are as good without this one
+            reason = f"could not be plotted: {describe_error(error)}"
+            log.warning("figure %r %s", figure.title, reason)
+            omitted.append(replace(figure, missing_reason=reason))
+            continue
+        plotted.append(figure)
+        for kind, content in files.items():
+            (images / f"{figure.name}.{kind}").write_bytes(content)
         (data / f"{figure.name}.csv").write_text(figure.table.to_csv())
         if figure.percentiles is not None:
             (data / f"{figure.name}{PERCENTILES_SUFFIX}.csv").write_text(figure.percentiles.to_csv())
-    svgs = {figure.name: (images / f"{figure.name}.svg").read_text() for figure in figures}
-    page = render_page(PageContent(inputs, columns, rows, figures, svgs, omitted, time.strftime("%Y-%m-%d, %H:%M")))
+    svgs = {figure.name: (images / f"{figure.name}.svg").read_text() for figure in plotted}
+    page = render_page(PageContent(inputs, columns, rows, plotted, svgs, omitted, time.strftime("%Y-%m-%d, %H:%M")))
     (folder / PAGE_FILE).write_text(page)
     cells = [dict(zip(summary.columns, row, strict=True)) for row in summary.rows]
     return {
         "page": str(folder / PAGE_FILE),
         "runs": [{name: cell for name, cell in row.items() if cell is not None} for row in cells],
-        "figures": [figure.name for figure in figures],
+        "figures": [figure.name for figure in plotted],
         "omitted": {figure.title: figure.missing_reason for figure in omitted},
         "skipped": inputs.skipped,
     }

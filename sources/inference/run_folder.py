@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brokers.errors import BadFile
-from brokers.process.files import write_atomic
+from brokers.errors import BadFile, describe_error
+from brokers.process.files import check_writable, write_atomic
 from sources.inputs.source import Sample
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class InferenceRunFolder:
         files: dict[str, Any] = {}
         try:
             files = self._gallery.finish() if self._gallery else {}
-        except OSError as error:  # the results are written, so the run has not failed
-            log.warning("the pictures could not be written: %s", error)
+        except Exception as error:  # noqa: BLE001 - the results are written, so the run has not failed
+            log.warning("the pictures could not be written: %s", describe_error(error))
         return write_summary(self.folder, summary, {"results": RESULTS_FILE, **files})
 
 
@@ -78,7 +78,7 @@ class JsonlWriter:
         self._path = path
         self._missing = 0
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(path.parent)
             # Unbuffered: bytes that could not be written must not be written later, in the middle of another line.
             self._file = path.open("ab+", buffering=0)
             self._torn = self._file.seek(0, os.SEEK_END) > 0

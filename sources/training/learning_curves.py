@@ -11,6 +11,7 @@ import numpy
 from numpy.typing import NDArray
 
 from brokers.process.files import write_atomic
+from brokers.process.plotting import default_style, import_matplotlib
 from sources.training.run_stats import CurvePoint, TrainingRunStats
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ _Values = NDArray[numpy.float64]  # (N,), one for each point of a curve
 
 def plot_learning_curves(stats: TrainingRunStats, path: Path, title: str) -> None:
     """Write a PNG of 1200 x 900 pixels. Raises `ImportError` without matplotlib, `OSError`."""
-    from matplotlib import rc_context
+    import_matplotlib()
     from matplotlib.figure import Figure  # not pyplot, which has global state and looks for a display
 
     times = _step_times(stats)
     names = ["loss", "accuracy"] if _has_accuracy(stats) else ["loss"]
-    with rc_context(_STYLE):
+    with default_style(_STYLE):
         figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI)
         figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.1)
         heights = [8 / len(names)] * len(names)

@@ -16,7 +16,7 @@ from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
 from brokers.dispatch.worker_registry import PresenceListener
-from brokers.errors import SparseError, UsageError
+from brokers.errors import SparseError, UsageError, describe_error
 from brokers.process.files import atomic_path
 from brokers.protocol.messages import JSON, TensorContent
 from brokers.protocol.result_json import encode_json
@@ -81,8 +81,8 @@ class TrainingRunFolder:
         except ImportError as error:
             log.warning("no learning curves, %s: install the extra 'train' of sparse-mqtt", error)
             return {}
-        except OSError as error:  # the events are written, so the run has not failed
-            log.warning("the learning curves could not be written: %s", error)
+        except Exception as error:  # noqa: BLE001 - the events are written, so the run has not failed
+            log.warning("the learning curves could not be plotted: %s", describe_error(error))
             return {}
         return {"curves": CURVES_FILE}
 

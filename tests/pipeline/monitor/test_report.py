@@ -141,6 +141,18 @@ def test_input_that_is_no_run_is_one_line(sandbox: ProcessSandbox) -> None:
     assert not (sandbox.folder / "report").exists()
 
 
+def test_settings_of_matplotlib_do_not_matter(sandbox: ProcessSandbox) -> None:
+    write_run_folder(SyntheticRun("one").points(), sandbox.folder / "one")
+    settings = sandbox.folder / "matplotlibrc"
+    settings.write_text("text.usetex: True\n")
+    environment = {"MPLBACKEND": "nonsense", "MATPLOTLIBRC": str(settings)}
+    out = sandbox.folder / "report"
+    command = ("report", sandbox.folder / "one", "--json", "--out", out)
+    report = sandbox.start_sparse(*command, environment=environment, forked=False).wait()
+    assert report.returncode == 0, report.stderr
+    assert set(report.json_output["figures"]) >= {"latency", "cpu"}
+
+
 def test_without_matplotlib_the_extra_is_named(sandbox: ProcessSandbox) -> None:
     program = "import sys; sys.modules['matplotlib'] = None; from brokers.cli import main; sys.exit(main(sys.argv[1:]))"
     report = sandbox.start(sys.executable, "-c", program, "report", sandbox.folder).wait()

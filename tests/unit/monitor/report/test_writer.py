@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from brokers.errors import UsageError
 from monitor.report.inputs import ReportInputs
+from monitor.report.table import ReportFigure
 from monitor.report.writer import FIGURE_NAMES, build_figures, write_report
 from tests.unit.monitor.report.report_runs import (
     FOUR_REQUESTS,
@@ -49,6 +51,21 @@ def test_older_report_is_replaced(tmp_path: Path) -> None:
     old.touch()
     write(tmp_path)
     assert not old.exists()
+
+
+def test_figure_that_cannot_be_plotted_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def draw(figure: ReportFigure, labels: Sequence[str]) -> None:
+        if figure.name == "latency":
+            raise RuntimeError("no such\nfont")
+
+    monkeypatch.setattr("monitor.report.writer.draw_figure", draw)
+    result = write(tmp_path)
+    assert result["figures"] == ["completion", "where"]
+    assert caplog.messages == ["figure 'Request latency' could not be plotted: RuntimeError: no such font"]
+    assert "could not be plotted: RuntimeError: no such font" in (tmp_path / "index.html").read_text()
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"completion", "where"}
 
 
 @pytest.mark.parametrize("files", [["mine.txt"], ["index.html", "figures/gpu.png"], ["figures/note.txt"]])

@@ -23,6 +23,20 @@ from tests.support.brokers.broker_kinds import WAIT_S
 from tests.support.environment.clips import image_bytes
 
 
+def test_gallery_that_fails_leaves_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no encoder")
+
+    monkeypatch.setattr(gallery_module, "write_clip", fail)
+    folder = InferenceRunFolder(tmp_path, title="t", frames_per_s=1, pictures=True)
+    folder.add(Sample("cam", 0, b"", "image/png", grey), make_result(0, 0.9))
+    assert folder.finish({})["files"] == {"results": "results.jsonl"}
+    assert (tmp_path / "summary.json").exists()
+    assert caplog.messages == ["the pictures could not be written: RuntimeError: no encoder"]
+
+
 def grey(width: int = 640, height: int = 272) -> RgbImage:
     return numpy.full((height, width, 3), 90, numpy.uint8)
 

@@ -105,6 +105,20 @@ def test_missing_matplotlib_costs_the_plot_only(
     assert "install the extra 'train'" in caplog.text
 
 
+def test_plot_that_fails_is_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to process string\nwith tex")
+
+    monkeypatch.setattr("sources.training.training_run.plot_learning_curves", fail)
+    summary = write_events(tmp_path, [step_event(1)], pictures=True).finish({}, {})
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert summary["files"] == {"events": "training.jsonl"}
+    reason = "RuntimeError: Failed to process string with tex"
+    assert caplog.messages == [f"the learning curves could not be plotted: {reason}"]
+
+
 def test_nothing_is_plotted_without_pictures_or_steps(tmp_path: Path) -> None:
     for name, events, pictures in (("a", [step_event(1)], False), ("b", [], True)):
         files = write_events(tmp_path / name, events, pictures=pictures).finish({}, {})["files"]
