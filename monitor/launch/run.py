@@ -14,6 +14,7 @@ from brokers.config.pipeline_file import BROKER_VARIABLE, Pipeline
 from brokers.config.schema import StageTable
 from brokers.errors import SparseError, UsageError
 from brokers.mqtt.client import MqttTransport, create_transport
+from brokers.process.files import check_writable
 from brokers.process.shutdown import EXIT_INTERRUPTED, ShutdownEvent, exit_with_parent
 from brokers.protocol.topics import all_presence_filter, ingress_topic, results_topic
 from brokers.protocol.transport import Delivery
@@ -53,7 +54,7 @@ class PipelineRun:
     ) -> None:
         logs = folder / "logs"
         try:
-            logs.mkdir(parents=True, exist_ok=True)
+            check_writable(logs)
         except OSError as error:
             raise bad_folder(folder, f"results cannot be written there: {error.strerror}") from None
         self.monitor = RunMonitor(pipeline, sites, folder, telemetry)

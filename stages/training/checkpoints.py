@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from brokers.errors import SparseError, UsageError
-from brokers.process.files import atomic_path
+from brokers.process.files import atomic_path, check_writable
 from brokers.protocol.training import SourceProgress
 
 # When a worker dies after some stages have written the newest version and others have not, all have the one before it.
@@ -77,7 +77,18 @@ class CheckpointStore:
         return max((self._read_term(version) for version in self.versions), default=0)
 
     def check(self) -> None:
-        """Raise `ForeignCheckpoint` if the folder holds another part's; remove abandoned temporary files."""
+        """Create the folder if it is missing, and remove abandoned temporary files.
+
+        Raises `ForeignCheckpoint` if it holds another part's, `UsageError` ("CannotCheckpoint") if it is not writable.
+        """
+        try:
+            check_writable(self._folder)
+        except OSError as error:
+            message = (
+                f"checkpoints cannot be written to {self._folder}: {error.strerror}: name another folder with "
+                "`checkpoints` in the pipeline file or `sparse stage --checkpoints`"
+            )
+            raise UsageError("CannotCheckpoint", message, key="training.checkpoints", path=str(self._folder)) from error
         for temporary in (path for pattern in _TEMPORARY_FILES for path in self._folder.glob(pattern)):
             with suppress(OSError):
                 if time.time() - temporary.stat().st_mtime > _ABANDONED_S:

@@ -47,6 +47,15 @@ def test_bad_optimizer_is_reported_once(sandbox: ProcessSandbox) -> None:
     assert error_line(sandbox, start_run(sandbox, path), 2).startswith(f"{path}: training.optimizer: 'sdg': expected ")
 
 
+def test_checkpoint_folder_that_cannot_be_written_is_found_at_the_start(sandbox: ProcessSandbox) -> None:
+    path = write_training_pipeline_file(sandbox.folder, epochs=1, checkpoints="training.toml/checkpoints")
+    run = start_run(sandbox, path)
+    line = error_line(sandbox, run, 2)
+    assert line.startswith(f"{path}: training.checkpoints: checkpoints cannot be written to {path}/checkpoints/")
+    assert ": Not a directory: name another folder" in line
+    assert run.events() == []
+
+
 def test_failed_step_names_stage_and_worker(sandbox: ProcessSandbox) -> None:
     path = write_training_pipeline_file(sandbox.folder, epochs=2, lr=3e37, checkpoint_every=1)
     line = error_line(sandbox, start_run(sandbox, path), 1)

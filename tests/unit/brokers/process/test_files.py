@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from brokers.process.files import atomic_path, file_lock, new_run_folder, write_atomic
+from brokers.process.files import atomic_path, check_writable, file_lock, new_run_folder, write_atomic
+from tests.support.environment.full_disk import full_disk
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -60,3 +61,19 @@ def test_run_folders_of_the_same_second_differ(tmp_path: Path) -> None:
     first.mkdir()
     assert new_run_folder(tmp_path, "street") != first
     assert re.fullmatch(r"street-\d{8}-\d{6}", first.name)
+
+
+def test_writable_folder_is_created_and_stays_empty(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_folder_on_a_full_disk_is_not_writable(tmp_path: Path) -> None:
+    with full_disk(0), pytest.raises(OSError, match="File too large"):
+        check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_read_only_folder_is_not_writable() -> None:
+    with pytest.raises(OSError):
+        check_writable(Path("/proc/self/new"))  # not writable even for root

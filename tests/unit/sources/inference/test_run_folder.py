@@ -8,6 +8,7 @@ import pytest
 
 from brokers.errors import BadFile
 from sources.inference.run_folder import JsonlWriter, read_jsonl
+from tests.support.environment.full_disk import full_disk
 
 
 def write(path: Path, *items: int) -> None:
@@ -58,3 +59,9 @@ def test_folder_that_cannot_be_made_raises_bad_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadFile, match="the results cannot be written"):
         JsonlWriter(tmp_path / "file" / "a.jsonl")
+
+
+def test_full_disk_is_found_at_the_start(tmp_path: Path) -> None:
+    with full_disk(0), pytest.raises(BadFile, match="the results cannot be written: File too large"):
+        JsonlWriter(tmp_path / "run" / "a.jsonl")
+    assert list((tmp_path / "run").iterdir()) == []

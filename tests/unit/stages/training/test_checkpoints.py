@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from brokers.errors import SparseError
+from brokers.errors import SparseError, UsageError
 from brokers.protocol.training import SourceProgress
 from stages.training import checkpoints
 from stages.training.checkpoints import CHECKPOINTS_TO_KEEP, Checkpoint, CheckpointStore, ForeignCheckpoint
@@ -307,3 +307,19 @@ def test_folder_that_cannot_be_created_is_an_error(tmp_path: Path, folder: str) 
     (tmp_path / "file").write_text("x")
     with raises_error(SparseError, "CannotCheckpoint"):
         open_store(tmp_path / folder).save(checkpoint(50))
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_check_finds_a_folder_that_cannot_be_written(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with raises_error(UsageError, "CannotCheckpoint", match=f"cannot be written to {tmp_path / folder}: ") as caught:
+        open_store(tmp_path / folder).check()
+    assert caught.value.key == "training.checkpoints"
+    assert "\n" not in str(caught.value)
+
+
+def test_check_finds_a_full_disk_and_leaves_nothing(tmp_path: Path) -> None:
+    with full_disk(0), raises_error(UsageError, "CannotCheckpoint", match="File too large: name another folder"):
+        open_store(tmp_path / "new").check()
+    open_store(tmp_path / "new").check()
+    assert file_names(tmp_path / "new") == []
