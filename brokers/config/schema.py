@@ -160,6 +160,7 @@ class TrainingTable(ConfigTable):
         default="travel", description="stay: sent to the last stage directly, which is at the site of the source"
     )
     shuffle: bool = True
+    drop_last: bool = Field(default=False, description="leave out the last batch of an epoch if it is smaller")
     augment: bool = Field(default=False, description="images are shifted, and mirrored where that keeps their class")
     evaluate_every: int = Field(default=1, ge=0, description="epochs; 0: never")
     checkpoint_every: int = Field(default=50, ge=1, description="steps")

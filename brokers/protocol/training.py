@@ -120,3 +120,6 @@ class TrainingStatus(BaseModel):
     problem: str = Field(default="", max_length=400, description="coordinator: why training is not possible")
     term_reason: str = Field(default="", max_length=400, description="coordinator: why the term began")
     pending_forwards: _Count = Field(default=0, description="saved forwards that wait for their gradient")
+    min_rows: Annotated[int, Field(ge=1, lt=ROWS_LIMIT)] = Field(
+        default=1, description="rows of a micro-batch that the network needs in training"
+    )

@@ -84,8 +84,8 @@ class CheckedDataset(Dataset):
         self.name = str(dataset.name)
         self.horizontal_flip = bool(dataset.horizontal_flip)
         classes: object = dataset.classes
-        if not (isinstance(classes, tuple | list) and classes and all(isinstance(name, str) for name in classes)):
-            raise _bad_class(kind, f"its 'classes' are {classes!r}, expected a tuple of names")
+        if not (isinstance(classes, tuple | list) and all(isinstance(name, str) for name in classes)):
+            raise self._bad_classes(classes)
         self.classes = tuple(classes)
 
     def train(self) -> Examples:
@@ -103,15 +103,22 @@ class CheckedDataset(Dataset):
             raise _bad_class(self._kind, describe_exception(error, self._folder)) from error
         if not isinstance(examples, Examples):
             raise _bad_class(self._kind, f"{subset}() returned {type(examples).__name__}, expected sources.Examples")
+        if examples.labels.dtype != numpy.int64:  # values, not classes
+            return examples
+        if not self.classes:
+            raise self._bad_classes(self.classes)
         wrong = (examples.labels < 0) | (examples.labels >= len(self.classes))
         if wrong.any():
-            index = int(numpy.argmax(wrong))
+            index = int(numpy.argwhere(wrong)[0, 0])
             message = (
-                f"data set {self.name!r}: label {index} of {subset}() is {examples.labels[index]}, "
+                f"data set {self.name!r}: label {index} of {subset}() is {examples.labels[wrong][0]}, "
                 f"expected 0 to {len(self.classes) - 1} for {len(self.classes)} classes"
             )
             raise UsageError("LabelOutOfRange", message, key="source.kind", index=index)
         return examples
+
+    def _bad_classes(self, classes: object) -> UsageError:
+        return _bad_class(self._kind, f"its 'classes' are {classes!r}, expected a tuple of names for integer labels")
 
 
 def _path(table: SourceTable, what: str) -> str:

@@ -33,6 +33,7 @@ def relevant_settings(pipeline: Pipeline, rows: int) -> dict[str, str | int | fl
     table, source = pipeline.training, pipeline.source
     names = ["batch", "micro_batches", "lr", "lr_schedule", "lr_warmup", "shuffle", "augment"]
     names += {"cosine": ["epochs"], "step": ["lr_every", "lr_factor"]}.get(table.lr_schedule, [])
+    names += ["drop_last"] if table.drop_last else []  # earlier versions do not record it
     source_settings = json.dumps(source.settings, sort_keys=True, default=str)
     if len(source_settings) > _SETTINGS_CHARACTERS:
         source_settings = hashlib.sha256(source_settings.encode()).hexdigest()[:16]

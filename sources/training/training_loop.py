@@ -17,6 +17,7 @@ from brokers.errors import RequestError, UsageError
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.training import SourceProgress, TrainingStatus
 from sources.datasets.dataset import Batches, Dataset, split_micro_batches
+from sources.training.run_checks import check_labels, check_micro_batches
 from sources.training.run_settings import learning_rate, relevant_settings, settings_differences
 from sources.training.two_phase_step import MembershipWatcher, Step, StepFailed, StepRunner, TermOver
 
@@ -40,7 +41,7 @@ class TrainingLoop:
     """Trains a pipeline on a data set until its epochs are done or `stop_requested` is set.
 
     `on_event` is called with each event: "step", "evaluation", "resumed", "rolled_back", "failed". Raises what the data
-    set raises.
+    set, `Batches` and `check_labels` raise.
     """
 
     def __init__(
@@ -73,8 +74,12 @@ class TrainingLoop:
             shuffle=self._table.shuffle,
             augment=self._table.augment,
             horizontal_flip=dataset.horizontal_flip,
+            drop_last=self._table.drop_last,
         )
-        self._test_batches = Batches(dataset.test(), self._table.batch, shuffle=False)
+        tests = dataset.test()
+        self._test_batches = Batches(tests, self._table.batch, shuffle=False)
+        for labels in (examples.labels, tests.labels):
+            check_labels(self._table, labels)
         self._settings = relevant_settings(pipeline, len(examples))
         self._version: int | None = None  # that our last step made
         self._consecutive_terms = 0
@@ -102,10 +107,12 @@ class TrainingLoop:
         """Train to the end.
 
         Raises `StepFailed`; `RequestError`: "StagesMissing" if not all stages are up, "CannotTrain"; `UsageError`:
-        "AlreadyTrained" without `resume`, "SettingsChanged" with it; `TermOver` when stopped without a coordinator.
+        "AlreadyTrained" without `resume`, "SettingsChanged" with it, "TooFewRows" in a micro-batch; `TermOver` when
+        stopped without a coordinator.
         """
         term = await self._wait_for_term()
         self.completed_steps = self._first_step(term)
+        check_micro_batches(self._table, len(self._batches.examples), term.min_rows)
         evaluated_step = -1
         while not self.stop_requested.is_set():
             try:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from numpy.typing import NDArray
-
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.worker_registry import PresenceListener
@@ -40,8 +38,7 @@ from brokers.protocol.training import (
     micro_batch_seed,
 )
 from brokers.protocol.transport import Transport
-
-INPUT_TENSOR = "input"  # the first stage has one input, so the network's name for it is not needed
+from sources.datasets.dataset import Inputs, Labels, named_inputs
 
 
 class TermOver(SparseError):
@@ -112,7 +109,7 @@ class Step:
     """
 
     number: int
-    micro_batches: Sequence[tuple[NDArray[Any], NDArray[Any]]]
+    micro_batches: Sequence[tuple[Inputs, Labels]]
     mode: StepMode = "train"
     seed: int = 0
     make_commit_details: Callable[[], Mapping[str, Any]] = dict
@@ -199,7 +196,8 @@ class StepRunner:
             )
             request_id = new_request_id()
             step.index_by_request[request_id] = index
-            input_tensors, label_tensors = {INPUT_TENSOR: from_numpy(inputs)}, {LABELS_TENSOR: from_numpy(labels)}
+            input_tensors = {name: from_numpy(array) for name, array in named_inputs(inputs).items()}
+            label_tensors = {LABELS_TENSOR: from_numpy(labels)}
             if labels_stay:
                 messages = [(last, label_tensors), (first, input_tensors)]
             else:

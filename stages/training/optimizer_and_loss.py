@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from brokers.config.schema import TrainingTable
-from brokers.errors import UsageError
+from brokers.errors import UsageError, WireError
 from brokers.process.import_string import CannotLoad, describe_exception, import_string
 
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
@@ -17,9 +17,30 @@ OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
 }
 # (outputs (B, ...), labels (B, ...)) -> a scalar, the mean over the B rows.
 LossFunction = Callable[[Any, Tensor], Tensor]
+
+
+def _mse_loss(outputs: Any, labels: Tensor) -> Tensor:
+    """The mean squared error of outputs and labels of one shape; (B, 1) and (B,) count as one.
+
+    torch's own function would broadcast (B, 1) and (B,) to (B, B). Raises `WireError` ("BadLabels").
+    """
+    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else ()
+    actual = tuple(labels.shape)
+    rows = shape[:1]
+    if not isinstance(outputs, Tensor) or (shape != actual and {shape, actual} != {rows, (*rows, 1)}):
+        found = f"an output of shape {list(shape)}" if isinstance(outputs, Tensor) else f"{len(outputs)} outputs"
+        message = (
+            f"loss 'mse' needs labels of the shape of the output: the network has {found}, the labels {list(actual)}"
+        )
+        raise WireError("BadLabels", message, expected=shape, actual=actual)
+    if not labels.is_floating_point():
+        raise WireError("BadLabels", f"loss 'mse' needs labels of float32, they are {labels.dtype}")
+    return nn.functional.mse_loss(outputs, labels.reshape(shape))
+
+
 LOSSES: Mapping[str, LossFunction] = {
     "cross_entropy": nn.functional.cross_entropy,
-    "mse": nn.functional.mse_loss,
+    "mse": _mse_loss,
 }
 
 

@@ -65,12 +65,14 @@ class PartTrainer:
     """Trains the part of the pipeline's model that belongs to a worker's stage. All methods run in one thread.
 
     `version` is the number of steps in the weights; None while they are not a version (after a failed restore or
-    commit). `activations` holds the saved forwards by request id; a backward pops its own.
+    commit). `activations` holds the saved forwards by request id; a backward pops its own. `min_rows` is the smallest
+    number of rows of a micro-batch with which the whole network can be trained.
     """
 
     def __init__(self, context: WorkerContext) -> None:
         pipeline = context.pipeline
         self.version: int | None = 0
+        self.min_rows = 1
         self.activations: dict[bytes, SavedForward] = {}
         self._pipeline = pipeline
         self._index = pipeline.part_index(context.stage)
@@ -143,6 +145,9 @@ class PartTrainer:
             names = self._part.input_names
             if len(names) == len(inputs) == 1:  # a single tensor needs no name
                 inputs = {names[0]: next(iter(inputs.values()))}
+            if unknown := [name for name in inputs if name not in names]:  # a mask must not be left out unnoticed
+                message = f"the network has no input {', '.join(unknown)}: its inputs are {', '.join(names)}"
+                raise WireError("UnknownInput", message)
             normalise = self._spec.normalise
             if normalise is not None and {tensor.dtype for tensor in inputs.values()} == {torch.uint8}:
                 inputs = {name: normalise(tensor) for name, tensor in inputs.items()}

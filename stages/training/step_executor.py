@@ -108,6 +108,7 @@ class StepExecutor:
             disconnects=disconnects,
             progress=self.progress,
             pending_forwards=len(self._part_trainer.activations),
+            min_rows=self._part_trainer.min_rows,
         )
 
     async def execute(self, operation: StepOperation) -> None:

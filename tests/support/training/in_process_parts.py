@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.protocol.training import LABELS_TENSOR, MicroBatch, micro_batch_seed
+from sources.datasets.dataset import named_inputs
 from stages.training.part_trainer import MicroBatchMetrics, PartTrainer
 from stages.training.step_queue import ScheduledOp, ScheduleName, operations
 from stages.worker.worker_context import WorkerContext
 from tests.support.environment.checkout import ROOT
 
-StepBatch = Sequence[tuple[Tensor, Tensor]]  # the micro-batches of a step: inputs (B, ...), labels (B)
+# The micro-batches of a step: inputs (B, ...), one or by name, and labels (B, ...).
+StepBatch = Sequence[tuple[Any, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_training_pipeline(
@@ -79,7 +82,9 @@ class InProcessParts:
         rows = sum(len(labels) for _, labels in batch)
         pending: list[list[ScheduledOp]] = [list(operations(schedule, stage, stages, count)) for stage in range(stages)]
         forwards: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(stages)]
-        forwards[0] = {index: {"input": inputs, LABELS_TENSOR: labels} for index, (inputs, labels) in enumerate(batch)}
+        forwards[0] = {
+            index: {**named_inputs(inputs), LABELS_TENSOR: labels} for index, (inputs, labels) in enumerate(batch)
+        }
         gradients: list[dict[int, dict[str, Tensor] | None]] = [{} for _ in range(stages)]
         self._losses = {}
         requests = [index.to_bytes(16, "big") for index in range(count)]
@@ -123,18 +128,27 @@ class InProcessParts:
 class UnsplitTrainer:
     """The unsplit network in an ordinary loop of torch, with its optimizer and loss, and our seeds."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int = 0,
+        loss: Loss = nn.functional.cross_entropy,
+    ) -> None:
         torch.set_num_threads(1)
         self.model = model.train()
         self.optimizer = optimizer
         self.seed = seed
+        self.loss = loss
 
     def train_step(self, number: int, batch: StepBatch) -> list[float]:
         rows = sum(len(labels) for _, labels in batch)
         losses = []
         for index, (inputs, labels) in enumerate(batch):
             torch.manual_seed(micro_batch_seed(self.seed, number, index))
-            loss = nn.functional.cross_entropy(self.model(inputs), labels)
+            outputs = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+            loss = self.loss(outputs, labels)
             torch.autograd.backward([loss * (len(labels) / rows)])
             losses.append(loss.item())
         self.optimizer.step()

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.dispatch.channel import MessageChannel
 from brokers.dispatch.presence import SourceLoad
 from brokers.errors import SparseError, WireError
+from brokers.process.import_string import import_string
 from brokers.protocol.codec import decode
 from brokers.protocol.messages import Message, StepMessage, new_request_id
 from brokers.protocol.safetensors_codec import to_torch
 from brokers.protocol.transport import Delivery
 from sources.client.source_presence import SourcePresence
-from sources.datasets.dataset import Batches, Dataset, split_micro_batches
+from sources.datasets.dataset import Batches, Dataset, map_inputs, split_micro_batches
 from sources.training import training_loop
 from sources.training.training_loop import TrainingEventDict, TrainingLoop
 from stages.training import coordinator
@@ -33,7 +34,7 @@ from tests.support.brokers.broker_kinds import WAIT_S, run_async
 from tests.support.brokers.in_memory import MemoryBroker, MemoryTransport
 from tests.support.training.in_process_parts import UnsplitTrainer, assert_bitwise_equal
 from tests.support.training.striped_images import StripedImages
-from tests.support.training.training_network import CUTS, MODEL, small_network
+from tests.support.training.training_network import CUTS, MODEL
 
 SEED = 3
 STEPS = 8  # of a run: 2 epochs of 96 rows in batches of 24
@@ -141,15 +142,17 @@ class InProcessSource:
 class InProcessPipeline:
     """A pipeline of three stages, or of those that `cuts` make; `training` are keys of its table of this name.
 
+    `model` names the network in the pipeline file.
+
     `messages` are all messages on the broker, in order; `on_message` and `on_event` are called for each of them and for
     each event of a source.
     """
 
-    def __init__(self, folder: Path, *, cuts: Iterable[int] = CUTS, **training: Any) -> None:
+    def __init__(self, folder: Path, *, model: str = MODEL, cuts: Iterable[int] = CUTS, **training: Any) -> None:
         self.hub = MemoryBroker(max_packet_bytes=100_000_000)
         self.folder = folder
         cuts = list(cuts)
-        table = {"name": "lesson", "kind": "training", "model": MODEL, "cuts": cuts, "seed": SEED, "lease_s": 20.0}
+        table = {"name": "lesson", "kind": "training", "model": model, "cuts": cuts, "seed": SEED, "lease_s": 20.0}
         defaults = {"batch": 24, "micro_batches": 3, "epochs": 2, "checkpoint_every": 4, "evaluate_every": 0}
         self.file = Pipeline.model_validate(
             {
@@ -281,16 +284,24 @@ class InProcessPipeline:
     def _train_unsplit(self, order: Iterable[str], datasets: Mapping[str, Dataset]) -> dict[str, Tensor]:
         table = self.file.training
         torch.manual_seed(SEED)
-        model = small_network()
-        trainer = UnsplitTrainer(model, torch.optim.SGD(model.parameters(), lr=table.lr, momentum=0.9), seed=SEED)
+        model = import_string(str(self.file.pipeline.model), self.folder)()
+        optimizer = torch.optim.SGD(model.parameters(), lr=table.lr, momentum=0.9)
+        loss = nn.functional.mse_loss if table.loss == "mse" else nn.functional.cross_entropy
+        trainer = UnsplitTrainer(model, optimizer, seed=SEED, loss=loss)
         steps = dict.fromkeys(datasets, 0)
-        batches = {name: Batches(dataset.train(), table.batch, SEED) for name, dataset in datasets.items()}
+        batches = {
+            name: Batches(dataset.train(), table.batch, SEED, drop_last=table.drop_last)
+            for name, dataset in datasets.items()
+        }
         for name in order:
             inputs, labels = batches[name].batch(steps[name])
             micro_batches = split_micro_batches(inputs, labels, table.micro_batches)
-            trainer.train_step(steps[name], [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in micro_batches])
+            trainer.train_step(
+                steps[name], [(map_inputs(x, torch.from_numpy), torch.from_numpy(y)) for x, y in micro_batches]
+            )
             steps[name] += 1
-        return model.state_dict()
+        state: dict[str, Tensor] = model.state_dict()
+        return state
 
 
 PipelineTest = Callable[[InProcessPipeline], Awaitable[None]]

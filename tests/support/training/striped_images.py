@@ -36,6 +36,16 @@ class StripedImages(Dataset):
         return Examples(pictures, labels.astype(np.int64))
 
 
+class OneHotImages(StripedImages):
+    """Labels as values, float32 (N, CLASSES), for the mean squared error."""
+
+    classes = ()
+
+    def _examples(self, count: int, seed: int) -> Examples:
+        examples = super()._examples(count, seed)
+        return Examples(examples.inputs, np.eye(CLASSES, dtype=np.float32)[examples.labels])
+
+
 class ExtraClassImages(StripedImages):
     """Has one more class than the network."""
 

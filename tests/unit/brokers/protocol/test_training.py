@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from brokers.errors import WireError
 from brokers.protocol.messages import JSON_INTEGER_LIMIT
-from brokers.protocol.training import MICRO_BATCH_LIMIT, ROWS_LIMIT, SEED_LIMIT, MicroBatch, StepMode, micro_batch_seed
+from brokers.protocol.training import (
+    MICRO_BATCH_LIMIT,
+    ROWS_LIMIT,
+    SEED_LIMIT,
+    MicroBatch,
+    StepMode,
+    TrainingStatus,
+    micro_batch_seed,
+)
 from tests.support.errors import raises_error
 
 MICRO = MicroBatch(step="0123456789abcdef" * 2, term=1, index=2, count=4, rows=64, number=7, seed=3)
@@ -144,3 +153,11 @@ def test_micro_batches_have_different_seeds() -> None:
 def test_seeds_never_change_between_versions() -> None:
     assert micro_batch_seed(0, 0, 0) == 5_346_321_772_774_276_043
     assert micro_batch_seed(5, 7, 3) == 2_423_352_232_263_666_964
+
+
+def test_smallest_micro_batch_of_a_status_has_a_row() -> None:
+    assert TrainingStatus.model_validate({"term": 1}).min_rows == 1  # of earlier versions
+    assert TrainingStatus.model_validate_json(TrainingStatus(min_rows=2).model_dump_json()).min_rows == 2
+    for wrong in (0, -1, ROWS_LIMIT, "x", None):
+        with pytest.raises(ValidationError, match="min_rows"):
+            TrainingStatus.model_validate({"min_rows": wrong})

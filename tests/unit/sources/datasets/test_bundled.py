@@ -61,6 +61,16 @@ class Letters(Waves):
     classes: Any = "ab"
 
 
+class Values(Nameless):
+    def train(self) -> Examples:
+        return Examples(numpy.zeros((2, 8), numpy.float32), numpy.array([-1.5, 70], numpy.float32))
+
+
+class Sequences(Waves):
+    def train(self) -> Examples:
+        return Examples(labels(7, 8), numpy.array([[0, 1], [1, 2]], numpy.int64))
+
+
 class NotADataset:
     name = "x"
 
@@ -77,13 +87,32 @@ def make(table: dict[str, Any], folder: Path = Path()) -> Dataset:
         (numpy.zeros((3, 4), numpy.uint8), labels(0, 1, 2), "BadArray", r"uint8 \[3, 4\], expected uint8 \(N, C, H, W"),
         (numpy.zeros((3, 4)), labels(0, 1, 2), "BadArray", r"the inputs of a data set are float64 \[3, 4\]"),
         (numpy.float32(1), labels(0), "BadArray", r"the inputs of a data set are float32 \[\]"),
-        (numpy.zeros((1, 4), numpy.float32), numpy.zeros(1), "BadArray", r"labels .* float64 \[1\], expected int64"),
-        (numpy.zeros((1, 4), numpy.float32), labels(0)[None], "BadArray", r"labels of a data set are int64 \[1, 1\]"),
+        (numpy.zeros((1, 4), numpy.float32), numpy.zeros(1), "BadArray", r"labels .* float64 \[1\], expected int64 or"),
+        (
+            numpy.zeros((1, 4), numpy.float32),
+            labels(0)[0],
+            "BadArray",
+            r"labels of a data set are int64 \[\], expected",
+        ),
+        ({}, labels(0), "BadArray", "the inputs of a data set are an empty dict"),
+        ({"x": numpy.zeros(2)}, labels(0, 1), "BadArray", r"the inputs 'x' of a data set are float64 \[2\]"),
+        ({"sparse.labels": labels(0)}, labels(0), "BadArray", "a name that does not begin with 'sparse.'"),
+        ({"": labels(0)}, labels(0), "BadArray", "the inputs '' of a data set: expected a name"),
+        ({"a": labels(0), "b": labels(0, 1)}, labels(0), "CountsDiffer", "with 2 inputs 'b' has 1 labels"),
     ],
 )
 def test_invalid_examples_raise_usage_error(inputs: Any, targets: Any, code: str, text: str) -> None:
     with raises_error(UsageError, code, match=text):
         Examples(inputs, targets)
+
+
+def test_integers_and_values_of_any_shape_are_examples() -> None:
+    inputs = {"ids": labels(1, 2), "mask": numpy.ones((2, 5), numpy.bool_), "x": numpy.zeros((2, 3), numpy.float32)}
+    examples = Examples(inputs, numpy.zeros((2, 7), numpy.float32))
+    first = examples.first(1)
+    assert len(first) == 1
+    assert {name: array.shape for name, array in first.inputs.items()} == {"ids": (1,), "mask": (1, 5), "x": (1, 3)}
+    assert Examples(labels(5), labels(0)[None]).labels.shape == (1, 1)
 
 
 def test_digits_are_balanced_pictures_with_a_fixed_split() -> None:
@@ -160,6 +189,7 @@ def test_own_class_gets_its_settings_and_is_cut_to_the_limit() -> None:
         ({"kind": f"{MODULE}:Letters"}, "BadSourceClass", "its 'classes' are 'ab', expected a tuple of names"),
         ({"kind": f"{MODULE}:Tuples"}, "BadSourceClass", r"train\(\) returned tuple, expected sources.Examples"),
         ({"kind": f"{MODULE}:Waves", "settings": {"wrong": 2}}, "LabelOutOfRange", r"label 3 of train\(\) is 2, expec"),
+        ({"kind": f"{MODULE}:Sequences"}, "LabelOutOfRange", r"label 1 of train\(\) is 2, expected 0 to 1"),
         ({"kind": f"{MODULE}:Waves", "settings": {"wrong": -1}}, "LabelOutOfRange", r"label 3 of train\(\) is -1"),
     ],
 )
@@ -172,6 +202,10 @@ def test_wrong_data_set_raises_usage_error(table: dict[str, Any], code: str, tex
 def test_exception_of_an_own_class_is_reported_with_its_line() -> None:
     with raises_error(UsageError, "BadSourceClass", match=r"ZeroDivisionError: no waves \(test_bundled.py, line \d+"):
         make({"kind": f"{MODULE}:Waves"}).test()
+
+
+def test_labels_that_are_values_need_no_classes() -> None:
+    assert make({"kind": f"{MODULE}:Values"}).train().labels.tolist() == [-1.5, 70]
 
 
 class Pictures(Waves):

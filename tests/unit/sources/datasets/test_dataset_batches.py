@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from brokers.errors import UsageError
-from sources.datasets.dataset import Batches, Examples, split_micro_batches
+from sources.datasets.dataset import Batches, Examples, smallest_micro_batch, split_micro_batches
 from tests.support.errors import raises_error
 
 SIDE = 16
@@ -105,6 +105,34 @@ def find_change(picture: NDArray[numpy.uint8], original: NDArray[numpy.uint8]) -
     raise AssertionError("the picture was not made from its original")
 
 
+@given(count=st.integers(1, 60), batch=st.integers(1, 60), epoch=st.integers(0, 3))
+def test_last_batch_is_left_out_if_it_is_smaller(count: int, batch: int, epoch: int) -> None:
+    if count < batch:
+        with raises_error(UsageError, "NoBatches", match=rf"has {count} rows, expected at least batch = {batch}"):
+            Batches(examples(count), batch, drop_last=True)
+        return
+    batches = Batches(examples(count), batch, 7, drop_last=True)
+    order = epoch_order(batches, epoch)
+    assert batches.steps_per_epoch == count // batch
+    assert len(set(order)) == len(order) == batches.steps_per_epoch * batch
+    assert order == epoch_order(Batches(examples(count), batch, 7), 0)[: len(order)] or epoch > 0
+
+
+def test_several_inputs_are_shuffled_and_split_together() -> None:
+    ids = numpy.arange(11) + (1 << 62)
+    batches = Batches(Examples({"ids": ids, "mask": ids % 2 == 0}, numpy.arange(11)), 4, 1)
+    inputs, labels = batches.batch(1)
+    assert (inputs["ids"] - (1 << 62)).tolist() == labels.tolist()
+    parts = split_micro_batches(inputs, labels, 3)
+    assert [len(part[1]) for part in parts] == [2, 1, 1]
+    for part, targets in parts:
+        assert part["ids"].dtype == numpy.int64
+        assert (part["ids"] - (1 << 62)).tolist() == targets.tolist()
+        assert part["mask"].tolist() == (targets % 2 == 0).tolist()
+    with raises_error(UsageError, "CannotAugment", match=r"inputs of this data set are \['ids', 'mask'\]"):
+        Batches(batches.examples, 4, augment=True)
+
+
 def test_inputs_that_are_not_pictures_cannot_be_augmented() -> None:
     readings = Examples(numpy.zeros((5, 8), numpy.float32), numpy.zeros(5, numpy.int64))
     assert Batches(readings, 2).batch(0)[0].shape == (2, 8)
@@ -120,5 +148,6 @@ def test_micro_batches_split_a_batch_in_order_and_evenly(rows: int, count: int) 
     assert len(parts) == min(rows, count)
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= 1
+    assert smallest_micro_batch(rows, count) == (min(sizes), sizes.index(min(sizes)))
     assert numpy.array_equal(numpy.concatenate([part[0] for part in parts]), inputs)
     assert numpy.array_equal(numpy.concatenate([part[1] for part in parts]), labels)

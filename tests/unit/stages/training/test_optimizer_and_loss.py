@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from brokers.config.schema import TrainingTable
-from brokers.errors import UsageError
+from brokers.errors import UsageError, WireError
 from stages.training.optimizer_and_loss import find_loss, make_optimizer
 from tests.support.environment.checkout import ROOT
 from tests.support.errors import raises_error
@@ -60,8 +60,30 @@ def test_factory_must_return_an_optimizer(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_loss_is_found_by_name_or_import_string() -> None:
-    assert find_loss(table(loss="mse"), str(ROOT)) is nn.functional.mse_loss
+    assert find_loss(table(loss="cross_entropy"), str(ROOT)) is nn.functional.cross_entropy
     assert find_loss(table(loss="torch.nn.functional:l1_loss"), str(ROOT)) is nn.functional.l1_loss
     with raises_error(UsageError, "BadTrainingConfig") as caught:
         find_loss(table(loss="cross-entropy"), str(ROOT))
     assert caught.value.key == "training.loss"
+
+
+@pytest.mark.parametrize(("output", "labels"), [((4, 1), (4,)), ((4,), (4, 1)), ((4, 3), (4, 3)), ((1, 1), (1,))])
+def test_mean_squared_error_pairs_each_output_with_its_label(output: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    outputs, targets = torch.rand(output), torch.rand(labels)
+    expected = nn.functional.mse_loss(outputs.reshape(-1), targets.reshape(-1))
+    assert find_loss(table(loss="mse"), str(ROOT))(outputs, targets) == expected
+
+
+@pytest.mark.parametrize(
+    ("output", "labels", "message"),
+    [
+        (torch.zeros(4, 3), torch.zeros(4), r"the network has an output of shape \[4, 3\], the labels \[4\]$"),
+        (torch.zeros(4, 1), torch.zeros(3), r"an output of shape \[4, 1\], the labels \[3\]$"),
+        (torch.zeros(4, 1, 1), torch.zeros(4), r"an output of shape \[4, 1, 1\], the labels \[4\]$"),
+        ({"a": torch.zeros(4), "b": torch.zeros(4)}, torch.zeros(4), r"the network has 2 outputs, the labels \[4\]$"),
+        (torch.zeros(4), torch.zeros(4, dtype=torch.int64), "labels of float32, they are torch.int64"),
+    ],
+)
+def test_mean_squared_error_refuses_labels_of_another_shape_or_kind(output: Any, labels: Any, message: str) -> None:
+    with raises_error(WireError, "BadLabels", match=message):
+        find_loss(table(loss="mse"), str(ROOT))(output, labels)
