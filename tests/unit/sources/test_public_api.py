@@ -11,7 +11,7 @@ import sources
 
 
 def test_exported_names_are_these() -> None:
-    assert sources.__all__ == ["Dataset", "Examples", "Offloader", "Sample", "Source"]
+    assert sources.__all__ == ["Dataset", "Examples", "Offloader", "Sample", "Source", "nest_results"]
     for name in sources.__all__:
         exported = getattr(sources, name)
         assert exported.__name__ == name

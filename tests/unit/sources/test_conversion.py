@@ -1,0 +1,53 @@
+"""Results of a network at the caller: the dicts and lists that it returned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sources import nest_results
+from stages.partition.named_values import pack_result
+
+ONE, TWO, THREE = (torch.full((2,), float(value)) for value in (1, 2, 3))
+
+
+@dataclass
+class Detections:
+    boxes: Tensor
+    levels: list[Tensor]
+
+
+class State(NamedTuple):
+    hidden: Tensor
+    cell: Tensor
+
+
+@pytest.mark.parametrize(
+    ("returned", "restored"),
+    [
+        (ONE, 1.0),
+        ((ONE, TWO), [1.0, 2.0]),
+        ({"a": ONE, "b": {"c": TWO, "d": [THREE, ONE]}}, {"a": 1.0, "b": {"c": 2.0, "d": [3.0, 1.0]}}),
+        (Detections(ONE, [TWO, THREE]), {"boxes": 1.0, "levels": [2.0, 3.0]}),
+        ((ONE, State(TWO, THREE)), [1.0, [2.0, 3.0]]),
+        ({"mean": ONE, "count": 7, "absent": None}, {"mean": 1.0, "count": 7.0}),
+        ([[ONE], [{"x": TWO}]], [[1.0], [{"x": 2.0}]]),
+    ],
+)
+def test_nested_results_are_restored(returned: object, restored: object) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in pack_result(returned).items()}
+    assert first_values(nest_results(arrays)) == restored
+
+
+def first_values(value: Any) -> object:
+    """Replace the arrays of a nested value by their first elements."""
+    if isinstance(value, dict):
+        return {key: first_values(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [first_values(item) for item in value]
+    return float(np.ravel(value)[0])
