@@ -24,7 +24,7 @@ def command(
     """
     pipeline = load_pipeline(file)
     with add_error_context(pipeline):
-        from stages.partition.cut_sizes import measure_cuts, rows_per_message
+        from stages.loading.cut_sizes import measure_cuts, rows_per_message
 
         cuts = measure_cuts(pipeline, every=every)
     if json:

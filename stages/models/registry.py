@@ -5,7 +5,9 @@
     torchvision:NAME               a classifier of torchvision.models; the five most likely classes
     package.module:factory         the user's; called with the settings, it returns a module or a list of modules
 
-A factory may have an attribute `input_shape`, the shape of one request's input, with which stages can batch requests.
+A factory may have an attribute `input_shape`, the shape of one request's float32 input, or `example_inputs`: a tensor,
+a dict of tensors by argument name, or a function without arguments that returns these. With these inputs the parts of
+the network are compared with the whole.
 """
 
 import difflib
@@ -13,7 +15,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -34,6 +36,7 @@ YOLO_MODELS = ("yolov3", "yolov3-tiny")
 SMALL_VGG_MODELS = ("vgg11-small", "vgg13-small", "vgg16-small", "vgg19-small")
 
 ImageSize = tuple[int, int]  # (width, height) in pixels
+ExampleInputs = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class ModelSpec:
     """A model by name.
 
     `input_name`: the name of the one input of an unsplit model. `input_shape`: the shape of one request's input, such
-    as (1, C, H, W); None if unknown. Models of pictures also have
+    as (1, C, H, W); None if unknown. `example_inputs`: as a factory of the user declares them. `settings`, `folder`:
+    the arguments of its factory, and where its module may be. Models of pictures also have
 
     * `preprocess`: a picture, uint8 (H, W, 3) -> the input, float32 (1, 3, H_in, W_in);
     * `postprocess`: the named outputs for one picture, and the size of that picture -> the result;
@@ -60,9 +64,36 @@ class ModelSpec:
     build: Callable[[], nn.Module]
     input_name: str = "input"
     input_shape: tuple[int, ...] | None = None
+    example_inputs: ExampleInputs | Callable[[], ExampleInputs] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    folder: str = ""
     preprocess: Callable[[RgbImage], Tensor] | None = None
     postprocess: Callable[[Mapping[str, Tensor], ImageSize], Prediction] | None = None
     normalise: Callable[[Tensor], Tensor] | None = None
+
+    def make_example(self) -> Mapping[str, Tensor] | None:
+        """Return inputs of one request by name; None if none are known. Raises `UsageError` "BadModel"."""
+        declared = self.example_inputs
+        if callable(declared):
+            try:
+                declared = declared()
+            except Exception as error:
+                raise _model_error(self.name, f"`example_inputs`: {describe_exception(error, self.folder)}") from error
+        if isinstance(declared, Tensor):
+            return {self.input_name: declared}
+        if isinstance(declared, Mapping) and declared and all(isinstance(each, Tensor) for each in declared.values()):
+            return declared
+        if declared is not None:
+            problem = f"`example_inputs` is a {type(declared).__name__}, expected a tensor or a dict of tensors"
+            raise _model_error(self.name, problem)
+        if self.input_shape is None:
+            return None
+        return {self.input_name: random_tensor(self.input_shape)}
+
+
+def random_tensor(shape: Sequence[int]) -> Tensor:
+    """Return normally distributed numbers, float32, the same ones for the same shape."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
 
 
 def get_model_spec(
@@ -153,6 +184,7 @@ def _small_vgg(name: str, settings: Mapping[str, Any], labels: Sequence[str]) ->
         name,
         build=partial(_build, factory, name, settings),
         input_shape=(1, 3, INPUT_SIZE_PX, INPUT_SIZE_PX),
+        settings=settings,
         preprocess=partial(resize_and_normalise, width=INPUT_SIZE_PX, height=INPUT_SIZE_PX, normalise=scale),
         postprocess=partial(_postprocess_classes, model=name, labels=class_names),
         normalise=scale,
@@ -181,12 +213,17 @@ def _torchvision(name: str, settings: Mapping[str, Any], labels: Sequence[str]) 
         interpolation=preset.interpolation.value,
     )
     # These two were trained with another normalisation; with `transform_input` they convert from the usual one.
-    extra = {"transform_input": True, "init_weights": True} if short in ("googlenet", "inception_v3") else {}
+    extra: dict[str, Any] = {}
+    if short in ("googlenet", "inception_v3"):
+        extra = {"transform_input": True, "init_weights": True}
+    elif short.startswith("vit_"):  # they accept one size, by default 224, where vit_h_14 was trained on 518
+        extra = {"image_size": crop}
     class_names = _class_names(name, settings, labels, tuple(trained.meta["categories"]))
     return ModelSpec(
         name,
         build=partial(_build, partial(models.get_model, short, weights=None, **extra), name, settings),
         input_shape=(1, 3, crop, crop),
+        settings=settings,
         preprocess=preprocess,
         postprocess=partial(_postprocess_classes, model=name, labels=class_names),
         normalise=partial(normalise, mean=preset.mean, std=preset.std),
@@ -202,8 +239,14 @@ def _from_factory(address: str, settings: Mapping[str, Any], folder: str) -> Mod
         raise _model_error(address, f"expected a function that returns a module, found {type(factory).__name__}")
     _check_settings(address, factory, settings)
     shape = getattr(factory, "input_shape", None)
-    build = partial(_build, factory, address, settings, folder)
-    return ModelSpec(address, build, input_shape=None if shape is None else tuple(shape))
+    return ModelSpec(
+        address,
+        build=partial(_build, factory, address, settings, folder),
+        input_shape=None if shape is None else tuple(shape),
+        example_inputs=getattr(factory, "example_inputs", None),
+        settings=settings,
+        folder=folder,
+    )
 
 
 def _check_settings(name: str, factory: Callable[..., object], settings: Mapping[str, Any]) -> None:

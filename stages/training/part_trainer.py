@@ -10,6 +10,7 @@ one thread of one kind of CPU. Four rules make it so:
 * The forward changes the statistics of batch norms; an aborted step restores them.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +20,16 @@ from torch import Tensor, nn
 
 from brokers.errors import SparseError, WireError
 from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_LIMIT, RNG_STATE_TENSOR, MicroBatch
+from stages.loading.part_loader import TrainablePart, load_trainable_part
+from stages.loading.weights_file import find_weights
 from stages.models.registry import pipeline_model_spec
-from stages.partition.part_loader import find_weights, load_trainable_part
-from stages.partition.partition import Part, fingerprint
+from stages.partition.boundary import convert_float, is_differentiable, restore_order
+from stages.partition.partition import fingerprint
 from stages.training.optimizer_and_loss import find_loss, make_optimizer
 from stages.training.step_queue import unknown_forward_error
 from stages.worker.worker_context import WorkerContext
+
+log = logging.getLogger(__name__)
 
 _MODEL_PREFIX = "model/"
 _OPTIMIZER_PREFIX = "optimizer/"
@@ -81,25 +86,32 @@ class PartTrainer:
         self._threads = context.threads
         self._folder = str(pipeline.folder)
         self._spec = pipeline_model_spec(pipeline)
+        self._initial_lr = pipeline.training.lr
         self._loss = find_loss(pipeline.training, self._folder)
         self._initial_buffers: dict[str, Tensor] | None = None  # as they were when the step began
-        self._part: Part
-        self._evaluation_part: Part | None
+        self._parts: TrainablePart
+
+    @property
+    def _module(self) -> nn.Module:
+        return self._parts.training.module
 
     def start(self) -> str:
         """Build version 0; return the fingerprint of the part and its training recipe."""
         torch.set_num_threads(self._threads)
         self._build()
+        self.min_rows = self._parts.min_rows
+        if not self._parts.is_exact:
+            log.info("the parts add up gradients in another order than the unsplit network: they differ by rounding")
         recipe = self._pipeline.training.model_dump_json(include={"optimizer", "settings", "loss"})
-        return fingerprint(self._part, extra=recipe)
+        return fingerprint(self._parts.training, extra=recipe)
 
     def _build(self) -> None:
         table = self._pipeline.pipeline
         weights = find_weights(table.weights, self._pipeline.folder) if table.weights else None
-        self._part, self._evaluation_part = load_trainable_part(
-            self._spec, table.cuts, self._index, weights, table.seed, self._device
-        )
-        self._optimizer = make_optimizer(self._pipeline.training, self._part.parameters(), self._folder)
+        self._parts = load_trainable_part(self._spec, table.cuts, self._index, weights, table.seed, self._device)
+        self._optimizer = make_optimizer(self._pipeline.training, self._module.parameters(), self._folder)
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        self._group_lrs = [float(group["lr"]) for group in groups]  # all are scaled as `training.lr` is
         self.version = 0
 
     def forward(
@@ -114,10 +126,10 @@ class PartTrainer:
         labels = tensors.pop(LABELS_TENSOR, None)
         random_state = tensors.pop(RNG_STATE_TENSOR, None)
         training = micro_batch.mode == "train"
-        part = self._part if training or self._evaluation_part is None else self._evaluation_part
-        part.train(training)
+        part = self._parts.training if training else self._parts.evaluation
+        part.set_mode()
         if training and self._initial_buffers is None:
-            self._initial_buffers = {name: buffer.clone() for name, buffer in part.named_buffers()}
+            self._initial_buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
         inputs = self._prepare_inputs(tensors, training)
         random = _RandomState(self._device, micro_batch.seed, random_state)
         metrics = None
@@ -142,7 +154,7 @@ class PartTrainer:
     def _prepare_inputs(self, tensors: Mapping[str, Tensor], training: bool) -> dict[str, Tensor]:
         inputs = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         if self._index == 0:
-            names = self._part.input_names
+            names = self._parts.training.input_names
             if len(names) == len(inputs) == 1:  # a single tensor needs no name
                 inputs = {names[0]: next(iter(inputs.values()))}
             if unknown := [name for name in inputs if name not in names]:  # a mask must not be left out unnoticed
@@ -151,9 +163,11 @@ class PartTrainer:
             normalise = self._spec.normalise
             if normalise is not None and {tensor.dtype for tensor in inputs.values()} == {torch.uint8}:
                 inputs = {name: normalise(tensor) for name, tensor in inputs.items()}
+            layouts = self._parts.training.layouts
+            inputs = {name: convert_float(tensor, layouts.get(name)) for name, tensor in inputs.items()}
         elif training:
             for tensor in inputs.values():
-                tensor.requires_grad_(tensor.is_floating_point())
+                tensor.requires_grad_(is_differentiable(tensor))
         return inputs
 
     def _compute_loss(
@@ -188,7 +202,10 @@ class PartTrainer:
                     expected, actual = tuple(output.shape), tuple(gradients[name].shape)
                     message = f"the gradient of {name!r} must have shape {list(expected)}, it has {list(actual)}"
                     raise WireError("BadGradient", message, name=name, expected=expected, actual=actual)
-            output_gradients = [gradients[name].clone().to(self._device) for name in outputs]
+            layouts = self._parts.training.gradient_layouts
+            output_gradients = [
+                restore_order(gradients[name].clone().to(self._device), layouts.get(name)) for name in outputs
+            ]
         if outputs:
             torch.autograd.backward(list(outputs.values()), output_gradients)
         return {name: tensor.grad for name, tensor in saved.inputs.items() if tensor.grad is not None}
@@ -200,8 +217,8 @@ class PartTrainer:
         version = self.version + 1
         self.version = None  # until the optimizer is done, the weights are not a version
         if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
+            for group, initial_lr in zip(self._optimizer.param_groups, self._group_lrs, strict=True):
+                group["lr"] = lr if initial_lr == self._initial_lr else initial_lr * (lr / self._initial_lr)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         self._initial_buffers = None
@@ -215,14 +232,14 @@ class PartTrainer:
             self._optimizer.zero_grad(set_to_none=True)
         if self._initial_buffers is not None:
             with torch.no_grad():
-                for name, buffer in self._part.named_buffers():
+                for name, buffer in self._module.named_buffers():
                     buffer.copy_(self._initial_buffers[name])
             self._initial_buffers = None
 
     def weights(self) -> dict[str, Tensor]:
         """Copy the part's state as of its version, on the CPU, with the names of the unsplit network."""
         initial_buffers = self._initial_buffers or {}  # a step in progress changes buffers
-        state = self._part.state_dict()
+        state = self._module.state_dict()
         return {name: initial_buffers.get(name, tensor).detach().cpu().clone() for name, tensor in state.items()}
 
     def checkpoint_tensors(self, number: int) -> dict[str, Tensor]:
@@ -248,7 +265,7 @@ class PartTrainer:
         self._build()
         self.version = None  # until everything is loaded, the weights are not a version
         if tensors is not None:
-            self._part.load_state_dict(model_state_dict(tensors))
+            self._module.load_state_dict(model_state_dict(tensors))
             self._restore_optimizer(tensors)
         self.version = number
 
@@ -264,7 +281,7 @@ class PartTrainer:
                 }
 
     def _trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self._part.named_parameters() if parameter.requires_grad]
+        return [(name, parameter) for name, parameter in self._module.named_parameters() if parameter.requires_grad]
 
 
 def model_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

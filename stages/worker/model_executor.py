@@ -1,7 +1,5 @@
 """A part of a model as a `TaskExecutor`: pictures or tensors in, activations or detections out."""
 
-from dataclasses import replace
-
 import torch
 
 from brokers.errors import BadPayload, UsageError
@@ -9,14 +7,16 @@ from brokers.process.image_decode import RgbImage, decode_picture
 from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, BinaryContent, Content
 from brokers.protocol.safetensors_codec import to_numpy, to_torch
 from stages.executor import Node, TaskContext, TaskExecutor, Tensors
+from stages.loading.part_loader import load_part
+from stages.loading.weights_file import find_weights
 from stages.models.registry import pipeline_model_spec
-from stages.partition.boundary import value_name
-from stages.partition.part_loader import find_weights, load_part
+from stages.partition.named_values import value_name
 from stages.partition.partition import Part, fingerprint
 from stages.worker.worker_context import WorkerContext
 
 # Name of the tensor that is a decoded picture, uint8 (H, W, 3), RGB; all other names are those of the network.
 PICTURE = "picture"
+_FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 
 def resolve_device(device: str) -> str:
@@ -55,17 +55,14 @@ class ModelExecutor(TaskExecutor):
         torch.set_num_threads(self._threads)
         table = self._pipeline.pipeline
         weights = find_weights(table.weights, self._pipeline.folder) if table.weights else None
-        # Whether rows may be batched is determined by a run on meta tensors, which imports more of torch, for a second:
-        # only where batches are asked for.
-        spec = self._spec if self._stage.max_batch > 1 else replace(self._spec, input_shape=None)
-        self._part = load_part(spec, table.cuts, self._index, weights, table.seed, self._device)
+        max_batch = max(stage.max_batch for stage in self._pipeline.stage if stage.executor is None)
+        self._part = load_part(
+            self._spec, table.cuts, self._index, weights, table.seed, self._device, max_batch=max_batch
+        )
         self.batchable = self._part.batchable
         self.fingerprint = fingerprint(self._part)
         accepts_pictures = self._is_first and self._spec.preprocess is not None and len(self._part.input_names) == 1
         self.formats = (SAFETENSORS, JPEG, PNG) if accepts_pictures else (SAFETENSORS,)
-        if self._device.type == "cpu":
-            # oneDNN's convolutions are 1.1 to 1.7 times faster with channels innermost (tests/bench/layout.py).
-            self._part.to(memory_format=torch.channels_last)
 
     def prepare(self, content: Content, task: TaskContext) -> Tensors:
         """Return the part's inputs: a picture is decoded and preprocessed, a half-precision activation widened."""
@@ -84,16 +81,13 @@ class ModelExecutor(TaskExecutor):
                 problem = f"stage {self._stage.name!r} expects {sorted(names)}, got {sorted(tensors)}"
                 raise BadPayload("tensors", problem)
             tensors = {names[0]: next(iter(tensors.values()))}  # a single tensor needs no name
-        return {
-            name: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-            for name, tensor in tensors.items()
-        }
+        return {name: self._widen(name, tensor) for name, tensor in tensors.items()}
 
     @torch.inference_mode()
     def execute(self, tensors: Tensors, task: TaskContext) -> Tensors:
         """Run the forward of the part; on a GPU with pinned copies both ways, and one synchronisation at the end."""
         if self._device.type == "cpu":
-            return self._part(tensors)  # type: ignore[no-any-return]
+            return self._part(tensors)
         inputs = {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in tensors.items()}
         outputs = {name: _copy_to_host(tensor) for name, tensor in self._part(inputs).items()}
         torch.cuda.current_stream(self._device).synchronize()
@@ -114,6 +108,13 @@ class ModelExecutor(TaskExecutor):
             for name, tensor in tensors.items()
         }
 
+    def _widen(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Convert a tensor to the float dtype that the part expects: on the wire it may have half the precision."""
+        layout = self._part.layouts.get(name)
+        expected: torch.dtype = getattr(torch, layout.dtype) if layout else torch.float32
+        is_convertible = tensor.dtype in _FLOAT_DTYPES and expected in _FLOAT_DTYPES
+        return tensor.to(expected) if is_convertible else tensor
+
     def _preprocess(self, picture: RgbImage, task: TaskContext) -> Tensors:
         """Convert a picture, uint8 (H, W, 3), to the network's input; its size travels on with the request."""
         if picture.dtype != "uint8" or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
@@ -123,7 +124,7 @@ class ModelExecutor(TaskExecutor):
             raise BadPayload("picture", f"stage {self._stage.name!r} of {self._spec.name} does not accept pictures")
         height, width, _ = picture.shape
         task.metadata[PICTURE] = f"{width}x{height}"
-        return {self._part.input_names[0]: self._spec.preprocess(picture)}
+        return {name: self._widen(name, self._spec.preprocess(picture)) for name in self._part.input_names}
 
 
 def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
     python -m tests.bench.layout
 
-One thread, batch 1, both layouts in turns, medians. `stages.worker.model_executor` uses channels last because of ratios
+One thread, batch 1, both layouts in turns, medians. `stages.loading.part_loader` uses channels last because of ratios
 below 1.0.
 """
 

@@ -26,8 +26,8 @@ import torch
 from brokers.server.local_broker import BrokerKind, start_broker
 from sources import Offloader
 from sources.conversion import to_content
+from stages.loading.part_loader import load_part
 from stages.models.registry import get_model_spec
-from stages.partition.part_loader import load_part
 from tests.bench.harness.output import add_broker_option, make_parser, print_json, print_table
 from tests.bench.harness.processes import start_stages
 
@@ -73,7 +73,7 @@ def solo_forward_ms(cuts: Sequence[int]) -> list[float]:
     values = {spec.input_name: torch.rand(INPUT_SHAPE)}
     times_ms = []
     for index in range(len(cuts) + 1):
-        part = load_part(spec, cuts, index, None, 0, "cpu").to(memory_format=torch.channels_last)
+        part = load_part(spec, cuts, index, None, 0, "cpu")
         inputs = {part.input_names[0]: next(iter(values.values()))}
         runs_ms = []
         with torch.inference_mode():

@@ -38,7 +38,7 @@ def test_image_has_runtime_packages_only(image: str) -> None:
 
 
 def test_image_includes_the_weights_of_the_demo(image: str) -> None:
-    code = "from stages.partition.part_loader import find_weights; print(find_weights('yolov3-tiny').stat().st_size)"
+    code = "from stages.loading.weights_file import find_weights; print(find_weights('yolov3-tiny').stat().st_size)"
     options = ("--rm", "--network", "none", "--read-only", "--entrypoint", "python3")
     assert docker("run", *options, image, "-c", code).strip() == "35434956"
 

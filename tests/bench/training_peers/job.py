@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from stages.loading.part_loader import load_trainable_part
 from stages.models.registry import get_model_spec
-from stages.partition.part_loader import load_trainable_part
 from stages.partition.partition import Part
 from stages.training.step_queue import ScheduleName
 
@@ -63,7 +63,7 @@ class TrainingJob:
 
     def build_part(self, index: int) -> Part:
         """A part of the network, in the state in which our workers begin."""
-        return load_trainable_part(get_model_spec(self.model), self.cuts, index, None, 0, "cpu")[0]
+        return load_trainable_part(get_model_spec(self.model), self.cuts, index, None, 0, "cpu").training
 
     def build_optimizer(self, part: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(part.parameters(), lr=self.lr, momentum=self.momentum)

@@ -33,6 +33,7 @@ class SingleTensorPart(nn.Module):
     def __init__(self, part: Part) -> None:
         super().__init__()
         self.part = part
+        self.state = part.module  # whose parameters the optimizer changes
         (self.input_name,) = part.input_names
         (self.output_name,) = part.output_names
 

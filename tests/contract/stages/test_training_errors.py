@@ -51,7 +51,7 @@ def test_weights_that_are_not_finite_are_rolled_back(tmp_path: Path) -> None:
         await pipeline.train()
 
         def break_weights(event: Any) -> None:
-            for parameter in pipeline.workers[1].part_trainer._part.parameters():
+            for parameter in pipeline.workers[1].part_trainer._module.parameters():
                 parameter.data.fill_(float("inf"))
 
         pipeline.on_event = break_weights

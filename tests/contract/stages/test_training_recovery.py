@@ -146,7 +146,7 @@ def test_memory_of_a_rolled_back_term_is_not_a_version(tmp_path: Path) -> None:
         frozen = pipeline.active_worker(1)
         frozen.executor.restored_term -= 1  # the others have rolled back since, and trained up to this number again
         with torch.no_grad():
-            for parameter in frozen.part_trainer._part.parameters():
+            for parameter in frozen.part_trainer._module.parameters():
                 parameter.add_(1.0)
         term = frozen.term
         await pipeline.replace_worker(2)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from brokers.errors import SparseError
 from brokers.protocol.safetensors_codec import from_numpy, pack
-from stages.partition.part_loader import find_weights
+from stages.loading.weights_file import find_weights
 from tests.support.environment.external_programs import require_dependency, skip_or_fail
 from tests.support.pipelines.ingress_pipeline import IngressPipeline
 from tests.support.pipelines.pipeline_files import write_pipeline_file

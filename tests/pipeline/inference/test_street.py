@@ -15,7 +15,7 @@ from PIL import Image
 from brokers.errors import SparseError
 from brokers.server.mosquitto_conf import find_mosquitto
 from sources.inputs.video import find_video
-from stages.partition.part_loader import find_weights
+from stages.loading.weights_file import find_weights
 from tests.support.environment.checkout import ROOT
 from tests.support.environment.external_programs import require_broker, skip_or_fail
 from tests.support.pipelines.processes import CommandResult, process_sandbox

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from brokers.errors import SparseError
+from stages.loading.weights_file import find_weights
 from stages.models.darknet import NORM_MOMENTUM, Convolutional, Darknet
 from stages.models.yolo_postprocess import Detections
-from stages.partition.part_loader import find_weights
 from tests.support.environment.external_programs import require_dependency
 
 FloatArray = npt.NDArray[np.float32]

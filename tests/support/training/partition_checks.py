@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from stages.partition.fx_graph import TracedModel, trace
+from stages.partition.boundary import find_layout
 from stages.partition.partition import Part, partition
+from stages.partition.tracing import TracedModel, trace
 
 Function = Callable[["FunctionNetwork", Tensor], Any]
 
@@ -38,9 +39,13 @@ class FunctionNetwork(nn.Module):
 
 
 def run_parts(parts: Sequence[Part], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run the parts in order, with safetensors between them, and check that none modifies its inputs."""
+    """Run the parts in order, with safetensors between them, and check that none modifies its inputs.
+
+    A part restores the memory layouts that its inputs have where they are computed, as after a check.
+    """
     tensors = dict(inputs)
     for part in parts:
+        part.layouts = {name: find_layout(tensor) for name, tensor in tensors.items()}
         tensors = {name: load(save({name: tensor.contiguous()}))[name] for name, tensor in tensors.items()}
         before = {name: tensor.clone() for name, tensor in tensors.items()}
         outputs = part(tensors)
@@ -65,7 +70,7 @@ def name_outputs(result: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
 
 def check_all_cuts(model: nn.Module | list[nn.Module], x: Tensor) -> None:
     """Check every single cut, and all cuts at once, against the whole network."""
-    traced = trace(model)
+    traced = trace(model, {"input": x})
     with torch.no_grad():
         expected = name_outputs(traced.model(x.clone()))
         count = len(traced.layer_names)

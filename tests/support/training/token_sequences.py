@@ -35,6 +35,12 @@ def token_network() -> nn.Module:
     return TokenNetwork()
 
 
+token_network.example_inputs = {  # type: ignore[attr-defined]
+    "tokens": torch.arange(LENGTH).view(1, LENGTH),
+    "mask": torch.ones(1, LENGTH, dtype=torch.bool),
+}
+
+
 class TokenSequences(Dataset):
     """Sequences whose class is that of most tokens which the mask selects. `mask_name` is the name of the mask."""
 

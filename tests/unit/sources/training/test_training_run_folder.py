@@ -133,7 +133,7 @@ def to_content(module: nn.Module) -> TensorContent:
 
 
 def parts_of(model: nn.Module) -> dict[str, TensorContent]:
-    return {f"part-{index}": to_content(part) for index, part in enumerate(partition(model, CUTS))}
+    return {f"part-{index}": to_content(part.module) for index, part in enumerate(partition(model, CUTS))}
 
 
 def test_joined_parts_are_the_state_of_the_uncut_network(tmp_path: Path) -> None:

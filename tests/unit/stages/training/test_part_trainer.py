@@ -94,6 +94,6 @@ def test_loss_that_is_not_finite_is_an_error_with_the_step(value: float) -> None
 def test_parameters_that_are_not_finite_are_not_saved() -> None:
     (trainer,) = make_trainers()
     with torch.no_grad():
-        next(iter(trainer._part.parameters()))[0] = float("nan")
+        next(iter(trainer._module.parameters()))[0] = float("nan")
     with pytest.raises(NotFinite, match=r"parameter 'first\.weight' is not finite in step 3"):
         trainer.checkpoint_tensors(3)

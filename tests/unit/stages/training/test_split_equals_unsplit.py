@@ -24,7 +24,7 @@ from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.training import LABELS_TENSOR, MicroBatch
 from sources.training.training_run import MODEL_FILE, write_weights
 from stages.models.vgg import SmallVgg
-from stages.partition.fx_graph import trace
+from stages.partition.tracing import trace
 from stages.training.checkpoints import Checkpoint, CheckpointStore
 from stages.training.part_trainer import MicroBatchMetrics
 from stages.training.step_queue import ScheduleName
@@ -212,8 +212,10 @@ def test_step_that_is_aborted_and_repeated_gives_the_same_bits(name: str) -> Non
             assert parts.run_operations(number, batch(net, number), limit=limit) == limit
             parts.abort()
             assert all(not trainer.activations for trainer in parts.part_trainers)
-            assert all(parameter.grad is None for each in parts.part_trainers for parameter in each._part.parameters())
-            after = {name: tensor for each in parts.part_trainers for name, tensor in each._part.state_dict().items()}
+            assert all(
+                parameter.grad is None for each in parts.part_trainers for parameter in each._module.parameters()
+            )
+            after = {name: tensor for each in parts.part_trainers for name, tensor in each._module.state_dict().items()}
             assert_bitwise_equal(after, before)
         assert parts.train_step(number, batch(net, number)) == whole.train_step(number, batch(net, number))
     assert_bitwise_equal(parts.state_dict(), whole.model.state_dict())
@@ -222,7 +224,7 @@ def test_step_that_is_aborted_and_repeated_gives_the_same_bits(name: str) -> Non
 def test_abort_restores_the_statistics_of_batch_norms() -> None:
     parts = split(NETS["small_network"], [4, 9], "sgd")
     before = parts.state_dict()
-    part = parts.part_trainers[0]._part
+    part = parts.part_trainers[0]._module
     parts.run_operations(0, batch(NETS["small_network"], 0))
     changed = part.state_dict()
     assert not torch.equal(changed["norm.running_mean"], before["norm.running_mean"])

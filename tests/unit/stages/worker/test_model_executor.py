@@ -15,7 +15,7 @@ from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_torch
 from stages.executor import TaskContext
 from stages.models.registry import get_model_spec
-from stages.partition.partition import layer_names
+from stages.partition.tracing import trace
 from stages.worker.model_executor import PICTURE, ModelExecutor
 from stages.worker.worker_context import WorkerContext
 
@@ -41,7 +41,7 @@ def prepare(executor: ModelExecutor, tensors: dict[str, Tensor]) -> dict[str, An
 @pytest.fixture(scope="module")
 def tuple_cut() -> int:
     """A cut that the two halves of the channels cross, as one tuple."""
-    names = layer_names(get_model_spec(SHUFFLENET).build().eval())
+    names = trace(get_model_spec(SHUFFLENET).build().eval(), {"input": torch.rand(1, 3, 64, 64)}).layer_names
     return [number for number, name in enumerate(names, start=1) if name.startswith("chunk")][4]
 
 

@@ -1,6 +1,5 @@
 """The bytes that cross each cut of a pipeline's network, measured by running its parts once on an example."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +7,15 @@ from torch import Tensor
 
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
-from brokers.errors import UsageError
-from stages.models.registry import ModelSpec, pipeline_model_spec
-from stages.partition.part_loader import META_DEVICE
-from stages.partition.partition import layer_names, partition
+from stages.loading.model_builder import one_at_a_time
+from stages.loading.part_loader import check_parts, example_error, load_model
+from stages.models.registry import pipeline_model_spec
+from stages.partition.partition import partition
+from stages.verification.example import join_requests
+from stages.verification.model_state import seeded
+from stages.verification.part_chain import PartChain
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,49 +37,35 @@ def rows_per_message(pipeline: Pipeline) -> int:
     return -(-training.batch // training.micro_batches) if pipeline.is_training else 1
 
 
+@one_at_a_time
 def measure_cuts(pipeline: Pipeline, *, every: bool = False) -> list[CutSize]:
     """Return the sizes of the file's cuts, or of every possible cut as if it were the only one; empty without a model.
 
-    Raises `UsageError` "NoExampleInput" if the model's input shape is unknown or does not work, and the errors of
-    `pipeline_model_spec` and `partition`.
+    The parts are checked as those of a stage are, with initial weights. Raises `UsageError`: those of `load_model`,
+    `partition` and `check_parts`, and "NoExampleInput" also if the example does not work with the rows of a message.
     """
     cuts = pipeline.pipeline.cuts
     if pipeline.pipeline.model is None or not (cuts or every):
         return []
-    spec = pipeline_model_spec(pipeline)
-    if spec.input_shape is None:
-        raise _example_error(spec, "its factory has no attribute `input_shape`")
+    loaded = load_model(pipeline_model_spec(pipeline), None, pipeline.pipeline.seed, training=pipeline.is_training)
+    if loaded.example is None:
+        raise example_error(loaded.spec)
+    traced = loaded.trace(training=pipeline.is_training)
     stages = [stage for stage in pipeline.stage if stage.executor is None]
     links = [(stage, receiver) for stage in stages if (receiver := pipeline.next_stage(stage))]
     if every:
         # With all cuts at once each part passes on the values that later parts need, as it would with its cut alone.
-        with torch.random.fork_rng(devices=[]):
-            cuts = tuple(range(1, len(layer_names(spec.build().train(pipeline.is_training)))))
+        cuts = tuple(range(1, len(traced.layer_names)))
         links = [(stages[0], stages[-1])] * len(cuts)
-    outputs = _run_parts(spec, cuts, pipeline.is_training, rows_per_message(pipeline))
-    return [_cut_size(after, *link, tensors) for after, link, tensors in zip(cuts, links, outputs, strict=False)]
-
-
-def _run_parts(spec: ModelSpec, cuts: tuple[int, ...], training: bool, rows: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the outputs of each part but the last, for `rows` examples of zeros."""
-    assert spec.input_shape is not None
-    shape = (rows, *spec.input_shape[1:])
-    with torch.random.fork_rng(devices=[]):
-        model = spec.build().train(training)
-    parts = partition(model, cuts, {spec.input_name: torch.empty(spec.input_shape, device=META_DEVICE)})
-    tensors = {spec.input_name: torch.zeros(shape)}
-    for part in parts[:-1]:
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout draws random numbers
-                tensors = part(tensors)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise _example_error(spec, f"an input of shape {list(shape)} fails: {error}") from error
-        yield tensors
-
-
-def _example_error(spec: ModelSpec, problem: str) -> UsageError:
-    message = f"cannot measure the cuts of model {spec.name!r}: {problem}"
-    return UsageError("NoExampleInput", message, key="pipeline.model", model=spec.name)
+    parts = partition(traced, cuts)
+    check_parts(loaded, traced, cuts, _CPU, training=pipeline.is_training)
+    rows = join_requests([loaded.example] * rows_per_message(pipeline))
+    try:
+        with torch.no_grad(), seeded(_CPU):  # dropout draws random numbers
+            runs = PartChain(parts).run(rows or loaded.example)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise example_error(loaded.spec, f"{rows_per_message(pipeline)} rows of its example fail: {error}") from error
+    return [_cut_size(after, *link, run.outputs) for after, link, run in zip(cuts, links, runs, strict=False)]
 
 
 def _cut_size(after: int, sender: StageTable, receiver: StageTable, tensors: dict[str, Tensor]) -> CutSize:

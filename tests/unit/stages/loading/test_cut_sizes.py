@@ -8,7 +8,7 @@ import torch
 
 from brokers.config.pipeline_file import load_pipeline
 from brokers.errors import UsageError
-from stages.partition.cut_sizes import measure_cuts
+from stages.loading.cut_sizes import measure_cuts
 from tests.support.environment.checkout import ROOT
 from tests.support.errors import raises_error
 from tests.support.pipelines.pipeline_files import stage_table, write_pipeline_file
@@ -45,10 +45,10 @@ def test_pipeline_without_a_model_has_no_cuts() -> None:
 
 def test_unknown_input_shape_raises_usage_error(tmp_path: Path) -> None:
     (tmp_path / "shapeless.py").write_text(
-        "import torch\n\ndef net():\n    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))\n"
+        "import torch\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return (x + 1) * 2\n"
     )
     stages = [stage_table("a"), stage_table("b")]
-    pipeline = load_pipeline(write_pipeline_file(tmp_path, stages, model="shapeless:net", cuts=[1]))
+    pipeline = load_pipeline(write_pipeline_file(tmp_path, stages, model="shapeless:Net", cuts=[1]))
     with raises_error(UsageError, "NoExampleInput", match="input_shape") as caught:
         measure_cuts(pipeline)
     assert caught.value.key == "pipeline.model"

@@ -1,8 +1,9 @@
-"""Tracing of networks to layers with names, and the cut by hand of those that cannot be traced."""
+"""Tracing of networks to layers with names, and the cut between children of those that cannot be traced."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torchvision import models
 from brokers.errors import UsageError
 from stages.partition.partition import layer_names, partition
 from tests.support.errors import raises_error
-from tests.support.training.partition_checks import check_all_cuts, is_same, run_parts
+from tests.support.training.partition_checks import FunctionNetwork, check_all_cuts, is_same, run_parts
 
 
 def test_layers_are_named_after_modules_and_functions() -> None:
@@ -77,7 +78,7 @@ def test_untraceable_children_are_cut_between(container: Callable[..., object]) 
     assert isinstance(model, nn.Sequential | list)
     assert layer_names(model) == ("0", "1", "2")
     check_all_cuts(model, torch.rand(2, 3, 4, 4))
-    assert set(partition(model, [1])[1].state_dict()) == {"1.weight", "1.bias", "2.weight"}
+    assert set(partition(model, [1])[1].module.state_dict()) == {"1.weight", "1.bias", "2.weight"}
 
 
 def test_untraceable_children_may_pass_tuples() -> None:
@@ -90,3 +91,28 @@ def test_untraceable_children_may_pass_tuples() -> None:
             return pair[0] * pair[1]
 
     check_all_cuts([Pair(), Join(), DataDependent(1.5)], torch.rand(2, 3))
+
+
+@pytest.mark.parametrize("scalar", [3.0, 2])
+def test_function_with_overload_for_scalars(scalar: float) -> None:
+    model = FunctionNetwork(lambda m, x: 2 * torch.pow(x, scalar) + torch.pow(scalar, x))
+    check_all_cuts(model, torch.rand(2, 3))
+
+
+def test_device_type_as_argument() -> None:
+    def in_full_precision(m: FunctionNetwork, x: Tensor) -> Tensor:
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return torch.exp(2 * x)
+
+    check_all_cuts(FunctionNetwork(in_full_precision), torch.rand(2, 3))
+
+
+def test_modules_that_are_no_children() -> None:
+    hidden = [nn.Linear(3, 3), nn.BatchNorm1d(3).eval()]
+
+    def through_list(m: FunctionNetwork, x: Tensor) -> Any:
+        for module in hidden:
+            x = module(x)
+        return nn.Softmax(dim=-1)(x)
+
+    check_all_cuts(FunctionNetwork(through_list), torch.rand(2, 3))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-import stages.partition.part_loader
 from brokers.errors import UsageError
+from stages.loading.part_loader import load_part, load_trainable_part
 from stages.models.darknet import Darknet, save_darknet_weights
 from stages.models.registry import ModelSpec, get_model_spec
-from stages.partition import part_loader
-from stages.partition.part_loader import find_weights, load_part, load_trainable_part
 from stages.partition.partition import Part
+from stages.verification.inference_check import channels_last_weights
 from tests.support.errors import raises_error
 from tests.support.training.networks import randomize_parameters
 from tests.support.training.partition_checks import FunctionNetwork
@@ -48,6 +45,12 @@ def run(parts: list[Part], x: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
+def run_whole(model: nn.Module, x: Tensor) -> Any:
+    """Return what a network computes with the memory layout that workers choose for its weights."""
+    with channels_last_weights(model), torch.inference_mode():
+        return model(x)
+
+
 @pytest.fixture(name="resnet_file")
 def _resnet_file(tmp_path: Path) -> tuple[nn.Module, Path]:
     model = randomize_parameters(RESNET.build()).eval()
@@ -62,40 +65,30 @@ def _resnet_file(tmp_path: Path) -> tuple[nn.Module, Path]:
 def test_parts_from_a_file_are_together_the_network(resnet_file: tuple[nn.Module, Path]) -> None:
     model, path = resnet_file
     x = torch.rand(1, 3, 32, 32)
-    with torch.inference_mode():
-        expected = model(x)
     parts = load_all(RESNET, RESNET_CUTS, path)
+    expected = run_whole(model, x)
     assert torch.equal(run(parts, x)["output"], expected)
-    assert all(part.batchable and not part.training for part in parts)
+    norms = [module for part in parts for module in part.module.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
 
 
-def test_part_reads_only_its_own_tensors(resnet_file: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
-
-    class RecordingFile:
-        def __init__(self, path: Path, framework: str) -> None:
-            self._file: Any = safe_open(path, framework=framework)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._file, name)
-
-        def get_tensor(self, name: str) -> Any:
-            read.append(name)
-            return self._file.get_tensor(name)
-
-    monkeypatch.setattr(stages.partition.part_loader, "safe_open", RecordingFile)
-    part = load_part(RESNET, RESNET_CUTS, 0, resnet_file[1], 0, "cpu")
-    assert sorted(read) == sorted(part.state_dict())
-    assert len(read) < len(resnet_file[0].state_dict()) / 2
+def test_part_has_only_its_own_tensors(resnet_file: tuple[nn.Module, Path]) -> None:
+    model, path = resnet_file
+    states = [part.module.state_dict() for part in load_all(RESNET, RESNET_CUTS, path)]
+    assert sorted(name for state in states for name in state) == sorted(model.state_dict())
+    assert all(
+        tensor.untyped_storage().nbytes() == tensor.nbytes for state in states for tensor in state.values()
+    )  # copies, not views of the file
 
 
 def test_parts_from_a_seed_are_together_the_network_of_that_seed() -> None:
     torch.manual_seed(7)
-    expected = RESNET.build().eval()
+    model = RESNET.build().eval()
     x = torch.rand(1, 3, 32, 32)
-    with torch.inference_mode():
-        assert torch.equal(run(load_all(RESNET, RESNET_CUTS, None, seed=7), x)["output"], expected(x))
-        assert not torch.equal(run(load_all(RESNET, RESNET_CUTS, None, seed=8), x)["output"], expected(x))
+    expected = run_whole(model, x)
+    assert torch.equal(run(load_all(RESNET, RESNET_CUTS, None, seed=7), x)["output"], expected)
+    assert not torch.equal(run(load_all(RESNET, RESNET_CUTS, None, seed=8), x)["output"], expected)
 
 
 def test_seed_does_not_change_the_random_state_of_the_caller() -> None:
@@ -123,9 +116,9 @@ def test_network_that_reads_values_while_it_is_built_is_loaded(build: Any, tmp_p
     model = randomize_parameters(build()).eval()
     save_file(model.state_dict(), tmp_path / "net.safetensors")
     x = torch.rand(1, 4) if build is ValueReader else torch.rand(1, 3, 64, 64)
-    with torch.inference_mode():
-        expected = model(x)
-    assert torch.equal(run(load_all(ModelSpec("net", build), [1], tmp_path / "net.safetensors"), x)["output"], expected)
+    spec = ModelSpec("net", build, input_shape=tuple(x.shape))
+    actual = run(load_all(spec, [1], tmp_path / "net.safetensors"), x)["output"]
+    assert torch.equal(actual, run_whole(model, x))
 
 
 def test_tensors_that_no_file_has_are_built(tmp_path: Path) -> None:
@@ -142,7 +135,7 @@ def test_tensors_that_no_file_has_are_built(tmp_path: Path) -> None:
             return x * self.weight + self.unsaved + self.plain
 
     save_file({"weight": torch.full((4,), 2.0)}, tmp_path / "net.safetensors")
-    parts = load_all(ModelSpec("positions", Positions), [1], tmp_path / "net.safetensors")
+    parts = load_all(ModelSpec("positions", Positions, input_shape=(1, 4)), [1], tmp_path / "net.safetensors")
     assert run(parts, torch.ones(1, 4))["output"].tolist() == [[2.0, 13.0, 24.0, 35.0]]
 
 
@@ -150,7 +143,7 @@ def test_weights_are_converted_to_the_dtype_of_the_network(tmp_path: Path) -> No
     state = small_network().state_dict()
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     save_file(halves, tmp_path / "half.safetensors")
-    weight = load_part(SMALL, [1], 0, tmp_path / "half.safetensors", 0, "cpu").state_dict()["0.weight"]
+    weight = load_part(SMALL, [1], 0, tmp_path / "half.safetensors", 0, "cpu").module.state_dict()["0.weight"]
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight, state["0.weight"], rtol=1e-3, atol=1e-3)
 
@@ -159,7 +152,7 @@ def test_file_may_lack_the_counters_of_batch_norms(tmp_path: Path) -> None:
     state = {name: tensor for name, tensor in small_network().state_dict().items() if "num_batches" not in name}
     save_file(state, tmp_path / "net.safetensors")
     part = load_part(SMALL, [1], 1, tmp_path / "net.safetensors", 0, "cpu")
-    assert part.state_dict()["1.num_batches_tracked"].item() == 0
+    assert part.module.state_dict()["1.num_batches_tracked"].item() == 0
 
 
 def test_parts_from_a_darknet_file_are_together_the_network(tmp_path: Path) -> None:
@@ -169,9 +162,8 @@ def test_parts_from_a_darknet_file_are_together_the_network(tmp_path: Path) -> N
     path = tmp_path / "tiny.weights"
     save_darknet_weights(model, path)
     x = torch.rand(1, 3, 64, 64)
-    with torch.inference_mode():
-        expected = model(x)
     actual = run(load_all(spec, [8, 13], path), x)
+    expected = run_whole(model, x)
     assert all(torch.equal(actual[str(index)], tensor) for index, tensor in enumerate(expected))
     path.write_bytes(path.read_bytes()[:1_000_000])
     with raises_error(UsageError, "DarknetTruncated"):
@@ -181,8 +173,8 @@ def test_parts_from_a_darknet_file_are_together_the_network(tmp_path: Path) -> N
 def test_state_is_the_same_from_a_file_and_from_the_network(tmp_path: Path) -> None:
     spec = ModelSpec("small", partial(randomize_parameters, small_network()), input_shape=(1, 4))
     save_file(spec.build().state_dict(), tmp_path / "net.safetensors")
-    from_file = load_part(spec, [2], 0, tmp_path / "net.safetensors", 0, "cpu").state_dict()
-    built = load_part(spec, [2], 0, None, 3, "cpu").state_dict()
+    from_file = load_part(spec, [2], 0, tmp_path / "net.safetensors", 0, "cpu").module.state_dict()
+    built = load_part(spec, [2], 0, None, 3, "cpu").module.state_dict()
     assert from_file.keys() == built.keys()
     assert all(torch.equal(tensor, built[name]) for name, tensor in from_file.items())
 
@@ -211,38 +203,17 @@ def test_every_part_refuses_weights_of_another_network(
     assert caught.value.key == "pipeline.weights"
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
-def test_pickle_is_refused_unread_with_the_conversion(suffix: str, tmp_path: Path) -> None:
-    with raises_error(UsageError, "PickledWeights", match="can execute any code.*save_file"):
-        load_part(SMALL, [1], 0, tmp_path / f"net{suffix}", 0, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("net.onnx", b"", "is not .safetensors or .weights, but .onnx"),
-        ("net", b"", "but no suffix"),
-        ("absent.safetensors", None, "does not exist"),
-        ("net.safetensors", b"not at all", "is not a safetensors file"),
-        ("net.weights", b"\0" * 64, "has weights of a Darknet network, the model is Sequential"),
-    ],
-)
-def test_files_without_weights_are_refused(name: str, content: bytes | None, problem: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with raises_error(UsageError, "BadWeights", match=problem):
-        load_part(SMALL, [1], 0, tmp_path / name, 0, "cpu")
-
-
 # Training -----------------------------------------------------------------------------------------------------------
 
 
 def test_trainable_part_shares_its_modules_with_the_evaluation_part() -> None:
-    trained, evaluated = load_trainable_part(SMALL, [1], 1, None, 0, "cpu")
-    assert evaluated is not None
-    assert trained.training
-    state = evaluated.state_dict()
-    assert all(tensor.data_ptr() == state[name].data_ptr() for name, tensor in trained.state_dict().items())
+    part = load_trainable_part(SMALL, [1], 1, None, 0, "cpu")
+    state = part.evaluation.module.state_dict(keep_vars=True)
+    assert state
+    assert all(tensor is state[name] for name, tensor in part.training.module.state_dict(keep_vars=True).items())
+    for mode in (part.training, part.evaluation):
+        mode.set_mode()
+        assert {module.training for module in mode.module.children()} == {mode is part.training}
 
 
 def test_trainable_part_with_shared_parameters_is_refused() -> None:
@@ -254,34 +225,11 @@ def test_trainable_part_with_shared_parameters_is_refused() -> None:
     assert caught.value.fields == {"parameter": "a.weight", "first": 0, "second": 1}
 
 
-def test_no_evaluation_part_if_the_cut_layer_exists_only_in_training() -> None:
+def test_cut_that_evaluation_cannot_have_is_refused() -> None:
     def double_in_training(m: FunctionNetwork, x: Tensor) -> Tensor:
         return m.a(x * 2 if m.training else x)  # type: ignore[no-any-return]
 
     spec = ModelSpec("mode", lambda: FunctionNetwork(double_in_training, a=nn.Linear(4, 4)))
-    trained, evaluated = load_trainable_part(spec, [1], 1, None, 0, "cpu")
-    assert trained.training
-    assert evaluated is None
-
-
-def test_existing_file_is_returned(tmp_path: Path) -> None:
-    (tmp_path / "my.weights").write_bytes(b"w")
-    assert find_weights(str(tmp_path / "my.weights")) == tmp_path / "my.weights"
-
-
-def test_unknown_name_lists_the_registered_ones() -> None:
-    with raises_error(UsageError, "UnknownWeights", match="'yolov9': expected a file, or one of yolov3, yolov3-tiny"):
-        find_weights("yolov9")
-
-
-def test_registered_name_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    published = ("toy.weights", hashlib.sha256(b"right").hexdigest(), ())
-    monkeypatch.setattr(part_loader, "PUBLISHED_WEIGHTS", {"toy": published})
-    (tmp_path / "toy.weights").write_bytes(b"right")
-    assert find_weights("toy", cache=tmp_path) == tmp_path / "toy.weights"
-
-
-def test_registered_weights_have_a_checksum_and_an_origin() -> None:
-    for name, (_, sha256, origins) in part_loader.PUBLISHED_WEIGHTS.items():
-        assert len(bytes.fromhex(sha256)) == 32, name
-        assert origins, name
+    with raises_error(UsageError, "CannotEvaluate") as caught:
+        load_trainable_part(spec, [1], 1, None, 0, "cpu")
+    assert caught.value.fields == {"cut": 1, "layer": "mul"}

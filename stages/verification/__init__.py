@@ -1,0 +1,1 @@
+"""The check that the parts of a network, chained, compute what its own forward computes."""
