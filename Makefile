@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install $(PIP_FLAGS) --constraint $(LOCK)
 # The build backend comes from the lock too: pip would otherwise build the project in a second, unlocked environment.
 PROJECT := $(INSTALL) --no-build-isolation --editable
-BENCHMARKS := $(filter-out __init__ conftest,$(basename $(notdir $(wildcard tests/bench/*.py))))
+BENCHMARKS := $(filter-out __init__ conftest zoo,$(basename $(notdir $(wildcard tests/bench/*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-train test test-slow soak check bench lock clean
@@ -58,7 +58,7 @@ check: .venv/.stamp-dev ## style, types and import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.stamp-dev ## all benchmarks
+bench: .venv/.stamp-dev ## all benchmarks but the zoo, which takes hours
 	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m tests.bench.$$name; done
 
 # Resolved on Linux on x86-64; on other platforms pip uses the lines of the packages that it installs.
