@@ -51,5 +51,11 @@ def settings_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
     """Each setting that differs, as text."""
     names = dict.fromkeys([*before, *now])
     return [
-        f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names if before.get(name) != now.get(name)
+        f"{name} was {_describe(before.get(name))}, is {_describe(now.get(name))}"
+        for name in names
+        if before.get(name) != now.get(name)
     ]
+
+
+def _describe(value: object) -> str:
+    return "not set" if value is None else repr(value)

@@ -41,8 +41,9 @@ def rows_per_message(pipeline: Pipeline) -> int:
 def measure_cuts(pipeline: Pipeline, *, every: bool = False) -> list[CutSize]:
     """Return the sizes of the file's cuts, or of every possible cut as if it were the only one; empty without a model.
 
-    The parts are checked as those of a stage are, with initial weights. Raises `UsageError`: those of `load_model`,
-    `partition` and `check_parts`, and "NoExampleInput" also if the example does not work with the rows of a message.
+    The file's cuts are checked as those of a stage are, with initial weights; with `every` the network is checked in
+    one part, since a single cut where it cannot be split would hide the others. Raises `UsageError`: those of
+    `load_model`, `partition` and `check_parts`, and "NoExampleInput" also if the example does not work with the rows of a message.
     """
     cuts = pipeline.pipeline.cuts
     if pipeline.pipeline.model is None or not (cuts or every):
@@ -58,7 +59,7 @@ def measure_cuts(pipeline: Pipeline, *, every: bool = False) -> list[CutSize]:
         cuts = tuple(range(1, len(traced.layer_names)))
         links = [(stages[0], stages[-1])] * len(cuts)
     parts = partition(traced, cuts)
-    check_parts(loaded, traced, cuts, _CPU, training=pipeline.is_training)
+    check_parts(loaded, traced, () if every else cuts, _CPU, training=pipeline.is_training)
     rows = join_requests([loaded.example] * rows_per_message(pipeline))
     try:
         with torch.no_grad(), seeded(_CPU):  # dropout draws random numbers

@@ -27,10 +27,10 @@ def find_evaluation_cuts(
     result: list[int] = []
     for index, cut in enumerate(cuts):
         layer = trained.layer_names[cut - 1]
-        first = 1 + max((position for position, parts in enumerate(users) if any(p <= index for p in parts)), default=0)
-        last = min(
-            (position for position, parts in enumerate(users) if any(p > index for p in parts)), default=len(users) - 1
-        )
+        before = [position for position, used in enumerate(users) if any(part <= index for part in used)]
+        after = [position for position, used in enumerate(users) if any(part > index for part in used)]
+        first = 1 + max(before, default=0)
+        last = min(after, default=len(users) - 1)
         first = max([first, *(previous + 1 for previous in result[-1:])])
         if first > last:
             raise _evaluation_error(trained, cut)

@@ -18,8 +18,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from stages.models.registry import ModelSpec
+from stages.partition.traced_value import META_DEVICE
 
-META_DEVICE = torch.device("meta")
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -8,16 +8,17 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from brokers.errors import UsageError
+from brokers.errors import UsageError, describe_error
 from stages.loading.evaluation_cuts import find_evaluation_cuts
 from stages.loading.model_builder import build_from_seed, build_without_parameters, one_at_a_time
 from stages.loading.weights_file import WeightsFile
 from stages.models.registry import ModelSpec
 from stages.partition.part_state import add_unused_state
 from stages.partition.partition import Part, partition
-from stages.partition.tracing import TracedModel, describe_error, trace
+from stages.partition.tracing import TracedModel, trace
 from stages.verification.example import Inputs, declared_example, guess_example, join_requests
 from stages.verification.inference_check import check_inference, set_channels_last
+from stages.verification.network_run import OUT_OF_MEMORY
 from stages.verification.training_check import check_training
 from stages.verification.verdict import Verdict
 from stages.verification.verdict_cache import cached_verdict, verdict_key
@@ -184,7 +185,7 @@ def check_parts(
     key = verdict_key(traced, cuts, example, loaded.weights, loaded.spec.folder, mode)
     try:
         verdict = cached_verdict(key, lambda: _check_on_device(loaded.model, device, check))
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except OUT_OF_MEMORY as error:
         message = (
             f"model {loaded.spec.name!r}: {device} has too little memory for the whole network, with which its parts "
             f"are compared before they are first used: {describe_error(error)}"

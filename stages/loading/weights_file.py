@@ -120,7 +120,10 @@ class WeightsFile:
                 continue
             key = (source, tensor.dtype)
             if key not in loaded:
-                loaded[key] = self._file.get(source).to(tensor.dtype, copy=copy)
+                stored = self._file.get(source)
+                if stored.is_floating_point() != tensor.is_floating_point():
+                    raise self._misfit(f"expected {name!r} as {tensor.dtype}, the file has {stored.dtype}", name)
+                loaded[key] = stored.to(tensor.dtype, copy=copy)
             values[name] = loaded[key]
         return values
 

@@ -38,19 +38,18 @@ def find_layout(tensor: Tensor) -> TensorLayout:
     )
 
 
-def restore_order(tensor: Tensor, layout: TensorLayout | None) -> Tensor:
-    """Return a tensor with the strides of a layout, and the same values."""
-    if layout is None or tensor.dim() <= max(layout.order or layout.expanded, default=-1):
+def restore_layout(tensor: Tensor, layout: TensorLayout | None) -> Tensor:
+    """Return a tensor with the strides of a layout, and the same values; as it is, if it has fewer dimensions."""
+    if layout is None or any(dimension >= tensor.dim() for dimension in (*(layout.order or ()), *layout.expanded)):
         return tensor
     original = tensor
     for dimension in layout.expanded:
         tensor = tensor.narrow(dimension, 0, min(1, tensor.shape[dimension]))
     if layout.expanded and not torch.equal(tensor.expand_as(original), original):
         tensor = original  # the values of this request are not repeated: another branch has computed them
-    if layout.order is not None:
-        inverse = [layout.order.index(dimension) for dimension in range(tensor.dim())]
-        tensor = tensor.permute(layout.order).contiguous().permute(inverse)
-    return tensor.contiguous().expand_as(original) if layout.order is None else tensor.expand_as(original)
+    order = layout.order or tuple(range(tensor.dim()))
+    inverse = [order.index(dimension) for dimension in range(tensor.dim())]
+    return tensor.permute(order).contiguous().permute(inverse).expand_as(original)
 
 
 def convert_float(tensor: Tensor, layout: TensorLayout | None) -> Tensor:

@@ -31,7 +31,7 @@ from stages.partition.boundary import (
     copy_mutated_inputs,
     expand_shape_tensor,
     make_shape_tensor,
-    restore_order,
+    restore_layout,
 )
 from stages.partition.call_context import CONTEXT_KEY, ContextNodes, leave_contexts
 from stages.partition.named_values import pack_output, pack_values, unpack_value
@@ -75,7 +75,7 @@ class Part:
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute this part. Raises `WireError` "TensorMissing" if an input is missing."""
-        tensors = {name: restore_order(tensor, self.layouts.get(name)) for name, tensor in tensors.items()}
+        tensors = {name: restore_layout(tensor, self.layouts.get(name)) for name, tensor in tensors.items()}
         with leave_contexts():
             outputs: dict[str, Tensor] = self._compute(self.module, tensors)
         return outputs

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from brokers.errors import UsageError
+from brokers.errors import UsageError, describe_error
 from stages.partition.call_context import CONTEXT_KEY, current_context
 from stages.partition.custom_gradients import trace_custom_gradients
 from stages.partition.forward_arguments import name_arguments, split_arguments
@@ -102,7 +102,7 @@ def trace(
         raise
     except Exception as error:  # the model's own code, called with traced values, may raise anything
         if not _is_chain(module):
-            raise _trace_error(module, describe_error(error)) from error
+            raise _trace_error(module, _describe(error)) from error
         graph = _chain_graph(module)
     finally:
         state.restore()
@@ -117,12 +117,6 @@ def trace(
             state_nodes.discard(node)
     constants = tracer.values.constants
     return TracedModel(module, graph, _wire_names(graph, state_nodes), frozenset(state_nodes), constants)
-
-
-def describe_error(error: Exception) -> str:
-    """Return the text of an error in one line, with its class where the text alone says nothing."""
-    text = " ".join(str(error).split())
-    return text if " " in text and not isinstance(error, KeyError) else repr(error)
 
 
 class _LayerTracer(fx.Tracer):
@@ -143,7 +137,7 @@ class _LayerTracer(fx.Tracer):
         self._constants: dict[int, str] = {}
         self._guards: dict[tuple[fx.Node, str], fx.Node] = {}  # by the value and the question
         self._unanswered: str | None = None  # why the first question without an answer had none
-        self._asked_by_code: fx.Node | None = None
+        self._asked_for_index: fx.Node | None = None  # the value of that question, if it was for an index
         self._recent_guards: dict[fx.Node, fx.Node] = {}  # since the last layer, by the value that was asked
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -175,10 +169,11 @@ class _LayerTracer(fx.Tracer):
             result = super().call_module(m, forward, args, kwargs)
             if self._unanswered is unanswered:
                 return result
-        except Exception:  # noqa: BLE001 - the module's own code, called with traced values, may raise anything
-            pass
+            reason = self._unanswered or ""
+        except Exception as error:  # noqa: BLE001 - the module's own code, called with traced values, may raise anything
+            reason = _describe(error)
         self._unanswered = unanswered
-        log.info("module %r is one layer, as it cannot be traced", self.path_of_module(m))
+        log.info("module %r cannot be traced and is one layer: %s", self.path_of_module(m), reason)
         state.restore()
         while (node := next(iter(reversed(self.graph.nodes)))) is not before:
             self.graph.erase_node(node)
@@ -231,7 +226,7 @@ class _LayerTracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if kind in LAYER_OPS and target is not check_answer:
             self._recent_guards.clear()
-            self._asked_by_code = None
+            self._asked_for_index = None
             node.meta[CONTEXT_KEY] = current_context(self._device)
         return node
 
@@ -270,11 +265,15 @@ class _LayerTracer(fx.Tracer):
             self._guards[node, question] = self._recent_guards[node] = guard
         return result
 
-    def drop_guards_of_arguments(self, values: Sequence[Any]) -> None:
-        """Erase the guards since the last layer of values that are recorded as arguments: torch's C code has asked."""
+    def withdraw_questions_about(self, values: Sequence[Any]) -> None:
+        """Withdraw the questions since the last layer about values that are now recorded as arguments of a call.
+
+        They came from torch's C code, which asks each argument for an index: the guard is erased, and an index that
+        depends on data is no error.
+        """
         for value in values:
-            if issubclass(type(value), fx.Proxy) and value.node is self._asked_by_code:
-                self._unanswered = self._asked_by_code = None
+            if issubclass(type(value), fx.Proxy) and value.node is self._asked_for_index:
+                self._unanswered = self._asked_for_index = None
             guard = self._recent_guards.pop(value.node, None) if issubclass(type(value), fx.Proxy) else None
             if guard is not None and guard.args[1] == "index" and not guard._erased:
                 self.graph.erase_node(guard)
@@ -286,8 +285,7 @@ class _LayerTracer(fx.Tracer):
             problem = f"its control flow depends on the value of {value.node.name!r} ({error})"
             if self._unanswered is None:
                 self._unanswered = problem
-                # torch's C code asks arguments for an index, and goes on without: the call comes next
-                self._asked_by_code = value.node if question is operator.index else None
+                self._asked_for_index = value.node if question is operator.index else None
             raise DependsOnData(problem) from None
 
     def hash_of(self, value: TracedValue) -> int:
@@ -329,9 +327,13 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **named)
         leaves = tree_leaves((args, named))
         if any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
-            self._tracer.drop_guards_of_arguments(leaves)
+            self._tracer.withdraw_questions_about(leaves)
             return TracedValue.__torch_function__(func, types, args, named)
         return self._tracer.record_state_call(func, args, named)
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, DependsOnData) else describe_error(error)
 
 
 def _trace_error(module: nn.Module, reason: str) -> UsageError:

@@ -23,8 +23,8 @@ from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_LIMIT, RNG_STAT
 from stages.loading.part_loader import TrainablePart, load_trainable_part
 from stages.loading.weights_file import find_weights
 from stages.models.registry import pipeline_model_spec
-from stages.partition.boundary import convert_float, is_differentiable, restore_order
-from stages.partition.partition import fingerprint
+from stages.partition.boundary import convert_float, is_differentiable, restore_layout
+from stages.partition.partition import Part, fingerprint
 from stages.training.optimizer_and_loss import find_loss, make_optimizer
 from stages.training.step_queue import unknown_forward_error
 from stages.worker.worker_context import WorkerContext
@@ -130,7 +130,7 @@ class PartTrainer:
         part.set_mode()
         if training and self._initial_buffers is None:
             self._initial_buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
-        inputs = self._prepare_inputs(tensors, training)
+        inputs = self._prepare_inputs(part, tensors, training)
         random = _RandomState(self._device, micro_batch.seed, random_state)
         metrics = None
         with torch.set_grad_enabled(training):
@@ -151,10 +151,10 @@ class PartTrainer:
             results[RNG_STATE_TENSOR] = state
         return results
 
-    def _prepare_inputs(self, tensors: Mapping[str, Tensor], training: bool) -> dict[str, Tensor]:
+    def _prepare_inputs(self, part: Part, tensors: Mapping[str, Tensor], training: bool) -> dict[str, Tensor]:
         inputs = {name: tensor.to(self._device) for name, tensor in tensors.items()}
         if self._index == 0:
-            names = self._parts.training.input_names
+            names = part.input_names
             if len(names) == len(inputs) == 1:  # a single tensor needs no name
                 inputs = {names[0]: next(iter(inputs.values()))}
             if unknown := [name for name in inputs if name not in names]:  # a mask must not be left out unnoticed
@@ -163,8 +163,7 @@ class PartTrainer:
             normalise = self._spec.normalise
             if normalise is not None and {tensor.dtype for tensor in inputs.values()} == {torch.uint8}:
                 inputs = {name: normalise(tensor) for name, tensor in inputs.items()}
-            layouts = self._parts.training.layouts
-            inputs = {name: convert_float(tensor, layouts.get(name)) for name, tensor in inputs.items()}
+            inputs = {name: convert_float(tensor, part.layouts.get(name)) for name, tensor in inputs.items()}
         elif training:
             for tensor in inputs.values():
                 tensor.requires_grad_(is_differentiable(tensor))
@@ -204,7 +203,7 @@ class PartTrainer:
                     raise WireError("BadGradient", message, name=name, expected=expected, actual=actual)
             layouts = self._parts.training.gradient_layouts
             output_gradients = [
-                restore_order(gradients[name].clone().to(self._device), layouts.get(name)) for name in outputs
+                restore_layout(gradients[name].clone().to(self._device), layouts.get(name)) for name in outputs
             ]
         if outputs:
             torch.autograd.backward(list(outputs.values()), output_gradients)

@@ -12,7 +12,7 @@ from stages.partition.boundary import is_differentiable
 from stages.partition.forward_arguments import name_arguments, split_arguments
 from stages.verification.model_state import ModelState
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Tensor]  # by argument name
 _GUESSED_SIZES = (224, 32, 64, 28, 16, 8)  # pixels, or samples of a sequence
 
 
@@ -57,11 +57,15 @@ def second_example(inputs: Mapping[str, Tensor]) -> Inputs:
     return {name: _other_values(tensor) for name, tensor in inputs.items()}
 
 
+def count_rows(tensors: Mapping[str, Tensor]) -> int:
+    """Return the number of rows that all tensors of a request have; 0 if there is no such number."""
+    rows = {len(tensor) if tensor.dim() else 0 for tensor in tensors.values()}
+    return rows.pop() if len(rows) == 1 else 0
+
+
 def join_requests(requests: Sequence[Mapping[str, Tensor]]) -> Inputs | None:
     """Concatenate the tensors of several requests as a stage does; None if those of a request differ in rows."""
-    if any(not tensor.dim() for tensors in requests for tensor in tensors.values()):
-        return None
-    if any(len({len(tensor) for tensor in tensors.values()}) != 1 for tensors in requests):
+    if not all(map(count_rows, requests)):
         return None
     return {name: torch.cat([tensors[name] for tensors in requests]) for name in requests[0]}
 

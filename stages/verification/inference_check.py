@@ -1,4 +1,4 @@
-"""The check of parts for inference: two examples one after the other, and both in one batch."""
+"""The check of parts for inference: results for two requests, with and without channels last; batches."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -6,14 +6,15 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from brokers.errors import describe_error
 from stages.partition.named_values import pack_result
 from stages.partition.partition import partition
-from stages.partition.tracing import TracedModel, describe_error
+from stages.partition.tracing import TracedModel
 from stages.verification.batch_check import find_batchable
 from stages.verification.comparison import describe_difference, difference_problem, find_last_equal_layer
 from stages.verification.example import Inputs, call_model, second_example
 from stages.verification.model_state import ModelState, seeded
-from stages.verification.network_run import KEEPS_STATE, CheckFailed, run_network
+from stages.verification.network_run import KEEPS_STATE, OUT_OF_MEMORY, CheckFailed, run_network
 from stages.verification.part_chain import PartChain, Tensors, receive
 from stages.verification.verdict import Verdict
 
@@ -31,6 +32,8 @@ def check_inference(
 
 
 class _InferenceCheck:
+    """One check. Each run begins and ends with the network's state as it was before."""
+
     def __init__(self, traced: TracedModel, cuts: Sequence[int], example: Inputs, device: torch.device) -> None:
         self._traced = traced
         self._device = device
@@ -79,7 +82,7 @@ class _InferenceCheck:
             return results
 
         try:
-            results = run_network(model, self._state, run)
+            results = run_network(self._state, run)
             self._last_values = values[1] if values[0] != values[1] else None
             self._is_stateful = self._state.is_changed
             return [{name: receive(tensor) for name, tensor in result.items()} for result in results]
@@ -100,7 +103,7 @@ class _InferenceCheck:
         """Raise `CheckFailed` if the parts compute something else, with the layer after which they do."""
         try:
             actual = self._run_parts()
-        except (CheckFailed, MemoryError, torch.OutOfMemoryError):
+        except (CheckFailed, *OUT_OF_MEMORY):
             raise
         except Exception as error:  # noqa: BLE001 - of torch, or of the network's own code
             difference = f"they fail: {describe_error(error)}"

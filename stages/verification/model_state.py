@@ -15,6 +15,8 @@ class ModelState:
     """The tensors and the Python state of a network at one time; parameters only by their version counters."""
 
     def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._names = root.state_dict().keys()
         self._python = PythonState(root)
         self._contents = [(tensor, tensor.detach().clone()) for tensor in self._python.tensors]
         self._versions = [(parameter, parameter._version) for parameter in root.parameters()]
@@ -28,6 +30,11 @@ class ModelState:
     def python_values(self) -> list[object]:
         """The numbers and texts of the network now, and the sizes of its containers; equal if none has changed."""
         return self._python.values
+
+    @property
+    def created_names(self) -> list[str]:
+        """The names of parameters and saved buffers that the network has now, but had not."""
+        return [name for name in self._root.state_dict() if name not in self._names]
 
     @property
     def positions(self) -> list[object]:
@@ -72,7 +79,7 @@ def seeded(device: torch.device, seed: int = 0) -> Iterator[None]:
 
 
 def is_same_tensor(left: Tensor, right: Tensor) -> bool:
-    """Return whether two tensors have the same dtype, shape and bits; not-a-number equals itself."""
+    """Return whether two tensors have the same dtype, shape and numbers; not-a-number equals itself."""
     if (left.dtype, left.shape, left.layout) != (right.dtype, right.shape, right.layout):
         return False
     if left.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""The check of parts for training: results, gradients and buffers of one micro-batch of two rows."""
+"""The check of parts for training: results, gradients and buffers of a micro-batch, then two of them in flight."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from brokers.errors import describe_error
 from stages.models.registry import random_tensor
-from stages.partition.boundary import find_layout, restore_order
+from stages.partition.boundary import find_layout, restore_layout
 from stages.partition.named_values import pack_result
 from stages.partition.partition import partition
-from stages.partition.tracing import TracedModel, describe_error
+from stages.partition.tracing import TracedModel
 from stages.verification.comparison import describe_difference, difference_problem, find_last_equal_layer
 from stages.verification.example import Inputs, call_model, join_requests, second_example
 from stages.verification.model_state import ModelState, seeded
-from stages.verification.network_run import KEEPS_STATE, CheckFailed, run_network
+from stages.verification.network_run import KEEPS_STATE, OUT_OF_MEMORY, CheckFailed, run_network
 from stages.verification.part_chain import PartChain, PartRun, Tensors, receive
 from stages.verification.verdict import Layouts, Verdict
 
@@ -40,6 +41,8 @@ class _StepResult:
 
 
 class _TrainingCheck:
+    """One check. Each run begins and ends with the network's state as it was before."""
+
     def __init__(self, traced: TracedModel, cuts: Sequence[int], example: Inputs, device: torch.device) -> None:
         self._traced = traced
         self._model = traced.model
@@ -85,7 +88,7 @@ class _TrainingCheck:
                 values.append(self._state.python_values)
 
         try:
-            run_network(self._model, self._state, run_twice)
+            run_network(self._state, run_twice)
         finally:
             self._state.restore()
         if values[0] != values[1]:
@@ -99,7 +102,7 @@ class _TrainingCheck:
             return results, _find_gradients(results, _loss_gradients(results), self._parameters.values())
 
         try:
-            results, gradients = run_network(self._model, self._state, step)
+            results, gradients = run_network(self._state, step)
             return self._step(results, {id(parameter): gradient for parameter, gradient in gradients})
         finally:
             self._state.restore()
@@ -121,7 +124,7 @@ class _TrainingCheck:
         for run in reversed(runs):
             layouts.insert(0, {name: find_layout(gradient) for name, gradient in output_gradients.items()})
             received = {
-                name: restore_order(receive(gradient), layouts[0][name]) for name, gradient in output_gradients.items()
+                name: restore_layout(receive(gradient), layouts[0][name]) for name, gradient in output_gradients.items()
             }
             inputs = {id(tensor): name for name, tensor in run.inputs.items() if tensor.requires_grad}
             sources = [*self._parameters.values(), *run.inputs.values()]
@@ -136,7 +139,7 @@ class _TrainingCheck:
         try:
             first, _ = self._chain.run(self._inputs), self._chain.run(self._inputs)
             self._run_backward(first)
-        except (CheckFailed, MemoryError, torch.OutOfMemoryError):
+        except (CheckFailed, *OUT_OF_MEMORY):
             raise
         except Exception as error:
             problem = "stages run the forward of several micro-batches before the first backward, which then fails"
@@ -158,7 +161,7 @@ class _TrainingCheck:
         """
         try:
             actual = self._step_of_parts()
-        except (CheckFailed, MemoryError, torch.OutOfMemoryError):
+        except (CheckFailed, *OUT_OF_MEMORY):
             raise
         except Exception as error:  # noqa: BLE001 - of torch, or of the network's own code
             self._raise_difference(f"they fail: {describe_error(error)}")

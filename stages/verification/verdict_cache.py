@@ -98,7 +98,7 @@ def cached_verdict(key: str | None, check: Callable[[], Verdict]) -> Verdict:
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(path.with_name(f".{key}.lock")))
+            _enter_lock(stack, path.with_name(f".{key}.lock"))
         except OSError as error:
             log.info("the check of the network is repeated at each start, as its result cannot be kept: %s", error)
         if (cached := _read(path)) is not None:
@@ -108,6 +108,14 @@ def cached_verdict(key: str | None, check: Callable[[], Verdict]) -> Verdict:
             with suppress(OSError):
                 write_atomic(path, _VERDICT.dump_json(verdict))
         return verdict
+
+
+def _enter_lock(stack: ExitStack, path: Path) -> None:
+    try:
+        stack.enter_context(file_lock(path, wait=False))
+    except BlockingIOError:
+        log.info("another worker checks the network: waiting for its result (lock: %s)", path)
+        stack.enter_context(file_lock(path))
 
 
 class _NoSource(Exception):

@@ -3,7 +3,7 @@
     python -m tests.bench.zoo --only "torchvision:*"
     python -m tests.bench.zoo --training
 
-Takes two hours. Each network is checked in a process that is forked for it, in one thread, and its result is one line
+Takes hours. Each network is checked in a process that is forked for it, in one thread, and its result is one line
 of the output file; networks that the file has already are left out. The last output is a table of results, and one of
 refusals by reason.
 """

@@ -112,7 +112,7 @@ def test_short_last_batch_is_left_out(tmp_path: Path) -> None:
         pipeline.file = pipeline.file.model_copy(
             update={"training": pipeline.file.training.model_copy(update={"drop_last": False})}
         )
-        with raises_error(UsageError, "SettingsChanged", match="drop_last was True, is None"):
+        with raises_error(UsageError, "SettingsChanged", match="drop_last was True, is not set"):
             await pipeline.train(dataset=dataset, resume=True)
 
     training = {"drop_last": True, "evaluate_every": 1, "lr_schedule": "step", "lr_every": 1}

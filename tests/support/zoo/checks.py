@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from brokers.errors import UsageError
-from stages.partition.boundary import find_layout, restore_order
+from stages.partition.boundary import find_layout, restore_layout
 from stages.partition.named_values import pack_result
 from stages.partition.partition import Part, partition
 from stages.partition.tracing import trace
@@ -189,4 +189,4 @@ def _backpropagate(parts: Sequence[Part], request: Mapping[str, Tensor]) -> None
         torch.autograd.backward([outputs[name] for name in gradients], list(gradients.values()))
         sent = {name: tensor.grad for name, tensor in inputs.items() if tensor.grad is not None}
         received = send_tensors(sent)
-        gradients = {name: restore_order(received[name], find_layout(gradient)) for name, gradient in sent.items()}
+        gradients = {name: restore_layout(received[name], find_layout(gradient)) for name, gradient in sent.items()}

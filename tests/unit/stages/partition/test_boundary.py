@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brokers.errors import UsageError, WireError
-from stages.partition.boundary import find_layout, restore_order
+from stages.partition.boundary import find_layout, restore_layout
 from stages.partition.named_values import unpack_value
 from stages.partition.partition import partition
 from stages.partition.tracing import trace
@@ -135,9 +135,9 @@ def test_only_mutated_inputs_are_copied() -> None:
         (torch.rand(2, 1, 4).expand(2, 3, 4).transpose(0, 2), (2, 0, 1)),
     ],
 )
-def test_order_of_dimensions_is_restored(tensor: Tensor, order: tuple[int, ...] | None) -> None:
+def test_layout_is_restored(tensor: Tensor, order: tuple[int, ...] | None) -> None:
     layout = find_layout(tensor)
-    restored = restore_order(tensor.contiguous(), layout)
+    restored = restore_layout(tensor.contiguous(), layout)
     assert layout.order == order
     assert torch.equal(restored, tensor)
     assert [bool(stride) for stride in restored.stride()] == [bool(stride) for stride in tensor.stride()]
