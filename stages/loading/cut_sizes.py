@@ -43,7 +43,8 @@ def measure_cuts(pipeline: Pipeline, *, every: bool = False) -> list[CutSize]:
 
     The file's cuts are checked as those of a stage are, with initial weights; with `every` the network is checked in
     one part, since a single cut where it cannot be split would hide the others. Raises `UsageError`: those of
-    `load_model`, `partition` and `check_parts`, and "NoExampleInput" also if the example does not work with the rows of a message.
+    `load_model`, `partition` and `check_parts`, and "NoExampleInput" also if the example does not work with the rows of
+    a message.
     """
     cuts = pipeline.pipeline.cuts
     if pipeline.pipeline.model is None or not (cuts or every):
