@@ -8,7 +8,7 @@ from torch import Tensor
 from brokers.config.pipeline_file import Pipeline
 from brokers.config.schema import StageTable
 from stages.loading.model_builder import one_at_a_time
-from stages.loading.part_loader import check_parts, example_error, load_model
+from stages.loading.part_loader import Mode, check_parts, example_error, load_model
 from stages.models.registry import pipeline_model_spec
 from stages.partition.partition import partition
 from stages.verification.example import join_requests
@@ -60,7 +60,8 @@ def measure_cuts(pipeline: Pipeline, *, every: bool = False) -> list[CutSize]:
         cuts = tuple(range(1, len(traced.layer_names)))
         links = [(stages[0], stages[-1])] * len(cuts)
     parts = partition(traced, cuts)
-    check_parts(loaded, traced, () if every else cuts, _CPU, training=pipeline.is_training)
+    mode: Mode = "training" if pipeline.is_training else "inference"
+    check_parts(loaded, traced, () if every else cuts, _CPU, mode=mode)
     rows = join_requests([loaded.example] * rows_per_message(pipeline))
     try:
         with torch.no_grad(), seeded(_CPU):  # dropout draws random numbers

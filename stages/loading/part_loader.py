@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from stages.verification.verdict import Verdict
 from stages.verification.verdict_cache import cached_verdict, verdict_key
 
 _CPU = torch.device("cpu")
+Mode = Literal["inference", "training", "evaluation"]  # evaluation: of a network that is trained, without gradients
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,11 +144,11 @@ def load_trainable_part(
     _check_shared(parts)
     if loaded.file is not None:
         loaded.file.require(name for part in parts for name in part.module.state_dict())
-    verdict = check_parts(loaded, trained, cuts, device, training=True)
+    verdict = check_parts(loaded, trained, cuts, device, mode="training")
     loaded.model.eval()
     evaluated = loaded.trace(device, training=True)
     evaluation_cuts = find_evaluation_cuts(trained, parts, cuts, evaluated)
-    evaluation_verdict = check_parts(loaded, evaluated, evaluation_cuts, device)
+    evaluation_verdict = check_parts(loaded, evaluated, evaluation_cuts, device, mode="evaluation")
     evaluation = partition(evaluated, evaluation_cuts)[index]
     if index == len(cuts):
         used = [tensor for part in parts for tensor in (*part.module.parameters(), *part.module.buffers())]
@@ -163,10 +165,10 @@ def check_parts(
     cuts: Sequence[int],
     device: torch.device,
     *,
-    training: bool = False,
+    mode: Mode = "inference",
     max_batch: int = 1,
 ) -> Verdict:
-    """Compare the parts with the network, on `device`; the verdict is cached.
+    """Compare the parts with the network, on `device`, in the mode in which they will run; the verdict is cached.
 
     Raises `UsageError` "PartsDiffer", or "NoExampleInput" if there are no inputs with which to compare them.
     """
@@ -177,12 +179,13 @@ def check_parts(
         raise example_error(loaded.spec)
 
     def check() -> Verdict:
-        if training:
+        if mode == "training":
             return check_training(traced, cuts, example, device)
-        return check_inference(traced, cuts, example, device, max_batch=max_batch)
+        grad_mode = torch.no_grad if mode == "evaluation" else torch.inference_mode
+        return check_inference(traced, cuts, example, device, max_batch=max_batch, grad_mode=grad_mode)
 
-    mode = f"training={training} max_batch={max_batch} {device.type} seed={loaded.seed} settings={loaded.spec.settings}"
-    key = verdict_key(traced, cuts, example, loaded.weights, loaded.spec.folder, mode)
+    extra = f"{mode} max_batch={max_batch} {device.type} seed={loaded.seed} settings={loaded.spec.settings}"
+    key = verdict_key(traced, cuts, example, loaded.weights, loaded.spec.folder, extra)
     try:
         verdict = cached_verdict(key, lambda: _check_on_device(loaded.model, device, check))
     except OUT_OF_MEMORY as error:

@@ -53,7 +53,7 @@ class ContextNodes:
             self._graph.call_function(_leave, (self._entered,))
             self._entered = None
         if context is not None:
-            arguments = (context.grad or not self._records_gradients, context.autocast, context.device_type)
+            arguments = (context.grad, context.autocast, context.device_type)
             self._entered = self._graph.call_function(_enter, arguments)
         self._current = context
 
@@ -70,8 +70,7 @@ _entered = _Entered()
 
 def _enter(grad: bool, autocast: torch.dtype | None, device_type: str) -> ExitStack:
     stack = ExitStack()
-    if not grad:
-        stack.enter_context(torch.no_grad())
+    stack.enter_context(torch.set_grad_enabled(grad))
     if autocast is not None:
         stack.enter_context(torch.autocast(device_type, dtype=autocast))
     _entered.stacks.append(stack)

@@ -1,7 +1,8 @@
 """The check of parts for inference: results for two requests, with and without channels last; batches."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +21,20 @@ from stages.verification.verdict import Verdict
 
 
 def check_inference(
-    traced: TracedModel, cuts: Sequence[int], example: Inputs, device: torch.device, *, max_batch: int = 1
+    traced: TracedModel,
+    cuts: Sequence[int],
+    example: Inputs,
+    device: torch.device,
+    *,
+    max_batch: int = 1,
+    grad_mode: Callable[[], AbstractContextManager[Any]] = torch.inference_mode,
 ) -> Verdict:
     """Compare the parts of a network with its forward, in evaluation mode, on `device`, where the network is.
 
     `example`: the inputs of one request, by argument name. `max_batch`: if above 1, find out which parts may batch
-    requests.
+    requests. `grad_mode`: `torch.no_grad` for the evaluation of a training.
     """
-    with torch.inference_mode(), seeded(device):
+    with grad_mode(), seeded(device):
         return _InferenceCheck(traced, cuts, example, device).run(max_batch)
 
 

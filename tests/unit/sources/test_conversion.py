@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from sources import nest_results
@@ -37,11 +38,22 @@ class State(NamedTuple):
         ((ONE, State(TWO, THREE)), [1.0, [2.0, 3.0]]),
         ({"mean": ONE, "count": 7, "absent": None}, {"mean": 1.0, "count": 7.0}),
         ([[ONE], [{"x": TWO}]], [[1.0], [{"x": 2.0}]]),
+        ([torch.tensor([float(index)]) for index in range(12)], [float(index) for index in range(12)]),
+        ({"boxes": (ONE, torch.tensor([7]))}, {"boxes": [1.0, 7.0]}),
     ],
 )
 def test_nested_results_are_restored(returned: object, restored: object) -> None:
-    arrays = {name: tensor.numpy() for name, tensor in pack_result(returned).items()}
-    assert first_values(nest_results(arrays)) == restored
+    assert first_values(nest_results(as_received(returned))) == restored
+
+
+def test_keys_with_dots_remain_names() -> None:
+    assert first_values(nest_results(as_received({"a": ONE, "a.b": TWO}))) == {"a": 1.0, "a.b": 2.0}
+
+
+def as_received(returned: object) -> dict[str, Any]:
+    """Return the results of a network in the order in which a message has them: by dtype and name."""
+    message = load(save({name: tensor.clone() for name, tensor in pack_result(returned).items()}))
+    return {name: message[name].numpy() for name in sorted(message)}
 
 
 def first_values(value: Any) -> object:

@@ -67,3 +67,15 @@ def test_every_cut_has_the_size_that_it_has_alone() -> None:
     assert list(sizes) == list(range(1, max(sizes) + 1))
     for cut in measure_cuts(pipeline):
         assert (sizes[cut.after].tensors, sizes[cut.after].wire_bytes) == (cut.tensors, cut.wire_bytes)
+
+
+def test_one_impossible_cut_does_not_hide_the_others(tmp_path: Path) -> None:
+    (tmp_path / "mutating.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Module):\n    input_shape = (1, 4)\n\n    def forward(self, x):\n"
+        "        y = x * 2\n        view = y[:, :2]\n        view += 1\n        return y * 3\n"
+    )
+    stages = [stage_table("a"), stage_table("b")]
+    pipeline = load_pipeline(write_pipeline_file(tmp_path, stages, model="mutating:Net", cuts=[2]))
+    with raises_error(UsageError, "PartsDiffer", match=r"cannot be split at \[2\]"):
+        measure_cuts(pipeline)
+    assert [cut.after for cut in measure_cuts(pipeline, every=True)] == [1, 2, 3]
