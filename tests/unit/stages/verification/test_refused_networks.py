@@ -180,7 +180,7 @@ DIFFERENT = {
     "view that is modified": (Case(modify_view), AFTER_A),
     "viewed tensor that is modified": (Case(modify_viewed), AFTER_A),
     "chunk that is modified": (Case(modify_chunk), AFTER_A),
-    "caught RuntimeError": (Case(catch_wrong_shape), "they fail: shape .* is invalid"),
+    "caught RuntimeError": (Case(catch_wrong_shape), "they fail: RuntimeError: shape .* is invalid"),
     "buffer of two parts": (
         Case(write_item_of_buffer, attributes=lambda: {"count": nn.Buffer(torch.zeros(4))}),
         "modifies buffer 'count', which several parts use",
