@@ -116,6 +116,17 @@ class InProcessParts:
                 forwards[stage + 1][index] = outputs
         return done
 
+    def evaluate(self, inputs: Any, labels: Tensor) -> MicroBatchMetrics:
+        """Evaluate one micro-batch: inputs (B, ...), one or by name, and labels (B, ...)."""
+        tensors: Any = {**named_inputs(inputs), LABELS_TENSOR: labels}
+        micro_batch = MicroBatch(
+            step="0" * 32, term=1, index=0, count=1, rows=len(labels), number=0, seed=self.seed, mode="evaluate"
+        )
+        for trainer in self.part_trainers:
+            tensors = trainer.forward(micro_batch, bytes(16), tensors)
+        assert isinstance(tensors, MicroBatchMetrics)
+        return tensors
+
     def abort(self) -> None:
         for trainer in self.part_trainers:
             trainer.abort()

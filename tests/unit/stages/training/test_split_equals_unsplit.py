@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_array
-from brokers.protocol.training import LABELS_TENSOR, MicroBatch
 from sources.training.training_run import MODEL_FILE, write_weights
 from stages.models.vgg import SmallVgg
 from stages.partition.tracing import trace
@@ -243,17 +242,13 @@ def test_evaluation_changes_nothing_and_equals_the_unsplit_one() -> None:
         parts.train_step(number, batch(net, number))
     before = parts.state_dict()
     (inputs, labels), *_ = batch(net, 9, (8,))
-    tensors: dict[str, Tensor] | MicroBatchMetrics = {"input": inputs, LABELS_TENSOR: labels}
-    micro_batch = MicroBatch(step="0" * 32, term=1, index=0, count=1, rows=8, number=2, seed=0, mode="evaluate")
-    for trainer in parts.part_trainers:
-        assert isinstance(tensors, dict)
-        tensors = trainer.forward(micro_batch, b"." * 16, tensors)
-        assert not trainer.activations
+    metrics = parts.evaluate(inputs, labels)
+    assert not any(trainer.activations for trainer in parts.part_trainers)
     whole.model.eval()
     with torch.no_grad():
         outputs = whole.model(inputs)
     expected = nn.functional.cross_entropy(outputs, labels).item()
-    assert tensors == MicroBatchMetrics(expected, int((outputs.argmax(1) == labels).sum()), 8)
+    assert metrics == MicroBatchMetrics(expected, int((outputs.argmax(1) == labels).sum()), 8)
     assert_bitwise_equal(parts.state_dict(), before)
     whole.model.train()
     assert parts.train_step(2, batch(net, 2)) == whole.train_step(2, batch(net, 2))

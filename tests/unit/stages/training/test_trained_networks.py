@@ -14,12 +14,10 @@ from brokers.errors import UsageError
 from brokers.process.import_string import import_string
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_array
-from brokers.protocol.training import LABELS_TENSOR, MicroBatch
 from sources.training.training_run import MODEL_FILE, write_weights
 from stages.loading.part_loader import load_part
 from stages.models.registry import get_model_spec
 from stages.partition.named_values import pack_result
-from stages.training.part_trainer import MicroBatchMetrics
 from tests.support.environment.checkout import ROOT
 from tests.support.errors import raises_error
 from tests.support.training.in_process_parts import (
@@ -116,7 +114,7 @@ def test_trained_network_is_that_of_the_plain_loop_and_can_be_served(name: str, 
     model.eval()
     with torch.no_grad():
         outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    assert evaluate(parts, named, labels).loss == loss(outputs, labels).item()
+    assert parts.evaluate(inputs, labels).loss == loss(outputs, labels).item()
 
     contents = {
         f"s{index}": TensorContent({key: from_array(tensor) for key, tensor in trainer.weights().items()})
@@ -135,17 +133,6 @@ def test_trained_network_is_that_of_the_plain_loop_and_can_be_served(name: str, 
     served = tensors["output"]
     expected = pack_result(outputs)["output"]
     assert torch.allclose(served, expected, rtol=1e-5, atol=1e-6)  # weights with channels innermost round otherwise
-
-
-def evaluate(parts: InProcessParts, inputs: Mapping[str, Tensor], labels: Tensor) -> MicroBatchMetrics:
-    tensors: Any = {**inputs, LABELS_TENSOR: labels}
-    micro_batch = MicroBatch(
-        step="0" * 32, term=1, index=0, count=1, rows=len(labels), number=STEPS, seed=0, mode="evaluate"
-    )
-    for trainer in parts.part_trainers:
-        tensors = trainer.forward(micro_batch, b"." * 16, tensors)
-    assert isinstance(tensors, MicroBatchMetrics)
-    return tensors
 
 
 def test_trained_weights_that_two_parts_share_are_refused() -> None:

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brokers.errors import UsageError
-from brokers.protocol.training import LABELS_TENSOR, MicroBatch
 from stages.partition.tracing import trace
-from stages.training.part_trainer import MicroBatchMetrics
 from tests.support.training import unusual_modes, unusual_values
 from tests.support.training.in_process_parts import (
     InProcessParts,
@@ -122,24 +120,13 @@ def check_equality(name: str, cuts: Sequence[int]) -> None:
         assert parts.train_step(number, batch) == whole.train_step(number, in_its_dtype(whole.model, batch))
     assert_bitwise_equal(parts.state_dict(), whole.model.state_dict())
     (evaluated,) = make_batch(name, 99, (4,))
-    metrics = evaluate(parts, *evaluated)
+    metrics = parts.evaluate(*evaluated)
     whole.model.eval()
     ((inputs, labels),) = in_its_dtype(whole.model, [evaluated])
     with torch.no_grad():
         outputs = whole.model(inputs)
     assert metrics.loss == nn.functional.cross_entropy(outputs, labels).item()
     assert_bitwise_equal(parts.state_dict(), whole.model.state_dict())
-
-
-def evaluate(parts: InProcessParts, inputs: Tensor, labels: Tensor) -> MicroBatchMetrics:
-    tensors: Any = {"input": inputs, LABELS_TENSOR: labels}
-    micro_batch = MicroBatch(
-        step="0" * 32, term=1, index=0, count=1, rows=len(labels), number=STEPS, seed=0, mode="evaluate"
-    )
-    for trainer in parts.part_trainers:
-        tensors = trainer.forward(micro_batch, b"." * 16, tensors)
-    assert isinstance(tensors, MicroBatchMetrics)
-    return tensors
 
 
 @pytest.mark.parametrize("name", REFUSED)
