@@ -77,6 +77,13 @@ def test_stage_is_tested_without_a_broker(page_folder: Path) -> None:
     assert "2 passed" in run_python(page_folder, *command.split()[1:], "-p", "no:cacheprovider")
 
 
+def test_encoder_of_token_ids_can_be_cut(page_folder: Path) -> None:
+    table = '[pipeline]\nname = "encoder"\nmodel = "encoder:encoder"\ncuts = [2]\n'
+    (page_folder / "encoder.toml").write_text(f'{table}[[stage]]\nname = "head"\n[[stage]]\nname = "tail"\n')
+    (cut,) = json.loads(run_python(page_folder, "-m", "brokers.cli", "cuts", "encoder.toml", "--json"))["cuts"]
+    assert cut["tensors"] == {"mask": [1, 12], "layers.0": [1, 12, 32]}
+
+
 def test_own_network_and_source_run(sandbox: ProcessSandbox, page_folder: Path) -> None:
     require_broker("embedded")
     assert COMMANDS[-1] == "sparse run digits.toml --json"

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import FrozenBatchNorm2d
 
 from brokers.errors import UsageError
 from stages.loading.part_loader import load_part, load_trainable_part
@@ -233,3 +234,32 @@ def test_cut_that_evaluation_cannot_have_is_refused() -> None:
     with raises_error(UsageError, "CannotEvaluate") as caught:
         load_trainable_part(spec, [1], 1, None, 0, "cpu")
     assert caught.value.fields == {"cut": 1, "layer": "mul"}
+
+
+class Normalised(nn.Module):
+    """Computes with expressions of saved and unsaved buffers, and with a frozen batch norm."""
+
+    std: Tensor
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("std", torch.ones(3))
+        self.register_buffer("mean", torch.tensor([0.1, 0.2, 0.3]), persistent=False)
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.norm(self.conv((x - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)))
+        return result
+
+
+def test_expressions_of_buffers_have_the_values_of_the_file(tmp_path: Path) -> None:
+    network = Normalised().eval()
+    state = {name: torch.rand_like(tensor) + 0.5 for name, tensor in network.state_dict().items()}
+    network.load_state_dict(state)
+    save_file(state, tmp_path / "net.safetensors")
+    spec = ModelSpec("normalised", Normalised, input_shape=(1, 3, 8, 8))
+    x = torch.rand(1, 3, 8, 8)
+    for cut in range(1, 5):
+        parts = load_all(spec, [cut], tmp_path / "net.safetensors")
+        assert torch.equal(run(parts, x)["output"], run_whole(network, x))
