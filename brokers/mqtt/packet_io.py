@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Protocol
 
-import numpy as np
-
 from brokers.errors import TooLarge
 from brokers.mqtt.publish_packet import (
     MAX_HEADER_BYTES,
@@ -23,11 +21,12 @@ from brokers.mqtt.publish_packet import (
     parse_publish_header,
     parse_varint,
 )
+from brokers.process.aligned_memory import allocate_aligned
 
 # Bytes that arrive together with a header are copied once: small enough to cost nothing, large enough for one read.
 HEADER_BUFFER_BYTES = 16 << 10
 MAX_SENDMSG_BUFFERS = 64  # buffers in one sendmsg; Linux allows 1024 (IOV_MAX)
-SMALL_PAYLOAD_BYTES = 64 << 10  # below this a bytearray is faster than an uninitialised array
+SMALL_PAYLOAD_BYTES = 64 << 10  # below this a bytearray is faster than aligned memory
 
 WOULD_BLOCK_ERRORS = (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -184,7 +183,7 @@ class PacketReader:
             return buffer
         if header.payload_bytes < SMALL_PAYLOAD_BYTES:
             return memoryview(bytearray(header.payload_bytes))
-        return np.empty(header.payload_bytes, np.uint8).data  # not zeroed: no page is touched until its bytes arrive
+        return allocate_aligned(header.payload_bytes)
 
     def _parse_packet(self) -> bool:
         """Parse a packet of another type than PUBLISH; return False while it is incomplete."""

@@ -21,9 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from brokers.errors import TooLarge, WireError
+from brokers.process.aligned_memory import allocate_aligned
 
 # Fastest on loopback (tests/bench/roundtrip.py --chunks): smaller ones cost calls, larger ones leave the pipe empty.
 CHUNK_BYTES = 512 * 1024
@@ -175,8 +174,7 @@ class Assembler:
                 raise TooLarge("a chunked message", self.message_limit_bytes, chunk.total_bytes)
             if chunk.total_bytes > free_bytes:
                 raise TooLarge(f"a chunked message beside {len(self)} unfinished ones", free_bytes, chunk.total_bytes)
-            # Uninitialised: zero-filling 64 MiB costs more than receiving it.
-            buffer = np.empty(chunk.total_bytes, np.uint8).data
+            buffer = allocate_aligned(chunk.total_bytes)
         except TooLarge:
             self._end(key)
             raise

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from brokers.errors import BadPayload, TooLarge, WireError
+from brokers.process.aligned_memory import ALIGNMENT_BYTES, allocate_aligned
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,6 @@ _BY_TORCH = {torch_name: name for name, (_, _, torch_name) in _DTYPES.items()}
 HEADER_LIMIT_BYTES = 1 << 20
 _DIMENSION_LIMIT = 32
 _METADATA = "__metadata__"
-_ALIGNMENT_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,10 @@ def from_torch(tensor: torch.Tensor) -> TensorView:
 
 
 def to_torch(tensor: TensorView, *, name: str = "") -> torch.Tensor:
-    """Return a torch tensor over the same bytes; a copy if they are read-only (which torch has not) or unaligned."""
+    """Return a torch tensor over the same bytes; a copy if they are read-only or not aligned as torch's own tensors.
+
+    torch has no read-only tensors, and computes other bits on tensors that are aligned less.
+    """
     import torch
 
     dtype: torch.dtype = getattr(torch, _DTYPES[tensor.dtype][2])
@@ -132,10 +135,11 @@ def to_torch(tensor: TensorView, *, name: str = "") -> torch.Tensor:
         shape = (*shape[:-1], shape[-1] // 2)
     if not tensor.data.nbytes:
         return torch.empty(shape, dtype=dtype)
-    data = bytearray(tensor.data) if tensor.data.readonly else tensor.data
-    raw = torch.frombuffer(data, dtype=torch.uint8)
-    if raw.data_ptr() % dtype.itemsize:  # other clients need not pad the header, and kernels may require alignment
-        raw = raw.clone()
+    raw = None if tensor.data.readonly else torch.frombuffer(tensor.data, dtype=torch.uint8)
+    if raw is None or raw.data_ptr() % ALIGNMENT_BYTES:
+        copy = allocate_aligned(tensor.data.nbytes)
+        copy[:] = tensor.data
+        raw = torch.frombuffer(copy, dtype=torch.uint8)
     return raw.view(dtype).reshape(shape)
 
 
@@ -162,7 +166,7 @@ def pack(tensors: Mapping[str, TensorView], metadata: Mapping[str, str]) -> list
         end += tensor.data.nbytes
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (begin, end)}
     text = _encode_utf8(json.dumps(header, separators=(",", ":"), ensure_ascii=False))
-    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
     if len(text) > HEADER_LIMIT_BYTES:
         raise TooLarge("the safetensors header", HEADER_LIMIT_BYTES, len(text))
     head = memoryview(len(text).to_bytes(8, "little") + text)

@@ -241,7 +241,7 @@ def test_memory_error_becomes_too_large(monkeypatch: pytest.MonkeyPatch) -> None
     def full(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("brokers.protocol.chunking.np.empty", full)
+    monkeypatch.setattr("brokers.process.aligned_memory.np.empty", full)
     with pytest.raises(TooLarge, match="no memory left"):
         feed(Assembler(), KEY, 0, MESSAGE[:4])
 
