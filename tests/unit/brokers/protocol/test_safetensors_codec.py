@@ -80,8 +80,10 @@ def test_bytes_are_shared_in_both_directions() -> None:
     piece = pack({"x": from_numpy(array)}, {})[1]
     array[1, 1] = 7
     assert np.frombuffer(piece, np.float32)[5] == 7
-    buffer = bytearray(joined({"x": from_numpy(array)}))
-    view = unpack(memoryview(buffer))[0]["x"]
+    body = joined({"x": from_numpy(array)})
+    buffer = allocate_aligned(len(body))
+    buffer[:] = body
+    view = unpack(buffer)[0]["x"]
     as_torch = to_torch(view)
     as_numpy = to_numpy(view)
     buffer[-4:] = np.float32(9).tobytes()
