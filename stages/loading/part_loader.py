@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from brokers.errors import UsageError, describe_error
 from stages.loading.evaluation_cuts import find_evaluation_cuts
 from stages.loading.model_builder import build_from_seed, build_without_parameters, one_at_a_time
+from stages.loading.network_digest import network_digest
 from stages.loading.weights_file import WeightsFile
 from stages.models.registry import ModelSpec
 from stages.partition.part_state import add_unused_state
@@ -32,13 +33,15 @@ Mode = Literal["inference", "training", "evaluation"]  # evaluation: of a networ
 class TrainablePart:
     """A part in training mode and in evaluation mode: two graphs over the same modules, and what the check found.
 
-    `min_rows`: of a micro-batch. `is_exact`: gradients are those of the unsplit network bit for bit.
+    `min_rows`: of a micro-batch. `is_exact`: gradients are those of the unsplit network bit for bit. `network`: the
+    digest of the whole network as it is before training.
     """
 
     training: Part
     evaluation: Part
     min_rows: int
     is_exact: bool
+    network: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +120,7 @@ def load_part(
         loaded.file.require(name for part in parts for name in part.module.state_dict())
     verdict = check_parts(loaded, traced, cuts, device, max_batch=max_batch)
     part = parts[index]
+    part.network = network_digest(traced, cuts, weights)
     if loaded.file is not None:
         part.module.load_state_dict(loaded.file.read(part.module.state_dict()), strict=False, assign=True)
     if verdict.channels_last:
@@ -144,6 +148,7 @@ def load_trainable_part(
     _check_shared(parts)
     if loaded.file is not None:
         loaded.file.require(name for part in parts for name in part.module.state_dict())
+    network = network_digest(trained, cuts, weights)
     verdict = check_parts(loaded, trained, cuts, device, mode="training")
     loaded.model.eval()
     evaluated = loaded.trace(device, training=True)
@@ -156,7 +161,7 @@ def load_trainable_part(
     for part, found in ((parts[index], verdict), (evaluation, evaluation_verdict)):
         _apply(found, part, index)
         part.to(device)
-    return TrainablePart(parts[index], evaluation, verdict.min_rows, verdict.is_exact)
+    return TrainablePart(parts[index], evaluation, verdict.min_rows, verdict.is_exact, network)
 
 
 def check_parts(

@@ -54,7 +54,7 @@ class Part:
     `input_names` and `output_names` are the names of the values (a tuple is one value). `layouts` are those of the
     inputs in the whole network, by tensor name: inputs that arrive contiguous are given the strides that they have
     there, as kernels add up in another order for others. `batchable`: the rows of its inputs are known not to
-    influence each other. `gradient_layouts`: of the gradients of its outputs.
+    influence each other. `gradient_layouts`: of the gradients of its outputs. `network`: a digest of the network.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Part:
         self.layouts: Mapping[str, TensorLayout] = {}
         self.gradient_layouts: Mapping[str, TensorLayout] = {}
         self.batchable = False
+        self.network = ""
         self.module = collect_state(traced.model, graph, traced.constants)
         self._training_flags = [(module, module.training) for module in self.module.modules()]
         code = _generate_code(graph)

@@ -92,6 +92,11 @@ class PartTrainer:
         self._parts: TrainablePart
 
     @property
+    def network(self) -> str:
+        """The digest of the whole network as it is before training."""
+        return self._parts.network
+
+    @property
     def _module(self) -> nn.Module:
         return self._parts.training.module
 

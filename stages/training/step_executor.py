@@ -13,6 +13,7 @@ from brokers.errors import SparseError, WireError
 from brokers.protocol.messages import Activation, Gradient, Message, Result, StepMessage, TensorContent
 from brokers.protocol.safetensors_codec import from_array, from_torch, to_torch
 from brokers.protocol.training import LABELS_TENSOR, SOURCES_LIMIT, SourceProgress, TrainingStatus
+from stages.loading.network_digest import NETWORK_KEY, check_network
 from stages.training.checkpoints import Checkpoint, CheckpointStore, ForeignCheckpoint
 from stages.training.part_trainer import MicroBatchMetrics, NotFinite, PartTrainer, model_state_dict
 from stages.training.step_queue import Backward, Commit, Forward, StepOperation
@@ -139,6 +140,7 @@ class StepExecutor:
         task = operation.task
         assert isinstance(task.content, TensorContent)
         self._check_number(task.source, operation)
+        check_network(task.content.metadata, self._part_trainer.network, self._context.stage.name)
         with self._telemetry.measure("decode_ms"):
             tensors = {name: to_torch(tensor) for name, tensor in task.content.tensors.items()}
             if operation.labels is not None:
@@ -155,7 +157,7 @@ class StepExecutor:
         assert next_stage is not None
         activation = Activation(
             request_id=task.request_id,
-            content=self._encode(outputs, task.content.metadata),
+            content=self._encode(outputs, {**task.content.metadata, NETWORK_KEY: self._part_trainer.network}),
             reply_to=task.reply_to,
             sender_inbox=self._context.inbox,
             source=task.source,

@@ -7,6 +7,7 @@ from brokers.process.image_decode import RgbImage, decode_picture
 from brokers.protocol.messages import JPEG, JSON, PNG, SAFETENSORS, BinaryContent, Content
 from brokers.protocol.safetensors_codec import to_numpy, to_torch
 from stages.executor import Node, TaskContext, TaskExecutor, Tensors
+from stages.loading.network_digest import NETWORK_KEY, check_network
 from stages.loading.part_loader import load_part
 from stages.loading.weights_file import find_weights
 from stages.models.registry import pipeline_model_spec
@@ -71,6 +72,7 @@ class ModelExecutor(TaskExecutor):
                 problem = f"stage {self._stage.name!r} accepts pictures (JPEG, PNG) or tensors, not JSON"
                 raise BadPayload(JSON, problem)
             return self._preprocess(decode_picture(content.data, content.content_type), task)
+        check_network(content.metadata, self._part.network, self._stage.name)
         task.metadata.update(content.metadata)
         names = self._part.input_names
         if set(content.tensors) == {PICTURE} and PICTURE not in names:
@@ -96,6 +98,10 @@ class ModelExecutor(TaskExecutor):
     @torch.inference_mode()
     def finish(self, tensors: Tensors, task: TaskContext) -> Tensors:
         """Postprocess the last part's outputs, in pixels of the picture if there was one; narrow other outputs."""
+        if self._is_last:
+            task.metadata.pop(NETWORK_KEY, None)
+        else:
+            task.metadata[NETWORK_KEY] = self._part.network
         if self._is_last and PICTURE in task.metadata and self._spec.postprocess is not None:
             width, _, height = task.metadata[PICTURE].partition("x")
             content = self._spec.postprocess(tensors, (int(width), int(height)))

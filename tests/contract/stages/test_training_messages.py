@@ -22,6 +22,7 @@ from brokers.protocol.messages import (
 )
 from brokers.protocol.safetensors_codec import from_array
 from brokers.protocol.training import MICRO_BATCH_KEY, MicroBatch
+from stages.loading.network_digest import NETWORK_KEY
 from tests.support.brokers.channel_ends import MessageRecorder
 from tests.support.brokers.in_memory import MemoryTransport
 from tests.support.training.in_process_pipeline import (
@@ -139,6 +140,23 @@ def test_step_that_is_not_the_next_of_its_source_is_refused(tmp_path: Path) -> N
         assert (failure.error, failure.retry) == ("StaleStep", True)
         assert failure.reason == "the next step of source 'source' is 4 (from 0), not 5"
         assert head.version == 4
+        await channel.close()
+
+    run_with_pipeline(tmp_path, test, epochs=1)
+
+
+def test_activations_of_another_network_are_refused(tmp_path: Path) -> None:
+    async def test(pipeline: InProcessPipeline) -> None:
+        channel, recorder = await open_foreign_client(pipeline)
+        await pipeline.train()
+        head = pipeline.active_worker(0)
+        task = replace(foreign_task(head.term, number=head.version), source="source")
+        assert isinstance(task.content, TensorContent)
+        content = TensorContent(task.content.tensors, {**task.content.metadata, NETWORK_KEY: "other"})
+        await channel.send(head.inbox, replace(task, content=content))
+        failure = await recorder.next_message()
+        assert isinstance(failure, Failure)
+        assert (failure.error, failure.retry) == ("OtherNetwork", False)
         await channel.close()
 
     run_with_pipeline(tmp_path, test, epochs=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,27 @@ def tiny_network() -> nn.Module:
 
 
 tiny_network.input_shape = (1, 6)  # type: ignore[attr-defined]
+
+
+class ShuffledNetwork(nn.Module):
+    """Shuffles its features and restores their order: (B, 6) -> (B, 3). Each process draws another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.last = nn.Linear(8, 3)
+        self.order = torch.as_tensor(np.random.default_rng().permutation(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x)[:, self.order])
+        return self.last(x[:, self.order.argsort()])  # type: ignore[no-any-return]
+
+
+def shuffled_network() -> nn.Module:
+    return ShuffledNetwork()
+
+
+shuffled_network.input_shape = (1, 6)  # type: ignore[attr-defined]
 
 
 class DataDependentNetwork(nn.Module):

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from brokers.config.pipeline_file import Pipeline
-from brokers.errors import BadPayload
+from brokers.errors import BadPayload, WireError
 from brokers.protocol.messages import TensorContent
 from brokers.protocol.safetensors_codec import from_torch
 from stages.executor import TaskContext
+from stages.loading.network_digest import NETWORK_KEY
 from stages.models.registry import get_model_spec
 from stages.partition.tracing import trace
 from stages.worker.model_executor import PICTURE, ModelExecutor
 from stages.worker.worker_context import WorkerContext
+from tests.support.errors import raises_error
 
 SHUFFLENET = "torchvision:shufflenet_v2_x0_5"
 
@@ -62,6 +64,20 @@ def test_other_tensors_than_those_of_the_part_are_refused(tuple_cut: int) -> Non
     executor = start_executor(1, SHUFFLENET, tuple_cut)
     with pytest.raises(BadPayload, match=r"got \['more', 'other\[0\]'\]"):
         prepare(executor, {"other[0]": torch.zeros(1), "more": torch.zeros(1)})
+
+
+def test_activations_of_another_network_are_refused() -> None:
+    seeds = (0, 0, 1)
+    head, tail, other = (start_executor(min(i, 1), "vgg11-small", 4, seed=seed) for i, seed in enumerate(seeds))
+    task = TaskContext(b"", "", 1, {"unit": "C"})
+    crossing = head.finish(head.execute(prepare(head, {"input": torch.rand(1, 3, 32, 32)}), task), task)
+    content = TensorContent({name: from_torch(tensor) for name, tensor in crossing.items()}, dict(task.metadata))
+    with raises_error(WireError, "OtherNetwork"):
+        other.prepare(content, TaskContext(b"", "", 1))
+    task = TaskContext(b"", "", 1)
+    tail.finish(tail.execute(tail.prepare(content, task), task), task)
+    assert task.metadata["unit"] == "C"
+    assert NETWORK_KEY not in task.metadata  # it is of no use to the source
 
 
 def test_labels_and_settings_of_the_file_reach_the_result() -> None:
