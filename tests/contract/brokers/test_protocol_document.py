@@ -36,6 +36,7 @@ from brokers.protocol.topics import StageTopics
 from brokers.protocol.traceparent import parse_traceparent, start_trace
 from brokers.protocol.training import MicroBatch
 from sources.client import pending_request
+from stages.loading.network_digest import NETWORK_KEY
 from stages.models import registry
 from stages.training import step_queue
 from stages.worker import model_executor, result_sender, task_queue
@@ -226,12 +227,13 @@ def test_metadata_keys() -> None:
     assert column_code_spans(table) == [
         brokers.protocol.stage_timing.HOPS_KEY,
         model_executor.PICTURE,
+        NETWORK_KEY,
         "format",
         "labels",
     ]
-    assert code_spans(table[2][2]) == [registry.DETECTIONS_FORMAT, registry.CLASSES_FORMAT]
+    assert code_spans(table[3][2]) == [registry.DETECTIONS_FORMAT, registry.CLASSES_FORMAT]
     finished = registry._postprocess_classes({"output": torch.zeros(1, 2)}, (1, 1), model="", labels=("cat", "dog"))
-    assert column_code_spans(table)[2:] == list(finished.metadata)
+    assert column_code_spans(table)[3:] == list(finished.metadata)
 
 
 def test_hop_fields() -> None:
