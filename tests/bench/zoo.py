@@ -28,7 +28,7 @@ from tests.bench.harness.output import make_parser, print_json, print_table
 from tests.support.zoo.checks import Result, check_network, check_training
 from tests.support.zoo.networks import Network, networks, training_networks
 
-TIMEOUT_S = 900.0
+TIMEOUT_S = 7200.0
 
 
 def main() -> None:
