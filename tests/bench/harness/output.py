@@ -34,7 +34,7 @@ def print_table(title: str, columns: Columns, rows: Iterable[Mapping[str, Any]])
     table = Table(title=title, title_justify="left")
     for heading, (key, _) in columns.items():
         is_text = any(isinstance(row[key], str) for row in rows)
-        table.add_column(heading, justify="left" if is_text else "right", no_wrap=is_text)
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text)
     for row in rows:
         values = ((row[key], specification) for key, specification in columns.values())
         table.add_row(*("" if value is None else format(value, specification) for value, specification in values))
