@@ -9,10 +9,10 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torchvision
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ def verdict_key(
     def add(*items: object) -> None:
         digest.update(json.dumps([_ADDRESS.sub("", str(item)) for item in items]).encode())
 
-    add(_FORMAT, torch.__version__, torchvision.__version__, platform.python_version(), platform.machine(), extra)
+    add(_FORMAT, torch.__version__, version("torchvision"), platform.python_version(), platform.machine(), extra)
     add(torch.get_num_threads(), list(cuts))
     if weights is not None:
         status = weights.stat()

@@ -33,6 +33,12 @@ def test_no_module_of_brokers_imports_torch() -> None:
     assert result.returncode == 0, result.stderr.decode()
 
 
+def test_worker_imports_torchvision_only_for_its_networks() -> None:
+    """It takes as long as torch itself, at each start of a stage."""
+    program = "import sys, stages.worker.model_executor; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=240, check=False).returncode == 0
+
+
 MODULE = rf"(?P<module>(?:{'|'.join((*PACKAGES, 'tests'))})(?:\.\w+)*)"
 IMPORT = re.compile(rf"\bfrom {MODULE} import (?P<names>\w+(?:, *\w+)*)")
 RUN = re.compile(rf"-m {MODULE}(?![\w.])")
