@@ -1,12 +1,17 @@
 """Import the user's code that a pipeline file names as `package.module:name`."""
 
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 from brokers.errors import SparseError, UsageError
+
+# Of the user's mistakes no line of ours is the place.
+_ROOT = Path(__file__).parents[2]
+_OWN_PACKAGES = tuple(f"{_ROOT / name}{os.sep}" for name in ("brokers", "monitor", "sources", "stages"))
 
 
 class CannotLoad(UsageError):
@@ -47,10 +52,15 @@ def describe_exception(error: BaseException, folder: str | Path) -> str:
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     if isinstance(error, SyntaxError):  # which has its own line number
         return text if error.lineno is None or "line " in text else f"{text} (line {error.lineno})"
-    machinery = ("<frozen importlib", __file__, importlib.__file__)
+    machinery = ("<frozen importlib", importlib.__file__, *_OWN_PACKAGES)
     frames = [each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith(machinery)]
     root = Path(folder).resolve()
-    user_frames = [frame for frame in frames if root in Path(frame.filename).resolve().parents]
+    paths = {frame.filename: Path(frame.filename).resolve() for frame in frames}
+    user_frames = [
+        frame
+        for frame in frames
+        if root in (path := paths[frame.filename]).parents and "site-packages" not in path.relative_to(root).parts
+    ]
     for frame in (user_frames or frames)[-1:]:
         return f"{text} ({Path(frame.filename).name}, line {frame.lineno})"
     return text

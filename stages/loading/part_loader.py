@@ -1,6 +1,6 @@
 """A part of a network with its weights, of which a worker keeps only its own, checked against the whole network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,9 @@ from stages.verification.verdict import Verdict
 from stages.verification.verdict_cache import cached_verdict, verdict_key
 
 _CPU = torch.device("cpu")
+Parameters = Mapping[str, nn.Parameter]  # by name
+# Called with the trainable parameters of a network, those of its parts, and the names of those with sparse gradients.
+InspectParameters = Callable[[Parameters, Sequence[Parameters], Sequence[str]], None]
 Mode = Literal["inference", "training", "evaluation"]  # evaluation: of a network that is trained, without gradients
 
 
@@ -33,12 +36,14 @@ Mode = Literal["inference", "training", "evaluation"]  # evaluation: of a networ
 class TrainablePart:
     """A part in training mode and in evaluation mode: two graphs over the same modules, and what the check found.
 
+    `trainable`: the parameters that require gradients, by their names and in their order in the network.
     `min_rows`: of a micro-batch. `is_exact`: gradients are those of the unsplit network bit for bit. `network`: the
     digest of the whole network as it is before training.
     """
 
     training: Part
     evaluation: Part
+    trainable: Parameters
     min_rows: int
     is_exact: bool
     network: str
@@ -132,14 +137,23 @@ def load_part(
 
 @one_at_a_time
 def load_trainable_part(
-    spec: ModelSpec, cuts: Sequence[int], index: int, weights: Path | None, seed: int, device: str | torch.device
+    spec: ModelSpec,
+    cuts: Sequence[int],
+    index: int,
+    weights: Path | None,
+    seed: int,
+    device: str | torch.device,
+    *,
+    inspect: InspectParameters | None = None,
 ) -> TrainablePart:
     """Return part `index` of the network, to be trained.
 
     The whole network is built from `seed`, so that the parts begin with the weights of the unsplit network. The last
-    part has also the state that no part uses, so that all parts together have the whole state.
+    part has also the state that no part uses, so that all parts together have the whole state. `inspect` may refuse
+    the trainable parameters of the network and its parts.
 
-    Raises `UsageError`: those of `load_model`, `partition` and `check_parts`, "SharedWeights" or "CannotEvaluate".
+    Raises `UsageError`: those of `inspect`, `load_model`, `partition` and `check_parts`, "SharedWeights" or
+    "CannotEvaluate".
     """
     device = torch.device(device)
     loaded = load_model(spec, weights, seed, training=True)
@@ -155,13 +169,21 @@ def load_trainable_part(
     evaluation_cuts = find_evaluation_cuts(trained, parts, cuts, evaluated)
     evaluation_verdict = check_parts(loaded, evaluated, evaluation_cuts, device, mode="evaluation")
     evaluation = partition(evaluated, evaluation_cuts)[index]
-    if index == len(cuts):
-        used = [tensor for part in parts for tensor in (*part.module.parameters(), *part.module.buffers())]
-        add_unused_state(parts[index].module, loaded.model, used)
+    used = [tensor for part in parts for tensor in (*part.module.parameters(), *part.module.buffers())]
+    add_unused_state(parts[-1].module, loaded.model, used)
+    whole = {name: each for name, each in loaded.model.named_parameters() if each.requires_grad}
+    trainable = [_select(whole, part) for part in parts]
+    if inspect is not None:
+        inspect(whole, trainable, verdict.sparse_gradients)
     for part, found in ((parts[index], verdict), (evaluation, evaluation_verdict)):
         _apply(found, part, index)
         part.to(device)
-    return TrainablePart(parts[index], evaluation, verdict.min_rows, verdict.is_exact, network)
+    return TrainablePart(parts[index], evaluation, trainable[index], verdict.min_rows, verdict.is_exact, network)
+
+
+def _select(parameters: Parameters, part: Part) -> Parameters:
+    own = {id(parameter) for parameter in part.module.parameters()}
+    return {name: parameter for name, parameter in parameters.items() if id(parameter) in own}
 
 
 def check_parts(

@@ -1,8 +1,8 @@
 """Checkpoints of one stage: one safetensors file for each version, written atomically; the newest two are kept.
 
-A file holds parameters and buffers as `model/NAME`, and the optimizer's state as `optimizer/NAME/KEY`. It holds no
-random state: the seed of a micro-batch follows from the source's seed, the step and the index
-(`brokers.protocol.training.micro_batch_seed`).
+A file holds parameters and buffers as `model/NAME`, and the optimizer's state as `optimizer/NAME/KEY`, its numbers as
+`optimizer-numbers/NAME/KEY`. It holds no random state: the seed of a micro-batch follows from the source's seed, the
+step and the index (`brokers.protocol.training.micro_batch_seed`).
 """
 
 import json

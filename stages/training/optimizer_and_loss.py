@@ -1,14 +1,17 @@
 """The optimizer and the loss of a training pipeline: by name, or from a module of the user."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from brokers.config.schema import TrainingTable
-from brokers.errors import UsageError, WireError
+from brokers.errors import UsageError, WireError, describe_error
 from brokers.process.import_string import CannotLoad, describe_exception, import_string
+from stages.training.optimizer_check import Parameters, UnfitOptimizer, check_elementwise, check_split
+from stages.verification.network_run import OUT_OF_MEMORY
 
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -44,24 +47,57 @@ LOSSES: Mapping[str, LossFunction] = {
 }
 
 
-def make_optimizer(
-    table: TrainingTable, parameters: Iterable[nn.Parameter], folder: str
-) -> torch.optim.Optimizer | None:
-    """Build the optimizer of the parameters that require gradients; None without any.
-
-    Raises `UsageError` with the code "BadTrainingConfig".
-    """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    factory: Any = OPTIMIZERS.get(table.optimizer) or _import("training.optimizer", table.optimizer, OPTIMIZERS, folder)
+def make_optimizer(table: TrainingTable, parameters: Sequence[nn.Parameter], folder: str) -> torch.optim.Optimizer:
+    """Build the optimizer of these parameters. Raises `UsageError` with the code "BadTrainingConfig"."""
     try:
-        # Built for a part without parameters too, so that every stage reports a wrong setting.
-        optimizer = factory(trainable or [nn.Parameter(torch.zeros(1))], lr=table.lr, **table.settings)
+        optimizer = _find_optimizer(table, folder)(parameters, lr=table.lr, **table.settings)
+    except UsageError:
+        raise
     except Exception as error:  # a class of the user may raise anything
         raise _config_error("training.settings", table.optimizer, describe_exception(error, folder)) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         problem = f"expected a torch.optim.Optimizer, the callable returned a {type(optimizer).__name__}"
         raise _config_error("training.optimizer", table.optimizer, problem)
-    return optimizer if trainable else None
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise _config_error("training.optimizer", table.optimizer, "its parameter groups need a learning rate 'lr'")
+    return optimizer
+
+
+def check_optimizer(
+    table: TrainingTable,
+    folder: str,
+    device: torch.device,
+    whole: Parameters,
+    parts: Sequence[Parameters],
+    sparse: Sequence[str],
+) -> None:
+    """Check that the optimizer trains parts as it trains the whole network, by the parameters' names there.
+
+    An optimizer class of torch updates each parameter by itself: only a few are tried. `sparse`: the names of those
+    with sparse gradients. Raises `UsageError` "BadTrainingConfig", "ChangedLearningRate" or "NotEnoughMemory".
+    """
+    target = _find_optimizer(table, folder)
+    if not whole:
+        return
+    is_of_torch = isinstance(target, type) and target.__module__.partition(".")[0] == "torch"
+    make = partial(make_optimizer, table, folder=folder)
+    try:
+        if is_of_torch:
+            check_elementwise(whole, sparse, make, table.lr, device)
+        else:
+            check_split(whole, parts, sparse, make, table.lr, device)
+    except UnfitOptimizer as error:
+        raise _config_error("training.optimizer", table.optimizer, str(error)) from error
+    except OUT_OF_MEMORY as error:
+        message = (
+            f"{table.optimizer!r}: {device} has too little memory for steps with the whole network, with which those "
+            f"of the parts are compared: {describe_error(error)}"
+        )
+        raise UsageError("NotEnoughMemory", message, key="training.optimizer") from error
+
+
+def _find_optimizer(table: TrainingTable, folder: str) -> Any:
+    return OPTIMIZERS.get(table.optimizer) or _import("training.optimizer", table.optimizer, OPTIMIZERS, folder)
 
 
 def find_loss(table: TrainingTable, folder: str) -> LossFunction:

@@ -14,25 +14,26 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from brokers.errors import SparseError, WireError
 from brokers.protocol.training import LABELS_TENSOR, MICRO_BATCH_LIMIT, RNG_STATE_TENSOR, MicroBatch
-from stages.loading.part_loader import TrainablePart, load_trainable_part
+from stages.loading.part_loader import InspectParameters, TrainablePart, load_trainable_part
 from stages.loading.weights_file import find_weights
 from stages.models.registry import pipeline_model_spec
 from stages.partition.boundary import convert_float, is_differentiable, restore_layout
 from stages.partition.partition import Part, fingerprint
-from stages.training.optimizer_and_loss import find_loss, make_optimizer
+from stages.training.optimizer_and_loss import check_optimizer, find_loss, make_optimizer
+from stages.training.optimizer_state import GroupLearningRates, optimizer_tensors, restore_optimizer, take_step
 from stages.training.step_queue import unknown_forward_error
 from stages.worker.worker_context import WorkerContext
 
 log = logging.getLogger(__name__)
 
 _MODEL_PREFIX = "model/"
-_OPTIMIZER_PREFIX = "optimizer/"
 
 
 class NotFinite(SparseError):
@@ -86,7 +87,6 @@ class PartTrainer:
         self._threads = context.threads
         self._folder = str(pipeline.folder)
         self._spec = pipeline_model_spec(pipeline)
-        self._initial_lr = pipeline.training.lr
         self._loss = find_loss(pipeline.training, self._folder)
         self._initial_buffers: dict[str, Tensor] | None = None  # as they were when the step began
         self._parts: TrainablePart
@@ -103,20 +103,24 @@ class PartTrainer:
     def start(self) -> str:
         """Build version 0; return the fingerprint of the part and its training recipe."""
         torch.set_num_threads(self._threads)
-        self._build()
+        self._build(partial(check_optimizer, self._pipeline.training, self._folder, self._device))
         self.min_rows = self._parts.min_rows
         if not self._parts.is_exact:
             log.info("the parts add up gradients in another order than the unsplit network: they differ by rounding")
         recipe = self._pipeline.training.model_dump_json(include={"optimizer", "settings", "loss"})
         return fingerprint(self._parts.training, extra=recipe)
 
-    def _build(self) -> None:
+    def _build(self, inspect: InspectParameters | None = None) -> None:
         table = self._pipeline.pipeline
         weights = find_weights(table.weights, self._pipeline.folder) if table.weights else None
-        self._parts = load_trainable_part(self._spec, table.cuts, self._index, weights, table.seed, self._device)
-        self._optimizer = make_optimizer(self._pipeline.training, self._module.parameters(), self._folder)
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        self._group_lrs = [float(group["lr"]) for group in groups]  # all are scaled as `training.lr` is
+        training = self._pipeline.training
+        self._parts = load_trainable_part(
+            self._spec, table.cuts, self._index, weights, table.seed, self._device, inspect=inspect
+        )
+        parameters = list(self._parts.trainable.values())
+        self._optimizer = make_optimizer(training, parameters, self._folder) if parameters else None
+        if self._optimizer is not None:
+            self._learning_rates = GroupLearningRates(self._optimizer, training.lr)
         self.version = 0
 
     def forward(
@@ -221,10 +225,8 @@ class PartTrainer:
         version = self.version + 1
         self.version = None  # until the optimizer is done, the weights are not a version
         if self._optimizer is not None:
-            for group, initial_lr in zip(self._optimizer.param_groups, self._group_lrs, strict=True):
-                group["lr"] = lr if initial_lr == self._initial_lr else initial_lr * (lr / self._initial_lr)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self._learning_rates.set(lr)
+            take_step(self._optimizer)
         self._initial_buffers = None
         self.version = version
         return version
@@ -256,10 +258,7 @@ class PartTrainer:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NotFinite(f"parameter {name.removeprefix(_MODEL_PREFIX)!r} is not finite", number)
         if self._optimizer is not None:
-            for name, parameter in self._trainable_parameters():
-                for key, value in self._optimizer.state[parameter].items():
-                    if value is not None:
-                        tensors[f"{_OPTIMIZER_PREFIX}{name}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
+            tensors |= optimizer_tensors(self._optimizer, self._parts.trainable.items())
         return tensors
 
     def restore(self, number: int, tensors: Mapping[str, Tensor] | None) -> None:
@@ -270,22 +269,9 @@ class PartTrainer:
         self.version = None  # until everything is loaded, the weights are not a version
         if tensors is not None:
             self._module.load_state_dict(model_state_dict(tensors))
-            self._restore_optimizer(tensors)
+            if self._optimizer is not None:
+                restore_optimizer(self._optimizer, self._parts.trainable.items(), tensors)
         self.version = number
-
-    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        if self._optimizer is None:
-            return
-        for name, parameter in self._trainable_parameters():
-            prefix = f"{_OPTIMIZER_PREFIX}{name}/"
-            state = {key.removeprefix(prefix): item for key, item in tensors.items() if key.startswith(prefix)}
-            if state:
-                self._optimizer.state[parameter] = {
-                    key: item if key == "step" else item.to(parameter.device) for key, item in state.items()
-                }
-
-    def _trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self._module.named_parameters() if parameter.requires_grad]
 
 
 def model_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

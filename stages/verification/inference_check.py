@@ -13,6 +13,7 @@ from stages.partition.partition import partition
 from stages.partition.tracing import TracedModel
 from stages.verification.batch_check import find_batchable
 from stages.verification.comparison import describe_difference, difference_problem, find_last_equal_layer
+from stages.verification.difference_cause import find_cause, kept_state_problem
 from stages.verification.example import Inputs, call_model, second_example
 from stages.verification.model_state import ModelState, seeded
 from stages.verification.network_run import KEEPS_STATE, OUT_OF_MEMORY, CheckFailed, run_network
@@ -119,9 +120,23 @@ class _InferenceCheck:
                 describe_difference(*pair, allow_rounding=allow_rounding) for pair in zip(actual, expected, strict=True)
             ]
             difference = next(filter(None, differences), "")
+            if difference and not differences[0] and self._keeps_state(allow_rounding=allow_rounding):
+                raise CheckFailed(kept_state_problem(self._traced.model, self._forward_all))
         if difference:
+            if cause := find_cause(self._traced.model, self._forward_all):
+                raise CheckFailed(cause)
             layer = find_last_equal_layer(self._traced, self._forward_all, self._run_parts)
             raise CheckFailed(difference_problem(difference, layer))
+
+    def _keeps_state(self, *, allow_rounding: bool) -> bool:
+        """Whether the second of two equal requests differs, though the first one does not."""
+        examples = self._examples
+        self._examples = [examples[0], examples[0]]
+        try:
+            expected, actual = self._forward_all(), self._run_parts()
+        finally:
+            self._examples = examples
+        return bool(describe_difference(actual[1], expected[1], allow_rounding=allow_rounding))
 
     def _is_equal_in_channels_last(self, expected: Sequence[Tensors]) -> bool:
         """Return whether the network and its parts work with the channels of convolutions innermost."""

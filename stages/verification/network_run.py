@@ -40,5 +40,5 @@ def run_network(state: ModelState, run: Callable[[], T]) -> T:
     if created := state.created_names:
         raise CheckFailed(f"its forward creates {', '.join(map(repr, created))}: create that in its constructor")
     if state.has_changed_parameters:
-        raise CheckFailed("its forward modifies its parameters")
+        raise CheckFailed("its forward modifies its parameters: compute with a copy")
     return result

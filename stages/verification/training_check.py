@@ -15,6 +15,7 @@ from stages.partition.named_values import pack_result
 from stages.partition.partition import partition
 from stages.partition.tracing import TracedModel
 from stages.verification.comparison import describe_difference, difference_problem, find_last_equal_layer
+from stages.verification.difference_cause import find_cause, find_replaced, kept_state_problem
 from stages.verification.example import Inputs, call_model, join_requests, second_example
 from stages.verification.model_state import ModelState, seeded
 from stages.verification.network_run import KEEPS_STATE, OUT_OF_MEMORY, CheckFailed, run_network
@@ -57,9 +58,9 @@ class _TrainingCheck:
     def run(self) -> Verdict:
         try:
             expected = self._run_network()
-            self._check_python_state()
+            second = self._run_twice()
             is_exact = self._compare(expected)
-            self._check_two_in_flight()
+            self._check_two_in_flight(second)
         except CheckFailed as error:
             return Verdict(problem=str(error))
         return Verdict(
@@ -67,6 +68,7 @@ class _TrainingCheck:
             gradient_layouts=tuple(self._gradient_layouts),
             is_exact=is_exact,
             min_rows=1 if self._can_train_one_row() else 2,
+            sparse_gradients=tuple(name for name, gradient in expected.gradients.items() if gradient.is_sparse),
         )
 
     def _run_network(self) -> _StepResult:
@@ -79,20 +81,24 @@ class _TrainingCheck:
             except CheckFailed:
                 raise error from None
 
-    def _check_python_state(self) -> None:
-        values = []
+    def _run_twice(self) -> Tensors:
+        """Return the network's results for the second of two micro-batches."""
+        values: list[list[object]] = []
+        results: Tensors = {}
 
         def run_twice() -> None:
             for _ in range(2):
-                call_model(self._model, self._inputs)
+                results.update(_receive_all(pack_result(call_model(self._model, self._inputs))))
                 values.append(self._state.python_values)
 
+        torch.manual_seed(0)
         try:
             run_network(self._state, run_twice)
         finally:
             self._state.restore()
         if values[0] != values[1]:
             raise CheckFailed(KEEPS_STATE)
+        return results
 
     def _step_of_network(self, inputs: Inputs) -> _StepResult:
         torch.manual_seed(0)
@@ -134,10 +140,15 @@ class _TrainingCheck:
         self._gradient_layouts = layouts
         return gradients
 
-    def _check_two_in_flight(self) -> None:
-        """Run the forward of two micro-batches before the first backward, as stages do."""
+    def _check_two_in_flight(self, expected: Tensors) -> None:
+        """Run the forward of two micro-batches before the first backward, as stages do; compare the second's results.
+
+        The first one's are equal already.
+        """
+        torch.manual_seed(0)
         try:
-            first, _ = self._chain.run(self._inputs), self._chain.run(self._inputs)
+            first, second = self._chain.run(self._inputs), self._chain.run(self._inputs)
+            results = _receive_all(second[-1].outputs)
             self._run_backward(first)
         except (CheckFailed, *OUT_OF_MEMORY):
             raise
@@ -146,10 +157,14 @@ class _TrainingCheck:
             raise CheckFailed(f"{problem}: {describe_error(error)}") from error
         finally:
             self._state.restore()
+        if describe_difference(results, expected, allow_rounding=self._device.type != "cpu"):
+            raise CheckFailed(
+                kept_state_problem(self._model, lambda: self._step_of_network(self._inputs), "micro-batch")
+            )
 
     def _step(self, results: Tensors, gradients: Mapping[int, Tensor]) -> _StepResult:
         return _StepResult(
-            results={name: receive(tensor) for name, tensor in results.items()},
+            results=_receive_all(results),
             gradients={name: gradients[id(each)] for name, each in self._parameters.items() if id(each) in gradients},
             buffers={name: buffer.clone() for name, buffer in self._model.named_buffers()},
         )
@@ -170,6 +185,8 @@ class _TrainingCheck:
             difference = describe_difference(
                 getattr(actual, kind), getattr(expected, kind), allow_rounding=allow_rounding
             )
+            if difference and kind == "buffers":
+                self._check_replaced_buffers()
             if difference:
                 self._raise_difference(difference)
         if not (difference := describe_difference(actual.gradients, expected.gradients)):
@@ -181,8 +198,19 @@ class _TrainingCheck:
             raise CheckFailed(f"the gradient of {difference}")
         return False
 
+    def _check_replaced_buffers(self) -> None:
+        replaced = find_replaced(self._model, lambda: self._step_of_network(self._inputs))
+        if names := [name for name, _ in self._model.named_buffers() if name in replaced]:
+            problem = f"its forward replaces buffer {names[0]!r}, which tracing cannot see"
+            raise CheckFailed(f"{problem}: modify it in place instead, as `copy_` does")
+
     def _raise_difference(self, difference: str) -> NoReturn:
-        layer = find_last_equal_layer(self._traced, lambda: self._step_of_network(self._inputs), self._step_of_parts)
+        def run() -> object:
+            return self._step_of_network(self._inputs)
+
+        if cause := find_cause(self._model, run):
+            raise CheckFailed(cause)
+        layer = find_last_equal_layer(self._traced, run, self._step_of_parts)
         raise CheckFailed(difference_problem(difference, layer))
 
     def _can_train_one_row(self) -> bool:
@@ -191,6 +219,10 @@ class _TrainingCheck:
         except CheckFailed:
             return False
         return True
+
+
+def _receive_all(results: Mapping[str, Tensor]) -> Tensors:
+    return {name: receive(tensor) for name, tensor in results.items()}
 
 
 def _loss_gradients(results: Mapping[str, Tensor]) -> Tensors:

@@ -17,7 +17,8 @@ class Verdict:
     * `layouts`, by part: of its inputs; `gradient_layouts`, by part: of the gradients of its outputs;
     * `channels_last`: the weights of convolutions may be stored with their channels innermost;
     * `is_exact`: gradients are those of the network bit for bit; otherwise they differ by rounding;
-    * `min_rows`: of a micro-batch, with which the network can be trained.
+    * `min_rows`: of a micro-batch, with which the network can be trained;
+    * `sparse_gradients`: the names of parameters whose gradients are sparse tensors.
     """
 
     problem: str = ""
@@ -27,3 +28,4 @@ class Verdict:
     channels_last: bool = False
     is_exact: bool = True
     min_rows: int = 1
+    sparse_gradients: tuple[str, ...] = ()

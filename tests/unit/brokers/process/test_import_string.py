@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from brokers.errors import UsageError
+from brokers.process import import_string as import_string_module
 from brokers.process.import_string import CannotLoad, describe_exception, import_string
 
 
@@ -68,3 +69,19 @@ def test_exception_elsewhere_is_described_by_its_last_line(folder: Path) -> None
     text = describe_exception(caught.value, folder)
     assert text.startswith("ValueError: invalid literal")
     assert "(test_import_string.py, line " in text
+
+
+def test_place_of_an_exception_is_the_users_code_not_an_installed_package_or_ours(folder: Path) -> None:
+    package = folder / ".venv" / "lib" / "site-packages"
+    package.mkdir(parents=True)
+    (package / "installed.py").write_text("def f():\n    raise ValueError('no')\n")
+    (folder / "own_caller.py").write_text("def g(f):\n    f()\n")
+    f = import_string("installed:f", package)
+    g = import_string("own_caller:g", folder)
+    with pytest.raises(ValueError) as caught:
+        g(f)
+    assert describe_exception(caught.value, folder) == "ValueError: no (own_caller.py, line 2)"
+    with pytest.raises(CannotLoad) as refused:
+        import_string("", folder)
+    own = refused.value.with_traceback(refused.tb.tb_next)
+    assert "import_string.py" not in describe_exception(own, Path(import_string_module.__file__).parents[2])

@@ -11,8 +11,11 @@ from torch import nn
 from brokers.config.schema import TrainingTable
 from brokers.errors import UsageError, WireError
 from stages.training.optimizer_and_loss import find_loss, make_optimizer
+from stages.training.part_trainer import PartTrainer
+from stages.worker.worker_context import WorkerContext
 from tests.support.environment.checkout import ROOT
 from tests.support.errors import raises_error
+from tests.support.training.in_process_parts import InProcessParts, make_training_pipeline
 
 PARAMETERS = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1), requires_grad=False)]
 STRIPES = "tests.support.training.striped_images"
@@ -22,18 +25,27 @@ def table(**fields: Any) -> TrainingTable:
     return TrainingTable.model_validate(fields)
 
 
-def test_optimizer_has_the_settings_and_the_trainable_parameters() -> None:
-    optimizer = make_optimizer(table(optimizer="sgd", lr=0.5, settings={"momentum": 0.9}), PARAMETERS, str(ROOT))
+def test_optimizer_has_the_settings_and_the_parameters() -> None:
+    optimizer = make_optimizer(table(optimizer="sgd", lr=0.5, settings={"momentum": 0.9}), PARAMETERS[:1], str(ROOT))
     assert isinstance(optimizer, torch.optim.SGD)
     [group] = optimizer.param_groups
     assert (group["lr"], group["momentum"]) == (0.5, 0.9)
     assert [id(parameter) for parameter in group["params"]] == [id(PARAMETERS[0])]
 
 
-def test_part_without_parameters_has_no_optimizer_and_still_checks_its_settings() -> None:
-    assert make_optimizer(table(), PARAMETERS[1:], str(ROOT)) is None
-    with raises_error(UsageError, "BadTrainingConfig"):
-        make_optimizer(table(settings={"momentun": 0.9}), [], str(ROOT))
+def test_each_stage_reports_a_wrong_setting_also_without_parameters() -> None:
+    model = "tests.support.training.residual_networks:skip_network"
+    pipeline = make_training_pipeline(model, [1, 2], settings={"momentun": 0.9})
+    for stage in pipeline.stage:  # the second one is a ReLU
+        with raises_error(UsageError, "BadTrainingConfig", match="momentun"):
+            PartTrainer(WorkerContext(pipeline, stage, stage.name)).start()
+    InProcessParts(make_training_pipeline(model, [1, 2], settings={"momentum": 0.9}))
+
+
+def test_mistake_in_an_optimizer_of_torch_has_no_place_in_our_code() -> None:
+    with raises_error(UsageError, "BadTrainingConfig", match="Muon only supports 2D parameters") as caught:
+        make_optimizer(table(optimizer="torch.optim:Muon"), PARAMETERS, str(ROOT))
+    assert "optimizer_and_loss" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,24 @@ def remember(m: Any, x: Tensor) -> Any:
     return m.b(y)
 
 
+def remember_if_any(m: Any, x: Tensor) -> Any:
+    y = m.a(x) if m.memory is None else m.a(x) + m.memory
+    m.memory = y
+    return m.b(y)
+
+
+def remember_in_list(m: Any, x: Tensor) -> Any:
+    y = m.a(x) + m.memory[0]
+    m.memory[0] = y
+    return m.b(y)
+
+
+def replace_buffer(m: Any, x: Tensor) -> Any:
+    y = m.a(x) - m.mean
+    m.mean = m.mean * 0.9 + y.mean(0) * 0.1
+    return m.b(y)
+
+
 def write_item_of_buffer(m: Any, x: Tensor) -> Any:
     y = m.a(x)
     m.count[0] = y.sum()
@@ -91,6 +109,18 @@ def modify_parameter(m: Any, x: Tensor) -> Any:
 
 def seed_generator(m: Any, x: Tensor) -> Any:
     torch.manual_seed(3)
+    return m.b(m.a(x) * torch.rand(1))
+
+
+def seed_for_a_while(m: Any, x: Tensor) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        noise = torch.rand(1)
+    return m.b(m.a(x) * noise)
+
+
+def seed_default_generator(m: Any, x: Tensor) -> Any:
+    torch.default_generator.manual_seed(3)
     return m.b(m.a(x) * torch.rand(1))
 
 
@@ -148,6 +178,8 @@ def average(m: Any, x: Tensor) -> Any:
     return m.b(y) - m.mean
 
 
+KEPT = "its second request differs: its forward keeps state from one call to the next"
+SEEDS = "sets the seed of torch's random numbers, .* child module"
 AFTER_A = "other values, after layer 'a'"
 COUNTS = "keeps numbers or lists from one call to the next"
 OTHER_RANDOM = "draws random numbers of Python or numpy"
@@ -161,7 +193,19 @@ DIFFERENT = {
     "growing deque": (Case(count_in_deque, attributes=lambda: {"seen": deque()}), COUNTS),
     "global counter": (Case(lambda m, x: m.b(m.c(m.a(x))), attributes=lambda: {"c": GlobalCounter()}), COUNTS),
     "counter of a class": (Case(lambda m, x: m.b(m.c(m.a(x))), attributes=lambda: {"c": ClassCounter()}), COUNTS),
-    "tensor of the last request": (Case(remember, attributes=lambda: {"memory": torch.zeros(2, 4)}), AFTER_A),
+    "tensor of the last request": (
+        Case(remember, attributes=lambda: {"memory": torch.zeros(2, 4)}),
+        KEPT + " in 'memory'",
+    ),
+    "first state after the first request": (
+        Case(remember_if_any, attributes=lambda: {"memory": None}),
+        KEPT + " in 'memory'",
+    ),
+    "tensor in a list": (Case(remember_in_list, attributes=lambda: {"memory": [torch.zeros(2, 4)]}), KEPT + ", which"),
+    "replaced buffer": (
+        Case(replace_buffer, attributes=lambda: {"mean": nn.Buffer(torch.zeros(4))}),
+        KEPT + " in 'mean', .* modify a buffer in place",
+    ),
     "random": (Case(lambda m, x: m.b(m.a(x) * random.random())), OTHER_RANDOM),
     "numpy.random": (Case(lambda m, x: m.b(m.a(x) * np.random.rand())), OTHER_RANDOM),
     "buffer that a later part reads": (
@@ -172,7 +216,9 @@ DIFFERENT = {
         Case(average, attributes=lambda: {"mean": nn.Buffer(torch.ones(4))}),
         "modifies buffer 'mean', which several parts use",
     ),
-    "seed": (Case(seed_generator), AFTER_A),
+    "seed": (Case(seed_generator), SEEDS),
+    "seed that is restored": (Case(seed_for_a_while), SEEDS),
+    "generator that is seeded": (Case(seed_default_generator), SEEDS),
     "inference mode": (
         Case(lambda m, x: m.b(m.a(x) * (1 if torch.is_inference_mode_enabled() else 2))),
         AFTER_A,
@@ -185,7 +231,7 @@ DIFFERENT = {
         Case(write_item_of_buffer, attributes=lambda: {"count": nn.Buffer(torch.zeros(4))}),
         "modifies buffer 'count', which several parts use",
     ),
-    "parameter that is modified": (Case(modify_parameter), "other values|modifies its parameters"),
+    "parameter that is modified": (Case(modify_parameter), "modifies its parameters, such as 'a.weight'"),
 }
 
 
