@@ -194,7 +194,7 @@ def _reason(network: _Steps, expected: _Updated) -> str:
     if _difference(network.take(_OTHER_SEED), expected):
         return "it draws random numbers, and each stage has others: draw none"
     return (
-        "a stage has the parameters and gradients of its own part only, so the update of a parameter must not depend "
+        "a stage has only the parameters and gradients of its part, so the update of a parameter must not depend "
         "on other parameters, on their number or their order: choose learning rates by the parameter itself, such as "
         "its shape, and limit each gradient by itself"
     )
