@@ -81,12 +81,13 @@ def test_requests_of_a_draining_worker_go_to_another(tmp_path: Path) -> None:
 def test_run_restarts_killed_workers_and_loses_nothing(sandbox: ProcessSandbox, embedded_broker: LocalBroker) -> None:
     stages = [
         stage_table("first", "SleepExecutor", settings={"seconds": 0.02}),
-        stage_table("slow", "SleepExecutor", settings={"seconds": 0.05}),
+        # So slow that it has a task in hand when it is killed, also on a busy machine.
+        stage_table("slow", "SleepExecutor", settings={"seconds": 0.3}),
         stage_table("last", "add_one"),
     ]
     # Results are recorded in order: one that waits for its second attempt holds back up to a window of later ones.
     # There are enough that the run is far from its end at the last kill. No request waits for the end of its lease.
-    source = counting_source_table(150, window=9)
+    source = counting_source_table(60, window=9)
     path = write_pipeline_file(sandbox.folder, stages, source, lease_s=600.0)
     out = sandbox.folder / "out"
     run = sandbox.start_sparse("run", path, "--broker", embedded_broker.address, "--json", "--out", out)
@@ -104,8 +105,8 @@ def test_run_restarts_killed_workers_and_loses_nothing(sandbox: ProcessSandbox, 
     result = run.wait()
     assert result.returncode == 0, result.stderr
     summary = result.json_output
-    assert (summary["requests"], summary["results"], summary["lost"], summary["failed"]) == (150, 150, 0, 0)
-    assert summary["retries"] >= 2
-    assert summary["stages"]["slow"]["tasks"] == 150
-    assert sorted(json.loads(line)["index"] for line in results.read_text().splitlines()) == list(range(150))
+    assert (summary["requests"], summary["results"], summary["lost"], summary["failed"]) == (60, 60, 0, 0)
+    assert summary["retries"] >= 1
+    assert summary["stages"]["slow"]["tasks"] == 60
+    assert sorted(json.loads(line)["index"] for line in results.read_text().splitlines()) == list(range(60))
     sandbox.assert_nothing_left()
