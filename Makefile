@@ -43,7 +43,7 @@ demo-train: .venv/.stamp-train ## train VGG-11, cut in three, on handwritten dig
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-test: .venv/.stamp-dev ## all tests but the slow ones; about 8 minutes
+test: .venv/.stamp-dev ## all tests but the slow ones; about 17 minutes
 	@$(PYTEST) $(PARALLEL) -m "not slow"
 
 test-slow: .venv/.stamp-dev ## containers, and the long sizes of the soak tests; about 15 minutes
