@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from brokers.errors import WireError
 from brokers.process.download_cache import cache_folder
 from brokers.process.files import write_atomic
 from stages.partition.partition import FINGERPRINT_DIGITS, tensor_bytes
-from stages.partition.python_state import PythonState
 from stages.partition.tracing import TracedModel
 
 NETWORK_KEY = "sparse.network"  # the metadata key of the digest; its value does not depend on the device
@@ -39,10 +39,13 @@ def network_digest(traced: TracedModel, cuts: Sequence[int], weights: Path | Non
             add(name, parameter)
     else:
         digest.update(_file_digest(weights).encode())
-    for name, buffer in traced.model.named_buffers():
+    for name, buffer in (*traced.model.named_buffers(), *traced.constants.items()):
         add(name, buffer)
-    for index, tensor in enumerate(PythonState(traced.model).tensors):
-        add(index, tensor)
+    for path, module in traced.model.named_modules():
+        attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        for index, value in enumerate(tree_leaves(attributes)):  # lists and dicts of tensors too
+            if isinstance(value, Tensor):
+                add(f"{path} {index}", value)
     return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
 
